@@ -1,0 +1,260 @@
+"""The built-in visual world: coloured shapes on a 3 x 3 grid, and questions about them.
+
+A scene is a mapping from cell to (colour, shape). Everything is drawn from seeds: scenes, pictures
+and questions, so training data are unlimited and example `i` of a split is always the same one.
+Answers state their evidence and then the verdict (`top-left center : 2`), so that a completion has
+several tokens, an early mistake changes what follows, and being on-policy matters.
+
+What it does not do: natural language (the vocabulary is 60 words, split at white space) and clutter
+(every shape sits in its cell). Both keep the world learnable by a 0.7 M-parameter student in minutes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from PIL import Image, ImageDraw
+
+from vlopd.types import Example
+
+Scene = Mapping[int, tuple[str, str]]
+Split = Literal["train", "validation", "test"]
+Modality = Literal["image", "text"]
+
+COLOURS = {
+    "red": (235, 50, 50),
+    "green": (50, 205, 70),
+    "blue": (60, 90, 245),
+    "yellow": (245, 225, 50),
+}
+SHAPES = ("circle", "cross", "triangle")
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
+CELLS = tuple(f"{row}-{column}" for row in ROWS for column in COLUMNS)
+KINDS = ("attribute", "row", "count", "exist", "compare", "relation")
+VERDICT = " : "
+CELL_PIXELS = 32
+IMAGE_PIXELS = 3 * CELL_PIXELS
+
+
+class Question(NamedTuple):
+    """One question with its full answer, e.g. ("count", "how many red", "top-left center : 2")."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+def draw_scene(rng: random.Random, split: Split | None = None) -> Scene:
+    """A random scene of 2 to 5 objects, of the given split."""
+    while True:
+        cells = sorted(rng.sample(range(9), rng.randint(2, 5)))
+        scene = {cell: (rng.choice(list(COLOURS)), rng.choice(SHAPES)) for cell in cells}
+        if split is None or split_of(scene) == split:
+            return scene
+
+
+def split_of(scene: Scene) -> Split:
+    """Splits are decided by the scene's content: a test scene is never seen in training, whatever the seed."""
+    digest = hashlib.sha256(scene_to_json(scene).encode()).digest()
+    return "test" if digest[0] % 10 == 0 else "validation" if digest[0] % 10 == 1 else "train"
+
+
+def scene_to_json(scene: Scene) -> str:
+    return json.dumps({CELLS[cell]: list(scene[cell]) for cell in sorted(scene)})
+
+
+def scene_from_json(text: str) -> Scene:
+    return {CELLS.index(cell): (colour, shape) for cell, (colour, shape) in json.loads(text).items()}
+
+
+def scene_in_words(scene: Scene) -> str:
+    """The scene as text, for the text-only pair: `top-left red circle , center blue cross ;`."""
+    return " , ".join(f"{CELLS[c]} {' '.join(scene[c])}" for c in sorted(scene)) + " ;"
+
+
+def render(scene: Scene, jitter: int = 0) -> Image.Image:
+    """Draws the scene, 96 x 96 RGB. `jitter` seeds background, sizes, offsets and shades."""
+    rng = random.Random(f"render {jitter}")
+    grey = rng.randint(10, 50)
+    image = Image.new("RGB", (IMAGE_PIXELS, IMAGE_PIXELS), (grey, grey, grey))
+    pen = ImageDraw.Draw(image)
+    for cell, (colour, shape) in scene.items():
+        r = rng.randint(11, 14)
+        x = CELL_PIXELS * (cell % 3) + CELL_PIXELS // 2 + rng.randint(-1, 1)
+        y = CELL_PIXELS * (cell // 3) + CELL_PIXELS // 2 + rng.randint(-1, 1)
+        fill = tuple(min(255, max(0, v + rng.randint(-12, 12))) for v in COLOURS[colour])
+        if shape == "circle":
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+        elif shape == "cross":
+            pen.rectangle((x - r, y - 3, x + r, y + 3), fill=fill)
+            pen.rectangle((x - 3, y - r, x + 3, y + r), fill=fill)
+        else:
+            pen.polygon([(x, y - r), (x + r, y + r - 1), (x - r, y + r - 1)], fill=fill)
+    return image
+
+
+# ---------------------------------------------------------------------------------------- questions
+
+
+def draw_question(scene: Scene, rng: random.Random, kind: str | None = None) -> Question:
+    """A random question about the scene; `kind` is one of KINDS, or any of them at equal rates."""
+    kind = kind or rng.choice(KINDS)
+    if kind == "relation" and len(unique_objects(scene)) < 2:
+        kind = "attribute"  # a relation needs two objects that can be named without ambiguity
+    return ASK[kind](scene, rng)
+
+
+def unique_objects(scene: Scene) -> list[int]:
+    counts = Counter(scene.values())
+    return [cell for cell in scene if counts[scene[cell]] == 1]
+
+
+def at_cell(scene: Scene, cell: int) -> str:
+    return " ".join(scene[cell]) if cell in scene else "nothing"
+
+
+def ask_attribute(scene: Scene, rng: random.Random, cell: int | None = None) -> Question:
+    if cell is None:
+        cell = rng.randrange(9) if rng.random() < 0.3 else rng.choice(list(scene))
+    return Question("attribute", f"what is at {CELLS[cell]}", at_cell(scene, cell))
+
+
+def ask_row(scene: Scene, rng: random.Random) -> Question:
+    i = rng.randrange(3)
+    if rng.random() < 0.5:
+        name, cells = f"{ROWS[i]} row", [3 * i + j for j in range(3)]
+    else:
+        name, cells = f"{COLUMNS[i]} column", [3 * j + i for j in range(3)]
+    return Question("row", f"list {name}", " , ".join(at_cell(scene, cell) for cell in cells))
+
+
+def ask_count(scene: Scene, rng: random.Random) -> Question:
+    feature = rng.randrange(2)  # 0 colour, 1 shape
+    values = (list(COLOURS), SHAPES)[feature]
+    value = rng.choice(values) if rng.random() < 0.25 else rng.choice(list(scene.values()))[feature]
+    cells = [cell for cell in sorted(scene) if scene[cell][feature] == value]
+    evidence = " ".join(CELLS[cell] for cell in cells) or "none"
+    return Question("count", f"how many {value}", f"{evidence}{VERDICT}{len(cells)}")
+
+
+def ask_exist(scene: Scene, rng: random.Random) -> Question:
+    colour, shape = rng.choice(list(scene.values()))
+    if rng.random() < 0.5:
+        shape = rng.choice(SHAPES)
+    evidence = " ".join(
+        f"{CELLS[c]} {scene[c][1]}" for c in sorted(scene) if scene[c][0] == colour
+    )
+    verdict = "yes" if (colour, shape) in scene.values() else "no"
+    return Question("exist", f"any {colour} {shape}", f"{evidence or 'none'}{VERDICT}{verdict}")
+
+
+def ask_compare(scene: Scene, rng: random.Random) -> Question:
+    first = rng.choice(list(scene.values()))[0]
+    second = rng.choice([colour for colour in COLOURS if colour != first])
+    a, b = (first, second) if rng.random() < 0.5 else (second, first)
+    n_a, n_b = (sum(obj[0] == colour for obj in scene.values()) for colour in (a, b))
+    verdict = a if n_a > n_b else b if n_b > n_a else "equal"
+    return Question("compare", f"more {a} or {b}", f"{a} {n_a} {b} {n_b}{VERDICT}{verdict}")
+
+
+def ask_relation(scene: Scene, rng: random.Random) -> Question:
+    a, b = rng.sample(unique_objects(scene), 2)
+    holds = {
+        "left-of": a % 3 < b % 3,
+        "right-of": a % 3 > b % 3,
+        "above": a // 3 < b // 3,
+        "below": a // 3 > b // 3,
+    }
+    wanted = rng.random() < 0.5
+    relation = rng.choice([name for name, true in holds.items() if true == wanted])
+    text = f"is {at_cell(scene, a)} {relation} {at_cell(scene, b)}"
+    return Question(
+        "relation", text, f"{CELLS[a]} {CELLS[b]}{VERDICT}{'yes' if wanted else 'no'}"
+    )
+
+
+ASK = {
+    "attribute": ask_attribute,
+    "row": ask_row,
+    "count": ask_count,
+    "exist": ask_exist,
+    "compare": ask_compare,
+    "relation": ask_relation,
+}
+
+
+def vocabulary() -> list[str]:
+    """Every word a question or an answer can hold, sorted."""
+    words = {*COLOURS, *SHAPES, *CELLS, *ROWS, *COLUMNS, *"012345", ",", ":", ";"}
+    words |= set("what is at nothing list row column how many none any yes no more or equal".split())
+    return sorted(words | {"left-of", "right-of", "above", "below"})
+
+
+# ----------------------------------------------------------------------------------------- examples
+
+
+@dataclass(frozen=True)
+class ShapesWorld(Sequence[Example]):
+    """Examples of one split, by index; `len` is `size`, but any index of an unbounded stream may be asked for.
+
+    Example `i` depends on (split, seed, i) alone, so a resumed run sees what an uninterrupted one would.
+    One question a scene, so test questions are independent and need no clustered errors.
+    """
+
+    split: Split
+    size: int
+    seed: int = 0
+    modality: Modality = "image"
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(self.size))
+
+    def row(self, index: int) -> dict[str, str | int]:
+        """Example `index` as a plain row: id, kind, question, answer, verdict, scene, jitter."""
+        rng = random.Random(f"shapes {self.split} {self.seed} {index}")
+        scene = draw_scene(rng, self.split)
+        question = draw_question(scene, rng)
+        return {
+            "id": f"shapes-{self.split}-{self.seed}-{index}",
+            "kind": question.kind,
+            "question": question.text,
+            "answer": question.answer,
+            "scene": scene_to_json(scene),
+            "jitter": rng.randrange(2**31),
+        }
+
+    def __getitem__(self, index) -> Example:  # type: ignore[override]
+        row = self.row(index)
+        scene = scene_from_json(str(row["scene"]))
+        if self.modality == "text":
+            prompt, images = f"{scene_in_words(scene)} {row['question']}", ()
+        else:
+            prompt, images = str(row["question"]), (render(scene, int(row["jitter"])),)
+        return Example.ask(
+            id=str(row["id"]), question=prompt, images=images, answer=str(row["answer"]), fields=row
+        )
+
+
+def blind_guesser(n: int = 20_000, seed: int = 0) -> tuple[dict[str, str], dict[str, str]]:
+    """The best answer without looking: the commonest training answer to the same words, then to the kind.
+
+    Returns (answer by question text, answer by kind). Its accuracy on test questions is chance level.
+    """
+    by_text: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    by_kind: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    world = ShapesWorld("train", n, seed)
+    for i in range(n):
+        row = world.row(i)
+        by_text[str(row["question"])][str(row["answer"])] += 1
+        by_kind[str(row["kind"])][str(row["answer"])] += 1
+    commonest = {text: counts.most_common(1)[0][0] for text, counts in by_text.items()}
+    return commonest, {kind: counts.most_common(1)[0][0] for kind, counts in by_kind.items()}

@@ -1,0 +1,128 @@
+"""The small frozen data types that stages share, and the legend of dimension letters.
+
+Letters used in shapes everywhere:
+    B sequences   P prompt tokens (padded)   C completion tokens (padded)   T = P + C
+    N flat completion tokens of a batch      V shared vocabulary            H hidden size
+    K trained coordinates                    m x n a weight matrix          r = min(m, n)
+
+Log-probs are in nats. Names carry units: `_logprobs`, `_seconds`, `_fraction` in [0, 1], `_bytes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt, as chat messages, with its images in the order of their image parts.
+
+    >>> Example.ask("q1", "how many red", images=(img,), answer="top-left : 1").messages
+    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "how many red"}]}]
+    """
+
+    id: str
+    messages: tuple[Mapping[str, Any], ...]
+    images: tuple[Image.Image, ...] = ()
+    answer: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def ask(
+        id: str,
+        question: str,
+        images: Sequence[Image.Image] = (),
+        answer: str | None = None,
+        fields: Mapping[str, Any] | None = None,
+    ) -> Example:
+        """A single user turn: the images first, then the question."""
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
+        message = {"role": "user", "content": content}
+        return Example(id, (message,), tuple(images), answer, fields or {})
+
+    @property
+    def question(self) -> str:
+        """The text of the last user turn."""
+        content = self.messages[-1]["content"]
+        if isinstance(content, str):
+            return content
+        return " ".join(part["text"] for part in content if part["type"] == "text")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts as one model sees them, padded on the left. Each model of a pair has its own.
+
+    `per_token` holds what the model's forward wants beside each token ([B, P], extended over the
+    completion with zeros); `per_image` what it wants for each image (concatenated on dim 0). Nothing
+    outside models/families.py looks inside the two.
+
+    Worked example, two prompts, of 3 and 2 tokens, one image each:
+        input_ids      [[1, 5, 9], [0, 1, 7]]
+        attention_mask [[1, 1, 1], [0, 1, 1]]
+        per_image      {"pixel_values": [2, 3, 48, 48]}
+    """
+
+    input_ids: Tensor  # [B, P] int64
+    attention_mask: Tensor  # [B, P] int64, 1 on real tokens
+    per_token: Mapping[str, Tensor] = field(default_factory=dict)
+    per_image: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Prompts:
+        """Moves to a device; floating-point entries (pixels) are cast to the model's dtype."""
+        return Prompts(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            {k: v.to(device) for k, v in self.per_token.items()},
+            {
+                k: v.to(device, dtype) if v.is_floating_point() else v.to(device)
+                for k, v in self.per_image.items()
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Sampled tokens: the one thing that student and teacher share.
+
+    Worked example, eos = 2, pad = 0; the second row was cut at the length limit:
+        ids      [[5, 2, 0], [6, 7, 8]]
+        mask     [[1, 1, 0], [1, 1, 1]]   true up to and including the first end token
+        logprobs [[-.1, -.2, 0], [...]]   the sampler's log-probability of each token, 0 on padding
+    """
+
+    ids: Tensor  # [B, C] int64
+    mask: Tensor  # [B, C] bool
+    logprobs: Tensor  # [B, C] float32
+    ended: Tensor  # [B] bool, an end token was sampled before the length limit
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.mask.sum())
+
+    @property
+    def truncated_fraction(self) -> float:
+        """Share of rows that hit the length limit without an end token."""
+        return 1.0 - float(self.ended.float().mean())
+
+
+@dataclass(frozen=True)
+class TensorName:
+    """Where a parameter sits: component (vision, projector, language, embedding, head), layer, module.
+
+    >>> model.language_model.layers.3.mlp.up_proj.weight -> TensorName(..., "language", 3, "up")
+    """
+
+    name: str
+    component: str
+    layer: int | None
+    module: str
