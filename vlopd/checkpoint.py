@@ -1,0 +1,279 @@
+"""Run folders: where every artifact lives, atomic writes, digests, provenance, and what need not run again.
+
+A stage writes its files whole (temporary name, fsync, rename) and its record last. The record holds the
+digests of what it was made from (`inputs`); a stage whose record matches its inputs is not run again.
+Only safetensors and JSON are read back; pickles never are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from vlopd.config import ConfigError, ExperimentConfig
+
+PACKAGES = (
+    "vlopd torch torchvision transformers accelerate datasets lm_eval open_clip_torch numpy pillow"
+).split()
+
+
+class RunError(ValueError):
+    """Something on disk is not what the run needs; the message names the file and the remedy."""
+
+
+# -------------------------------------------------------------------------------------- whole files
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; renames it to `path` on success, removes it on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`; on success it takes the place of `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON with NaN refused, so that any reader can parse it."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> None:
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> Any:
+    """Raises RunError when the file is missing or not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunError(f"no {path}; run the stage that writes it first") from None
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON ({error}); delete it and run its stage again") from None
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """The rows of a JSON-lines file. Raises RunError with the line's number."""
+    if not path.exists():
+        raise RunError(f"no {path}; run the stage that writes it first")
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise RunError(f"{path} line {number} is not JSON; delete the file and run again") from None
+    return rows
+
+
+# ------------------------------------------------------------------------------------------- digests
+
+
+def digest_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    return digest_text(json.dumps(value, sort_keys=True))
+
+
+def digest_files(paths: list[Path]) -> str:
+    """One sha256 over names and contents."""
+    total = hashlib.sha256()
+    for path in sorted(paths, key=lambda p: p.name):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.name} {content}\n".encode())
+    return total.hexdigest()
+
+
+def digest_checkpoint(folder: Path) -> str:
+    """Digest of a checkpoint's weights (its safetensors files).
+
+    Raises RunError where there are none, or only pickles, which are refused.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(p.name for p in folder.glob("*.bin"))
+        why = f"only pickled weights ({pickled[0]}), which are refused" if pickled else "no weights"
+        raise RunError(f"{folder} holds {why}; a checkpoint needs *.safetensors")
+    return digest_files(files)
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, git state of this source tree if it is one, host and time."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "git": git_state(),
+        "machine": {"system": platform.platform(), "cores": os.cpu_count()},
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def git_state() -> dict[str, Any] | None:
+    def git(*words: str) -> str:
+        root = Path(__file__).parents[1]
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# ---------------------------------------------------------------------------------------- run folder
+
+
+class RunFolder:
+    """Paths of one run. See docs/run-folder.md for the contract."""
+
+    def __init__(self, root: Path | str):
+        self.root = Path(root)
+        self._lock: Any = None
+
+    # ---- paths
+
+    def arm(self, name: str) -> Path:
+        return self.root / "arms" / name
+
+    def checkpoint(self, arm: str) -> Path:
+        return self.arm(arm) / "checkpoint"
+
+    def arm_record(self, arm: str) -> Path:
+        return self.arm(arm) / "record.json"
+
+    def mask(self, name: str) -> Path:
+        return self.root / "masks" / f"{name}.safetensors"
+
+    def mask_record(self, name: str) -> Path:
+        return self.root / "masks" / f"{name}.json"
+
+    def geometry(self, arm: str) -> Path:
+        return self.root / "geometry" / arm
+
+    def eval(self, arm: str) -> Path:
+        return self.root / "evals" / arm
+
+    @property
+    def compare(self) -> Path:
+        return self.root / "compare.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+    # ---- opening
+
+    @classmethod
+    def create(cls, root: Path | str, config: ExperimentConfig) -> RunFolder:
+        """Makes the folder for `config`, or opens it if it already is this config's; takes the lock.
+
+        Raises ConfigError with the difference when the folder holds another config.
+        """
+        run = cls(root)
+        run.root.mkdir(parents=True, exist_ok=True)
+        run.lock()
+        resolved = json.loads(config.model_dump_json())
+        path = run.root / "run.json"
+        if path.exists():
+            lines = differences(read_json(path)["config"], resolved)
+            if lines:
+                raise ConfigError(
+                    f"{run.root} already holds another config; choose another --out, or delete it. "
+                    f"Theirs -> yours: {'; '.join(lines)}"
+                )
+        else:
+            seeds = {n: arm["seed"] for n, arm in resolved["arms"].items() if "seed" in arm}
+            record = {"config": resolved, "seeds": seeds, "precision": resolved["precision"]}
+            write_json(path, {**record, **provenance()})
+        return run
+
+    @classmethod
+    def open(cls, root: Path | str) -> tuple[RunFolder, ExperimentConfig]:
+        """Opens an existing run, takes its lock, and returns its config."""
+        run = cls(root)
+        path = run.root / "run.json"
+        if not path.exists():
+            raise RunError(f"{root} is not a run folder (no run.json); make one with `vlopd run CONFIG`")
+        run.lock()
+        return run, ExperimentConfig.model_validate(read_json(path)["config"])
+
+    def lock(self) -> None:
+        """Holds the folder for this process until it ends. Raises RunError when another one holds it."""
+        self._lock = (self.root / ".lock").open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            self._lock.close()
+            raise RunError(f"{self.root} is in use by {holder}; wait for it, or choose --out") from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {platform.node()}")
+        self._lock.flush()
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def up_to_date(record: Path, inputs: Mapping[str, Any]) -> bool:
+    """Whether a stage's record exists and was made from just these inputs."""
+    return record.exists() and read_json(record).get("inputs") == dict(inputs)
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Leaves that differ, as `key: old -> new`."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        lines = []
+        for key in [*old, *(k for k in new if k not in old)]:
+            dotted = f"{where}.{key}" if where else key
+            lines += differences(old.get(key), new.get(key), dotted)
+        return lines
+    return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]
