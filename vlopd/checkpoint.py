@@ -22,14 +22,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from vlopd.config import ConfigError, ExperimentConfig
+from vlopd.config import ConfigError, ExperimentConfig, UserError
 
 PACKAGES = (
     "vlopd torch torchvision transformers accelerate datasets lm_eval open_clip_torch numpy pillow"
 ).split()
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """Something on disk is not what the run needs; the message names the file and the remedy."""
 
 

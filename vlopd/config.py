@@ -19,7 +19,11 @@ from pydantic_core import ErrorDetails
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
+    """The user can mend this; the message is one line that names the thing and the remedy."""
+
+
+class ConfigError(UserError):
     """The user's configuration is wrong; the message names the key and the remedy."""
 
 

@@ -1,0 +1,36 @@
+"""Sources of examples: the built-in visual world, and any file or hub data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vlopd import seeding
+from vlopd.config import FileData, ShapesData
+from vlopd.data.files import FileSource
+from vlopd.data.shapes import ShapesWorld
+from vlopd.types import Example
+
+
+def open_data(config: ShapesData | FileData, size: int, seed: int) -> Sequence[Example]:
+    """The examples of a config. The visual world gives `size` fresh ones for a seed; a file has its own."""
+    if isinstance(config, ShapesData):
+        return ShapesWorld(config.split, size, seed, config.modality)
+    return FileSource(config)
+
+
+def pick(data: Sequence[Example], start: int, count: int, seed: int) -> list[Example]:
+    """Examples `start` to `start + count` of an endless, epoch-wise shuffled stream over `data`.
+
+    A function of its arguments alone, so that a resumed run needs no saved position.
+    """
+    examples = []
+    epoch, order = -1, torch.empty(0)
+    for position in range(start, start + count):
+        if position // len(data) != epoch:
+            epoch = position // len(data)
+            draws = seeding.generator("cpu", "data order", seed, epoch)
+            order = torch.randperm(len(data), generator=draws)
+        examples.append(data[int(order[position % len(data)])])
+    return examples

@@ -1,0 +1,185 @@
+"""Arms -> lm-eval -> results.json and per-question rows.
+
+One arm at a time, each from its checkpoint folder; nothing is cached between arms (lm-eval's own cache is
+keyed by request alone and would hand one arm another's answers). Skipped when the arm's record, the tasks
+and the settings are those of the last time.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import numpy as np
+import torch
+from accelerate import Accelerator
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable
+
+from evals.lm import PLACEHOLDER, ArmLM
+from evals.tasks import shapes
+from vlopd.checkpoint import (
+    RunFolder,
+    digest_json,
+    read_json,
+    up_to_date,
+    write_json,
+    write_jsonl,
+)
+from vlopd.config import ConfigError, ExperimentConfig, TeacherArm
+from vlopd.models.load import DTYPES, load
+
+TASKS = Path(__file__).parent / "tasks"
+CHANCE = {
+    "shapes": shapes.chance,
+    "shapes_text": shapes.chance,
+    "shapes_validation": shapes.chance,
+    "shapes_text_validation": shapes.chance,
+}
+"""Tasks whose chance level we can work out: docs -> {"all": ..., kind: ...}."""
+
+
+def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
+    """Scores one arm on the config's tasks; returns whether there was anything to do.
+
+    Writes evals/<arm>/samples_<task>.jsonl, then results.json. Raises ConfigError for an unknown task.
+    """
+    record = read_json(run.arm_record(arm))
+    settings = {
+        "tasks": list(config.eval.tasks),
+        "limit": config.eval.limit,
+        "batch_size": config.eval.batch_size,
+        "compute": config.precision.compute,
+    }
+    inputs = {"checkpoint": record["checkpoint_digest"], "settings": settings}
+    out = run.eval(arm)
+    if up_to_date(out / "results.json", inputs):
+        return False
+    is_teacher = isinstance(config.arms.get(arm), TeacherArm)
+    loaded = load(
+        config.pair.teacher if is_teacher else str(run.checkpoint(arm)),
+        DTYPES[config.precision.compute],
+        Accelerator().device,
+        attention=config.pair.attention,
+        revision=config.pair.revision_teacher if is_teacher else None,
+        trust_remote_code=config.pair.trust_remote_code,
+    )
+    lm = ArmLM(loaded, config.eval.batch_size, title=f"eval {arm}")
+    with untouched_randomness():
+        results = lm_eval.simple_evaluate(
+            model=lm,
+            model_args={"pretrained": arm},
+            tasks=list(config.eval.tasks),
+            task_manager=task_manager(config.eval.tasks),
+            limit=config.eval.limit,
+            apply_chat_template=True,
+            bootstrap_iters=1,  # closed-form errors only; ours are in compare.json
+            log_samples=True,
+        )
+    assert results is not None
+    samples = results.pop("samples")
+    about = {
+        "arm": arm,
+        "inputs": inputs,
+        "checkpoint_digest": record["checkpoint_digest"],
+        "data_digest": {},
+        "primary_metric": {},
+        "chance": {},
+        "extraction_failure_fraction": {},
+    }
+    for task, rows in samples.items():
+        metrics = list(results["higher_is_better"][task])
+        primary = metrics[0]
+        rows = sorted(rows, key=lambda row: row["doc_id"])
+        images = keep_images(run, config, task, rows)
+        write_jsonl(
+            out / f"samples_{task}.jsonl", [tidy(row, metrics, images) for row in rows]
+        )
+        about["data_digest"][task] = digest_json([row["doc_hash"] for row in rows])
+        about["primary_metric"][task] = primary
+        if task in CHANCE:
+            about["chance"][task] = CHANCE[task]([row["doc"] for row in rows])
+        if "extraction_failure" in metrics:
+            failures = [row["extraction_failure"] for row in rows]
+            about["extraction_failure_fraction"][task] = float(np.mean(failures))
+    plain = json.loads(json.dumps({**results, **about}, default=handle_non_serializable))
+    write_json(out / "results.json", without_nan(plain))
+    return True
+
+
+def task_manager(tasks: tuple[str, ...]) -> TaskManager:
+    """Our tasks; lm-eval's fourteen thousand are scanned only when one of them is asked for."""
+    ours = TaskManager(include_path=str(TASKS), include_defaults=False)
+    if all(task in ours.all_tasks for task in tasks):
+        return ours
+    every = TaskManager(include_path=str(TASKS))
+    for task in tasks:
+        if task not in every.all_tasks:
+            raise ConfigError(f"eval.tasks: no task {task!r}; ours are {', '.join(ours.all_tasks)}")
+    return every
+
+
+def tidy(row: dict[str, Any], metrics: list[str], images: dict[int, str]) -> dict[str, Any]:
+    """One question of one arm: what was asked, what came, what it scored."""
+    doc = row["doc"]
+    return {
+        "doc_id": row["doc_id"],
+        "doc_hash": row["doc_hash"],
+        "prompt_hash": row["prompt_hash"],
+        "question": str(doc.get("question", "")).replace(PLACEHOLDER, "").strip(),
+        "target": str(row["target"]),
+        "completion": completion_of(row),
+        **{metric: float(row[metric]) for metric in metrics},
+        "group": doc.get("kind"),
+        "cluster": doc.get("cluster"),
+        "image": images.get(row["doc_id"]),
+    }
+
+
+def completion_of(row: dict[str, Any]) -> str:
+    """The generated text; for log-likelihood tasks, the per-choice log-probs as JSON."""
+    first = row["filtered_resps"][0]
+    return first if isinstance(first, str) else json.dumps(row["filtered_resps"])
+
+
+def keep_images(
+    run: RunFolder, config: ExperimentConfig, task: str, rows: list[dict[str, Any]]
+) -> dict[int, str]:
+    """Saves the pictures of the first questions, once for all arms; {doc_id: path inside the run folder}."""
+    if task not in ("shapes", "shapes_validation"):
+        return {}
+    kept = {}
+    folder = run.root / "evals" / "images" / task
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in rows[: config.eval.keep_images]:
+        path = folder / f"{row['doc_id']}.png"
+        if not path.exists():
+            shapes.doc_to_image(row["doc"])[0].save(path)
+        kept[row["doc_id"]] = str(path.relative_to(run.root))
+    return kept
+
+
+def without_nan(value: Any) -> Any:
+    """NaN and infinities as null, since JSON has neither."""
+    if isinstance(value, dict):
+        return {str(k): without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+@contextmanager
+def untouched_randomness() -> Iterator[None]:
+    """lm-eval reseeds python's, numpy's and torch's global generators; this puts them back."""
+    python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch_state)

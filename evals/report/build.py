@@ -1,0 +1,222 @@
+"""A run folder -> report/: report.html (one self-contained file), report.md, figures/, tables/.
+
+Reads files only. What a run lacks (an image, a teacher, the geometry) is left out of the report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from matplotlib.figure import Figure
+
+from evals.compare import roles_of
+from evals.report import examples, figures, tables
+from evals.report.verdict import interval, p_value, percent, points
+from vlopd.checkpoint import RunFolder, read_json, whole_folder
+from vlopd.config import ExperimentConfig
+
+Context = dict[str, Any]
+HEAT_METRICS = ("sparsity", "unchanged", "visible", "energy")
+"""Metrics worth a heat map, by a part of their name."""
+
+
+def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
+    """Writes RUN/report/ anew and returns the path of report.html.
+
+    Raises RunError when run.json is missing or a file of the run cannot be read.
+    """
+    none = {"tasks": {}, "verdict": [f"Not compared yet: run `vlopd compare {run.root}`."]}
+    compared = read_json(run.compare) if run.compare.exists() else none
+    records, roles = tables.arm_records(run, config), roles_of(config).of
+    shown = [arm for arm in records if roles[arm] in ("full", "subnetwork")]
+    data = {
+        "arms": tables.scores(compared, records),
+        "contrasts": tables.contrasts(compared),
+        "kinds": tables.groups(compared),
+        "training": tables.training(run, config),
+        "masks": tables.masks(run, config),
+    }
+    tidy, data["geometry"] = tables.geometry(run, config)
+    drawn: dict[str, str] = {}
+    context: Context = {
+        "run": run.root.resolve().name,
+        "config": config,
+        "config_json": json.dumps(config.model_dump(mode="json"), indent=1),
+        "record": read_json(run.root / "run.json"),
+        "records": records,
+        "compared": compared,
+        "tasks": [task_context(run, name, compared, data, drawn) for name in compared["tasks"]],
+        "training": training_context(data["training"], roles, drawn),
+        "masks": rows_of(data["masks"]),
+        "geometry": geometry_context(tidy, data["geometry"], drawn),
+        "generations": examples.generations(run, shown),
+        "figures": drawn,
+    }
+    with whole_folder(run.report) as folder:
+        (folder / "figures").mkdir()
+        (folder / "tables").mkdir()
+        for name, svg in drawn.items():
+            (folder / "figures" / f"{name}.svg").write_text(figures.standalone(svg))
+        for name, table in data.items():
+            if not table.empty:
+                table.to_csv(folder / "tables" / f"{name}.csv", index=False)
+        for name in ("report.html", "report.md"):
+            text = environment().get_template(f"{name}.j2").render(context)
+            (folder / name).write_text(text)
+    return run.report / "report.html"
+
+
+def task_context(
+    run: RunFolder,
+    task: str,
+    compared: Context,
+    data: dict[str, pd.DataFrame],
+    drawn: dict[str, str],
+) -> Context:
+    """What the report says about one task; its figures go into `drawn`."""
+    entry = compared["tasks"][task]
+    rows = data["arms"][data["arms"].task == task]
+    chance = (entry["chance"] or {}).get("all")
+    slug = "".join(c if c.isalnum() else "-" for c in task)
+    share = f"{100 * compared['confidence']:g} % interval"
+    scores = figures.dots(rows, chance, f"{entry['metric']} (%), {share}")
+    draw(drawn, f"scores-{slug}", scores)
+    differences = rows[rows.role != "full"].dropna(subset=["difference_mean"])
+    if not differences.empty:
+        names = {f"difference_{key}": key for key in ("mean", "low", "high")}
+        plotted = differences[["arm", "role", *names]].rename(columns=names)
+        forest = figures.forest(plotted, f"difference to full OPD (percentage points), {share}")
+        draw(drawn, f"differences-{slug}", forest)
+    kinds = data["kinds"]
+    return {
+        "name": task,
+        "slug": slug,
+        "chance": chance,
+        "entry": entry,
+        "rows": rows_of(rows),
+        "contrasts": rows_of(data["contrasts"][data["contrasts"].task == task])
+        if not data["contrasts"].empty
+        else [],
+        "kinds": kinds_context(kinds[kinds.task == task]) if not kinds.empty else None,
+        "questions": examples.questions(run, task, entry),
+        "no_answer": [
+            (arm, its["extraction_failure_fraction"])
+            for arm, its in entry["arms"].items()
+            if (its["extraction_failure_fraction"] or 0) > 0.01
+        ],
+    }
+
+
+def kinds_context(kinds: pd.DataFrame) -> Context | None:
+    """Arms down, question kinds across."""
+    if kinds.empty:
+        return None
+    first = kinds[kinds.arm == kinds.arm.iloc[0]]
+    return {
+        "names": [(row.kind, row.n) for row in first.itertuples()],
+        "chance": [row.chance for row in first.itertuples()] if first.chance.notna().any() else [],
+        "rows": [(arm, rows_of(part)) for arm, part in kinds.groupby("arm", sort=False)],
+    }
+
+
+def training_context(
+    training: pd.DataFrame, roles: Mapping[str, str], drawn: dict[str, str]
+) -> list[Context]:
+    """The KL curves, and where each arm ended: means over its last tenth of steps."""
+    if training.empty:
+        return []
+    label = "KL(student || teacher), nats/token"
+    draw(drawn, "training", figures.curves(training, roles, "kl", label))
+    ends = []
+    for arm, part in training.groupby("arm", sort=False):
+        last = part.tail(max(1, len(part) // 10)).mean(numeric_only=True)
+        seconds = float(part["seconds"].sum()) if "seconds" in part else None
+        ends.append({"arm": arm, "steps": len(part), "seconds": seconds, **last.to_dict()})
+    return ends
+
+
+def geometry_context(
+    tidy: pd.DataFrame, summary: pd.DataFrame, drawn: dict[str, str]
+) -> list[Context]:
+    """Per arm: the summary beside its nulls, what could not be measured, and heat maps."""
+    if summary.empty:
+        return []
+    found = []
+    for arm, part in summary.groupby("arm", sort=False):
+        mine = tidy[tidy.arm == arm] if not tidy.empty else tidy
+        reasons = mine[mine.status != "ok"].reason.value_counts().to_dict() if len(mine) else {}
+        names = heat_maps(mine, str(arm), drawn) if len(mine) else []
+        found.append({"arm": arm, "rows": rows_of(part), "reasons": reasons, "heat": names})
+    return found
+
+
+def heat_maps(tidy: pd.DataFrame, arm: str, drawn: dict[str, str]) -> list[tuple[str, str]]:
+    """Layer x module maps of an arm's telling metrics; (figure name, metric in words) of each."""
+    rows = tidy[(tidy.status == "ok") & tidy.layer.notna()]
+    found = []
+    for part in HEAT_METRICS:
+        metric = next((m for m in rows.metric.unique() if part in m), None)
+        if metric is None or any(metric in words for _, words in found):
+            continue
+        chosen = rows[rows.metric == metric]
+        words = metric.replace("_", " ")
+        if chosen.parameter.notna().any():
+            middle = sorted(chosen.parameter.dropna().unique())[chosen.parameter.nunique() // 2]
+            chosen = chosen[chosen.parameter == middle]
+            words += f" at {middle:g}" if isinstance(middle, float) else f" at {middle}"
+        if chosen.null.notna().any():
+            chosen = chosen[chosen.null == chosen.null.dropna().iloc[0]]
+        place = chosen.component + " " + chosen.layer.astype(int).astype(str)
+        # in the model's order, not the alphabet's
+        grid = chosen.assign(
+            place=pd.Categorical(place, place.unique(), ordered=True),
+            module=pd.Categorical(chosen.module, chosen.module.unique(), ordered=True),
+        )
+        maps = [
+            grid.pivot_table(value, "place", "module", "mean", observed=True)
+            for value in ("value", "excess")
+        ]
+        name = f"geometry-{arm}-{metric}".replace("_", "-")
+        draw(drawn, name, figures.heat(*maps, words))
+        found.append((name, words))
+    return found
+
+
+# ----------------------------------------------------------------------------------------- helpers
+
+
+def draw(drawn: dict[str, str], name: str, figure: Figure) -> None:
+    drawn[name] = figures.to_svg(figure, name)
+
+
+def rows_of(table: pd.DataFrame) -> list[Context]:
+    """Rows as dicts, None where a cell is empty."""
+    return table.astype(object).where(table.notna(), None).to_dict("records")
+
+
+def environment() -> Environment:
+    """Jinja with the report's number formats as filters."""
+    env = Environment(
+        loader=PackageLoader("evals.report", "."),
+        autoescape=select_autoescape(["html", "html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters.update(
+        percent=percent,
+        points=points,
+        p_value=p_value,
+        significant=lambda x: "-" if x is None else f"{x:.4g}",
+        count=lambda x: "-" if x is None else f"{int(x):,}",
+        bracket=lambda low, high, scale=1, form=".2f": interval(
+            {"interval": [low, high]}, scale, form
+        ).strip(),
+        cell=lambda text: str(text).replace("|", "\\|").replace("\n", " "),
+    )
+    return env

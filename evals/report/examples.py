@@ -1,0 +1,121 @@
+"""What a reader can check by eye: test questions where the arms disagree, and training samples."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from evals.report.tables import ORDER
+from vlopd.checkpoint import RunFolder, read_jsonl
+
+EXAMPLES = 12
+SAMPLES_PER_ARM = 3
+LARGEST_BYTES = 40_000
+"""Pictures above this are embedded smaller, as JPEG of at most `LARGEST_SIDE` pixels a side."""
+LARGEST_SIDE = 384
+LEAST_LOGPROB = -6.0
+"""Teacher log-probabilities (nats) at and below this get the strongest colour."""
+
+
+def questions(run: RunFolder, task: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Up to EXAMPLES questions of a task on which arms differ, spread over kinds.
+
+    Those with a picture come first, and of these the ones where full and a subnetwork differ. Arms
+    that gave the same answer share a line.
+    """
+    arms = sorted(entry["arms"], key=lambda arm: ORDER.index(entry["arms"][arm]["role"]))
+    roles = {arm: entry["arms"][arm]["role"] for arm in arms}
+    tables = {arm: read_jsonl(run.eval(arm) / f"samples_{task}.jsonl") for arm in arms}
+    by_key = {arm: {(r["doc_id"], r["doc_hash"]): r for r in rows} for arm, rows in tables.items()}
+    found = []
+    for row in tables[arms[0]]:
+        given = {arm: by_key[arm][row["doc_id"], row["doc_hash"]] for arm in arms}
+        right = {arm: float(answer[entry["metric"]]) for arm, answer in given.items()}
+        if len(set(right.values())) == 1:
+            continue
+        apart = {right[arm] for arm in arms if roles[arm] in ("full", "subnetwork")}
+        answers: dict[tuple[float, str], list[str]] = {}
+        for arm in arms:
+            answers.setdefault((right[arm], given[arm]["completion"]), []).append(arm)
+        found.append(
+            {
+                "task": task,
+                "kind": row["group"],
+                "apart": len(apart) > 1,
+                "question": row["question"],
+                "reference": row["target"],
+                "picture": row["image"],
+                "answers": [
+                    {"score": score, "text": text, "arms": those}
+                    for (score, text), those in sorted(
+                        answers.items(), key=lambda item: -item[0][0]
+                    )
+                ],
+            }
+        )
+    # stable sort: within a rank, the data's own order
+    found.sort(key=lambda q: not q["apart"])
+    pictured = spread([q for q in found if q["picture"]])
+    chosen = (pictured + spread([q for q in found if not q["picture"]]))[:EXAMPLES]
+    for question in chosen:
+        picture = question["picture"]
+        question["picture"] = data_uri(run.root / picture) if picture else None
+    return chosen
+
+
+def spread(questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first question of every kind, then the second of every kind, and so on."""
+    kinds: dict[Any, list[dict[str, Any]]] = {}
+    for question in questions:
+        kinds.setdefault(question["kind"], []).append(question)
+    return [q for layer in zip_longest(*kinds.values()) for q in layer if q]
+
+
+def generations(run: RunFolder, arms: Sequence[str]) -> list[dict[str, Any]]:
+    """Training samples of each arm, from first, middle and last step, with a colour per token."""
+    found = []
+    for arm in arms:
+        path = run.arm(arm) / "samples.jsonl"
+        rows = read_jsonl(path) if path.exists() else []
+        steps = sorted({row["step"] for row in rows})
+        if not steps:
+            continue
+        wanted = sorted({steps[round(i * (len(steps) - 1) / 2)] for i in range(SAMPLES_PER_ARM)})
+        for step in wanted:
+            row = next(row for row in rows if row["step"] == step)
+            tokens = [
+                {
+                    "text": text.replace("\u0120", " ").replace("\u2581", " "),
+                    "student": student,
+                    "teacher": teacher,
+                    "strength": min(1.0, max(0.0, teacher / LEAST_LOGPROB)),
+                }
+                for text, student, teacher in zip(
+                    row["tokens"], row["student_logprobs"], row["teacher_logprobs"], strict=True
+                )
+            ]
+            picture = data_uri(run.arm(arm) / row["image"]) if row["image"] else None
+            found.append({**row, "arm": arm, "tokens": tokens, "picture": picture})
+    return found
+
+
+def data_uri(path: Path) -> str | None:
+    """The picture as a data: URI, made smaller when it is large; None where the file is gone."""
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    kind = {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}.get(path.suffix.lower(), "png")
+    if len(content) > LARGEST_BYTES:
+        with Image.open(path) as picture:
+            small = picture.convert("RGB")
+        small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=80)
+        content, kind = buffer.getvalue(), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

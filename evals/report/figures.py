@@ -1,0 +1,191 @@
+"""The report's figures, as SVG text that takes its ink from the page, so light and dark both work.
+
+Colours are Okabe and Ito's, safe for colour-blind readers, at mid tone; text and axes are drawn in
+a marker colour that becomes `currentColor`. Figures are narrow, so that a phone shows them legibly.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+COLOURS = {
+    "teacher": "#8a8f98",
+    "full": "#2b83c6",
+    "replicate": "#56b4e9",
+    "subnetwork": "#d55e00",
+    "transplant": "#b9659a",
+    "pooled": "#009e73",
+    "random": "#3fb593",
+    "base": "#8a8f98",
+}
+INK = "#010203"
+"""Stands for the page's text colour until the SVG is written."""
+WIDTH = 5.2
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "vlopd",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "grid.color": INK,
+    "grid.alpha": 0.12,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """An <svg> element: no fixed size, no metadata, ids of its own, ink by currentColor."""
+    buffer = io.StringIO()
+    empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=empty, bbox_inches="tight")
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace("xlink:href", "href")
+    svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    return re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).strip()
+
+
+def standalone(svg: str) -> str:
+    """The same SVG as a file of its own, with ink for light and dark."""
+    style = (
+        "<style>svg{color:#24292f}@media(prefers-color-scheme:dark){svg{color:#d5dae0}}"
+        "text{font-family:sans-serif}</style>"
+    )
+    head, _, body = svg.partition(">")
+    return f'{head} xmlns="http://www.w3.org/2000/svg">{style}{body}\n'
+
+
+def canvas(height: float, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def dots(rows: pd.DataFrame, chance: float | None, label: str) -> Figure:
+    """Mean and interval of each arm (columns arm, role, mean, low, high, in [0, 1]), top row first.
+
+    Broken lines mark chance and the teacher.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = canvas(0.9 + 0.26 * len(rows))
+        intervals(axes, rows, 100)
+        teacher = rows[rows.role == "teacher"]["mean"]
+        lines = {"chance": chance, "teacher": teacher.iloc[0] if len(teacher) else None}
+        for text, value in lines.items():
+            if value is not None:
+                axes.axvline(100 * value, color=INK, lw=0.8, ls=(0, (3, 3)), alpha=0.6, zorder=0)
+                axes.text(100 * value, -0.75, text, ha="center", va="bottom", fontsize=8, alpha=0.8)
+        axes.set_xlabel(label)
+        axes.set_xlim(-2, 102)
+    return figure
+
+
+def forest(rows: pd.DataFrame, label: str) -> Figure:
+    """Paired differences with intervals (columns arm, role, mean, low, high) and a line at zero."""
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = canvas(0.8 + 0.26 * len(rows))
+        intervals(axes, rows, 100)
+        axes.axvline(0, color=INK, lw=0.8, alpha=0.7, zorder=0)
+        axes.set_xlabel(label)
+    return figure
+
+
+def intervals(axes: Axes, rows: pd.DataFrame, scale: float) -> None:
+    """A dot and a bar a row, labelled with the arm's name."""
+    for y, row in enumerate(rows.itertuples()):
+        colour = COLOURS[row.role]
+        if pd.notna(row.low) and pd.notna(row.high):
+            axes.plot([scale * row.low, scale * row.high], [y, y], color=colour, lw=2.2)
+        axes.plot([scale * row.mean], [y], "o", color=colour, ms=5.5)
+    axes.set_yticks(range(len(rows)), rows.arm)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x")
+
+
+def curves(rows: pd.DataFrame, roles: Mapping[str, str], value: str, label: str) -> Figure:
+    """One line an arm over optimizer steps: every step faintly, a running mean on top.
+
+    `rows` has columns arm, step and `value`; arms of one role share a colour and differ in dashes.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = canvas(3.0)
+        seen: dict[str, int] = {}
+        for arm, part in rows.groupby("arm", sort=False):
+            role = roles[str(arm)]
+            dash = ("-", (0, (5, 1.5)), (0, (2, 1.2)), (0, (1, 1)))[seen.get(role, 0) % 4]
+            seen[role] = seen.get(role, 0) + 1
+            smooth = part[value].rolling(max(1, len(part) // 40), min_periods=1, center=True).mean()
+            axes.plot(part.step, part[value], color=COLOURS[role], lw=0.5, alpha=0.25)
+            axes.plot(part.step, smooth, color=COLOURS[role], lw=1.5, ls=dash, label=arm)
+        if (rows[value] > 0).all():
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(label)
+        axes.grid()
+        columns = min(3, rows.arm.nunique())
+        figure.legend(loc="outside upper left", ncols=columns, fontsize=8, handlelength=2.6)
+    return figure
+
+
+def heat(value: pd.DataFrame, excess: pd.DataFrame, label: str) -> Figure:
+    """Layers down, modules across: the value on the left, its excess over the null on the right."""
+    height = 1.5 + min(7.0, 0.2 * len(value))
+    panels = 1 if excess.empty else 2
+    with matplotlib.rc_context(STYLE):
+        figure, axes = canvas(height, panels)
+        bound = float(excess.abs().max().max()) or 1.0 if panels == 2 else None
+        panel(figure, axes[0], value, label, "cividis", None, None)
+        if panels == 2:
+            panel(figure, axes[1], excess, "excess over null", "PuOr_r", -bound, bound)
+            axes[1].set_yticks([])
+    return figure
+
+
+def panel(
+    figure: Figure,
+    axes: Axes,
+    table: pd.DataFrame,
+    title: str,
+    colours: str,
+    low: float | None,
+    high: float | None,
+) -> None:
+    mesh = axes.pcolormesh(
+        table.to_numpy(float), cmap=colours, vmin=low, vmax=high, edgecolors="face", linewidth=0.3
+    )
+    axes.invert_yaxis()
+    step = max(1, len(table) // 24)
+    axes.set_yticks([i + 0.5 for i in range(0, len(table), step)], table.index[::step], fontsize=7)
+    axes.set_xticks(
+        [i + 0.5 for i in range(table.shape[1])], table.columns, rotation=60, ha="right", fontsize=7
+    )
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(mesh, ax=axes, location="top", shrink=0.9, aspect=24, pad=0.02)
+    bar.set_label(title, fontsize=8)
+    bar.ax.tick_params(labelsize=7, length=2)
+    bar.outline.set_visible(False)

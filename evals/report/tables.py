@@ -1,0 +1,129 @@
+"""A run folder's JSON files as tidy tables: what the report shows and what tables/*.csv holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from vlopd.checkpoint import RunFolder, read_json, read_jsonl
+from vlopd.config import ExperimentConfig
+
+ORDER = ("teacher", "full", "replicate", "subnetwork", "transplant", "pooled", "random", "base")
+"""From ceiling to floor: the order of arms in every table and figure."""
+
+
+def arm_records(run: RunFolder, config: ExperimentConfig) -> dict[str, Any]:
+    """record.json of every arm that has one."""
+    paths = {arm: run.arm_record(arm) for arm in config.arms}
+    return {arm: read_json(path) for arm, path in paths.items() if path.exists()}
+
+
+def scores(compared: Mapping[str, Any], records: Mapping[str, Any]) -> pd.DataFrame:
+    """One row a task and arm, the pooled random controls as an arm of their own, ceiling first."""
+    rows = []
+    for task, entry in compared["tasks"].items():
+        arms = dict(entry["arms"])
+        for arm, control in entry["random_controls"].items():
+            if len(control["arms"]) > 1:
+                of = f" for {arm}" if len(entry["random_controls"]) > 1 else ""
+                record = {"density": records.get(control["arms"][0], {}).get("density")}
+                pooled = {"role": "pooled", **control["pooled"], "record": record}
+                arms[f"random{of} (mean of {len(control['arms'])})"] = pooled
+        for arm, its in sorted(arms.items(), key=lambda item: ORDER.index(item[1]["role"])):
+            record = its.get("record", records.get(arm, {}))
+            to_full, recovery = its["difference_to_full"] or {}, its["recovery"]
+            rows.append(
+                {
+                    "task": task,
+                    "arm": arm,
+                    "role": its["role"],
+                    "metric": entry["metric"],
+                    **estimate(its),
+                    **{f"difference_{key}": v for key, v in estimate(to_full).items()},
+                    "mcnemar_p": to_full.get("mcnemar_p"),
+                    "recovery": recovery["value"],
+                    "recovery_low": (recovery["interval"] or [None, None])[0],
+                    "recovery_high": (recovery["interval"] or [None, None])[1],
+                    "recovery_status": recovery["status"],
+                    "density": record.get("density"),
+                    "trained_parameters": record.get("trained_parameters"),
+                    "total_parameters": record.get("total_parameters"),
+                    "extraction_failure_fraction": its.get("extraction_failure_fraction"),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def contrasts(compared: Mapping[str, Any]) -> pd.DataFrame:
+    """One row a task and contrast, as in compare.json."""
+    rows = []
+    for task, entry in compared["tasks"].items():
+        for its in entry["contrasts"]:
+            rest = {k: its[k] for k in ("p", "p_holm", "test", "minimum_detectable_effect")}
+            rows.append({"task": task, "name": its["name"], **estimate(its), **rest})
+    return pd.DataFrame(rows)
+
+
+def groups(compared: Mapping[str, Any]) -> pd.DataFrame:
+    """One row a task, arm and question kind, with the kind's chance level."""
+    rows = []
+    for task, entry in compared["tasks"].items():
+        chance = entry["chance"] or {}
+        arms = sorted(entry["arms"].items(), key=lambda item: ORDER.index(item[1]["role"]))
+        for arm, its in arms:
+            for kind, value in its["by_group"].items():
+                where = {"task": task, "arm": arm, "role": its["role"], "kind": kind}
+                rows.append({**where, **estimate(value), "chance": chance.get(kind)})
+    return pd.DataFrame(rows)
+
+
+def estimate(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """n, mean, standard_error, low and high of an estimate in compare.json; empty for none."""
+    if not entry:
+        return dict.fromkeys(("mean", "standard_error", "low", "high"))
+    low, high = entry["interval"]
+    kept = {key: entry[key] for key in ("n", "mean", "standard_error") if key in entry}
+    return {**kept, "low": low, "high": high}
+
+
+def training(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
+    """metrics.jsonl of every arm that was trained, one row an arm and step."""
+    frames = []
+    for arm in config.arms:
+        path = run.arm(arm) / "metrics.jsonl"
+        if path.exists() and (rows := read_jsonl(path)):
+            frame = pd.DataFrame(rows)
+            frame.insert(0, "arm", arm)
+            frames.append(frame)
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def masks(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
+    """One row a mask: rule, density, and the density within each component of the model."""
+    rows = []
+    for name in config.masks:
+        if run.mask_record(name).exists():
+            record = read_json(run.mask_record(name))
+            rule = config.masks[name].model_dump()
+            words = [rule.pop("type"), *(f"{key}={value}" for key, value in rule.items())]
+            components = record.get("density_by_component", {})
+            rows.append(
+                {"mask": name, "rule": " ".join(words), "density": record["density"], **components}
+            )
+    return pd.DataFrame(rows)
+
+
+def geometry(run: RunFolder, config: ExperimentConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(geometry.csv, summary.json) of all arms that have them, each with an `arm` column."""
+    tidy, summary = [], []
+    for arm in config.arms:
+        folder = run.geometry(arm)
+        if (folder / "geometry.csv").exists():
+            tidy.append(pd.read_csv(folder / "geometry.csv").assign(arm=arm))
+        if (folder / "summary.json").exists():
+            summary += [
+                {"arm": arm, **row} for row in read_json(folder / "summary.json")["summary"]
+            ]
+    return pd.concat(tidy) if tidy else pd.DataFrame(), pd.DataFrame(summary)

@@ -1,0 +1,246 @@
+"""The verdict: what the numbers of compare.json say, in sentences that say no more than they do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlopd.config import DistillArm, ExperimentConfig
+
+Entry = Mapping[str, Any]
+
+
+def verdict(
+    record: Entry, config: ExperimentConfig, densities: Mapping[str, float | None]
+) -> list[str]:
+    """Plain-language sentences, task by task. Scores are shown in percent, differences in points.
+
+    `record` is compare.json's content, `densities` the trained or moved fraction of each arm.
+    """
+    sentences = []
+    for task, entry in record["tasks"].items():
+        teller = Teller(entry, config, densities)
+        prefix = f"{task}: " if len(record["tasks"]) > 1 else ""
+        lines = [*teller.full_opd(), *teller.retrained(), *teller.transplants(), *teller.limits()]
+        sentences += [prefix + line for line in lines]
+    seeds = [arm.seed for arm in config.arms.values() if isinstance(arm, DistillArm)]
+    replicated = any(
+        arm["role"] == "replicate"
+        for task in record["tasks"].values()
+        for arm in task["arms"].values()
+    )
+    noise = "training-seed noise is not in them"
+    if seeds:
+        noise += (
+            " (full OPD was repeated, see its replicates)" if replicated else " (one seed per arm)"
+        )
+    sentences.append(f"Intervals are {100 * record['confidence']:g} % over questions; {noise}.")
+    return sentences
+
+
+class Teller:
+    """The sentences about one task."""
+
+    def __init__(
+        self, task: Entry, config: ExperimentConfig, densities: Mapping[str, float | None]
+    ):
+        self.task, self.config, self.densities = task, config, densities
+        self.arms: Mapping[str, Entry] = task["arms"]
+        self.base, self.teacher, self.full = map(self.first, ("base", "teacher", "full"))
+        self.gain = self.contrast(self.full, self.base)
+
+    def full_opd(self) -> list[str]:
+        """How far full OPD gets from base to teacher."""
+        lines = []
+        base, teacher, full, gain = self.base, self.teacher, self.full, self.gain
+        if full and base and teacher:
+            between = (
+                f"between base ({percent(self.arms[base]['mean'])}) "
+                f"and teacher ({percent(self.arms[teacher]['mean'])})"
+            )
+            gap = self.task["gap_closed"]
+            if gap["status"] == "ok":
+                lines.append(f"Full OPD closes {share(gap)} of the gap {between}.")
+            else:
+                lines.append(
+                    f"The teacher is not distinguishably better than the base, so no gap {between} "
+                    "is there to close."
+                )
+        if gain:
+            lines.append(
+                f"Full OPD scores {percent(self.arms[full]['mean'])}: {points(gain)} against the "
+                f"base, {finding(gain, 'above', 'below')}."
+            )
+            if self.arms[full]["recovery"]["status"] != "ok":
+                lines.append("Without a gain over the base, recovery is undefined for every arm.")
+        chance = (self.task.get("chance") or {}).get("all")
+        if base and chance is not None and self.arms[base]["interval"][0] is not None:
+            low, high = self.arms[base]["interval"]
+            if low <= chance <= high:
+                lines.append(
+                    f"The base ({percent(self.arms[base]['mean'])}) is not distinguishable from "
+                    f"chance ({percent(chance)})."
+                )
+        for arm in self.having("replicate"):
+            if contrast := self.contrast(arm, full):
+                lines.append(
+                    f"Full OPD repeated as {arm} differs from {full} by {points(contrast)}."
+                )
+        return lines
+
+    def retrained(self) -> list[str]:
+        """What the subnetworks recover, and whether random masks would do as well."""
+        lines = []
+        for arm in self.having("subnetwork"):
+            name = f"The {self.density(arm)}subnetwork{named(arm)}, retrained{self.seed(arm)},"
+            controls = self.task["random_controls"].get(arm)
+            recovered = self.arms[arm]["recovery"]
+            if recovered["status"] == "ok":
+                line = f"{name} recovers {share(recovered)} of full OPD's gain"
+                if controls:
+                    line += (
+                        "; random masks of the same per-tensor densities "
+                        f"{share(controls['pooled']['recovery'])} ({mean_of(controls['arms'])})"
+                    )
+            else:
+                line = f"{name} scores {percent(self.arms[arm]['mean'])}"
+                if controls:
+                    line += (
+                        "; random masks of the same per-tensor densities "
+                        f"{percent(controls['pooled']['mean'])} ({mean_of(controls['arms'])})"
+                    )
+            lines.append(line + ".")
+            if controls:
+                difference = controls["difference"]
+                lines.append(
+                    f"{capital(arm)} minus random: {points(difference)}, "
+                    f"p {equals(difference['p'])} ({equals(difference['p_holm'])} after Holm): "
+                    f"{finding(difference, 'better', 'worse')}. Among its {len(controls['arms'])} "
+                    f"random controls it ranks {controls['rank']} of {controls['of']}; over mask "
+                    f"seeds no p below {controls['smallest_possible_p']:.2g} is possible."
+                )
+            if difference := self.contrast(arm, self.full):
+                low = difference["interval"][0]
+                bound = (
+                    f"; it may be as much as {-100 * low:.1f} pp worse"
+                    if low is not None and low < 0
+                    else ""
+                )
+                lines.append(
+                    f"{capital(arm)} minus full: {points(difference)}, "
+                    f"{finding(difference, 'better', 'worse')}{bound}."
+                )
+        return lines
+
+    def transplants(self) -> list[str]:
+        """What the delta on the mask does without retraining."""
+        lines = []
+        for arm in self.having("transplant"):
+            recovered, to_full = self.arms[arm]["recovery"], self.arms[arm]["difference_to_full"]
+            line = (
+                f"The transplant{named(arm)}, base plus the full delta on the "
+                f"{self.density(arm)}mask without retraining, "
+            )
+            if recovered["status"] == "ok":
+                line += f"recovers {share(recovered)}"
+            else:
+                line += f"scores {percent(self.arms[arm]['mean'])}"
+            lines.append(line + (f", {points(to_full)} against full." if to_full else "."))
+            if controls := self.task["random_controls"].get(arm):
+                difference = controls["difference"]
+                lines.append(
+                    f"{capital(arm)} minus transplants on random masks "
+                    f"({mean_of(controls['arms'])}): {points(difference)}, "
+                    f"{finding(difference, 'better', 'worse')}."
+                )
+        return lines
+
+    def limits(self) -> list[str]:
+        """What so many questions could show at all."""
+        effect, of = (
+            self.task["minimum_detectable_effect"],
+            self.task["minimum_detectable_effect_of"],
+        )
+        if not effect:
+            return []
+        return [
+            f"With these {self.task['n']} questions a true difference of {100 * effect:.1f} pp "
+            f"({of}) would be found four times in five."
+        ]
+
+    def having(self, role: str) -> list[str]:
+        return [name for name, arm in self.arms.items() if arm["role"] == role]
+
+    def first(self, role: str) -> str | None:
+        return next(iter(self.having(role)), None)
+
+    def contrast(self, a: str | None, b: str | None) -> Entry | None:
+        return next((c for c in self.task["contrasts"] if (c["a"], c["b"]) == (a, b)), None)
+
+    def density(self, arm: str) -> str:
+        value = self.densities.get(arm)
+        return "" if value is None else f"{100 * value:.3g} % "
+
+    def seed(self, arm: str) -> str:
+        if self.full is None:
+            return ""
+        same = self.config.arms[arm].seed == self.config.arms[self.full].seed  # type: ignore[union-attr]
+        return " from the same seed" if same else " from another seed"
+
+
+# -------------------------------------------------------------------------------- numbers in words
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def points(difference: Entry) -> str:
+    """A difference with its interval, in percentage points: +5.2 pp [+1.0, +9.4]."""
+    return f"{100 * difference['mean']:+.1f} pp{interval(difference, 100, '+.1f')}"
+
+
+def share(recovered: Entry) -> str:
+    """A recovery with its interval: 0.71 [0.63, 0.79]."""
+    if recovered["value"] is None:
+        return recovered["status"]
+    return f"{recovered['value']:.2f}{interval(recovered, 1, '.2f')}"
+
+
+def interval(entry: Entry, scale: float, form: str) -> str:
+    """The entry's interval in brackets after a space; nothing where it has none."""
+    bounds = entry["interval"]
+    if bounds is None or None in bounds:
+        return ""
+    return f" [{scale * bounds[0]:{form}}, {scale * bounds[1]:{form}}]"
+
+
+def finding(difference: Entry, above: str, below: str) -> str:
+    """Which side of zero the interval lies on, if it lies on one."""
+    low, high = difference["interval"]
+    if low is not None and low > 0:
+        return f"distinguishably {above}"
+    if high is not None and high < 0:
+        return f"distinguishably {below}"
+    return "not distinguishable at this number of questions"
+
+
+def p_value(p: float | None) -> str:
+    return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
+
+
+def equals(p: float) -> str:
+    return p_value(p) if p < 0.001 else f"= {p_value(p)}"
+
+
+def mean_of(arms: Sequence[str]) -> str:
+    return "one mask" if len(arms) == 1 else f"mean of {len(arms)}"
+
+
+def named(arm: str) -> str:
+    """The arm's name in brackets, unless the sentence has just said it."""
+    return "" if arm in ("subnetwork", "transplant") else f" ({arm})"
+
+
+def capital(arm: str) -> str:
+    return arm[:1].upper() + arm[1:]

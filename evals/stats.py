@@ -1,0 +1,236 @@
+"""Errors, intervals and tests for scores of the same questions under several arms.
+
+Pure functions of numpy arrays, one entry a question, aligned across arms. A score is whatever the
+task's metric gives (0/1 mostly); means, errors and differences are in its unit. `clusters` names
+the group of each question (a passage, an image) where questions are not independent of each other.
+Sources: Miller 2024 (arXiv 2411.00640) for the errors, Bowyer et al. 2025 (2503.01747) for why the
+normal interval is not used on few questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+Scores = NDArray[np.float64]
+
+FEW_QUESTIONS = 100
+FEW_EVENTS = 10
+"""Below either, 0/1 scores do not get the usual interval, which is then too narrow."""
+BLOCK = 2_000_000
+"""Bootstrap weights drawn at once, so that memory does not grow with draws x questions."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `n` questions; error and interval are nan where there is a single unit."""
+
+    n: int
+    mean: float
+    standard_error: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A mean paired difference and the p-value of `test` against no difference."""
+
+    p: float
+    test: Literal["mcnemar", "paired_t"]
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A share of a gain. `value`, `low`, `high` are None unless `status` is "ok".
+
+    "undefined": the gain's interval includes 0. "negative": there is a loss, so nothing to recover.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    status: Literal["ok", "undefined", "negative"]
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Place among controls, 1 the best, and the permutation p-value it gives."""
+
+    rank: int
+    of: int
+    p: float
+    smallest_possible_p: float
+
+
+def mean_with_error(
+    x: ArrayLike, clusters: ArrayLike | None = None, confidence: float = 0.95
+) -> Estimate:
+    """Mean with its standard error, sd(ddof=1)/sqrt(n) or clustered, and an interval.
+
+    The interval is Student's t over units (questions or clusters); Wilson's for few 0/1 scores.
+    """
+    x = scores(x)
+    error, units = standard_error(x, clusters)
+    events = min(x.sum(), len(x) - x.sum())
+    if clusters is None and binary(x) and (len(x) < FEW_QUESTIONS or events < FEW_EVENTS):
+        low, high = proportion_confint(int(x.sum()), len(x), alpha=1 - confidence, method="wilson")
+    else:
+        low, high = t_interval(x.mean(), error, units, confidence)
+    return Estimate(len(x), float(x.mean()), error, float(low), float(high))
+
+
+def paired_difference(
+    a: ArrayLike, b: ArrayLike, clusters: ArrayLike | None = None, confidence: float = 0.95
+) -> Difference:
+    """Mean of a - b over the same questions, with the error of the differences.
+
+    Unclustered 0/1 scores are tested by exact McNemar, others by the paired t. Few discordant pairs
+    get the adjusted Wald interval of Bonett and Price 2012 (J. Educ. Behav. Stat. 37, 479).
+    """
+    a, b = scores(a), scores(b)
+    if a.shape != b.shape:
+        raise ValueError(f"paired scores need the same questions, got {len(a)} and {len(b)}")
+    d = a - b
+    error, units = standard_error(d, clusters)
+    low, high = t_interval(d.mean(), error, units, confidence)
+    if clusters is None and binary(a) and binary(b):
+        wins, losses = int((d > 0).sum()), int((d < 0).sum())
+        if len(d) < FEW_QUESTIONS or wins + losses < FEW_EVENTS:
+            low, high = adjusted_wald(wins, losses, len(d), confidence)
+        p, test = mcnemar_exact(wins, losses), "mcnemar"
+    else:
+        p, test = t_test(d.mean(), error, units), "paired_t"
+    return Difference(len(d), float(d.mean()), error, float(low), float(high), p, test)
+
+
+def mcnemar_exact(wins: int, losses: int) -> float:
+    """Two-sided exact McNemar p-value from the discordant pairs; 1 when there are none."""
+    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+
+
+def recovery(
+    sub: ArrayLike,
+    base: ArrayLike,
+    full: ArrayLike,
+    draws: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    clusters: ArrayLike | None = None,
+) -> Recovery:
+    """(sub - base) / (full - base), with a percentile interval from a paired bootstrap over items.
+
+    Resampling questions is drawing multinomial weights; questions with the same two differences
+    share a weight, so 0/1 scores need nine weights a draw however many questions. With `clusters`,
+    whole clusters are drawn.
+    """
+    sub, base, full = scores(sub), scores(base), scores(full)
+    gain = paired_difference(full, base, clusters, confidence)
+    if not gain.low > 0:  # nan too
+        return Recovery(None, None, None, "negative" if gain.high < 0 else "undefined")
+    rows = np.stack([sub - base, full - base], axis=1)
+    if clusters is not None:
+        rows = cluster_sums(rows, clusters)
+    rows, counts = np.unique(rows, axis=0, return_counts=True)
+    rng = np.random.default_rng(seed)
+    sums = []
+    block = max(1, BLOCK // len(rows))
+    for start in range(0, draws, block):
+        size = min(block, draws - start)
+        weights = rng.multinomial(counts.sum(), counts / counts.sum(), size=size)
+        sums.append(weights @ rows)
+    parts, wholes = np.concatenate(sums).T
+    ratios = parts[wholes != 0] / wholes[wholes != 0]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(ratios, [tail, 1 - tail])
+    return Recovery(float((sub - base).mean() / gain.mean), float(low), float(high), "ok")
+
+
+def holm(pvalues: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment: the family-wise error over these contrasts is kept."""
+    if not pvalues:
+        return []
+    return [float(p) for p in multipletests(pvalues, method="holm")[1]]
+
+
+def minimum_detectable_effect(sd: float, n: int, power: float = 0.8, alpha: float = 0.05) -> float:
+    """The mean difference found with probability `power` by a two-sided test at `alpha`.
+
+    (z_{1 - alpha/2} + z_power) sd / sqrt(n), sd that of the paired differences (Miller 2024).
+    """
+    return float((stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) * sd / np.sqrt(n))
+
+
+def rank_among(value: float, controls: Sequence[float]) -> Rank:
+    """Rank of a value among k controls, ties against it; p = rank/(k+1), so at least 1/(k+1)."""
+    k = len(controls)
+    rank = 1 + sum(control >= value for control in controls)
+    return Rank(rank, k + 1, rank / (k + 1), 1 / (k + 1))
+
+
+# ----------------------------------------------------------------------------------------- helpers
+
+
+def scores(x: ArrayLike) -> Scores:
+    x = np.asarray(x, dtype=np.float64)
+    if x.ndim != 1 or not len(x) or not np.isfinite(x).all():
+        raise ValueError(f"scores must be one finite number a question, got shape {x.shape}")
+    return x
+
+
+def binary(x: Scores) -> bool:
+    return bool(np.isin(x, (0.0, 1.0)).all())
+
+
+def cluster_sums(x: NDArray[np.float64], clusters: ArrayLike) -> NDArray[np.float64]:
+    """Sums of x ([n] or [n, k]) over each cluster."""
+    names, index = np.unique(np.asarray(clusters), return_inverse=True)
+    if len(index) != len(x):
+        raise ValueError(f"{len(x)} questions but {len(index)} cluster names")
+    sums = np.zeros((len(names), *x.shape[1:]))
+    np.add.at(sums, index, x)
+    return sums
+
+
+def standard_error(x: Scores, clusters: ArrayLike | None) -> tuple[float, int]:
+    """Standard error of the mean and the number of independent units; nan for a single unit.
+
+    Clustered: sqrt(G/(G-1) sum_g (sum_{i in g} (x_i - mean))^2) / n, which is sd/sqrt(n) when every
+    cluster has one question, and what OLS on a constant gives (statsmodels, cov_type="cluster").
+    """
+    deviations = x - x.mean()
+    if clusters is not None:
+        deviations = cluster_sums(deviations, clusters)
+    units = len(deviations)
+    if units < 2:
+        return float("nan"), units
+    return float(np.sqrt(units / (units - 1) * np.sum(deviations**2)) / len(x)), units
+
+
+def t_interval(mean: float, error: float, units: int, confidence: float) -> tuple[float, float]:
+    if units < 2:
+        return float("nan"), float("nan")
+    half = stats.t.ppf((1 + confidence) / 2, units - 1) * error
+    return mean - half, mean + half
+
+
+def t_test(mean: float, error: float, units: int) -> float:
+    """Two-sided p-value of mean = 0; 1 where the data cannot say."""
+    if units < 2 or mean == 0:
+        return 1.0
+    return float(2 * stats.t.sf(abs(mean) / error, units - 1)) if error else 0.0
+
+
+def adjusted_wald(wins: int, losses: int, n: int, confidence: float) -> tuple[float, float]:
+    """Interval of a difference of paired proportions, one imagined win and loss added."""
+    up, down = (wins + 1) / (n + 2), (losses + 1) / (n + 2)
+    error = np.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    half = stats.norm.ppf((1 + confidence) / 2) * error
+    return max(-1.0, up - down - half), min(1.0, up - down + half)

@@ -1,0 +1,55 @@
+"""Data, scoring and chance level of the built-in visual world, for the YAML files beside this one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image
+
+from vlopd.data import shapes
+
+
+def dataset(size: int, seed: int, split: shapes.Split, **_: Any) -> dict[str, Dataset]:
+    """lm-eval's `custom_dataset`: `size` questions of a split, one a scene; pictures are drawn when asked for."""
+    world = shapes.ShapesWorld(split, size, seed)
+    return {"test": Dataset.from_list([world.row(i) for i in range(size)])}
+
+
+def doc_to_image(doc: Mapping[str, Any]) -> list[Image.Image]:
+    return [shapes.render(shapes.scene_from_json(doc["scene"]), doc["jitter"])]
+
+
+def doc_to_text(doc: Mapping[str, Any]) -> str:
+    return f"{shapes.scene_in_words(shapes.scene_from_json(doc['scene']))} {doc['question']}"
+
+
+def process_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
+    """Full string; the verdict after the last colon; and whether an answer that needs a verdict has none."""
+    said, right = results[0].strip(), doc["answer"]
+    separator = shapes.VERDICT.strip()
+    return {
+        "exact_match": float(said == right),
+        "verdict_match": float(said.split(separator)[-1].strip() == right.split(separator)[-1].strip()),
+        "extraction_failure": float(separator in right and separator not in said),
+    }
+
+
+@lru_cache(maxsize=1)
+def blind_guesser() -> tuple[dict[str, str], dict[str, str]]:
+    return shapes.blind_guesser()
+
+
+def chance(docs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Exact match of a guesser who knows the training answers and never looks: over all, and by kind."""
+    by_text, by_kind = blind_guesser()
+    hits: defaultdict[str, list[bool]] = defaultdict(list)
+    for doc in docs:
+        hit = by_text.get(doc["question"], by_kind[doc["kind"]]) == doc["answer"]
+        hits["all"].append(hit)
+        hits[doc["kind"]].append(hit)
+    return {kind: float(np.mean(values)) for kind, values in hits.items()}

@@ -1,0 +1,146 @@
+"""Tiny, real, seeded models: a language pair and a vision-language pair, teacher and student of different
+sizes and, where they have eyes, different towers and resolutions."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DISABLE_MULTIPROC", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+)
+
+from vlopd.config import ExperimentConfig
+from vlopd.models.load import BUILTIN, load
+from vlopd.pair import ModelPair
+
+KINDS = ("llm", "vlm")
+
+
+def tiny_language(vocabulary: int, width: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+def build(kind: str, role: str, folder: Path, dtype: torch.dtype) -> Path:
+    """Saves a tiny random model with the processor of the built-in of its role."""
+    torch.manual_seed(KINDS.index(kind) * 2 + (role == "teacher"))
+    width = 48 if role == "teacher" else 32
+    processor = AutoProcessor.from_pretrained(BUILTIN / f"shapes-{role}")
+    tokenizer = AutoTokenizer.from_pretrained(BUILTIN / f"shapes-{role}")
+    language = tiny_language(len(tokenizer), width)
+    if kind == "llm":
+        model, processor = LlamaForCausalLM(language), tokenizer
+    else:
+        sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        vision = (
+            CLIPVisionConfig(**sizes, image_size=96, patch_size=32)
+            if role == "teacher"
+            else SiglipVisionConfig(**sizes, image_size=48, patch_size=16, vision_use_head=False)
+        )
+        model = LlavaForConditionalGeneration(
+            LlavaConfig(
+                vision_config=vision,
+                text_config=language,
+                image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+                vision_feature_layer=-1,
+                vision_feature_select_strategy="full",
+            )
+        )
+    with torch.no_grad():  # livelier than the default initialisation, so that inputs matter
+        for p in model.parameters():
+            if p.ndim >= 2:
+                p.mul_(8)
+    model.generation_config.eos_token_id = 2
+    model.generation_config.pad_token_id = 0
+    model.to(dtype).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """{(kind, role): folder}, stored in bf16 as real checkpoints are."""
+    root = tmp_path_factory.mktemp("models")
+    return {
+        (kind, role): build(kind, role, root / f"{kind}-{role}", torch.bfloat16)
+        for kind in KINDS
+        for role in ("student", "teacher")
+    }
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def make_pair(folders):
+    """(kind, dtype) -> a freshly loaded pair."""
+
+    def make(kind: str, dtype: torch.dtype = torch.float32) -> ModelPair:
+        student, teacher = (load(str(folders[kind, role]), dtype) for role in ("student", "teacher"))
+        teacher.model.requires_grad_(False)
+        return ModelPair(student, teacher)
+
+    return make
+
+
+@pytest.fixture
+def make_config(folders):
+    """(kind, **top-level sections) -> a miniature experiment on the tiny models."""
+
+    def make(kind: str, **sections) -> ExperimentConfig:
+        base = {
+            "name": f"mini-{kind}",
+            "pair": {"student": str(folders[kind, "student"]), "teacher": str(folders[kind, "teacher"])},
+            "precision": {"compute": "fp32"},
+            "data": {"type": "shapes", "modality": "image" if kind == "vlm" else "text"},
+            "rollout": {"max_new_tokens": 6},
+            "optim": {"learning_rate": 1e-3},
+            "train": {"steps": 4, "prompts_per_step": 4, "save_every": 2, "sample_every": 2},
+            "arms": {"full": {"type": "distill", "seed": 1}},
+            "geometry": {"arms": ()},
+        }
+        return ExperimentConfig.model_validate({**base, **sections})
+
+    return make
+
+
+@pytest.fixture
+def make_data():
+    """(kind, n) -> n examples of the visual world."""
+    from vlopd.data.shapes import ShapesWorld
+
+    def make(kind: str, n: int = 6):
+        world = ShapesWorld("train", n, seed=3, modality="image" if kind == "vlm" else "text")
+        return list(world)
+
+    return make

@@ -1,0 +1,381 @@
+"""Claims about compare.json and the report, on a miniature run folder made of files alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, ImageDraw
+
+from evals.compare import compare
+from evals.report.build import build_report
+from vlopd.checkpoint import RunError, RunFolder, read_json, read_jsonl, write_json, write_jsonl
+from vlopd.config import ExperimentConfig
+
+KINDS = ("attribute", "row", "count", "exist")
+SKILL = {
+    "base": 0.42,
+    "teacher": 0.96,
+    "full": 0.78,
+    "subnetwork": 0.73,
+    "random-0": 0.61,
+    "random-1": 0.60,
+    "random-2": 0.63,
+    "transplant": 0.55,
+}
+
+
+def make_config(**changes) -> ExperimentConfig:
+    tree = {
+        "name": "mini",
+        "title": "A miniature <run> with invented numbers",
+        "pair": {"student": "builtin:student", "teacher": "builtin:teacher"},
+        "data": {"type": "shapes"},
+        "train": {"steps": 40, "prompts_per_step": 4},
+        "masks": {
+            "visible": {"type": "top_fraction", "of": "full", "fraction": 0.05},
+            **{f"random-{i}": {"type": "random", "like": "visible", "seed": i} for i in range(3)},
+        },
+        "arms": {
+            "base": {"type": "source"},
+            "teacher": {"type": "teacher"},
+            "full": {"type": "distill", "seed": 0},
+            "subnetwork": {"type": "distill", "seed": 1, "mask": "visible"},
+            **{
+                f"random-{i}": {"type": "distill", "seed": 1, "mask": f"random-{i}"}
+                for i in range(3)
+            },
+            "transplant": {"type": "transplant", "of": "full", "mask": "visible"},
+        },
+        "eval": {"bootstrap_draws": 2000},
+    }
+    return ExperimentConfig.model_validate({**tree, **changes})
+
+
+def make_run(root: Path, config: ExperimentConfig, n: int = 300, images: bool = True) -> RunFolder:
+    """An invented run folder by the contract: arms answer the same questions with unlike skill."""
+    run = RunFolder(root)
+    rng = np.random.default_rng(0)
+    resolved = json.loads(config.model_dump_json())
+    write_json(
+        root / "run.json",
+        {
+            "config": resolved,
+            "seeds": {"full": 0},
+            "precision": resolved["precision"],
+            "versions": {"python": "3.11", "torch": "2.9"},
+            "git": None,
+            "machine": {"system": "Linux", "cores": 2},
+            "created": "2026-11-22T10:00:00Z",
+        },
+    )
+    if images:
+        for i in range(12):
+            make_picture(root / f"evals/images/shapes/{i}.png", i)
+    ease = rng.normal(size=n)
+    for arm, its in config.arms.items():
+        make_evaluation(run, arm, ease, rng, images)
+        trained = its.type == "distill"
+        write_json(
+            run.arm_record(arm),
+            {
+                "arm": arm,
+                "type": its.type,
+                "inputs": {},
+                "checkpoint_digest": "ab" * 32,
+                "total_parameters": 700_000,
+                "trained_parameters": (35_000 if its.mask else 700_000) if trained else None,
+                "density": 0.05 if getattr(its, "mask", None) else 1.0 if trained else None,
+                "mask": getattr(its, "mask", None),
+                "seed": its.seed if trained else None,
+                "steps": 40 if trained else None,
+                "seconds": 61.5,
+                "device": "cpu",
+                "precision": {"compute": "fp32", "stored": "bf16", "values": "fp32"},
+                "off_mask_unmoved": True if trained and its.mask else None,
+            },
+        )
+        if trained:
+            make_training(run, arm, rng, images)
+    for name in config.masks:
+        by = {"vision": 0.05, "projector": 0.049, "language": 0.0503}
+        write_json(run.mask_record(name), {"density": 0.05, "density_by_component": by})
+    make_geometry(run, rng)
+    return run
+
+
+def make_picture(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.new("RGB", (96, 96), (30, 30, 34))
+    pen = ImageDraw.Draw(picture)
+    for x, y, colour in ((18, 18, "#eb3232"), (78, 46, "#3c5af5"), (46, 78, "#f5e132")):
+        x = (x + 32 * seed) % 96
+        pen.ellipse((x - 12, y - 12, x + 12, y + 12), fill=colour)
+    picture.save(path)
+
+
+def make_evaluation(run: RunFolder, arm: str, ease, rng, images: bool) -> None:
+    n = len(ease)
+    harder = np.array([0.9, 0.1, -0.4, 0.0])[np.arange(n) % 4]
+    logit = np.log(SKILL[arm] / (1 - SKILL[arm])) + 1.2 * (ease + harder)
+    right = rng.random(n) < 1 / (1 + np.exp(-logit))
+    rows = [
+        {
+            "doc_id": i,
+            "doc_hash": f"d{i}",
+            "prompt_hash": f"p{i} {arm}",
+            "target": f"top-left center : {i % 4}",
+            "completion": f"top-left center : {i % 4}" if ok else f"top-left : {(i + 1) % 4}",
+            "exact_match": int(ok),
+            "verdict_match": int(ok),
+            "group": KINDS[i % 4],
+            "cluster": None,
+            "question": "how many red | or <blue>",
+            "image": f"evals/images/shapes/{i}.png" if images and i < 12 else None,
+        }
+        for i, ok in enumerate(right.tolist())
+    ]
+    write_jsonl(run.eval(arm) / "samples_shapes.jsonl", rows)
+    results = {
+        "arm": arm,
+        "inputs": {},
+        "checkpoint_digest": "ab" * 32,
+        "primary_metric": {"shapes": "exact_match"},
+        "data_digest": {"shapes": "cd" * 32},
+        "chance": {
+            "shapes": {"all": 0.21, "attribute": 0.3, "row": 0.1, "count": 0.2, "exist": 0.24}
+        },
+        "extraction_failure_fraction": {"shapes": 0.04 if arm == "base" else 0.0},
+        "results": {"shapes": {"exact_match,none": float(right.mean())}},
+    }
+    write_json(run.eval(arm) / "results.json", results)
+
+
+def make_training(run: RunFolder, arm: str, rng, images: bool) -> None:
+    steps = np.arange(40)
+    kl = (
+        (0.2 + 1.4 * np.exp(-steps / 12))
+        * (1 if arm == "full" else 1.3)
+        * rng.gamma(30, 1 / 30, 40)
+    )
+    metrics = [
+        {"step": int(s), "loss": float(k), "kl": float(k), "mean_completion_tokens": 4.2}
+        | {"truncated_fraction": 0.01, "tokens_per_second": 512.0, "seconds": 1.5}
+        for s, k in zip(steps, kl, strict=True)
+    ]
+    write_jsonl(run.arm(arm) / "metrics.jsonl", metrics)
+    if images:
+        make_picture(run.arm(arm) / "samples/0.png", 3)
+    samples = [
+        {
+            "step": step,
+            "id": f"shapes-train-0-{step}",
+            "question": "how many red",
+            "reference": "top-left center : 2",
+            "completion": "top-left bottom-right : 3",
+            "image": "samples/0.png" if images else None,
+            "tokens": ["top-left", "bottom-right", ":", "3", "</s>"],
+            "student_logprobs": [-0.2, -0.9, -0.01, -0.4, -0.001],
+            "teacher_logprobs": [-0.1, -7.5, -0.02, -1.4, -0.001],
+        }
+        for step in (0, 10, 20, 30)
+    ]
+    write_jsonl(run.arm(arm) / "samples.jsonl", samples)
+
+
+def make_geometry(run: RunFolder, rng) -> None:
+    rows = []
+    for component, layers in (("vision", 4), ("language", 6)):
+        for layer in range(layers):
+            for module in ("q", "k", "v", "o", "gate", "up", "down"):
+                for metric, parameter, value, null in (
+                    ("sparsity", 0.0, 0.8 - 0.02 * layer, 0.78),
+                    ("top_energy", 0.1, 0.4, 0.2),
+                ):
+                    value += rng.normal() / 50
+                    place = [f"{component}.{layer}.{module}", component, layer, module, "64x64"]
+                    numbers = [value, "iid", null, 0.004, value - null]
+                    rows.append([*place, metric, parameter, *numbers, "ok", None])
+    rows.append(["norm", "language", 0, "norm", "64", "top_energy", 0.1, *[None] * 5])
+    rows[-1] += ["skipped", "not a matrix"]
+    columns = (
+        "name component layer module shape metric parameter value null null_mean null_sd excess"
+    )
+    frame = pd.DataFrame(rows, columns=[*columns.split(), "status", "reason"])
+    folder = run.geometry("full")
+    folder.mkdir(parents=True)
+    frame.to_csv(folder / "geometry.csv", index=False)
+    keys = ("metric", "parameter", "value", "null_mean", "null_sd", "label")
+    summary = [
+        ("sparsity", 0.0, 0.79, 0.78, 0.002, "Coordinates unchanged in bf16"),
+        ("top_energy", 0.1, 0.41, 0.2, 0.004, "Energy of the top 10 % singular values"),
+        ("relative_norm", None, 0.0011, None, None, "Relative norm of the update"),
+    ]
+    rows = [dict(zip(keys, row, strict=True)) for row in summary]
+    write_json(folder / "summary.json", {"summary": rows})
+
+
+# ------------------------------------------------------------------------------------------ compare
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    config = make_config()
+    run = make_run(tmp_path_factory.mktemp("module") / "run", config)
+    return run, config, read_json(compare(run, config))
+
+
+@pytest.fixture
+def spoilable(compared, tmp_path):
+    """A copy of the compared run, for tests that change files."""
+    run, config, record = compared
+    shutil.copytree(run.root, tmp_path / "run")
+    return RunFolder(tmp_path / "run"), config, record
+
+
+def test_every_arm_has_its_numbers(compared):
+    """Each arm has n, mean, error, and its difference to full and recovery with intervals."""
+    _, config, record = compared
+    task = record["tasks"]["shapes"]
+    assert task["n"] == 300 and set(task["arms"]) == set(config.arms)
+    for arm in task["arms"].values():
+        assert arm["n"] == 300 and arm["standard_error"] > 0
+        assert arm["interval"][0] < arm["mean"] < arm["interval"][1]
+        low, high = arm["difference_to_full"]["interval"]
+        assert low <= arm["difference_to_full"]["mean"] <= high
+        low, high = arm["recovery"]["interval"]
+        assert arm["recovery"]["status"] == "ok" and low <= arm["recovery"]["value"] <= high
+        assert set(arm["by_group"]) == set(KINDS)
+    assert task["arms"]["full"]["recovery"]["value"] == 1
+    assert task["arms"]["base"]["recovery"]["value"] == 0
+
+
+def test_means_are_those_of_the_samples(compared):
+    """The joined scores are the arms' own: means and differences follow from the sample files."""
+    run, _, record = compared
+    means = {
+        arm: np.mean([r["exact_match"] for r in read_jsonl(run.eval(arm) / "samples_shapes.jsonl")])
+        for arm in SKILL
+    }
+    task = record["tasks"]["shapes"]
+    for arm, its in task["arms"].items():
+        assert its["mean"] == pytest.approx(means[arm])
+        assert its["difference_to_full"]["mean"] == pytest.approx(means[arm] - means["full"])
+    assert task["gap_closed"]["value"] == pytest.approx(
+        (means["full"] - means["base"]) / (means["teacher"] - means["base"])
+    )
+
+
+def test_random_controls_are_pooled_and_ranked(compared):
+    """The subnetwork stands against the mean of its own random masks, and its rank has a floor."""
+    task = compared[2]["tasks"]["shapes"]
+    control = task["random_controls"]["subnetwork"]
+    randoms = ["random-0", "random-1", "random-2"]
+    assert control["arms"] == randoms and control["smallest_possible_p"] == 0.25
+    mean = np.mean([task["arms"][arm]["mean"] for arm in randoms])
+    assert control["pooled"]["mean"] == pytest.approx(mean)
+    names = [contrast["name"] for contrast in task["contrasts"]]
+    assert {"subnetwork - random-0", "full - base", "transplant - full"} <= set(names)
+    assert all(contrast["p"] <= contrast["p_holm"] <= 1 for contrast in task["contrasts"])
+
+
+def test_row_order_does_not_matter(spoilable):
+    """Arms are joined by question, not by line number."""
+    run, config, record = spoilable
+    path = run.eval("full") / "samples_shapes.jsonl"
+    write_jsonl(path, read_jsonl(path)[::-1])
+    again = read_json(compare(run, config))
+    assert again["inputs"] != record["inputs"]
+    assert again["tasks"] == record["tasks"]
+
+
+def test_incomparable_arms_are_refused(spoilable):
+    """Different data or questions, or a missing evaluation, end in one line, not in a number."""
+    run, config, _ = spoilable
+    results = run.eval("full") / "results.json"
+    good = read_json(results)
+    write_json(results, {**good, "data_digest": {"shapes": "other"}})
+    with pytest.raises(RunError, match=r"base and full .* different data_digest on shapes"):
+        compare(run, config)
+    write_json(results, good)
+    path = run.eval("full") / "samples_shapes.jsonl"
+    rows = read_jsonl(path)
+    write_jsonl(path, [{**rows[0], "exact_match": 42.0}, *rows[1:]])
+    with pytest.raises(RunError, match=r"'exact_match' in \[0, 1\]; evaluate full again"):
+        compare(run, config)
+    write_jsonl(path, rows[:-1])
+    with pytest.raises(RunError, match=r"full \(299\)"):
+        compare(run, config)
+    results.unlink()
+    with pytest.raises(RunError, match="no evaluation of full; run `vlopd eval") as error:
+        compare(run, config)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_of_few_arms(tmp_path):
+    """Without full OPD, a teacher or masks there is still a comparison and a report."""
+    config = make_config(
+        arms={"base": {"type": "source"}, "full": {"type": "distill", "seed": 0}}, masks={}
+    )
+    run = make_run(tmp_path / "two", config, n=40, images=False)
+    task = read_json(compare(run, config))["tasks"]["shapes"]
+    assert task["gap_closed"] is None and task["random_controls"] == {}
+    assert "Full OPD scores" in build_report(run, config).read_text()
+    only = make_config(arms={"base": {"type": "source"}}, masks={}, geometry={"arms": []})
+    run = make_run(tmp_path / "one", only, n=40, images=False)
+    base = read_json(compare(run, only))["tasks"]["shapes"]["arms"]["base"]
+    assert base["difference_to_full"] is None and base["recovery"]["value"] is None
+    assert build_report(run, only).exists()
+
+
+# ------------------------------------------------------------------------------------------- report
+
+
+def test_report_is_one_file_that_says_it_all(compared):
+    """The page needs no network, holds the verdict, every arm and pictures, and escapes text."""
+    run, config, record = compared
+    page = build_report(run, config).read_text()
+    assert not re.search(r"https?://|@import|<link(?! rel=\"icon\" href=\"data:)", page)
+    assert len(page) < 5_000_000 and "data:image/png;base64," in page
+    assert page.count("<svg") == 5
+    assert "<blue>" not in page and "&lt;blue&gt;" in page
+    plain = page.replace("&#39;", "'").replace("&lt;", "<")
+    assert all(sentence in plain for sentence in record["verdict"])
+    assert all(f'<th scope="row">{arm}' in page for arm in config.arms)
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_report_has_files_beside_the_page(compared):
+    """Markdown, SVG figures and CSV tables hold the same numbers for other tools."""
+    run, config, record = compared
+    build_report(run, config)
+    markdown = (run.report / "report.md").read_text()
+    for figure in re.findall(r"\]\((figures/[^)]*)\)", markdown):
+        assert (run.report / figure).read_text().startswith("<svg")
+    table = pd.read_csv(run.report / "tables/arms.csv").set_index("arm")
+    for arm, its in record["tasks"]["shapes"]["arms"].items():
+        assert table.loc[arm, "mean"] == pytest.approx(its["mean"])
+    names = {path.stem for path in (run.report / "tables").iterdir()}
+    assert names == {"arms", "contrasts", "kinds", "training", "masks", "geometry"}
+
+
+def test_report_without_comparison(spoilable):
+    """A run that was only trained has a report too, which names the next step."""
+    run, config, _ = spoilable
+    run.compare.unlink()
+    shutil.rmtree(run.root / "evals")
+    assert "vlopd compare" in build_report(run, config).read_text()
+
+
+def test_no_torch_is_needed():
+    """Comparing and reporting read files only: importing them does not import torch."""
+    code = "import sys, evals.compare, evals.report.build; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

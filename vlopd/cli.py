@@ -1,0 +1,272 @@
+"""The command line: one verb a stage, and `run` for all of them. The only module that imports `evals`.
+
+Heavy imports sit inside the verbs, so that `--help`, a wrong key and a finished run answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vlopd.checkpoint import RunFolder, read_json
+from vlopd.config import (
+    ConfigError,
+    DistillArm,
+    ExperimentConfig,
+    TransplantArm,
+    UserError,
+    load_config,
+)
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console()
+
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "DISABLE_MULTIPROC": "1",  # lm-eval would start a process pool for closed-form errors
+    "LOGLEVEL": "WARNING",
+}
+"""Libraries speak up on warnings only; anything that is set already stays."""
+
+ConfigFile = Annotated[Path, typer.Argument(help="experiment file (TOML)")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="TOML lines over the file, e.g. optim.learning_rate=2e-4")
+]
+Out = Annotated[Path | None, typer.Option(help="run folder; runs/<name> unless told")]
+RunPath = Annotated[Path, typer.Argument(help="run folder")]
+Arms = Annotated[list[str] | None, typer.Option("--arm", help="only this arm; may be given again")]
+
+
+def open_new(config_file: Path, overrides: list[str] | None, out: Path | None):
+    config = load_config(config_file, overrides or ())
+    return RunFolder.create(out or Path("runs") / config.name, config), config
+
+
+def chosen(config: ExperimentConfig, arms: list[str] | None, names: list[str]) -> list[str]:
+    """The arms asked for, or all of `names`. Raises ConfigError for an arm that there is not."""
+    for arm in arms or ():
+        if arm not in config.arms:
+            raise ConfigError(f"no arm {arm!r} in the config; there are {', '.join(config.arms)}")
+    return [name for name in names if not arms or name in arms]
+
+
+def is_masked(config: ExperimentConfig, name: str) -> bool:
+    arm = config.arms[name]
+    return isinstance(arm, TransplantArm) or (isinstance(arm, DistillArm) and arm.mask is not None)
+
+
+# --------------------------------------------------------------------------------------------- stages
+
+
+def make_arms(run: RunFolder, config: ExperimentConfig, names: list[str]) -> None:
+    from vlopd import stages
+
+    for name in names:
+        made = stages.make_arm(run, config, name)
+        say(f"arm {name}", run.arm_record(name), made)
+
+
+def make_masks(run: RunFolder, config: ExperimentConfig) -> None:
+    from vlopd import stages
+
+    for name in config.masks:
+        made = stages.make_mask(run, config, name)
+        say(f"mask {name}", run.mask(name), made)
+
+
+def make_geometry(run: RunFolder, config: ExperimentConfig, names: list[str]) -> None:
+    from vlopd import stages
+
+    for name in names:
+        made = stages.make_geometry(run, config, name)
+        say(f"geometry of {name}", run.geometry(name) / "geometry.csv", made)
+
+
+def make_evals(run: RunFolder, config: ExperimentConfig, names: list[str]) -> None:
+    from evals import harness
+
+    for name in names:
+        made = harness.evaluate_arm(run, config, name)
+        say(f"evaluation of {name}", run.eval(name) / "results.json", made)
+
+
+def make_comparison(run: RunFolder, config: ExperimentConfig) -> None:
+    from evals.compare import compare
+
+    say("comparison", compare(run, config), True)
+
+
+def make_report(run: RunFolder, config: ExperimentConfig) -> None:
+    from evals.report.build import build_report
+
+    say("report", build_report(run, config), True)
+
+
+def say(what: str, where: Path, made: bool) -> None:
+    console.print(f"[bold]{what}[/]: {where}" + ("" if made else " (was done)"), soft_wrap=True)
+
+
+def say_verdict(run: RunFolder) -> None:
+    console.print()
+    for sentence in read_json(run.compare)["verdict"]:
+        console.print(sentence, soft_wrap=True, highlight=False)
+    console.print(f"\n[bold]report[/]: {run.report / 'report.html'}", soft_wrap=True)
+
+
+# ---------------------------------------------------------------------------------------------- verbs
+
+
+@app.command()
+def run(
+    config_file: ConfigFile, overrides: Overrides = None, out: Out = None, arm: Arms = None
+) -> None:
+    """The whole experiment, stage by stage, skipping what is done; with --arm, that arm alone."""
+    folder, config = open_new(config_file, overrides, out)
+    names = chosen(config, arm, list(config.arms))
+    make_arms(folder, config, names)
+    make_geometry(folder, config, [name for name in config.geometry.arms if name in names])
+    make_evals(folder, config, names)
+    if not arm:
+        make_comparison(folder, config)
+        make_report(folder, config)
+        say_verdict(folder)
+
+
+@app.command()
+def check(config_file: ConfigFile, overrides: Overrides = None) -> None:
+    """The pre-flight: do student and teacher share a vocabulary, does the teacher see, do they agree?"""
+    from accelerate import Accelerator
+
+    from vlopd.data import open_data
+    from vlopd.pair import load_pair, preflight
+
+    config = load_config(config_file, overrides or ())
+    pair = load_pair(config, Accelerator().device)
+    data = open_data(config.data, 8, seed=0)
+    table = Table("", "student", "teacher", "ok", title=config.name)
+    rows = preflight(pair, config, [data[i] for i in range(min(8, len(data)))])
+    for row in rows:
+        mark = {None: "", True: "yes", False: "[red]NO[/]"}[row.ok]
+        table.add_row(row.what, row.student.replace("[", r"\["), row.teacher.replace("[", r"\["), mark)
+    console.print(table)
+    failed = [row.what for row in rows if row.ok is False]
+    if failed:
+        console.print(f"[red]not ready[/]: {', '.join(failed)}")
+        raise typer.Exit(1)
+
+
+@app.command()
+def distill(
+    config_file: ConfigFile, overrides: Overrides = None, out: Out = None, arm: Arms = None
+) -> None:
+    """Trains the arms that need no mask (and writes the source they start from)."""
+    folder, config = open_new(config_file, overrides, out)
+    make_arms(folder, config, chosen(config, arm, [n for n in config.arms if not is_masked(config, n)]))
+
+
+@app.command()
+def mask(run: RunPath) -> None:
+    """Makes the run's masks from their rules."""
+    make_masks(*RunFolder.open(run))
+
+
+@app.command()
+def retrain(run: RunPath, arm: Arms = None) -> None:
+    """Trains the masked arms and makes the transplanted ones."""
+    folder, config = RunFolder.open(run)
+    make_arms(folder, config, chosen(config, arm, [n for n in config.arms if is_masked(config, n)]))
+
+
+@app.command()
+def geometry(
+    source: Annotated[Path, typer.Argument(help="run folder, or the source checkpoint")],
+    trained: Annotated[Path | None, typer.Argument(help="trained checkpoint")] = None,
+    out: Annotated[Path | None, typer.Option(help="where the tables go, for two checkpoints")] = None,
+) -> None:
+    """The geometry of a run's arms, or of any two checkpoint folders, each number beside its null."""
+    if trained is None:
+        folder, config = RunFolder.open(source)
+        make_geometry(folder, config, list(config.geometry.arms))
+        return
+    from vlopd.checkpoint import digest_checkpoint
+    from vlopd.config import GeometryConfig
+    from vlopd.geometry.analyse import analyse
+
+    if out is None:
+        raise ConfigError("two checkpoints need --out DIR for the tables")
+    inputs = {"source": digest_checkpoint(source), "trained": digest_checkpoint(trained)}
+    say("geometry", analyse(source, trained, out, GeometryConfig(arms=()), inputs), True)
+
+
+@app.command("eval")
+def evaluate(run: RunPath, arm: Arms = None) -> None:
+    """Scores arms through lm-eval."""
+    folder, config = RunFolder.open(run)
+    make_evals(folder, config, chosen(config, arm, list(config.arms)))
+
+
+@app.command()
+def compare(run: RunPath) -> None:
+    """Paired differences, recovery and their intervals: compare.json."""
+    make_comparison(*RunFolder.open(run))
+
+
+@app.command()
+def report(run: RunPath) -> None:
+    """The report: report.html, report.md, figures and tables."""
+    folder, config = RunFolder.open(run)
+    make_report(folder, config)
+    say_verdict(folder)
+
+
+@app.command()
+def show(run: RunPath) -> None:
+    """What a run holds, and its verdict if there is one. Reads only: works while the run is in use."""
+    folder = RunFolder(run)
+    config = ExperimentConfig.model_validate(read_json(run / "run.json")["config"])
+    table = Table("arm", "type", "mask", "density", "steps", "evaluated", title=config.name)
+    for name in config.arms:
+        path = folder.arm_record(name)
+        about = read_json(path) if path.exists() else {"type": "not made yet"}
+        density = about.get("density")
+        scored = (folder.eval(name) / "results.json").exists()
+        table.add_row(
+            name,
+            about["type"],
+            about.get("mask") or "",
+            "" if density is None else f"{density:.2%}",
+            str(about.get("steps", "")),
+            "yes" if scored else "no",
+        )
+    console.print(table)
+    if folder.compare.exists():
+        say_verdict(folder)
+
+
+def main() -> None:
+    """Entry point: a mistake of the user's is one line on stderr and exit code 2; an interrupt is 130."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"vlopd: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        print(f"vlopd: {error}; what was written before is intact", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("vlopd: interrupted; the same command goes on from the last saved state", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

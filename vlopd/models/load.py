@@ -1,0 +1,205 @@
+"""Loads one model with its own processor: a hub id, a local folder, or `builtin:NAME`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from vlopd.config import ConfigError
+from vlopd.models import families
+from vlopd.types import Completions, Example, Prompts
+
+BUILTIN = Path(__file__).parents[1] / "builtin"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, its processor (or tokenizer), and how it renders prompts and scores completions."""
+
+    name: str
+    model: PreTrainedModel
+    processor: Any
+
+    @property
+    def tokenizer(self) -> Any:
+        return families.tokenizer_of(self.processor)
+
+    @cached_property
+    def sees_images(self) -> bool:
+        return families.sees_images(self.model.config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def vocabulary_rows(self) -> int:
+        """Rows of the output layer, padding included."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """Tokens that end a completion, from the generation config."""
+        ends = self.model.generation_config.eos_token_id
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        return list(ends) if isinstance(ends, (list, tuple)) else [ends]
+
+    @cached_property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.end_ids[0] if pad is None else pad
+
+    @cached_property
+    def unsampleable_ids(self) -> list[int]:
+        return families.unsampleable_ids(self.model.config, self.tokenizer)
+
+    def render_text(self, example: Example, add_generation_prompt: bool = True) -> str:
+        """The example's prompt in this model's own chat template, as text."""
+        return self.processor.apply_chat_template(
+            families.chat_messages(example, self.sees_images),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def encode(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Prompts:
+        """Rendered prompts with their images -> model inputs, on the model's device.
+
+        Raises ValueError when images are given to a model without eyes.
+        """
+        if any(images) and not self.sees_images:
+            raise ValueError(f"{self.name} is text-only but the prompt has an image")
+        prompts = families.encode(self.processor, texts, images, self.sees_images)
+        return prompts.to(self.device, self.model.dtype)
+
+    def render(self, examples: Sequence[Example]) -> Prompts:
+        """Examples -> model inputs, in this model's template, resolution and padding."""
+        return self.encode([self.render_text(e) for e in examples], [e.images for e in examples])
+
+    def completion_hidden(self, prompts: Prompts, completions: Completions) -> Tensor:
+        """[N, H] hidden states that predict each completion token."""
+        return families.completion_hidden(self.model, prompts, completions)
+
+    def logits(self, hidden: Tensor, rows: int) -> Tensor:
+        """[N, H] -> [N, rows] logits over the first `rows` of the vocabulary."""
+        return families.logits_of(self.model, hidden, rows)
+
+    def decode(self, completions: Completions) -> list[str]:
+        """Each completion as text, without special tokens."""
+        rows = [
+            row[keep].tolist() for row, keep in zip(completions.ids, completions.mask, strict=True)
+        ]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+
+def resolve(name: str) -> str:
+    """A path or hub id; `builtin:NAME` becomes the packaged folder.
+
+    Raises ConfigError for an unknown built-in.
+    """
+    if not name.startswith("builtin:"):
+        return name
+    folder = BUILTIN / name.removeprefix("builtin:")
+    if not folder.is_dir():
+        known = ", ".join(f"builtin:{p.name}" for p in sorted(BUILTIN.iterdir()) if p.is_dir())
+        raise ConfigError(f"no built-in model {name!r}; there are {known}")
+    return str(folder)
+
+
+def load_model_config(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """The model's configuration, without weights. Raises ConfigError when it cannot be had."""
+    try:
+        return AutoConfig.from_pretrained(
+            resolve(name), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"cannot read the configuration of {name!r}: {first_line(error)}") from None
+
+
+def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The processor of a vision-language model, or the tokenizer of a language model."""
+    config = load_model_config(name, revision, trust_remote_code)
+    _, processor_class = families.auto_classes(config)
+    try:
+        processor = processor_class.from_pretrained(
+            resolve(name), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the tokenizer or processor of {name!r}: {first_line(error)}") from None
+    if families.tokenizer_of(processor).chat_template is None and getattr(processor, "chat_template", None) is None:
+        raise ConfigError(f"{name!r} has no chat template; add chat_template.jinja to its folder")
+    return processor
+
+
+def load(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    attention: str = "sdpa",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Loads weights from safetensors only, in `dtype`, in evaluation mode (no dropout).
+
+    Raises ConfigError naming the model when a file is missing, truncated or pickled.
+    """
+    if name.startswith("builtin:"):
+        check_builtin(name)
+    config = load_model_config(name, revision, trust_remote_code)
+    model_class, _ = families.auto_classes(config)
+    try:
+        model = model_class.from_pretrained(
+            resolve(name),
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"cannot load the weights of {name!r}: {first_line(error)}") from None
+    processor = load_processor(name, revision, trust_remote_code)
+    return LoadedModel(name, model.to(device).eval(), processor)
+
+
+def save(loaded: LoadedModel, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Writes a Hugging Face folder: weights (`state` in place of the model's own), configs, processor.
+
+    Tensor names are the model's own, so that masks, deltas and checkpoints share one naming.
+    """
+    dtypes = {tensor.dtype for tensor in (state or loaded.model.state_dict()).values()}
+    before = loaded.model.config.dtype
+    loaded.model.config.dtype = next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
+    try:
+        loaded.model.save_pretrained(folder, state_dict=state, save_original_format=False)
+    finally:
+        loaded.model.config.dtype = before
+    loaded.processor.save_pretrained(folder)
+
+
+def check_builtin(name: str) -> None:
+    """Refuses a built-in whose files are not those it was shipped with."""
+    folder = Path(resolve(name))
+    digests = json.loads((BUILTIN / "digests.json").read_text())
+    for path in sorted(folder.glob("*.safetensors")):
+        known = digests.get(f"{folder.name}/{path.name}")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != known:
+            raise ConfigError(f"{path} is not the file that was shipped; reinstall vlopd")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
