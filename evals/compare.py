@@ -138,8 +138,11 @@ def read_answers(run: RunFolder, arms: Sequence[str], task: str, metric: str) ->
     tables = {}
     for arm in arms:
         path = run.eval(arm) / f"samples_{task}.jsonl"
-        tables[arm] = {(row["doc_id"], row["doc_hash"]): row for row in read_jsonl(path)}
-        values = [row.get(metric) for row in tables[arm].values()]
+        rows = read_jsonl(path)
+        tables[arm] = {(row["doc_id"], row["doc_hash"]): row for row in rows}
+        if len(tables[arm]) < len(rows):
+            raise RunError(f"{path} has several rows a question; give the task a single filter")
+        values = [row.get(metric) for row in rows]
         if not values or not all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in values):
             raise RunError(
                 f"{path} needs rows, each with {metric!r} in [0, 1]; evaluate {arm} again"
@@ -204,6 +207,7 @@ def compare_task(answers: Answers, roles: Roles, config: ExperimentConfig) -> di
         entries[arm] = {"role": roles.of[arm], **measure.arm(scores[arm], arm == full)}
         entries[arm]["by_group"] = measure.by_group(scores[arm])
 
+    pairs: list[tuple[Role, Role]]
     pairs = [("teacher", "base"), ("full", "base"), ("teacher", "full"), ("replicate", "full")]
     pairs += [("subnetwork", "full"), ("subnetwork", "base"), ("random", "base")]
     pairs += [("transplant", "full"), ("transplant", "subnetwork")]

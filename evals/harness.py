@@ -8,6 +8,7 @@ and the settings are those of the last time.
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
         revision=config.pair.revision_teacher if is_teacher else None,
         trust_remote_code=config.pair.trust_remote_code,
     )
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm = ArmLM(loaded, config.eval.batch_size, title=f"eval {arm}")
     with untouched_randomness():
         results = lm_eval.simple_evaluate(
@@ -97,9 +99,7 @@ def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
         primary = metrics[0]
         rows = sorted(rows, key=lambda row: row["doc_id"])
         images = keep_images(run, config, task, rows)
-        write_jsonl(
-            out / f"samples_{task}.jsonl", [tidy(row, metrics, images) for row in rows]
-        )
+        write_jsonl(out / f"samples_{task}.jsonl", [tidy(row, metrics, images) for row in rows])
         about["data_digest"][task] = digest_json([row["doc_hash"] for row in rows])
         about["primary_metric"][task] = primary
         if task in CHANCE:

@@ -29,6 +29,8 @@ DEFAULT_MAX_GEN_TOKS = 256
 class ArmLM(LM):
     """Scores one loaded model; results do not depend on the batch size in fp32."""
 
+    MULTIMODAL = True  # lm-eval asks before it hands out requests with pictures
+
     def __init__(self, loaded: LoadedModel, batch_size: int = 16, title: str = ""):
         super().__init__()
         self.loaded, self.batch_size, self.title = loaded, batch_size, title
@@ -115,7 +117,9 @@ class ArmLM(LM):
             key=lambda i: (has_images(requests[i]), key(requests[i]), -len(requests[i].args[0])),
         )
         answers: list[Any] = [None] * len(requests)
-        with tqdm(total=len(requests), disable=disable_tqdm, desc=self.title, unit="question") as bar:
+        with tqdm(
+            total=len(requests), disable=disable_tqdm, desc=self.title, unit="question"
+        ) as bar:
             start = 0
             while start < len(order):
                 kind = has_images(requests[order[start]])
@@ -150,7 +154,9 @@ class ArmLM(LM):
             ids[k, : len(row)] = torch.tensor(row)
             mask[k, : len(row)] = True
         ids, mask = ids.to(self.device), mask.to(self.device)
-        given = Completions(ids, mask, torch.zeros(ids.shape), torch.ones(len(rows), dtype=torch.bool))
+        given = Completions(
+            ids, mask, torch.zeros(ids.shape), torch.ones(len(rows), dtype=torch.bool)
+        )
         hidden = self.loaded.completion_hidden(prompts, given)
         logits = self.loaded.logits(hidden, self.loaded.vocabulary_rows).float()
         token = ids[mask][:, None]
@@ -192,4 +198,3 @@ def cut(text: str, until: str | Sequence[str]) -> str:
         if stop:
             text = text.split(stop)[0]
     return text
-

@@ -101,6 +101,7 @@ def paired_difference(
     d = a - b
     error, units = standard_error(d, clusters)
     low, high = t_interval(d.mean(), error, units, confidence)
+    test: Literal["mcnemar", "paired_t"]
     if clusters is None and binary(a) and binary(b):
         wins, losses = int((d > 0).sum()), int((d < 0).sum())
         if len(d) < FEW_QUESTIONS or wins + losses < FEW_EVENTS:

@@ -9,11 +9,14 @@ one shared prompt prefix with a block mask. Phase 0 asks only what is in a cell,
 
 The teacher keeps entropy on purpose: label smoothing of 0.02. A teacher trained to zero entropy has
 log-odds near 12 on every token, so reverse KL sees little but "right or wrong"; smoothing caps the
-log-odds near 8 and costs no accuracy. It also learns to go on from mistakes: in 10 % of its answer
-positions the token that it reads (never the one it must say) is a random one. A student's rollouts are
-full of mistakes, and a teacher that has only seen faultless prefixes grades what follows one at random. The student is trained to the end of its schedule, so that a
-later gain is not mere annealing, but on a mix poor in the four kinds that need reasoning over several
-cells: it sees well and reasons badly, as a small base model does beside a specialist.
+log-odds near 8 and costs no accuracy. It also learns to go on from mistakes: at 10 % of its answer
+positions the token that it reads (never the one that it must say) is a random one. A student's
+rollouts are full of mistakes, and a teacher that has only seen faultless prefixes grades what follows
+a mistake at random.
+
+The student is trained to the end of its schedule, so that a later gain is not mere annealing, but on
+a mix poor in the four kinds that need reasoning over several cells: it sees well and reasons badly,
+as a small base model does beside a specialist.
 """
 
 from __future__ import annotations
@@ -80,8 +83,12 @@ class Recipe:
 
 
 RECIPES = {
-    "shapes-teacher": Recipe("teacher", ("clip", 96, 32, 128, 2), (192, 4, 512), 2000, 1.5e-3, 0.02, 0.1),
-    "shapes-student": Recipe("student", ("siglip", 48, 16, 64, 2), (128, 3, 320), 560, 2e-3, kinds=SEEING, seed=1),
+    "shapes-teacher": Recipe(
+        "teacher", ("clip", 96, 32, 128, 2), (192, 4, 512), 2000, 1.5e-3, 0.02, 0.1
+    ),
+    "shapes-student": Recipe(
+        "student", ("siglip", 48, 16, 64, 2), (128, 3, 320), 560, 2e-3, kinds=SEEING, seed=1
+    ),
     "shapes-text-teacher": Recipe("teacher", None, (128, 4, 320), 900, 1.5e-3, 0.02, 0.1, seed=2),
     "shapes-text-student": Recipe("student", None, (64, 3, 192), 500, 2e-3, kinds=SEEING, seed=3),
 }
@@ -194,7 +201,9 @@ def initialise(model) -> None:
 # --------------------------------------------------------------------------------------------- data
 
 
-def draw_turns(scene: shapes.Scene, rng: random.Random, recipe: Recipe, phase: int) -> list[shapes.Question]:
+def draw_turns(
+    scene: shapes.Scene, rng: random.Random, recipe: Recipe, phase: int
+) -> list[shapes.Question]:
     """Phase 0: every occupied cell and two empty ones. Phase 1: five questions of the mix, two cells."""
     empty = [cell for cell in range(9) if cell not in scene]
     cells = [*scene, *rng.sample(empty, 2)]
@@ -233,7 +242,8 @@ def pack(scenes, turns, tokenizer, n_image_tokens: int):
     length = 8 * math.ceil(max(len(row[0]) for row in rows) / 8)
     fill = (0, -1, 0, -100)
     ids, segment, position, labels = (
-        torch.tensor([row[k] + [fill[k]] * (length - len(row[k])) for row in rows]) for k in range(4)
+        torch.tensor([row[k] + [fill[k]] * (length - len(row[k])) for row in rows])
+        for k in range(4)
     )
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     same = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
@@ -311,21 +321,29 @@ def train(name: str, recipe: Recipe, tokenizer):
         losses.append(loss.item())
         if step % 50 == 49:
             seconds = time.perf_counter() - started
-            print(f"  step {step + 1} loss {np.mean(losses[-50:]):.4f} ({seconds:.0f} s)", flush=True)
+            print(
+                f"  step {step + 1} loss {np.mean(losses[-50:]):.4f} ({seconds:.0f} s)", flush=True
+            )
         if step % 200 == 199:
             score = greedy_accuracy(model, processor, recipe, "validation", 300)
-            print(f"  step {step + 1} validation exact match {score['all']:.3f} {score}", flush=True)
+            print(
+                f"  step {step + 1} validation exact match {score['all']:.3f} {score}", flush=True
+            )
     return model.to(torch.bfloat16), processor
 
 
 def smoothing_floor(epsilon: float, classes: int) -> float:
     """The lowest reachable cross-entropy under label smoothing."""
     right, wrong = 1 - epsilon + epsilon / classes, epsilon / classes
-    return 0.0 if epsilon == 0 else -right * math.log(right) - (classes - 1) * wrong * math.log(wrong)
+    return (
+        0.0 if epsilon == 0 else -right * math.log(right) - (classes - 1) * wrong * math.log(wrong)
+    )
 
 
 @torch.no_grad()
-def greedy_accuracy(model, processor, recipe: Recipe, split: shapes.Split, n: int) -> dict[str, float]:
+def greedy_accuracy(
+    model, processor, recipe: Recipe, split: shapes.Split, n: int
+) -> dict[str, float]:
     """Full-string exact match of greedy answers through the plain processor and `generate`."""
     model.eval()
     modality: shapes.Modality = "image" if recipe.vision else "text"
@@ -334,12 +352,17 @@ def greedy_accuracy(model, processor, recipe: Recipe, split: shapes.Split, n: in
     for start in range(0, n, 250):
         examples = [world[i] for i in range(start, min(n, start + 250))]
         texts = [
-            processor.apply_chat_template(list(e.messages), tokenize=False, add_generation_prompt=True)
+            processor.apply_chat_template(
+                list(e.messages), tokenize=False, add_generation_prompt=True
+            )
             for e in examples
         ]
         if recipe.vision:
             batch = processor(
-                text=texts, images=[e.images[0] for e in examples], return_tensors="pt", padding=True
+                text=texts,
+                images=[e.images[0] for e in examples],
+                return_tensors="pt",
+                padding=True,
             )
             batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
         else:
@@ -348,7 +371,9 @@ def greedy_accuracy(model, processor, recipe: Recipe, split: shapes.Split, n: in
         with torch.autocast("cpu", torch.bfloat16):
             out = model.generate(**batch, max_new_tokens=14, do_sample=False)
         tokenizer = getattr(processor, "tokenizer", processor)
-        answers = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers = tokenizer.batch_decode(
+            out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         for example, answer in zip(examples, answers, strict=True):
             hit = answer.strip() == example.answer
             hits["all"].append(hit)
@@ -421,8 +446,12 @@ def write_digests() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(RECIPES), help=f"any of {', '.join(RECIPES)}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", default=list(RECIPES), help=f"any of {', '.join(RECIPES)}"
+    )
     chosen = parser.parse_args().names
     torch.set_num_threads(2)
     for each in chosen:

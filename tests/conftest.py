@@ -59,7 +59,9 @@ def build(kind: str, role: str, folder: Path, dtype: torch.dtype) -> Path:
     if kind == "llm":
         model, processor = LlamaForCausalLM(language), tokenizer
     else:
-        sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        sizes = dict(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+        )
         vision = (
             CLIPVisionConfig(**sizes, image_size=96, patch_size=32)
             if role == "teacher"
@@ -106,7 +108,9 @@ def make_pair(folders):
     """(kind, dtype) -> a freshly loaded pair."""
 
     def make(kind: str, dtype: torch.dtype = torch.float32) -> ModelPair:
-        student, teacher = (load(str(folders[kind, role]), dtype) for role in ("student", "teacher"))
+        student, teacher = (
+            load(str(folders[kind, role]), dtype) for role in ("student", "teacher")
+        )
         teacher.model.requires_grad_(False)
         return ModelPair(student, teacher)
 
@@ -120,7 +124,10 @@ def make_config(folders):
     def make(kind: str, **sections) -> ExperimentConfig:
         base = {
             "name": f"mini-{kind}",
-            "pair": {"student": str(folders[kind, "student"]), "teacher": str(folders[kind, "teacher"])},
+            "pair": {
+                "student": str(folders[kind, "student"]),
+                "teacher": str(folders[kind, "teacher"]),
+            },
             "precision": {"compute": "fp32"},
             "data": {"type": "shapes", "modality": "image" if kind == "vlm" else "text"},
             "rollout": {"max_new_tokens": 6},

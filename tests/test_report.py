@@ -83,25 +83,17 @@ def make_run(root: Path, config: ExperimentConfig, n: int = 300, images: bool = 
     for arm, its in config.arms.items():
         make_evaluation(run, arm, ease, rng, images)
         trained = its.type == "distill"
-        write_json(
-            run.arm_record(arm),
-            {
-                "arm": arm,
-                "type": its.type,
-                "inputs": {},
-                "checkpoint_digest": "ab" * 32,
-                "total_parameters": 700_000,
-                "trained_parameters": (35_000 if its.mask else 700_000) if trained else None,
-                "density": 0.05 if getattr(its, "mask", None) else 1.0 if trained else None,
-                "mask": getattr(its, "mask", None),
-                "seed": its.seed if trained else None,
-                "steps": 40 if trained else None,
-                "seconds": 61.5,
-                "device": "cpu",
-                "precision": {"compute": "fp32", "stored": "bf16", "values": "fp32"},
-                "off_mask_unmoved": True if trained and its.mask else None,
-            },
-        )
+        record = {"arm": arm, "type": its.type, "checkpoint_digest": "ab" * 32, "inputs": {}}
+        record["precision"] = {"compute": "fp32", "stored": "bf16", "values": "fp32"}
+        if its.type != "teacher":  # which is not measured, only named
+            record |= {"total_parameters": 700_000, "trained_parameters": 0, "density": 0.0}
+        if trained or its.type == "transplant":
+            record |= {"mask": its.mask, "density": 0.05 if its.mask else 1.0}
+            record["off_mask_unmoved"] = True if its.mask else None
+        if trained:
+            record["trained_parameters"] = 35_000 if its.mask else 700_000
+            record |= {"seed": its.seed, "steps": 40, "seconds": 61.5, "device": "cpu"}
+        write_json(run.arm_record(arm), record)
         if trained:
             make_training(run, arm, rng, images)
     for name in config.masks:
@@ -196,14 +188,14 @@ def make_geometry(run: RunFolder, rng) -> None:
         for layer in range(layers):
             for module in ("q", "k", "v", "o", "gate", "up", "down"):
                 for metric, parameter, value, null in (
-                    ("sparsity", 0.0, 0.8 - 0.02 * layer, 0.78),
-                    ("top_energy", 0.1, 0.4, 0.2),
+                    ("frac_delta_eq_0", "", 0.8 - 0.02 * layer, 0.78),
+                    ("top_energy_ratio", "k=16", 0.4, 0.2),
                 ):
                     value += rng.normal() / 50
                     place = [f"{component}.{layer}.{module}", component, layer, module, "64x64"]
                     numbers = [value, "iid", null, 0.004, value - null]
                     rows.append([*place, metric, parameter, *numbers, "ok", None])
-    rows.append(["norm", "language", 0, "norm", "64", "top_energy", 0.1, *[None] * 5])
+    rows.append(["norm", "language", 0, "norm", "64", "top_energy_ratio", "k=16", *[None] * 5])
     rows[-1] += ["skipped", "not a matrix"]
     columns = (
         "name component layer module shape metric parameter value null null_mean null_sd excess"
@@ -212,14 +204,15 @@ def make_geometry(run: RunFolder, rng) -> None:
     folder = run.geometry("full")
     folder.mkdir(parents=True)
     frame.to_csv(folder / "geometry.csv", index=False)
-    keys = ("metric", "parameter", "value", "null_mean", "null_sd", "label")
-    summary = [
-        ("sparsity", 0.0, 0.79, 0.78, 0.002, "Coordinates unchanged in bf16"),
-        ("top_energy", 0.1, 0.41, 0.2, 0.004, "Energy of the top 10 % singular values"),
-        ("relative_norm", None, 0.0011, None, None, "Relative norm of the update"),
+    keys = ("name", "metric", "parameter", "value", "null_mean", "null_sd")
+    headline = [
+        ("[all]", "frac_delta_eq_0", "", 0.79, 0.78, 0.002),
+        ("[median]", "top_energy_ratio", "k=16", 0.41, 0.2, 0.004),
+        ("[part=ffn]", "energy_share", "", 0.66, 0.65, None),
+        ("[all]", "relative_delta_fro", "", 0.0011, None, None),
     ]
-    rows = [dict(zip(keys, row, strict=True)) for row in summary]
-    write_json(folder / "summary.json", {"summary": rows})
+    rows = [dict(zip(keys, row, strict=True)) for row in headline]
+    write_json(folder / "summary.json", {"inputs": {}, "headline": rows})
 
 
 # ------------------------------------------------------------------------------------------ compare
@@ -338,10 +331,14 @@ def test_a_run_of_few_arms(tmp_path):
 # ------------------------------------------------------------------------------------------- report
 
 
-def test_report_is_one_file_that_says_it_all(compared):
+@pytest.fixture(scope="module")
+def page(compared):
+    return build_report(*compared[:2]).read_text()
+
+
+def test_report_is_one_file_that_says_it_all(compared, page):
     """The page needs no network, holds the verdict, every arm and pictures, and escapes text."""
-    run, config, record = compared
-    page = build_report(run, config).read_text()
+    _, config, record = compared
     assert not re.search(r"https?://|@import|<link(?! rel=\"icon\" href=\"data:)", page)
     assert len(page) < 5_000_000 and "data:image/png;base64," in page
     assert page.count("<svg") == 5
@@ -353,10 +350,9 @@ def test_report_is_one_file_that_says_it_all(compared):
     assert len(ids) == len(set(ids))
 
 
-def test_report_has_files_beside_the_page(compared):
+def test_report_has_files_beside_the_page(compared, page):
     """Markdown, SVG figures and CSV tables hold the same numbers for other tools."""
-    run, config, record = compared
-    build_report(run, config)
+    run, _, record = compared
     markdown = (run.report / "report.md").read_text()
     for figure in re.findall(r"\]\((figures/[^)]*)\)", markdown):
         assert (run.report / figure).read_text().startswith("<svg")

@@ -31,16 +31,22 @@ def train(pair, examples, config, mask, steps=5):
 
 def random_mask(model, share=0.1, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return {n: torch.rand(p.shape, generator=generator) < share for n, p in model.named_parameters()}
+    return {
+        n: torch.rand(p.shape, generator=generator) < share for n, p in model.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_true_mask_is_dense_training_bit_for_bit(kind, dtype, make_pair, make_config, make_data):
+def test_all_true_mask_is_dense_training_bit_for_bit(
+    kind, dtype, make_pair, make_config, make_data
+):
     """A mask of all ones gives the dense run's weights exactly, in fp32 and bf16 compute."""
     config = make_config(kind, optim={"learning_rate": 1e-3, "weight_decay": 0.1})
     dense, _ = train(make_pair(kind, dtype), make_data(kind), config, None, steps=20)
     pair = make_pair(kind, dtype)
-    ones = {n: torch.ones_like(p, dtype=torch.bool) for n, p in pair.student.model.named_parameters()}
+    ones = {
+        n: torch.ones_like(p, dtype=torch.bool) for n, p in pair.student.model.named_parameters()
+    }
     masked, trainable = train(pair, make_data(kind), config, ones, steps=20)
     assert trainable.count == trainable.total
     assert all(torch.equal(dense[n], masked[n]) for n in dense)
@@ -55,7 +61,9 @@ def test_compact_storage_of_all_but_one_coordinate_follows_dense(
     config = make_config(kind, optim={"learning_rate": 1e-3, "max_grad_norm": None})
     pair = make_pair(kind, dtype)
     names = [n for n, p in pair.student.model.named_parameters() if p.ndim == 2]
-    mask = {n: torch.ones_like(p, dtype=torch.bool) for n, p in pair.student.model.named_parameters()}
+    mask = {
+        n: torch.ones_like(p, dtype=torch.bool) for n, p in pair.student.model.named_parameters()
+    }
     mask[names[-1]].view(-1)[0] = False
     compact, trainable = train(pair, make_data(kind), config, mask, steps=1)
     assert trainable.slots[names[-1]].indices is not None
@@ -68,7 +76,9 @@ def test_compact_storage_of_all_but_one_coordinate_follows_dense(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_frozen_coordinates_do_not_move(kind, dtype, make_pair, make_config, make_data):
     """Off the mask every bit stays, under weight decay, momentum and clipping; on it, weights move."""
-    config = make_config(kind, optim={"learning_rate": 1e-2, "weight_decay": 0.5, "max_grad_norm": 0.1})
+    config = make_config(
+        kind, optim={"learning_rate": 1e-2, "weight_decay": 0.5, "max_grad_norm": 0.1}
+    )
     pair = make_pair(kind, dtype)
     before = {n: p.detach().clone() for n, p in pair.student.model.named_parameters()}
     mask = random_mask(pair.student.model)
@@ -85,7 +95,9 @@ def test_empty_mask_leaves_the_source(kind, make_pair):
     """A mask of zeros trains nothing, and `merged` gives the source back."""
     model = make_pair(kind).student.model
     source = {n: p.detach().clone() for n, p in model.named_parameters()}
-    trainable = Trainable(model, {n: torch.zeros_like(p, dtype=torch.bool) for n, p in source.items()})
+    trainable = Trainable(
+        model, {n: torch.zeros_like(p, dtype=torch.bool) for n, p in source.items()}
+    )
     assert trainable.count == 0
     assert not any(p.requires_grad for p in model.parameters())
     merged = trainable.merged(source)
@@ -102,14 +114,22 @@ def test_compact_gradients_are_the_dense_ones_gathered(kind, make_pair, make_con
         for part in (make_data(kind)[:3], make_data(kind)[3:]):
             prompts = pair.student.render(part)
             completions = sample(pair.student, prompts, 5, 0.0)
-            tokens = pair.divergence("reverse_kl", prompts, pair.teacher.render(part), completions, 64)
+            tokens = pair.divergence(
+                "reverse_kl", prompts, pair.teacher.render(part), completions, 64
+            )
             tokens.loss.sum().backward()
-        assert all(p.grad is None or p is s.values for s in trainable.slots.values() for p in [s.parameter])
+        assert all(
+            p.grad is None or p is s.values for s in trainable.slots.values() for p in [s.parameter]
+        )
         return {n: s.values.grad for n, s in trainable.slots.items()}
 
     mask = random_mask(make_pair(kind).student.model)
     dense, compact = gradients(None), gradients(mask)
+    assert any(gradient is not None for gradient in compact.values())
     for name, gradient in compact.items():
+        if dense[name] is None:  # LLaVA leaves its tower's last norm out
+            assert gradient is None
+            continue
         torch.testing.assert_close(gradient, dense[name][mask[name]], rtol=0, atol=0)
 
 
@@ -142,7 +162,9 @@ def test_a_mask_of_another_model_is_refused(make_pair):
         Trainable(model, {"lm_head.weight": torch.ones(2, dtype=torch.bool)})
 
 
-def test_merged_keeps_the_sources_bits_off_the_mask(kind, make_pair, make_config, make_data, folders):
+def test_merged_keeps_the_sources_bits_off_the_mask(
+    kind, make_pair, make_config, make_data, folders
+):
     """Computed in bf16 and stored in fp32, frozen coordinates are still the source's fp32 bits."""
     fp32 = make_pair(kind, torch.float32).student.model
     source = {n: p.detach() + 1e-4 * torch.randn_like(p) for n, p in fp32.named_parameters()}

@@ -24,9 +24,18 @@ from typing import Any
 
 from vlopd.config import ConfigError, ExperimentConfig, UserError
 
-PACKAGES = (
-    "vlopd torch torchvision transformers accelerate datasets lm_eval open_clip_torch numpy pillow"
-).split()
+PACKAGES = [
+    "vlopd",
+    "torch",
+    "torchvision",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "lm_eval",
+    "open_clip_torch",
+    "numpy",
+    "pillow",
+]
 
 
 class RunError(UserError):
@@ -101,7 +110,9 @@ def read_jsonl(path: Path) -> list[Any]:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            raise RunError(f"{path} line {number} is not JSON; delete the file and run again") from None
+            raise RunError(
+                f"{path} line {number} is not JSON; delete the file and run again"
+            ) from None
     return rows
 
 
@@ -161,7 +172,10 @@ def git_state() -> dict[str, Any] | None:
         ).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "-uno")),
+        }
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -239,7 +253,9 @@ class RunFolder:
         run = cls(root)
         path = run.root / "run.json"
         if not path.exists():
-            raise RunError(f"{root} is not a run folder (no run.json); make one with `vlopd run CONFIG`")
+            raise RunError(
+                f"{root} is not a run folder (no run.json); make one with `vlopd run CONFIG`"
+            )
         run.lock()
         return run, ExperimentConfig.model_validate(read_json(path)["config"])
 
@@ -252,7 +268,9 @@ class RunFolder:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             self._lock.close()
-            raise RunError(f"{self.root} is in use by {holder}; wait for it, or choose --out") from None
+            raise RunError(
+                f"{self.root} is in use by {holder}; wait for it, or choose --out"
+            ) from None
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {platform.node()}")
         self._lock.flush()

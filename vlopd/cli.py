@@ -155,7 +155,9 @@ def check(config_file: ConfigFile, overrides: Overrides = None) -> None:
     rows = preflight(pair, config, [data[i] for i in range(min(8, len(data)))])
     for row in rows:
         mark = {None: "", True: "yes", False: "[red]NO[/]"}[row.ok]
-        table.add_row(row.what, row.student.replace("[", r"\["), row.teacher.replace("[", r"\["), mark)
+        table.add_row(
+            row.what, row.student.replace("[", r"\["), row.teacher.replace("[", r"\["), mark
+        )
     console.print(table)
     failed = [row.what for row in rows if row.ok is False]
     if failed:
@@ -169,7 +171,9 @@ def distill(
 ) -> None:
     """Trains the arms that need no mask (and writes the source they start from)."""
     folder, config = open_new(config_file, overrides, out)
-    make_arms(folder, config, chosen(config, arm, [n for n in config.arms if not is_masked(config, n)]))
+    make_arms(
+        folder, config, chosen(config, arm, [n for n in config.arms if not is_masked(config, n)])
+    )
 
 
 @app.command()
@@ -189,7 +193,9 @@ def retrain(run: RunPath, arm: Arms = None) -> None:
 def geometry(
     source: Annotated[Path, typer.Argument(help="run folder, or the source checkpoint")],
     trained: Annotated[Path | None, typer.Argument(help="trained checkpoint")] = None,
-    out: Annotated[Path | None, typer.Option(help="where the tables go, for two checkpoints")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="where the tables go, for two checkpoints")
+    ] = None,
 ) -> None:
     """The geometry of a run's arms, or of any two checkpoint folders, each number beside its null."""
     if trained is None:
@@ -264,7 +270,10 @@ def main() -> None:
         print(f"vlopd: {error}; what was written before is intact", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("vlopd: interrupted; the same command goes on from the last saved state", file=sys.stderr)
+        print(
+            "vlopd: interrupted; the same command goes on from the last saved state",
+            file=sys.stderr,
+        )
         raise SystemExit(130) from None
 
 

@@ -335,10 +335,15 @@ def parse_override(line: str) -> dict[str, Any]:
 
 
 def merge(tree: dict[str, Any], change: Mapping[str, Any]) -> None:
-    """Merges `change` into `tree` in place, table by table."""
+    """Merges `change` into `tree` in place, table by table; a table of another `type` replaces the old one."""
     for key, value in change.items():
-        if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
-            merge(tree[key], value)
+        old = tree.get(key)
+        if (
+            isinstance(value, Mapping)
+            and isinstance(old, dict)
+            and value.get("type", old.get("type")) == old.get("type")
+        ):
+            merge(old, value)
         else:
             tree[key] = value
 

@@ -67,7 +67,9 @@ def distill(
     optimizer = build_optimizer(config.optim, trainable)
     start = resume(folder / "state", trainable, optimizer, identity)
     share = split_evenly(train.prompts_per_step, accelerator)
-    with TrainingLog(folder, title, train.steps, start, quiet=not accelerator.is_main_process) as log:
+    with TrainingLog(
+        folder, title, train.steps, start, quiet=not accelerator.is_main_process
+    ) as log:
         for step in range(start, train.steps):
             clock = Stopwatch()
             stream = pick(data, step * train.prompts_per_step, train.prompts_per_step, arm.seed)
@@ -115,7 +117,7 @@ def distill(
             # 4. the update
             values = list(trainable.parameters())
             for value in values:
-                if accelerator.num_processes > 1:
+                if accelerator.num_processes > 1 and value.grad is not None:
                     value.grad = accelerator.reduce(value.grad, "sum")
             norm = torch.nn.utils.clip_grad_norm_(values, config.optim.max_grad_norm or math.inf)
             row = summarise(step, graded, [c for _, c in rollouts], float(norm), accelerator)
@@ -200,14 +202,20 @@ def resume(
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} is damaged ({error}); delete it to train this arm from its start") from None
+        raise RunError(
+            f"{path} is damaged ({error}); delete it to train this arm from its start"
+        ) from None
     if about.get("identity") != identity:
-        raise RunError(f"{path} is of another configuration; delete it to train this arm from its start")
+        raise RunError(
+            f"{path} is of another configuration; delete it to train this arm from its start"
+        )
     trainable.load_state({name: tensors[f"values/{name}"] for name in trainable.slots})
     for name, slot in trainable.slots.items():
+        # a parameter that the forward pass never touches has values but no moments
         optimizer.state[slot.values] = {
-            key: tensors[f"{key}/{name}"].to(slot.values.device if key != "step" else "cpu")
+            key: tensors[f"{key}/{name}"].to(slot.values.device)
             for key in ("step", "exp_avg", "exp_avg_sq")
+            if f"{key}/{name}" in tensors
         }
     return int(about["step"])
 
@@ -235,7 +243,11 @@ class Stopwatch:
 
     def seconds(self, tokens: int) -> dict[str, float]:
         total = self.last - self.started
-        return {**self.laps, "seconds": round(total, 4), "tokens_per_second": round(tokens / total, 1)}
+        return {
+            **self.laps,
+            "seconds": round(total, 4),
+            "tokens_per_second": round(tokens / total, 1),
+        }
 
 
 def summarise(
@@ -247,8 +259,7 @@ def summarise(
 ) -> dict[str, Any]:
     """The step's numbers, over all processes: means over completion tokens, in nats."""
     loss, kl, student, teacher = (
-        torch.cat([getattr(tokens, name) for tokens in graded]).double().sum()
-        for name in ("loss", "reverse_kl", "student_entropy", "teacher_entropy")
+        torch.cat(column).double().sum() for column in zip(*graded, strict=True)
     )
     tokens = sum(c.n_tokens for c in completions)
     rows = sum(len(c.ids) for c in completions)

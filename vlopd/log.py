@@ -25,13 +25,18 @@ class TrainingLog:
             kept = [row for row in read_jsonl(path) if row["step"] < start] if path.exists() else []
             write_jsonl(path, kept)
         self.metrics_file = (folder / "metrics.jsonl").open("a")
-        self.bar = tqdm(total=steps, initial=start, desc=title, unit="step", disable=quiet, smoothing=0.1)
+        self.bar = tqdm(
+            total=steps, initial=start, desc=title, unit="step", disable=quiet, smoothing=0.1
+        )
 
     def __enter__(self) -> TrainingLog:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.metrics_file.close()
         self.bar.close()
@@ -45,7 +50,9 @@ class TrainingLog:
         )
         self.bar.update()
 
-    def samples(self, step: int, examples: Sequence[Example], rows: Sequence[Mapping[str, Any]]) -> None:
+    def samples(
+        self, step: int, examples: Sequence[Example], rows: Sequence[Mapping[str, Any]]
+    ) -> None:
         """Sample generations, each with its picture under samples/."""
         with (self.folder / "samples.jsonl").open("a") as file:
             for k, (example, row) in enumerate(zip(examples, rows, strict=True)):

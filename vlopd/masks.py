@@ -124,12 +124,13 @@ def random_like(mask: Mapping[str, Tensor], seed: int) -> Mask:
     Each tensor has its own stream, named by (seed, tensor), so the order of tensors does not
     matter.
     """
-    drawn = {}
-    for name, like in mask.items():
+
+    def drawn(name: str, like: Tensor) -> Tensor:
         stream = generator("cpu", "random mask", seed, name)
         keys = torch.randint(0, 2**31 - 1, like.shape, generator=stream, dtype=torch.int32)
-        drawn[name] = select(lambda keys=keys: [keys], int(like.sum()))[0]
-    return drawn
+        return select(lambda: [keys], int(like.sum()))[0]
+
+    return {name: drawn(name, like) for name, like in mask.items()}
 
 
 def build_mask(
@@ -277,7 +278,7 @@ def check_mask(
             raise RunError(f"the mask is of another model: {name} is {theirs} there, {ours} here")
     made_from = metadata["inputs"]["source"]
     if made_from != source_digest:
-        theirs, ours = made_from[:12], source_digest[:12]
         raise RunError(
-            f"the mask was made from source checkpoint {theirs}, this one is {ours}; rebuild it"
+            f"the mask was made from source checkpoint {made_from[:12]}, this one is "
+            f"{source_digest[:12]}; rebuild it"
         )

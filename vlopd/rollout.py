@@ -80,7 +80,9 @@ def draw(
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
-    uniform = torch.rand(len(logits), 1, generator=generator, device=logits.device, dtype=torch.float64)
+    uniform = torch.rand(
+        len(logits), 1, generator=generator, device=logits.device, dtype=torch.float64
+    )
     # `right=True`: the first entry whose cumulative probability exceeds the draw, so never one of mass 0
     picked = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
     return picked.clamp(max=logits.shape[1] - 1)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vlopd import delta, masks
 from vlopd.checkpoint import (
+    RunError,
     RunFolder,
     digest_checkpoint,
     digest_json,
@@ -89,7 +90,16 @@ def make_source(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
         save(student, folder)
         write_card(folder, config, name, "the student before any training")
     total = student.model.num_parameters()
-    record(run, config, name, "source", inputs, total_parameters=total, trained_parameters=0, density=0.0)
+    record(
+        run,
+        config,
+        name,
+        "source",
+        inputs,
+        total_parameters=total,
+        trained_parameters=0,
+        density=0.0,
+    )
     return True
 
 
@@ -145,7 +155,9 @@ def train_arm(run: RunFolder, config: ExperimentConfig, name: str, arm: DistillA
     data = open_data(config.data, prompts, arm.seed)
     started = time.perf_counter()
     folder = run.arm(name)
-    trainable = distill(pair, data, config, arm, folder, name, mask, digest_json(inputs), accelerator)
+    trainable = distill(
+        pair, data, config, arm, folder, name, mask, digest_json(inputs), accelerator
+    )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         before = read_tensors(source)
@@ -278,7 +290,10 @@ def make_mask(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
     rule = config.masks[name]
     source = source_arm(config)
     make_source(run, config, source)
-    inputs: dict[str, Any] = {"rule": rule.model_dump(mode="json"), "source": arm_digest(run, source)}
+    inputs: dict[str, Any] = {
+        "rule": rule.model_dump(mode="json"),
+        "source": arm_digest(run, source),
+    }
     if isinstance(rule, RandomMask):
         make_mask(run, config, rule.like)
         inputs["like"] = read_json(run.mask_record(rule.like))["digest"]
@@ -301,7 +316,10 @@ def read_mask(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str, 
     source = source_arm(config)
     mask, metadata = masks.load_mask(run.mask(name))
     shapes = {key: tensor.shape for key, tensor in read_tensors(run.checkpoint(source)).items()}
-    masks.check_mask(mask, metadata, shapes, arm_digest(run, source))
+    try:
+        masks.check_mask(mask, metadata, shapes, arm_digest(run, source))
+    except RunError as error:
+        raise RunError(f"{run.mask(name)}: {error}") from None
     return mask
 
 

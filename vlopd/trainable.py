@@ -49,7 +49,9 @@ class Trainable:
     """
 
     def __init__(self, model: nn.Module, mask: Mapping[str, Tensor] | None = None):
-        parameters = dict(model.named_parameters())  # tied parameters come once, under their first name
+        parameters = dict(
+            model.named_parameters()
+        )  # tied parameters come once, under their first name
         if mask is not None:
             refuse_foreign(mask, parameters)
         self.slots: dict[str, Slot] = {}
@@ -111,7 +113,9 @@ class Trainable:
 def refuse_foreign(mask: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
     for name, marked in mask.items():
         if name not in parameters:
-            raise ValueError(f"the mask names {name!r}, which the model lacks: it is of another model")
+            raise ValueError(
+                f"the mask names {name!r}, which the model lacks: it is of another model"
+            )
         if marked.shape != parameters[name].shape:
             raise ValueError(
                 f"the mask's {name!r} has shape {tuple(marked.shape)}, the model's "

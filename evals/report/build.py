@@ -21,8 +21,8 @@ from vlopd.checkpoint import RunFolder, read_json, whole_folder
 from vlopd.config import ExperimentConfig
 
 Context = dict[str, Any]
-HEAT_METRICS = ("sparsity", "unchanged", "visible", "energy")
-"""Metrics worth a heat map, by a part of their name."""
+HEAT_MAPS = (("frac_delta_eq_0", ""), ("top_energy_ratio", "k=16"))
+"""(metric, parameter) that get a map: what rounding explains, and what it does not."""
 
 
 def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
@@ -148,41 +148,35 @@ def geometry_context(
         return []
     found = []
     for arm, part in summary.groupby("arm", sort=False):
-        mine = tidy[tidy.arm == arm] if not tidy.empty else tidy
-        reasons = mine[mine.status != "ok"].reason.value_counts().to_dict() if len(mine) else {}
-        names = heat_maps(mine, str(arm), drawn) if len(mine) else []
-        found.append({"arm": arm, "rows": rows_of(part), "reasons": reasons, "heat": names})
+        mine = tidy[tidy.arm == arm]
+        tensors = mine[(mine.status != "ok") & ~mine.name.str.startswith("[")]
+        reasons = tensors.groupby("reason").name.nunique().to_dict()
+        heat = heat_maps(mine, str(arm), drawn)
+        found.append({"arm": arm, "rows": rows_of(part), "reasons": reasons, "heat": heat})
     return found
 
 
 def heat_maps(tidy: pd.DataFrame, arm: str, drawn: dict[str, str]) -> list[tuple[str, str]]:
-    """Layer x module maps of an arm's telling metrics; (figure name, metric in words) of each."""
+    """Layer x module maps of HEAT_MAPS; (figure name, metric in words) of each."""
     rows = tidy[(tidy.status == "ok") & tidy.layer.notna()]
     found = []
-    for part in HEAT_METRICS:
-        metric = next((m for m in rows.metric.unique() if part in m), None)
-        if metric is None or any(metric in words for _, words in found):
+    for metric, parameter in HEAT_MAPS:
+        chosen = rows[(rows.metric == metric) & (rows.parameter.fillna("") == parameter)]
+        if chosen.empty:
             continue
-        chosen = rows[rows.metric == metric]
-        words = metric.replace("_", " ")
-        if chosen.parameter.notna().any():
-            middle = sorted(chosen.parameter.dropna().unique())[chosen.parameter.nunique() // 2]
-            chosen = chosen[chosen.parameter == middle]
-            words += f" at {middle:g}" if isinstance(middle, float) else f" at {middle}"
-        if chosen.null.notna().any():
-            chosen = chosen[chosen.null == chosen.null.dropna().iloc[0]]
+        words = tables.label({"metric": metric, "parameter": parameter, "name": "[all]"})
         place = chosen.component + " " + chosen.layer.astype(int).astype(str)
         # in the model's order, not the alphabet's
         grid = chosen.assign(
             place=pd.Categorical(place, place.unique(), ordered=True),
             module=pd.Categorical(chosen.module, chosen.module.unique(), ordered=True),
         )
-        maps = [
-            grid.pivot_table(value, "place", "module", "mean", observed=True)
-            for value in ("value", "excess")
-        ]
+        values, excess = (
+            grid.pivot_table(column, "place", "module", "mean", observed=True)
+            for column in ("value", "excess")
+        )
         name = f"geometry-{arm}-{metric}".replace("_", "-")
-        draw(drawn, name, figures.heat(*maps, words))
+        draw(drawn, name, figures.heat(values, excess, words))
         found.append((name, words))
     return found
 

@@ -157,9 +157,9 @@ def heat(value: pd.DataFrame, excess: pd.DataFrame, label: str) -> Figure:
     panels = 1 if excess.empty else 2
     with matplotlib.rc_context(STYLE):
         figure, axes = canvas(height, panels)
-        bound = float(excess.abs().max().max()) or 1.0 if panels == 2 else None
         panel(figure, axes[0], value, label, "cividis", None, None)
         if panels == 2:
+            bound = float(excess.abs().max().max()) or 1.0
             panel(figure, axes[1], excess, "excess over null", "PuOr_r", -bound, bound)
             axes[1].set_yticks([])
     return figure

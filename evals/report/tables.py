@@ -14,10 +14,30 @@ ORDER = ("teacher", "full", "replicate", "subnetwork", "transplant", "pooled", "
 """From ceiling to floor: the order of arms in every table and figure."""
 
 
+RECORDED = (
+    *("checkpoint_digest", "total_parameters", "trained_parameters", "density", "mask", "seed"),
+    *("steps", "device", "precision", "off_mask_unmoved"),
+)
+MEASURES = {
+    "relative_delta_fro": "Relative norm of the update",
+    "frac_delta_eq_0": "Coordinates that did not move",
+    "frac_abs_delta_lt": "Coordinates that moved less than",
+    "low_magnitude_update_overlap_ratio": "Updates on the smallest weights",
+    "principal_update_overlap_ratio": "Updates on the principal weights",
+    "principal_projection_energy_ratio": "Energy inside the principal subspaces",
+    "top_subspace_rotation": "Rotation of the top subspace",
+    "top_energy_ratio": "Energy of the top singular values",
+    "stable_rank": "Stable rank",
+    "energy_share": "Share of the update's energy",
+}
+"""Geometry's metrics in words."""
+
+
 def arm_records(run: RunFolder, config: ExperimentConfig) -> dict[str, Any]:
-    """record.json of every arm that has one."""
+    """record.json of every arm that has one; None where a type of arm has nothing to record."""
     paths = {arm: run.arm_record(arm) for arm in config.arms}
-    return {arm: read_json(path) for arm, path in paths.items() if path.exists()}
+    none = dict.fromkeys(RECORDED)
+    return {arm: {**none, **read_json(path)} for arm, path in paths.items() if path.exists()}
 
 
 def scores(compared: Mapping[str, Any], records: Mapping[str, Any]) -> pd.DataFrame:
@@ -116,14 +136,21 @@ def masks(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
 
 
 def geometry(run: RunFolder, config: ExperimentConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(geometry.csv, summary.json) of all arms that have them, each with an `arm` column."""
+    """(geometry.csv, summary.json's headline) of all arms that have them, with an `arm` column."""
     tidy, summary = [], []
     for arm in config.arms:
         folder = run.geometry(arm)
-        if (folder / "geometry.csv").exists():
-            tidy.append(pd.read_csv(folder / "geometry.csv").assign(arm=arm))
         if (folder / "summary.json").exists():
-            summary += [
-                {"arm": arm, **row} for row in read_json(folder / "summary.json")["summary"]
-            ]
+            tidy.append(pd.read_csv(folder / "geometry.csv").assign(arm=arm))
+            for row in read_json(folder / "summary.json")["headline"]:
+                summary.append({"arm": arm, "label": label(row), **row})
     return pd.concat(tidy) if tidy else pd.DataFrame(), pd.DataFrame(summary)
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """A headline row in words: `Energy of the top singular values, k=16, median over matrices`."""
+    words = MEASURES.get(row["metric"], row["metric"].replace("_", " "))
+    scope = {"[all]": "", "[median]": "median over matrices"}.get(row["name"], row["name"])
+    scope = scope.strip("[]").removeprefix("part=")
+    parameter = str(row["parameter"] or "").replace(",", ", ")
+    return ", ".join(part for part in (words, parameter, scope) if part)

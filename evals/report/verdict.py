@@ -8,6 +8,8 @@ from typing import Any
 from vlopd.config import DistillArm, ExperimentConfig
 
 Entry = Mapping[str, Any]
+OWN_NAMES = ("subnetwork", "transplant")
+"""Arm names that are words of these sentences."""
 
 
 def verdict(
@@ -66,7 +68,7 @@ class Teller:
                     f"The teacher is not distinguishably better than the base, so no gap {between} "
                     "is there to close."
                 )
-        if gain:
+        if gain and full:
             lines.append(
                 f"Full OPD scores {percent(self.arms[full]['mean'])}: {points(gain)} against the "
                 f"base, {finding(gain, 'above', 'below')}."
@@ -114,7 +116,7 @@ class Teller:
                 difference = controls["difference"]
                 lines.append(
                     f"{capital(arm)} minus random: {points(difference)}, "
-                    f"p {equals(difference['p'])} ({equals(difference['p_holm'])} after Holm): "
+                    f"p {equals(difference['p'])} ({p_value(difference['p_holm'])} after Holm): "
                     f"{finding(difference, 'better', 'worse')}. Among its {len(controls['arms'])} "
                     f"random controls it ranks {controls['rank']} of {controls['of']}; over mask "
                     f"seeds no p below {controls['smallest_possible_p']:.2g} is possible."
@@ -239,8 +241,9 @@ def mean_of(arms: Sequence[str]) -> str:
 
 def named(arm: str) -> str:
     """The arm's name in brackets, unless the sentence has just said it."""
-    return "" if arm in ("subnetwork", "transplant") else f" ({arm})"
+    return "" if arm in OWN_NAMES else f" ({arm})"
 
 
 def capital(arm: str) -> str:
-    return arm[:1].upper() + arm[1:]
+    """An arm's name at the start of a sentence; names of the user's own stay as they are."""
+    return arm.capitalize() if arm in OWN_NAMES else arm

@@ -68,18 +68,30 @@ class FileSource(Sequence[Example]):
         example = Example.ask(name, question, images, None if answer is None else str(answer), row)
         if config.system is None:
             return example
-        system: Mapping[str, Any] = {"role": "system", "content": [{"type": "text", "text": config.system}]}
+        system: Mapping[str, Any] = {
+            "role": "system",
+            "content": [{"type": "text", "text": config.system}],
+        }
         return Example(name, (system, *example.messages), images, example.answer, row)
 
     def open_images(self, value: Any, name: str) -> tuple[Image.Image, ...]:
         """Images as `datasets` decoded them, or file names relative to the data file's folder."""
         if value is None:
-            raise DataError(f"{self.config.path}, row {name}: column {self.config.image!r} is empty")
+            raise DataError(
+                f"{self.config.path}, row {name}: column {self.config.image!r} is empty"
+            )
         images = []
         for each in value if isinstance(value, list) else [value]:
             try:
                 image = each if isinstance(each, Image.Image) else Image.open(self.folder / each)
                 images.append(image.convert("RGB"))
-            except (OSError, UnidentifiedImageError, Image.DecompressionBombError, TypeError) as error:
-                raise DataError(f"{self.config.path}, row {name}: image {each!r}: {error}") from None
+            except (
+                OSError,
+                UnidentifiedImageError,
+                Image.DecompressionBombError,
+                TypeError,
+            ) as error:
+                raise DataError(
+                    f"{self.config.path}, row {name}: image {each!r}: {error}"
+                ) from None
         return tuple(images)

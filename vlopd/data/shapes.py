@@ -70,7 +70,9 @@ def scene_to_json(scene: Scene) -> str:
 
 
 def scene_from_json(text: str) -> Scene:
-    return {CELLS.index(cell): (colour, shape) for cell, (colour, shape) in json.loads(text).items()}
+    return {
+        CELLS.index(cell): (colour, shape) for cell, (colour, shape) in json.loads(text).items()
+    }
 
 
 def scene_in_words(scene: Scene) -> str:
@@ -147,9 +149,7 @@ def ask_exist(scene: Scene, rng: random.Random) -> Question:
     colour, shape = rng.choice(list(scene.values()))
     if rng.random() < 0.5:
         shape = rng.choice(SHAPES)
-    evidence = " ".join(
-        f"{CELLS[c]} {scene[c][1]}" for c in sorted(scene) if scene[c][0] == colour
-    )
+    evidence = " ".join(f"{CELLS[c]} {scene[c][1]}" for c in sorted(scene) if scene[c][0] == colour)
     verdict = "yes" if (colour, shape) in scene.values() else "no"
     return Question("exist", f"any {colour} {shape}", f"{evidence or 'none'}{VERDICT}{verdict}")
 
@@ -174,9 +174,7 @@ def ask_relation(scene: Scene, rng: random.Random) -> Question:
     wanted = rng.random() < 0.5
     relation = rng.choice([name for name, true in holds.items() if true == wanted])
     text = f"is {at_cell(scene, a)} {relation} {at_cell(scene, b)}"
-    return Question(
-        "relation", text, f"{CELLS[a]} {CELLS[b]}{VERDICT}{'yes' if wanted else 'no'}"
-    )
+    return Question("relation", text, f"{CELLS[a]} {CELLS[b]}{VERDICT}{'yes' if wanted else 'no'}")
 
 
 ASK = {
@@ -192,7 +190,26 @@ ASK = {
 def vocabulary() -> list[str]:
     """Every word a question or an answer can hold, sorted."""
     words = {*COLOURS, *SHAPES, *CELLS, *ROWS, *COLUMNS, *"012345", ",", ":", ";"}
-    words |= set("what is at nothing list row column how many none any yes no more or equal".split())
+    words |= set(
+        [
+            "what",
+            "is",
+            "at",
+            "nothing",
+            "list",
+            "row",
+            "column",
+            "how",
+            "many",
+            "none",
+            "any",
+            "yes",
+            "no",
+            "more",
+            "or",
+            "equal",
+        ]
+    )
     return sorted(words | {"left-of", "right-of", "above", "below"})
 
 
@@ -236,9 +253,9 @@ class ShapesWorld(Sequence[Example]):
         row = self.row(index)
         scene = scene_from_json(str(row["scene"]))
         if self.modality == "text":
-            prompt, images = f"{scene_in_words(scene)} {row['question']}", ()
+            prompt, images = f"{scene_in_words(scene)} {row['question']}", []
         else:
-            prompt, images = str(row["question"]), (render(scene, int(row["jitter"])),)
+            prompt, images = str(row["question"]), [render(scene, int(row["jitter"]))]
         return Example.ask(
             id=str(row["id"]), question=prompt, images=images, answer=str(row["answer"]), fields=row
         )

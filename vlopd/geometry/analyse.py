@@ -96,7 +96,7 @@ def analyse(
         "tensors": len(findings),
         "tensors_not_moved": sum(finding.energy[0] == 0 for finding in findings),
         "tensors_without_spectrum": sum(f.measures[0][0].status == "skipped" for f in findings),
-        "headline": [{key: getattr(row, key) for key in keys} for row in headline],
+        "headline": [{key: asdict(row)[key] for key in keys} for row in headline],
     }
     write_json(record, summary)
     return record
@@ -158,7 +158,7 @@ def group_rows(findings: Sequence[Finding]) -> list[Row]:
     for kind, value in sorted(groups):
         members = groups[kind, value]
         name = "[all]" if kind == "all" else f"[{kind}={value}]"
-        columns = {kind: value} if kind in ("component", "module") else {}
+        columns: dict[str, Any] = {kind: value} if kind in ("component", "module") else {}
         terms = [
             [total(same).measure() for same in zip(*draw, strict=True)]
             for draw in zip(*(finding.terms for finding in members), strict=True)

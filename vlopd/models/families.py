@@ -161,7 +161,12 @@ COMPONENTS = (
     ("projector", re.compile(r"projector|connector|merger|aligner|visual_projection")),
     ("vision", re.compile(r"vision|visual|image_encoder|patch_embed")),
     ("embedding", re.compile(r"embed_tokens|(^|\.)wte\.|word_embeddings")),
-    ("language", re.compile(r"layers\.\d+|(^|\.)h\.\d+|language_model|(^|\.)(norm|ln_f|wpe)\.|final_layernorm")),
+    (
+        "language",
+        re.compile(
+            r"layers\.\d+|(^|\.)h\.\d+|language_model|(^|\.)(norm|ln_f|wpe)\.|final_layernorm"
+        ),
+    ),
 )
 MODULES = (
     # searched in the last part of the name that is not "weight" or "bias"

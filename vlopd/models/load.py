@@ -127,7 +127,9 @@ def load_model_config(
             resolve(name), revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"cannot read the configuration of {name!r}: {first_line(error)}") from None
+        raise ConfigError(
+            f"cannot read the configuration of {name!r}: {first_line(error)}"
+        ) from None
 
 
 def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -139,8 +141,13 @@ def load_processor(name: str, revision: str | None = None, trust_remote_code: bo
             resolve(name), revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the tokenizer or processor of {name!r}: {first_line(error)}") from None
-    if families.tokenizer_of(processor).chat_template is None and getattr(processor, "chat_template", None) is None:
+        raise ConfigError(
+            f"cannot read the tokenizer or processor of {name!r}: {first_line(error)}"
+        ) from None
+    if (
+        families.tokenizer_of(processor).chat_template is None
+        and getattr(processor, "chat_template", None) is None
+    ):
         raise ConfigError(f"{name!r} has no chat template; add chat_template.jinja to its folder")
     return processor
 

@@ -1,0 +1,149 @@
+"""The loop: what a step computes does not depend on how it is split, and a killed run goes on as if it had not been."""
+
+import json
+
+import pytest
+import torch
+
+from vlopd.checkpoint import RunError
+from vlopd.config import DistillArm
+from vlopd.data import open_data, pick
+from vlopd.distill import TrainingError, distill
+
+ARM = DistillArm(seed=1)
+
+
+def run(pair, config, folder, mask=None, identity="x"):
+    size = config.train.steps * config.train.prompts_per_step
+    data = open_data(config.data, size, ARM.seed)
+    return distill(pair, data, config, ARM, folder, "test", mask, identity)
+
+
+def weights(pair):
+    return {n: p.detach().clone() for n, p in pair.student.model.named_parameters()}
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_micro_batches_do_not_change_the_step(kind, make_pair, make_config, tmp_path):
+    """One step split into 1, 2 or 4 micro-batches has the same loss and gradient norm, for the same samples."""
+    rows = []
+    for micro_batch in (4, 2, 1):
+        config = make_config(
+            kind, train={"steps": 1, "prompts_per_step": 4, "micro_batch": micro_batch}
+        )
+        # one end token everywhere would hide a wrong denominator: greedy rollouts, so that all splits sample alike
+        config = config.model_copy(
+            update={"rollout": config.rollout.model_copy(update={"temperature": 1e-6})}
+        )
+        folder = tmp_path / str(micro_batch)
+        run(make_pair(kind), config, folder)
+        rows.append(metrics(folder)[0])
+    for row in rows[1:]:
+        assert row["completion_tokens"] == rows[0]["completion_tokens"]
+        assert row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_resumed_run_is_bit_exact(kind, masked, make_pair, make_config, tmp_path):
+    """Killed after step 4 of 6 and gone on with, a run ends with the uninterrupted run's bits and metrics."""
+    config = make_config(
+        kind, train={"steps": 6, "prompts_per_step": 3, "save_every": 2, "sample_every": 2}
+    )
+    whole = make_pair(kind)
+    mask = None
+    if masked:
+        draws = torch.Generator().manual_seed(0)
+        mask = {
+            n: torch.rand(p.shape, generator=draws) < 0.2
+            for n, p in whole.student.model.named_parameters()
+        }
+    run(whole, config, tmp_path / "whole", mask)
+
+    class Killed(Exception):
+        pass
+
+    import vlopd.distill as module
+
+    original, calls = module.save_state, []
+
+    def kill_after_second(*args):
+        original(*args)
+        calls.append(1)
+        if len(calls) == 2:
+            raise Killed
+
+    module.save_state = kill_after_second
+    try:
+        with pytest.raises(Killed):
+            run(make_pair(kind), config, tmp_path / "cut", mask)
+    finally:
+        module.save_state = original
+    resumed = make_pair(kind)
+    run(resumed, config, tmp_path / "cut", mask)
+    expected, got = weights(whole), weights(resumed)
+    assert all(torch.equal(expected[n], got[n]) for n in expected)
+    for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "cut"), strict=True):
+        assert {k: v for k, v in a.items() if "second" not in k} == {
+            k: v for k, v in b.items() if "second" not in k
+        }
+
+
+def test_damaged_or_foreign_state_is_refused(make_pair, make_config, tmp_path):
+    """A truncated state, or one of another configuration, raises one line that names the file."""
+    config = make_config("llm", train={"steps": 2, "prompts_per_step": 2, "save_every": 1})
+    run(make_pair("llm"), config, tmp_path)
+    with pytest.raises(RunError, match="another configuration"):
+        run(make_pair("llm"), config, tmp_path, identity="y")
+    path = tmp_path / "state" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(RunError, match=r"state\.safetensors is damaged"):
+        run(make_pair("llm"), config, tmp_path)
+
+
+def test_kl_goes_down_on_one_batch(kind, make_pair, make_config, tmp_path):
+    """Enough steps on the same few prompts bring the KL to the teacher below 40 % of its start."""
+    config = make_config(
+        kind,
+        optim={"learning_rate": 1e-2, "schedule": "linear"},
+        train={"steps": 150, "prompts_per_step": 4},
+    )
+    pair = make_pair(kind)
+    data = open_data(config.data, 4, 5)
+    distill(pair, data, config, ARM, tmp_path, "test")
+    kl = [row["kl"] for row in metrics(tmp_path)]
+    assert sum(kl[-10:]) / 10 < 0.4 * kl[0]
+
+
+def test_loss_that_is_not_finite_stops_the_run(make_pair, make_config, tmp_path):
+    """NaN weights end in one line with the step and the examples, before anything is saved."""
+    pair = make_pair("llm")
+    with torch.no_grad():
+        next(pair.student.model.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingError, match="step 0"):
+        run(pair, make_config("llm"), tmp_path)
+    assert not (tmp_path / "state").exists()
+
+
+def test_samples_hold_both_models_logprobs(kind, make_pair, make_config, tmp_path):
+    """samples.jsonl has as many log-probs as tokens, and a picture where the example has one."""
+    run(make_pair(kind), make_config(kind), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows} == {0, 2}
+    for row in rows:
+        assert (
+            len(row["tokens"]) == len(row["student_logprobs"]) == len(row["teacher_logprobs"]) > 0
+        )
+        assert (kind == "vlm") == bool(row["image"] and (tmp_path / row["image"]).exists())
+
+
+def test_every_epoch_sees_every_example_once():
+    """The endless stream is a permutation an epoch, another each epoch, and any part of it can be asked for."""
+    data = list(range(10))
+    stream = pick(data, 0, 30, seed=0)
+    assert all(sorted(stream[i : i + 10]) == data for i in (0, 10, 20))
+    assert stream[:10] != stream[10:20]
+    assert pick(data, 7, 9, seed=0) == stream[7:16]

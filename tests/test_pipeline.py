@@ -1,0 +1,203 @@
+"""Every verb, in order, on a miniature; what is done is not done again; mistakes are one line and exit code 2."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from vlopd import cli
+
+MINIATURE = """
+name = "mini"
+[pair]
+student = "{student}"
+teacher = "{teacher}"
+[precision]
+compute = "bf16"
+[data]
+type = "shapes"
+modality = "{modality}"
+[rollout]
+max_new_tokens = 6
+[optim]
+learning_rate = 3e-3
+[train]
+steps = 3
+prompts_per_step = 6
+save_every = 2
+[masks]
+visible = {{type = "visible", of = "full"}}
+top = {{type = "top_fraction", of = "full", fraction = 0.1}}
+random-0 = {{type = "random", like = "top", seed = 5}}
+[arms]
+base = {{type = "source"}}
+teacher = {{type = "teacher"}}
+full = {{type = "distill", seed = 1}}
+subnetwork = {{type = "distill", seed = 2, mask = "top"}}
+transplant = {{type = "transplant", of = "full", mask = "top"}}
+random-0 = {{type = "distill", seed = 2, mask = "random-0"}}
+[geometry]
+arms = ["full"]
+null_draws = 2
+[eval]
+tasks = ["{task}"]
+limit = 12
+batch_size = 6
+keep_images = 2
+bootstrap_draws = 500
+"""
+ARMS = ("base", "teacher", "full", "subnetwork", "transplant", "random-0")
+
+
+def vlopd(monkeypatch, *words) -> int:
+    """Runs the command line in this process and returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["vlopd", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code or 0
+
+
+@pytest.fixture
+def miniature(folders, kind, tmp_path) -> Path:
+    path = tmp_path / "mini.toml"
+    path.write_text(
+        MINIATURE.format(
+            student=folders[kind, "student"],
+            teacher=folders[kind, "teacher"],
+            modality="image" if kind == "vlm" else "text",
+            task="shapes" if kind == "vlm" else "shapes_text",
+        )
+    )
+    return path
+
+
+def files_and_times(root: Path) -> dict[str, int]:
+    return {
+        str(p.relative_to(root)): p.stat().st_mtime_ns
+        for p in root.rglob("*")
+        if p.is_file() and p.name != ".lock"
+    }
+
+
+def test_every_verb_in_order(kind, miniature, tmp_path, monkeypatch, capsys):
+    """The stages one by one leave the run folder of the contract, and `run` then finds nothing to do."""
+    run = tmp_path / "run"
+    assert vlopd(monkeypatch, "check", miniature) == 0
+    assert vlopd(monkeypatch, "distill", miniature, "--out", run) == 0
+    for verb in ("mask", "retrain", "geometry", "eval", "compare", "report", "show"):
+        assert vlopd(monkeypatch, verb, run) == 0, (verb, capsys.readouterr())
+
+    for arm in ARMS:
+        record = json.loads((run / "arms" / arm / "record.json").read_text())
+        assert (
+            record["checkpoint_digest"]
+            and record["inputs"]
+            and record["precision"]["values"] == "fp32"
+        )
+        assert (run / "evals" / arm / "results.json").exists()
+    for arm in ("full", "subnetwork", "random-0"):
+        assert len((run / "arms" / arm / "metrics.jsonl").read_text().splitlines()) == 3
+    for name in ("masks/top.safetensors", "masks/top.json", "geometry/full/geometry.csv",
+                 "geometry/full/summary.json", "geometry/full/match.json", "report/report.html",
+                 "report/report.md", "arms/full/samples.jsonl"):  # fmt: skip
+        assert (run / name).exists(), name
+    compared = json.loads((run / "compare.json").read_text())
+    (task,) = compared["tasks"].values()
+    for arm in ARMS:
+        row = task["arms"][arm]
+        assert row["n"] == 12
+        assert {"mean", "standard_error", "interval", "difference_to_full", "recovery"} <= set(row)
+
+    before = files_and_times(run)
+    assert vlopd(monkeypatch, "run", miniature, "--out", run) == 0
+    made_again = {name for name, time in files_and_times(run).items() if before.get(name) != time}
+    assert all(name.startswith(("report/", "compare.json")) for name in made_again), made_again
+
+    # the mask held, the transplant is what it says, and plain transformers loads every checkpoint
+    tensors = {
+        a: load_file(run / "arms" / a / "checkpoint" / "model.safetensors")
+        for a in ARMS
+        if a != "teacher"
+    }
+    from vlopd.masks import load_mask
+
+    mask, _ = load_mask(run / "masks" / "top.safetensors")
+    for name, base in tensors["base"].items():
+        marked = mask[name]
+        assert torch.equal(tensors["subnetwork"][name][~marked], base[~marked])
+        assert torch.equal(tensors["transplant"][name][~marked], base[~marked])
+        assert torch.equal(tensors["transplant"][name][marked], tensors["full"][name][marked])
+    for arm in ("subnetwork", "transplant", "random-0"):
+        assert (
+            json.loads((run / "arms" / arm / "record.json").read_text())["off_mask_unmoved"] is True
+        )
+    auto = AutoModelForImageTextToText if kind == "vlm" else AutoModelForCausalLM
+    model, info = auto.from_pretrained(
+        run / "arms" / "full" / "checkpoint", dtype="auto", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.dtype == torch.bfloat16
+    full = dict(model.named_parameters())
+    assert all(torch.equal(full[n], t) for n, t in tensors["full"].items() if n in full)
+
+
+@pytest.mark.parametrize("kind", ["llm"], indirect=True)
+def test_mistakes_are_one_line_and_exit_code_2(miniature, tmp_path, monkeypatch, capsys):
+    """An unknown key, a missing data file, another config, a run in use, an unknown arm, task or model."""
+    run = tmp_path / "run"
+    assert vlopd(monkeypatch, "run", miniature, "--out", run, "--arm", "base") == 0
+    capsys.readouterr()
+
+    def refused(message: str, *words) -> None:
+        assert vlopd(monkeypatch, *words) == 2
+        error = capsys.readouterr().err
+        lines = [line for line in error.splitlines() if line.startswith("vlopd: ")]
+        assert len(lines) == 1 and message in lines[0], error
+        assert "Traceback" not in error
+
+    refused("did you mean 'steps'", "run", miniature, "train.step=3", "--out", tmp_path / "x")
+    refused("train.steps: 3 -> 4", "run", miniature, "train.steps=4", "--out", run)
+    refused("no data file", "run", miniature, "data={type='file', path='gone.jsonl'}",
+            "--out", tmp_path / "y", "--arm", "full")  # fmt: skip
+    refused("no arm 'nope'", "run", miniature, "--out", run, "--arm", "nope")
+    refused("not a run folder", "eval", tmp_path)
+    refused("no built-in model", "check", miniature, "pair.student='builtin:nope'")
+    refused("eval.tasks: no task", "run", miniature, "eval.tasks=['nope']",
+            "--out", tmp_path / "z", "--arm", "base")  # fmt: skip
+
+    from vlopd.checkpoint import RunFolder
+
+    holder, _ = RunFolder.open(run)
+    refused("is in use by process", "run", miniature, "--out", run)
+    holder.unlock()
+
+
+@pytest.mark.parametrize("kind", ["llm"], indirect=True)
+def test_a_foreign_or_damaged_mask_is_refused(miniature, folders, tmp_path, monkeypatch, capsys):
+    """A mask of another source, truncated or with a flipped bit ends in one line that names the file."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert vlopd(monkeypatch, "distill", miniature, "--out", run, "--arm", "base") == 0
+    assert vlopd(monkeypatch, "distill", miniature, "--out", run) == 0
+    assert vlopd(monkeypatch, "mask", run) == 0
+    path = run / "masks" / "top.safetensors"
+    good = path.read_bytes()
+
+    def refused(message: str) -> None:
+        capsys.readouterr()
+        assert vlopd(monkeypatch, "retrain", run, "--arm", "subnetwork") == 2
+        error = capsys.readouterr().err
+        assert message in error and "top" in error and "Traceback" not in error, error
+
+    path.write_bytes(good[: len(good) // 2])
+    refused("top.safetensors")
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    refused("top.safetensors")
+    teacher_as_student = f"pair.student='{folders['llm', 'teacher']}'"
+    assert vlopd(monkeypatch, "distill", miniature, teacher_as_student, "--out", other) == 0
+    assert vlopd(monkeypatch, "mask", other) == 0
+    path.write_bytes((other / "masks" / "top.safetensors").read_bytes())
+    refused("mask")

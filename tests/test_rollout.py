@@ -1,0 +1,99 @@
+"""The sampler: what it says of its samples is true, and nothing but the model and the seed decides them."""
+
+import torch
+
+from vlopd.models.load import load
+from vlopd.pair import pair_logprob_gap
+from vlopd.rollout import draw, sample
+
+
+def test_samplers_logprobs_equal_rescored_ones(kind, make_pair, make_data):
+    """Log-probs noted while sampling with a cache equal those of one forward pass over the whole sequence."""
+    model = make_pair(kind).student
+    prompts = model.render(make_data(kind))
+    completions = sample(model, prompts, 8, 1.0, torch.Generator().manual_seed(0))
+    assert pair_logprob_gap(model, prompts, completions, model.vocabulary_rows) < 1e-4
+
+
+def test_batch_and_padding_change_nothing(kind, make_pair, make_data):
+    """A prompt's greedy answer and its log-probs are the same alone and in a padded batch."""
+    model = make_pair(kind).student
+    examples = make_data(kind)
+    together = sample(model, model.render(examples), 8, 0.0)
+    for k, example in enumerate(examples):
+        alone = sample(model, model.render([example]), 8, 0.0)
+        n = int(alone.mask.sum())
+        assert int(together.mask[k].sum()) == n
+        assert torch.equal(together.ids[k, :n], alone.ids[0, :n])
+        torch.testing.assert_close(
+            together.logprobs[k, :n], alone.logprobs[0, :n], rtol=0, atol=1e-5
+        )
+
+
+def test_the_seed_decides(kind, make_pair, make_data):
+    """The same generator state gives the same sample; another seed another one."""
+    model = make_pair(kind).student
+    prompts = model.render(make_data(kind))
+    first, again, other = (
+        sample(model, prompts, 8, 1.0, torch.Generator().manual_seed(seed)).ids
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert first.shape != other.shape or not torch.equal(first, other)
+
+
+def test_placeholders_and_padding_are_never_sampled(make_pair, make_data):
+    """Image placeholders and padding do not occur in completions, however likely the model finds them."""
+    model = make_pair("vlm").student
+    banned = torch.tensor(model.unsampleable_ids)
+    with torch.no_grad():
+        model.model.get_output_embeddings().weight[banned] *= 50
+    completions = sample(
+        model, model.render(make_data("vlm")), 30, 1.0, torch.Generator().manual_seed(0)
+    )
+    assert not bool(torch.isin(completions.ids[completions.mask], banned).any())
+
+
+def test_completion_ends_with_its_first_end_token(kind, make_pair, make_data):
+    """The mask covers the first end token and nothing after it; `ended` says whether there was one."""
+    model = make_pair(kind).student
+    with torch.no_grad():
+        model.model.get_output_embeddings().weight[model.end_ids[0]] *= 3
+    completions = sample(
+        model, model.render(make_data(kind)), 30, 1.0, torch.Generator().manual_seed(0)
+    )
+    for ids, mask, ended in zip(completions.ids, completions.mask, completions.ended, strict=True):
+        kept = ids[mask].tolist()
+        assert (kept[-1] in model.end_ids) == bool(ended)
+        assert not any(token in model.end_ids for token in kept[:-1])
+        assert bool((ids[~mask] == model.pad_id).all())
+
+
+def test_draws_follow_the_distribution():
+    """Inverse-CDF draws have the softmax's frequencies (within 5 standard errors) and never hit a banned id."""
+    logits = torch.tensor([0.0, 1.0, 2.0, 3.0, 1.5])
+    n = 200_000
+    drawn = draw(logits.expand(n, -1), 0.7, [3], torch.Generator().manual_seed(0))
+    expected = torch.softmax(
+        logits.masked_fill(torch.tensor([0, 0, 0, 1, 0]).bool(), -torch.inf) / 0.7, -1
+    )
+    observed = drawn.bincount(minlength=5) / n
+    error = (expected * (1 - expected) / n).sqrt()
+    assert bool(((observed - expected).abs() <= 5 * error).all())
+
+
+def test_sampling_leaves_the_models_answers_to_generate(make_data):
+    """Greedy sampling gives what transformers' own `generate` gives, on the built-in student."""
+    student = load("builtin:shapes-student", torch.float32)
+    prompts = student.render(make_data("vlm", 8))
+    ours = sample(student, prompts, 12, 0.0)
+    out = student.model.generate(
+        input_ids=prompts.input_ids,
+        attention_mask=prompts.attention_mask,
+        **prompts.per_image,
+        max_new_tokens=12,
+        do_sample=False,
+    )[:, prompts.input_ids.shape[1] :]
+    assert student.decode(ours) == [
+        text.strip() for text in student.tokenizer.batch_decode(out, skip_special_tokens=True)
+    ]

@@ -1,0 +1,81 @@
+"""The visual world: deterministic, split by content, answerable, and the shipped pair does what its cards say."""
+
+import hashlib
+import json
+
+import pytest
+
+from vlopd.data import shapes
+from vlopd.models.load import BUILTIN
+
+
+def test_example_depends_on_split_seed_and_index_alone():
+    """The same index gives the same question and the same pixels; another seed does not."""
+    a, b, c = (shapes.ShapesWorld("train", 5, seed)[3] for seed in (0, 0, 1))
+    assert a.fields == b.fields and a.images[0].tobytes() == b.images[0].tobytes()
+    assert a.fields != c.fields
+
+
+def test_splits_share_no_scene():
+    """No scene of the test or validation split occurs in training, whatever the seed."""
+    scenes = {
+        split: {
+            shapes.ShapesWorld(split, 500, seed).row(i)["scene"]
+            for seed in (0, 1)
+            for i in range(500)
+        }
+        for split in ("train", "validation", "test")
+    }
+    assert not scenes["train"] & scenes["test"]
+    assert not scenes["train"] & scenes["validation"]
+    assert not scenes["validation"] & scenes["test"]
+
+
+def test_answers_are_true():
+    """Counts, rows and existence agree with a second look at the scene, over 400 questions."""
+    world = shapes.ShapesWorld("train", 400)
+    for i in range(400):
+        row = world.row(i)
+        objects = json.loads(row["scene"])
+        words, answer = row["question"].split(), row["answer"]
+        if row["kind"] == "count":
+            cells = [cell for cell, pair in objects.items() if words[-1] in pair]
+            assert answer == f"{' '.join(cells) or 'none'} : {len(cells)}"
+        elif row["kind"] == "exist":
+            assert answer.endswith("yes" if words[1:] in objects.values() else "no")
+        elif row["kind"] == "attribute":
+            assert answer == " ".join(objects.get(words[-1], ["nothing"]))
+        elif row["kind"] == "compare":
+            n = {c: sum(pair[0] == c for pair in objects.values()) for c in (words[1], words[3])}
+            assert answer.split()[1::2][:2] == [str(n[words[1]]), str(n[words[3]])]
+
+
+def test_every_word_is_in_the_vocabulary():
+    """Questions, answers and scenes in words use known words only."""
+    known = set(shapes.vocabulary())
+    world = shapes.ShapesWorld("test", 300, modality="text")
+    assert all(set(f"{e.question} {e.answer}".split()) <= known for e in world)
+
+
+def test_a_picture_is_96_pixels_and_differs_with_jitter():
+    """Rendering is exact for a seed and varies with it."""
+    scene = {0: ("red", "circle"), 8: ("blue", "cross")}
+    one, same, other = (shapes.render(scene, jitter) for jitter in (1, 1, 2))
+    assert one.size == (96, 96)
+    assert one.tobytes() == same.tobytes() != other.tobytes()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(BUILTIN.glob("*/*")), ids=lambda p: f"{p.parent.name}/{p.name}"
+)
+def test_builtin_files_are_the_shipped_ones(path):
+    """Every file of the built-in models has its recorded digest."""
+    digests = json.loads((BUILTIN / "digests.json").read_text())
+    assert (
+        digests[f"{path.parent.name}/{path.name}"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    )
+
+
+def test_builtin_models_stay_small():
+    """All built-in models together take at most 16 MB."""
+    assert sum(p.stat().st_size for p in BUILTIN.glob("*/*")) <= 16_000_000
