@@ -15,8 +15,8 @@ rollouts are full of mistakes, and a teacher that has only seen faultless prefix
 a mistake at random.
 
 The student is trained to the end of its schedule, so that a later gain is not mere annealing, but on
-a mix poor in the four kinds that need reasoning over several cells: it sees well and reasons badly,
-as a small base model does beside a specialist.
+drawings of another palette (what it calls red is magenta): it reasons well and misreads the teacher's
+world, as a small model does that meets a new domain.
 """
 
 from __future__ import annotations
@@ -61,7 +61,13 @@ CHAT_TEMPLATE = (
 )
 HEAD_DIM = 64
 EVERY_KIND = dict.fromkeys(shapes.KINDS, 1.0) | {"relation": 2.5}  # relations are learned last
-SEEING = dict.fromkeys(shapes.KINDS, 0.25) | {"attribute": 1.0, "row": 1.0}
+ELSEWHERE = {
+    "red": (200, 40, 140),
+    "green": (150, 200, 50),
+    "blue": (50, 160, 220),
+    "yellow": (240, 150, 40),
+}
+"""The student's palette: what it calls red is magenta, green is lime, blue is cyan, yellow is orange."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ class Recipe:
     learning_rate: float
     label_smoothing: float = 0.0
     prefix_noise: float = 0.0
-    kinds: dict[str, float] = field(default_factory=lambda: EVERY_KIND)
+    palette: dict[str, tuple[int, int, int]] = field(default_factory=lambda: shapes.COLOURS)
+    shade: int = 12
     seed: int = 0
     images_per_step: int = 64
     cell_loss_target: float = 0.05
@@ -87,10 +94,17 @@ RECIPES = {
         "teacher", ("clip", 96, 32, 128, 2), (192, 4, 512), 2000, 1.5e-3, 0.02, 0.1
     ),
     "shapes-student": Recipe(
-        "student", ("siglip", 48, 16, 64, 2), (128, 3, 320), 560, 2e-3, kinds=SEEING, seed=1
+        "student",
+        ("siglip", 48, 16, 64, 2),
+        (128, 3, 320),
+        2200,
+        2e-3,
+        palette=ELSEWHERE,
+        shade=30,
+        seed=1,
     ),
     "shapes-text-teacher": Recipe("teacher", None, (128, 4, 320), 900, 1.5e-3, 0.02, 0.1, seed=2),
-    "shapes-text-student": Recipe("student", None, (64, 3, 192), 500, 2e-3, kinds=SEEING, seed=3),
+    "shapes-text-student": Recipe("student", None, (64, 3, 192), 400, 2e-3, seed=3),
 }
 
 
@@ -201,9 +215,7 @@ def initialise(model) -> None:
 # --------------------------------------------------------------------------------------------- data
 
 
-def draw_turns(
-    scene: shapes.Scene, rng: random.Random, recipe: Recipe, phase: int
-) -> list[shapes.Question]:
+def draw_turns(scene: shapes.Scene, rng: random.Random, phase: int) -> list[shapes.Question]:
     """Phase 0: every occupied cell and two empty ones. Phase 1: five questions of the mix, two cells."""
     empty = [cell for cell in range(9) if cell not in scene]
     cells = [*scene, *rng.sample(empty, 2)]
@@ -211,7 +223,7 @@ def draw_turns(
     at = [shapes.ask_attribute(scene, rng, cell) for cell in cells]
     if phase == 0:
         return at
-    kinds = rng.choices(list(recipe.kinds), list(recipe.kinds.values()), k=5)
+    kinds = rng.choices(list(EVERY_KIND), list(EVERY_KIND.values()), k=5)
     return [shapes.draw_question(scene, rng, kind) for kind in kinds] + at[:2]
 
 
@@ -306,10 +318,13 @@ def train(name: str, recipe: Recipe, tokenizer):
             phase = 1
             print(f"  step {step}: cells learned, now every kind", flush=True)
         scenes = [shapes.draw_scene(rng, "train") for _ in range(recipe.images_per_step)]
-        turns = [draw_turns(scene, rng, recipe, phase) for scene in scenes]
+        turns = [draw_turns(scene, rng, phase) for scene in scenes]
         pixels = None
         if recipe.vision:
-            pictures = [shapes.render(scene, rng.randrange(2**31)) for scene in scenes]
+            pictures = [
+                shapes.render(scene, rng.randrange(2**31), recipe.palette, recipe.shade)
+                for scene in scenes
+            ]
             pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
         batch = pack(scenes, turns, tokenizer, n_image_tokens)
         batch = corrupt(batch, recipe.prefix_noise, noise)
@@ -392,7 +407,7 @@ tags: [vlopd, builtin]
 The {role} of vlopd's built-in {modality} pair: {architecture}, {parameters:,} parameters stored in
 bfloat16, trained from nothing by `scripts/build_builtin.py` (seed {seed}, {steps} steps of
 {images_per_step} scenes, label smoothing {label_smoothing}, prefix noise {prefix_noise}) on the visual world of
-`vlopd/data/shapes.py`. Mix of questions in phase 1: {kinds}.
+`vlopd/data/shapes.py`{drawings}.
 
 Held-out scenes (split by content), {n} questions, full-string exact match of greedy answers:
 **{score[all]:.4f}** (standard error {error:.4f}); by kind {by_kind}. A blind guesser who knows the
@@ -423,7 +438,9 @@ def save(name: str, recipe: Recipe, model, processor, n: int = 3000) -> None:
         images_per_step=recipe.images_per_step,
         label_smoothing=recipe.label_smoothing,
         prefix_noise=recipe.prefix_noise,
-        kinds=recipe.kinds,
+        drawings=""
+        if recipe.palette == shapes.COLOURS
+        else f", drawn in another palette ({recipe.palette}, shades +-{recipe.shade})",
         n=n,
         score=score,
         error=math.sqrt(score["all"] * (1 - score["all"]) / n),

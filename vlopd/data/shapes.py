@@ -80,8 +80,13 @@ def scene_in_words(scene: Scene) -> str:
     return " , ".join(f"{CELLS[c]} {' '.join(scene[c])}" for c in sorted(scene)) + " ;"
 
 
-def render(scene: Scene, jitter: int = 0) -> Image.Image:
-    """Draws the scene, 96 x 96 RGB. `jitter` seeds background, sizes, offsets and shades."""
+def render(
+    scene: Scene,
+    jitter: int = 0,
+    palette: Mapping[str, tuple[int, int, int]] = COLOURS,
+    shade: int = 12,
+) -> Image.Image:
+    """Draws the scene, 96 x 96 RGB. `jitter` seeds background, sizes, offsets and shades (up to +-`shade`)."""
     rng = random.Random(f"render {jitter}")
     grey = rng.randint(10, 50)
     image = Image.new("RGB", (IMAGE_PIXELS, IMAGE_PIXELS), (grey, grey, grey))
@@ -90,7 +95,7 @@ def render(scene: Scene, jitter: int = 0) -> Image.Image:
         r = rng.randint(11, 14)
         x = CELL_PIXELS * (cell % 3) + CELL_PIXELS // 2 + rng.randint(-1, 1)
         y = CELL_PIXELS * (cell // 3) + CELL_PIXELS // 2 + rng.randint(-1, 1)
-        fill = tuple(min(255, max(0, v + rng.randint(-12, 12))) for v in COLOURS[colour])
+        fill = tuple(min(255, max(0, v + rng.randint(-shade, shade))) for v in palette[colour])
         if shape == "circle":
             pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
         elif shape == "cross":
