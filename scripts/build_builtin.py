@@ -340,9 +340,12 @@ def train(name: str, recipe: Recipe, tokenizer):
                 f"  step {step + 1} loss {np.mean(losses[-50:]):.4f} ({seconds:.0f} s)", flush=True
             )
         if step % 200 == 199:
-            score = greedy_accuracy(model, processor, recipe, "validation", 300)
+            own, here = (
+                greedy_accuracy(model, processor, recipe, "validation", 300, own_palette)
+                for own_palette in (True, False)
+            )
             print(
-                f"  step {step + 1} validation exact match {score['all']:.3f} {score}", flush=True
+                f"  step {step + 1} validation, own palette {own}; the world's {here}", flush=True
             )
     return model.to(torch.bfloat16), processor
 
@@ -357,9 +360,12 @@ def smoothing_floor(epsilon: float, classes: int) -> float:
 
 @torch.no_grad()
 def greedy_accuracy(
-    model, processor, recipe: Recipe, split: shapes.Split, n: int
+    model, processor, recipe: Recipe, split: shapes.Split, n: int, own_palette: bool = False
 ) -> dict[str, float]:
-    """Full-string exact match of greedy answers through the plain processor and `generate`."""
+    """Full-string exact match of greedy answers through the plain processor and `generate`.
+
+    On the world's drawings, or, with `own_palette`, on drawings as the model was trained on.
+    """
     model.eval()
     modality: shapes.Modality = "image" if recipe.vision else "text"
     world = shapes.ShapesWorld(split, n, seed=99, modality=modality)
@@ -375,7 +381,7 @@ def greedy_accuracy(
         if recipe.vision:
             batch = processor(
                 text=texts,
-                images=[e.images[0] for e in examples],
+                images=[own_drawing(e, recipe) if own_palette else e.images[0] for e in examples],
                 return_tensors="pt",
                 padding=True,
             )
@@ -395,6 +401,11 @@ def greedy_accuracy(
             hits.setdefault(str(example.fields["kind"]), []).append(hit)
     model.train()
     return {kind: round(float(np.mean(values)), 4) for kind, values in hits.items()}
+
+
+def own_drawing(example, recipe: Recipe):
+    scene = shapes.scene_from_json(str(example.fields["scene"]))
+    return shapes.render(scene, int(example.fields["jitter"]), recipe.palette, recipe.shade)
 
 
 CARD = """---
@@ -422,6 +433,7 @@ def save(name: str, recipe: Recipe, model, processor, n: int = 3000) -> None:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     score = greedy_accuracy(model, processor, recipe, "test", n)
+    own = greedy_accuracy(model, processor, recipe, "test", n, own_palette=True)["all"]
     by_text, by_kind = shapes.blind_guesser()
     rows = [shapes.ShapesWorld("test", n, 99).row(i) for i in range(n)]
     blind = np.mean(
@@ -440,7 +452,7 @@ def save(name: str, recipe: Recipe, model, processor, n: int = 3000) -> None:
         prefix_noise=recipe.prefix_noise,
         drawings=""
         if recipe.palette == shapes.COLOURS
-        else f", drawn in another palette ({recipe.palette}, shades +-{recipe.shade})",
+        else f", drawn in another palette ({recipe.palette}, shades +-{recipe.shade}), where it scores {own:.4f}",
         n=n,
         score=score,
         error=math.sqrt(score["all"] * (1 - score["all"]) / n),
