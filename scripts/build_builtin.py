@@ -65,7 +65,7 @@ ELSEWHERE = {
     "red": (200, 40, 140),
     "green": (150, 200, 50),
     "blue": (50, 160, 220),
-    "yellow": (240, 150, 40),
+    "yellow": (238, 120, 45),
 }
 """The student's palette: what it calls red is magenta, green is lime, blue is cyan, yellow is orange."""
 
@@ -97,10 +97,10 @@ RECIPES = {
         "student",
         ("siglip", 48, 16, 64, 2),
         (128, 3, 320),
-        2200,
+        2000,
         2e-3,
         palette=ELSEWHERE,
-        shade=30,
+        shade=20,
         seed=1,
     ),
     "shapes-text-teacher": Recipe("teacher", None, (128, 4, 320), 900, 1.5e-3, 0.02, 0.1, seed=2),

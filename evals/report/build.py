@@ -17,7 +17,14 @@ from matplotlib.figure import Figure
 from evals.compare import roles_of
 from evals.report import examples, figures, tables
 from evals.report.verdict import interval, p_value, percent, points
-from vlopd.checkpoint import RunFolder, read_json, whole_folder
+from vlopd.checkpoint import (
+    RunFolder,
+    digest_files,
+    read_json,
+    up_to_date,
+    whole_folder,
+    write_json,
+)
 from vlopd.config import ExperimentConfig
 
 Context = dict[str, Any]
@@ -26,10 +33,13 @@ HEAT_MAPS = (("frac_delta_eq_0", ""), ("top_energy_ratio", "k=16"))
 
 
 def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
-    """Writes RUN/report/ anew and returns the path of report.html.
+    """Writes RUN/report/, unless what it shows is unchanged, and returns the path of report.html.
 
     Raises RunError when run.json is missing or a file of the run cannot be read.
     """
+    inputs = shown_files(run)
+    if up_to_date(run.report / "record.json", inputs):
+        return run.report / "report.html"
     none = {"tasks": {}, "verdict": [f"Not compared yet: run `vlopd compare {run.root}`."]}
     compared = read_json(run.compare) if run.compare.exists() else none
     records, roles = tables.arm_records(run, config), roles_of(config).of
@@ -68,7 +78,17 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
         for name in ("report.html", "report.md"):
             text = environment().get_template(f"{name}.j2").render(context)
             (folder / name).write_text(text)
+        write_json(folder / "record.json", {"inputs": inputs})
     return run.report / "report.html"
+
+
+def shown_files(run: RunFolder) -> dict[str, str]:
+    """Digests of everything the report is made from, the report's own code included."""
+    parts = ("run.json", "compare.json", "arms/*/*.json*", "masks/*.json", "geometry/*/*.json")
+    paths = [path for part in parts for path in run.root.glob(part)]
+    shown = {str(path.relative_to(run.root)): digest_files([path]) for path in sorted(paths)}
+    here = Path(__file__).parent
+    return {**shown, "report": digest_files([*here.glob("*.py"), *here.glob("*.j2")])}
 
 
 def task_context(
