@@ -75,9 +75,13 @@ def scene_from_json(text: str) -> Scene:
     }
 
 
-def scene_in_words(scene: Scene) -> str:
-    """The scene as text, for the text-only pair: `top-left red circle , center blue cross ;`."""
-    return " , ".join(f"{CELLS[c]} {' '.join(scene[c])}" for c in sorted(scene)) + " ;"
+def scene_in_words(scene: Scene, place_first: bool = True) -> str:
+    """The scene as text, for the text-only pair: `top-left red circle , center blue cross ;`.
+
+    Without `place_first` it is `red circle top-left , blue cross center ;`, another way of telling.
+    """
+    told = [(CELLS[cell], at_cell(scene, cell)) for cell in sorted(scene)]
+    return " , ".join(" ".join(words if place_first else words[::-1]) for words in told) + " ;"
 
 
 def render(
