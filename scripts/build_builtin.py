@@ -107,7 +107,7 @@ RECIPES = {
         shade=20,
         seed=1,
     ),
-    "shapes-text-teacher": Recipe("teacher", None, (128, 4, 320), 900, 1.5e-3, 0.02, 0.1, seed=2),
+    "shapes-text-teacher": Recipe("teacher", None, (128, 4, 320), 1600, 1.5e-3, 0.02, 0.1, seed=2),
     "shapes-text-student": Recipe(
         "student", None, (128, 3, 320), 900, 2e-3, place_first=False, seed=3
     ),

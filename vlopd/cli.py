@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 
 from vlopd.checkpoint import RunFolder, read_json
 from vlopd.config import (
@@ -35,6 +36,9 @@ QUIET = {
     "LOGLEVEL": "WARNING",
 }
 """Libraries speak up on warnings only; anything that is set already stays."""
+
+INTERRUPTED = 130
+"""What typer exits with after Ctrl-C."""
 
 ConfigFile = Annotated[Path, typer.Argument(help="experiment file (TOML)")]
 Overrides = Annotated[
@@ -266,15 +270,15 @@ def main() -> None:
     except UserError as error:
         print(f"vlopd: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    except OSError as error:
-        print(f"vlopd: {error}; what was written before is intact", file=sys.stderr)
+    except (OSError, SafetensorError) as error:
+        # a full disk, say; safetensors has a class of its own for it
+        what = " ".join(str(error).split())
+        print(f"vlopd: {what}; what was written before is intact", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(
-            "vlopd: interrupted; the same command goes on from the last saved state",
-            file=sys.stderr,
-        )
-        raise SystemExit(130) from None
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            print("vlopd: interrupted; the same command goes on from there", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":
