@@ -18,7 +18,6 @@ from typing import Any
 import lm_eval
 import numpy as np
 import torch
-from accelerate import Accelerator
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
@@ -34,6 +33,7 @@ from vlopd.checkpoint import (
 )
 from vlopd.config import ConfigError, ExperimentConfig, TeacherArm
 from vlopd.models.load import DTYPES, load
+from vlopd.processes import accelerator
 
 TASKS = Path(__file__).parent / "tasks"
 CHANCE = {
@@ -65,7 +65,7 @@ def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     loaded = load(
         config.pair.teacher if is_teacher else str(run.checkpoint(arm)),
         DTYPES[config.precision.compute],
-        Accelerator().device,
+        accelerator().device,
         attention=config.pair.attention,
         revision=config.pair.revision_teacher if is_teacher else None,
         trust_remote_code=config.pair.trust_remote_code,

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("vlopd/**/*.py"), *ROOT.glob("evals/**/*.py")])
 
 RANK = {
-    "vlopd.config": 0, "vlopd.types": 0, "vlopd.seeding": 0,
+    "vlopd.config": 0, "vlopd.types": 0, "vlopd.seeding": 0, "vlopd.processes": 1,
     "vlopd.checkpoint": 1, "vlopd.models": 1, "vlopd.losses": 1, "vlopd.trainable": 1,
     "vlopd.data": 2, "vlopd.rollout": 2, "vlopd.delta": 2, "vlopd.log": 2,
     "vlopd.masks": 3, "vlopd.pair": 3, "vlopd.geometry": 4, "vlopd.distill": 4,

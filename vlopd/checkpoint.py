@@ -234,6 +234,8 @@ class RunFolder:
         run.lock()
         resolved = json.loads(config.model_dump_json())
         path = run.root / "run.json"
+        if run._lock is None:
+            return run
         if path.exists():
             lines = differences(read_json(path)["config"], resolved)
             if lines:
@@ -260,7 +262,12 @@ class RunFolder:
         return run, ExperimentConfig.model_validate(read_json(path)["config"])
 
     def lock(self) -> None:
-        """Holds the folder for this process until it ends. Raises RunError when another one holds it."""
+        """Holds the folder for this process until it ends. Raises RunError when another one holds it.
+
+        Of the processes that a launcher started together, the first holds it for all.
+        """
+        if os.environ.get("RANK", "0") != "0":
+            return
         self._lock = (self.root / ".lock").open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -67,6 +67,12 @@ def is_masked(config: ExperimentConfig, name: str) -> bool:
     return isinstance(arm, TransplantArm) or (isinstance(arm, DistillArm) and arm.mask is not None)
 
 
+def is_main_process() -> bool:
+    from vlopd.processes import accelerator
+
+    return accelerator().is_main_process
+
+
 # --------------------------------------------------------------------------------------------- stages
 
 
@@ -115,6 +121,8 @@ def make_report(run: RunFolder, config: ExperimentConfig) -> None:
 
 
 def say(what: str, where: Path, made: bool) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
     console.print(f"[bold]{what}[/]: {where}" + ("" if made else " (was done)"), soft_wrap=True)
 
 
@@ -136,6 +144,8 @@ def run(
     folder, config = open_new(config_file, overrides, out)
     names = chosen(config, arm, list(config.arms))
     make_arms(folder, config, names)
+    if not is_main_process():
+        return  # only training is spread over processes
     make_geometry(folder, config, [name for name in config.geometry.arms if name in names])
     make_evals(folder, config, names)
     if not arm:
@@ -147,13 +157,12 @@ def run(
 @app.command()
 def check(config_file: ConfigFile, overrides: Overrides = None) -> None:
     """The pre-flight: do student and teacher share a vocabulary, does the teacher see, do they agree?"""
-    from accelerate import Accelerator
-
     from vlopd.data import open_data
     from vlopd.pair import load_pair, preflight
+    from vlopd.processes import accelerator
 
     config = load_config(config_file, overrides or ())
-    pair = load_pair(config, Accelerator().device)
+    pair = load_pair(config, accelerator().device)
     data = open_data(config.data, 8, seed=0)
     table = Table("", "student", "teacher", "ok", title=config.name)
     rows = preflight(pair, config, [data[i] for i in range(min(8, len(data)))])

@@ -25,9 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlopd import seeding
+from vlopd import processes, seeding
 from vlopd.checkpoint import RunError, whole_file
-from vlopd.config import AdamW, DistillArm, ExperimentConfig, UserError
+from vlopd.config import AdamW, ConfigError, DistillArm, ExperimentConfig, UserError
 from vlopd.data import pick
 from vlopd.log import TrainingLog
 from vlopd.losses import TokenDivergence
@@ -59,7 +59,7 @@ def distill(
 
     Raises TrainingError when the loss or a gradient is not finite.
     """
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or processes.accelerator()
     train, loss_config = config.train, config.loss
     trainable = Trainable(pair.student.model, mask)
     if trainable.count == 0:
@@ -67,9 +67,7 @@ def distill(
     optimizer = build_optimizer(config.optim, trainable)
     start = resume(folder / "state", trainable, optimizer, identity)
     share = split_evenly(train.prompts_per_step, accelerator)
-    with TrainingLog(
-        folder, title, train.steps, start, quiet=not accelerator.is_main_process
-    ) as log:
+    with TrainingLog(folder, title, train.steps, start, accelerator.is_main_process) as log:
         for step in range(start, train.steps):
             clock = Stopwatch()
             stream = pick(data, step * train.prompts_per_step, train.prompts_per_step, arm.seed)
@@ -224,8 +222,12 @@ def resume(
 
 
 def split_evenly(count: int, accelerator: Accelerator) -> slice:
-    """This process's share of a step's prompts."""
-    each = math.ceil(count / accelerator.num_processes)
+    """This process's share of a step's prompts. Raises ConfigError where they do not divide."""
+    each, left = divmod(count, accelerator.num_processes)
+    if left:
+        raise ConfigError(
+            f"train.prompts_per_step = {count} does not divide among {accelerator.num_processes} processes"
+        )
     return slice(accelerator.process_index * each, (accelerator.process_index + 1) * each)
 
 

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
-from vlopd.checkpoint import read_jsonl, write_jsonl
+from vlopd.checkpoint import write_jsonl
 from vlopd.types import Example
 
 
 class TrainingLog:
-    """Appends one line a step; on resume, lines after the resumed step are dropped first."""
+    """Appends one line a step; on resume, lines after the resumed step are dropped first.
 
-    def __init__(self, folder: Path, title: str, steps: int, start: int, quiet: bool = False):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path = folder / name
-            kept = [row for row in read_jsonl(path) if row["step"] < start] if path.exists() else []
-            write_jsonl(path, kept)
-        self.metrics_file = (folder / "metrics.jsonl").open("a")
+    Only one of several processes is `active`; the others' logs do nothing.
+    """
+
+    def __init__(self, folder: Path, title: str, steps: int, start: int, active: bool = True):
+        self.folder, self.active = folder, active
         self.bar = tqdm(
-            total=steps, initial=start, desc=title, unit="step", disable=quiet, smoothing=0.1
+            total=steps, initial=start, desc=title, unit="step", disable=not active, smoothing=0.1
         )
+        if active:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                write_jsonl(folder / name, rows_before(folder / name, start))
 
     def __enter__(self) -> TrainingLog:
         return self
@@ -38,13 +39,14 @@ class TrainingLog:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.metrics_file.close()
         self.bar.close()
 
     def step(self, row: Mapping[str, Any]) -> None:
         """One step's numbers: to metrics.jsonl and, the telling ones, to the progress bar."""
-        self.metrics_file.write(json.dumps(row, allow_nan=False) + "\n")
-        self.metrics_file.flush()
+        if not self.active:
+            return
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
         self.bar.set_postfix_str(
             f"loss {row['loss']:.3f}  KL {row['kl']:.3f}  {row['tokens_per_second']:.0f} tok/s"
         )
@@ -54,6 +56,8 @@ class TrainingLog:
         self, step: int, examples: Sequence[Example], rows: Sequence[Mapping[str, Any]]
     ) -> None:
         """Sample generations, each with its picture under samples/."""
+        if not self.active:
+            return
         with (self.folder / "samples.jsonl").open("a") as file:
             for k, (example, row) in enumerate(zip(examples, rows, strict=True)):
                 image = None
@@ -69,3 +73,12 @@ class TrainingLog:
                     "image": image,
                 }
                 file.write(json.dumps({**about, **row}, allow_nan=False) + "\n")
+
+
+def rows_before(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of earlier steps. A last line that a kill cut short is of a later one, and goes too."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return [row for row in rows if row["step"] < step]

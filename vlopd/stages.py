@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlopd import delta, masks
+from vlopd import delta, masks, processes
 from vlopd.checkpoint import (
     RunError,
     RunFolder,
@@ -61,12 +60,14 @@ def make_arm(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
     if isinstance(arm, SourceArm):
         return make_source(run, config, name)
     if isinstance(arm, TeacherArm):
-        return note_teacher(run, config, name)
+        with processes.main_process_first():
+            return note_teacher(run, config, name)
     if arm.mask is not None:
         make_mask(run, config, arm.mask)
     if isinstance(arm, TransplantArm):
         make_arm(run, config, arm.of)
-        return transplant(run, config, name, arm)
+        with processes.main_process_first():
+            return transplant(run, config, name, arm)
     return train_arm(run, config, name, arm)
 
 
@@ -74,6 +75,12 @@ def make_arm(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
 
 
 def make_source(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
+    """The untrained student as an arm; returns whether it had to be written."""
+    with processes.main_process_first():
+        return write_source(run, config, name)
+
+
+def write_source(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
     """Writes the student as it is loaded, in the stored precision: what every delta is measured from."""
     inputs = {"student": config.pair.student, "stored": config.precision.stored}
     if up_to_date(run.arm_record(name), inputs):
@@ -149,7 +156,7 @@ def train_arm(run: RunFolder, config: ExperimentConfig, name: str, arm: DistillA
         return False
     if arm.mask is not None:
         mask = read_mask(run, config, arm.mask)
-    accelerator = Accelerator()
+    accelerator = processes.accelerator()
     pair = load_pair(config, accelerator.device, student_folder=str(source))
     prompts = config.train.steps * config.train.prompts_per_step
     data = open_data(config.data, prompts, arm.seed)
@@ -300,15 +307,18 @@ def make_mask(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
     else:
         make_arm(run, config, rule.of)
         inputs["of"] = arm_digest(run, rule.of)
-    if up_to_date(run.mask_record(name), inputs):
-        return False
-    if isinstance(rule, RandomMask):
-        mask = masks.random_like(read_mask(run, config, rule.like), rule.seed)
-    else:
-        pairs = delta.stream(run.checkpoint(source), run.checkpoint(rule.of), families.classify)
-        mask = masks.build_mask(rule, pairs)
-    masks.save_mask(run.mask(name), mask, inputs, families.classify)
-    return True
+    with processes.main_process_first():
+        if up_to_date(run.mask_record(name), inputs):
+            return False
+        if isinstance(rule, RandomMask):
+            mask = masks.random_like(read_mask(run, config, rule.like), rule.seed)
+        else:
+            trained = run.checkpoint(rule.of)
+            mask = masks.build_mask(
+                rule, delta.stream(run.checkpoint(source), trained, families.classify)
+            )
+        masks.save_mask(run.mask(name), mask, inputs, families.classify)
+        return True
 
 
 def read_mask(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str, Tensor]:

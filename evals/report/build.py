@@ -156,7 +156,7 @@ def training_context(
     for arm, part in training.groupby("arm", sort=False):
         last = part.tail(max(1, len(part) // 10)).mean(numeric_only=True)
         seconds = float(part["seconds"].sum()) if "seconds" in part else None
-        ends.append({"arm": arm, "steps": len(part), "seconds": seconds, **last.to_dict()})
+        ends.append({**last.to_dict(), "arm": arm, "steps": len(part), "seconds": seconds})
     return ends
 
 
