@@ -70,8 +70,8 @@ def distill(
     with TrainingLog(folder, title, train.steps, start, accelerator.is_main_process) as log:
         for step in range(start, train.steps):
             clock = Stopwatch()
-            stream = pick(data, step * train.prompts_per_step, train.prompts_per_step, arm.seed)
-            mine = stream[share]
+            first = step * train.prompts_per_step + share.start
+            mine = pick(data, first, len(share), arm.seed)
             size = train.micro_batch or len(mine)
             batches = [mine[i : i + size] for i in range(0, len(mine), size)]
             draws = seeding.generator(
@@ -221,14 +221,14 @@ def resume(
 # --------------------------------------------------------------------------------------- bookkeeping
 
 
-def split_evenly(count: int, accelerator: Accelerator) -> slice:
+def split_evenly(count: int, accelerator: Accelerator) -> range:
     """This process's share of a step's prompts. Raises ConfigError where they do not divide."""
     each, left = divmod(count, accelerator.num_processes)
     if left:
         raise ConfigError(
             f"train.prompts_per_step = {count} does not divide among {accelerator.num_processes} processes"
         )
-    return slice(accelerator.process_index * each, (accelerator.process_index + 1) * each)
+    return range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
 
 
 class Stopwatch:
