@@ -16,6 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from PIL import Image
 from tqdm import tqdm
 
+from vlopd.config import ConfigError
 from vlopd.models.load import LoadedModel
 from vlopd.rollout import sample
 from vlopd.types import Completions, Example, Prompts
@@ -66,7 +67,7 @@ class ArmLM(LM):
         for request in requests:
             kwargs = request.args[1]
             if kwargs.get("do_sample") or kwargs.get("temperature", 0.0) > 0:
-                raise ValueError(f"task {request.task_name}: only greedy generation is supported")
+                raise ConfigError(f"task {request.task_name}: only greedy generation is supported")
         return self.in_batches(
             requests, answer, disable_tqdm, key=lambda r: r.args[1].get("max_gen_toks", 0)
         )

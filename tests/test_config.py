@@ -59,5 +59,8 @@ def test_a_run_folder_refuses_another_config(tmp_path):
     config = load_config(QUICKSTART)
     RunFolder.create(tmp_path, config).unlock()
     RunFolder.create(tmp_path, config).unlock()
+    (tmp_path / "arms" / ".unfinished-x").mkdir(parents=True)  # as a kill leaves it
+    RunFolder.create(tmp_path, config).unlock()
+    assert not list(tmp_path.rglob(".unfinished-*"))
     with pytest.raises(ConfigError, match=r"train\.steps: \d+ -> 3"):
         RunFolder.create(tmp_path, load_config(QUICKSTART, ["train.steps=3"]))

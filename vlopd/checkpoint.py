@@ -38,6 +38,10 @@ PACKAGES = [
 ]
 
 
+TEMPORARY = ".unfinished-"
+"""How names of files that are still being written begin; a killed process leaves some behind."""
+
+
 class RunError(UserError):
     """Something on disk is not what the run needs; the message names the file and the remedy."""
 
@@ -49,7 +53,7 @@ class RunError(UserError):
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`; renames it to `path` on success, removes it on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -66,7 +70,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; on success it takes the place of `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=TEMPORARY))
     try:
         yield temporary
         temporary.chmod(0o755)
@@ -281,6 +285,15 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {platform.node()}")
         self._lock.flush()
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Removes what a killed process left unfinished; safe, since the folder is ours alone now."""
+        for path in list(self.root.rglob(f"{TEMPORARY}*")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def unlock(self) -> None:
         if self._lock is not None:

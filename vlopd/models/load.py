@@ -76,10 +76,10 @@ class LoadedModel:
     def encode(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Prompts:
         """Rendered prompts with their images -> model inputs, on the model's device.
 
-        Raises ValueError when images are given to a model without eyes.
+        Raises ConfigError when images are given to a model without eyes.
         """
         if any(images) and not self.sees_images:
-            raise ValueError(f"{self.name} is text-only but the prompt has an image")
+            raise ConfigError(f"{self.name} is text-only but the prompt has an image")
         prompts = families.encode(self.processor, texts, images, self.sees_images)
         return prompts.to(self.device, self.model.dtype)
 
