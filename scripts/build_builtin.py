@@ -75,7 +75,7 @@ ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes and schedule of one model. `seconds` bounds the schedule's length on the building machine."""
+    """Sizes, schedule and data of one model."""
 
     role: str
     vision: tuple[str, int, int, int, int] | None  # (tower, pixels, patch, width, layers)

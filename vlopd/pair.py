@@ -17,7 +17,7 @@ from vlopd import seeding
 from vlopd.config import ConfigError, ExperimentConfig, PairConfig
 from vlopd.losses import DIVERGENCES, TokenDivergence, chunked_divergence
 from vlopd.models import families
-from vlopd.models.load import DTYPES, LoadedModel, load, load_model_config, load_processor
+from vlopd.models.load import DTYPES, LoadedModel, load, load_processor
 from vlopd.rollout import sample
 from vlopd.types import Completions, Example, Prompts
 
@@ -217,12 +217,3 @@ def pair_logprob_gap(
     """The largest difference between the sampler's log-probs and re-scored ones, nats."""
     rescored = token_logprobs(model, prompts, completions, rows)
     return float((rescored - completions.logprobs[completions.mask]).abs().max())
-
-
-def check_config_readable(pair: PairConfig) -> None:
-    """Raises ConfigError when a model's configuration cannot be read or is of no known family."""
-    for name, revision in (
-        (pair.student, pair.revision_student),
-        (pair.teacher, pair.revision_teacher),
-    ):
-        families.sees_images(load_model_config(name, revision, pair.trust_remote_code))
