@@ -32,8 +32,9 @@ from vlopd.checkpoint import (
     write_jsonl,
 )
 from vlopd.config import ConfigError, ExperimentConfig, TeacherArm
-from vlopd.models.load import DTYPES, load
+from vlopd.models.load import DTYPES, LoadedModel, load_configured
 from vlopd.processes import accelerator
+from vlopd.stages import teacher_folder
 
 TASKS = Path(__file__).parent / "tasks"
 CHANCE = {
@@ -61,15 +62,7 @@ def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     out = run.eval(arm)
     if up_to_date(out / "results.json", inputs):
         return False
-    is_teacher = isinstance(config.arms.get(arm), TeacherArm)
-    loaded = load(
-        config.pair.teacher if is_teacher else str(run.checkpoint(arm)),
-        DTYPES[config.precision.compute],
-        accelerator().device,
-        attention=config.pair.attention,
-        revision=config.pair.revision_teacher if is_teacher else None,
-        trust_remote_code=config.pair.trust_remote_code,
-    )
+    loaded = open_arm(run, config, arm)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm = ArmLM(loaded, config.eval.batch_size, title=f"eval {arm}")
     with untouched_randomness():
@@ -110,6 +103,18 @@ def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     plain = json.loads(json.dumps({**results, **about}, default=handle_non_serializable))
     write_json(out / "results.json", without_nan(plain))
     return True
+
+
+def open_arm(run: RunFolder, config: ExperimentConfig, name: str) -> LoadedModel:
+    """An arm's model as training would load it, in the compute precision."""
+    arm, dtype = config.arms.get(name), DTYPES[config.precision.compute]
+    if isinstance(arm, TeacherArm):
+        teacher = config.teachers[arm.teacher or next(iter(config.teachers))]
+        if teacher.is_student:
+            source = teacher_folder(run, config, teacher)
+            return load_configured(config.student, dtype, accelerator().device, source)
+        return load_configured(teacher, dtype, accelerator().device)
+    return load_configured(config.student, dtype, accelerator().device, run.checkpoint(name))
 
 
 def task_manager(tasks: tuple[str, ...]) -> TaskManager:

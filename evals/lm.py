@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vlopd.config import ConfigError
+from vlopd.losses import logprobs_at
 from vlopd.models.load import LoadedModel
 from vlopd.rollout import sample
 from vlopd.types import Completions, Example, Prompts
@@ -160,9 +161,8 @@ class ArmLM(LM):
         )
         hidden = self.loaded.completion_hidden(prompts, given)
         logits = self.loaded.logits(hidden, self.loaded.vocabulary_rows).float()
-        token = ids[mask][:, None]
-        logprobs = logits.gather(1, token)[:, 0] - logits.logsumexp(-1)
-        greedy = logits.argmax(-1) == token[:, 0]
+        logprobs = logprobs_at(logits, ids[mask])
+        greedy = logits.argmax(-1) == ids[mask]
         counts = mask.sum(1).tolist()
         return [
             (float(values.double().sum()), bool(agrees.all()))

@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from vlopd.config import ExperimentConfig
-from vlopd.models.load import BUILTIN, load
-from vlopd.pair import ModelPair
+from vlopd.models.load import BUILTIN
+from vlopd.pair import ModelPair, load_pair
 
 KINDS = ("llm", "vlm")
 
@@ -104,15 +104,11 @@ def kind(request) -> str:
 
 
 @pytest.fixture
-def make_pair(folders):
-    """(kind, dtype) -> a freshly loaded pair."""
+def make_pair(make_config):
+    """(kind, compute precision, **sections of the config) -> a freshly loaded pair."""
 
-    def make(kind: str, dtype: torch.dtype = torch.float32) -> ModelPair:
-        student, teacher = (
-            load(str(folders[kind, role]), dtype) for role in ("student", "teacher")
-        )
-        teacher.model.requires_grad_(False)
-        return ModelPair(student, teacher)
+    def make(kind: str, compute: str = "fp32", **sections) -> ModelPair:
+        return load_pair(make_config(kind, precision={"compute": compute}, **sections), "cpu")
 
     return make
 
@@ -124,10 +120,8 @@ def make_config(folders):
     def make(kind: str, **sections) -> ExperimentConfig:
         base = {
             "name": f"mini-{kind}",
-            "pair": {
-                "student": str(folders[kind, "student"]),
-                "teacher": str(folders[kind, "teacher"]),
-            },
+            "student": str(folders[kind, "student"]),
+            "teacher": str(folders[kind, "teacher"]),
             "precision": {"compute": "fp32"},
             "data": {"type": "shapes", "modality": "image" if kind == "vlm" else "text"},
             "rollout": {"max_new_tokens": 6},

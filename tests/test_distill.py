@@ -47,15 +47,22 @@ def test_micro_batches_do_not_change_the_step(kind, make_pair, make_config, tmp_
         assert row["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-5)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_resumed_run_is_bit_exact(kind, masked, make_pair, make_config, tmp_path):
-    """Killed after step 4 of 6 and gone on with, a run ends with the uninterrupted run's bits and metrics."""
-    config = make_config(
-        kind, train={"steps": 6, "prompts_per_step": 3, "save_every": 2, "sample_every": 2}
-    )
-    whole = make_pair(kind)
+@pytest.mark.parametrize("how", ["dense", "masked", "averaged teacher"])
+def test_a_resumed_run_is_bit_exact(kind, how, make_pair, make_config, tmp_path):
+    """Killed after step 4 of 6 and gone on with, a run ends with the uninterrupted run's bits and metrics,
+    also where the teacher is a moving average of the student."""
+    sections = {"train": {"steps": 6, "prompts_per_step": 3, "save_every": 2, "sample_every": 2}}
+    if how == "averaged teacher":
+        context = {"type": "template", "template": "{{ answer }} {{ question }}"}
+        sections["teacher"] = {"model": "student", "ema": 0.5, "context": context}
+    config = make_config(kind, **sections)
+
+    def fresh():
+        return make_pair(kind, **sections)
+
+    whole = fresh()
     mask = None
-    if masked:
+    if how == "masked":
         draws = torch.Generator().manual_seed(0)
         mask = {
             n: torch.rand(p.shape, generator=draws) < 0.2
@@ -79,10 +86,10 @@ def test_a_resumed_run_is_bit_exact(kind, masked, make_pair, make_config, tmp_pa
     module.save_state = kill_after_second
     try:
         with pytest.raises(Killed):
-            run(make_pair(kind), config, tmp_path / "cut", mask)
+            run(fresh(), config, tmp_path / "cut", mask)
     finally:
         module.save_state = original
-    resumed = make_pair(kind)
+    resumed = fresh()
     run(resumed, config, tmp_path / "cut", mask)
     expected, got = weights(whole), weights(resumed)
     assert all(torch.equal(expected[n], got[n]) for n in expected)
@@ -90,6 +97,30 @@ def test_a_resumed_run_is_bit_exact(kind, masked, make_pair, make_config, tmp_pa
         assert {k: v for k, v in a.items() if "second" not in k} == {
             k: v for k, v in b.items() if "second" not in k
         }
+
+
+def test_an_averaged_teacher_follows_the_student(kind, make_pair, make_config, tmp_path):
+    """After two steps the teacher's trained coordinates are d^2 w0 + d (1 - d) w1 + (1 - d) w2; a fixed one stays."""
+    context = {"type": "template", "template": "{{ answer }} {{ question }}"}
+    after = {}
+    for steps in (1, 2):
+        sections = {
+            "train": {"steps": steps, "prompts_per_step": 2},
+            "teacher": {"model": "student", "ema": 0.9, "context": context},
+        }
+        pair = make_pair(kind, **sections)
+        start = weights(pair)
+        run(pair, make_config(kind, **sections), tmp_path / str(steps))
+        after[steps] = weights(pair)
+    teacher = dict(pair.teachers[0].loaded.model.named_parameters())
+    assert any(not torch.equal(start[n], after[1][n]) for n in start)
+    for name, got in teacher.items():
+        expected = 0.81 * start[name] + 0.09 * after[1][name] + 0.1 * after[2][name]
+        torch.testing.assert_close(got.detach(), expected, rtol=1e-5, atol=1e-6)
+    fixed = make_pair(kind, teacher={"model": "student", "context": context})
+    run(fixed, make_config(kind), tmp_path / "fixed")
+    for name, got in fixed.teachers[0].loaded.model.named_parameters():
+        assert torch.equal(got, start[name])
 
 
 def test_damaged_or_foreign_state_is_refused(make_pair, make_config, tmp_path):

@@ -13,7 +13,7 @@ from vlopd import cli
 
 MINIATURE = """
 name = "mini"
-[pair]
+
 student = "{student}"
 teacher = "{teacher}"
 [precision]

@@ -36,7 +36,8 @@ def make_config(**changes) -> ExperimentConfig:
     tree = {
         "name": "mini",
         "title": "A miniature <run> with invented numbers",
-        "pair": {"student": "builtin:student", "teacher": "builtin:teacher"},
+        "student": "builtin:student",
+        "teacher": "builtin:teacher",
         "data": {"type": "shapes"},
         "train": {"steps": 40, "prompts_per_step": 4},
         "masks": {

@@ -6,23 +6,19 @@ import torch
 from vlopd.distill import build_optimizer
 from vlopd.trainable import Trainable
 
-DTYPES = (torch.float32, torch.bfloat16)
+COMPUTE = ("fp32", "bf16")
 
 
 def train(pair, examples, config, mask, steps=5):
     """Some steps on fixed completions; returns the parameters and the Trainable."""
-    from vlopd.rollout import sample
-
     prompts = pair.student.render(examples)
-    graded = pair.teacher.render(examples)
-    generator = torch.Generator().manual_seed(0)
-    completions = sample(pair.student, prompts, 6, 1.0, generator)
+    completions = pair.sample(prompts, 6, 1.0, torch.Generator().manual_seed(0))
     trainable = Trainable(pair.student.model, mask)
     optimizer = build_optimizer(config.optim, trainable)
     clip = config.optim.max_grad_norm or float("inf")
     for _ in range(steps):
         trainable.zero_grad()
-        pair.divergence("reverse_kl", prompts, graded, completions, 64).loss.mean().backward()
+        pair.divergence("reverse_kl", examples, prompts, completions, 64).loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(list(trainable.parameters()), clip)
         optimizer.step()
         trainable.write_back()
@@ -36,14 +32,14 @@ def random_mask(model, share=0.1, seed=0):
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("compute", COMPUTE)
 def test_all_true_mask_is_dense_training_bit_for_bit(
-    kind, dtype, make_pair, make_config, make_data
+    kind, compute, make_pair, make_config, make_data
 ):
     """A mask of all ones gives the dense run's weights exactly, in fp32 and bf16 compute."""
     config = make_config(kind, optim={"learning_rate": 1e-3, "weight_decay": 0.1})
-    dense, _ = train(make_pair(kind, dtype), make_data(kind), config, None, steps=20)
-    pair = make_pair(kind, dtype)
+    dense, _ = train(make_pair(kind, compute), make_data(kind), config, None, steps=20)
+    pair = make_pair(kind, compute)
     ones = {
         n: torch.ones_like(p, dtype=torch.bool) for n, p in pair.student.model.named_parameters()
     }
@@ -52,14 +48,14 @@ def test_all_true_mask_is_dense_training_bit_for_bit(
     assert all(torch.equal(dense[n], masked[n]) for n in dense)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("compute", COMPUTE)
 def test_compact_storage_of_all_but_one_coordinate_follows_dense(
-    kind, dtype, make_pair, make_config, make_data
+    kind, compute, make_pair, make_config, make_data
 ):
     """Where all coordinates but one bias-like entry train, compact storage gives the dense values exactly
     in every other tensor, without clipping (clipping alone couples tensors)."""
     config = make_config(kind, optim={"learning_rate": 1e-3, "max_grad_norm": None})
-    pair = make_pair(kind, dtype)
+    pair = make_pair(kind, compute)
     names = [n for n, p in pair.student.model.named_parameters() if p.ndim == 2]
     mask = {
         n: torch.ones_like(p, dtype=torch.bool) for n, p in pair.student.model.named_parameters()
@@ -67,19 +63,19 @@ def test_compact_storage_of_all_but_one_coordinate_follows_dense(
     mask[names[-1]].view(-1)[0] = False
     compact, trainable = train(pair, make_data(kind), config, mask, steps=1)
     assert trainable.slots[names[-1]].indices is not None
-    dense, _ = train(make_pair(kind, dtype), make_data(kind), config, None, steps=1)
+    dense, _ = train(make_pair(kind, compute), make_data(kind), config, None, steps=1)
     for name in dense:
         same = dense[name] == compact[name]
         assert bool(same[mask[name]].all()), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_frozen_coordinates_do_not_move(kind, dtype, make_pair, make_config, make_data):
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_frozen_coordinates_do_not_move(kind, compute, make_pair, make_config, make_data):
     """Off the mask every bit stays, under weight decay, momentum and clipping; on it, weights move."""
     config = make_config(
         kind, optim={"learning_rate": 1e-2, "weight_decay": 0.5, "max_grad_norm": 0.1}
     )
-    pair = make_pair(kind, dtype)
+    pair = make_pair(kind, compute)
     before = {n: p.detach().clone() for n, p in pair.student.model.named_parameters()}
     mask = random_mask(pair.student.model)
     after, trainable = train(pair, make_data(kind), config, mask, steps=10)
@@ -106,17 +102,14 @@ def test_empty_mask_leaves_the_source(kind, make_pair):
 
 def test_compact_gradients_are_the_dense_ones_gathered(kind, make_pair, make_config, make_data):
     """The compact gradient is the dense gradient at the mask, summed over micro-batches; none stays dense."""
-    from vlopd.rollout import sample
 
     def gradients(mask):
         pair = make_pair(kind)
         trainable = Trainable(pair.student.model, mask)
         for part in (make_data(kind)[:3], make_data(kind)[3:]):
             prompts = pair.student.render(part)
-            completions = sample(pair.student, prompts, 5, 0.0)
-            tokens = pair.divergence(
-                "reverse_kl", prompts, pair.teacher.render(part), completions, 64
-            )
+            completions = pair.sample(prompts, 5, 0.0)
+            tokens = pair.divergence("reverse_kl", part, prompts, completions, 64)
             tokens.loss.sum().backward()
         assert all(
             p.grad is None or p is s.values for s in trainable.slots.values() for p in [s.parameter]
@@ -166,9 +159,9 @@ def test_merged_keeps_the_sources_bits_off_the_mask(
     kind, make_pair, make_config, make_data, folders
 ):
     """Computed in bf16 and stored in fp32, frozen coordinates are still the source's fp32 bits."""
-    fp32 = make_pair(kind, torch.float32).student.model
+    fp32 = make_pair(kind, "fp32").student.model
     source = {n: p.detach() + 1e-4 * torch.randn_like(p) for n, p in fp32.named_parameters()}
-    pair = make_pair(kind, torch.bfloat16)
+    pair = make_pair(kind, "bf16")
     mask = random_mask(pair.student.model)
     _, trainable = train(pair, make_data(kind), make_config(kind), mask)
     merged = trainable.merged(source)

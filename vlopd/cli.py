@@ -155,26 +155,39 @@ def run(
 
 
 @app.command()
-def check(config_file: ConfigFile, overrides: Overrides = None) -> None:
-    """The pre-flight: do student and teacher share a vocabulary, does the teacher see, do they agree?"""
+def check(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    meta: Annotated[
+        bool, typer.Option("--meta", help="no weights: from the models' config.json alone")
+    ] = False,
+) -> None:
+    """The pre-flight: do the models share a vocabulary, does the teacher see, do they agree, does it fit?"""
     from vlopd.data import open_data
-    from vlopd.pair import load_pair, preflight
+    from vlopd.pair import load_pair
+    from vlopd.preflight import preflight, preflight_meta
     from vlopd.processes import accelerator
 
     config = load_config(config_file, overrides or ())
-    pair = load_pair(config, accelerator().device)
-    data = open_data(config.data, 8, seed=0)
-    table = Table("", "student", "teacher", "ok", title=config.name)
-    rows = preflight(pair, config, [data[i] for i in range(min(8, len(data)))])
+    if meta:
+        rows = preflight_meta(config, accelerator().device, config_file.parent / "architectures")
+    else:
+        pair = load_pair(config, accelerator().device)
+        data = open_data(config.data, 8, seed=0)
+        rows = preflight(pair, config, [data[i] for i in range(min(8, len(data)))])
+    columns = ["student", *config.teachers]
+    table = Table("", *columns, "ok", title=config.name)
     for row in rows:
         mark = {None: "", True: "yes", False: "[red]NO[/]"}[row.ok]
-        table.add_row(
-            row.what, row.student.replace("[", r"\["), row.teacher.replace("[", r"\["), mark
-        )
+        values = [value.replace("[", r"\[") for value in row.values]
+        if len(values) == 1:
+            values += [""] * (len(columns) - 1)
+        table.add_row(row.what, *values, mark)
     console.print(table)
-    failed = [row.what for row in rows if row.ok is False]
+    failed = [row for row in rows if row.ok is False]
+    for row in failed:
+        console.print(f"[red]not ready[/]: {row.what}: {row.remedy}", soft_wrap=True)
     if failed:
-        console.print(f"[red]not ready[/]: {', '.join(failed)}")
         raise typer.Exit(1)
 
 

@@ -13,7 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
@@ -31,19 +38,119 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-# ------------------------------------------------------------------------------------------ the pair
+# ---------------------------------------------------------------------------------------- the models
 
 
-class PairConfig(Section):
-    """Student and teacher: a hub id, a local folder, or `builtin:NAME`."""
+def as_table(value: Any) -> Any:
+    """`student = "NAME"` is short for `student = {model = "NAME"}`."""
+    return {"model": value} if isinstance(value, str) else value
 
-    student: str
-    teacher: str
-    revision_student: str | None = None
-    revision_teacher: str | None = None
-    trust_remote_code: bool = False
+
+class ModelConfig(Section):
+    """One model: where it is, and how it is loaded."""
+
+    model: str = Field(min_length=1)
+    """A hub id, a local folder, a .gguf file, or `builtin:NAME`."""
+    revision: str | None = None
+    template: str | None = None
+    """Chat template in place of the model's own: a .jinja file, or `plain` (bare text, for base models)."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     """Attention kernel. On CPU, eager is faster for small models."""
+    trust_remote_code: bool = False
+
+
+class SystemContext(Section):
+    """The teacher reads a system prompt that the student does not (context distillation)."""
+
+    type: Literal["system"] = "system"
+    text: str
+
+
+class TemplateContext(Section):
+    """The teacher's question is this jinja template over question, answer and the example's fields."""
+
+    type: Literal["template"] = "template"
+    template: str
+
+
+class ImageContext(Section):
+    """The teacher sees the picture(s) of another field, or the crop [x0, y0, x1, y1] that the field gives."""
+
+    type: Literal["image"] = "image"
+    column: str
+
+
+class CaptionContext(Section):
+    """The teacher reads this field in place of the pictures: what a text-only teacher needs."""
+
+    type: Literal["caption"] = "caption"
+    column: str
+
+
+ContextConfig = Annotated[
+    SystemContext | TemplateContext | ImageContext | CaptionContext, Field(discriminator="type")
+]
+
+
+class TeacherConfig(ModelConfig):
+    """A teacher, and what it is shown beside what the student sees.
+
+    `model = "student"` is the student's own initial weights or, with `ema`, their moving average.
+    """
+
+    type: Literal["model"] = "model"
+    context: ContextConfig | None = None
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay a step of the average of the student's weights, for `model = "student"`; null keeps them fixed."""
+
+    @model_validator(mode="after")
+    def check_ema(self) -> TeacherConfig:
+        if self.ema is not None and not self.is_student:
+            raise ValueError('ema averages the student\'s own weights; it needs model = "student"')
+        return self
+
+    @property
+    def is_student(self) -> bool:
+        return self.model == "student"
+
+
+Named = dict[str, Annotated[TeacherConfig, BeforeValidator(as_table)]]
+
+
+class RoutedTeachers(Section):
+    """Several teachers: each example is graded by the one that its field names."""
+
+    type: Literal["routed"] = "routed"
+    field: str
+    teachers: Named = Field(min_length=1)
+
+
+class MixedTeachers(Section):
+    """Several teachers as one: log p = sum_k w_k log p_k + const (a geometric mean of distributions)."""
+
+    type: Literal["mixed"] = "mixed"
+    teachers: Named = Field(min_length=1)
+    weights: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """By teacher, relative to each other; equal unless given."""
+
+    @model_validator(mode="after")
+    def check_weights(self) -> MixedTeachers:
+        if self.weights and self.weights.keys() != self.teachers.keys():
+            raise ValueError(
+                f"weights are for {sorted(self.weights)}, teachers are {sorted(self.teachers)}"
+            )
+        return self
+
+
+def as_teacher(value: Any) -> Any:
+    value = as_table(value)
+    return {"type": "model", **value} if isinstance(value, Mapping) else value
+
+
+TeachersConfig = Annotated[
+    Annotated[TeacherConfig | RoutedTeachers | MixedTeachers, Field(discriminator="type")],
+    BeforeValidator(as_teacher),
+]
 
 
 class PrecisionConfig(Section):
@@ -83,7 +190,14 @@ class FileData(Section):
     """A system prompt put before every question."""
 
 
-DataConfig = Annotated[ShapesData | FileData, Field(discriminator="type")]
+class CapitalsData(Section):
+    """Questions on the capitals of the world's countries, split by country."""
+
+    type: Literal["capitals"] = "capitals"
+    split: Literal["train", "validation", "test"] = "train"
+
+
+DataConfig = Annotated[ShapesData | FileData | CapitalsData, Field(discriminator="type")]
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -178,7 +292,11 @@ class SourceArm(Section):
 
 
 class TeacherArm(Section):
+    """A teacher as it is, without its context."""
+
     type: Literal["teacher"] = "teacher"
+    teacher: str | None = None
+    """Which, where there are several."""
 
 
 class DistillArm(Section):
@@ -232,7 +350,8 @@ class ExperimentConfig(Section):
 
     name: str = Field(pattern=NAME)
     title: str = ""
-    pair: PairConfig
+    student: Annotated[ModelConfig, BeforeValidator(as_table)]
+    teacher: TeachersConfig
     precision: PrecisionConfig = PrecisionConfig()
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
@@ -243,6 +362,13 @@ class ExperimentConfig(Section):
     arms: dict[str, ArmConfig]
     geometry: GeometryConfig = GeometryConfig()
     eval: EvalConfig = EvalConfig()
+
+    @property
+    def teachers(self) -> dict[str, TeacherConfig]:
+        """All teachers by name; a single one is called "teacher"."""
+        if isinstance(self.teacher, TeacherConfig):
+            return {"teacher": self.teacher}
+        return self.teacher.teachers
 
     @model_validator(mode="after")
     def check_references(self) -> ExperimentConfig:
@@ -258,6 +384,14 @@ class ExperimentConfig(Section):
             else:
                 need(self.arms, mask.of, f"masks.{name}.of")
         for name, arm in self.arms.items():
+            if isinstance(arm, TeacherArm):
+                if arm.teacher is None and len(self.teachers) > 1:
+                    raise ValueError(
+                        f"arms.{name}.teacher must say which of {sorted(self.teachers)} it is"
+                    )
+                need(
+                    self.teachers, arm.teacher or next(iter(self.teachers)), f"arms.{name}.teacher"
+                )
             if isinstance(arm, TransplantArm):
                 need(self.arms, arm.of, f"arms.{name}.of")
             if isinstance(arm, (DistillArm, TransplantArm)) and arm.mask is not None:

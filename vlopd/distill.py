@@ -31,8 +31,7 @@ from vlopd.config import AdamW, ConfigError, DistillArm, ExperimentConfig, UserE
 from vlopd.data import pick
 from vlopd.log import TrainingLog
 from vlopd.losses import TokenDivergence
-from vlopd.pair import ModelPair, token_logprobs
-from vlopd.rollout import sample
+from vlopd.pair import ModelPair
 from vlopd.trainable import Trainable
 from vlopd.types import Completions, Example, Prompts
 
@@ -65,8 +64,10 @@ def distill(
     if trainable.count == 0:
         return trainable  # an empty mask trains nothing: the source, as it is
     optimizer = build_optimizer(config.optim, trainable)
-    start = resume(folder / "state", trainable, optimizer, identity)
+    averages = follow_student(pair, mask)
+    start = resume(folder / "state", trainable, optimizer, averages, identity)
     share = split_evenly(train.prompts_per_step, accelerator)
+    pair.check_teachers_prompt(pick(data, 0, 1, arm.seed))
     with TrainingLog(folder, title, train.steps, start, accelerator.is_main_process) as log:
         for step in range(start, train.steps):
             clock = Stopwatch()
@@ -83,13 +84,8 @@ def distill(
             rollouts: list[tuple[Prompts, Completions]] = []
             for examples in batches:
                 prompts = pair.student.render(examples)
-                completions = sample(
-                    pair.student,
-                    prompts,
-                    config.rollout.max_new_tokens,
-                    config.rollout.temperature,
-                    draws,
-                    pair.shared_rows,
+                completions = pair.sample(
+                    prompts, config.rollout.max_new_tokens, config.rollout.temperature, draws
                 )
                 rollouts.append((prompts, completions))
             n_tokens = accelerator.reduce(
@@ -102,11 +98,7 @@ def distill(
             graded: list[TokenDivergence] = []
             for examples, (prompts, completions) in zip(batches, rollouts, strict=True):
                 tokens = pair.divergence(
-                    loss_config.type,
-                    prompts,
-                    pair.teacher.render(examples),
-                    completions,
-                    loss_config.chunk_tokens,
+                    loss_config.type, examples, prompts, completions, loss_config.chunk_tokens
                 )
                 (tokens.loss.sum() / n_tokens).backward()
                 graded.append(TokenDivergence(*(column.detach() for column in tokens)))
@@ -131,13 +123,15 @@ def distill(
                 group["lr"] = rate
             optimizer.step()
             trainable.write_back()
+            for average, decay in averages:
+                average.move_towards(trainable, 1.0 - decay)
             clock.lap("update")
 
             log.step({**row, "learning_rate": rate, **clock.seconds(row["completion_tokens"])})
             if step % train.sample_every == 0 and accelerator.is_main_process:
                 log_samples(log, step, pair, batches[0][:4], rollouts[0])
             if (step + 1) % train.save_every == 0 and accelerator.is_main_process:
-                save_state(folder / "state", step + 1, trainable, optimizer, identity)
+                save_state(folder / "state", step + 1, trainable, optimizer, averages, identity)
     return trainable
 
 
@@ -168,25 +162,52 @@ def learning_rate(config: AdamW, step: int, steps: int) -> float:
     return config.learning_rate * warm * decay
 
 
+Averages = list[tuple[Trainable, float]]
+"""Fp32 values of teachers that are moving averages of the student, each with its decay a step."""
+
+
+def follow_student(pair: ModelPair, mask: Mapping[str, Tensor] | None) -> Averages:
+    """Teachers that follow the student: only the trained coordinates move, so only those are averaged."""
+    averages = []
+    for teacher in pair.teachers:
+        if teacher.ema is not None:
+            averages.append((Trainable(teacher.loaded.model, mask), teacher.ema))
+            teacher.loaded.model.requires_grad_(False)
+    return averages
+
+
 # -------------------------------------------------------------------------------------------- resume
 
 
 def save_state(
-    folder: Path, step: int, trainable: Trainable, optimizer: torch.optim.Optimizer, identity: str
+    folder: Path,
+    step: int,
+    trainable: Trainable,
+    optimizer: torch.optim.Optimizer,
+    averages: Averages,
+    identity: str,
 ) -> None:
-    """One safetensors file: values, both moments and the step, whole or not at all."""
+    """One safetensors file: values, both moments, averages and the step, whole or not at all."""
     tensors: dict[str, Tensor] = {}
     for name, slot in trainable.slots.items():
         tensors[f"values/{name}"] = slot.values.data.contiguous()
         for key, value in optimizer.state[slot.values].items():
             tensors[f"{key}/{name}"] = value.contiguous()
+    for k, (average, _) in enumerate(averages):
+        tensors |= {
+            f"average-{k}/{n}": values.contiguous() for n, values in average.state().items()
+        }
     about = {"step": str(step), "identity": identity}
     with whole_file(folder / "state.safetensors") as temporary:
         save_file(tensors, temporary, about)
 
 
 def resume(
-    folder: Path, trainable: Trainable, optimizer: torch.optim.Optimizer, identity: str
+    folder: Path,
+    trainable: Trainable,
+    optimizer: torch.optim.Optimizer,
+    averages: Averages,
+    identity: str,
 ) -> int:
     """Loads the state, if there is one, and returns the step to go on from.
 
@@ -215,6 +236,8 @@ def resume(
             for key in ("step", "exp_avg", "exp_avg_sq")
             if f"{key}/{name}" in tensors
         }
+    for k, (average, _) in enumerate(averages):
+        average.load_state({name: tensors[f"average-{k}/{name}"] for name in average.slots})
     return int(about["step"])
 
 
@@ -296,7 +319,7 @@ def log_samples(
     few = Completions(
         completions.ids[:n], completions.mask[:n], completions.logprobs[:n], completions.ended[:n]
     )
-    graded = token_logprobs(pair.teacher, pair.teacher.render(examples), few, pair.shared_rows)
+    graded = pair.teacher_logprobs(examples, few)
     counts = few.mask.sum(1).tolist()
     rows = []
     for k, teacher in enumerate(graded.split(counts)):

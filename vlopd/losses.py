@@ -44,6 +44,12 @@ def entropy(logprobs: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
+def logprobs_at(logits: Tensor, targets: Tensor) -> Tensor:
+    """[N, V] logits, [N] columns -> [N] log-probs, nats, fp32."""
+    logits = logits.float()
+    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+
 def token_divergence(
     divergence: Divergence, student_logits: Tensor, teacher_logits: Tensor
 ) -> TokenDivergence:

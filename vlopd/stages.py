@@ -33,16 +33,17 @@ from vlopd.config import (
     RandomMask,
     SourceArm,
     TeacherArm,
+    TeacherConfig,
     TransplantArm,
 )
 from vlopd.data import open_data
 from vlopd.distill import distill
 from vlopd.geometry.analyse import analyse
 from vlopd.models import families
-from vlopd.models.load import DTYPES, load, load_model_config, resolve, save
+from vlopd.models.load import DTYPES, load_configured, load_model_config, resolve, save
 from vlopd.pair import load_pair
 
-RUN_WIDE = ("pair", "precision", "data", "rollout", "loss", "optim", "train")
+RUN_WIDE = ("student", "teacher", "precision", "data", "rollout", "loss", "optim", "train")
 """Sections of the config that decide a distilled arm's weights."""
 
 
@@ -61,7 +62,7 @@ def make_arm(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
         return make_source(run, config, name)
     if isinstance(arm, TeacherArm):
         with processes.main_process_first():
-            return note_teacher(run, config, name)
+            return note_teacher(run, config, name, arm)
     if arm.mask is not None:
         make_mask(run, config, arm.mask)
     if isinstance(arm, TransplantArm):
@@ -82,20 +83,15 @@ def make_source(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
 
 def write_source(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
     """Writes the student as it is loaded, in the stored precision: what every delta is measured from."""
-    inputs = {"student": config.pair.student, "stored": config.precision.stored}
+    inputs = {
+        "student": config.student.model_dump(mode="json", exclude={"attention"}),
+        "stored": config.precision.stored,
+    }
     if up_to_date(run.arm_record(name), inputs):
         return False
-    stored = stored_dtype(config)
-    student = load(
-        config.pair.student,
-        stored,
-        attention=config.pair.attention,
-        revision=config.pair.revision_student,
-        trust_remote_code=config.pair.trust_remote_code,
-    )
+    student = load_configured(config.student, stored_dtype(config))
     with whole_folder(run.checkpoint(name)) as folder:
-        save(student, folder)
-        write_card(folder, config, name, "the student before any training")
+        save(student, folder, card(config, name, "the student before any training"))
     total = student.model.num_parameters()
     record(
         run,
@@ -114,30 +110,40 @@ def stored_dtype(config: ExperimentConfig) -> torch.dtype:
     """The precision of checkpoints: as configured, or the student's own."""
     if config.precision.stored != "source":
         return DTYPES[config.precision.stored]
-    pair = config.pair
-    own = load_model_config(pair.student, pair.revision_student, pair.trust_remote_code).dtype
+    student = config.student
+    own = load_model_config(student.model, student.revision, student.trust_remote_code).dtype
     return own if isinstance(own, torch.dtype) else torch.float32
 
 
-def note_teacher(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
-    """The teacher is not copied into the run; its record says where it is."""
-    inputs = {"teacher": config.pair.teacher, "revision": config.pair.revision_teacher}
+def note_teacher(run: RunFolder, config: ExperimentConfig, name: str, arm: TeacherArm) -> bool:
+    """A teacher is not copied into the run; its record says where it is."""
+    teacher = config.teachers[arm.teacher or next(iter(config.teachers))]
+    inputs = {"teacher": teacher.model, "revision": teacher.revision}
+    if teacher.is_student:
+        inputs["source"] = arm_digest(run, source_arm(config))
     if up_to_date(run.arm_record(name), inputs):
         return False
-    folder = Path(resolve(config.pair.teacher))
+    folder = teacher_folder(run, config, teacher)
     digest = digest_checkpoint(folder) if folder.is_dir() else None
     write_json(
         run.arm_record(name),
         {
             "arm": name,
             "type": "teacher",
-            "model": config.pair.teacher,
+            "model": teacher.model,
             "checkpoint_digest": digest,
             "precision": precision(config),
             "inputs": inputs,
         },
     )
     return True
+
+
+def teacher_folder(run: RunFolder, config: ExperimentConfig, teacher: TeacherConfig) -> Path:
+    """Where a teacher's checkpoint is: its own folder, or the source's where it is the student itself."""
+    return (
+        run.checkpoint(source_arm(config)) if teacher.is_student else Path(resolve(teacher.model))
+    )
 
 
 def train_arm(run: RunFolder, config: ExperimentConfig, name: str, arm: DistillArm) -> bool:
@@ -157,7 +163,7 @@ def train_arm(run: RunFolder, config: ExperimentConfig, name: str, arm: DistillA
     if arm.mask is not None:
         mask = read_mask(run, config, arm.mask)
     accelerator = processes.accelerator()
-    pair = load_pair(config, accelerator.device, student_folder=str(source))
+    pair = load_pair(config, accelerator.device, source)
     prompts = config.train.steps * config.train.prompts_per_step
     data = open_data(config.data, prompts, arm.seed)
     started = time.perf_counter()
@@ -169,10 +175,11 @@ def train_arm(run: RunFolder, config: ExperimentConfig, name: str, arm: DistillA
     if accelerator.is_main_process:
         before = read_tensors(source)
         merged = trainable.merged(before)
-        how = f"on-policy distillation from {config.pair.teacher}, {config.train.steps} steps"
+        teachers = ", ".join(teacher.model for teacher in config.teachers.values())
+        how = f"on-policy distillation from {teachers}, {config.train.steps} steps"
+        how += f", mask {arm.mask}" if arm.mask else ""
         with whole_folder(run.checkpoint(name)) as checkpoint:
-            save(pair.student, checkpoint, merged)
-            write_card(checkpoint, config, name, how + (f", mask {arm.mask}" if arm.mask else ""))
+            save(pair.student, checkpoint, card(config, name, how), merged)
         record(
             run,
             config,
@@ -212,10 +219,10 @@ def transplant(run: RunFolder, config: ExperimentConfig, name: str, arm: Transpl
         for pair in delta.stream(source, run.checkpoint(arm.of), families.classify)
     }
     before = read_tensors(source)
-    student = load(str(source), stored_dtype(config), attention=config.pair.attention)
+    student = load_configured(config.student, stored_dtype(config), folder=source)
+    what = f"the source with {arm.of}'s values on mask {arm.mask}"
     with whole_folder(run.checkpoint(name)) as folder:
-        save(student, folder, {**before, **state})
-        write_card(folder, config, name, f"the source with {arm.of}'s values on mask {arm.mask}")
+        save(student, folder, card(config, name, what), {**before, **state})
     count = sum(int(marked.sum()) for marked in mask.values())
     total = student.model.num_parameters()
     record(
@@ -282,9 +289,11 @@ def off_mask_unmoved(
     return True
 
 
-def write_card(folder: Path, config: ExperimentConfig, name: str, what: str) -> None:
-    (folder / "README.md").write_text(
-        f"# {config.name}: arm {name}\n\nMade by vlopd from {config.pair.student}: {what}.\n"
+def card(config: ExperimentConfig, name: str, what: str) -> str:
+    """The text of an arm's model card."""
+    return (
+        "---\nlibrary_name: transformers\ntags: [vlopd, on-policy-distillation]\n---\n"
+        f"# {config.name}: arm {name}\n\nMade by vlopd from {config.student.model}: {what}.\n"
         "Loads with `transformers`; ../record.json has its inputs, precision and digests.\n"
     )
 

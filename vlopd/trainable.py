@@ -93,6 +93,12 @@ class Trainable:
             slot.values.data.copy_(state[name])
         self.write_back()
 
+    def move_towards(self, other: Trainable, share: float) -> None:
+        """values += share * (other's - values), and writes them to the model: a moving average of `other`."""
+        for name, slot in self.slots.items():
+            slot.values.data.lerp_(other.slots[name].values.data, share)
+        self.write_back()
+
     def merged(self, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The source's tensors with the trained values put in, in the source's stored precision.
 

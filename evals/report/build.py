@@ -56,6 +56,7 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
     context: Context = {
         "run": run.root.resolve().name,
         "config": config,
+        "teachers": teachers_of(config),
         "config_json": json.dumps(config.model_dump(mode="json"), indent=1),
         "record": read_json(run.root / "run.json"),
         "records": records,
@@ -234,3 +235,9 @@ def environment() -> Environment:
         cell=lambda text: str(text).replace("|", "\\|").replace("\n", " "),
     )
     return env
+
+
+def teachers_of(config: ExperimentConfig) -> str:
+    """`teacher X`, or all of several by name."""
+    names = [f"{name} {about.model}" for name, about in config.teachers.items()]
+    return ", ".join(names) + ("" if len(names) == 1 else f" ({config.teacher.type})")

@@ -7,16 +7,20 @@ from collections.abc import Sequence
 import torch
 
 from vlopd import seeding
-from vlopd.config import FileData, ShapesData
+from vlopd.config import CapitalsData, FileData, ShapesData
 from vlopd.data.files import FileSource
 from vlopd.data.shapes import ShapesWorld
 from vlopd.types import Example
 
 
-def open_data(config: ShapesData | FileData, size: int, seed: int) -> Sequence[Example]:
-    """The examples of a config. The visual world gives `size` fresh ones for a seed; a file has its own."""
+def open_data(config: ShapesData | FileData | CapitalsData, size: int, seed: int) -> Sequence[Example]:
+    """The examples of a config. The built-in worlds give `size` of them for a seed; a file has its own."""
     if isinstance(config, ShapesData):
         return ShapesWorld(config.split, size, seed, config.modality)
+    if isinstance(config, CapitalsData):
+        from vlopd.data.capitals import CapitalsWorld
+
+        return CapitalsWorld(config.split, size, seed)
     return FileSource(config)
 
 

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from vlopd.config import ConfigError
+from vlopd.config import ConfigError, ModelConfig, UserError
 from vlopd.models import families
 from vlopd.types import Completions, Example, Prompts
 
@@ -49,12 +49,15 @@ class LoadedModel:
         """Rows of the output layer, padding included."""
         return self.model.get_output_embeddings().weight.shape[0]
 
+    @property
+    def hidden_size(self) -> int:
+        """H, of the states that the output layer reads."""
+        return self.model.get_output_embeddings().weight.shape[1]
+
     @cached_property
     def end_ids(self) -> list[int]:
         """Tokens that end a completion, from the generation config."""
-        ends = self.model.generation_config.eos_token_id
-        ends = self.tokenizer.eos_token_id if ends is None else ends
-        return list(ends) if isinstance(ends, (list, tuple)) else [ends]
+        return end_ids(self.model.generation_config, self.tokenizer)
 
     @cached_property
     def pad_id(self) -> int:
@@ -63,7 +66,10 @@ class LoadedModel:
 
     @cached_property
     def unsampleable_ids(self) -> list[int]:
-        return families.unsampleable_ids(self.model.config, self.tokenizer)
+        """Ids that a sampler must not emit: image placeholders, padding, and padded rows without a token."""
+        named = set(self.tokenizer.get_vocab().values())
+        nameless = set(range(self.vocabulary_rows)) - named
+        return sorted(nameless | set(families.unsampleable_ids(self.model.config, self.tokenizer)))
 
     def render_text(self, example: Example, add_generation_prompt: bool = True) -> str:
         """The example's prompt in this model's own chat template, as text."""
@@ -79,21 +85,39 @@ class LoadedModel:
         Raises ConfigError when images are given to a model without eyes.
         """
         if any(images) and not self.sees_images:
-            raise ConfigError(f"{self.name} is text-only but the prompt has an image")
+            raise ConfigError(
+                f"{self.name} is text-only but the prompt has an image; a text-only teacher needs "
+                'teacher.context = {type = "caption", column = ...}, a field that says what is in it'
+            )
         prompts = families.encode(self.processor, texts, images, self.sees_images)
         return prompts.to(self.device, self.model.dtype)
 
     def render(self, examples: Sequence[Example]) -> Prompts:
-        """Examples -> model inputs, in this model's template, resolution and padding."""
-        return self.encode([self.render_text(e) for e in examples], [e.images for e in examples])
+        """Examples -> model inputs, in this model's template, resolution and padding.
+
+        Raises UserError with the example's id where the template or the processor cannot take it.
+        """
+        try:
+            return self.encode(
+                [self.render_text(e) for e in examples], [e.images for e in examples]
+            )
+        except UserError:
+            raise
+        except Exception as error:  # templates and processors raise what they like
+            if len(examples) > 1:
+                for example in examples:
+                    self.render([example])
+            raise UserError(
+                f"example {examples[0].id!r}: {self.name} cannot read its prompt: {first_line(error)}"
+            ) from error
 
     def completion_hidden(self, prompts: Prompts, completions: Completions) -> Tensor:
         """[N, H] hidden states that predict each completion token."""
         return families.completion_hidden(self.model, prompts, completions)
 
-    def logits(self, hidden: Tensor, rows: int) -> Tensor:
-        """[N, H] -> [N, rows] logits over the first `rows` of the vocabulary."""
-        return families.logits_of(self.model, hidden, rows)
+    def logits(self, hidden: Tensor, columns: int | Tensor) -> Tensor:
+        """[N, H] -> [N, V] logits over the first so many of the vocabulary, or over those ids [V]."""
+        return families.logits_of(self.model, hidden, columns)
 
     def decode(self, completions: Completions) -> list[str]:
         """Each completion as text, without special tokens."""
@@ -105,23 +129,39 @@ class LoadedModel:
 
 
 def resolve(name: str) -> str:
-    """A path or hub id; `builtin:NAME` becomes the packaged folder.
+    """A path or hub id. `builtin:NAME` becomes the packaged folder; a .gguf file its dequantised copy.
 
     Raises ConfigError for an unknown built-in.
     """
+    try:
+        from vlopd.models import gguf, smollm2
+    except ImportError:  # TEMPORARY
+        return name if not name.startswith("builtin:") else str(BUILTIN / name[8:])
+
+    if name.endswith(".gguf"):
+        return str(gguf.converted(Path(name)))
     if not name.startswith("builtin:"):
         return name
-    folder = BUILTIN / name.removeprefix("builtin:")
-    if not folder.is_dir():
-        known = ", ".join(f"builtin:{p.name}" for p in sorted(BUILTIN.iterdir()) if p.is_dir())
-        raise ConfigError(f"no built-in model {name!r}; there are {known}")
-    return str(folder)
+    short = name.removeprefix("builtin:")
+    if short in smollm2.NAMES:
+        return str(smollm2.folder(short))
+    if (BUILTIN / short / "config.json").is_file():
+        return str(BUILTIN / short)
+    shipped = [path.name for path in sorted(BUILTIN.iterdir()) if path.is_dir()]
+    known = ", ".join(f"builtin:{each}" for each in [*shipped, *smollm2.NAMES])
+    raise ConfigError(f"no built-in model {name!r}; there are {known}")
 
 
 def load_model_config(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
     """The model's configuration, without weights. Raises ConfigError when it cannot be had."""
+    try:
+        from vlopd.models import openclip_vlm
+
+        openclip_vlm.register()
+    except ImportError:
+        pass  # TEMPORARY
     try:
         return AutoConfig.from_pretrained(
             resolve(name), revision=revision, trust_remote_code=trust_remote_code
@@ -132,24 +172,67 @@ def load_model_config(
         ) from None
 
 
-def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The processor of a vision-language model, or the tokenizer of a language model."""
+def load_processor(
+    name: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    template: str | None = None,
+) -> Any:
+    """The processor of a vision-language model, or the tokenizer of a language model.
+
+    `template` takes the place of its chat template: a .jinja file, or `plain`.
+
+    Raises ConfigError when it cannot be read or has no chat template.
+    """
     config = load_model_config(name, revision, trust_remote_code)
     _, processor_class = families.auto_classes(config)
     try:
         processor = processor_class.from_pretrained(
             resolve(name), revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"cannot read the tokenizer or processor of {name!r}: {first_line(error)}"
         ) from None
+    if template is not None:
+        families.set_template(processor, read_template(template))
     if (
         families.tokenizer_of(processor).chat_template is None
         and getattr(processor, "chat_template", None) is None
     ):
-        raise ConfigError(f"{name!r} has no chat template; add chat_template.jinja to its folder")
+        raise ConfigError(
+            f'{name!r} has no chat template; set template = "plain" (bare text) or a .jinja file '
+            "beside its `model`"
+        )
     return processor
+
+
+def read_template(template: str) -> str:
+    """The text of a chat template: a file's, or our plain one."""
+    if template == "plain":
+        return families.PLAIN_TEMPLATE
+    try:
+        return Path(template).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the chat template {template!r} ({first_line(error)}); "
+            'give a .jinja file, or "plain"'
+        ) from None
+
+
+def load_generation_config(name: str, config: PretrainedConfig, revision: str | None = None) -> Any:
+    """The model's generation config, without weights; made from its configuration where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(resolve(name), revision=revision)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
+
+
+def end_ids(generation: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a completion: the generation config's, or the tokenizer's."""
+    ends = generation.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return list(ends) if isinstance(ends, (list, tuple)) else [ends]
 
 
 def load(
@@ -159,13 +242,13 @@ def load(
     attention: str = "sdpa",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    template: str | None = None,
 ) -> LoadedModel:
     """Loads weights from safetensors only, in `dtype`, in evaluation mode (no dropout).
 
     Raises ConfigError naming the model when a file is missing, truncated or pickled.
     """
-    if name.startswith("builtin:"):
-        check_builtin(name)
+    check_builtin(name)
     config = load_model_config(name, revision, trust_remote_code)
     model_class, _ = families.auto_classes(config)
     try:
@@ -179,14 +262,34 @@ def load(
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"cannot load the weights of {name!r}: {first_line(error)}") from None
-    processor = load_processor(name, revision, trust_remote_code)
+    processor = load_processor(name, revision, trust_remote_code, template)
     return LoadedModel(name, model.to(device).eval(), processor)
 
 
-def save(loaded: LoadedModel, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-    """Writes a Hugging Face folder: weights (`state` in place of the model's own), configs, processor.
+def load_configured(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    folder: Path | str | None = None,
+) -> LoadedModel:
+    """The model that a config names or, with `folder`, a checkpoint of it, loaded in the same way."""
+    return load(
+        str(folder or config.model),
+        dtype,
+        device,
+        attention=config.attention,
+        revision=None if folder else config.revision,
+        trust_remote_code=config.trust_remote_code,
+        template=config.template,
+    )
 
-    Tensor names are the model's own, so that masks, deltas and checkpoints share one naming.
+
+def save(
+    loaded: LoadedModel, folder: Path, card: str, state: dict[str, Tensor] | None = None
+) -> None:
+    """Writes a Hugging Face folder: weights (`state` in place of the model's own), configs, processor, card.
+
+    `card` is the text of the model card. Tensor names are the model's own, so that masks, deltas and checkpoints share one naming.
     """
     dtypes = {tensor.dtype for tensor in (state or loaded.model.state_dict()).values()}
     before = loaded.model.config.dtype
@@ -196,11 +299,14 @@ def save(loaded: LoadedModel, folder: Path, state: dict[str, Tensor] | None = No
     finally:
         loaded.model.config.dtype = before
     loaded.processor.save_pretrained(folder)
+    (folder / "README.md").write_text(card)
 
 
 def check_builtin(name: str) -> None:
-    """Refuses a built-in whose files are not those it was shipped with."""
-    folder = Path(resolve(name))
+    """Refuses a packaged built-in whose files are not those it was shipped with."""
+    folder = BUILTIN / name.removeprefix("builtin:")
+    if not name.startswith("builtin:") or not folder.is_dir():
+        return
     digests = json.loads((BUILTIN / "digests.json").read_text())
     for path in sorted(folder.glob("*.safetensors")):
         known = digests.get(f"{folder.name}/{path.name}")

@@ -1,0 +1,200 @@
+"""What to know of a pair before training it: `vlopd check`.
+
+Each row of the table is one fact of every model side by side, and passes, fails, or only informs. Peers'
+users lose days to what these rows show: teachers that never get the image, templates that differ, ids that
+disagree, logits that are not the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlopd import seeding
+from vlopd.config import ExperimentConfig
+from vlopd.models.load import LoadedModel
+from vlopd.pair import ModelPair
+from vlopd.types import Completions, Example, Prompts
+
+TOP = 16
+"""k of the top-k overlap."""
+
+
+class CheckRow(NamedTuple):
+    """One line of the table: a value a model, or one for all; `ok` is None where nothing passes or fails."""
+
+    what: str
+    values: tuple[str, ...]
+    ok: bool | None = None
+    remedy: str = ""
+
+
+@torch.no_grad()
+def preflight(
+    pair: ModelPair, config: ExperimentConfig, examples: Sequence[Example]
+) -> list[CheckRow]:
+    """The table for a loaded pair, on a few examples; one column for the student, one a teacher."""
+    models = (pair.student, *(teacher.loaded for teacher in pair.teachers))
+    readers: tuple[Callable[[Sequence[Example]], Prompts], ...] = (
+        pair.student.render,
+        *(teacher.render for teacher in pair.teachers),
+    )
+    views = (examples[0], *(teacher.view(examples[0]) for teacher in pair.teachers))
+
+    def row(what: str, of: Callable[[LoadedModel], Any]) -> CheckRow:
+        return CheckRow(what, tuple(str(of(model)) for model in models))
+
+    first = [read(examples[:1]) for read in readers]
+    rows = [
+        row("model", lambda m: f"{m.name} ({m.model.config.model_type})"),
+        row("parameters", lambda m: f"{m.model.num_parameters():,}"),
+        row("precision", lambda m: str(m.model.dtype).removeprefix("torch.")),
+        row("vocabulary rows", lambda m: f"{m.vocabulary_rows:,}"),
+        CheckRow("shared tokens", (f"{pair.vocabulary.size:,}",)),
+        *(CheckRow("vocabulary", (note,)) for note in pair.vocabulary.notes),
+        row("end tokens", lambda m: tokens_of(m, m.end_ids)),
+        row("never sampled", lambda m: tokens_of(m, m.unsampleable_ids)),
+        CheckRow(
+            "prompt", tuple(repr(m.render_text(v)) for m, v in zip(models, views, strict=True))
+        ),
+        CheckRow("prompt tokens", tuple(str(int(p.attention_mask.sum())) for p in first)),
+        CheckRow(
+            "image tokens and markers",
+            tuple(
+                str(count_ids(p, set(m.unsampleable_ids) - {m.pad_id}))
+                for m, p in zip(models, first, strict=True)
+            ),
+        ),
+    ]
+    draws = seeding.generator(pair.student.device, "check")
+    prompts = pair.student.render(examples)
+    rollout = config.rollout
+    completions = pair.sample(prompts, rollout.max_new_tokens, rollout.temperature, draws)
+    rows.append(own_logits_row(models, first, completions))
+    if any(example.images for example in examples):
+        rows.append(sight_row(pair, examples, prompts, completions))
+    rows += agreement_rows(pair, examples, prompts, completions)
+    rows.append(
+        CheckRow("completion", (repr(pair.student.decode(completions)[0]),)),
+    )
+    rows.append(CheckRow("reference", (repr(examples[0].answer),)))
+    return rows
+
+
+def tokens_of(model: LoadedModel, ids: Sequence[int]) -> str:
+    """Token strings; of many, the first few and the count."""
+    words = [str(word) for word in model.tokenizer.convert_ids_to_tokens(list(ids[:6]))]
+    return " ".join(words) + (f" ... ({len(ids)})" if len(ids) > len(words) else "")
+
+
+def count_ids(prompts: Prompts, ids: Collection[int]) -> int:
+    return int(
+        torch.isin(prompts.input_ids, torch.tensor(sorted(ids), device=prompts.input_ids.device)).sum()
+    )
+
+
+def own_logits_row(
+    models: Sequence[LoadedModel], prompts: Sequence[Prompts], completions: Completions
+) -> CheckRow:
+    """Are the logits that the loss sees those of the model's own forward (scaling, soft caps and all)?"""
+    gaps = []
+    for model, prompt in zip(models, prompts, strict=True):
+        blank = Completions(
+            torch.full((1, 1), model.end_ids[0], device=model.device),
+            torch.ones(1, 1, dtype=torch.bool, device=model.device),
+            torch.zeros(1, 1, device=model.device),
+            torch.ones(1, dtype=torch.bool, device=model.device),
+        )
+        ours = model.logits(model.completion_hidden(prompt, blank), model.vocabulary_rows)
+        plain = model.model(
+            input_ids=prompt.input_ids,
+            attention_mask=prompt.attention_mask,
+            **prompt.per_token,
+            **prompt.per_image,
+        ).logits[:, -1]
+        gaps.append(float((ours.float() - plain.float()).abs().max() / plain.float().std()))
+    bound = 1e-3 if models[0].model.dtype == torch.float32 else 0.25
+    return CheckRow(
+        "logits against forward",
+        tuple(f"{gap:.1e} of their spread" for gap in gaps),
+        max(gaps) < bound,
+        "the family post-processes its logits: see logits_of in vlopd/models/families.py",
+    )
+
+
+def sight_row(
+    pair: ModelPair, examples: Sequence[Example], prompts: Prompts, completions: Completions
+) -> CheckRow:
+    """Does each model see the image? Its mean log-prob change when every image is blanked must not be 0.
+
+    A teacher that reads a caption instead has no picture to be blanked.
+    """
+    blank = [
+        Example(
+            e.id,
+            e.messages,
+            tuple(Image.new("RGB", image.size) for image in e.images),
+            e.answer,
+            e.fields,
+        )
+        for e in examples
+    ]
+    blind = pair.student_logprobs(pair.student.render(blank), completions)
+    changes = [mean_change(pair.student_logprobs(prompts, completions), blind)]
+    values = [f"{changes[0]:.4f} nats a token"]
+    for teacher in pair.teachers:
+        if not any(teacher.view(example).images for example in examples):
+            values.append("reads a caption")
+            continue
+        seen, blind = (teacher.logprobs(each, completions) for each in (examples, blank))
+        changes.append(mean_change(seen, blind))
+        values.append(f"{changes[-1]:.4f} nats a token")
+    return CheckRow(
+        "sees the image",
+        tuple(values),
+        min(changes) > 0,
+        "blanking the picture changes nothing: check the data's image column and the processors",
+    )
+
+
+def mean_change(before: Tensor, after: Tensor) -> float:
+    return float((before - after).abs().mean())
+
+
+def agreement_rows(
+    pair: ModelPair, examples: Sequence[Example], prompts: Prompts, completions: Completions
+) -> list[CheckRow]:
+    """How far student and teacher are apart on the student's own completions."""
+    tokens = pair.divergence("reverse_kl", examples, prompts, completions, 1024)
+    hidden = pair.student.completion_hidden(prompts, completions)
+    student = pair.student.logits(hidden, pair.vocabulary.student)
+    teacher = pair.teacher_logits(examples, completions)
+    k = min(TOP, pair.vocabulary.size)
+    ours, theirs = (logits.topk(k).indices for logits in (student, teacher))
+    top1 = (ours[:, 0] == theirs[:, 0]).float().mean()
+    overlap = (ours[:, :, None] == theirs[:, None, :]).any(-1).float().mean()
+    rescored = pair.student_logprobs(prompts, completions)
+    gap = float((rescored - completions.logprobs[completions.mask]).abs().max())
+    bound = 1e-3 if pair.student.model.dtype == torch.float32 else 0.5
+    return [
+        CheckRow(
+            "sampler against trainer",
+            (f"{gap:.1e} nats at most",),
+            gap < bound,
+            "sampling and scoring disagree: check the family's positions in vlopd/models/families.py",
+        ),
+        CheckRow("mean reverse KL", (f"{tokens.loss.mean():.4f} nats a token",)),
+        CheckRow(
+            "mean entropy",
+            tuple(
+                f"{each.mean():.4f} nats"
+                for each in (tokens.student_entropy, tokens.teacher_entropy)
+            ),
+        ),
+        CheckRow("top-1 agreement", (f"{top1:.1%} of {completions.n_tokens} tokens",)),
+        CheckRow(f"top-{k} overlap", (f"{overlap:.1%}",)),
+    ]
