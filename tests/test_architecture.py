@@ -11,11 +11,12 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("vlopd/**/*.py"), *ROOT.glob("evals/**/*.py")])
 
 RANK = {
-    "vlopd.config": 0, "vlopd.types": 0, "vlopd.seeding": 0, "vlopd.processes": 1,
-    "vlopd.checkpoint": 1, "vlopd.models": 1, "vlopd.losses": 1, "vlopd.trainable": 1,
-    "vlopd.data": 2, "vlopd.rollout": 2, "vlopd.delta": 2, "vlopd.log": 2,
-    "vlopd.masks": 3, "vlopd.pair": 3, "vlopd.geometry": 4, "vlopd.distill": 4,
-    "vlopd.stages": 5, "evals": 6, "vlopd.cli": 7,
+    "vlopd.config": 0, "vlopd.types": 0, "vlopd.seeding": 0,
+    "vlopd.processes": 1, "vlopd.checkpoint": 1, "vlopd.losses": 1, "vlopd.trainable": 1,
+    "vlopd.models": 2, "vlopd.data": 2, "vlopd.log": 2,
+    "vlopd.context": 3, "vlopd.rollout": 3, "vlopd.vocabulary": 3, "vlopd.delta": 3,
+    "vlopd.resources": 3, "vlopd.masks": 4, "vlopd.teacher": 4, "vlopd.geometry": 5, "vlopd.pair": 5,
+    "vlopd.preflight": 6, "vlopd.distill": 6, "vlopd.stages": 7, "evals": 8, "vlopd.cli": 9,
 }  # fmt: skip
 """A room may import rooms of a lower rank, or itself."""
 

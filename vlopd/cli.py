@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 
@@ -169,24 +170,29 @@ def check(
     from vlopd.processes import accelerator
 
     config = load_config(config_file, overrides or ())
-    if meta:
-        rows = preflight_meta(config, accelerator().device, config_file.parent / "architectures")
-    else:
-        pair = load_pair(config, accelerator().device)
-        data = open_data(config.data, 8, seed=0)
-        rows = preflight(pair, config, [data[i] for i in range(min(8, len(data)))])
+    device = accelerator().device
+    try:
+        if meta:
+            rows = preflight_meta(config, device, config_file.parent / "architectures")
+        else:
+            data = open_data(config.data, 8, seed=0)
+            examples = [data[i] for i in range(min(8, len(data)))]
+            rows = preflight(load_pair(config, device), config, examples)
+    except UserError as error:
+        console.print(f"[red]not ready[/]: {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from None
     columns = ["student", *config.teachers]
     table = Table("", *columns, "ok", title=config.name)
     for row in rows:
         mark = {None: "", True: "yes", False: "[red]NO[/]"}[row.ok]
-        values = [value.replace("[", r"\[") for value in row.values]
+        values = [escape(value) for value in row.values]
         if len(values) == 1:
             values += [""] * (len(columns) - 1)
         table.add_row(row.what, *values, mark)
     console.print(table)
     failed = [row for row in rows if row.ok is False]
     for row in failed:
-        console.print(f"[red]not ready[/]: {row.what}: {row.remedy}", soft_wrap=True)
+        console.print(f"[red]not ready[/]: {escape(f'{row.what}: {row.remedy}')}", soft_wrap=True)
     if failed:
         raise typer.Exit(1)
 

@@ -172,6 +172,10 @@ class ShapesData(Section):
     modality: Literal["image", "text"] = "image"
     split: Literal["train", "validation", "test"] = "train"
 
+    @property
+    def has_images(self) -> bool:
+        return self.modality == "image"
+
 
 class FileData(Section):
     """A JSONL or parquet file, a folder, or a hub data set, through `datasets`; columns by name."""
@@ -189,12 +193,20 @@ class FileData(Section):
     system: str | None = None
     """A system prompt put before every question."""
 
+    @property
+    def has_images(self) -> bool:
+        return self.image is not None
+
 
 class CapitalsData(Section):
     """Questions on the capitals of the world's countries, split by country."""
 
     type: Literal["capitals"] = "capitals"
     split: Literal["train", "validation", "test"] = "train"
+
+    @property
+    def has_images(self) -> bool:
+        return False
 
 
 DataConfig = Annotated[ShapesData | FileData | CapitalsData, Field(discriminator="type")]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from vlopd.config import (
+    CaptionContext,
+    ConfigError,
     ExperimentConfig,
     MixedTeachers,
     RoutedTeachers,
@@ -21,7 +23,8 @@ from vlopd.config import (
     UserError,
 )
 from vlopd.losses import DIVERGENCES, TokenDivergence, chunked_divergence, logprobs_at
-from vlopd.models.load import DTYPES, LoadedModel, load_configured
+from vlopd.models import families
+from vlopd.models.load import DTYPES, LoadedModel, load_configured, load_model_config
 from vlopd.rollout import sample
 from vlopd.teacher import Grader, Mixture, Teacher
 from vlopd.types import Completions, Example, Prompts
@@ -177,14 +180,34 @@ def shared_vocabulary(config: ExperimentConfig) -> SharedVocabulary:
     return share(student, others)
 
 
+def refuse_blind_models(config: ExperimentConfig) -> None:
+    """Raises ConfigError where the data has pictures and a model can neither see nor read them."""
+    if not config.data.has_images:
+        return
+    for name, model in {"student": config.student, **config.teachers}.items():
+        if isinstance(model, TeacherConfig):
+            if isinstance(model.context, CaptionContext) or model.is_student:
+                continue
+            remedy = f'give it a text view: {name}.context = {{type = "caption", column = ...}}'
+        else:
+            remedy = "use a vision-language model, or data without images"
+        about = load_model_config(model.model, model.revision, model.trust_remote_code)
+        if not families.sees_images(about):
+            raise ConfigError(
+                f"the data has images, but {name} {model.model} is text-only; {remedy}"
+            )
+
+
 def load_pair(
     config: ExperimentConfig, device: torch.device | str, student_folder: Path | str | None = None
 ) -> ModelPair:
     """Loads all models in the compute precision; `student_folder` takes the place of the configured student.
 
-    Raises ConfigError, before any weights are read, when the vocabularies disagree.
+    Raises ConfigError, before any weights are read, when the vocabularies disagree or a model cannot see
+    the data's images.
     """
     dtype = DTYPES[config.precision.compute]
+    refuse_blind_models(config)
     vocabulary = shared_vocabulary(config)
 
     def teacher(index: int, about: TeacherConfig) -> Teacher:

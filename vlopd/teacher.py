@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlopd.config import ContextConfig
+from vlopd.context import teacher_view
 from vlopd.losses import logprobs_at
 from vlopd.models.load import LoadedModel
 from vlopd.types import Completions, Example, Prompts
@@ -37,8 +38,6 @@ class Teacher:
         """The example with this teacher's context."""
         if self.context is None:
             return example
-        from vlopd.context import teacher_view
-
         return teacher_view(self.context, example)
 
     def render(self, examples: Sequence[Example]) -> Prompts:
