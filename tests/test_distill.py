@@ -15,7 +15,7 @@ ARM = DistillArm(seed=1)
 
 def run(pair, config, folder, mask=None, identity="x"):
     size = config.train.steps * config.train.prompts_per_step
-    data = open_data(config.data, size, ARM.seed)
+    data = open_data(config, size, ARM.seed)
     return distill(pair, data, config, ARM, folder, "test", mask, identity)
 
 
@@ -110,7 +110,7 @@ def test_an_averaged_teacher_follows_the_student(kind, make_pair, make_config, t
         }
         pair, config = make_pair(kind, **sections), make_config(kind, **sections)
         start = weights(pair)
-        distill(pair, open_data(config.data, 4, 1), config, ARM, tmp_path / str(steps), "test")
+        distill(pair, open_data(config, 4, 1), config, ARM, tmp_path / str(steps), "test")
         after[steps] = weights(pair)
     teacher = dict(pair.teachers[0].loaded.model.named_parameters())
     assert any(not torch.equal(start[n], after[1][n]) for n in start)
@@ -143,7 +143,7 @@ def test_kl_goes_down_on_one_batch(kind, make_pair, make_config, tmp_path):
         train={"steps": 150, "prompts_per_step": 4},
     )
     pair = make_pair(kind)
-    data = open_data(config.data, 4, 5)
+    data = open_data(config, 4, 5)
     distill(pair, data, config, ARM, tmp_path, "test")
     kl = [row["kl"] for row in metrics(tmp_path)]
     assert sum(kl[-10:]) / 10 < 0.4 * kl[0]

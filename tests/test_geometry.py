@@ -447,7 +447,7 @@ def test_untouched_tensors_are_counted(stage):
     expected = f"median of {count['ok']} tensors; {count['zero']} zero, {count['skipped']} skipped"
     assert median["reason"] == expected
     if any(r["component"] == "vision" for r in own):
-        assert summary["tensors_not_moved"] > 10 and count["zero"] > 5
+        assert summary["matrices_not_moved"] > 10 and count["zero"] > 5
 
 
 def test_a_failed_analysis_leaves_no_record(tmp_path):

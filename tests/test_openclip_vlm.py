@@ -232,7 +232,7 @@ def test_inner_layer():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["test_convnext", "test_mambaout", "test_vit_relpos"])
+@pytest.mark.parametrize("name", ["test_convnext", "test_mambaout", "test_vit"])
 def test_timm_tokens(name):
     """A timm trunk's tokens run along the rows of the picture, whatever the layout of its features."""
     torch.manual_seed(0)
@@ -244,7 +244,7 @@ def test_timm_tokens(name):
     expected, across = {
         "test_convnext": lambda: (features[:, row, column], features.shape[2]),  # C, h, w
         "test_mambaout": lambda: (features[row, column], features.shape[1]),  # h, w, C
-        "test_vit_relpos": lambda: (features[10 * row + column], 10),  # h x w, C
+        "test_vit": lambda: (features[1 + 10 * row + column], 10),  # class token and h x w, C
     }[name]()
     assert tokens.shape == (across**2, tower.trunk.num_features)
     assert torch.equal(tokens[across * row + column], expected)

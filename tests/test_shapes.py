@@ -65,6 +65,33 @@ def test_a_picture_is_96_pixels_and_differs_with_jitter():
     assert one.tobytes() == same.tobytes() != other.tobytes()
 
 
+STREAM = {
+    "image": "5d8e8acdf86a9591fdfae8063412bbd2cc49f4fd4cf517c2cd74f4cc3de5db50",
+    "text": "e522561ec63d8391ff1f20dd87dfa82428f745135f24158927139f4631eaf04c",
+}
+"""Digests of 50 examples, taken before examples had captions."""
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_the_stream_of_examples_stays_as_it_was(modality):
+    """Ids, messages, answers, fields but the caption, and pixels of a seed are those of earlier versions."""
+    digest = hashlib.sha256()
+    for e in shapes.ShapesWorld("train", 50, 7, modality):
+        fields = sorted((key, value) for key, value in e.fields.items() if key != "caption")
+        digest.update(repr((e.id, e.messages, e.answer, fields)).encode())
+        for image in e.images:
+            digest.update(image.tobytes())
+    assert digest.hexdigest() == STREAM[modality]
+
+
+def test_a_caption_says_what_the_text_modality_says():
+    """A picture's caption before its question is the text example of the same index, word for word."""
+    seen, told = (shapes.ShapesWorld("train", 50, 2, modality) for modality in ("image", "text"))
+    for a, b in zip(seen, told, strict=True):
+        assert f"{a.fields['caption']} {a.question}" == b.question
+        assert "caption" not in b.fields
+
+
 @pytest.mark.parametrize(
     "path", sorted(BUILTIN.glob("*/*")), ids=lambda p: f"{p.parent.name}/{p.name}"
 )

@@ -175,7 +175,7 @@ def check(
         if meta:
             rows = preflight_meta(config, device, config_file.parent / "architectures")
         else:
-            data = open_data(config.data, 8, seed=0)
+            data = open_data(config, 8, seed=0)
             examples = [data[i] for i in range(min(8, len(data)))]
             rows = preflight(load_pair(config, device), config, examples)
     except UserError as error:

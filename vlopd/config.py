@@ -54,8 +54,8 @@ class ModelConfig(Section):
     revision: str | None = None
     template: str | None = None
     """Chat template in place of the model's own: a .jinja file, or `plain` (bare text, for base models)."""
-    attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
-    """Attention kernel. On CPU, eager is faster for small models."""
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """Attention kernel; null takes transformers' choice. On CPU, eager is faster for small models."""
     trust_remote_code: bool = False
 
 

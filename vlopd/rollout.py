@@ -31,7 +31,7 @@ def sample(
     tokens, or these ids [V]. Image placeholders and padding are never sampled. `logprobs` are the model's
     own over the columns at temperature 1 with nothing banned, so that they equal what re-scoring gives.
     """
-    model = loaded.model
+    model, body = loaded.model, families.body(loaded.model)
     columns = loaded.vocabulary_rows if columns is None else columns
     allowed = (
         torch.arange(columns, device=loaded.device)
@@ -46,14 +46,15 @@ def sample(
     cache = DynamicCache(config=model.config.get_text_config())
     alive = torch.ones(len(prompts), dtype=torch.bool, device=loaded.device)
     tokens, logprobs, masks = [], [], []
+    where = families.position_ids(model, prompts, max_new_tokens)
     for _ in range(max_new_tokens):
-        where = families.positions(model, attention)
-        out = model.base_model(
+        now = slice(attention.shape[1] - ids.shape[1], attention.shape[1])
+        out = body(
             input_ids=ids,
             attention_mask=attention,
             past_key_values=cache,
             use_cache=True,
-            **{name: values[:, -ids.shape[1] :] for name, values in where.items()},
+            **{name: values[..., now] for name, values in where.items()},
             **extra,
         )
         logits = loaded.logits(out.last_hidden_state[:, -1], columns).float()  # [B, V]

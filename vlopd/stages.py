@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -146,6 +147,19 @@ def teacher_folder(run: RunFolder, config: ExperimentConfig, teacher: TeacherCon
     )
 
 
+def arm_folder(run: RunFolder, config: ExperimentConfig, name: str) -> Path:
+    """An arm's checkpoint; a teacher's is where the teacher is, on the hub's local snapshot if need be."""
+    arm = config.arms.get(name)
+    if not isinstance(arm, TeacherArm):
+        return run.checkpoint(name)
+    teacher = config.teachers[arm.teacher or next(iter(config.teachers))]
+    folder = teacher_folder(run, config, teacher)
+    if folder.is_dir():
+        return folder
+    wanted = ["*.safetensors", "*.json"]
+    return Path(snapshot_download(teacher.model, revision=teacher.revision, allow_patterns=wanted))
+
+
 def train_arm(run: RunFolder, config: ExperimentConfig, name: str, arm: DistillArm) -> bool:
     """Distils the student from the source, under the arm's mask if it has one, and proves the mask held."""
     source = run.checkpoint(source_arm(config))
@@ -165,7 +179,7 @@ def train_arm(run: RunFolder, config: ExperimentConfig, name: str, arm: DistillA
     accelerator = processes.accelerator()
     pair = load_pair(config, accelerator.device, source)
     prompts = config.train.steps * config.train.prompts_per_step
-    data = open_data(config.data, prompts, arm.seed)
+    data = open_data(config, prompts, arm.seed)
     started = time.perf_counter()
     folder = run.arm(name)
     trainable = distill(
@@ -322,7 +336,7 @@ def make_mask(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
         if isinstance(rule, RandomMask):
             mask = masks.random_like(read_mask(run, config, rule.like), rule.seed)
         else:
-            trained = run.checkpoint(rule.of)
+            trained = arm_folder(run, config, rule.of)
             mask = masks.build_mask(
                 rule, delta.stream(run.checkpoint(source), trained, families.classify)
             )
@@ -356,6 +370,10 @@ def make_geometry(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
     if up_to_date(run.geometry(name) / "summary.json", inputs):
         return False
     analyse(
-        run.checkpoint(source), run.checkpoint(name), run.geometry(name), config.geometry, inputs
+        run.checkpoint(source),
+        arm_folder(run, config, name),
+        run.geometry(name),
+        config.geometry,
+        inputs,
     )
     return True

@@ -7,21 +7,26 @@ from collections.abc import Sequence
 import torch
 
 from vlopd import seeding
-from vlopd.config import CapitalsData, FileData, ShapesData
+from vlopd.config import CapitalsData, ExperimentConfig, FileData, ImageContext, ShapesData
+from vlopd.data.capitals import CapitalsWorld
 from vlopd.data.files import FileSource
 from vlopd.data.shapes import ShapesWorld
 from vlopd.types import Example
 
 
-def open_data(config: ShapesData | FileData | CapitalsData, size: int, seed: int) -> Sequence[Example]:
-    """The examples of a config. The built-in worlds give `size` of them for a seed; a file has its own."""
-    if isinstance(config, ShapesData):
-        return ShapesWorld(config.split, size, seed, config.modality)
-    if isinstance(config, CapitalsData):
-        from vlopd.data.capitals import CapitalsWorld
+def open_data(config: ExperimentConfig, size: int, seed: int) -> Sequence[Example]:
+    """An experiment's examples. The built-in worlds give `size` of them for a seed; a file has its own.
 
-        return CapitalsWorld(config.split, size, seed)
-    return FileSource(config)
+    Columns with pictures for a teacher alone (its image context) are opened too.
+    """
+    match data := config.data:
+        case ShapesData():
+            return ShapesWorld(data.split, size, seed, data.modality)
+        case CapitalsData():
+            return CapitalsWorld(data.split, size, seed)
+        case FileData():
+            contexts = [teacher.context for teacher in config.teachers.values()]
+            return FileSource(data, [c.column for c in contexts if isinstance(c, ImageContext)])
 
 
 def pick(data: Sequence[Example], start: int, count: int, seed: int) -> list[Example]:

@@ -230,7 +230,8 @@ class ShapesWorld(Sequence[Example]):
     """Examples of one split, by index; `len` is `size`, but any index of an unbounded stream may be asked for.
 
     Example `i` depends on (split, seed, i) alone, so a resumed run sees what an uninterrupted one would.
-    One question a scene, so test questions are independent and need no clustered errors.
+    One question a scene, so test questions are independent and need no clustered errors. An example with a
+    picture has the scene in words, as the text modality says it, in its field `caption`.
     """
 
     split: Split
@@ -261,13 +262,11 @@ class ShapesWorld(Sequence[Example]):
     def __getitem__(self, index) -> Example:  # type: ignore[override]
         row = self.row(index)
         scene = scene_from_json(str(row["scene"]))
+        told, question, answer = scene_in_words(scene), str(row["question"]), str(row["answer"])
         if self.modality == "text":
-            prompt, images = f"{scene_in_words(scene)} {row['question']}", []
-        else:
-            prompt, images = str(row["question"]), [render(scene, int(row["jitter"]))]
-        return Example.ask(
-            id=str(row["id"]), question=prompt, images=images, answer=str(row["answer"]), fields=row
-        )
+            return Example.ask(str(row["id"]), f"{told} {question}", (), answer, row)
+        images = [render(scene, int(row["jitter"]))]
+        return Example.ask(str(row["id"]), question, images, answer, {**row, "caption": told})
 
 
 def blind_guesser(n: int = 20_000, seed: int = 0) -> tuple[dict[str, str], dict[str, str]]:

@@ -6,12 +6,13 @@ import csv
 import io
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
 from vlopd.checkpoint import write_json, write_text
 from vlopd.config import GeometryConfig
@@ -21,7 +22,8 @@ from vlopd.geometry.nulls import iid_delta
 from vlopd.geometry.projection import matrix_measures, skipped_measures
 from vlopd.geometry.rows import Measure, Row, beside_null
 from vlopd.geometry.spectrum import as_matrix, factorise, rank_at
-from vlopd.models.families import classify
+from vlopd.models.families import classify, parts
+from vlopd.models.load import load_model_config
 from vlopd.types import TensorName
 
 PARTS = {
@@ -79,8 +81,9 @@ def analyse(
     deltas = stream(source_folder, trained_folder, classify)
     record = out / "summary.json"
     record.unlink(missing_ok=True)  # an old record must never lie beside new tables
+    model = load_model_config(str(source_folder)) if has_config(source_folder) else None
     bar = tqdm(deltas, desc="geometry", unit="tensor", disable=not progress)
-    findings = [examine(pair, config) for pair in bar]
+    findings = [examine(piece, config) for pair in bar for piece in matrices(pair, model)]
     rows = [row for finding in findings for row in tensor_rows(finding)]
     groups = group_rows(findings)
 
@@ -93,13 +96,43 @@ def analyse(
     summary = {
         "inputs": inputs,
         "null": {"type": "iid", "draws": config.null_draws, "seed": config.seed},
-        "tensors": len(findings),
-        "tensors_not_moved": sum(finding.energy[0] == 0 for finding in findings),
-        "tensors_without_spectrum": sum(f.measures[0][0].status == "skipped" for f in findings),
+        "tensors": len(deltas),
+        "fused_tensors_are_split": model is not None,
+        "matrices": len(findings),
+        "matrices_not_moved": sum(finding.energy[0] == 0 for finding in findings),
+        "matrices_without_spectrum": sum(f.measures[0][0].status == "skipped" for f in findings),
         "headline": [{key: asdict(row)[key] for key in keys} for row in headline],
     }
     write_json(record, summary)
     return record
+
+
+def has_config(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def matrices(pair: TensorDelta, model: PretrainedConfig | None) -> Iterator[TensorDelta]:
+    """The matrices that one stored tensor holds, each [out, in]: q, k, v of a fused qkv, single experts.
+
+    Without the model's configuration a tensor is taken whole.
+    """
+    if model is None:
+        yield pair
+        return
+    for part in parts(pair.where, pair.source.shape, model):
+        where, name = pair.where, pair.name
+        if part.expert is not None:
+            name += f"[{part.expert}]"
+        if part.module != where.module.removeprefix("expert_"):
+            name += f"[{part.module}]"
+        source, trained = pair.source[part.index], pair.trained[part.index]
+        if part.transposed:
+            source, trained = source.T, trained.T
+        yield TensorDelta(
+            TensorName(name, where.component, where.layer, part.module),
+            source.contiguous(),
+            trained.contiguous(),
+        )
 
 
 def examine(pair: TensorDelta, config: GeometryConfig) -> Finding:

@@ -71,10 +71,15 @@ class LoadedModel:
         nameless = set(range(self.vocabulary_rows)) - named
         return sorted(nameless | set(families.unsampleable_ids(self.model.config, self.tokenizer)))
 
+    @cached_property
+    def placeholders(self) -> dict[str, int]:
+        """Tokens that stand for images, video or audio, with their ids."""
+        return families.placeholders(self.model.config, self.tokenizer)
+
     def render_text(self, example: Example, add_generation_prompt: bool = True) -> str:
         """The example's prompt in this model's own chat template, as text."""
         return self.processor.apply_chat_template(
-            families.chat_messages(example, self.sees_images),
+            families.chat_messages(example, self.sees_images, self.placeholders),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
@@ -239,7 +244,7 @@ def load(
     name: str,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    attention: str = "sdpa",
+    attention: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     template: str | None = None,
@@ -263,7 +268,9 @@ def load(
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"cannot load the weights of {name!r}: {first_line(error)}") from None
     processor = load_processor(name, revision, trust_remote_code, template)
-    return LoadedModel(name, model.to(device).eval(), processor)
+    model = model.to(device).eval()
+    families.check_logits(model)
+    return LoadedModel(name, model, processor)
 
 
 def load_configured(
