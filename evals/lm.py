@@ -20,7 +20,7 @@ from vlopd.config import ConfigError
 from vlopd.losses import logprobs_at
 from vlopd.models.load import LoadedModel
 from vlopd.rollout import sample
-from vlopd.types import Completions, Example, Prompts
+from vlopd.types import Completions, Example, Prompts, parts_at_marks
 
 PLACEHOLDER = "<image>"
 """How lm-eval's image tasks mark an image in a prompt, whatever the model's own token is."""
@@ -174,14 +174,7 @@ def parts(content: str | list[Any]) -> str | list[Any]:
     """`<image>how many` -> an image part and a text part; text without a mark stays a string."""
     if not isinstance(content, str) or PLACEHOLDER not in content:
         return content
-    pieces = content.split(PLACEHOLDER)
-    found: list[Any] = []
-    for k, piece in enumerate(pieces):
-        if k:
-            found.append({"type": "image"})
-        if piece:
-            found.append({"type": "text", "text": piece})
-    return found
+    return parts_at_marks(content, PLACEHOLDER)
 
 
 def has_images(request: Instance) -> bool:

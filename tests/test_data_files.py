@@ -13,9 +13,9 @@ import pandas
 import pytest
 from PIL import Image, ImageOps
 
-from vlopd.config import ConfigError, FileData
+from vlopd.config import ConfigError, DataError, FileData
 from vlopd.data.files import FileSource
-from vlopd.data.pictures import DataError, open_picture
+from vlopd.data.pictures import open_picture
 
 QUESTIONS = [
     {"q": "first?", "a": "one", "pic": "good.png", "key": "r1"},
@@ -328,6 +328,27 @@ def test_answers_may_be_missing_or_numbers_but_not_lists(tmp_path, rows):
     assert [data[i].answer for i in (0, 1)] == [None, "7"]
     with pytest.raises(DataError, match="row r3: column 'a' holds a list"):
         data[2]
+
+
+def test_images_go_where_the_question_marks_them(tmp_path):
+    """With `image_mark`, pictures stand where the text has it, and counts must agree; without, text is text."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = [
+        {"q": "see <image> and <image>: which?", "key": "r1", "a": "x", "i": ["a.png", "a.png"]},
+        {"q": "<image>one", "key": "r2", "a": "x", "i": ["a.png", "a.png"]},
+    ]
+    path = write(tmp_path, rows)
+    data = FileSource(columns(path, image="i", image_mark="<image>"))
+    content = data[0].messages[-1]["content"]
+    assert [part.get("text", "[image]") for part in content] == [
+        "see ", "[image]", " and ", "[image]", ": which?",
+    ]  # fmt: skip
+    with pytest.raises(
+        DataError, match=r"row r2: the question has 1 '<image>' and the row 2 images"
+    ):
+        data[1]
+    plain = FileSource(columns(path, image="i"))[1]
+    assert plain.question == "<image>one" and len(plain.images) == 2
 
 
 def test_ids_must_be_there_and_differ(tmp_path, rows):

@@ -231,6 +231,14 @@ def test_inner_layer():
     assert torch.equal(tokens, seen[0])
 
 
+def test_missing_layer_refused(parts):
+    """A vision layer that the tower does not have is refused by its number."""
+    with pytest.raises(ConfigError, match="vision_layer 2"):
+        assemble(parts["vit"], parts["language"], vision_layer=2)
+    model, _ = assemble(parts["vit"], parts["language"], vision_layer=-2, keep_class_token=True)
+    assert model.config.image_seq_length == 17
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["test_convnext", "test_mambaout", "test_vit"])
 def test_timm_tokens(name):

@@ -32,6 +32,7 @@ console = Console()
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "DISABLE_MULTIPROC": "1",  # lm-eval would start a process pool for closed-form errors
     "LOGLEVEL": "WARNING",

@@ -34,6 +34,10 @@ class ConfigError(UserError):
     """The user's configuration is wrong; the message names the key and the remedy."""
 
 
+class DataError(UserError):
+    """A row of the user's data is broken; the message names the row and the remedy."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -63,28 +67,28 @@ class SystemContext(Section):
     """The teacher reads a system prompt that the student does not (context distillation)."""
 
     type: Literal["system"] = "system"
-    text: str
+    text: str = Field(min_length=1)
 
 
 class TemplateContext(Section):
     """The teacher's question is this jinja template over question, answer and the example's fields."""
 
     type: Literal["template"] = "template"
-    template: str
+    template: str = Field(min_length=1)
 
 
 class ImageContext(Section):
     """The teacher sees the picture(s) of another field, or the crop [x0, y0, x1, y1] that the field gives."""
 
     type: Literal["image"] = "image"
-    column: str
+    column: str = Field(min_length=1)
 
 
 class CaptionContext(Section):
     """The teacher reads this field in place of the pictures: what a text-only teacher needs."""
 
     type: Literal["caption"] = "caption"
-    column: str
+    column: str = Field(min_length=1)
 
 
 ContextConfig = Annotated[
@@ -186,9 +190,12 @@ class FileData(Section):
     split: str = "train"
     subset: str | None = None
     question: str = "question"
-    answer: str | None = "answer"
+    answer: str | None = None
     image: str | None = None
     """Column with an image, a list of images, or file names relative to the data file's folder."""
+    image_mark: str | None = Field(None, min_length=1)
+    """What stands in the question where an image goes (`<image>` in many data sets), as often as the row has
+    images; null puts images before the text and takes the text as it is."""
     id: str | None = None
     system: str | None = None
     """A system prompt put before every question."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from vlopd.config import (
     CaptionContext,
@@ -180,8 +181,13 @@ def shared_vocabulary(config: ExperimentConfig) -> SharedVocabulary:
     return share(student, others)
 
 
-def refuse_blind_models(config: ExperimentConfig) -> None:
-    """Raises ConfigError where the data has pictures and a model can neither see nor read them."""
+def refuse_blind_models(
+    config: ExperimentConfig, about: Mapping[str, PretrainedConfig] | None = None
+) -> None:
+    """Raises ConfigError where the data has pictures and a model can neither see nor read them.
+
+    `about` gives the models' configurations by name (student, teachers); they are read where it does not.
+    """
     if not config.data.has_images:
         return
     for name, model in {"student": config.student, **config.teachers}.items():
@@ -191,8 +197,10 @@ def refuse_blind_models(config: ExperimentConfig) -> None:
             remedy = f'give it a text view: {name}.context = {{type = "caption", column = ...}}'
         else:
             remedy = "use a vision-language model, or data without images"
-        about = load_model_config(model.model, model.revision, model.trust_remote_code)
-        if not families.sees_images(about):
+        own = (about or {}).get(name)
+        if own is None:
+            own = load_model_config(model.model, model.revision, model.trust_remote_code)
+        if not families.sees_images(own):
             raise ConfigError(
                 f"the data has images, but {name} {model.model} is text-only; {remedy}"
             )

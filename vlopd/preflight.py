@@ -8,20 +8,33 @@ disagree, logits that are not the model's.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from rich.filesize import decimal
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
-from vlopd import seeding
-from vlopd.config import ExperimentConfig
-from vlopd.models.load import LoadedModel
-from vlopd.pair import ModelPair
+from vlopd import resources, seeding
+from vlopd.config import (
+    ConfigError,
+    ExperimentConfig,
+    ModelConfig,
+    TeacherConfig,
+    TopFractionMask,
+)
+from vlopd.models import families
+from vlopd.models.load import DTYPES, LoadedModel, ModelUnreadable, load_model_config
+from vlopd.pair import ModelPair, refuse_blind_models, shared_vocabulary
 from vlopd.types import Completions, Example, Prompts
 
 TOP = 16
 """k of the top-k overlap."""
+
+ASSUMED_PROMPT_TOKENS = 512
+"""Where there is no tokenizer to count with."""
 
 
 class CheckRow(NamedTuple):
@@ -39,7 +52,7 @@ def preflight(
 ) -> list[CheckRow]:
     """The table for a loaded pair, on a few examples; one column for the student, one a teacher."""
     models = (pair.student, *(teacher.loaded for teacher in pair.teachers))
-    readers: tuple[Callable[[Sequence[Example]], Prompts], ...] = (
+    read: tuple[Callable[[Sequence[Example]], Prompts], ...] = (
         pair.student.render,
         *(teacher.render for teacher in pair.teachers),
     )
@@ -48,7 +61,7 @@ def preflight(
     def row(what: str, of: Callable[[LoadedModel], Any]) -> CheckRow:
         return CheckRow(what, tuple(str(of(model)) for model in models))
 
-    first = [read(examples[:1]) for read in readers]
+    first = [each(examples[:1]) for each in read]
     rows = [
         row("model", lambda m: f"{m.name} ({m.model.config.model_type})"),
         row("parameters", lambda m: f"{m.model.num_parameters():,}"),
@@ -81,6 +94,140 @@ def preflight(
         CheckRow("completion", (repr(pair.student.decode(completions)[0]),)),
     )
     rows.append(CheckRow("reference", (repr(examples[0].answer),)))
+    readers = [
+        resources.Reader(m.model, p.attention_mask.shape[1], m.model.config._attn_implementation)
+        for m, p in zip(models, [each(examples) for each in read], strict=True)
+    ]
+    return rows + estimate_rows(config, readers, pair.student.device, must_fit=True)
+
+
+def preflight_meta(
+    config: ExperimentConfig, device: torch.device, architectures: Path
+) -> list[CheckRow]:
+    """The table without weights: everything that configurations and, where they are at hand, tokenizers tell.
+
+    A model's configuration is read from `architectures`/<its name>/config.json where that is kept, so that
+    no hub is needed.
+    """
+    wanted = (config.student, *(resolved(config, each) for each in config.teachers.values()))
+    found = [model_config(model, architectures) for model in wanted]
+    refuse_blind_models(config, dict(zip(["student", *config.teachers], found, strict=True)))
+    dtype = DTYPES[config.precision.compute]
+    models = [
+        resources.meta_model(about, dtype, each.attention or "sdpa")
+        for about, each in zip(found, wanted, strict=True)
+    ]
+    rows = [
+        CheckRow(
+            "model",
+            tuple(f"{m.model} ({c.model_type})" for m, c in zip(wanted, found, strict=True)),
+        ),
+        CheckRow("configuration", tuple(about.name_or_path for about in found)),
+        CheckRow("parameters", tuple(f"{model.num_parameters():,}" for model in models)),
+        CheckRow("by component", tuple(components(model) for model in models)),
+        CheckRow("precision", tuple([config.precision.compute] * len(models))),
+        CheckRow(
+            "vocabulary rows",
+            tuple(f"{m.get_output_embeddings().weight.shape[0]:,}" for m in models),
+        ),
+        CheckRow("sees images", tuple("yes" if families.sees_images(c) else "no" for c in found)),
+        *vocabulary_rows_of(config),
+    ]
+    prompt = tuple([str(ASSUMED_PROMPT_TOKENS)] * len(models))
+    rows.append(CheckRow("prompt tokens, assumed", prompt))
+    readers = [
+        resources.Reader(model, ASSUMED_PROMPT_TOKENS, each.attention or "sdpa")
+        for model, each in zip(models, wanted, strict=True)
+    ]
+    return rows + estimate_rows(config, readers, device)
+
+
+def resolved(config: ExperimentConfig, teacher: TeacherConfig) -> ModelConfig:
+    return config.student if teacher.is_student else teacher
+
+
+def model_config(model: ModelConfig, architectures: Path) -> PretrainedConfig:
+    """A model's configuration: the one kept in `architectures` or, where there is none, its own."""
+    folder = architectures / model.model
+    if (folder / "config.json").is_file():
+        return load_model_config(str(folder))
+    try:
+        return load_model_config(model.model, model.revision, model.trust_remote_code)
+    except ModelUnreadable as error:
+        raise ConfigError(f"{error}; put its config.json into {folder}") from None
+
+
+def components(model: PreTrainedModel) -> str:
+    counts = resources.parameter_counts(model)
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def vocabulary_rows_of(config: ExperimentConfig) -> list[CheckRow]:
+    """What the tokenizers share, where all can be read."""
+    try:
+        vocabulary = shared_vocabulary(config)
+    except ModelUnreadable as error:
+        return [CheckRow("shared tokens", (f"not checked: {error}",))]
+    return [
+        CheckRow("shared tokens", (f"{vocabulary.size:,}",)),
+        *(CheckRow("vocabulary", (note,)) for note in vocabulary.notes),
+    ]
+
+
+def estimate_rows(
+    config: ExperimentConfig,
+    readers: Sequence[resources.Reader],
+    device: torch.device,
+    must_fit: bool = False,
+) -> list[CheckRow]:
+    """Memory and seconds of a step on the present device, dense and under each mask of known density."""
+    dtype = DTYPES[config.precision.compute]
+    speed = resources.measure_device(device, dtype)
+    densities = {"all coordinates": 1.0}
+    for name, mask in config.masks.items():
+        if isinstance(mask, TopFractionMask):
+            densities[f"mask {name}"] = mask.fraction
+    rows = [
+        CheckRow(
+            "device",
+            (
+                f"{device.type}: {decimal(speed.memory_bytes)} free, {speed.matmul_flops / 1e9:,.0f} "
+                f"GFLOP/s, {decimal(int(speed.memory_bytes_per_second))}/s",
+            ),
+        )
+    ]
+    for what, density in densities.items():
+        one = resources.estimate(
+            readers[0],
+            readers[1:],
+            speed,
+            dtype=dtype,
+            prompts_per_step=config.train.prompts_per_step,
+            max_new_tokens=config.rollout.max_new_tokens,
+            chunk_tokens=config.loss.chunk_tokens,
+            micro_batch=config.train.micro_batch,
+            trained_fraction=density,
+        )
+        parts = one.memory._asdict().items()
+        memory = ", ".join(
+            f"{name.replace('_', ' ')} {decimal(size)}" for name, size in parts if size
+        )
+        loaded = one.memory.student_weights + one.memory.teacher_weights
+        fits = one.peak_bytes <= speed.memory_bytes + (loaded if must_fit else 0)
+        rows.append(
+            CheckRow(
+                f"memory, {what}",
+                (
+                    f"{decimal(one.peak_bytes)} at most, {'fits' if fits else 'does not fit'} here: {memory}",
+                ),
+                fits if must_fit else None,
+                "lower train.micro_batch or loss.chunk_tokens, or use a larger device",
+            )
+        )
+        laps = ", ".join(f"{name} {value:.2g}" for name, value in one.seconds._asdict().items())
+        rows.append(
+            CheckRow(f"seconds a step, {what}", (f"about {one.seconds.total:.2g}: {laps}",))
+        )
     return rows
 
 

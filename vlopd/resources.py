@@ -23,6 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from vlopd.config import UserError
 from vlopd.models import families
+from vlopd.types import Prompts
 
 SAMPLER_BYTES = 32
 """Of a vocabulary entry and sequence, rollout.draw: logits and a copy in fp32, three arrays in fp64."""
@@ -177,8 +178,10 @@ def language_cost(reader: Reader, dtype: torch.dtype, tokens: int) -> tuple[int,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         try:
-            positions = families.positions(model, ids)
-            out = model.base_model(input_ids=ids, attention_mask=ids, use_cache=False, **positions)
+            positions = families.position_ids(model, Prompts(ids, ids), 0)
+            out = families.body(model)(
+                input_ids=ids, attention_mask=ids, use_cache=False, **positions
+            )
         except RuntimeError as error:
             raise UserError(
                 f"model type {model.config.model_type!r} cannot be estimated without its weights: its "

@@ -55,6 +55,19 @@ class Example:
         return " ".join(part["text"] for part in content if part["type"] == "text")
 
 
+def parts_at_marks(text: str, mark: str) -> list[dict[str, str]]:
+    """Message parts of a text that marks where its images go.
+
+    >>> parts_at_marks("<image>how many red", "<image>")
+    [{"type": "image"}, {"type": "text", "text": "how many red"}]
+    """
+    parts: list[dict[str, str]] = []
+    for k, piece in enumerate(text.split(mark)):
+        parts += [{"type": "image"}] if k else []
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts
+
+
 @dataclass(frozen=True)
 class Prompts:
     """A batch of prompts as one model sees them, padded on the left. Each model of a pair has its own.

@@ -1,2 +1,156 @@
-"""Placeholder."""
-CapitalsWorld = None
+"""Questions on the capitals of the world's countries, from the table of the package countryinfo.
+
+Countries are split by their names, so a test country is never asked about in training; what training
+can give back is the way of answering, and what the student still knows. Training asks about continents
+and the country of a capital too. Left out: places of less than half a million people, countries whose
+capital repeats their name (an echo of the question would be right), and all but the first of those that
+share a capital (the table holds former countries beside their successors). The capitals are the table's:
+some are disputed or have moved, which is the same for every model that is asked.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from countryinfo import all_countries
+
+from vlopd.types import Example
+
+Split = Literal["train", "validation", "test"]
+
+TEMPLATES = {
+    "capital": (
+        "What is the capital of {country}?",
+        "Which city is the capital of {country}?",
+        "What is the name of {country}'s capital city?",
+    ),
+    "country": ("{capital} is the capital of which country?",),
+    "continent": ("On which continent is {country}?",),
+}
+"""Questions by kind; evaluation asks the first kind only, every template of it for every country."""
+
+SHORT = " Answer in one short sentence."
+
+MIN_POPULATION = 500_000
+
+OBSOLETE = ("Hong Kong",)
+"""Entries whose capital is one that nobody would name."""
+
+ALIASES = {
+    "Bern": ("Berne",),
+    "Chișinău": ("Kishinev",),
+    "Colombo": ("Kotte", "Sri Jayawardenepura Kotte"),
+    "Kyiv": ("Kiev",),
+    "Lobamba": ("Mbabane",),
+    "Naypyidaw": ("Nay Pyi Taw",),
+    "New Delhi": ("Delhi",),
+    "Nur-Sultan": ("Astana",),
+    "Pretoria": ("Cape Town", "Bloemfontein"),
+    "Sucre": ("La Paz",),
+    "Ulaanbaatar": ("Ulan Bator",),
+    "Washington D.C.": ("Washington",),
+}
+"""Other names, and further capitals, that count as right."""
+
+
+class Country(NamedTuple):
+    """A row of the table, e.g. ("Peru", "Lima", "Americas")."""
+
+    name: str
+    capital: str
+    continent: str
+
+
+def words(text: str) -> str:
+    """Lower case without accents, apostrophes and punctuation, single spaces; "saint" is "st".
+
+    >>> words("Saint George's, São Tomé!")
+    "st georges sao tome"
+    """
+    bare = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    bare = re.sub(r"['`\u2019\u02bb]", "", bare.lower())
+    return " ".join(re.findall(r"\w+", re.sub(r"\bsaint\b", "st", bare)))
+
+
+def names_capital(text: str, capital: str) -> bool:
+    """Whether the capital, under any of its names, stands in the text as whole words."""
+    said = f" {words(text)} "
+    return any(f" {words(name)} " in said for name in (capital, *ALIASES.get(capital, ())))
+
+
+@functools.lru_cache(maxsize=1)
+def countries() -> tuple[Country, ...]:
+    """All countries that are asked about, by name."""
+    kept: dict[str, Country] = {}
+    for entry in all_countries():
+        name, capital = entry.name(), entry.capital()
+        if not isinstance(capital, str) or (entry.population() or 0) < MIN_POPULATION:
+            continue
+        echoes = set(words(capital).split()) & set(words(name).split())
+        if capital and not echoes and name not in OBSOLETE:
+            kept.setdefault(words(capital), Country(name, capital, entry.region()))
+    return tuple(sorted(kept.values()))
+
+
+def split_of(country: Country) -> Split:
+    """By the name alone: two fifths train, one fifth validation, two fifths test."""
+    share = int(hashlib.sha256(country.name.encode()).hexdigest(), 16) % 5
+    return "train" if share < 2 else "validation" if share == 2 else "test"
+
+
+@functools.lru_cache
+def of_split(split: Split) -> tuple[Country, ...]:
+    return tuple(country for country in countries() if split_of(country) == split)
+
+
+def ask(country: Country, kind: str, template: int) -> dict[str, str]:
+    """One question as a plain row: kind, question, answer, country, capital, continent."""
+    about = {"country": country.name, "capital": country.capital, "continent": country.continent}
+    question = TEMPLATES[kind][template].format(**about) + SHORT
+    return {"kind": kind, "question": question, "answer": about[kind], **about}
+
+
+def every_question(split: Split) -> list[dict[str, str]]:
+    """Every question on a capital of a split, country by country."""
+    return [
+        {"id": f"capitals-{split}-{country.name}-{k}", **ask(country, "capital", k)}
+        for country in of_split(split)
+        for k in range(len(TEMPLATES["capital"]))
+    ]
+
+
+@dataclass(frozen=True)
+class CapitalsWorld(Sequence[Example]):
+    """Questions of one split, drawn with replacement; example `i` depends on (split, seed, i) alone.
+
+    Every template is equally likely, so three questions of five ask for a capital.
+    """
+
+    split: Split
+    size: int
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(self.size))
+
+    def __getitem__(self, index) -> Example:  # type: ignore[override]
+        rng = random.Random(f"capitals {self.split} {self.seed} {index}")
+        country = rng.choice(of_split(self.split))
+        kind, template = rng.choice([(k, i) for k, ts in TEMPLATES.items() for i in range(len(ts))])
+        row = ask(country, kind, template)
+        return Example.ask(
+            id=f"capitals-{self.split}-{self.seed}-{index}",
+            question=row["question"],
+            answer=row["answer"],
+            fields=row,
+        )

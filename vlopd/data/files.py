@@ -16,9 +16,9 @@ import datasets
 from datasets import Audio, Dataset, Features, LargeList, List, Video, load_dataset
 from PIL import Image
 
-from vlopd.config import ConfigError, FileData
-from vlopd.data.pictures import DataError, open_picture, shorten
-from vlopd.types import Example
+from vlopd.config import ConfigError, DataError, FileData
+from vlopd.data.pictures import open_picture, shorten
+from vlopd.types import Example, parts_at_marks
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -87,7 +87,10 @@ class FileSource(Sequence[Example]):
         for column in self.pictures:
             if row[column] is not None and not is_box(row[column]):
                 row[column] = list(self.open_images(column, row, name))
-        example = Example.ask(name, question, images, None if answer is None else str(answer), row)
+        answer = None if answer is None else str(answer)
+        example = Example.ask(name, question, images, answer, row)
+        if config.image_mark is not None:
+            example = self.with_marks(example, question, config.image_mark)
         if config.system is None:
             return example
         system: Mapping[str, Any] = {
@@ -95,6 +98,17 @@ class FileSource(Sequence[Example]):
             "content": [{"type": "text", "text": config.system}],
         }
         return replace(example, messages=(system, *example.messages))
+
+    def with_marks(self, example: Example, question: str, mark: str) -> Example:
+        """The example with its images where the question marks them."""
+        parts = parts_at_marks(question, mark)
+        marked = sum(part["type"] == "image" for part in parts)
+        if marked != len(example.images):
+            raise DataError(
+                f"{self.config.path}, row {example.id}: the question has {marked} {mark!r} and the row "
+                f"{len(example.images)} images; mend the row or data.image_mark"
+            )
+        return replace(example, messages=({"role": "user", "content": parts},))
 
     def open_images(
         self, column: str, row: Mapping[str, Any], name: str

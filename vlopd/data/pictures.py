@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vlopd.config import UserError
+from vlopd.config import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What we read: no format that starts another program (EPS) or holds several pictures by nature (ICO)."""
@@ -27,10 +27,6 @@ MAX_ASPECT = 200
 PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # fmt: skip
 """First column and row, and the steps between columns and rows, of the passes of an interlaced PNG."""
-
-
-class DataError(UserError):
-    """A row of the user's data is broken; the message names the row and the remedy."""
 
 
 def open_picture(value: Any, folder: Path) -> Image.Image:

@@ -270,13 +270,6 @@ def body(model: PreTrainedModel) -> Any:
     return model.base_model
 
 
-def positions(model: PreTrainedModel, attention_mask: Tensor) -> dict[str, Tensor]:
-    """TEMPORARY: what rollout.py calls until it takes `position_ids`."""
-    if hasattr(model.base_model, "get_rope_index"):
-        return {}
-    return {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)}
-
-
 def position_ids(model: PreTrainedModel, prompts: Prompts, added: int) -> dict[str, Tensor]:
     """Positions of the prompts and of `added` tokens after each, independent of padding.
 

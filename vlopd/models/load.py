@@ -24,6 +24,10 @@ BUILTIN = Path(__file__).parents[1] / "builtin"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+class ModelUnreadable(ConfigError):
+    """A model's configuration, tokenizer or weights cannot be had, from where its name points."""
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model, its processor (or tokenizer), and how it renders prompts and scores completions."""
@@ -172,7 +176,7 @@ def load_model_config(
             resolve(name), revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
+        raise ModelUnreadable(
             f"cannot read the configuration of {name!r}: {first_line(error)}"
         ) from None
 
@@ -196,7 +200,7 @@ def load_processor(
             resolve(name), revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
+        raise ModelUnreadable(
             f"cannot read the tokenizer or processor of {name!r}: {first_line(error)}"
         ) from None
     if template is not None:
@@ -266,7 +270,7 @@ def load(
             trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"cannot load the weights of {name!r}: {first_line(error)}") from None
+        raise ModelUnreadable(f"cannot load the weights of {name!r}: {first_line(error)}") from None
     processor = load_processor(name, revision, trust_remote_code, template)
     model = model.to(device).eval()
     families.check_logits(model)
@@ -296,7 +300,8 @@ def save(
 ) -> None:
     """Writes a Hugging Face folder: weights (`state` in place of the model's own), configs, processor, card.
 
-    `card` is the text of the model card. Tensor names are the model's own, so that masks, deltas and checkpoints share one naming.
+    `card` is the text of the model card. Tensor names are the model's own, so that masks, deltas and
+    checkpoints share one naming.
     """
     dtypes = {tensor.dtype for tensor in (state or loaded.model.state_dict()).values()}
     before = loaded.model.config.dtype

@@ -1,6 +1,6 @@
 """A vision-language model of any open_clip vision tower, an MLP projector and any causal language model.
 
-    model, processor = assemble("ViT-B-16-SigLIP", "Qwen/Qwen3-1.7B", pretrained="webli")
+    model, processor = assemble("local-dir:path/of/a/clip", "Qwen/Qwen3-1.7B")
     freeze(model, ["vision"])
     model.save_pretrained(folder); processor.save_pretrained(folder)
 
@@ -413,6 +413,8 @@ def load_tower(vision: str, pretrained: str | None) -> tuple[Any, dict[str, Any]
     """
     import open_clip
 
+    from vlopd.models.load import first_line
+
     try:
         model_cfg = open_clip.get_model_config(vision)
         if model_cfg is None:
@@ -423,8 +425,7 @@ def load_tower(vision: str, pretrained: str | None) -> tuple[Any, dict[str, Any]
         check_weights(vision, pretrained, bool(model_cfg.get("quick_gelu", False)))
         clip = open_clip.create_model(vision, pretrained=pretrained)
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"cannot load the vision tower {vision!r}: {reason}") from None
+        raise ConfigError(f"cannot load the vision tower {vision!r}: {first_line(error)}") from None
     entry = {
         "embed_dim": model_cfg["embed_dim"],
         "quick_gelu": bool(model_cfg.get("quick_gelu", False)),
@@ -526,8 +527,13 @@ def assemble(
             lm.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
         image_processor = OpenClipImageProcessor(**tower.preprocess_cfg)
         blank = torch.zeros(1, 3, *size_pair(image_processor.size))
-        with torch.no_grad():
-            features = image_tokens(tower, blank, vision_layer, keep_class_token)
+        try:
+            with torch.no_grad():
+                features = image_tokens(tower, blank, vision_layer, keep_class_token)
+        except (AssertionError, IndexError) as error:
+            raise ConfigError(
+                f"the tower {vision!r} has no features for vision_layer {vision_layer} ({error})"
+            ) from None
         config = OpenClipVlmConfig(
             open_clip=open_clip,
             preprocess=dict(tower.preprocess_cfg),

@@ -1,0 +1,29 @@
+"""Data, scoring and chance level of the questions on capitals, for the YAML files beside this one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from datasets import Dataset
+
+from vlopd.data import capitals
+
+
+def dataset(split: capitals.Split, **_: Any) -> dict[str, Dataset]:
+    """lm-eval's `custom_dataset`: every question of a split, grouped by continent, clustered by country."""
+    rows = capitals.every_question(split)
+    about = [{"kind": row["continent"], "cluster": row["country"]} for row in rows]
+    return {"test": Dataset.from_list([{**a, **b} for a, b in zip(rows, about, strict=True)])}
+
+
+def process_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
+    """Is the capital, under any of its names, in the answer as whole words? Accents and case are ignored."""
+    return {"capital_named": float(capitals.names_capital(results[0], doc["capital"]))}
+
+
+def chance(docs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """A guesser who is told the list of right answers and names one of them at random: over all, and by group."""
+    docs = list(docs)
+    share = 1.0 / len({doc["capital"] for doc in docs}) if docs else 0.0
+    return {group: share for group in ("all", *sorted({doc["kind"] for doc in docs}))}
