@@ -100,7 +100,7 @@ def test_the_teacher_gets_no_gradient(kind, make_pair, make_data):
 
 
 def test_a_text_only_teacher_needs_a_caption(make_pair, make_data, folders):
-    """A language model teaches a student with eyes through a field that says what the picture shows; without, it is refused."""
+    """A language model teaches a student with eyes through a field in words, and is refused without it."""
     examples = make_data("vlm")
     teacher = str(folders["llm", "teacher"])
     with pytest.raises(ConfigError, match=r"teacher .*text-only.*teacher.context.*caption"):
