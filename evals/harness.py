@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
 from evals.lm import PLACEHOLDER, ArmLM
-from evals.tasks import shapes
+from evals.tasks import capitals, shapes
 from vlopd.checkpoint import (
     RunFolder,
     digest_json,
@@ -42,6 +42,8 @@ CHANCE = {
     "shapes_text": shapes.chance,
     "shapes_validation": shapes.chance,
     "shapes_text_validation": shapes.chance,
+    "capitals": capitals.chance,
+    "capitals_validation": capitals.chance,
 }
 """Tasks whose chance level we can work out: docs -> {"all": ..., kind: ...}."""
 

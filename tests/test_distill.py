@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from vlopd.checkpoint import RunError
-from vlopd.config import DistillArm
+from vlopd.config import ConfigError, DistillArm
 from vlopd.data import open_data, pick
 from vlopd.distill import TrainingError, distill
+from vlopd.models.families import classify
 
 ARM = DistillArm(seed=1)
 
@@ -121,6 +122,21 @@ def test_an_averaged_teacher_follows_the_student(kind, make_pair, make_config, t
     run(fixed, make_config(kind), tmp_path / "fixed")
     for name, got in fixed.teachers[0].loaded.model.named_parameters():
         assert torch.equal(got, start[name])
+
+
+def test_frozen_components_do_not_move(make_pair, make_config, tmp_path):
+    """`train.freeze` leaves the named components' weights as they were, and the others train."""
+    config = make_config(
+        "vlm", train={"steps": 2, "prompts_per_step": 2, "freeze": ["vision", "embedding"]}
+    )
+    pair = make_pair("vlm")
+    before = weights(pair)
+    run(pair, config, tmp_path)
+    moved = {n for n, after in weights(pair).items() if not torch.equal(before[n], after)}
+    components = {classify(name).component for name in moved}
+    assert components == {"projector", "language", "head"}
+    with pytest.raises(ConfigError, match=r"freeze 'vision'.*language"):
+        run(make_pair("llm"), config, tmp_path / "llm")
 
 
 def test_damaged_or_foreign_state_is_refused(make_pair, make_config, tmp_path):

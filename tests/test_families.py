@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from tests.families.llms import LLMS
+from tests.families.openclip import build_tiny
 from tests.families.vlms import VLMS
 from vlopd.config import ConfigError, UserError
 from vlopd.data.shapes import ShapesWorld
@@ -33,8 +34,9 @@ from vlopd.rollout import sample
 from vlopd.trainable import Trainable
 from vlopd.types import Completions, Example, Prompts
 
+VLMS = {**VLMS, "openclip_vlm": build_tiny}
 FAMILIES = {**LLMS, **VLMS}
-ATTENTION = {"gemma2": "eager", "paligemma2": "eager"}  # Gemma 2 has no other
+ATTENTION = dict.fromkeys(("gemma2", "paligemma2", "gpt_oss"), "eager")  # they have no other
 PALIGEMMA = ("paligemma", "paligemma2")  # no template, always a picture, a prompt seen both ways
 
 

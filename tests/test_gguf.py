@@ -53,12 +53,14 @@ def weights():
 
 @pytest.fixture
 def file(tmp_path, weights):
-    """A GGUF file of them: matrices in Q4_1, norms as they are."""
-    path = tmp_path / "tiny.gguf"
+    return write(tmp_path / "tiny.gguf", weights)
+
+
+def write(path, weights):
+    """A GGUF file of these tensors: matrices in Q4_1, norms as they are."""
     writer = format.GGUFWriter(path, "llama")
     writer.add_name("Tiny")
     writer.add_license("mit")
-    writer.add_file_type(format.LlamaFileType.MOSTLY_Q4_1)
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
@@ -194,6 +196,15 @@ def test_other_files_are_refused_by_name(tmp_path):
         gguf.converted(fake)
     with pytest.raises(ConfigError, match=r"no GGUF file .*absent\.gguf"):
         gguf.converted(tmp_path / "absent.gguf")
+
+
+def test_a_file_without_some_weights_is_refused(tmp_path, weights):
+    """No layer is left at random values: the missing tensor is named, and so is a file that has none at all."""
+    del weights["blk.1.ffn_up.weight"]
+    with pytest.raises(ConfigError, match=r"holes\.gguf .*layers\.1\.mlp\.up_proj"):
+        gguf.converted(write(tmp_path / "holes.gguf", weights))
+    with pytest.raises(ConfigError, match=r"empty\.gguf .*no tensors"):
+        gguf.converted(write(tmp_path / "empty.gguf", {}))
 
 
 def test_two_at_once_make_one(own_cache):

@@ -267,6 +267,8 @@ class TrainConfig(Section):
     """Prompts of one optimizer step over all processes, one completion each."""
     micro_batch: int | None = Field(None, gt=0)
     """Prompts of one forward and backward; null for all of the process's at once."""
+    freeze: tuple[Literal["vision", "projector", "language", "embedding", "head"], ...] = ()
+    """Components of the student that do not train."""
     save_every: int = Field(50, gt=0)
     """Steps between resumable states; a killed run goes on from the last."""
     sample_every: int = Field(25, gt=0)

@@ -31,6 +31,7 @@ from vlopd.config import AdamW, ConfigError, DistillArm, ExperimentConfig, UserE
 from vlopd.data import pick
 from vlopd.log import TrainingLog
 from vlopd.losses import TokenDivergence
+from vlopd.models import families
 from vlopd.pair import ModelPair
 from vlopd.trainable import Trainable
 from vlopd.types import Completions, Example, Prompts
@@ -60,6 +61,7 @@ def distill(
     """
     accelerator = accelerator or processes.accelerator()
     train, loss_config = config.train, config.loss
+    families.freeze(pair.student.model, train.freeze)
     trainable = Trainable(pair.student.model, mask)
     if trainable.count == 0:
         return trainable  # an empty mask trains nothing: the source, as it is
@@ -169,8 +171,11 @@ Averages = list[tuple[Trainable, float]]
 def follow_student(pair: ModelPair, mask: Mapping[str, Tensor] | None) -> Averages:
     """Teachers that follow the student: only the trained coordinates move, so only those are averaged."""
     averages = []
+    trains = {name: p.requires_grad for name, p in pair.student.model.named_parameters()}
     for teacher in pair.teachers:
         if teacher.ema is not None:
+            for name, parameter in teacher.loaded.model.named_parameters():
+                parameter.requires_grad_(trains[name])
             averages.append((Trainable(teacher.loaded.model, mask), teacher.ema))
             teacher.loaded.model.requires_grad_(False)
     return averages

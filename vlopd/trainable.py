@@ -43,7 +43,8 @@ class Trainable:
     """The trained coordinates of a model.
 
     `mask` maps parameter names to bool tensors of the parameter's shape; a parameter that it does not
-    name, or of which it marks nothing, is frozen whole (and autograd skips it). Without a mask all train.
+    name, or of which it marks nothing, is frozen whole (and autograd skips it). Without a mask all train,
+    but for parameters that do not require a gradient beforehand.
 
     Raises ValueError for a mask that names no parameter of the model or has another shape.
     """
@@ -57,7 +58,7 @@ class Trainable:
         self.slots: dict[str, Slot] = {}
         for name, parameter in parameters.items():
             marked = None if mask is None else mask.get(name, torch.zeros(0, dtype=torch.bool))
-            trains = marked is None or bool(marked.any())
+            trains = parameter.requires_grad and (marked is None or bool(marked.any()))
             parameter.requires_grad_(trains)
             parameter.grad = None
             if trains:

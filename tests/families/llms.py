@@ -83,6 +83,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "cohere": {**SHAPE, "logit_scale": 0.25},
     "gpt_neox": {**SHAPE, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "mixtral": {**SHAPE, "num_local_experts": 4},
+    "gpt_oss": {
+        **SHAPE,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+    },
+    "qwen3_5_text": {
+        **SHAPE,
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
+    # in no table of families.py: works as any causal language model does
+    "opt": {**SHAPE, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
 }
 
 

@@ -90,12 +90,14 @@ def countries() -> tuple[Country, ...]:
     """All countries that are asked about, by name."""
     kept: dict[str, Country] = {}
     for entry in all_countries():
-        name, capital = entry.name(), entry.capital()
-        if not isinstance(capital, str) or (entry.population() or 0) < MIN_POPULATION:
+        name, capital, continent = entry.name(), entry.capital(), entry.region()
+        if not isinstance(capital, str) or not continent:
+            continue
+        if (entry.population() or 0) < MIN_POPULATION:
             continue
         echoes = set(words(capital).split()) & set(words(name).split())
         if capital and not echoes and name not in OBSOLETE:
-            kept.setdefault(words(capital), Country(name, capital, entry.region()))
+            kept.setdefault(words(capital), Country(name, capital, continent))
     return tuple(sorted(kept.values()))
 
 

@@ -359,22 +359,26 @@ COMPONENTS = (
         "language",
         re.compile(
             r"layers\.\d+|(^|\.)h\.\d+|language_model|text_model"
-            r"|(^|\.)(norm|ln_f|wpe|final_layer_?norm)\."
+            r"|(^|\.)(norm|ln_f|wpe|embed_positions|final_layer_?norm)\."
         ),
     ),
 )
 MODULES = (
-    # first match wins; searched in the name without its last "weight" or "bias"
-    ("patch", re.compile(r"patch_embed|patch_conv$|(^|\.)conv1$")),
-    ("norm", re.compile(r"(norm\d?|layrnorm|(^|\.)ln_\w+|layernorm_\w+)$")),
+    # first match wins; searched in the name without its last ".weight" or ".bias"
+    ("patch", re.compile(r"patch_embed|patch_conv$|vision_tower\.conv1$|\.stem\.\d+$")),
+    ("norm", re.compile(r"(norm\d?|layrnorm|layernorm_\w+|(^|\.)(ln|bn)_?\w+)$")),
     ("scale", re.compile(r"(^|\.)(lambda_\d|gamma(_\d)?|layer_scale\w*)$")),
     (
-        "token",  # learned vectors that are nobody's weights: class tokens, line breaks, queries
+        "token",  # learned vectors that are nobody's weights: class tokens, line breaks, queries, sinks
         re.compile(
-            r"(class_embedding|(cls|mask|register|query)_tokens?|image_newline|latents?|probe|attn_pool\.query)$"
+            r"(class_embedding|(cls|mask|register|query)_tokens?|image_newline|latents?|probe"
+            r"|attn_pool\.query|attn\.sinks)$"
         ),
     ),
-    ("position", re.compile(r"(^|\.)(wpe|[^.]*pos(ition(al)?)?_[^.]*)$")),
+    (
+        "position",
+        re.compile(r"(^|\.)(wpe|rel_pos\..*|[^.]*pos(ition(al|s)?)?_[^.]*|embed_positions)$"),
+    ),
     ("embedding", re.compile(r"(^|\.)(embed_tokens|embed_in|wte|word_embeddings)$")),
     ("head", re.compile(r"(^|\.)(lm_head|embed_out)$")),
     ("router", re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")),
@@ -382,42 +386,54 @@ MODULES = (
     ("expert_down", re.compile(r"(^|\.)experts\.down_proj(_bias)?$")),
     (
         "qkv",
-        re.compile(r"(^|\.)(qkv|qkv_proj|c_attn|query_key_value|in_proj|in_proj_(weight|bias))$"),
+        re.compile(
+            r"(^|\.)(qkv|qkv_proj|c_attn|query_key_value|in_proj|in_proj_(weight|bias|qkvz?))$"
+        ),
     ),
     ("q", re.compile(r"(^|\.)(q_proj|query|wq)$")),
     ("k", re.compile(r"(^|\.)(k_proj|key|wk)$")),
     ("v", re.compile(r"(^|\.)(v_proj|value|wv)$")),
+    ("state", re.compile(r"(^|\.)(A_log|D|dt_bias|in_proj_(a|b|ba))$")),  # of linear attention
     ("gate_up", re.compile(r"(^|\.)gate_up_proj$")),
-    ("gate", re.compile(r"(^|\.)(gate_proj|w1)$")),
+    ("gate", re.compile(r"(^|\.)(gate_proj|w1|in_proj_z)$")),
     (
         "up",
-        re.compile(r"(^|\.)(up_proj|w3|fc1|c_fc|linear_fc1|dense_h_to_4h|intermediate\.dense)$"),
+        re.compile(
+            r"(^|\.)(up_proj|w3|fc1|c_fc|fc_in|linear_fc1|dense_h_to_4h|intermediate\.dense)$"
+        ),
     ),
-    ("down", re.compile(r"(^|\.)(down_proj|w2|fc2|linear_fc2|dense_4h_to_h|mlp\.c_proj)$")),
+    (
+        "down",
+        re.compile(r"(^|\.)(down_proj|w2|fc2|fc_out|linear_fc2|dense_4h_to_h|mlp\.c_proj)$"),
+    ),
     (
         "o",
         re.compile(
             r"(^|\.)(o_proj|out_proj|wo|c_proj|attn\.proj|projection_layer"
-            r"|(self_)?attention\.(output\.)?dense)$"
+            r"|(self_)?att(entio)?n\.(output\.)?dense)$"
         ),
     ),
-    ("projection", re.compile(r"(^|\.)(linear\w*|merging_layer|fc\d?|\d+|[^.]*proj(ection\w*)?)$")),
+    ("conv", re.compile(r"(^|\.)(conv\w*|downsample(\.\d+)?)$")),
+    (
+        "projection",
+        re.compile(r"(^|\.)(linear\w*|merging_layer|fc\d?|\d+|[^.]*proj(ection)?(_\w+)?)$"),
+    ),
 )
 LAYER = re.compile(r"(?:layers?|blocks|h|resblocks)\.(\d+)\.")
 
-CONV1D = ("gpt2", "openai-gpt")
+CONV1D = ("gpt2",)
 """Language models whose linear layers are stored as [in, out]."""
 
-INPUT_FIRST = re.compile(r"mm_input_projection_weight$|vision_tower\.(visual\.)?proj$")
+INPUT_FIRST = re.compile(r"mm_input_projection_weight$|vision_tower\.proj$")
 """Other matrices that are stored as [in, out]."""
 
-SPLIT_QKV = ("phi3", "phi4_multimodal", "gpt2")
+SPLIT_QKV = ("phi3", "gpt2")
 """Language models whose fused qkv is all of q, then k, then v. Others interleave the heads: left whole.
 
 All vision towers that fuse them put q, k and v one after the other.
 """
 
-EXPERTS_INPUT_FIRST = ("llama4_text", "gpt_oss")
+EXPERTS_INPUT_FIRST = ("gpt_oss",)
 """Families whose stacks of experts are [experts, in, out]; others are [experts, out, in]."""
 
 INTERLEAVED_GATE_UP = ("gpt_oss",)
@@ -498,3 +514,22 @@ def qkv_sizes(where: TensorName, size: int, config: PretrainedConfig) -> Mapping
     groups = getattr(own, "num_key_value_heads", None) or heads
     head = size // (heads + 2 * groups)
     return {"q": heads * head, "k": groups * head, "v": groups * head}
+
+
+def freeze(model: PreTrainedModel, components: Sequence[str]) -> None:
+    """Takes the parameters of these components (vision, projector, language, embedding, head) out of training.
+
+    Raises ConfigError for a component that the model has no parameter of; a tied head counts as embedding.
+    """
+    parameters = [
+        (classify(name).component, parameter) for name, parameter in model.named_parameters()
+    ]
+    known = {component for component, _ in parameters}
+    for component in components:
+        if component not in known:
+            raise ConfigError(
+                f"cannot freeze {component!r}: the model has {', '.join(sorted(known))}"
+            )
+    for component, parameter in parameters:
+        if component in components:
+            parameter.requires_grad_(False)

@@ -54,13 +54,16 @@ def convert(path: Path, folder: Path, dtype: str) -> None:
     """Writes the dequantised model, its tokenizer and a model card into an empty folder."""
     try:
         card, ends = describe(path, dtype)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
             # without it the weights may stay in packed blocks, which can be neither trained nor saved
             quantization_config=GgufConfig(dequantize=True),
             dtype=DTYPES[dtype],
+            output_loading_info=True,
         )
+        if absent := sorted(loading["missing_keys"]):
+            raise ValueError(f"no weights for {absent[0]} and {len(absent) - 1} more")
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (OSError, ValueError, LookupError, struct.error) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
@@ -85,10 +88,7 @@ def describe(path: Path, dtype: str) -> tuple[str, list[int]]:
         parameters[tensor.tensor_type.name] += int(tensor.n_elements)
     if not parameters:
         raise ValueError("no tensors")
-    file_type = field("general.file_type")
     stored = parameters.most_common(1)[0][0]
-    if file_type is not None:
-        stored = gguf.LlamaFileType(file_type).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     packed = any(name not in PLAIN_TYPES for name in parameters)
     counts = ", ".join(f"{name} {count:,}" for name, count in parameters.most_common())
     name = field("general.name") or path.stem

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from vlopd.config import ConfigError, ModelConfig, UserError
-from vlopd.models import families
+from vlopd.models import families, gguf, openclip_vlm, smollm2
 from vlopd.types import Completions, Example, Prompts
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
@@ -142,11 +142,6 @@ def resolve(name: str) -> str:
 
     Raises ConfigError for an unknown built-in.
     """
-    try:
-        from vlopd.models import gguf, smollm2
-    except ImportError:  # TEMPORARY
-        return name if not name.startswith("builtin:") else str(BUILTIN / name[8:])
-
     if name.endswith(".gguf"):
         return str(gguf.converted(Path(name)))
     if not name.startswith("builtin:"):
@@ -165,12 +160,7 @@ def load_model_config(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
     """The model's configuration, without weights. Raises ConfigError when it cannot be had."""
-    try:
-        from vlopd.models import openclip_vlm
-
-        openclip_vlm.register()
-    except ImportError:
-        pass  # TEMPORARY
+    openclip_vlm.register()
     try:
         return AutoConfig.from_pretrained(
             resolve(name), revision=revision, trust_remote_code=trust_remote_code

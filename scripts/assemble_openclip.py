@@ -1,0 +1,52 @@
+"""Puts an OpenCLIP student together: a vision tower, a fresh projector, a causal language model.
+
+    python scripts/assemble_openclip.py ViT-B-32 HuggingFaceTB/SmolLM2-135M-Instruct students/clip-smollm2 \
+        --pretrained laion2b_s34b_b79k
+
+VISION is an open_clip name, `local-dir:FOLDER` or `hf-hub:ID`; LANGUAGE a hub id, a folder or `builtin:NAME`.
+The folder it writes is a model like any other: `student = "students/clip-smollm2"`. Its projector is random:
+distil with `train.freeze = ["vision", "language", "embedding", "head"]` first, or train all of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlopd.checkpoint import whole_folder
+from vlopd.config import UserError
+from vlopd.models.load import LoadedModel, save
+from vlopd.models.openclip_assemble import assemble
+
+
+def main(
+    vision: str,
+    language: str,
+    out: Path,
+    pretrained: Annotated[str | None, typer.Option(help="tag, or a .safetensors file")] = None,
+    seed: Annotated[int, typer.Option(help="of the projector")] = 0,
+    vision_layer: Annotated[
+        int | None, typer.Option(help="block; the tower's output if not given")
+    ] = None,
+) -> None:
+    """Assembles, saves and says what came of it."""
+    if out.exists():
+        sys.exit(f"{out} is there already; name another folder")
+    try:
+        model, processor = assemble(
+            vision, language, pretrained=pretrained, seed=seed, vision_layer=vision_layer
+        )
+    except UserError as error:
+        sys.exit(str(error))
+    card = f"# {out.name}\n\n{vision} ({pretrained or 'random weights'}), a fresh projector (seed {seed}), {language}.\n"
+    with whole_folder(out) as folder:
+        save(LoadedModel(str(out), model, processor), folder, card)
+    tokens = model.config.image_seq_length
+    print(f"{out}: {model.num_parameters():,} parameters, {tokens} tokens an image")
+
+
+if __name__ == "__main__":
+    typer.run(main)
