@@ -41,7 +41,8 @@ def main(
         )
     except UserError as error:
         sys.exit(str(error))
-    card = f"# {out.name}\n\n{vision} ({pretrained or 'random weights'}), a fresh projector (seed {seed}), {language}.\n"
+    tower = f"{vision} ({pretrained or 'random weights'})"
+    card = f"# {out.name}\n\n{tower}, a fresh projector (seed {seed}), {language}.\n"
     with whole_folder(out) as folder:
         save(LoadedModel(str(out), model, processor), folder, card)
     tokens = model.config.image_seq_length

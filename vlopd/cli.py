@@ -183,14 +183,14 @@ def check(
         console.print(f"[red]not ready[/]: {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
     columns = ["student", *config.teachers]
-    table = Table("", *columns, "ok", title=config.name)
+    each = Table("", *columns, "ok", title=config.name)
+    all_together = Table("", "", "ok")
     for row in rows:
         mark = {None: "", True: "yes", False: "[red]NO[/]"}[row.ok]
-        values = [escape(value) for value in row.values]
-        if len(values) == 1:
-            values += [""] * (len(columns) - 1)
-        table.add_row(row.what, *values, mark)
-    console.print(table)
+        table = each if len(row.values) == len(columns) else all_together
+        table.add_row(row.what, *map(escape, row.values), mark)
+    console.print(each)
+    console.print(all_together)
     failed = [row for row in rows if row.ok is False]
     for row in failed:
         console.print(f"[red]not ready[/]: {escape(f'{row.what}: {row.remedy}')}", soft_wrap=True)

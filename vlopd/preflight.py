@@ -196,7 +196,7 @@ def estimate_rows(
             ),
         )
     ]
-    for what, density in densities.items():
+    for coordinates, density in densities.items():
         one = resources.estimate(
             readers[0],
             readers[1:],
@@ -210,24 +210,21 @@ def estimate_rows(
         )
         parts = one.memory._asdict().items()
         memory = ", ".join(
-            f"{name.replace('_', ' ')} {decimal(size)}" for name, size in parts if size
+            f"{what.replace('_', ' ')} {decimal(size)}" for what, size in parts if size
         )
         loaded = one.memory.student_weights + one.memory.teacher_weights
         fits = one.peak_bytes <= speed.memory_bytes + (loaded if must_fit else 0)
+        peak = f"{decimal(one.peak_bytes)}, {'fits' if fits else 'does not fit'} here"
         rows.append(
             CheckRow(
-                f"memory, {what}",
-                (
-                    f"{decimal(one.peak_bytes)} at most, {'fits' if fits else 'does not fit'} here: {memory}",
-                ),
+                f"memory, {coordinates}",
+                (f"{peak} ({memory})",),
                 fits if must_fit else None,
                 "lower train.micro_batch or loss.chunk_tokens, or use a larger device",
             )
         )
         laps = ", ".join(f"{name} {value:.2g}" for name, value in one.seconds._asdict().items())
-        rows.append(
-            CheckRow(f"seconds a step, {what}", (f"about {one.seconds.total:.2g}: {laps}",))
-        )
+    rows.append(CheckRow("seconds a step", (f"about {one.seconds.total:.2g} ({laps})",)))
     return rows
 
 

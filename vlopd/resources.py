@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -132,6 +132,15 @@ def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
     return counts
 
 
+def grouped_flops(rows: Sequence[int], experts: Sequence[int], *rest: Any, **named: Any) -> int:
+    """Of one grouped product: rows [R, in], each with one of the experts [E, in, out]."""
+    return 2 * rows[0] * rows[1] * experts[-1]
+
+
+ROUTED_FLOPS = {torch.ops.aten._grouped_mm: grouped_flops}
+"""torch's counter does not know the product that routed experts run on; without this they would be free."""
+
+
 class Forward(NamedTuple):
     """One sequence through one model, without its output layer."""
 
@@ -174,7 +183,8 @@ def language_cost(reader: Reader, dtype: torch.dtype, tokens: int) -> tuple[int,
 
     ids = torch.ones(1, tokens, dtype=torch.long, device="meta")
     with (
-        FlopCounterMode(display=False) as counter,
+        torch.enable_grad(),  # whoever asks
+        FlopCounterMode(display=False, custom_mapping=ROUTED_FLOPS) as counter,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         try:

@@ -225,7 +225,7 @@ def encode(
 
 def encode_one(processor: Any, text: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
     """One prompt's model inputs, the first dimension of the tokens' being 1."""
-    if "{'type': 'text'" in text:
+    if "[{'type': " in text and prints_parts(processor):
         raise ConfigError(
             "its chat template prints message parts as they are, it wants plain strings; "
             "set `template` to a .jinja file that takes parts"
@@ -239,6 +239,12 @@ def encode_one(processor: Any, text: str, images: Sequence[Image.Image]) -> dict
         add_special_tokens=False,
     )
     return {k: v for k, v in row.items() if k not in ("attention_mask", *UNUSED_OUTPUTS)}
+
+
+def prints_parts(processor: Any) -> bool:
+    """Whether the chat template takes a message's parts for a string."""
+    message = {"role": "user", "content": [{"type": "text", "text": "x"}]}
+    return "[{'type': " in processor.apply_chat_template([message], tokenize=False)
 
 
 def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:

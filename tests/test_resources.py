@@ -1,0 +1,278 @@
+import copy
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    CLIPVisionConfig,
+    DynamicCache,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlavaConfig,
+    PretrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+    Qwen3VLConfig,
+    SiglipVisionConfig,
+)
+
+from vlopd.config import UserError
+from vlopd.models import families
+from vlopd.resources import (
+    DeviceSpeed,
+    Reader,
+    cache_bytes,
+    estimate,
+    language_cost,
+    measure_device,
+    meta_model,
+    parameter_counts,
+    tower_cost,
+)
+from vlopd.trainable import Trainable
+
+SPEED = DeviceSpeed(1e12, 1e11, 10**10, 1e-5)
+TEXT = dict(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+AXES = dict(rope_type="default", rope_theta=1e4)
+FAMILIES = {
+    "llama": LlamaConfig(**TEXT),
+    "qwen3": Qwen3Config(**TEXT, head_dim=64, tie_word_embeddings=True),
+    "gemma3": Gemma3TextConfig(**TEXT, head_dim=32),
+    "llava": LlavaConfig(
+        text_config=LlamaConfig(**TEXT),
+        vision_config=CLIPVisionConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=2),
+    ),
+    "qwen2_5_vl": Qwen2_5_VLConfig(
+        text_config=dict(TEXT, rope_parameters=dict(AXES, mrope_section=[4, 6, 6])),
+        vision_config=dict(
+            depth=1, out_hidden_size=128, hidden_size=64, intermediate_size=128, num_heads=2
+        ),
+    ),
+    "qwen3_vl": Qwen3VLConfig(
+        text_config=dict(TEXT, head_dim=32, rope_parameters=dict(AXES, mrope_section=[8, 4, 4])),
+        vision_config=dict(
+            depth=1, out_hidden_size=128, deepstack_visual_indexes=[0], hidden_size=64, num_heads=2
+        ),
+    ),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> PretrainedConfig:
+    return FAMILIES[request.param]
+
+
+def real_model(config: PretrainedConfig, dtype=torch.float32, attention="sdpa"):
+    torch.manual_seed(0)
+    model_class, _ = families.auto_classes(config)
+    return model_class.from_config(
+        copy.deepcopy(config), dtype=dtype, attn_implementation=attention
+    ).eval()
+
+
+def saved_bytes(model: torch.nn.Module, run) -> int:
+    """Bytes of the distinct storages that autograd keeps in `run`, the model's own left out."""
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage, tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = run()
+    assert out.requires_grad
+    return sum(storage.nbytes() for storage, _ in kept.values())
+
+
+def small_estimate(config: PretrainedConfig, dtype=torch.float32, **changes):
+    reader = Reader(meta_model(config, dtype), prompt_tokens=8, patches=0)
+    settings = dict(
+        dtype=dtype, prompts_per_step=8, max_new_tokens=4, chunk_tokens=16, micro_batch=2
+    )
+    return estimate(reader, [reader], SPEED, **{**settings, **changes})
+
+
+# ------------------------------------------------------------------------------------------- models
+
+
+def test_a_32b_model_takes_no_memory():
+    """On the meta device a 32-billion-parameter model has its true count and not one real tensor."""
+    config = Qwen3Config(
+        vocab_size=151936, hidden_size=5120, intermediate_size=25600, num_hidden_layers=64,
+        num_attention_heads=64, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = meta_model(config)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    attention = 5120 * 128 * (64 + 2 * 8 + 64) + 2 * 128
+    layer = attention + 3 * 5120 * 25600 + 2 * 5120
+    assert sum(parameter_counts(model).values()) == 2 * 151936 * 5120 + 64 * layer + 5120
+
+
+def test_meta_models_leave_their_configuration_alone(family):
+    """Every family builds without a real tensor, and the configuration is as it was."""
+    before = family.to_dict()
+    model = meta_model(family, torch.bfloat16, "eager")
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
+    assert {t.dtype for t in model.parameters()} == {torch.bfloat16}
+    assert family.to_dict() == before
+
+
+def test_counts_are_those_of_the_real_model(family):
+    """Components add up to the real model's parameters, tied ones once."""
+    counts = parameter_counts(meta_model(family))
+    assert sum(counts.values()) == real_model(family).num_parameters()
+    assert ("head" in counts) != family.tie_word_embeddings
+    assert "other" not in counts
+
+
+# --------------------------------------------------------------------------------------- activations
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_what_autograd_keeps(family, dtype, attention):
+    """The estimate from the configuration is within 15 % of the bytes that a real forward saves."""
+    model = real_model(family, dtype, attention)
+    ids = torch.full((1, 95), 7)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0  # padding, so that the kernel gets a mask as it does in training
+    body = families.body(model)
+    real = saved_bytes(
+        model, lambda: body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    )
+    _, kept = language_cost(Reader(meta_model(family), 95, attention), dtype, 95)
+    assert real / 1.15 < kept < real * 1.15
+
+
+def test_probabilities_count_for_eager_attention_only():
+    """Eager attention keeps [heads, T, T] a layer, in fp32 and again in bf16."""
+    model = meta_model(FAMILIES["llama"])
+    (_, fused), (_, eager) = (
+        language_cost(Reader(model, 0, attention), torch.bfloat16, 101)
+        for attention in ("sdpa", "eager")
+    )
+    assert eager - fused == 3 * 4 * 101 * 101 * (4 + 2)
+
+
+def test_flops_are_two_a_weight_and_token_plus_attention():
+    """A forward takes 2 N T FLOPs and 4 T^2 for each unit of attention width; a routed one its share."""
+    tokens, config = 65, FAMILIES["llama"]
+    matrices = 3 * (128 * 128 * 2 + 2 * 128 * 64 + 3 * 128 * 352)
+    flops, _ = language_cost(Reader(meta_model(config), 0), torch.float32, tokens)
+    assert flops == pytest.approx(2 * matrices * tokens + 3 * 4 * tokens**2 * 128, rel=0.01)
+
+    routed = Qwen3MoeConfig(
+        **TEXT, head_dim=32, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2
+    )
+    matrices = 3 * (128 * 128 * 2 + 2 * 128 * 64 + 128 * 8 + 2 * 3 * 128 * 64)
+    flops, _ = language_cost(Reader(meta_model(routed), 0), torch.float32, tokens)
+    assert flops == pytest.approx(2 * matrices * tokens + 3 * 4 * tokens**2 * 128, rel=0.01)
+
+
+@pytest.mark.parametrize("vision_class", [CLIPVisionConfig, SiglipVisionConfig])
+def test_vision_towers_are_right_within_half(vision_class):
+    """A tower's kept bytes, by the rule of inputs and outputs, are within 1.5 of a real forward's."""
+    vision = vision_class(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2,
+        image_size=96, patch_size=8,
+    )  # fmt: skip
+    vision.vision_use_head = False  # SigLIP's pooling, which no vision-language model reads
+    config = LlavaConfig(text_config=LlamaConfig(**TEXT), vision_config=vision)
+    tower = AutoModel.from_config(vision).eval()
+    pixels = torch.zeros(1, 3, 96, 96)
+    real = saved_bytes(tower, lambda: tower(pixel_values=pixels).last_hidden_state)
+    flops, kept = tower_cost(Reader(meta_model(config), 200), torch.float32)
+    assert real / 1.5 < kept < real * 1.5
+    assert tower_cost(Reader(meta_model(config), 200, patches=0), torch.float32) == (0, 0)
+    assert flops > 2 * 144 * 3 * 12 * 64**2
+
+
+def test_a_family_that_looks_at_values_is_refused():
+    """Gated linear attention reads its tensors, so it gives one line instead of a wrong number."""
+    config = Qwen3NextConfig(
+        **{**TEXT, "num_hidden_layers": 4}, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=32, shared_expert_intermediate_size=32,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="'qwen3_next' cannot be estimated"):
+        language_cost(Reader(meta_model(config), 0), torch.float32, 9)
+
+
+# ------------------------------------------------------------------------------------- what is held
+
+
+@pytest.mark.parametrize(
+    "dtype, density", [(torch.float32, 1.0), (torch.bfloat16, 1.0), (torch.bfloat16, 0.25)]
+)
+def test_values_gradients_and_moments_are_those_held(dtype, density):
+    """Bytes of values, indices, gradients and moments equal those of a real step."""
+    config = FAMILIES["qwen3"]
+    model = real_model(config, dtype)
+    mask = None
+    if density < 1:  # every fourth coordinate
+        mask = {n: torch.arange(p.numel()).view_as(p) % 4 == 0 for n, p in model.named_parameters()}
+    trainable = Trainable(model, mask)
+    optimizer = torch.optim.AdamW(trainable.parameters())
+    model(input_ids=torch.full((1, 6), 7)).logits.float().sum().backward()
+    optimizer.step()
+
+    memory = small_estimate(config, dtype, trained_fraction=density).memory
+    slots = trainable.slots.values()
+    shared = {parameter.data_ptr() for parameter in model.parameters()}
+    assert memory.student_weights == sum(p.nbytes for p in model.parameters())
+    assert memory.values == sum(s.values.nbytes for s in slots if s.values.data_ptr() not in shared)
+    assert memory.indices == sum(s.indices.nbytes for s in slots if s.indices is not None)
+    assert memory.gradients == sum(s.values.grad.nbytes for s in slots)
+    moments = [optimizer.state[s.values] for s in slots]
+    assert memory.moments == sum(m["exp_avg"].nbytes + m["exp_avg_sq"].nbytes for m in moments)
+
+
+def test_cache_bytes_are_those_of_a_filled_cache(family):
+    """Grouped heads and a head width of their own are counted as the real cache holds them."""
+    model = real_model(family)
+    ids = torch.full((2, 9), 7)
+    cache = DynamicCache(config=family.get_text_config())
+    with torch.no_grad():
+        families.body(model)(input_ids=ids, past_key_values=cache, use_cache=True)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert 2 * 9 * cache_bytes(family, torch.float32) == held
+
+
+def test_phases_follow_the_settings(family):
+    """Smaller micro-batches need less memory and more time; a mask shrinks what trains; time scales."""
+    wide, narrow = (small_estimate(family, micro_batch=size) for size in (8, 2))
+    assert wide.memory.activations == 4 * narrow.memory.activations
+    assert wide.memory.kv_cache == 4 * narrow.memory.kv_cache
+    assert wide.seconds.rollout < narrow.seconds.rollout
+    assert wide.memory.gradients == narrow.memory.gradients
+    masked = small_estimate(family, trained_fraction=0.1)
+    assert masked.memory.moments == pytest.approx(0.1 * narrow.memory.moments, rel=1e-3)
+    assert masked.peak_bytes < narrow.peak_bytes
+    longer = small_estimate(family, max_new_tokens=40)
+    assert longer.seconds.rollout > 5 * narrow.seconds.rollout
+    assert narrow.peak_bytes == max(
+        narrow.rollout_bytes, narrow.gradient_bytes, narrow.update_bytes
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_gives_usable_numbers(dtype):
+    """Every speed is finite and positive, and a product is slower than no time at all."""
+    speed = measure_device("cpu", dtype)
+    assert all(0 < value < float("inf") for value in speed)
+    assert speed.call_seconds < 1e-2
