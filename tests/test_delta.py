@@ -17,7 +17,7 @@ from transformers import (
 
 from vlopd.checkpoint import RunError
 from vlopd.delta import TensorDelta, Weights, match_report, stream
-from vlopd.models.families import classify
+from vlopd.models.atlas import classify
 
 TEXT = LlamaConfig(
     vocab_size=64,

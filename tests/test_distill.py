@@ -9,7 +9,7 @@ from vlopd.checkpoint import RunError
 from vlopd.config import ConfigError, DistillArm
 from vlopd.data import open_data, pick
 from vlopd.distill import TrainingError, distill
-from vlopd.models.families import classify
+from vlopd.models.atlas import classify
 
 ARM = DistillArm(seed=1)
 

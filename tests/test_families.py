@@ -28,7 +28,7 @@ from tests.families.vlms import VLMS
 from vlopd.config import ConfigError, UserError
 from vlopd.data.shapes import ShapesWorld
 from vlopd.losses import chunked_divergence, reverse_kl
-from vlopd.models import families
+from vlopd.models import atlas, families
 from vlopd.models.load import LoadedModel, load, save
 from vlopd.rollout import sample
 from vlopd.trainable import Trainable
@@ -161,6 +161,23 @@ def test_logprobs_equal_one_plain_forward_pass(family, make):
     for k, (example, piece) in enumerate(zip(examples, pieces, strict=True)):
         expected = by_hand(model, family, example, row(completions, k).ids[0])
         assert_equal(piece, expected, 1e-5, example.id)
+
+
+def test_prompts_with_like_pictures_are_read_as_one_by_one(seeing, make):
+    """A batch whose pictures are alike, which goes through the processor at once, gives the inputs of single ones."""
+    model = make(seeing)
+    first, second = ShapesWorld("train", 2, modality="image")
+    longer = Example.ask("longer", f"{second.question} or {first.question}", second.images)
+    together = model.render([first, longer])
+    apart = [model.render([example]) for example in (first, longer)]
+    for k, one in enumerate(apart):
+        kept = together.attention_mask[k].bool()
+        assert torch.equal(together.input_ids[k][kept], one.input_ids[0])
+        for name, values in one.per_token.items():
+            assert torch.equal(together.per_token[name][k][kept], values[0]), name
+    assert together.per_image.keys() == apart[0].per_image.keys()
+    for name, values in together.per_image.items():
+        assert torch.equal(values, torch.cat([one.per_image[name] for one in apart])), name
 
 
 def test_logprobs_equal_those_of_generate(family, make):
@@ -525,7 +542,7 @@ def test_models_of_no_language_are_refused():
 def test_every_parameter_is_classified(family, make):
     """No parameter is "other", and both components of a decoder's layers are told apart by number."""
     model = make(family).model
-    found = [families.classify(name) for name, _ in model.named_parameters()]
+    found = [atlas.classify(name) for name, _ in model.named_parameters()]
     unknown = [each for each in found if "other" in (each.component, each.module)]
     assert not unknown
     components = {each.component for each in found}
@@ -586,7 +603,7 @@ EXACT = {
 @pytest.mark.parametrize("name", EXACT)
 def test_classification_is_exact(name):
     """Component, layer and module of a parameter of each kind."""
-    where = families.classify(name)
+    where = atlas.classify(name)
     assert (where.component, where.layer, where.module) == EXACT[name]
 
 
@@ -595,7 +612,7 @@ def test_parts_tile_every_tensor(family, make):
     model = make(family).model
     for name, parameter in model.named_parameters():
         covered = torch.zeros(parameter.shape, dtype=torch.int)
-        for part in families.parts(families.classify(name), parameter.shape, model.config):
+        for part in atlas.parts(atlas.classify(name), parameter.shape, model.config):
             covered[part.index] += 1
             assert covered[part.index].ndim == parameter.ndim - (part.expert is not None)
         assert bool((covered == 1).all()), name
@@ -607,7 +624,7 @@ def parts_of(model, name: str) -> dict[str, Tensor]:
         part.module if part.expert is None else f"{part.module} {part.expert}": (
             tensor[part.index].T if part.transposed else tensor[part.index]
         )
-        for part in families.parts(families.classify(name), tensor.shape, model.config)
+        for part in atlas.parts(atlas.classify(name), tensor.shape, model.config)
     }
 
 

@@ -26,7 +26,7 @@ from vlopd.masks import (
     transplanted,
     visible,
 )
-from vlopd.models.families import classify
+from vlopd.models.atlas import classify
 
 NAMES = (
     "model.language_model.layers.0.mlp.up_proj.weight",

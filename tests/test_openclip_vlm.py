@@ -23,7 +23,7 @@ from transformers import (
 from tests.families.openclip import TOWERS, build_language, build_tiny, build_tower
 from vlopd.config import ConfigError
 from vlopd.models import openclip_vlm
-from vlopd.models.families import freeze
+from vlopd.models.atlas import freeze
 from vlopd.models.openclip_assemble import assemble
 from vlopd.models.openclip_vlm import OpenClipImageProcessor, image_tokens
 

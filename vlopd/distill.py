@@ -31,7 +31,7 @@ from vlopd.config import AdamW, ConfigError, DistillArm, ExperimentConfig, UserE
 from vlopd.data import pick
 from vlopd.log import TrainingLog
 from vlopd.losses import TokenDivergence
-from vlopd.models import families
+from vlopd.models import atlas
 from vlopd.pair import ModelPair
 from vlopd.trainable import Trainable
 from vlopd.types import Completions, Example, Prompts
@@ -61,7 +61,7 @@ def distill(
     """
     accelerator = accelerator or processes.accelerator()
     train, loss_config = config.train, config.loss
-    families.freeze(pair.student.model, train.freeze)
+    atlas.freeze(pair.student.model, train.freeze)
     trainable = Trainable(pair.student.model, mask)
     if trainable.count == 0:
         return trainable  # an empty mask trains nothing: the source, as it is

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from vlopd.config import UserError
-from vlopd.models import families
+from vlopd.models import atlas, families
 from vlopd.types import Prompts
 
 SAMPLER_BYTES = 32
@@ -124,10 +124,10 @@ def meta_model(
 
 
 def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters by component (`families.classify`), in the model's order; tied ones once."""
+    """Parameters by component (`atlas.classify`), in the model's order; tied ones once."""
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        component = families.classify(name).component
+        component = atlas.classify(name).component
         counts[component] = counts.get(component, 0) + parameter.numel()
     return counts
 
@@ -219,12 +219,12 @@ def tower_cost(reader: Reader, dtype: torch.dtype) -> tuple[float, int]:
     patches = patches_of(reader)
     flops = kept = 0
     for name, parameter in reader.model.named_parameters():
-        atlas = families.classify(name)
-        if atlas.component in ("vision", "projector") and parameter.ndim >= 2:
+        where = atlas.classify(name)
+        if where.component in ("vision", "projector") and parameter.ndim >= 2:
             rows, columns = parameter.shape[0], math.prod(parameter.shape[1:])
             flops += 2 * rows * columns * patches
             kept += (rows + columns) * patches * dtype.itemsize
-            if atlas.component == "vision" and atlas.module == "o":
+            if where.component == "vision" and where.module == "o":
                 flops += 4 * columns * patches**2
     return flops, kept
 

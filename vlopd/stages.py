@@ -40,7 +40,7 @@ from vlopd.config import (
 from vlopd.data import open_data
 from vlopd.distill import distill
 from vlopd.geometry.analyse import analyse
-from vlopd.models import families
+from vlopd.models import atlas
 from vlopd.models.load import DTYPES, load_configured, load_model_config, resolve, save
 from vlopd.pair import load_pair
 
@@ -230,7 +230,7 @@ def transplant(run: RunFolder, config: ExperimentConfig, name: str, arm: Transpl
     source = run.checkpoint(source_arm(config))
     state = {
         pair.name: masks.transplanted(pair, mask[pair.name])
-        for pair in delta.stream(source, run.checkpoint(arm.of), families.classify)
+        for pair in delta.stream(source, run.checkpoint(arm.of), atlas.classify)
     }
     before = read_tensors(source)
     student = load_configured(config.student, stored_dtype(config), folder=source)
@@ -338,9 +338,9 @@ def make_mask(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
         else:
             trained = arm_folder(run, config, rule.of)
             mask = masks.build_mask(
-                rule, delta.stream(run.checkpoint(source), trained, families.classify)
+                rule, delta.stream(run.checkpoint(source), trained, atlas.classify)
             )
-        masks.save_mask(run.mask(name), mask, inputs, families.classify)
+        masks.save_mask(run.mask(name), mask, inputs, atlas.classify)
         return True
 
 

@@ -73,7 +73,7 @@ class Prompts:
     """A batch of prompts as one model sees them, padded on the left. Each model of a pair has its own.
 
     `per_token` holds what the model's forward wants beside each token ([B, P], extended over the
-    completion with zeros); `per_image` what it wants for each image (concatenated on dim 0). Nothing
+    completion as the family says); `per_image` what it wants for each image (concatenated on dim 0). Nothing
     outside models/families.py looks inside the two.
 
     Worked example, two prompts, of 3 and 2 tokens, one image each:

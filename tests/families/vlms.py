@@ -262,6 +262,23 @@ def tiled(model_type: str, make_processor: Callable[..., Any]) -> Recipe:
     return Recipe(config, processor, (tokenizer.convert_tokens_to_ids(end), EOS))
 
 
+def qwen3_5() -> Recipe:
+    """As Qwen3-VL without its side entrance; every other layer is linear attention."""
+    text = dict(
+        head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        tie_word_embeddings=False,
+    )
+    vision = dict(
+        hidden_size=16, out_hidden_size=32, intermediate_size=32, num_position_embeddings=16
+    )
+    return qwen("qwen3_5", hf.Qwen3VLProcessor, hf.Qwen3VLVideoProcessor, vision, text, True)
+
+
 def idefics3() -> Recipe:
     """Pictures of any shape, cut into up to four tiles beside a small version of the whole."""
 
@@ -414,6 +431,7 @@ FAMILIES: dict[str, Callable[[], Recipe]] = {
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
     "qwen3_vl_moe": qwen3_vl_moe,
+    "qwen3_5": qwen3_5,
     "idefics3": idefics3,
     "smolvlm": smolvlm,
     "internvl": internvl,

@@ -22,12 +22,12 @@ from vlopd.geometry.nulls import iid_delta
 from vlopd.geometry.projection import matrix_measures, skipped_measures
 from vlopd.geometry.rows import Measure, Row, beside_null
 from vlopd.geometry.spectrum import as_matrix, factorise, rank_at
-from vlopd.models.families import classify, parts
+from vlopd.models.atlas import classify, parts
 from vlopd.models.load import load_model_config
 from vlopd.types import TensorName
 
 PARTS = {
-    **dict.fromkeys(("gate", "up", "down", "gate_up"), "ffn"),
+    **dict.fromkeys(("gate", "up", "down", "gate_up", "expert_gate_up", "expert_down"), "ffn"),
     **dict.fromkeys(("q", "k", "v", "qkv", "o"), "attention"),
     **{module: module for module in ("embedding", "head", "norm")},
 }

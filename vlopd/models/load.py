@@ -117,7 +117,8 @@ class LoadedModel:
                 for example in examples:
                     self.render([example])
             raise UserError(
-                f"example {examples[0].id!r}: {self.name} cannot read its prompt: {first_line(error)}"
+                f"example {examples[0].id!r}: {self.name} cannot read its prompt: {first_line(error)}; "
+                "if its chat template is at fault, set `template` beside its `model`"
             ) from error
 
     def completion_hidden(self, prompts: Prompts, completions: Completions) -> Tensor:
@@ -260,7 +261,10 @@ def load(
             trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelUnreadable(f"cannot load the weights of {name!r}: {first_line(error)}") from None
+        remedy = '; set attention = "eager" beside its `model`' if "sdpa" in str(error) else ""
+        raise ModelUnreadable(
+            f"cannot load the weights of {name!r}: {first_line(error)}{remedy}"
+        ) from None
     processor = load_processor(name, revision, trust_remote_code, template)
     model = model.to(device).eval()
     families.check_logits(model)
