@@ -24,9 +24,18 @@ from vlopd.config import (
     ModelConfig,
     TeacherConfig,
     TopFractionMask,
+    UserError,
 )
+from vlopd.context import teacher_view
+from vlopd.data import open_data
 from vlopd.models import families
-from vlopd.models.load import DTYPES, LoadedModel, ModelUnreadable, load_model_config
+from vlopd.models.load import (
+    DTYPES,
+    LoadedModel,
+    ModelUnreadable,
+    load_model_config,
+    load_processor,
+)
 from vlopd.pair import ModelPair, refuse_blind_models, shared_vocabulary
 from vlopd.types import Completions, Example, Prompts
 
@@ -133,13 +142,45 @@ def preflight_meta(
         CheckRow("sees images", tuple("yes" if families.sees_images(c) else "no" for c in found)),
         *vocabulary_rows_of(config),
     ]
-    prompt = tuple([str(ASSUMED_PROMPT_TOKENS)] * len(models))
-    rows.append(CheckRow("prompt tokens, assumed", prompt))
+    lengths, prompts = meta_prompts(config, wanted, models)
     readers = [
-        resources.Reader(model, ASSUMED_PROMPT_TOKENS, each.attention or "sdpa")
-        for model, each in zip(models, wanted, strict=True)
+        resources.Reader(model, length, each.attention or "sdpa")
+        for model, length, each in zip(models, lengths, wanted, strict=True)
     ]
-    return rows + estimate_rows(config, readers, device)
+    return rows + prompts + estimate_rows(config, readers, device)
+
+
+def meta_prompts(
+    config: ExperimentConfig, wanted: Sequence[ModelConfig], models: Sequence[PreTrainedModel]
+) -> tuple[list[int], list[CheckRow]]:
+    """(prompt tokens of each model, rows): of real examples where data and tokenizers can be read, else assumed."""
+    try:
+        data = open_data(config, 8, seed=0)
+        examples = [data[i] for i in range(min(8, len(data)))]
+        loaded = [
+            LoadedModel(
+                each.model,
+                model,
+                load_processor(each.model, each.revision, each.trust_remote_code, each.template),
+            )
+            for each, model in zip(wanted, models, strict=True)
+        ]
+    except UserError:
+        assumed = [ASSUMED_PROMPT_TOKENS] * len(models)
+        return assumed, [CheckRow("prompt tokens, assumed", tuple(map(str, assumed)))]
+    contexts = [None, *(teacher.context for teacher in config.teachers.values())]
+    views = [
+        [example if context is None else teacher_view(context, example) for example in examples]
+        for context in contexts
+    ]
+    lengths = [
+        model.render(own).input_ids.shape[1] for model, own in zip(loaded, views, strict=True)
+    ]
+    texts = tuple(repr(m.render_text(own[0])) for m, own in zip(loaded, views, strict=True))
+    return lengths, [
+        CheckRow("prompt", texts),
+        CheckRow("prompt tokens, longest", tuple(map(str, lengths))),
+    ]
 
 
 def resolved(config: ExperimentConfig, teacher: TeacherConfig) -> ModelConfig:
@@ -197,17 +238,21 @@ def estimate_rows(
         )
     ]
     for coordinates, density in densities.items():
-        one = resources.estimate(
-            readers[0],
-            readers[1:],
-            speed,
-            dtype=dtype,
-            prompts_per_step=config.train.prompts_per_step,
-            max_new_tokens=config.rollout.max_new_tokens,
-            chunk_tokens=config.loss.chunk_tokens,
-            micro_batch=config.train.micro_batch,
-            trained_fraction=density,
-        )
+        try:
+            one = resources.estimate(
+                readers[0],
+                readers[1:],
+                speed,
+                dtype=dtype,
+                prompts_per_step=config.train.prompts_per_step,
+                max_new_tokens=config.rollout.max_new_tokens,
+                chunk_tokens=config.loss.chunk_tokens,
+                micro_batch=config.train.micro_batch,
+                trained_fraction=density,
+            )
+        except UserError as error:
+            rows.append(CheckRow("memory and time", (f"not estimated: {error}",)))
+            return rows
         parts = one.memory._asdict().items()
         memory = ", ".join(
             f"{what.replace('_', ' ')} {decimal(size)}" for what, size in parts if size
