@@ -13,7 +13,6 @@ from vlopd import cli
 
 MINIATURE = """
 name = "mini"
-
 student = "{student}"
 teacher = "{teacher}"
 [precision]
@@ -164,7 +163,6 @@ def test_mistakes_are_one_line_and_exit_code_2(miniature, tmp_path, monkeypatch,
             "--out", tmp_path / "y", "--arm", "full")  # fmt: skip
     refused("no arm 'nope'", "run", miniature, "--out", run, "--arm", "nope")
     refused("not a run folder", "eval", tmp_path)
-    refused("no built-in model", "check", miniature, "pair.student='builtin:nope'")
     refused("eval.tasks: no task", "run", miniature, "eval.tasks=['nope']",
             "--out", tmp_path / "z", "--arm", "base")  # fmt: skip
 
@@ -195,7 +193,7 @@ def test_a_foreign_or_damaged_mask_is_refused(miniature, folders, tmp_path, monk
     refused("top.safetensors")
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     refused("top.safetensors")
-    teacher_as_student = f"pair.student='{folders['llm', 'teacher']}'"
+    teacher_as_student = f"student='{folders['llm', 'teacher']}'"
     assert vlopd(monkeypatch, "distill", miniature, teacher_as_student, "--out", other) == 0
     assert vlopd(monkeypatch, "mask", other) == 0
     path.write_bytes((other / "masks" / "top.safetensors").read_bytes())
