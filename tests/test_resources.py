@@ -100,7 +100,7 @@ def saved_bytes(model: torch.nn.Module, run) -> int:
 
 
 def small_estimate(config: PretrainedConfig, dtype=torch.float32, **changes):
-    reader = Reader(meta_model(config, dtype), prompt_tokens=8, patches=0)
+    reader = Reader(meta_model(config), prompt_tokens=8, patches=0)
     settings = dict(
         dtype=dtype, prompts_per_step=8, max_new_tokens=4, chunk_tokens=16, micro_batch=2
     )
@@ -127,7 +127,7 @@ def test_a_32b_model_takes_no_memory():
 def test_meta_models_leave_their_configuration_alone(family):
     """Every family builds without a real tensor, and the configuration is as it was."""
     before = family.to_dict()
-    model = meta_model(family, torch.bfloat16, "eager")
+    model = meta_model(family)
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
     assert {t.dtype for t in model.parameters()} == {torch.bfloat16}
     assert family.to_dict() == before

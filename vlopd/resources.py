@@ -19,11 +19,10 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from vlopd.config import UserError
 from vlopd.models import atlas, families
-from vlopd.types import Prompts
 
 SAMPLER_BYTES = 32
 """Of a vocabulary entry and sequence, rollout.draw: logits and a copy in fp32, three arrays in fp64."""
@@ -111,14 +110,17 @@ class Estimate:
 # ------------------------------------------------------------------------------------------- models
 
 
-def meta_model(
-    config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa"
-) -> PreTrainedModel:
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The configuration's model on the meta device: names, shapes, and no memory. Leaves `config` as it is."""
     model_class, _ = families.auto_classes(config)
+    return on_meta(model_class, config)
+
+
+def on_meta(model_class: Any, config: PretrainedConfig) -> PreTrainedModel:
+    """In bf16 and with eager attention, which every family has."""
     with torch.device("meta"):
         model = model_class.from_config(
-            copy.deepcopy(config), dtype=dtype, attn_implementation=attention
+            copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation="eager"
         )
     return model.eval()
 
@@ -161,7 +163,7 @@ def forward_cost(reader: Reader, dtype: torch.dtype, new_tokens: int) -> Forward
 def language_cost(reader: Reader, dtype: torch.dtype, tokens: int) -> tuple[int, int]:
     """(FLOPs, bytes that autograd keeps) of the language model's forward on one sequence of `tokens`.
 
-    Counted, not derived: the forward runs on the meta device with eager attention in bf16, and every tensor
+    Counted, not derived: it runs alone on the meta device, with eager attention and in bf16, and every tensor
     that it saves for the backward pass counts once, at 4 bytes where fp32 and else in `dtype`. Fused kernels
     save all but the [T, T] probabilities (arXiv 2205.14135), so those count for eager attention only. The
     closed form, 34 T H + 5 heads T^2 bytes a layer in half precision with dropout (arXiv 2205.05198),
@@ -171,7 +173,7 @@ def language_cost(reader: Reader, dtype: torch.dtype, tokens: int) -> tuple[int,
     Raises UserError for a family whose forward looks at values (gated linear attention, for one).
     """
     tokens |= 1  # no width of a model is odd, so [T, T] means probabilities
-    model = meta_model(reader.model.config, attention="eager")
+    model = on_meta(AutoModel, reader.model.config.get_text_config())
     own = {id(parameter.untyped_storage()) for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -188,13 +190,10 @@ def language_cost(reader: Reader, dtype: torch.dtype, tokens: int) -> tuple[int,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         try:
-            positions = families.position_ids(model, Prompts(ids, ids), 0)
-            out = families.body(model)(
-                input_ids=ids, attention_mask=ids, use_cache=False, **positions
-            )
+            out = model(input_ids=ids, attention_mask=ids, use_cache=False)
         except RuntimeError as error:
             raise UserError(
-                f"model type {model.config.model_type!r} cannot be estimated without its weights: its "
+                f"model type {reader.model.config.model_type!r} cannot be estimated without its weights: its "
                 f"forward needs values ({str(error).splitlines()[0]}); measure a short run instead"
             ) from error
     del out  # held until here, so that no storage's id was given to a second one
