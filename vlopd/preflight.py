@@ -75,7 +75,8 @@ def preflight(
         row("model", lambda m: f"{m.name} ({m.model.config.model_type})"),
         row("parameters", lambda m: f"{m.model.num_parameters():,}"),
         row("precision", lambda m: str(m.model.dtype).removeprefix("torch.")),
-        row("vocabulary rows", lambda m: f"{m.vocabulary_rows:,}"),
+        row("vocabulary rows", rows_and_tokens),
+        row("special tokens", special_tokens),
         CheckRow("shared tokens", (f"{pair.vocabulary.size:,}",)),
         *(CheckRow("vocabulary", (note,)) for note in pair.vocabulary.notes),
         row("end tokens", lambda m: tokens_of(m, m.end_ids)),
@@ -274,9 +275,25 @@ def estimate_rows(
 
 
 def tokens_of(model: LoadedModel, ids: Sequence[int]) -> str:
-    """Token strings; of many, the first few and the count."""
-    words = [str(word) for word in model.tokenizer.convert_ids_to_tokens(list(ids[:6]))]
-    return " ".join(words) + (f" ... ({len(ids)})" if len(ids) > len(words) else "")
+    """Token strings with their ids; of many, the first few and the count."""
+    words = model.tokenizer.convert_ids_to_tokens(list(ids[:4]))
+    named = [f"{word} {i}" for word, i in zip(words, ids, strict=False)]
+    return ", ".join(named) + (f", ... ({len(ids)} in all)" if len(ids) > len(named) else "")
+
+
+def special_tokens(model: LoadedModel) -> str:
+    """First, last and padding token, with their ids."""
+    own = model.tokenizer
+    named = {"first": own.bos_token_id, "last": own.eos_token_id, "padding": own.pad_token_id}
+    return ", ".join(
+        f"{what} {tokens_of(model, [i])}" for what, i in named.items() if i is not None
+    )
+
+
+def rows_and_tokens(model: LoadedModel) -> str:
+    """Rows of the output layer, and how many of them have no token."""
+    nameless = model.vocabulary_rows - len(set(model.tokenizer.get_vocab().values()))
+    return f"{model.vocabulary_rows:,}" + (f" ({nameless:,} padded)" if nameless > 0 else "")
 
 
 def count_ids(prompts: Prompts, ids: Collection[int]) -> int:
