@@ -122,11 +122,7 @@ def preflight_meta(
     wanted = (config.student, *(resolved(config, each) for each in config.teachers.values()))
     found = [model_config(model, architectures) for model in wanted]
     refuse_blind_models(config, dict(zip(["student", *config.teachers], found, strict=True)))
-    dtype = DTYPES[config.precision.compute]
-    models = [
-        resources.meta_model(about, dtype, each.attention or "sdpa")
-        for about, each in zip(found, wanted, strict=True)
-    ]
+    models = [resources.meta_model(about) for about in found]
     rows = [
         CheckRow(
             "model",

@@ -37,7 +37,7 @@ UPDATE_BYTES = 44
 """Moved for a trained value: AdamW reads four and writes three fp32 values, clipping two, rounding two."""
 
 CALLS_PER_PARAMETER = 8
-"""Tiny `nn.Linear` calls that cost what a forward spends on a parameter tensor beside arithmetic (measured: 4 to 9)."""
+"""Tiny `nn.Linear` calls that cost what a forward spends on a parameter tensor beside arithmetic (on a CPU: 4 to 9)."""
 
 
 class Reader(NamedTuple):
