@@ -7,7 +7,8 @@ disagree, logits that are not the model's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,16 +62,11 @@ def preflight(
 ) -> list[CheckRow]:
     """The table for a loaded pair, on a few examples; one column for the student, one a teacher."""
     models = (pair.student, *(teacher.loaded for teacher in pair.teachers))
-    read: tuple[Callable[[Sequence[Example]], Prompts], ...] = (
-        pair.student.render,
-        *(teacher.render for teacher in pair.teachers),
-    )
-    views = (examples[0], *(teacher.view(examples[0]) for teacher in pair.teachers))
+    lengths, prompt_facts = prompt_rows(models, views_of(config, examples))
 
     def row(what: str, of: Callable[[LoadedModel], Any]) -> CheckRow:
         return CheckRow(what, tuple(str(of(model)) for model in models))
 
-    first = [each(examples[:1]) for each in read]
     rows = [
         row("model", lambda m: f"{m.name} ({m.model.config.model_type})"),
         row("parameters", lambda m: f"{m.model.num_parameters():,}"),
@@ -81,17 +77,7 @@ def preflight(
         *(CheckRow("vocabulary", (note,)) for note in pair.vocabulary.notes),
         row("end tokens", lambda m: tokens_of(m, m.end_ids)),
         row("never sampled", lambda m: tokens_of(m, m.unsampleable_ids)),
-        CheckRow(
-            "prompt", tuple(repr(m.render_text(v)) for m, v in zip(models, views, strict=True))
-        ),
-        CheckRow("prompt tokens", tuple(str(int(p.attention_mask.sum())) for p in first)),
-        CheckRow(
-            "image tokens and markers",
-            tuple(
-                str(count_ids(p, m.placeholders.values()))
-                for m, p in zip(models, first, strict=True)
-            ),
-        ),
+        *prompt_facts,
     ]
     draws = seeding.generator(pair.student.device, "check")
     prompts = pair.student.render(examples)
@@ -105,8 +91,8 @@ def preflight(
     )
     rows.append(CheckRow("reference", (repr(examples[0].answer),)))
     readers = [
-        resources.Reader(m.model, p.attention_mask.shape[1], m.model.config._attn_implementation)
-        for m, p in zip(models, [each(examples) for each in read], strict=True)
+        resources.Reader(m.model, length, m.model.config._attn_implementation)
+        for m, length in zip(models, lengths, strict=True)
     ]
     return rows + estimate_rows(config, readers, pair.student.device, must_fit=True)
 
@@ -165,18 +151,40 @@ def meta_prompts(
     except UserError:
         assumed = [ASSUMED_PROMPT_TOKENS] * len(models)
         return assumed, [CheckRow("prompt tokens, assumed", tuple(map(str, assumed)))]
+    return prompt_rows(loaded, views_of(config, examples))
+
+
+def views_of(config: ExperimentConfig, examples: Sequence[Example]) -> list[list[Example]]:
+    """The examples as the student and as each teacher, in its context, is given them."""
     contexts = [None, *(teacher.context for teacher in config.teachers.values())]
-    views = [
+    return [
         [example if context is None else teacher_view(context, example) for example in examples]
         for context in contexts
     ]
-    lengths = [
-        model.render(own).input_ids.shape[1] for model, own in zip(loaded, views, strict=True)
+
+
+def prompt_rows(
+    models: Sequence[LoadedModel], views: Sequence[Sequence[Example]]
+) -> tuple[list[int], list[CheckRow]]:
+    """(the longest prompt of each model, rows on prompts), without using the models' weights."""
+    texts = [
+        [model.render_text(each) for each in own] for model, own in zip(models, views, strict=True)
     ]
-    texts = tuple(repr(m.render_text(own[0])) for m, own in zip(loaded, views, strict=True))
+    encoded = [
+        families.encode(m.processor, text, [each.images for each in own], m.sees_images)
+        for m, text, own in zip(models, texts, views, strict=True)
+    ]
+    lengths = [prompts.input_ids.shape[1] for prompts in encoded]
+    placeholders = [torch.tensor(list(model.placeholders.values())) for model in models]
+    images = [
+        int(torch.isin(prompts.input_ids[0], ids).sum())
+        for prompts, ids in zip(encoded, placeholders, strict=True)
+    ]
     return lengths, [
-        CheckRow("prompt", texts),
+        CheckRow("prompt", tuple(repr(each[0]) for each in texts)),
+        CheckRow("prompt tokens", tuple(str(int(p.attention_mask[0].sum())) for p in encoded)),
         CheckRow("prompt tokens, longest", tuple(map(str, lengths))),
+        CheckRow("image tokens and markers", tuple(map(str, images))),
     ]
 
 
@@ -292,14 +300,6 @@ def rows_and_tokens(model: LoadedModel) -> str:
     return f"{model.vocabulary_rows:,}" + (f" ({nameless:,} padded)" if nameless > 0 else "")
 
 
-def count_ids(prompts: Prompts, ids: Collection[int]) -> int:
-    return int(
-        torch.isin(
-            prompts.input_ids, torch.tensor(sorted(ids), device=prompts.input_ids.device)
-        ).sum()
-    )
-
-
 def sight_row(
     pair: ModelPair, examples: Sequence[Example], prompts: Prompts, completions: Completions
 ) -> CheckRow:
@@ -307,16 +307,7 @@ def sight_row(
 
     A teacher that reads a caption instead has no picture to be blanked.
     """
-    blank = [
-        Example(
-            e.id,
-            e.messages,
-            tuple(Image.new("RGB", image.size) for image in e.images),
-            e.answer,
-            e.fields,
-        )
-        for e in examples
-    ]
+    blank = [blanked(example) for example in examples]
     blind = pair.student_logprobs(pair.student.render(blank), completions)
     changes = [mean_change(pair.student_logprobs(prompts, completions), blind)]
     values = [f"{changes[0]:.4f} nats a token"]
@@ -333,6 +324,18 @@ def sight_row(
         min(changes) > 0,
         "blanking the picture changes nothing: check the data's image column and the processors",
     )
+
+
+def blanked(example: Example) -> Example:
+    """The example with black pictures of the same sizes, those in its fields included."""
+
+    def black(value: Any) -> Any:
+        if isinstance(value, Image.Image):
+            return Image.new("RGB", value.size)
+        return [black(each) for each in value] if isinstance(value, list) else value
+
+    fields = {name: black(value) for name, value in example.fields.items()}
+    return replace(example, images=tuple(map(black, example.images)), fields=fields)
 
 
 def mean_change(before: Tensor, after: Tensor) -> float:
