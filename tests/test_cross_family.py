@@ -9,7 +9,7 @@ from tests.test_families import by_hand, row
 from vlopd.config import ExperimentConfig
 from vlopd.data.shapes import ShapesWorld
 from vlopd.models import families
-from vlopd.pair import load_pair
+from vlopd.pair import ModelPair, load_pair
 
 PAIRS = (
     ("qwen2_5_vl", "internvl"),
@@ -22,9 +22,27 @@ PAIRS = (
 )
 
 
-def configured(family: str, folder) -> dict:
-    plain = family == "paligemma"  # it has no template of its own
-    return {"model": str(folder), **({"template": "plain"} if plain else {})}
+def make_pair(student: str, teacher: str, folder) -> ModelPair:
+    """Builds both families from different seeds and loads them as a pair."""
+    models = {}
+    for seed, (role, family) in enumerate((("student", student), ("teacher", teacher))):
+        {**LLMS, **VLMS}[family](folder / family, seed)
+        plain = {"template": "plain"} if family == "paligemma" else {}  # it has none of its own
+        models[role] = {"model": str(folder / family), **plain}
+    config = {
+        "name": "cross",
+        **models,
+        "precision": {"compute": "fp32"},
+        "data": {"type": "shapes", "modality": modality_of(student)},
+        "train": {"steps": 1, "prompts_per_step": 1},
+        "arms": {},
+        "geometry": {"arms": []},
+    }
+    return load_pair(ExperimentConfig.model_validate(config), "cpu")
+
+
+def modality_of(student: str) -> str:
+    return "image" if student in VLMS else "text"
 
 
 def on_shared(logprobs: torch.Tensor, columns) -> torch.Tensor:
@@ -35,25 +53,9 @@ def on_shared(logprobs: torch.Tensor, columns) -> torch.Tensor:
 @pytest.mark.parametrize(("student", "teacher"), PAIRS, ids=str)
 def test_a_pair_of_two_families_has_the_kl_worked_out_by_hand(student, teacher, tmp_path):
     """Per token, the pair's KL is that of two plain forward passes over the words that both have."""
-    builders = {**LLMS, **VLMS}
-    for seed, family in enumerate((student, teacher)):
-        builders[family](tmp_path / family, seed)
-    config = ExperimentConfig.model_validate(
-        {
-            "name": "cross",
-            "student": configured(student, tmp_path / student),
-            "teacher": configured(teacher, tmp_path / teacher),
-            "precision": {"compute": "fp32"},
-            "data": {"type": "shapes", "modality": "image" if student in VLMS else "text"},
-            "train": {"steps": 1, "prompts_per_step": 1},
-            "arms": {},
-            "geometry": {"arms": []},
-        }
-    )
-    pair = load_pair(config, "cpu")
+    pair = make_pair(student, teacher, tmp_path)
     (grader,) = pair.teachers
-    modality = "image" if student in VLMS else "text"
-    examples = list(ShapesWorld("train", 3, 0, modality))
+    examples = list(ShapesWorld("train", 3, 0, modality_of(student)))
     prompts = pair.student.render(examples)
     completions = pair.sample(prompts, 8, 1.0, torch.Generator().manual_seed(0))
     if student in VLMS:
@@ -76,21 +78,7 @@ def test_a_pair_of_two_families_has_the_kl_worked_out_by_hand(student, teacher, 
 
 def test_one_step_across_families_lowers_the_kl(tmp_path):
     """A Qwen2.5-VL student learns from an InternVL teacher on fixed completions: the KL halves and more."""
-    for seed, family in enumerate(("qwen2_5_vl", "internvl")):
-        VLMS[family](tmp_path / family, seed)
-    config = ExperimentConfig.model_validate(
-        {
-            "name": "cross",
-            "student": str(tmp_path / "qwen2_5_vl"),
-            "teacher": str(tmp_path / "internvl"),
-            "precision": {"compute": "fp32"},
-            "data": {"type": "shapes"},
-            "train": {"steps": 1, "prompts_per_step": 1},
-            "arms": {},
-            "geometry": {"arms": []},
-        }
-    )
-    pair = load_pair(config, "cpu")
+    pair = make_pair("qwen2_5_vl", "internvl", tmp_path)
     examples = list(ShapesWorld("train", 3, 0, "image"))
     prompts = pair.student.render(examples)
     completions = pair.sample(prompts, 8, 1.0, torch.Generator().manual_seed(0))
