@@ -6,7 +6,7 @@ import torch
 from tests.families.llms import LLMS
 from tests.families.vlms import VLMS
 from tests.test_families import by_hand, row
-from vlopd.config import ExperimentConfig
+from vlopd.config import ExperimentConfig, ReverseKL
 from vlopd.data.shapes import ShapesWorld
 from vlopd.models import families
 from vlopd.pair import ModelPair, load_pair
@@ -65,7 +65,7 @@ def test_a_pair_of_two_families_has_the_kl_worked_out_by_hand(student, teacher, 
             counts.append(int(torch.isin(batch.input_ids, ids).sum()))
         assert min(counts) > 0  # both get the pictures, each as many tokens as it makes of them
     theirs = grader.translate(completions)
-    ours = pair.divergence("reverse_kl", examples, prompts, completions, 5)
+    ours = pair.divergence(ReverseKL(chunk_tokens=5), examples, prompts, completions)
     expected = []
     for k, example in enumerate(examples):
         q = by_hand(pair.student, student, example, row(completions, k).ids[0])
@@ -85,7 +85,7 @@ def test_one_step_across_families_lowers_the_kl(tmp_path):
     optimizer = torch.optim.AdamW(pair.student.model.parameters(), lr=1e-2)
     losses = []
     for _ in range(40):
-        loss = pair.divergence("reverse_kl", examples, prompts, completions, 64).loss.mean()
+        loss = pair.divergence(ReverseKL(), examples, prompts, completions).loss.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -48,11 +48,26 @@ def test_micro_batches_do_not_change_the_step(kind, make_pair, make_config, tmp_
         assert row["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-5)
 
 
-@pytest.mark.parametrize("how", ["dense", "masked", "averaged teacher"])
-def test_a_resumed_run_is_bit_exact(kind, how, make_pair, make_config, tmp_path):
+@pytest.mark.parametrize(
+    ("how", "optimizer"),
+    [
+        ("dense", {"type": "adamw"}),
+        ("masked", {"type": "adamw"}),
+        ("averaged teacher", {"type": "adamw"}),
+        ("masked", {"type": "sgd", "nesterov": True}),
+        ("masked", {"type": "rmsprop", "momentum": 0.5}),
+        ("masked", {"type": "lion", "component_rates": {"language": 3.0}}),
+        ("dense", {"type": "muon", "component_rates": {"language": 3.0}}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["type"],
+)
+def test_a_resumed_run_is_bit_exact(kind, how, optimizer, make_pair, make_config, tmp_path):
     """Killed after step 4 of 6 and gone on with, a run ends with the uninterrupted run's bits and metrics,
-    also where the teacher is a moving average of the student."""
-    sections = {"train": {"steps": 6, "prompts_per_step": 3, "save_every": 2, "sample_every": 2}}
+    under every optimizer, also where the teacher is a moving average of the student."""
+    sections = {
+        "train": {"steps": 6, "prompts_per_step": 3, "save_every": 2, "sample_every": 2},
+        "optim": {"learning_rate": 1e-3, "schedule": "linear", **optimizer},
+    }
     if how == "averaged teacher":
         context = {"type": "template", "template": "{{ answer }} {{ question }}"}
         sections["teacher"] = {"model": "student", "ema": 0.5, "context": context}

@@ -25,9 +25,9 @@ from transformers import (
 from tests.families.llms import LLMS
 from tests.families.openclip import build_tiny
 from tests.families.vlms import VLMS
-from vlopd.config import ConfigError, UserError
+from vlopd.config import ConfigError, ReverseKL, UserError
 from vlopd.data.shapes import ShapesWorld
-from vlopd.losses import chunked_divergence, reverse_kl
+from vlopd.losses import chunked_divergence
 from vlopd.models import atlas, families
 from vlopd.models.load import LoadedModel, load, save
 from vlopd.rollout import sample
@@ -228,12 +228,11 @@ def test_padding_and_chunks_change_nothing(family, make):
     columns = torch.arange(10, 50)
     small, whole = (
         chunked_divergence(
-            reverse_kl,
+            ReverseKL(chunk_tokens=size),
             hidden,
             lambda h: model.logits(h, columns),
             others,
             lambda h: other.logits(h, columns),
-            size,
         )
         for size in (4, 1000)
     )
@@ -436,12 +435,11 @@ def test_distillation_reaches_the_teacher_and_moves_nothing_else(family, make):
         for _ in range(steps):
             trainable.zero_grad()
             loss = chunked_divergence(
-                reverse_kl,
+                ReverseKL(),
                 student.completion_hidden(prompts, completions),
                 lambda h: student.logits(h, 58),
                 target,
                 lambda h: teacher.logits(h, 58),
-                1024,
             ).loss.mean()
             loss.backward()
             optimizer.step()

@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vlopd.config import ConfigError, UserError
+from vlopd.config import K1, K2, ConfigError, ReverseKL, UserError
 from vlopd.preflight import preflight
 
-KL = "reverse_kl"
+KL = ReverseKL()
 
 
 def by_hand(model, example, completion: list[int]) -> torch.Tensor:
@@ -50,7 +50,7 @@ def test_token_kl_equals_two_separate_forward_passes(kind, make_pair, make_data)
         theirs = teacher.render(examples)
         assert prompts.per_image["pixel_values"].shape != theirs.per_image["pixel_values"].shape
         assert prompts.input_ids.shape != theirs.input_ids.shape
-    ours = pair.divergence(KL, examples, prompts, completions, 3).loss
+    ours = pair.divergence(ReverseKL(chunk_tokens=3), examples, prompts, completions).loss
     expected = kl_by_hand(pair, examples, completions, lambda e, t: by_hand(teacher.loaded, e, t))
     torch.testing.assert_close(ours.detach(), expected, rtol=1e-4, atol=1e-5)
 
@@ -91,7 +91,7 @@ def test_the_teacher_gets_no_gradient(kind, make_pair, make_data):
     """Back-propagation reaches the student's parameters and none of the teacher's."""
     pair, examples = make_pair(kind), make_data(kind)
     prompts, completions = rollout(pair, examples)
-    pair.divergence(KL, examples, prompts, completions, 64).loss.sum().backward()
+    pair.divergence(KL, examples, prompts, completions).loss.sum().backward()
     assert all(p.grad is None for p in pair.teachers[0].loaded.model.parameters())
     assert any(p.grad is not None for p in pair.student.model.parameters())
 
@@ -112,7 +112,7 @@ def test_a_text_only_teacher_needs_a_caption(make_pair, make_data, folders):
         "vlm", teacher={"model": teacher, "context": {"type": "caption", "column": "caption"}}
     )
     prompts, completions = rollout(told, examples)
-    ours = told.divergence(KL, examples, prompts, completions, 64).loss
+    ours = told.divergence(KL, examples, prompts, completions).loss
 
     def read(example, tokens):
         (part,) = [p for p in example.messages[-1]["content"] if p["type"] == "text"]
@@ -153,17 +153,17 @@ def test_the_student_as_its_own_teacher_starts_at_zero(kind, make_pair, make_dat
     """`teacher = "student"` grades with the initial weights: KL 0 before training, and not after."""
     pair, examples = make_pair(kind, teacher="student"), make_data(kind)
     prompts, completions = rollout(pair, examples)
-    before = pair.divergence(KL, examples, prompts, completions, 64).loss.detach()
+    before = pair.divergence(KL, examples, prompts, completions).loss.detach()
     assert float(before.abs().max()) < 1e-6
     with torch.no_grad():
         for p in pair.student.model.parameters():
             p.add_(0.05 * torch.randn_like(p))
-    after = pair.divergence(KL, examples, prompts, completions, 64).loss.detach()
+    after = pair.divergence(KL, examples, prompts, completions).loss.detach()
     assert float(after.mean()) > 1e-4
 
 
 def test_routed_teachers_grade_their_own_examples(kind, make_pair, make_data, folders):
-    """Each example's KL is against the teacher that its field names, whatever the order in the batch."""
+    """Each example's loss, the sampled token's too, is against the teacher that its field names, in any order."""
     examples = [
         dataclasses.replace(e, fields={**e.fields, "domain": "ab"[k % 2]})
         for k, e in enumerate(make_data(kind))
@@ -175,16 +175,21 @@ def test_routed_teachers_grade_their_own_examples(kind, make_pair, make_data, fo
     }
     pair = make_pair(kind, teacher=plan)
     prompts, completions = rollout(pair, examples)
-    ours = pair.divergence(KL, examples, prompts, completions, 4).loss
+    ours = pair.divergence(ReverseKL(chunk_tokens=4), examples, prompts, completions).loss
 
     def graded(example, tokens):
         return by_hand(pair.teachers["ab".index(example.fields["domain"])].loaded, example, tokens)
 
     expected = kl_by_hand(pair, examples, completions, graded)
     torch.testing.assert_close(ours.detach(), expected, rtol=1e-4, atol=1e-5)
+    at_tokens = pair.student_logprobs(prompts, completions)
+    at_tokens = at_tokens - pair.teacher_logprobs(examples, completions)
+    for loss, expected in ((K1(chunk_tokens=4), at_tokens), (K2(), at_tokens**2 / 2)):
+        ours = pair.divergence(loss, examples, prompts, completions).loss.detach()
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
     lost = dataclasses.replace(examples[0], fields={"domain": "c"})
     with pytest.raises(UserError, match=f"{lost.id}.*'c'.*a, b"):
-        pair.divergence(KL, [lost, *examples[1:]], prompts, completions, 4)
+        pair.divergence(ReverseKL(chunk_tokens=4), [lost, *examples[1:]], prompts, completions)
 
 
 def test_mixed_teachers_are_a_geometric_mean(kind, make_pair, make_data, folders):
@@ -204,7 +209,7 @@ def test_mixed_teachers_are_a_geometric_mean(kind, make_pair, make_data, folders
 
     expected = kl_by_hand(pair, examples, completions, graded)
     for chunk in (3, 1000):
-        ours = pair.divergence(KL, examples, prompts, completions, chunk).loss
+        ours = pair.divergence(ReverseKL(chunk_tokens=chunk), examples, prompts, completions).loss
         torch.testing.assert_close(ours.detach(), expected, rtol=1e-4, atol=1e-5)
 
 

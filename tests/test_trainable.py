@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vlopd.distill import build_optimizer
+from vlopd.config import ReverseKL
+from vlopd.optimizers import build_optimizer
 from vlopd.trainable import Trainable
 
 COMPUTE = ("fp32", "bf16")
@@ -18,9 +19,9 @@ def train(pair, examples, config, mask, steps=5):
     clip = config.optim.max_grad_norm or float("inf")
     for _ in range(steps):
         trainable.zero_grad()
-        pair.divergence("reverse_kl", examples, prompts, completions, 64).loss.mean().backward()
+        pair.divergence(ReverseKL(), examples, prompts, completions).loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(list(trainable.parameters()), clip)
-        optimizer.step()
+        optimizer.step(config.optim.learning_rate)
         trainable.write_back()
     return {n: p.detach().clone() for n, p in pair.student.model.named_parameters()}, trainable
 
@@ -109,7 +110,7 @@ def test_compact_gradients_are_the_dense_ones_gathered(kind, make_pair, make_con
         for part in (make_data(kind)[:3], make_data(kind)[3:]):
             prompts = pair.student.render(part)
             completions = pair.sample(prompts, 5, 0.0)
-            tokens = pair.divergence("reverse_kl", part, prompts, completions, 64)
+            tokens = pair.divergence(ReverseKL(), part, prompts, completions)
             tokens.loss.sum().backward()
         assert all(
             p.grad is None or p is s.values for s in trainable.slots.values() for p in [s.parameter]
@@ -136,7 +137,7 @@ def test_masked_adamw_step_matches_float64_by_hand(make_pair, make_config):
     before = {n: s.values.detach().double().clone() for n, s in trainable.slots.items()}
     for slot in trainable.slots.values():
         slot.values.grad = torch.randn_like(slot.values)
-    optimizer.step()
+    optimizer.step(config.learning_rate)
     for name, slot in trainable.slots.items():
         g = slot.values.grad.double()
         m, v = (1 - config.betas[0]) * g, (1 - config.betas[1]) * g**2

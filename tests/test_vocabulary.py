@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from vlopd.config import ConfigError
+from vlopd.config import ConfigError, ReverseKL
 from vlopd.models.load import load
 from vlopd.pair import load_pair, shared_vocabulary
 from vlopd.vocabulary import Vocabulary, share
@@ -126,7 +126,7 @@ def test_a_remapped_teacher_grades_as_the_unmapped_one(
     for pair in (plain, mapped):
         prompts = pair.student.render(examples)
         completions = pair.sample(prompts, 6, 1.0, torch.Generator().manual_seed(0))
-        tokens = pair.divergence("reverse_kl", examples, prompts, completions, 64)
+        tokens = pair.divergence(ReverseKL(), examples, prompts, completions)
         results.append((completions.ids, tokens.loss, pair.teacher_logprobs(examples, completions)))
     (ids_a, kl_a, logprobs_a), (ids_b, kl_b, logprobs_b) = results
     assert torch.equal(ids_a, ids_b)

@@ -229,36 +229,256 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0)
 
 
-class ReverseKL(Section):
-    """KL(student || teacher) over the full shared vocabulary, summed exactly at every completion token."""
+class FullSupport(Section):
+    """All of the shared vocabulary."""
 
-    type: Literal["reverse_kl"] = "reverse_kl"
+    type: Literal["full"] = "full"
+
+
+class TopK(Section):
+    """The likeliest tokens at each position; which they are is not differentiated."""
+
+    k: int = Field(64, gt=0)
+    tail: Literal["bucket", "renormalise", "none"] = "bucket"
+    """Of the tokens outside: `bucket` counts them together as one more token (a divergence again), `renormalise`
+    divides by the mass inside, `none` leaves them out (no divergence: the KLs can be negative)."""
+
+
+class TeacherTopK(TopK):
+    """The teacher's k likeliest tokens."""
+
+    type: Literal["teacher_top_k"] = "teacher_top_k"
+
+
+class StudentTopK(TopK):
+    """The student's k likeliest tokens."""
+
+    type: Literal["student_top_k"] = "student_top_k"
+
+
+class UnionTopK(TopK):
+    """Tokens among the k likeliest of either, k to 2k of them."""
+
+    type: Literal["union"] = "union"
+
+
+class IntersectionTopK(TopK):
+    """Tokens among the k likeliest of both, 0 to k of them."""
+
+    type: Literal["intersection"] = "intersection"
+
+
+SupportConfig = Annotated[
+    FullSupport | TeacherTopK | StudentTopK | UnionTopK | IntersectionTopK,
+    Field(discriminator="type"),
+]
+
+
+class Chunked(Section):
+    """Computed in chunks of tokens; the result does not depend on them."""
+
     chunk_tokens: int = Field(1024, gt=0)
     """Completion tokens whose [*, V] logits are held at once, forward and backward."""
 
 
-class ForwardKL(Section):
-    """KL(teacher || student) over the full shared vocabulary."""
+class Divergence(Chunked):
+    """A sum over a support at every completion token. Below, q is the student and p the teacher."""
+
+    support: SupportConfig = FullSupport()
+    student_temperature: float = Field(1.0, gt=0)
+    """Divides the student's logits in the loss (the sampling has its own, rollout.temperature)."""
+    teacher_temperature: float = Field(1.0, gt=0)
+    """Divides the teacher's logits in the loss. The loss is not multiplied by its square."""
+
+    @model_validator(mode="after")
+    def check_support(self) -> Divergence:
+        support = self.support
+        if (
+            isinstance(support, (TeacherTopK, StudentTopK, IntersectionTopK))
+            and support.k == 1
+            and support.tail == "renormalise"
+        ):
+            raise ValueError(
+                "one token, renormalised, has probability 1 in both models and the loss is always 0; "
+                'use support.k >= 2 or support.tail = "bucket"'
+            )
+        return self
+
+
+class ReverseKL(Divergence):
+    """KL(q || p) = sum_v q_v log(q_v / p_v): that of on-policy distillation, mode-seeking."""
+
+    type: Literal["reverse_kl"] = "reverse_kl"
+
+
+class ForwardKL(Divergence):
+    """KL(p || q) = sum_v p_v log(p_v / q_v): that of knowledge distillation, mass-covering."""
 
     type: Literal["forward_kl"] = "forward_kl"
-    chunk_tokens: int = Field(1024, gt=0)
 
 
-LossConfig = Annotated[ReverseKL | ForwardKL, Field(discriminator="type")]
+class JSD(Divergence):
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, arXiv 2306.13649)."""
+
+    type: Literal["jsd"] = "jsd"
+    beta: float = Field(0.5, ge=0, le=1)
+    normalised: bool = False
+    """Divides by beta (1 - beta): forward KL at 0, reverse KL at 1, continuous, and as steep near p for all beta."""
+
+    @model_validator(mode="after")
+    def check_ends(self) -> JSD:
+        if self.beta in (0, 1) and not self.normalised:
+            raise ValueError(
+                f"with beta = {self.beta:g} this JSD is always 0; set normalised = true, which makes it the "
+                f"{'reverse' if self.beta else 'forward'} KL, or 0 < beta < 1"
+            )
+        return self
 
 
-class AdamW(Section):
-    """torch.optim.AdamW on the fp32 values of the trained coordinates."""
+class SkewReverseKL(Divergence):
+    """KL(q || alpha q + (1 - alpha) p), at most -log(alpha) (DistiLLM, arXiv 2402.03898)."""
 
-    type: Literal["adamw"] = "adamw"
+    type: Literal["skew_reverse_kl"] = "skew_reverse_kl"
+    alpha: float = Field(0.1, ge=0, lt=1)
+
+
+class SkewForwardKL(Divergence):
+    """KL(p || alpha p + (1 - alpha) q), at most -log(alpha) (DistiLLM, arXiv 2402.03898)."""
+
+    type: Literal["skew_forward_kl"] = "skew_forward_kl"
+    alpha: float = Field(0.1, ge=0, lt=1)
+
+
+class Estimator(Chunked):
+    """The reverse KL from the sampled token alone, d = log q - log p there, both at temperature 1.
+
+    What is said of their means holds for completions that the student sampled at rollout.temperature 1.
+    """
+
+
+class K1(Estimator):
+    """Policy gradient with the advantage -d: its mean is the reverse KL's gradient."""
+
+    type: Literal["k1"] = "k1"
+    clip: float | None = Field(0.2, gt=0, lt=1)
+    """PPO's bound on how far the ratio of the student's to the sampler's probability pays; null for none."""
+
+
+class K2(Estimator):
+    """d^2 / 2: its gradient's mean is the reverse KL's."""
+
+    type: Literal["k2"] = "k2"
+
+
+class K3(Estimator):
+    """1 / e^d - 1 + d: its mean is the reverse KL, its gradient's mean the forward KL's."""
+
+    type: Literal["k3"] = "k3"
+
+
+LossConfig = Annotated[
+    ReverseKL | ForwardKL | JSD | SkewReverseKL | SkewForwardKL | K1 | K2 | K3,
+    Field(discriminator="type"),
+]
+
+
+class ComponentRates(Section):
+    """Factors of the learning rate by component; what the atlas calls "other" has the rate itself."""
+
+    vision: float = Field(1.0, gt=0)
+    projector: float = Field(1.0, gt=0)
+    language: float = Field(1.0, gt=0)
+    embedding: float = Field(1.0, gt=0)
+    """A head that is tied to the embedding counts as embedding."""
+    head: float = Field(1.0, gt=0)
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""What a running average keeps of itself a step."""
+
+
+class OptimizerBase(Section):
+    """What all optimizers share. They move the fp32 values of the trained coordinates and nothing else."""
+
     learning_rate: float = Field(1e-6, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    component_rates: ComponentRates = ComponentRates()
+    """`{vision = 0.1}` trains the vision tower at a tenth of the rate. To not train it at all: train.freeze."""
     weight_decay: float = Field(0.0, ge=0)
+    """AdamW, Lion and Muon: values *= 1 - rate * decay. SGD and RMSProp add decay * values to the gradient."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Clips the norm over trained coordinates; null for none."""
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+
+
+class AdamW(OptimizerBase):
+    """torch.optim.AdamW (arXiv 1711.05101)."""
+
+    type: Literal["adamw"] = "adamw"
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: float = Field(1e-8, ge=0)
+
+
+class SGD(OptimizerBase):
+    """torch.optim.SGD: b = momentum * b + g (b = g at first), values -= rate * b; without dampening."""
+
+    type: Literal["sgd"] = "sgd"
+    momentum: Decay = 0.9
+    nesterov: bool = False
+    """Steps along g + momentum * b."""
+
+    @model_validator(mode="after")
+    def check_momentum(self) -> SGD:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class RMSProp(OptimizerBase):
+    """torch.optim.RMSprop: AdamW's second moment alone, without bias correction."""
+
+    type: Literal["rmsprop"] = "rmsprop"
+    alpha: Decay = 0.99
+    """Of the average of squared gradients."""
+    eps: float = Field(1e-8, ge=0)
+    momentum: Decay = 0.0
+
+
+class Lion(OptimizerBase):
+    """timm's Lion (arXiv 2302.06675): the sign of a moving average; rates of a third to a tenth of AdamW's."""
+
+    type: Literal["lion"] = "lion"
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
+
+
+class Muon(OptimizerBase):
+    """torch.optim.Muon: hidden matrices move along their orthogonalised momentum.
+
+    AdamW moves the rest: embeddings, positions, head, norms, biases, and what is not two-dimensional. Fused
+    matrices are taken as they are stored. A mask must take each hidden matrix whole or not at all.
+    """
+
+    type: Literal["muon"] = "muon"
+    momentum: Decay = 0.95
+    nesterov: bool = True
+    scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Factor of a matrix's rate: 0.2 sqrt(max(m, n)), so that AdamW's rates serve (arXiv 2502.16982), or
+    sqrt(max(1, m / n)), its first author's."""
+    adamw_learning_rate: float | None = Field(None, gt=0)
+    """Of what AdamW moves; null for `learning_rate`."""
+    adamw_betas: tuple[Decay, Decay] = (0.9, 0.999)
+    adamw_eps: float = Field(1e-8, ge=0)
+
+
+def as_optimizer(value: Any) -> Any:
+    """AdamW where no `type` is given."""
+    return {"type": "adamw", **value} if isinstance(value, Mapping) else value
+
+
+OptimConfig = Annotated[
+    Annotated[AdamW | SGD | RMSProp | Lion | Muon, Field(discriminator="type")],
+    BeforeValidator(as_optimizer),
+]
 
 
 class TrainConfig(Section):
@@ -377,7 +597,7 @@ class ExperimentConfig(Section):
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = ReverseKL()
-    optim: AdamW = AdamW()
+    optim: OptimConfig = AdamW()
     train: TrainConfig
     masks: dict[str, MaskConfig] = {}
     arms: dict[str, ArmConfig]
@@ -418,9 +638,22 @@ class ExperimentConfig(Section):
             if isinstance(arm, (DistillArm, TransplantArm)) and arm.mask is not None:
                 need(self.masks, arm.mask, f"arms.{name}.mask")
                 self._refuse_cycle(name)
+            if isinstance(self.optim, Muon) and isinstance(arm, DistillArm) and arm.mask:
+                self._refuse_cut_matrices(name, arm.mask)
         for name in self.geometry.arms:
             need(self.arms, name, "geometry.arms")
         return self
+
+    def _refuse_cut_matrices(self, arm: str, mask: str) -> None:
+        """Before the first arm trains; the mask itself is looked at again before this one does."""
+        rule = self.masks[mask]
+        while isinstance(rule, RandomMask):
+            rule = self.masks[rule.like]
+        if not (isinstance(rule, TopFractionMask) and rule.fraction == 1):
+            raise ValueError(
+                f"arms.{arm}: Muon orthogonalises whole matrices, and the mask {mask!r} takes coordinates out "
+                'of them; train all arms with another optimizer, such as optim.type = "adamw"'
+            )
 
     def _refuse_cycle(self, arm: str) -> None:
         seen: list[str] = []

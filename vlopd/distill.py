@@ -13,6 +13,7 @@ same function with a mask.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -27,11 +28,12 @@ from torch import Tensor
 
 from vlopd import processes, seeding
 from vlopd.checkpoint import RunError, whole_file
-from vlopd.config import AdamW, ConfigError, DistillArm, ExperimentConfig, UserError
+from vlopd.config import ConfigError, DistillArm, ExperimentConfig, UserError
 from vlopd.data import pick
 from vlopd.log import TrainingLog
 from vlopd.losses import TokenDivergence
 from vlopd.models import atlas
+from vlopd.optimizers import Optimizers, build_optimizer, learning_rate
 from vlopd.pair import ModelPair
 from vlopd.trainable import Trainable
 from vlopd.types import Completions, Example, Prompts
@@ -99,9 +101,7 @@ def distill(
             trainable.zero_grad()
             graded: list[TokenDivergence] = []
             for examples, (prompts, completions) in zip(batches, rollouts, strict=True):
-                tokens = pair.divergence(
-                    loss_config.type, examples, prompts, completions, loss_config.chunk_tokens
-                )
+                tokens = pair.divergence(loss_config, examples, prompts, completions)
                 (tokens.loss.sum() / n_tokens).backward()
                 graded.append(TokenDivergence(*(column.detach() for column in tokens)))
             clock.lap("gradient")
@@ -121,9 +121,7 @@ def distill(
                     f"last {train.save_every} steps is in {folder / 'state'}"
                 )
             rate = learning_rate(config.optim, step, train.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
+            optimizer.step(rate)
             trainable.write_back()
             for average, decay in averages:
                 average.move_towards(trainable, 1.0 - decay)
@@ -137,32 +135,7 @@ def distill(
     return trainable
 
 
-# ----------------------------------------------------------------------------------------- optimizer
-
-
-def build_optimizer(config: AdamW, trainable: Trainable) -> torch.optim.Optimizer:
-    """AdamW on the fp32 values; weight decay as configured on all of them, as torch does."""
-    return torch.optim.AdamW(
-        trainable.parameters(),
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-
-
-def learning_rate(config: AdamW, step: int, steps: int) -> float:
-    """The rate of a step: linear warm-up over `warmup_steps`, then the schedule, to 0 after the last."""
-    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
-    progress = step / steps
-    decay = {
-        "constant": 1.0,
-        "linear": 1.0 - progress,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-    }[config.schedule]
-    return config.learning_rate * warm * decay
-
+# ---------------------------------------------------------------------------------- moving averages
 
 Averages = list[tuple[Trainable, float]]
 """Fp32 values of teachers that are moving averages of the student, each with its decay a step."""
@@ -188,21 +161,24 @@ def save_state(
     folder: Path,
     step: int,
     trainable: Trainable,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     averages: Averages,
     identity: str,
 ) -> None:
-    """One safetensors file: values, both moments, averages and the step, whole or not at all."""
-    tensors: dict[str, Tensor] = {}
-    for name, slot in trainable.slots.items():
-        tensors[f"values/{name}"] = slot.values.data.contiguous()
-        for key, value in optimizer.state[slot.values].items():
-            tensors[f"{key}/{name}"] = value.contiguous()
+    """One safetensors file: values, the optimizer's state, averages and the step, whole or not at all."""
+    tensors = {f"values/{n}": values.contiguous() for n, values in trainable.state().items()}
+    plain: dict[str, dict[str, Any]] = {}  # what is no tensor goes to the header, as JSON
+    for name, entries in optimizer.state().items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{key}/{name}"] = value.contiguous()
+            else:
+                plain.setdefault(name, {})[key] = value
     for k, (average, _) in enumerate(averages):
         tensors |= {
             f"average-{k}/{n}": values.contiguous() for n, values in average.state().items()
         }
-    about = {"step": str(step), "identity": identity}
+    about = {"step": str(step), "identity": identity, "optimizer": json.dumps(plain)}
     with whole_file(folder / "state.safetensors") as temporary:
         save_file(tensors, temporary, about)
 
@@ -210,7 +186,7 @@ def save_state(
 def resume(
     folder: Path,
     trainable: Trainable,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     averages: Averages,
     identity: str,
 ) -> int:
@@ -234,13 +210,12 @@ def resume(
             f"{path} is of another configuration; delete it to train this arm from its start"
         )
     trainable.load_state({name: tensors[f"values/{name}"] for name in trainable.slots})
-    for name, slot in trainable.slots.items():
-        # a parameter that the forward pass never touches has values but no moments
-        optimizer.state[slot.values] = {
-            key: tensors[f"{key}/{name}"].to(slot.values.device)
-            for key in ("step", "exp_avg", "exp_avg_sq")
-            if f"{key}/{name}" in tensors
-        }
+    state: dict[str, dict[str, Any]] = json.loads(about["optimizer"])
+    for label, tensor in tensors.items():
+        kind, name = label.split("/", 1)
+        if kind.startswith("optimizer."):
+            state.setdefault(name, {})[kind.removeprefix("optimizer.")] = tensor
+    optimizer.load_state(state)
     for k, (average, _) in enumerate(averages):
         average.load_state({name: tensors[f"average-{k}/{name}"] for name in average.slots})
     return int(about["step"])

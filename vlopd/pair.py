@@ -18,12 +18,13 @@ from vlopd.config import (
     CaptionContext,
     ConfigError,
     ExperimentConfig,
+    LossConfig,
     MixedTeachers,
     RoutedTeachers,
     TeacherConfig,
     UserError,
 )
-from vlopd.losses import DIVERGENCES, TokenDivergence, chunked_divergence, logprobs_at
+from vlopd.losses import Sampled, TokenDivergence, chunked_divergence, logprobs_at
 from vlopd.models import families
 from vlopd.models.load import DTYPES, LoadedModel, load_configured, load_model_config
 from vlopd.rollout import sample
@@ -67,28 +68,27 @@ class ModelPair:
 
     def divergence(
         self,
-        kind: str,
+        loss: LossConfig,
         examples: Sequence[Example],
         prompts: Prompts,
         completions: Completions,
-        chunk_tokens: int,
     ) -> TokenDivergence:
-        """The divergence at every completion token, [N]; gradients flow to the student only.
+        """The loss at every completion token, [N]; gradients flow to the student only.
 
         `prompts` are the examples as the student reads them; teachers render their own.
         """
         student_hidden = self.student.completion_hidden(prompts, completions)
         pieces, order = [], []
         for grader, rows in self.assign(examples):
-            tokens = tokens_of_rows(completions, rows)
+            tokens, mine = tokens_of_rows(completions, rows), rows_of(completions, rows)
             pieces.append(
                 chunked_divergence(
-                    DIVERGENCES[kind],
+                    loss,
                     student_hidden if tokens is None else student_hidden[tokens],
                     lambda hidden: self.student.logits(hidden, self.vocabulary.student),
-                    grader.hidden([examples[i] for i in rows], rows_of(completions, rows)),
+                    grader.hidden([examples[i] for i in rows], mine),
                     grader.logits,
-                    chunk_tokens,
+                    Sampled(self.vocabulary.targets(mine), mine.logprobs[mine.mask]),
                 )
             )
             order.append(tokens)

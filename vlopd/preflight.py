@@ -23,6 +23,7 @@ from vlopd.config import (
     ConfigError,
     ExperimentConfig,
     ModelConfig,
+    ReverseKL,
     TeacherConfig,
     TopFractionMask,
     UserError,
@@ -346,7 +347,7 @@ def agreement_rows(
     pair: ModelPair, examples: Sequence[Example], prompts: Prompts, completions: Completions
 ) -> list[CheckRow]:
     """How far student and teacher are apart on the student's own completions."""
-    tokens = pair.divergence("reverse_kl", examples, prompts, completions, 1024)
+    tokens = pair.divergence(ReverseKL(), examples, prompts, completions)
     hidden = pair.student.completion_hidden(prompts, completions)
     student = pair.student.logits(hidden, pair.vocabulary.student)
     teacher = pair.teacher_logits(examples, completions)

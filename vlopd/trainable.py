@@ -64,6 +64,7 @@ class Trainable:
             if trains:
                 self.slots[name] = slot = make_slot(parameter, marked)
                 parameter.register_post_accumulate_grad_hook(collector(slot))
+        self.names = tuple(parameters)  # of the model, whether they train or not
         self.total = sum(p.numel() for p in parameters.values())
 
     def parameters(self) -> Iterator[nn.Parameter]:

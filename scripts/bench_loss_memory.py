@@ -1,0 +1,84 @@
+"""Peak memory of a loss in chunks against the same loss at once, at a large model's vocabulary.
+
+    python scripts/bench_loss_memory.py                                # reverse KL, chunks of 64 tokens
+    python scripts/bench_loss_memory.py 'loss={type="jsd"}' 'loss={type="k1"}' --chunk-tokens 32
+
+Each measurement is one forward and backward of `chunked_divergence` in a process of its own: on a CPU, the
+growth of the process's largest resident size over that before the loss; on a GPU, of its largest allocation.
+Hidden states, heads and the head's gradient (39 MB of it here) are in both; the heads are made before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+from concurrent.futures import ProcessPoolExecutor
+
+import psutil
+import torch
+from pydantic import TypeAdapter
+
+from vlopd.config import LossConfig, parse_override
+from vlopd.losses import Sampled, chunked_divergence
+
+
+def peak_bytes(loss: LossConfig, tokens: int, vocabulary: int, width: int, device: str) -> int:
+    """Bytes that one forward and backward adds to what was there before."""
+    torch.manual_seed(0)
+    columns = torch.randint(0, vocabulary, (tokens,), device=device)
+    hidden = torch.randn(tokens, width, device=device, requires_grad=True)
+    teacher_hidden = torch.randn(tokens, width, device=device)
+    heads = [torch.nn.Linear(width, vocabulary, bias=False, device=device) for _ in range(2)]
+    sampled = Sampled(columns, torch.full((tokens,), -10.0, device=device))
+
+    def step(n: int) -> None:
+        part = Sampled(*(column[:n] for column in sampled))
+        out = chunked_divergence(loss, hidden[:n], heads[0], teacher_hidden[:n], heads[1], part)
+        out.loss.sum().backward()
+        for leaf in (hidden, heads[0].weight):
+            leaf.grad = None
+
+    step(1)  # loads kernels and libraries, which are no part of the loss
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(tokens)
+        return torch.cuda.max_memory_allocated() - before
+    before = psutil.Process().memory_info().rss
+    step(tokens)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("losses", nargs="*", default=['loss={type="reverse_kl"}'])
+    parser.add_argument("--chunk-tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=384)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--width", type=int, default=64)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{device}, N {args.tokens}, V {args.vocabulary}, H {args.width}")
+    print("at once MB  chunked MB  ratio  loss")
+    with ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as fresh:
+        for line in args.losses:
+            table = parse_override(line)["loss"]
+            whole, chunked = (
+                fresh.submit(
+                    peak_bytes,
+                    TypeAdapter(LossConfig).validate_python({**table, "chunk_tokens": chunk}),
+                    args.tokens,
+                    args.vocabulary,
+                    args.width,
+                    device,
+                ).result()
+                for chunk in (args.tokens, args.chunk_tokens)
+            )
+            print(f"{whole / 1e6:10.0f}  {chunked / 1e6:10.0f}  {chunked / whole:5.3f}  {line}")
+
+
+if __name__ == "__main__":
+    main()
