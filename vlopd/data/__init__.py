@@ -1,4 +1,4 @@
-"""Sources of examples: the built-in visual world, and any file or hub data set."""
+"""Sources of examples: the built-in visual world, questions on capitals, and any file or hub data set."""
 
 from __future__ import annotations
 
