@@ -109,14 +109,13 @@ def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
 
 def open_arm(run: RunFolder, config: ExperimentConfig, name: str) -> LoadedModel:
     """An arm's model as training would load it, in the compute precision."""
-    arm, dtype = config.arms.get(name), DTYPES[config.precision.compute]
+    arm, model = config.arms.get(name), config.student
+    folder: Path | None = run.checkpoint(name)
     if isinstance(arm, TeacherArm):
-        teacher = config.teachers[arm.teacher or next(iter(config.teachers))]
-        if teacher.is_student:
-            source = teacher_folder(run, config, teacher)
-            return load_configured(config.student, dtype, accelerator().device, source)
-        return load_configured(teacher, dtype, accelerator().device)
-    return load_configured(config.student, dtype, accelerator().device, run.checkpoint(name))
+        teacher = config.teacher_of(arm)
+        model = config.loaded_as(teacher)
+        folder = teacher_folder(run, config, teacher) if teacher.is_student else None
+    return load_configured(model, DTYPES[config.precision.compute], accelerator().device, folder)
 
 
 def task_manager(tasks: tuple[str, ...]) -> TaskManager:

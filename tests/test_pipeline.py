@@ -1,5 +1,6 @@
 """Every verb, in order, on a miniature; what is done is not done again; mistakes are one line and exit code 2."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -57,7 +58,10 @@ def vlopd(monkeypatch, *words) -> int:
     monkeypatch.setattr(sys, "argv", ["vlopd", *map(str, words)])
     with pytest.raises(SystemExit) as stop:
         cli.main()
-    return stop.value.code or 0
+    code = stop.value.code or 0
+    del stop
+    gc.collect()  # a command's process would have ended here, and its lock on the run folder with it
+    return code
 
 
 @pytest.fixture

@@ -165,9 +165,8 @@ def check(
     ] = False,
 ) -> None:
     """The pre-flight: do the models share a vocabulary, does the teacher see, do they agree, does it fit?"""
-    from vlopd.data import open_data
     from vlopd.pair import load_pair
-    from vlopd.preflight import preflight, preflight_meta
+    from vlopd.preflight import first_examples, preflight, preflight_meta
     from vlopd.processes import accelerator
 
     config = load_config(config_file, overrides or ())
@@ -176,8 +175,7 @@ def check(
         if meta:
             rows = preflight_meta(config, device, config_file.parent / "architectures")
         else:
-            data = open_data(config, 8, seed=0)
-            examples = [data[i] for i in range(min(8, len(data)))]
+            examples = first_examples(config)
             rows = preflight(load_pair(config, device), config, examples)
     except UserError as error:
         console.print(f"[red]not ready[/]: {escape(str(error))}", soft_wrap=True)

@@ -611,6 +611,14 @@ class ExperimentConfig(Section):
             return {"teacher": self.teacher}
         return self.teacher.teachers
 
+    def teacher_of(self, arm: TeacherArm) -> TeacherConfig:
+        """The teacher that an arm is: the one it names, or the only one."""
+        return self.teachers[arm.teacher or next(iter(self.teachers))]
+
+    def loaded_as(self, teacher: TeacherConfig) -> ModelConfig:
+        """Where a teacher's weights and processor come from: its own, or the student's."""
+        return self.student if teacher.is_student else teacher
+
     @model_validator(mode="after")
     def check_references(self) -> ExperimentConfig:
         """Every mask and arm that is named exists, and what it is made from comes before it."""

@@ -30,9 +30,11 @@ from vlopd.types import Example
 Part = Mapping[str, Any]
 
 
-def teacher_view(context: ContextConfig, example: Example) -> Example:
-    """The example as a teacher in this context reads it. Raises UserError with the example's id."""
+def teacher_view(context: ContextConfig | None, example: Example) -> Example:
+    """The example as a teacher in this context, if any, reads it. Raises UserError with the example's id."""
     match context:
+        case None:
+            return example
         case SystemContext():
             return with_system(example, context.text)
         case TemplateContext():

@@ -219,10 +219,8 @@ def load_pair(
     vocabulary = shared_vocabulary(config)
 
     def teacher(index: int, about: TeacherConfig) -> Teacher:
-        if about.is_student:
-            loaded = load_configured(config.student, dtype, device, student_folder)
-        else:
-            loaded = load_configured(about, dtype, device)
+        folder = student_folder if about.is_student else None
+        loaded = load_configured(config.loaded_as(about), dtype, device, folder)
         loaded.model.requires_grad_(False)
         return Teacher(loaded, vocabulary, index, about.context, about.ema)
 

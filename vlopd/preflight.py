@@ -24,12 +24,12 @@ from vlopd.config import (
     ExperimentConfig,
     ModelConfig,
     ReverseKL,
-    TeacherConfig,
     TopFractionMask,
     UserError,
 )
 from vlopd.context import teacher_view
 from vlopd.data import open_data
+from vlopd.losses import logprobs_at, token_divergence
 from vlopd.models import families
 from vlopd.models.load import (
     DTYPES,
@@ -40,9 +40,13 @@ from vlopd.models.load import (
 )
 from vlopd.pair import ModelPair, refuse_blind_models, shared_vocabulary
 from vlopd.types import Completions, Example, Prompts
+from vlopd.vocabulary import SharedVocabulary
 
 TOP = 16
 """k of the top-k overlap."""
+
+FEW = 8
+"""Examples that a check looks at."""
 
 ASSUMED_PROMPT_TOKENS = 512
 """Where there is no tokenizer to count with."""
@@ -74,8 +78,7 @@ def preflight(
         row("precision", lambda m: str(m.model.dtype).removeprefix("torch.")),
         row("vocabulary rows", rows_and_tokens),
         row("special tokens", special_tokens),
-        CheckRow("shared tokens", (f"{pair.vocabulary.size:,}",)),
-        *(CheckRow("vocabulary", (note,)) for note in pair.vocabulary.notes),
+        *shared_rows(pair.vocabulary),
         row("end tokens", lambda m: tokens_of(m, m.end_ids)),
         row("never sampled", lambda m: tokens_of(m, m.unsampleable_ids)),
         *prompt_facts,
@@ -106,7 +109,7 @@ def preflight_meta(
     A model's configuration is read from `architectures`/<its name>/config.json where that is kept, so that
     no hub is needed.
     """
-    wanted = (config.student, *(resolved(config, each) for each in config.teachers.values()))
+    wanted = (config.student, *map(config.loaded_as, config.teachers.values()))
     found = [model_config(model, architectures) for model in wanted]
     refuse_blind_models(config, dict(zip(["student", *config.teachers], found, strict=True)))
     models = [resources.meta_model(about) for about in found]
@@ -139,8 +142,7 @@ def meta_prompts(
 ) -> tuple[list[int], list[CheckRow]]:
     """(prompt tokens of each model, rows): of real examples where data and tokenizers can be read, else assumed."""
     try:
-        data = open_data(config, 8, seed=0)
-        examples = [data[i] for i in range(min(8, len(data)))]
+        examples = first_examples(config)
         loaded = [
             LoadedModel(
                 each.model,
@@ -155,13 +157,16 @@ def meta_prompts(
     return prompt_rows(loaded, views_of(config, examples))
 
 
+def first_examples(config: ExperimentConfig) -> list[Example]:
+    """A few examples to look at. Raises UserError where the data cannot be read."""
+    data = open_data(config, FEW, seed=0)
+    return [data[i] for i in range(min(FEW, len(data)))]
+
+
 def views_of(config: ExperimentConfig, examples: Sequence[Example]) -> list[list[Example]]:
     """The examples as the student and as each teacher, in its context, is given them."""
     contexts = [None, *(teacher.context for teacher in config.teachers.values())]
-    return [
-        [example if context is None else teacher_view(context, example) for example in examples]
-        for context in contexts
-    ]
+    return [[teacher_view(context, example) for example in examples] for context in contexts]
 
 
 def prompt_rows(
@@ -189,10 +194,6 @@ def prompt_rows(
     ]
 
 
-def resolved(config: ExperimentConfig, teacher: TeacherConfig) -> ModelConfig:
-    return config.student if teacher.is_student else teacher
-
-
 def model_config(model: ModelConfig, architectures: Path) -> PretrainedConfig:
     """A model's configuration: the one kept in `architectures` or, where there is none, its own."""
     folder = architectures / model.model
@@ -215,6 +216,11 @@ def vocabulary_rows_of(config: ExperimentConfig) -> list[CheckRow]:
         vocabulary = shared_vocabulary(config)
     except ModelUnreadable as error:
         return [CheckRow("shared tokens", (f"not checked: {error}",))]
+    return shared_rows(vocabulary)
+
+
+def shared_rows(vocabulary: SharedVocabulary) -> list[CheckRow]:
+    """How many tokens the models share, and what was mapped or left out."""
     return [
         CheckRow("shared tokens", (f"{vocabulary.size:,}",)),
         *(CheckRow("vocabulary", (note,)) for note in vocabulary.notes),
@@ -243,22 +249,24 @@ def estimate_rows(
             ),
         )
     ]
+    new_tokens = config.rollout.max_new_tokens
+    try:
+        costs = [resources.forward_cost(reader, dtype, new_tokens) for reader in readers]
+    except UserError as error:
+        return [*rows, CheckRow("memory and time", (f"not estimated: {error}",))]
     for coordinates, density in densities.items():
-        try:
-            one = resources.estimate(
-                readers[0],
-                readers[1:],
-                speed,
-                dtype=dtype,
-                prompts_per_step=config.train.prompts_per_step,
-                max_new_tokens=config.rollout.max_new_tokens,
-                chunk_tokens=config.loss.chunk_tokens,
-                micro_batch=config.train.micro_batch,
-                trained_fraction=density,
-            )
-        except UserError as error:
-            rows.append(CheckRow("memory and time", (f"not estimated: {error}",)))
-            return rows
+        one = resources.estimate(
+            readers[0],
+            readers[1:],
+            speed,
+            dtype=dtype,
+            prompts_per_step=config.train.prompts_per_step,
+            max_new_tokens=new_tokens,
+            chunk_tokens=config.loss.chunk_tokens,
+            micro_batch=config.train.micro_batch,
+            trained_fraction=density,
+            costs=costs,
+        )
         parts = one.memory._asdict().items()
         memory = ", ".join(
             f"{what.replace('_', ' ')} {decimal(size)}" for what, size in parts if size
@@ -347,15 +355,15 @@ def agreement_rows(
     pair: ModelPair, examples: Sequence[Example], prompts: Prompts, completions: Completions
 ) -> list[CheckRow]:
     """How far student and teacher are apart on the student's own completions."""
-    tokens = pair.divergence(ReverseKL(), examples, prompts, completions)
     hidden = pair.student.completion_hidden(prompts, completions)
     student = pair.student.logits(hidden, pair.vocabulary.student)
     teacher = pair.teacher_logits(examples, completions)
+    tokens = token_divergence(ReverseKL(), student, teacher)
     k = min(TOP, pair.vocabulary.size)
     ours, theirs = (logits.topk(k).indices for logits in (student, teacher))
     top1 = (ours[:, 0] == theirs[:, 0]).float().mean()
     overlap = (ours[:, :, None] == theirs[:, None, :]).any(-1).float().mean()
-    rescored = pair.student_logprobs(prompts, completions)
+    rescored = logprobs_at(student, pair.vocabulary.targets(completions))
     gap = float((rescored - completions.logprobs[completions.mask]).abs().max())
     bound = 1e-3 if pair.student.model.dtype == torch.float32 else 0.5
     return [

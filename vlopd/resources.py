@@ -271,11 +271,13 @@ def estimate(
     chunk_tokens: int,
     micro_batch: int | None = None,
     trained_fraction: float = 1.0,
+    costs: Sequence[Forward] | None = None,
 ) -> Estimate:
     """Memory and time of one step on one device, with all completions at `max_new_tokens`.
 
     Every teacher reads every completion, which for routed teachers is an upper bound. `prompts_per_step` is
     the share of one process. A `trained_fraction` under 1 is a mask's density, spread over all tensors.
+    `costs` are those of student and teachers by `forward_cost`, for who asks more than once.
 
     Seconds are the sum of arithmetic at `matmul_flops`, bytes moved at `memory_bytes_per_second` (weights,
     what is kept written and read, the cache three times a token because it grows by concatenation), and
@@ -286,8 +288,7 @@ def estimate(
     item, new = dtype.itemsize, max_new_tokens
     batch = min(micro_batch or prompts_per_step, prompts_per_step)
     batches = math.ceil(prompts_per_step / batch)
-    own = forward_cost(student, dtype, new)
-    theirs = [forward_cost(teacher, dtype, new) for teacher in teachers]
+    own, *theirs = costs or [forward_cost(each, dtype, new) for each in (student, *teachers)]
     rows = min(output_weight(reader).shape[0] for reader in (student, *teachers))
 
     # memory

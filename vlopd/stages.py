@@ -118,7 +118,7 @@ def stored_dtype(config: ExperimentConfig) -> torch.dtype:
 
 def note_teacher(run: RunFolder, config: ExperimentConfig, name: str, arm: TeacherArm) -> bool:
     """A teacher is not copied into the run; its record says where it is."""
-    teacher = config.teachers[arm.teacher or next(iter(config.teachers))]
+    teacher = config.teacher_of(arm)
     inputs = {"teacher": teacher.model, "revision": teacher.revision}
     if teacher.is_student:
         inputs["source"] = arm_digest(run, source_arm(config))
@@ -152,7 +152,7 @@ def arm_folder(run: RunFolder, config: ExperimentConfig, name: str) -> Path:
     arm = config.arms.get(name)
     if not isinstance(arm, TeacherArm):
         return run.checkpoint(name)
-    teacher = config.teachers[arm.teacher or next(iter(config.teachers))]
+    teacher = config.teacher_of(arm)
     folder = teacher_folder(run, config, teacher)
     if folder.is_dir():
         return folder

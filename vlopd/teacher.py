@@ -36,8 +36,6 @@ class Teacher:
 
     def view(self, example: Example) -> Example:
         """The example with this teacher's context."""
-        if self.context is None:
-            return example
         return teacher_view(self.context, example)
 
     def render(self, examples: Sequence[Example]) -> Prompts:

@@ -2,7 +2,7 @@
 
 Everything else holds a `LoadedModel` (load.py) and opaque dicts of model inputs (types.Prompts). To add a
 family, see CONTRIBUTING.md: most need nothing here; those whose forward wants unusual inputs, whose
-logits are post-processed, or whose parameters have names of their own need a line in one of the tables.
+logits are post-processed need a line in one of the tables (names of parameters: atlas.py).
 `tests/test_families.py` is what "supported" means.
 """
 
@@ -194,7 +194,7 @@ def encode(
 ) -> Prompts:
     """Tokenizes rendered prompts (template already applied) with their images, padded on the left.
 
-    Prompts whose images are alike in number and size go through the processor together (four times faster);
+    Prompts whose images are alike in number and size go through the processor together, which is faster;
     others one by one, so that a prompt's inputs cannot depend on its neighbours'.
     """
     pad_id = tokenizer_of(processor).pad_token_id or 0

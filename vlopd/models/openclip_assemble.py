@@ -10,9 +10,7 @@ import jinja2
 import torch
 from tokenizers import AddedToken
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from vlopd.config import ConfigError
 from vlopd.models.load import first_line, load

@@ -1,11 +1,8 @@
 """A vision-language model of any open_clip vision tower, an MLP projector and any causal language model.
 
-    model, processor = assemble("local-dir:path/of/a/clip", "Qwen/Qwen3-1.7B")
-    freeze(model, ["vision"])
-    model.save_pretrained(folder); processor.save_pretrained(folder)
-
-To the rest of the house it is one more Hugging Face class: after `register()` the auto classes load such a
-folder. open_clip is imported where a tower is built or an image is transformed, not here: it takes seconds.
+`openclip_assemble.assemble` puts one together. To the rest of the house it is one more Hugging Face class: after
+`register()` the auto classes load such a folder. open_clip is imported where a tower is built or an image is
+transformed, not here: it takes seconds.
 """
 
 from __future__ import annotations
