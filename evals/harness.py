@@ -32,6 +32,7 @@ from vlopd.checkpoint import (
     write_jsonl,
 )
 from vlopd.config import ConfigError, ExperimentConfig, TeacherArm
+from vlopd.distill import Evaluate
 from vlopd.models.load import DTYPES, LoadedModel, load_configured
 from vlopd.processes import accelerator
 from vlopd.stages import teacher_folder
@@ -64,21 +65,8 @@ def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     out = run.eval(arm)
     if up_to_date(out / "results.json", inputs):
         return False
-    loaded = open_arm(run, config, arm)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    lm = ArmLM(loaded, config.eval.batch_size, title=f"eval {arm}")
-    with untouched_randomness():
-        results = lm_eval.simple_evaluate(
-            model=lm,
-            model_args={"pretrained": arm},
-            tasks=list(config.eval.tasks),
-            task_manager=task_manager(config.eval.tasks),
-            limit=config.eval.limit,
-            apply_chat_template=True,
-            bootstrap_iters=1,  # closed-form errors only; ours are in compare.json
-            log_samples=True,
-        )
-    assert results is not None
+    lm = ArmLM(open_arm(run, config, arm), config.eval.batch_size, title=f"eval {arm}")
+    results = score(lm, config.eval.tasks, config.eval.limit, arm)
     samples = results.pop("samples")
     about = {
         "arm": arm,
@@ -105,6 +93,44 @@ def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     plain = json.loads(json.dumps({**results, **about}, default=handle_non_serializable))
     write_json(out / "results.json", without_nan(plain))
     return True
+
+
+def score(lm: ArmLM, tasks: tuple[str, ...], limit: int | None, name: str) -> dict[str, Any]:
+    """lm-eval's results of a model on the tasks, with every question's sample; no random state is touched."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with untouched_randomness():
+        results = lm_eval.simple_evaluate(
+            model=lm,
+            model_args={"pretrained": name},
+            tasks=list(tasks),
+            task_manager=task_manager(tasks),
+            limit=limit,
+            apply_chat_template=True,
+            bootstrap_iters=1,  # closed-form errors only; ours are in compare.json
+            log_samples=True,
+        )
+    assert results is not None
+    return results
+
+
+def held_out_scores(config: ExperimentConfig) -> Evaluate:
+    """For the training loop: the means of a student on the questions of eval.during, {task: {metric: mean}}."""
+    during = config.eval.during
+    assert during is not None
+    task_manager(during.tasks)  # an unknown task is an error before any training
+
+    def evaluate(student: LoadedModel) -> dict[str, dict[str, float]]:
+        lm = ArmLM(student, config.eval.batch_size, title="held-out", quiet=True)
+        results = score(lm, during.tasks, during.limit, student.name)
+        return {
+            task: {
+                metric: float(np.mean([row[metric] for row in rows]))
+                for metric in results["higher_is_better"][task]
+            }
+            for task, rows in results["samples"].items()
+        }
+
+    return evaluate
 
 
 def open_arm(run: RunFolder, config: ExperimentConfig, name: str) -> LoadedModel:

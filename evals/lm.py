@@ -33,9 +33,11 @@ class ArmLM(LM):
 
     MULTIMODAL = True  # lm-eval asks before it hands out requests with pictures
 
-    def __init__(self, loaded: LoadedModel, batch_size: int = 16, title: str = ""):
+    def __init__(
+        self, loaded: LoadedModel, batch_size: int = 16, title: str = "", quiet: bool = False
+    ):
         super().__init__()
-        self.loaded, self.batch_size, self.title = loaded, batch_size, title
+        self.loaded, self.batch_size, self.title, self.quiet = loaded, batch_size, title, quiet
         self._device = loaded.device
 
     @property
@@ -91,7 +93,7 @@ class ArmLM(LM):
         totals = []
         longest = self.loaded.model.config.get_text_config().max_position_embeddings
         prefix = self.loaded.tokenizer.bos_token_id or self.loaded.end_ids[0]
-        for request in tqdm(requests, disable=disable_tqdm, desc=self.title):
+        for request in tqdm(requests, disable=disable_tqdm or self.quiet, desc=self.title):
             ids = self.loaded.tokenizer(request.args[0], add_special_tokens=False)["input_ids"]
             windows = map(
                 make_disjoint_window, get_rolling_token_windows(ids, prefix, longest - 1, 1)
@@ -120,7 +122,10 @@ class ArmLM(LM):
         )
         answers: list[Any] = [None] * len(requests)
         with tqdm(
-            total=len(requests), disable=disable_tqdm, desc=self.title, unit="question"
+            total=len(requests),
+            disable=disable_tqdm or self.quiet,
+            desc=self.title,
+            unit="question",
         ) as bar:
             start = 0
             while start < len(order):

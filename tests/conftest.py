@@ -27,9 +27,11 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vlopd.config import ExperimentConfig
+from vlopd.config import ExperimentConfig, RolloutConfig
 from vlopd.models.load import BUILTIN
 from vlopd.pair import ModelPair, load_pair
+from vlopd.seeding import uniforms
+from vlopd.types import Completions, Prompts
 
 KINDS = ("llm", "vlm")
 
@@ -85,6 +87,12 @@ def build(kind: str, role: str, folder: Path, dtype: torch.dtype) -> Path:
     model.to(dtype).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def sampled(pair: ModelPair, prompts: Prompts, tokens: int, seed: int = 0) -> Completions:
+    """The student's own completions of the prompts, at temperature 1."""
+    rollout = RolloutConfig(max_new_tokens=tokens)
+    return pair.sample(prompts, rollout, uniforms(len(prompts), tokens, seed))
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.conftest import sampled
 from tests.families.llms import LLMS
 from tests.families.vlms import VLMS
 from tests.test_families import by_hand, row
@@ -57,7 +58,7 @@ def test_a_pair_of_two_families_has_the_kl_worked_out_by_hand(student, teacher, 
     (grader,) = pair.teachers
     examples = list(ShapesWorld("train", 3, 0, modality_of(student)))
     prompts = pair.student.render(examples)
-    completions = pair.sample(prompts, 8, 1.0, torch.Generator().manual_seed(0))
+    completions = sampled(pair, prompts, 8, 0)
     if student in VLMS:
         counts = []
         for model, batch in ((pair.student, prompts), (grader.loaded, grader.render(examples))):
@@ -81,7 +82,7 @@ def test_one_step_across_families_lowers_the_kl(tmp_path):
     pair = make_pair("qwen2_5_vl", "internvl", tmp_path)
     examples = list(ShapesWorld("train", 3, 0, "image"))
     prompts = pair.student.render(examples)
-    completions = pair.sample(prompts, 8, 1.0, torch.Generator().manual_seed(0))
+    completions = sampled(pair, prompts, 8, 0)
     optimizer = torch.optim.AdamW(pair.student.model.parameters(), lr=1e-2)
     losses = []
     for _ in range(40):

@@ -27,10 +27,11 @@ from tests.families.openclip import build_tiny
 from tests.families.vlms import VLMS
 from vlopd.config import ConfigError, ReverseKL, UserError
 from vlopd.data.shapes import ShapesWorld
-from vlopd.losses import chunked_divergence
+from vlopd.losses import Sampled, chunked_divergence
 from vlopd.models import atlas, families
 from vlopd.models.load import LoadedModel, load, save
 from vlopd.rollout import sample
+from vlopd.seeding import uniforms
 from vlopd.trainable import Trainable
 from vlopd.types import Completions, Example, Prompts
 
@@ -233,6 +234,7 @@ def test_padding_and_chunks_change_nothing(family, make):
             lambda h: model.logits(h, columns),
             others,
             lambda h: other.logits(h, columns),
+            Sampled(torch.zeros(len(hidden), dtype=torch.long), torch.zeros(len(hidden))),
         )
         for size in (4, 1000)
     )
@@ -258,7 +260,7 @@ def test_samplers_logprobs_equal_rescored_ones(family, make):
     """What the sampler notes with its cache is what scoring gives."""
     model = make(family)
     prompts = model.render(examples_of(family))
-    completions = sample(model, prompts, 8, 1.0, torch.Generator().manual_seed(0))
+    completions = sample(model, prompts, 8, 1.0, uniforms(len(prompts), 8, 0))
     rescored = ours(model, prompts, completions)
     rescored = rescored.gather(1, completions.ids[completions.mask][:, None])[:, 0]
     torch.testing.assert_close(completions.logprobs[completions.mask], rescored, rtol=0, atol=1e-4)
@@ -324,7 +326,7 @@ def test_placeholders_are_never_sampled(seeing, make):
         model.model.get_output_embeddings().weight[ids] = 5 * hidden.mean(0)
         likeliest = ours(model, prompts, completions).argmax(-1)
     assert set(likeliest.tolist()) & set(ids)
-    completions = sample(model, prompts, 12, 1.0, torch.Generator().manual_seed(0))
+    completions = sample(model, prompts, 12, 1.0, uniforms(len(prompts), 12, 0))
     assert not set(completions.ids[completions.mask].tolist()) & set(ids)
 
 
@@ -440,6 +442,7 @@ def test_distillation_reaches_the_teacher_and_moves_nothing_else(family, make):
                 lambda h: student.logits(h, 58),
                 target,
                 lambda h: teacher.logits(h, 58),
+                Sampled(completions.ids[completions.mask], completions.logprobs[completions.mask]),
             ).loss.mean()
             loss.backward()
             optimizer.step()

@@ -4,8 +4,9 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from vlopd import losses
 from vlopd.config import JSD, K1, K2, K3, ConfigError, LossConfig, ReverseKL, load_config
-from vlopd.losses import Sampled, chunked_divergence, token_divergence
+from vlopd.losses import Sampled, TokenDivergence, chunked_divergence
 
 INF = float("inf")
 
@@ -44,6 +45,13 @@ def make(name: str, support: str = "full", **more) -> LossConfig:
     if name in DIVERGENCES:
         more["support"] = SUPPORTS[support]
     return TypeAdapter(LossConfig).validate_python({**table, **more})
+
+
+def token_divergence(loss, student, teacher, sampled=None, reward=None) -> TokenDivergence:
+    """The function under test; where the loss does not look at the sampled tokens, some are made up."""
+    n = len(student)
+    made_up = Sampled(torch.arange(n) % student.shape[1], torch.zeros(n))
+    return losses.token_divergence(loss, student, teacher, sampled or made_up, reward)
 
 
 # ------------------------------------------------------------------------------------ the reference
@@ -337,7 +345,8 @@ def test_chunks_hold_no_more_than_a_chunk_of_logits():
         ):
             hidden = torch.randn(tokens, 4, requires_grad=True)
             loss = ReverseKL(chunk_tokens=chunk)
-            chunked_divergence(loss, hidden, head, hidden.detach(), head).loss.sum()
+            sampled = Sampled(torch.zeros(tokens, dtype=torch.long), torch.zeros(tokens))
+            chunked_divergence(loss, hidden, head, hidden.detach(), head, sampled).loss.sum()
         return max(sizes)
 
     assert kept(40, 100) >= 40 * 500

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tests.conftest import sampled
 from tests.test_config import QUICKSTART
 from tests.test_trainable import random_mask, train
 from vlopd.config import ConfigError, ExperimentConfig, ReverseKL, load_config
@@ -343,7 +344,7 @@ def test_every_optimizer_lowers_the_loss(name, kind, make_pair, make_config, mak
     config = make_config(kind, optim=settings(name)).optim
     pair, examples = make_pair(kind), make_data(kind)
     prompts = pair.student.render(examples)
-    completions = pair.sample(prompts, 6, 1.0, torch.Generator().manual_seed(0))
+    completions = sampled(pair, prompts, 6, 0)
     trainable = Trainable(pair.student.model)
     optimizer = build_optimizer(config, trainable)
     losses = []

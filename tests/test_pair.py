@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.conftest import sampled
 from vlopd.config import K1, K2, ConfigError, ReverseKL, UserError
 from vlopd.preflight import preflight
 
@@ -38,7 +39,7 @@ def kl_by_hand(pair, examples, completions, teacher_logprobs) -> torch.Tensor:
 
 def rollout(pair, examples, seed=0):
     prompts = pair.student.render(examples)
-    return prompts, pair.sample(prompts, 6, 1.0, torch.Generator().manual_seed(seed))
+    return prompts, sampled(pair, prompts, 6, seed)
 
 
 def test_token_kl_equals_two_separate_forward_passes(kind, make_pair, make_data):

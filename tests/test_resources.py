@@ -102,7 +102,7 @@ def saved_bytes(model: torch.nn.Module, run) -> int:
 def small_estimate(config: PretrainedConfig, dtype=torch.float32, **changes):
     reader = Reader(meta_model(config), prompt_tokens=8, patches=0)
     settings = dict(
-        dtype=dtype, prompts_per_step=8, max_new_tokens=4, chunk_tokens=16, micro_batch=2
+        dtype=dtype, completions_per_step=8, max_new_tokens=4, chunk_tokens=16, micro_batch=2
     )
     return estimate(reader, [reader], SPEED, **{**settings, **changes})
 

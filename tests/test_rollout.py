@@ -2,15 +2,17 @@
 
 import torch
 
+from tests.conftest import sampled
 from vlopd.models.load import load
 from vlopd.rollout import draw, sample
+from vlopd.seeding import uniforms
 
 
 def test_samplers_logprobs_equal_rescored_ones(kind, make_pair, make_data):
     """Log-probs noted while sampling with a cache equal those of one forward pass over the whole sequence."""
     pair = make_pair(kind)
     prompts = pair.student.render(make_data(kind))
-    completions = pair.sample(prompts, 8, 1.0, torch.Generator().manual_seed(0))
+    completions = sampled(pair, prompts, 8, 0)
     rescored = pair.student_logprobs(prompts, completions)
     assert float((rescored - completions.logprobs[completions.mask]).abs().max()) < 1e-4
 
@@ -35,8 +37,7 @@ def test_the_seed_decides(kind, make_pair, make_data):
     model = make_pair(kind).student
     prompts = model.render(make_data(kind))
     first, again, other = (
-        sample(model, prompts, 8, 1.0, torch.Generator().manual_seed(seed)).ids
-        for seed in (1, 1, 2)
+        sample(model, prompts, 8, 1.0, uniforms(len(prompts), 8, seed)).ids for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)
     assert first.shape != other.shape or not torch.equal(first, other)
@@ -48,9 +49,7 @@ def test_placeholders_and_padding_are_never_sampled(make_pair, make_data):
     banned = torch.tensor(model.unsampleable_ids)
     with torch.no_grad():
         model.model.get_output_embeddings().weight[banned] *= 50
-    completions = sample(
-        model, model.render(make_data("vlm")), 30, 1.0, torch.Generator().manual_seed(0)
-    )
+    completions = sample(model, model.render(make_data("vlm")), 30, 1.0, uniforms(6, 30, 0))
     assert not bool(torch.isin(completions.ids[completions.mask], banned).any())
 
 
@@ -59,9 +58,7 @@ def test_completion_ends_with_its_first_end_token(kind, make_pair, make_data):
     model = make_pair(kind).student
     with torch.no_grad():
         model.model.get_output_embeddings().weight[model.end_ids[0]] *= 3
-    completions = sample(
-        model, model.render(make_data(kind)), 30, 1.0, torch.Generator().manual_seed(0)
-    )
+    completions = sample(model, model.render(make_data(kind)), 30, 1.0, uniforms(6, 30, 0))
     for ids, mask, ended in zip(completions.ids, completions.mask, completions.ended, strict=True):
         kept = ids[mask].tolist()
         assert (kept[-1] in model.end_ids) == bool(ended)
@@ -74,7 +71,7 @@ def test_draws_follow_the_distribution():
     logits = torch.tensor([0.0, 1.0, 2.0, 3.0, 1.5])
     n = 200_000
     banned = torch.tensor([0, 0, 0, 1, 0]).bool()
-    drawn = draw(logits.expand(n, -1), 0.7, banned, torch.Generator().manual_seed(0))
+    drawn = draw(logits.expand(n, -1), 0.7, banned, uniforms(n, 1, 0)[:, 0])
     expected = torch.softmax(logits.masked_fill(banned, -torch.inf) / 0.7, -1)
     observed = drawn.bincount(minlength=5) / n
     error = (expected * (1 - expected) / n).sqrt()

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from tests.conftest import sampled
 from vlopd.config import ReverseKL
 from vlopd.optimizers import build_optimizer
+from vlopd.rollout import sample
 from vlopd.trainable import Trainable
 
 COMPUTE = ("fp32", "bf16")
@@ -13,7 +15,7 @@ COMPUTE = ("fp32", "bf16")
 def train(pair, examples, config, mask, steps=5):
     """Some steps on fixed completions; returns the parameters and the Trainable."""
     prompts = pair.student.render(examples)
-    completions = pair.sample(prompts, 6, 1.0, torch.Generator().manual_seed(0))
+    completions = sampled(pair, prompts, 6, 0)
     trainable = Trainable(pair.student.model, mask)
     optimizer = build_optimizer(config.optim, trainable)
     clip = config.optim.max_grad_norm or float("inf")
@@ -109,7 +111,7 @@ def test_compact_gradients_are_the_dense_ones_gathered(kind, make_pair, make_con
         trainable = Trainable(pair.student.model, mask)
         for part in (make_data(kind)[:3], make_data(kind)[3:]):
             prompts = pair.student.render(part)
-            completions = pair.sample(prompts, 5, 0.0)
+            completions = sample(pair.student, prompts, 5, 0.0, columns=pair.vocabulary.student)
             tokens = pair.divergence(ReverseKL(), part, prompts, completions)
             tokens.loss.sum().backward()
         assert all(

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from tests.conftest import sampled
 from vlopd.config import ConfigError, ReverseKL
 from vlopd.models.load import load
 from vlopd.pair import load_pair, shared_vocabulary
@@ -125,7 +126,7 @@ def test_a_remapped_teacher_grades_as_the_unmapped_one(
     results = []
     for pair in (plain, mapped):
         prompts = pair.student.render(examples)
-        completions = pair.sample(prompts, 6, 1.0, torch.Generator().manual_seed(0))
+        completions = sampled(pair, prompts, 6, 0)
         tokens = pair.divergence(ReverseKL(), examples, prompts, completions)
         results.append((completions.ids, tokens.loss, pair.teacher_logprobs(examples, completions)))
     (ids_a, kl_a, logprobs_a), (ids_b, kl_b, logprobs_b) = results
@@ -152,7 +153,7 @@ def test_a_student_with_a_token_more_never_samples_it(
     pair = load_pair(make_config(kind, student=str(student)), "cpu")
     assert "'<box>'" in pair.vocabulary.notes[-1] and pair.vocabulary.size == new
     prompts = pair.student.render(make_data(kind))
-    completions = pair.sample(prompts, 12, 1.0, torch.Generator().manual_seed(0))
+    completions = sampled(pair, prompts, 12, 0)
     assert not bool((completions.ids == new).any())
     rescored = pair.student_logprobs(prompts, completions)
     torch.testing.assert_close(rescored, completions.logprobs[completions.mask], rtol=0, atol=1e-4)

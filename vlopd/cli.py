@@ -81,16 +81,27 @@ def is_main_process() -> bool:
 def make_arms(run: RunFolder, config: ExperimentConfig, names: list[str]) -> None:
     from vlopd import stages
 
+    evaluate = held_out(config)
     for name in names:
-        made = stages.make_arm(run, config, name)
+        made = stages.make_arm(run, config, name, evaluate)
         say(f"arm {name}", run.arm_record(name), made)
+
+
+def held_out(config: ExperimentConfig):
+    """What scores a student while it trains, if eval.during asks for it."""
+    if config.eval.during is None:
+        return None
+    from evals.harness import held_out_scores
+
+    return held_out_scores(config)
 
 
 def make_masks(run: RunFolder, config: ExperimentConfig) -> None:
     from vlopd import stages
 
+    evaluate = held_out(config)
     for name in config.masks:
-        made = stages.make_mask(run, config, name)
+        made = stages.make_mask(run, config, name, evaluate)
         say(f"mask {name}", run.mask(name), made)
 
 

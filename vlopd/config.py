@@ -222,11 +222,78 @@ DataConfig = Annotated[ShapesData | FileData | CapitalsData, Field(discriminator
 # ------------------------------------------------------------------------------------------ training
 
 
-class RolloutConfig(Section):
-    """How the student samples its completions."""
+Writer = Literal["student", "teacher", "data"]
+"""Who wrote a completion."""
 
+
+class OneSource(Section):
+    """All completions are the student's samples (OPD), the teacher's (sequence-level KD), or the data's answers."""
+
+    type: Writer = "student"
+
+    @property
+    def shares(self) -> dict[Writer, float]:
+        return {self.type: 1.0}
+
+
+class MixedSource(Section):
+    """Each completion is drawn from one of several (GKD, arXiv 2306.13649: lambda is the student's share)."""
+
+    type: Literal["mixture"] = "mixture"
+    student: float = Field(0.0, ge=0)
+    teacher: float = Field(0.0, ge=0)
+    data: float = Field(0.0, ge=0)
+
+    @property
+    def shares(self) -> dict[Writer, float]:
+        """Relative to each other, those above 0."""
+        every: dict[Writer, float] = {
+            "student": self.student,
+            "teacher": self.teacher,
+            "data": self.data,
+        }
+        return {writer: share for writer, share in every.items() if share > 0}
+
+    @model_validator(mode="after")
+    def check_shares(self) -> MixedSource:
+        if not self.shares:
+            raise ValueError("a mixture needs a share above 0, such as student = 0.5, data = 0.5")
+        return self
+
+
+def as_source(value: Any) -> Any:
+    """`source = "data"` is short for `source = {type = "data"}`."""
+    return {"type": value} if isinstance(value, str) else value
+
+
+SourceConfig = Annotated[
+    Annotated[OneSource | MixedSource, Field(discriminator="type")], BeforeValidator(as_source)
+]
+
+
+class RolloutConfig(Section):
+    """Where completions come from, and how the models that write them sample."""
+
+    source: SourceConfig = OneSource()
     max_new_tokens: int = Field(16, gt=0)
+    """Longer answers of the data are cut there."""
+    completions_per_prompt: int = Field(1, gt=0)
     temperature: float = Field(1.0, gt=0)
+    """Of the sampling alone; the loss has temperatures of its own."""
+    top_k: int | None = Field(None, gt=0)
+    """Samples among the likeliest so many tokens, after the temperature."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Samples among the fewest likeliest tokens whose probabilities reach this, after top_k."""
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether the student writes every completion."""
+        return set(self.source.shares) == {"student"}
+
+    @property
+    def is_students_distribution(self) -> bool:
+        """Whether tokens are drawn from the model's own distribution, at temperature 1, nothing cut."""
+        return self.temperature == 1 and self.top_k is None and self.top_p == 1
 
 
 class FullSupport(Section):
@@ -274,14 +341,18 @@ SupportConfig = Annotated[
 ]
 
 
-class Chunked(Section):
-    """Computed in chunks of tokens; the result does not depend on them."""
+class Loss(Section):
+    """What all losses share. Computed in chunks of tokens; the result does not depend on them."""
 
     chunk_tokens: int = Field(1024, gt=0)
     """Completion tokens whose [*, V] logits are held at once, forward and backward."""
+    normalisation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
+    """Of a step's summed token losses, over all micro-batches and processes. `token_mean` divides by the step's
+    completion tokens; `sequence_mean` averages each completion's own mean, so that short ones weigh as much as
+    long ones; `fixed_length` divides by completions times rollout.max_new_tokens."""
 
 
-class Divergence(Chunked):
+class Divergence(Loss):
     """A sum over a support at every completion token. Below, q is the student and p the teacher."""
 
     support: SupportConfig = FullSupport()
@@ -349,7 +420,17 @@ class SkewForwardKL(Divergence):
     alpha: float = Field(0.1, ge=0, lt=1)
 
 
-class Estimator(Chunked):
+class SampledToken(Loss):
+    """A loss of the completion's own tokens alone, at temperature 1."""
+
+
+class NLL(SampledToken):
+    """-log q: supervised fine-tuning on the data's answers, sequence-level KD on the teacher's samples."""
+
+    type: Literal["nll"] = "nll"
+
+
+class Estimator(SampledToken):
     """The reverse KL from the sampled token alone, d = log q - log p there, both at temperature 1.
 
     What is said of their means holds for completions that the student sampled at rollout.temperature 1.
@@ -377,9 +458,26 @@ class K3(Estimator):
 
 
 LossConfig = Annotated[
-    ReverseKL | ForwardKL | JSD | SkewReverseKL | SkewForwardKL | K1 | K2 | K3,
+    ReverseKL | ForwardKL | JSD | SkewReverseKL | SkewForwardKL | NLL | K1 | K2 | K3,
     Field(discriminator="type"),
 ]
+
+
+class RewardConfig(Section):
+    """Verifiable rewards of whole completions, as group-normalised advantages (GRPO, arXiv 2402.03300).
+
+    The objective is alpha * loss + (1 - alpha) * policy gradient. Under k1, which is a policy gradient too, the
+    advantages are what is mixed: alpha * (log p - log q) + (1 - alpha) * the reward's, clipped together.
+    """
+
+    rule: Literal["exact_match", "verdict_match", "answer_named", "capital_named"]
+    """1 for a right completion, 0 for another, by a rule of vlopd/rewards.py."""
+    alpha: float = Field(0.0, ge=0, lt=1)
+    """The teacher's share; 0 is reinforcement learning alone (RLVR), with the teacher only looking on."""
+    scale: Literal["std", "none"] = "std"
+    """Whether advantages are divided by their group's standard deviation (GRPO) or left (arXiv 2503.20783)."""
+    clip: float | None = Field(0.2, gt=0, lt=1)
+    """PPO's bound on how far the importance ratio pays, also of k1's part; null for none."""
 
 
 class ComponentRates(Section):
@@ -484,15 +582,19 @@ OptimConfig = Annotated[
 class TrainConfig(Section):
     steps: int = Field(gt=0)
     prompts_per_step: int = Field(gt=0)
-    """Prompts of one optimizer step over all processes, one completion each."""
+    """Prompts of one step over all processes, each with rollout.completions_per_prompt completions."""
+    updates_per_rollout: int = Field(1, gt=0)
+    """Optimizer updates on the same completions; above 1, k1 and rewards weigh them by importance ratios."""
     micro_batch: int | None = Field(None, gt=0)
-    """Prompts of one forward and backward; null for all of the process's at once."""
+    """Completions of one forward and backward; null for all of the process's at once."""
     freeze: tuple[Literal["vision", "projector", "language", "embedding", "head"], ...] = ()
     """Components of the student that do not train."""
     save_every: int = Field(50, gt=0)
     """Steps between resumable states; a killed run goes on from the last."""
     sample_every: int = Field(25, gt=0)
     """Steps between sample generations written to samples.jsonl."""
+    evidence_every: int | None = Field(None, gt=0)
+    """Steps between looks at the optimizer (optimizer.jsonl), which copy the trained values once; null for none."""
 
 
 # ------------------------------------------------------------------------------------- masks and arms
@@ -540,13 +642,33 @@ class TeacherArm(Section):
     """Which, where there are several."""
 
 
+Table = dict[str, Any]
+"""A part of a section, put over the run's own as an override would be."""
+
+
 class DistillArm(Section):
-    """On-policy distillation from the source; with a mask, only its coordinates train."""
+    """On-policy distillation from the source; with a mask, only its coordinates train.
+
+    Sections given here hold for this arm alone: `loss = {type = "forward_kl"}` varies one factor.
+    """
 
     type: Literal["distill"] = "distill"
     seed: int
     """Seeds the data and the sampling."""
     mask: str | None = None
+    teacher: Table | None = None
+    data: Table | None = None
+    rollout: Table | None = None
+    loss: Table | None = None
+    reward: Table | None = None
+    optim: Table | None = None
+    train: Table | None = None
+
+    @property
+    def own(self) -> dict[str, Table]:
+        """The sections that are this arm's own, by name."""
+        tables = self.model_dump(include=set(Recipe.model_fields))
+        return {name: table for name, table in tables.items() if table is not None}
 
 
 class TransplantArm(Section):
@@ -574,6 +696,17 @@ class GeometryConfig(Section):
     """Fractions for principal subspaces, magnitude masks and energy shares."""
 
 
+class HeldOutConfig(Section):
+    """Scores a small fixed set every so many steps, by the code of the final evaluation (heldout.jsonl)."""
+
+    every: int = Field(gt=0)
+    """Steps; the source and the last step are scored too."""
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """lm-eval task names. Use a validation task: what is looked at while training is no longer held out."""
+    limit: int = Field(200, gt=0)
+    """The first so many questions of each task."""
+
+
 class EvalConfig(Section):
     tasks: tuple[str, ...] = ("shapes",)
     """lm-eval task names: ours (evals/tasks/) and any that lm-eval knows."""
@@ -584,25 +717,100 @@ class EvalConfig(Section):
     bootstrap_draws: int = Field(10_000, gt=0)
     keep_images: int = Field(32, ge=0)
     """Pictures of the first questions that are kept for the report's examples."""
+    during: HeldOutConfig | None = None
+    """A look at held-out questions while an arm trains; it decides nothing."""
 
 
-class ExperimentConfig(Section):
+class Recipe(Section):
+    """How an arm is trained: the sections that an arm may have of its own."""
+
+    teacher: TeachersConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    loss: LossConfig = ReverseKL()
+    reward: RewardConfig | None = None
+    optim: OptimConfig = AdamW()
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def check_recipe(self) -> Recipe:
+        """The loss and the reward can be had from the completions that there are."""
+        rollout, writers = self.rollout, set(self.rollout.source.shares)
+        if isinstance(self.loss, NLL) and "student" in writers:
+            raise ValueError(
+                "loss nll on the student's own samples only repeats them; set rollout.source to "
+                '"data" or "teacher"'
+            )
+        if isinstance(self.loss, Estimator) and not rollout.is_on_policy:
+            raise ValueError(
+                f"loss {self.loss.type} is a mean over the student's own samples; set rollout.source = "
+                '"student", or a loss over the vocabulary'
+            )
+        if "teacher" in writers and isinstance(self.teacher, MixedTeachers):
+            raise ValueError("rollout.source: mixed teachers grade together, but cannot sample")
+        if self.reward is not None and not rollout.is_on_policy:
+            raise ValueError('reward needs the student\'s own samples: rollout.source = "student"')
+        if self.reward is not None and rollout.completions_per_prompt < 2:
+            raise ValueError(
+                "reward compares completions of one prompt; set rollout.completions_per_prompt = 8, say"
+            )
+        return self
+
+    @property
+    def notes(self) -> list[str]:
+        """What the settings make untrue or meaningless, for the log and the arm's record."""
+        found = []
+        if isinstance(self.loss, Estimator) and not self.rollout.is_students_distribution:
+            found.append(
+                f"loss {self.loss.type} is no longer unbiased: rollout.temperature, top_k or top_p sample "
+                "another distribution than the student's own"
+            )
+        if self.reward is not None and not self.rollout.is_students_distribution:
+            found.append(
+                "the reward's policy gradient is biased: rollout.temperature, top_k or top_p sample another "
+                "distribution than the student's own"
+            )
+        if not self.rollout.is_on_policy:
+            found.append(
+                "logprob_gap is of the completions that the student itself wrote, if there are any"
+            )
+        return found
+
+
+class TrackingConfig(Section):
+    """Where the training curves go besides metrics.jsonl, through accelerate."""
+
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """wandb runs offline unless WANDB_MODE says otherwise."""
+
+
+class ExperimentConfig(Recipe):
     """One experiment: everything that decides its numbers."""
 
     name: str = Field(pattern=NAME)
     title: str = ""
     student: Annotated[ModelConfig, BeforeValidator(as_table)]
-    teacher: TeachersConfig
     precision: PrecisionConfig = PrecisionConfig()
-    data: DataConfig
-    rollout: RolloutConfig = RolloutConfig()
-    loss: LossConfig = ReverseKL()
-    optim: OptimConfig = AdamW()
-    train: TrainConfig
     masks: dict[str, MaskConfig] = {}
     arms: dict[str, ArmConfig]
     geometry: GeometryConfig = GeometryConfig()
     eval: EvalConfig = EvalConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def of_arm(self, arm: DistillArm) -> ExperimentConfig:
+        """The experiment as this arm sees it: its own sections put over the run's.
+
+        Raises ConfigError where they do not fit.
+        """
+        if not arm.own:
+            return self
+        tree = self.model_dump(mode="json", include=set(Recipe.model_fields), exclude_none=True)
+        merge(tree, arm.own)
+        try:
+            recipe = Recipe.model_validate(tree)
+        except ValidationError as error:
+            raise ConfigError("; ".join(map(explain, error.errors()))) from None
+        return self.model_copy(update={k: v for k, v in recipe if k in arm.own})
 
     @property
     def teachers(self) -> dict[str, TeacherConfig]:
@@ -633,6 +841,11 @@ class ExperimentConfig(Section):
             else:
                 need(self.arms, mask.of, f"masks.{name}.of")
         for name, arm in self.arms.items():
+            if isinstance(arm, DistillArm):
+                try:
+                    self.of_arm(arm)
+                except ConfigError as error:
+                    raise ValueError(f"arms.{name}: {error}") from None
             if isinstance(arm, TeacherArm):
                 if arm.teacher is None and len(self.teachers) > 1:
                     raise ValueError(
@@ -646,7 +859,11 @@ class ExperimentConfig(Section):
             if isinstance(arm, (DistillArm, TransplantArm)) and arm.mask is not None:
                 need(self.masks, arm.mask, f"arms.{name}.mask")
                 self._refuse_cycle(name)
-            if isinstance(self.optim, Muon) and isinstance(arm, DistillArm) and arm.mask:
+            if (
+                isinstance(arm, DistillArm)
+                and arm.mask
+                and isinstance(self.of_arm(arm).optim, Muon)
+            ):
                 self._refuse_cut_matrices(name, arm.mask)
         for name in self.geometry.arms:
             need(self.arms, name, "geometry.arms")

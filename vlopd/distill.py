@@ -1,14 +1,16 @@
 """On-policy distillation: the loop. Start reading here.
 
-Each step: 1. the student samples one completion a prompt; 2. the teacher, reading the same example in its
-own template and resolution, grades every token of it; 3. the divergence at the completion tokens, averaged
-over the whole step, is back-propagated through the student's log-probs only (not through the sampling);
-4. the optimizer moves the trained coordinates' fp32 values, which are rounded into the model.
+Each step: 1. the student samples completions of the step's prompts; 2. the teacher, reading the same
+examples in its own template and resolution, grades every token of them; 3. the loss at the completion tokens,
+averaged over the whole step, is back-propagated through the student's log-probs only (not through the
+sampling); 4. the optimizer moves the trained coordinates' fp32 values, which are rounded into the model.
 
-What it does not do, and why: no replay buffer and no importance ratios (each sample is used once, by the
-weights that drew it); no reward and no reference model (the teacher's KL is the whole signal); no
-`Trainer` subclass and no callbacks (the loop is short enough to edit). Retraining a subnetwork is this
-same function with a mask.
+The baselines are this same loop: completions may be the teacher's or the data's (sources.py), and a
+reward's advantages may be mixed in or stand alone (rewards.py). Retraining a subnetwork is it with a mask.
+
+What it does not do, and why: no replay buffer (a step's completions are used in that step, once unless
+train.updates_per_rollout says more) and no reference model (the teacher is the only other opinion); no
+`Trainer` subclass and no callbacks (the loop is short enough to edit).
 """
 
 from __future__ import annotations
@@ -16,27 +18,34 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlopd import processes, seeding
-from vlopd.checkpoint import RunError, whole_file
+from vlopd import processes
+from vlopd.checkpoint import whole_folder
 from vlopd.config import ConfigError, DistillArm, ExperimentConfig, UserError
 from vlopd.data import pick
-from vlopd.log import TrainingLog
-from vlopd.losses import TokenDivergence
+from vlopd.diagnostics import finite, summarise
+from vlopd.evidence import Look
+from vlopd.log import TrainingLog, open_trackers
+from vlopd.losses import TokenDivergence, token_weights
 from vlopd.models import atlas
-from vlopd.optimizers import Optimizers, build_optimizer, learning_rate
+from vlopd.models.load import LoadedModel
+from vlopd.optimizers import build_optimizer, learning_rate
 from vlopd.pair import ModelPair
+from vlopd.sources import Batch, collect
+from vlopd.state import Averages, resume, save_state
 from vlopd.trainable import Trainable
-from vlopd.types import Completions, Example, Prompts
+from vlopd.types import Example
+
+Evaluate = Callable[[LoadedModel], Mapping[str, Mapping[str, float]]]
+"""Scores a model on the held-out questions of eval.during: {task: {metric: mean}}."""
 
 
 class TrainingError(UserError):
@@ -53,16 +62,19 @@ def distill(
     mask: Mapping[str, Tensor] | None = None,
     identity: str = "",
     accelerator: Accelerator | None = None,
+    evaluate: Evaluate | None = None,
 ) -> Trainable:
     """Trains the pair's student in place and returns its trained coordinates.
 
-    Writes metrics.jsonl, samples.jsonl and a resumable state/ into `folder`; a state left there by a
-    killed run with the same `identity` (a digest of everything that decides the result) is gone on from.
+    `config` is the experiment as the arm sees it (`ExperimentConfig.of_arm`). Writes metrics.jsonl,
+    samples.jsonl and a resumable state/ into `folder`, and optimizer.jsonl and heldout.jsonl where they are
+    asked for; a state left there by a killed run with the same `identity` (a digest of everything that
+    decides the result) is gone on from. `evaluate` only looks: no later number of the training depends on it.
 
-    Raises TrainingError when the loss or a gradient is not finite.
+    Raises TrainingError when the loss, a gradient or a log-prob is not finite.
     """
     accelerator = accelerator or processes.accelerator()
-    train, loss_config = config.train, config.loss
+    train, rollout = config.train, config.rollout
     atlas.freeze(pair.student.model, train.freeze)
     trainable = Trainable(pair.student.model, mask)
     if trainable.count == 0:
@@ -72,73 +84,95 @@ def distill(
     start = resume(folder / "state", trainable, optimizer, averages, identity)
     share = split_evenly(train.prompts_per_step, accelerator)
     pair.check_teachers_prompt(pick(data, 0, 1, arm.seed))
-    with TrainingLog(folder, title, train.steps, start, accelerator.is_main_process) as log:
+    main = accelerator.is_main_process
+    trackers = open_trackers(config, folder, title) if main else []
+    with TrainingLog(folder, title, train.steps, start, main, trackers) as log:
+        for note in config.notes:
+            log.note(note)
+        if start == 0:
+            look_at_held_out(config, 0, pair, log, accelerator, evaluate)
         for step in range(start, train.steps):
             clock = Stopwatch()
-            first = step * train.prompts_per_step + share.start
-            mine = pick(data, first, len(share), arm.seed)
-            size = train.micro_batch or len(mine)
-            batches = [mine[i : i + size] for i in range(0, len(mine), size)]
-            draws = seeding.generator(
-                accelerator.device, "rollout", arm.seed, step, accelerator.process_index
-            )
+            examples = pick(data, step * train.prompts_per_step + share.start, len(share), arm.seed)
+            rate = learning_rate(config.optim, step, train.steps)
             clock.lap("data")
 
-            # 1. the student samples
-            rollouts: list[tuple[Prompts, Completions]] = []
-            for examples in batches:
-                prompts = pair.student.render(examples)
-                completions = pair.sample(
-                    prompts, config.rollout.max_new_tokens, config.rollout.temperature, draws
-                )
-                rollouts.append((prompts, completions))
-            n_tokens = accelerator.reduce(
-                torch.tensor(sum(c.n_tokens for _, c in rollouts), device=accelerator.device), "sum"
-            )
+            # 1. the student samples (or whoever else writes)
+            batches = collect(pair, config, examples, share, arm.seed, step)
             clock.lap("rollout")
 
-            # 2. and 3. the teacher grades, the student learns: mean over the step's completion tokens
-            trainable.zero_grad()
-            graded: list[TokenDivergence] = []
-            for examples, (prompts, completions) in zip(batches, rollouts, strict=True):
-                tokens = pair.divergence(loss_config, examples, prompts, completions)
-                (tokens.loss.sum() / n_tokens).backward()
-                graded.append(TokenDivergence(*(column.detach() for column in tokens)))
-            clock.lap("gradient")
+            rows: list[dict[str, Any]] = []
+            for _ in range(train.updates_per_rollout):
+                # 2. and 3. the teacher grades, the student learns
+                trainable.zero_grad()
+                loss, graded = backward(pair, config, batches, accelerator, clock)
 
-            # 4. the update
-            values = list(trainable.parameters())
-            for value in values:
-                if accelerator.num_processes > 1 and value.grad is not None:
-                    value.grad = accelerator.reduce(value.grad, "sum")
-            norm = torch.nn.utils.clip_grad_norm_(values, config.optim.max_grad_norm or math.inf)
-            row = summarise(step, graded, [c for _, c in rollouts], float(norm), accelerator)
-            if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-                ids = [example.id for example in mine]
-                raise TrainingError(
-                    f"{title}: loss {row['loss']} and gradient norm {row['grad_norm']} at step {step} "
-                    f"(examples {ids[0]} to {ids[-1]}); lower optim.learning_rate; the state of the "
-                    f"last {train.save_every} steps is in {folder / 'state'}"
-                )
-            rate = learning_rate(config.optim, step, train.steps)
-            optimizer.step(rate)
-            trainable.write_back()
-            for average, decay in averages:
-                average.move_towards(trainable, 1.0 - decay)
-            clock.lap("update")
+                # 4. the update
+                norm = gather_gradients(trainable, config.optim.max_grad_norm, accelerator)
+                group = rollout.completions_per_prompt
+                rows.append(summarise(step, loss, norm, batches, graded, group, accelerator))
+                refuse_not_finite(rows[-1], batches, graded, folder, title, accelerator)
+                if len(rows) == 1 and step % train.sample_every == 0:
+                    log_samples(log, step, pair, batches[0], graded[0], group)
+                is_due = train.evidence_every and step % train.evidence_every == 0
+                look = Look(trainable) if is_due and len(rows) == 1 else None
+                optimizer.step(rate)
+                if look is not None:
+                    log.append("optimizer.jsonl", look.rows(step, trainable, optimizer))
+                trainable.write_back()
+                for average, decay in averages:
+                    average.move_towards(trainable, 1.0 - decay)
+                clock.lap("update")
 
+            row = rows[0]  # of the weights that wrote the completions
             log.step({**row, "learning_rate": rate, **clock.seconds(row["completion_tokens"])})
-            if step % train.sample_every == 0 and accelerator.is_main_process:
-                log_samples(log, step, pair, batches[0][:4], rollouts[0])
-            if (step + 1) % train.save_every == 0 and accelerator.is_main_process:
+            look_at_held_out(config, step + 1, pair, log, accelerator, evaluate)
+            if (step + 1) % train.save_every == 0 and main:
                 save_state(folder / "state", step + 1, trainable, optimizer, averages, identity)
     return trainable
 
 
-# ---------------------------------------------------------------------------------- moving averages
+def backward(
+    pair: ModelPair,
+    config: ExperimentConfig,
+    batches: Sequence[Batch],
+    accelerator: Accelerator,
+    clock: Stopwatch,
+) -> tuple[float, list[TokenDivergence]]:
+    """Adds up the gradient of the step's loss over this process's micro-batches.
 
-Averages = list[tuple[Trainable, float]]
-"""Fp32 values of teachers that are moving averages of the student, each with its decay a step."""
+    Returns this process's part of the loss, and what is known of every token, micro-batch by micro-batch.
+    """
+    n_tokens, n_completions = count(batches, accelerator)
+    longest = config.rollout.max_new_tokens
+    graded: list[TokenDivergence] = []
+    loss = 0.0
+    for batch in batches:
+        completions = batch.completions
+        theirs = pair.grade(batch.examples, completions)
+        clock.lap("teacher")
+        tokens = pair.loss_of(
+            config.loss, theirs, batch.prompts, completions, config.reward, batch.advantages
+        )
+        weights = token_weights(config.loss, completions.mask, n_tokens, n_completions, longest)
+        part = (tokens.loss * weights).sum()
+        part.backward()
+        loss += part.item()
+        graded.append(TokenDivergence(*(column.detach() for column in tokens)))
+        clock.lap("student")
+    return loss, graded
+
+
+def gather_gradients(
+    trainable: Trainable, max_norm: float | None, accelerator: Accelerator
+) -> float:
+    """Sums gradients over processes and clips them; returns their norm before that."""
+    values = list(trainable.parameters())
+    if accelerator.num_processes > 1:
+        for value in values:
+            if value.grad is not None:
+                value.grad = accelerator.reduce(value.grad, "sum")
+    return float(torch.nn.utils.clip_grad_norm_(values, max_norm or math.inf))
 
 
 def follow_student(pair: ModelPair, mask: Mapping[str, Tensor] | None) -> Averages:
@@ -154,163 +188,143 @@ def follow_student(pair: ModelPair, mask: Mapping[str, Tensor] | None) -> Averag
     return averages
 
 
-# -------------------------------------------------------------------------------------------- resume
-
-
-def save_state(
-    folder: Path,
-    step: int,
-    trainable: Trainable,
-    optimizer: Optimizers,
-    averages: Averages,
-    identity: str,
-) -> None:
-    """One safetensors file: values, the optimizer's state, averages and the step, whole or not at all."""
-    tensors = {f"values/{n}": values.contiguous() for n, values in trainable.state().items()}
-    plain: dict[str, dict[str, Any]] = {}  # what is no tensor goes to the header, as JSON
-    for name, entries in optimizer.state().items():
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{key}/{name}"] = value.contiguous()
-            else:
-                plain.setdefault(name, {})[key] = value
-    for k, (average, _) in enumerate(averages):
-        tensors |= {
-            f"average-{k}/{n}": values.contiguous() for n, values in average.state().items()
-        }
-    about = {"step": str(step), "identity": identity, "optimizer": json.dumps(plain)}
-    with whole_file(folder / "state.safetensors") as temporary:
-        save_file(tensors, temporary, about)
-
-
-def resume(
-    folder: Path,
-    trainable: Trainable,
-    optimizer: Optimizers,
-    averages: Averages,
-    identity: str,
-) -> int:
-    """Loads the state, if there is one, and returns the step to go on from.
-
-    Raises RunError for a damaged state or one of another configuration.
-    """
-    path = folder / "state.safetensors"
-    if not path.exists():
-        return 0
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"{path} is damaged ({error}); delete it to train this arm from its start"
-        ) from None
-    if about.get("identity") != identity:
-        raise RunError(
-            f"{path} is of another configuration; delete it to train this arm from its start"
+def split_evenly(prompts: int, accelerator: Accelerator) -> range:
+    """This process's share of a step's prompts. Raises ConfigError where they do not divide."""
+    each, left = divmod(prompts, accelerator.num_processes)
+    if left:
+        raise ConfigError(
+            f"train.prompts_per_step = {prompts} does not divide among {accelerator.num_processes} processes"
         )
-    trainable.load_state({name: tensors[f"values/{name}"] for name in trainable.slots})
-    state: dict[str, dict[str, Any]] = json.loads(about["optimizer"])
-    for label, tensor in tensors.items():
-        kind, name = label.split("/", 1)
-        if kind.startswith("optimizer."):
-            state.setdefault(name, {})[kind.removeprefix("optimizer.")] = tensor
-    optimizer.load_state(state)
-    for k, (average, _) in enumerate(averages):
-        average.load_state({name: tensors[f"average-{k}/{name}"] for name in average.slots})
-    return int(about["step"])
+    return range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
+
+
+def count(batches: Sequence[Batch], accelerator: Accelerator) -> tuple[int, int]:
+    """Completion tokens and completions of the step, over all processes."""
+    own = [sum(b.completions.n_tokens for b in batches), sum(len(b.examples) for b in batches)]
+    sums = accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum")
+    return int(sums[0]), int(sums[1])
+
+
+def look_at_held_out(
+    config: ExperimentConfig,
+    step: int,
+    pair: ModelPair,
+    log: TrainingLog,
+    accelerator: Accelerator,
+    evaluate: Evaluate | None,
+) -> None:
+    """Scores the student after `step` steps, if that is due; the first process does, the others wait."""
+    during = config.eval.during
+    if evaluate is None or during is None:
+        return
+    if step % during.every and step != config.train.steps:
+        return
+    if accelerator.is_main_process:
+        log.held_out(step, evaluate(pair.student))
+    accelerator.wait_for_everyone()
 
 
 # --------------------------------------------------------------------------------------- bookkeeping
 
 
-def split_evenly(count: int, accelerator: Accelerator) -> range:
-    """This process's share of a step's prompts. Raises ConfigError where they do not divide."""
-    each, left = divmod(count, accelerator.num_processes)
-    if left:
-        raise ConfigError(
-            f"train.prompts_per_step = {count} does not divide among {accelerator.num_processes} processes"
-        )
-    return range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
-
-
 class Stopwatch:
-    """Seconds between laps."""
+    """Seconds by name; what a name takes in several laps adds up."""
 
     def __init__(self) -> None:
-        self.started = self.last = time.perf_counter()
+        self.started = self.last = self.now()
         self.laps: dict[str, float] = {}
 
+    @staticmethod
+    def now() -> float:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # kernels are still under way when their calls return
+        return time.perf_counter()
+
     def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[f"{name}_seconds"] = round(now - self.last, 4)
+        now, key = self.now(), f"{name}_seconds"
+        self.laps[key] = self.laps.get(key, 0.0) + now - self.last
         self.last = now
 
     def seconds(self, tokens: int) -> dict[str, float]:
         total = self.last - self.started
         return {
-            **self.laps,
+            **{name: round(each, 4) for name, each in self.laps.items()},
             "seconds": round(total, 4),
             "tokens_per_second": round(tokens / total, 1),
         }
 
 
-def summarise(
-    step: int,
+def refuse_not_finite(
+    row: Mapping[str, Any],
+    batches: Sequence[Batch],
     graded: Sequence[TokenDivergence],
-    completions: Sequence[Completions],
-    norm: float,
+    folder: Path,
+    title: str,
     accelerator: Accelerator,
-) -> dict[str, Any]:
-    """The step's numbers, over all processes: means over completion tokens, in nats."""
-    loss, kl, student, teacher = (
-        torch.cat(column).double().sum() for column in zip(*graded, strict=True)
+) -> None:
+    """Raises TrainingError, and saves this process's batches, where a loss, gradient or log-prob is not finite."""
+    bad: list[str] = []
+    for batch, tokens in zip(batches, graded, strict=True):
+        mask = batch.completions.mask
+        fine = torch.ones_like(mask)
+        fine[mask] = tokens.loss.isfinite() & batch.completions.logprobs[mask].isfinite()
+        bad += [e.id for e, ok in zip(batch.examples, fine.all(1).tolist(), strict=True) if not ok]
+    if finite(row["loss"]) and finite(row["grad_norm"]) and not bad:
+        return
+    where = folder / "not-finite" / f"process-{accelerator.process_index}"
+    with whole_folder(where) as temporary:
+        for k, (batch, tokens) in enumerate(zip(batches, graded, strict=True)):
+            about = {"ids": batch.completions.ids, "mask": batch.completions.mask}
+            about |= {"sampler_logprobs": batch.completions.logprobs, **tokens._asdict()}
+            save_file(
+                {name: x.clone() for name, x in about.items()},
+                temporary / f"batch-{k}.safetensors",
+            )
+        every = [example for batch in batches for example in batch.examples]
+        told = [{"id": e.id, "question": e.question, "answer": e.answer} for e in every]
+        examples = {"step": row["step"], "not_finite": bad, "examples": told}
+        (temporary / "examples.json").write_text(json.dumps(examples, indent=1))
+    shown = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+    raise TrainingError(
+        f"{title}: at step {row['step']} the loss is {row['loss']} and the gradient's norm "
+        f"{row['grad_norm']}; not finite are the tokens of "
+        f"{shown or f'no example among {every[0].id} to {every[-1].id}, so the gradient alone'}; the batch is "
+        f"in {where}, the last good state in {folder / 'state'}; a lower optim.learning_rate may help"
     )
-    tokens = sum(c.n_tokens for c in completions)
-    rows = sum(len(c.ids) for c in completions)
-    cut = sum(int((~c.ended).sum()) for c in completions)
-    sums = torch.stack([loss, kl, student, teacher, *torch.tensor([tokens, rows, cut]).to(loss)])
-    if accelerator.num_processes > 1:
-        sums = accelerator.reduce(sums, "sum")
-    loss, kl, student, teacher, n_tokens, n_rows, n_cut = sums.tolist()
-    return {
-        "step": step,
-        "loss": loss / n_tokens,
-        "kl": kl / n_tokens,
-        "student_entropy": student / n_tokens,
-        "teacher_entropy": teacher / n_tokens,
-        "completion_tokens": int(n_tokens),
-        "mean_completion_tokens": n_tokens / n_rows,
-        "truncated_fraction": n_cut / n_rows,
-        "grad_norm": norm,
-    }
 
 
 def log_samples(
     log: TrainingLog,
     step: int,
     pair: ModelPair,
-    examples: Sequence[Example],
-    rollout: tuple[Prompts, Completions],
+    batch: Batch,
+    tokens: TokenDivergence,
+    group: int,
+    most: int = 4,
 ) -> None:
-    """A few completions of this step with both models' log-prob of every token."""
-    completions = rollout[1]
-    n = len(examples)
-    few = Completions(
-        completions.ids[:n], completions.mask[:n], completions.logprobs[:n], completions.ended[:n]
+    """A few completions of this step, of different prompts, with both models' log-prob of every token."""
+    completions, tokenizer = batch.completions, pair.student.tokenizer
+    counts = completions.mask.sum(1).tolist()
+    ours, theirs = (
+        column.split(counts) for column in (tokens.student_logprobs, tokens.teacher_logprobs)
     )
-    graded = pair.teacher_logprobs(examples, few)
-    counts = few.mask.sum(1).tolist()
+    chosen = range(0, len(batch.examples), group)[:most]
     rows = []
-    for k, teacher in enumerate(graded.split(counts)):
-        ids = few.ids[k][few.mask[k]].tolist()
-        own = few.logprobs[k][few.mask[k]].tolist()
-        rows.append(
-            {
-                "completion": pair.student.tokenizer.decode(ids, skip_special_tokens=True).strip(),
-                "tokens": pair.student.tokenizer.convert_ids_to_tokens(ids),
-                "student_logprobs": [round(x, 4) for x in own],
-                "teacher_logprobs": [round(x, 4) for x in teacher.tolist()],
-            }
-        )
-    log.samples(step, examples, rows)
+    for k in chosen:
+        ids = completions.ids[k][completions.mask[k]].tolist()
+        row = {
+            "writer": batch.writers[k],
+            "completion": tokenizer.decode(ids, skip_special_tokens=True).strip(),
+            "tokens": tokenizer.convert_ids_to_tokens(ids),
+            "student_logprobs": [rounded(x) for x in ours[k].tolist()],
+            "teacher_logprobs": [rounded(x) for x in theirs[k].tolist()],
+        }
+        if batch.rewards is not None:
+            row["reward"] = float(batch.rewards[k])
+        rows.append(row)
+    log.samples(step, [batch.examples[k] for k in chosen], rows)
+
+
+def rounded(logprob: float) -> float | None:
+    """For JSON, which has no infinity: a teacher may ban a token."""
+    return round(logprob, 4) if math.isfinite(logprob) else None

@@ -10,8 +10,8 @@ A loss is put together from three parts, each of which knows nothing of the othe
     support        which columns count, and what becomes of the rest (`on_support`)
     divergence     sum_v f(q_v, p_v), of two distributions or of what a support leaves of them
 
-A sampled-token estimator (k1, k2, k3) looks at one column instead. Diagnostics are always exact: over the full
-vocabulary, at temperature 1.
+A loss of the sampled token (nll, k1, k2, k3) looks at one column instead. A reward's policy gradient is mixed in
+by its share. Diagnostics are always exact: over the full vocabulary, at temperature 1.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ from vlopd.config import (
     JSD,
     K1,
     K2,
+    NLL,
     Divergence,
-    Estimator,
     ForwardKL,
     FullSupport,
     IntersectionTopK,
     LossConfig,
     ReverseKL,
+    RewardConfig,
+    SampledToken,
     SkewForwardKL,
     SkewReverseKL,
     StudentTopK,
@@ -42,21 +44,33 @@ from vlopd.config import (
     TopK,
 )
 
+TOP_K = 16
+"""Likeliest tokens of each model that the overlap diagnostics compare (as arXiv 2604.13016 does)."""
+
 
 class TokenDivergence(NamedTuple):
-    """What is known of each completion token, [N] each, in nats; only `loss` carries a gradient."""
+    """What is known of each completion token, [N] each, in nats unless said; only `loss` carries a gradient."""
 
     loss: Tensor
     reverse_kl: Tensor
     student_entropy: Tensor
     teacher_entropy: Tensor
+    student_logprobs: Tensor  # of the sampled token, at temperature 1
+    teacher_logprobs: Tensor
+    top_overlap: Tensor  # fraction of the two models' TOP_K likeliest tokens that they share
+    student_shared_mass: Tensor  # the student's probability of those shared tokens, a fraction
+    teacher_shared_mass: Tensor
 
 
 class Sampled(NamedTuple):
-    """The tokens of the completions: columns [N] of the shared vocabulary, the sampler's log-probs [N], nats."""
+    """The tokens of the completions: columns [N] of the shared vocabulary, the sampler's log-probs [N], nats.
+
+    `advantages` [N] are the reward's, each completion's at all of its tokens; empty, [0], without a reward.
+    """
 
     columns: Tensor
     logprobs: Tensor
+    advantages: Tensor = torch.empty(0)
 
 
 # ------------------------------------------------------------------------------------- divergences
@@ -200,28 +214,38 @@ def log_mass(logprobs: Tensor, where: Tensor) -> Tensor:
     return mass.masked_fill(mass < nothing / 2, -torch.inf)
 
 
-# -------------------------------------------------------------------------------------- estimators
+# ---------------------------------------------------------------------------------- sampled tokens
 
 
-def estimate(loss: Estimator, student: Tensor, teacher: Tensor, old: Tensor) -> Tensor:
-    """The loss of the sampled tokens from log-probs [N] of student, teacher and sampler, to [N] nats.
+def policy_gradient(advantage: Tensor, student: Tensor, old: Tensor, clip: float | None) -> Tensor:
+    """The surrogate max(-A w, -A clip(w, 1 - c, 1 + c)) of fixed advantages A [N], w = q / q_old; to [N].
 
-    With d = log q - log p at the token sampled from q (names: http://joschu.net/blog/kl-approx.html):
+    From log-probs [N] of the student and of the sampler at the sampled token. Source: PPO, arXiv 1707.06347.
+    Where data are used once w is 1, and the gradient is that of -A log q.
+    """
+    ratio = (student - old).exp()
+    surrogate = -advantage * ratio
+    if clip is None:
+        return surrogate
+    return torch.maximum(surrogate, -advantage * ratio.clamp(1 - clip, 1 + clip))
 
-        k1  d; the mean is the reverse KL, but its own gradient has mean 0. So it is a policy gradient: the
-            surrogate max(-A w, -A clip(w)) of the fixed advantage A = -d and the importance ratio
-            w = q / q_old (PPO, arXiv 1707.06347). Where data are used once w is 1, and the gradient's mean is
-            that of the reverse KL.
+
+def of_sampled(loss: SampledToken, student: Tensor, teacher: Tensor, old: Tensor) -> Tensor:
+    """The loss of the completions' own tokens from log-probs [N] of student, teacher and sampler, to [N] nats.
+
+    nll is -log q, whoever wrote the token. With d = log q - log p at a token sampled from q (names:
+    http://joschu.net/blog/kl-approx.html):
+
+        k1  d; the mean is the reverse KL, but its own gradient has mean 0. So it is a policy gradient with the
+            fixed advantage -d, whose mean is the reverse KL's gradient where data are used once.
         k2  d^2 / 2; its gradient's mean is that of the reverse KL, its value's only as p -> q.
         k3  1 / e^d - 1 + d, not negative; the mean is the reverse KL, its gradient's that of the forward KL.
     """
     difference = student - teacher
+    if isinstance(loss, NLL):
+        return -student
     if isinstance(loss, K1):
-        advantage, ratio = -difference.detach(), (student - old).exp()
-        surrogate = -advantage * ratio
-        if loss.clip is None:
-            return surrogate
-        return torch.maximum(surrogate, -advantage * ratio.clamp(1 - loss.clip, 1 + loss.clip))
+        return policy_gradient(-difference.detach(), student, old, loss.clip)
     if isinstance(loss, K2):
         return difference.square() / 2
     return torch.expm1(-difference) + difference
@@ -234,31 +258,87 @@ def token_divergence(
     loss: LossConfig,
     student_logits: Tensor,
     teacher_logits: Tensor,
-    sampled: Sampled | None = None,
+    sampled: Sampled,
+    reward: RewardConfig | None = None,
 ) -> TokenDivergence:
     """[N, V] logits of both, in any precision -> the loss and diagnostics of every token.
 
-    Estimators need `sampled`; divergences do not look at it.
+    With a reward the loss is alpha * loss + (1 - alpha) * the policy gradient of `sampled.advantages`; under k1
+    it is the policy gradient of both advantages together.
     """
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     student_logits, teacher_logits = student_logits.to(wide), teacher_logits.to(wide)
     student = torch.log_softmax(student_logits, -1)
     teacher = torch.log_softmax(teacher_logits, -1)
-    if isinstance(loss, Estimator):
-        assert sampled is not None, f"{loss.type} is about sampled tokens"
-        q, p = (x.gather(1, sampled.columns[:, None])[:, 0] for x in (student, teacher))
-        value = estimate(loss, q, p, sampled.logprobs.to(wide))
+    q, p = (x.gather(1, sampled.columns[:, None])[:, 0] for x in (student, teacher))
+    old, ours, theirs = sampled.logprobs.to(wide), student, teacher
+    if reward is not None and reward.alpha == 0:
+        value = torch.zeros_like(q)
+    elif isinstance(loss, SampledToken):
+        value = of_sampled(loss, q, p, old)
     else:
-        ours, theirs = student, teacher
         if loss.student_temperature != 1:
             ours = torch.log_softmax(student_logits / loss.student_temperature, -1)
         if loss.teacher_temperature != 1:
             theirs = torch.log_softmax(teacher_logits / loss.teacher_temperature, -1)
         value = on_support(loss, ours, theirs)
+    if reward is not None:
+        advantages, alpha = sampled.advantages.to(wide), reward.alpha
+        if isinstance(loss, K1):
+            both = alpha * (p - q).detach() + (1 - alpha) * advantages
+            value = policy_gradient(both, q, old, reward.clip)
+        else:
+            rewarded = policy_gradient(advantages, q, old, reward.clip)
+            value = alpha * value + (1 - alpha) * rewarded
     with torch.no_grad():
-        plain = loss == ReverseKL(chunk_tokens=loss.chunk_tokens)
-        exact = value.detach() if plain else kl(student, teacher)
-        return TokenDivergence(value, exact, entropy(student), entropy(teacher))
+        plain = reward is None and is_plain_reverse_kl(loss)
+        return TokenDivergence(
+            value,
+            value.detach() if plain else kl(student, teacher),
+            entropy(student),
+            entropy(teacher),
+            q.detach(),
+            p,
+            *top_overlap(student, teacher),
+        )
+
+
+def is_plain_reverse_kl(loss: LossConfig) -> bool:
+    """Whether the loss is what the diagnostics report anyway: it is not worked out twice then."""
+    return (
+        isinstance(loss, ReverseKL)
+        and isinstance(loss.support, FullSupport)
+        and loss.student_temperature == loss.teacher_temperature == 1
+    )
+
+
+def top_overlap(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of log-probs [N, V]: the share of each model's TOP_K likeliest tokens that is the other's too, and the
+    probability that student and teacher give to those shared tokens; [N] each.
+    """
+    k = min(TOP_K, student.shape[1])
+    ours, theirs = student.topk(k).indices, teacher.topk(k).indices
+    shared = (ours[:, :, None] == theirs[:, None, :]).any(-1)  # [N, k], of the student's
+
+    def mass(logprobs: Tensor) -> Tensor:
+        return (logprobs.gather(1, ours).exp() * shared).sum(-1).clamp(max=1.0)
+
+    return shared.float().mean(-1), mass(student), mass(teacher)
+
+
+def token_weights(
+    loss: LossConfig, mask: Tensor, n_tokens: int, n_completions: int, longest: int
+) -> Tensor:
+    """[B, C] mask of a micro-batch -> [N] weights of its token losses in the step's loss, as `normalisation` says.
+
+    `n_tokens` and `n_completions` are the whole step's, over all micro-batches and processes, so that the sum of
+    weight * loss over all of them is the same however the step is split. `longest` is rollout.max_new_tokens.
+    """
+    lengths = mask.sum(1, keepdim=True).expand_as(mask)[mask]  # [N], of each token's completion
+    if loss.normalisation == "sequence_mean":
+        return 1.0 / (n_completions * lengths.double())
+    size = n_tokens if loss.normalisation == "token_mean" else n_completions * longest
+    return torch.full_like(lengths, 1.0 / size, dtype=torch.float64)
 
 
 def chunked_divergence(
@@ -267,7 +347,8 @@ def chunked_divergence(
     student_head: Callable[[Tensor], Tensor],
     teacher_hidden: Tensor,
     teacher_head: Callable[[Tensor], Tensor],
-    sampled: Sampled | None = None,
+    sampled: Sampled,
+    reward: RewardConfig | None = None,
 ) -> TokenDivergence:
     """The loss from hidden states, holding at most `loss.chunk_tokens` rows of logits at once.
 
@@ -278,14 +359,15 @@ def chunked_divergence(
     def piece(student: Tensor, teacher: Tensor, *token: Tensor) -> TokenDivergence:
         with torch.no_grad():
             teacher_logits = teacher_head(teacher)
-        tokens = Sampled(*token) if token else None
-        return token_divergence(loss, student_head(student), teacher_logits, tokens)
+        tokens = Sampled(*token)
+        return token_divergence(loss, student_head(student), teacher_logits, tokens, reward)
 
-    columns = (student_hidden, teacher_hidden, *(sampled or ()))
-    if len(student_hidden) <= loss.chunk_tokens:
-        return piece(*columns)
+    n, size = len(student_hidden), loss.chunk_tokens
+    if n <= size:
+        return piece(student_hidden, teacher_hidden, *sampled)
+    columns = (student_hidden, teacher_hidden, *sampled)
     pieces = [
-        checkpoint(piece, *chunk, use_reentrant=False)
-        for chunk in zip(*(column.split(loss.chunk_tokens) for column in columns), strict=True)
+        checkpoint(piece, *(column[i : i + size] for column in columns), use_reentrant=False)
+        for i in range(0, n, size)
     ]
     return TokenDivergence(*(torch.cat(column) for column in zip(*pieces, strict=True)))

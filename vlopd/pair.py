@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from vlopd.config import (
     ExperimentConfig,
     LossConfig,
     MixedTeachers,
+    RewardConfig,
+    RolloutConfig,
     RoutedTeachers,
     TeacherConfig,
     UserError,
@@ -31,6 +34,14 @@ from vlopd.rollout import sample
 from vlopd.teacher import Grader, Mixture, Teacher
 from vlopd.types import Completions, Example, Prompts
 from vlopd.vocabulary import SharedVocabulary, read_vocabulary, share
+
+
+class Graded(NamedTuple):
+    """A grader with the rows of a batch that are its own, and its hidden states [N_k, H'] at their tokens."""
+
+    grader: Grader
+    rows: list[int]
+    hidden: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,22 +60,50 @@ class ModelPair:
     def teachers(self) -> tuple[Teacher, ...]:
         return tuple(member for grader in self.graders.values() for member in grader.members)
 
-    def sample(
-        self,
-        prompts: Prompts,
-        max_new_tokens: int,
-        temperature: float,
-        generator: torch.Generator | None = None,
-    ) -> Completions:
-        """The student's completions, of shared tokens only."""
+    def sample(self, prompts: Prompts, rollout: RolloutConfig, uniforms: Tensor) -> Completions:
+        """The student's completions, of shared tokens only. `uniforms` [B, max_new_tokens]."""
         return sample(
             self.student,
             prompts,
-            max_new_tokens,
-            temperature,
-            generator,
+            rollout.max_new_tokens,
+            rollout.temperature,
+            uniforms,
             self.vocabulary.student,
+            rollout.top_k,
+            rollout.top_p,
         )
+
+    def teacher_sample(
+        self, examples: Sequence[Example], rollout: RolloutConfig, uniforms: Tensor
+    ) -> Completions:
+        """Each example's own teacher's completion, in its context, as the student's ids.
+
+        Of shared tokens only, and none that either model takes for an image's placeholder.
+        """
+        parts = []
+        for grader, rows in self.assign(examples):
+            assert isinstance(grader, Teacher), "the config refuses to sample from a mixture"
+            columns = self.vocabulary.sampleable(grader.index, self.student.unsampleable_ids)
+            theirs = sample(
+                grader.loaded,
+                grader.render([examples[i] for i in rows]),
+                rollout.max_new_tokens,
+                rollout.temperature,
+                uniforms[rows],
+                columns,
+                rollout.top_k,
+                rollout.top_p,
+            )
+            pad = self.student.pad_id
+            parts.append((rows, self.vocabulary.translate_back(theirs, grader.index, pad)))
+        return Completions.joined(parts, self.student.pad_id)
+
+    def grade(self, examples: Sequence[Example], completions: Completions) -> list[Graded]:
+        """What the teachers make of the completions: the costly, gradient-free half of the loss."""
+        return [
+            Graded(grader, rows, grader.hidden([examples[i] for i in rows], completions.take(rows)))
+            for grader, rows in self.assign(examples)
+        ]
 
     def divergence(
         self,
@@ -77,18 +116,37 @@ class ModelPair:
 
         `prompts` are the examples as the student reads them; teachers render their own.
         """
+        return self.loss_of(loss, self.grade(examples, completions), prompts, completions)
+
+    def loss_of(
+        self,
+        loss: LossConfig,
+        graded: Sequence[Graded],
+        prompts: Prompts,
+        completions: Completions,
+        reward: RewardConfig | None = None,
+        advantages: Tensor | None = None,
+    ) -> TokenDivergence:
+        """As `divergence`, of completions that are graded, and with a reward's `advantages` [B] mixed in."""
         student_hidden = self.student.completion_hidden(prompts, completions)
+        per_token = None if advantages is None else spread(advantages, completions.mask)
         pieces, order = [], []
-        for grader, rows in self.assign(examples):
-            tokens, mine = tokens_of_rows(completions, rows), rows_of(completions, rows)
+        for grader, rows, teacher_hidden in graded:
+            tokens, mine = tokens_of_rows(completions, rows), completions.take(rows)
+            sampled = Sampled(self.vocabulary.targets(mine), mine.logprobs[mine.mask])
+            if per_token is not None:
+                sampled = sampled._replace(
+                    advantages=per_token if tokens is None else per_token[tokens]
+                )
             pieces.append(
                 chunked_divergence(
                     loss,
                     student_hidden if tokens is None else student_hidden[tokens],
                     lambda hidden: self.student.logits(hidden, self.vocabulary.student),
-                    grader.hidden([examples[i] for i in rows], mine),
+                    teacher_hidden,
                     grader.logits,
-                    Sampled(self.vocabulary.targets(mine), mine.logprobs[mine.mask]),
+                    sampled,
+                    reward,
                 )
             )
             order.append(tokens)
@@ -130,7 +188,7 @@ class ModelPair:
         """The grading teacher's logits at every completion token, [N, V], unchunked."""
         pieces, order = [], []
         for grader, rows in self.assign(examples):
-            hidden = grader.hidden([examples[i] for i in rows], rows_of(completions, rows))
+            hidden = grader.hidden([examples[i] for i in rows], completions.take(rows))
             pieces.append(grader.logits(hidden))
             order.append(tokens_of_rows(completions, rows))
         return in_order(pieces, order)
@@ -148,17 +206,9 @@ def in_order(pieces: Sequence[Tensor], order: Sequence[Tensor | None]) -> Tensor
     return torch.cat(list(pieces))[torch.cat([o for o in order if o is not None]).argsort()]
 
 
-def rows_of(completions: Completions, rows: Sequence[int]) -> Completions:
-    """Some of the batch's completions; the same object where it is all of them, in order."""
-    if list(rows) == list(range(len(completions.ids))):
-        return completions
-    index = torch.tensor(rows, device=completions.ids.device)
-    return Completions(
-        completions.ids[index],
-        completions.mask[index],
-        completions.logprobs[index],
-        completions.ended[index],
-    )
+def spread(per_row: Tensor, mask: Tensor) -> Tensor:
+    """[B] values, [B, C] mask -> [N]: each row's value at all of its tokens."""
+    return per_row[:, None].expand(mask.shape)[mask]
 
 
 def tokens_of_rows(completions: Completions, rows: Sequence[int]) -> Tensor | None:

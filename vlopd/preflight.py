@@ -29,7 +29,7 @@ from vlopd.config import (
 )
 from vlopd.context import teacher_view
 from vlopd.data import open_data
-from vlopd.losses import logprobs_at, token_divergence
+from vlopd.losses import TOP_K, Sampled, token_divergence
 from vlopd.models import families
 from vlopd.models.load import (
     DTYPES,
@@ -42,7 +42,6 @@ from vlopd.pair import ModelPair, refuse_blind_models, shared_vocabulary
 from vlopd.types import Completions, Example, Prompts
 from vlopd.vocabulary import SharedVocabulary
 
-TOP = 16
 """k of the top-k overlap."""
 
 FEW = 8
@@ -83,10 +82,9 @@ def preflight(
         row("never sampled", lambda m: tokens_of(m, m.unsampleable_ids)),
         *prompt_facts,
     ]
-    draws = seeding.generator(pair.student.device, "check")
     prompts = pair.student.render(examples)
-    rollout = config.rollout
-    completions = pair.sample(prompts, rollout.max_new_tokens, rollout.temperature, draws)
+    uniforms = seeding.uniforms(len(examples), config.rollout.max_new_tokens, "check")
+    completions = pair.sample(prompts, config.rollout, uniforms)
     if any(example.images for example in examples):
         rows.append(sight_row(pair, examples, prompts, completions))
     rows += agreement_rows(pair, examples, prompts, completions)
@@ -260,7 +258,9 @@ def estimate_rows(
             readers[1:],
             speed,
             dtype=dtype,
-            prompts_per_step=config.train.prompts_per_step,
+            completions_per_step=(
+                config.train.prompts_per_step * config.rollout.completions_per_prompt
+            ),
             max_new_tokens=new_tokens,
             chunk_tokens=config.loss.chunk_tokens,
             micro_batch=config.train.micro_batch,
@@ -358,13 +358,10 @@ def agreement_rows(
     hidden = pair.student.completion_hidden(prompts, completions)
     student = pair.student.logits(hidden, pair.vocabulary.student)
     teacher = pair.teacher_logits(examples, completions)
-    tokens = token_divergence(ReverseKL(), student, teacher)
-    k = min(TOP, pair.vocabulary.size)
-    ours, theirs = (logits.topk(k).indices for logits in (student, teacher))
-    top1 = (ours[:, 0] == theirs[:, 0]).float().mean()
-    overlap = (ours[:, :, None] == theirs[:, None, :]).any(-1).float().mean()
-    rescored = logprobs_at(student, pair.vocabulary.targets(completions))
-    gap = float((rescored - completions.logprobs[completions.mask]).abs().max())
+    sampled = Sampled(pair.vocabulary.targets(completions), completions.logprobs[completions.mask])
+    tokens = token_divergence(ReverseKL(), student, teacher, sampled)
+    top1 = (student.argmax(-1) == teacher.argmax(-1)).float().mean()
+    gap = float((tokens.student_logprobs - sampled.logprobs).abs().max())
     bound = 1e-3 if pair.student.model.dtype == torch.float32 else 0.5
     return [
         CheckRow(
@@ -382,5 +379,7 @@ def agreement_rows(
             ),
         ),
         CheckRow("top-1 agreement", (f"{top1:.1%} of {completions.n_tokens} tokens",)),
-        CheckRow(f"top-{k} overlap", (f"{overlap:.1%}",)),
+        CheckRow(
+            f"top-{min(TOP_K, pair.vocabulary.size)} overlap", (f"{tokens.top_overlap.mean():.1%}",)
+        ),
     ]

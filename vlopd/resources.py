@@ -266,7 +266,7 @@ def estimate(
     speed: DeviceSpeed,
     *,
     dtype: torch.dtype,
-    prompts_per_step: int,
+    completions_per_step: int,
     max_new_tokens: int,
     chunk_tokens: int,
     micro_batch: int | None = None,
@@ -275,7 +275,7 @@ def estimate(
 ) -> Estimate:
     """Memory and time of one step on one device, with all completions at `max_new_tokens`.
 
-    Every teacher reads every completion, which for routed teachers is an upper bound. `prompts_per_step` is
+    Every teacher reads every completion, which for routed teachers is an upper bound. `completions_per_step` is
     the share of one process. A `trained_fraction` under 1 is a mask's density, spread over all tensors.
     `costs` are those of student and teachers by `forward_cost`, for who asks more than once.
 
@@ -286,8 +286,8 @@ def estimate(
     Raises UserError for a model family that cannot be traced (`language_cost`).
     """
     item, new = dtype.itemsize, max_new_tokens
-    batch = min(micro_batch or prompts_per_step, prompts_per_step)
-    batches = math.ceil(prompts_per_step / batch)
+    batch = min(micro_batch or completions_per_step, completions_per_step)
+    batches = math.ceil(completions_per_step / batch)
     own, *theirs = costs or [forward_cost(each, dtype, new) for each in (student, *teachers)]
     rows = min(output_weight(reader).shape[0] for reader in (student, *teachers))
 
@@ -327,24 +327,24 @@ def estimate(
     def forward(reader: Reader, cost: Forward, share: float = 1.0) -> float:
         """All micro-batches through the body, `share` of each sequence."""
         moved = batches * reader.model.num_parameters() * item
-        moved += 2 * share * prompts_per_step * cost.kept_bytes
-        return seconds(share * prompts_per_step * cost.flops, moved, batches * calls_of(reader))
+        moved += 2 * share * completions_per_step * cost.kept_bytes
+        return seconds(share * completions_per_step * cost.flops, moved, batches * calls_of(reader))
 
     def head(reader: Reader) -> float:
         """The output layer once on every completion token."""
-        return seconds(2 * prompts_per_step * new * output_weight(reader).numel(), 0)
+        return seconds(2 * completions_per_step * new * output_weight(reader).numel(), 0)
 
     length = student.prompt_tokens + new
-    one_token = prompts_per_step * (own.flops - own.tower_flops) / length
-    cached = prompts_per_step * (student.prompt_tokens + new / 2)
+    one_token = completions_per_step * (own.flops - own.tower_flops) / length
+    cached = completions_per_step * (student.prompt_tokens + new / 2)
     decode = new * seconds(
         one_token,
         batches * memory.student_weights
         + 3 * cached * cache_bytes(student.model.config, dtype)
-        + 2 * prompts_per_step * rows * SAMPLER_BYTES,
+        + 2 * completions_per_step * rows * SAMPLER_BYTES,
         batches * calls_of(student),
     )
-    loss_bytes = memory.logits // min(chunk_tokens, batch * new) * prompts_per_step * new
+    loss_bytes = memory.logits // min(chunk_tokens, batch * new) * completions_per_step * new
     return Estimate(
         memory,
         rollout_bytes=held

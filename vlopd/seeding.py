@@ -20,3 +20,12 @@ def derive_seed(*names: str | int) -> int:
 def generator(device: torch.device | str, *names: str | int) -> torch.Generator:
     """A fresh generator on `device` for the named stream."""
     return torch.Generator(device).manual_seed(derive_seed(*names))
+
+
+def uniforms(rows: int, tokens: int, *names: str | int) -> torch.Tensor:
+    """[rows, tokens] float64 uniforms of the named stream, on the CPU: one for each token that may be sampled.
+
+    They are all drawn at once, so that what a row samples does not depend on which others are batched with it.
+    """
+    draws = generator("cpu", *names)
+    return torch.rand(tokens, rows, generator=draws, dtype=torch.float64).T.contiguous()

@@ -32,20 +32,21 @@ from vlopd.config import (
     DistillArm,
     ExperimentConfig,
     RandomMask,
+    Recipe,
     SourceArm,
     TeacherArm,
     TeacherConfig,
     TransplantArm,
 )
 from vlopd.data import open_data
-from vlopd.distill import distill
+from vlopd.distill import Evaluate, distill
 from vlopd.geometry.analyse import analyse
 from vlopd.models import atlas
 from vlopd.models.load import DTYPES, load_configured, load_model_config, resolve, save
 from vlopd.pair import load_pair
 
-RUN_WIDE = ("student", "teacher", "precision", "data", "rollout", "loss", "optim", "train")
-"""Sections of the config that decide a distilled arm's weights."""
+RUN_WIDE = ("student", "precision", *Recipe.model_fields)
+"""Sections of the config that decide a distilled arm's weights, unless it has its own."""
 
 
 def source_arm(config: ExperimentConfig) -> str:
@@ -53,8 +54,13 @@ def source_arm(config: ExperimentConfig) -> str:
     return next((n for n, arm in config.arms.items() if isinstance(arm, SourceArm)), "base")
 
 
-def make_arm(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
-    """Makes one arm and what it needs; returns whether there was anything to do."""
+def make_arm(
+    run: RunFolder, config: ExperimentConfig, name: str, evaluate: Evaluate | None = None
+) -> bool:
+    """Makes one arm and what it needs; returns whether there was anything to do.
+
+    `evaluate` scores a student while it trains (eval.during).
+    """
     source = source_arm(config)
     if name != source:
         make_source(run, config, source)
@@ -65,12 +71,12 @@ def make_arm(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
         with processes.main_process_first():
             return note_teacher(run, config, name, arm)
     if arm.mask is not None:
-        make_mask(run, config, arm.mask)
+        make_mask(run, config, arm.mask, evaluate)
     if isinstance(arm, TransplantArm):
-        make_arm(run, config, arm.of)
+        make_arm(run, config, arm.of, evaluate)
         with processes.main_process_first():
             return transplant(run, config, name, arm)
-    return train_arm(run, config, name, arm)
+    return train_arm(run, config, name, arm, evaluate)
 
 
 # ---------------------------------------------------------------------------------------------- arms
@@ -160,8 +166,15 @@ def arm_folder(run: RunFolder, config: ExperimentConfig, name: str) -> Path:
     return Path(snapshot_download(teacher.model, revision=teacher.revision, allow_patterns=wanted))
 
 
-def train_arm(run: RunFolder, config: ExperimentConfig, name: str, arm: DistillArm) -> bool:
+def train_arm(
+    run: RunFolder,
+    config: ExperimentConfig,
+    name: str,
+    arm: DistillArm,
+    evaluate: Evaluate | None = None,
+) -> bool:
     """Distils the student from the source, under the arm's mask if it has one, and proves the mask held."""
+    config = config.of_arm(arm)
     source = run.checkpoint(source_arm(config))
     resolved = config.model_dump(mode="json")
     inputs: dict[str, Any] = {
@@ -183,14 +196,14 @@ def train_arm(run: RunFolder, config: ExperimentConfig, name: str, arm: DistillA
     started = time.perf_counter()
     folder = run.arm(name)
     trainable = distill(
-        pair, data, config, arm, folder, name, mask, digest_json(inputs), accelerator
+        pair, data, config, arm, folder, name, mask, digest_json(inputs), accelerator, evaluate
     )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         before = read_tensors(source)
         merged = trainable.merged(before)
         teachers = ", ".join(teacher.model for teacher in config.teachers.values())
-        how = f"on-policy distillation from {teachers}, {config.train.steps} steps"
+        how = f"loss {config.loss.type} from {teachers}, {config.train.steps} steps"
         how += f", mask {arm.mask}" if arm.mask else ""
         with whole_folder(run.checkpoint(name)) as checkpoint:
             save(pair.student, checkpoint, card(config, name, how), merged)
@@ -208,6 +221,7 @@ def train_arm(run: RunFolder, config: ExperimentConfig, name: str, arm: DistillA
             density=trainable.count / trainable.total,
             seconds=round(time.perf_counter() - started, 1),
             device=str(accelerator.device),
+            notes=config.notes,
             off_mask_unmoved=None
             if mask is None
             else off_mask_unmoved(before, read_tensors(run.checkpoint(name)), mask),
@@ -315,7 +329,9 @@ def card(config: ExperimentConfig, name: str, what: str) -> str:
 # --------------------------------------------------------------------------------------------- masks
 
 
-def make_mask(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
+def make_mask(
+    run: RunFolder, config: ExperimentConfig, name: str, evaluate: Evaluate | None = None
+) -> bool:
     """Builds a mask file from its rule, and first what the rule needs."""
     rule = config.masks[name]
     source = source_arm(config)
@@ -325,10 +341,10 @@ def make_mask(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
         "source": arm_digest(run, source),
     }
     if isinstance(rule, RandomMask):
-        make_mask(run, config, rule.like)
+        make_mask(run, config, rule.like, evaluate)
         inputs["like"] = read_json(run.mask_record(rule.like))["digest"]
     else:
-        make_arm(run, config, rule.of)
+        make_arm(run, config, rule.of, evaluate)
         inputs["of"] = arm_digest(run, rule.of)
     with processes.main_process_first():
         if up_to_date(run.mask_record(name), inputs):

@@ -118,9 +118,40 @@ class Completions:
     logprobs: Tensor  # [B, C] float32
     ended: Tensor  # [B] bool, an end token was sampled before the length limit
 
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
     @property
     def n_tokens(self) -> int:
         return int(self.mask.sum())
+
+    def take(self, rows: Sequence[int]) -> Completions:
+        """Some of the completions; the same object where it is all of them, in order."""
+        if list(rows) == list(range(len(self))):
+            return self
+        index = torch.tensor(rows, dtype=torch.long, device=self.ids.device)
+        return Completions(
+            self.ids[index], self.mask[index], self.logprobs[index], self.ended[index]
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[tuple[Sequence[int], Completions]], pad_id: int) -> Completions:
+        """Completions with the rows that are theirs -> one batch in the order of the rows, padded to the longest."""
+        if len(parts) == 1:
+            return parts[0][1]
+        n, longest = sum(len(c) for _, c in parts), max(c.ids.shape[1] for _, c in parts)
+        first = parts[0][1]
+        ids = first.ids.new_full((n, longest), pad_id)
+        mask = first.mask.new_zeros(n, longest)
+        logprobs = first.logprobs.new_zeros(n, longest)
+        ended = first.ended.new_zeros(n)
+        for rows, part in parts:
+            index = torch.tensor(rows, dtype=torch.long, device=ids.device)
+            ids[index, : part.ids.shape[1]] = part.ids
+            mask[index, : part.ids.shape[1]] = part.mask
+            logprobs[index, : part.ids.shape[1]] = part.logprobs
+            ended[index] = part.ended
+        return Completions(ids, mask, logprobs, ended)
 
     @property
     def truncated_fraction(self) -> float:

@@ -71,6 +71,36 @@ class SharedVocabulary:
         )
         return Completions(ids, completions.mask, completions.logprobs, completions.ended)
 
+    def translate_back(self, completions: Completions, teacher: int, pad_id: int) -> Completions:
+        """A teacher's completions, of shared tokens, in the student's ids."""
+        columns = self.teachers[teacher]
+        if isinstance(columns, int) and isinstance(self.student, int):
+            return completions
+        ids = torch.full_like(completions.ids, pad_id)
+        targets = completions.ids[completions.mask]
+        if not isinstance(columns, int):
+            ascending, order = columns.to(ids.device).sort()
+            targets = order[torch.searchsorted(ascending, targets)]
+        ids[completions.mask] = (
+            targets if isinstance(self.student, int) else self.student.to(ids.device)[targets]
+        )
+        return Completions(ids, completions.mask, completions.logprobs, completions.ended)
+
+    def sampleable(self, teacher: int, banned: Sequence[int]) -> Columns:
+        """A teacher's columns without the student's ids in `banned`: what it may write for the student."""
+        student = torch.arange(self.student) if isinstance(self.student, int) else self.student
+        kept = ~torch.isin(student, torch.tensor(banned, dtype=torch.long))
+        columns = self.teachers[teacher]
+        if bool(kept.all()):
+            return columns
+        return (torch.arange(columns) if isinstance(columns, int) else columns)[kept]
+
+    def has(self, ids: Tensor) -> Tensor:
+        """Which of the student's ids are shared, bool of the same shape."""
+        if isinstance(self.student, int):
+            return ids < self.student
+        return torch.isin(ids, self.student.to(ids.device))
+
 
 def read_vocabulary(model: ModelConfig) -> Vocabulary:
     """A model's vocabulary from its folder or hub id; no weights. Raises ConfigError when it cannot be had."""

@@ -34,9 +34,7 @@ def process_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, flo
     separator = shapes.VERDICT.strip()
     return {
         "exact_match": float(said == right),
-        "verdict_match": float(
-            said.split(separator)[-1].strip() == right.split(separator)[-1].strip()
-        ),
+        "verdict_match": float(shapes.verdict(said) == shapes.verdict(right)),
         "extraction_failure": float(separator in right and separator not in said),
     }
 

@@ -110,6 +110,11 @@ def render(
     return image
 
 
+def verdict(answer: str) -> str:
+    """What stands after the evidence: the part after the last colon, or all of it where there is none."""
+    return answer.split(VERDICT.strip())[-1].strip()
+
+
 # ---------------------------------------------------------------------------------------- questions
 
 
