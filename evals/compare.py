@@ -36,7 +36,9 @@ from vlopd.config import (
     TransplantArm,
 )
 
-Role = Literal["base", "teacher", "full", "replicate", "subnetwork", "random", "transplant"]
+Role = Literal[
+    "base", "teacher", "full", "replicate", "variant", "subnetwork", "random", "transplant"
+]
 POWER = 0.8
 
 
@@ -58,11 +60,14 @@ class Roles:
 
 
 def roles_of(config: ExperimentConfig) -> Roles:
-    """The first unmasked distill arm is full OPD, further ones are its replicates."""
+    """The first unmasked distill arm is full OPD, further ones are its replicates or, with sections of their
+    own (another loss, say), its variants."""
     of: dict[str, Role] = {}
     for name, arm in config.arms.items():
         if isinstance(arm, (SourceArm, TeacherArm)):
             of[name] = "base" if isinstance(arm, SourceArm) else "teacher"
+        elif arm.mask is None and arm.own:
+            of[name] = "variant"
         elif arm.mask is None:
             of[name] = "replicate" if "full" in of.values() else "full"
         elif isinstance(config.masks[arm.mask], RandomMask):
@@ -201,14 +206,21 @@ def compare(run: RunFolder, config: ExperimentConfig) -> Path:
 def compare_task(answers: Answers, roles: Roles, config: ExperimentConfig) -> dict[str, Any]:
     """One task's entry of compare.json, but for what results.json alone knows."""
     scores, base, full = answers.scores, roles.first("base"), roles.first("full")
+    teacher = roles.first("teacher")
     measure = Measure(answers, config, base, full)
     entries = {}
     for arm in scores:
         entries[arm] = {"role": roles.of[arm], **measure.arm(scores[arm], arm == full)}
         entries[arm]["by_group"] = measure.by_group(scores[arm])
+        entries[arm]["gap_closed"] = (
+            measure.recovery(scores[arm], scores[base], scores[teacher])
+            if base and teacher
+            else None
+        )
 
     pairs: list[tuple[Role, Role]]
     pairs = [("teacher", "base"), ("full", "base"), ("teacher", "full"), ("replicate", "full")]
+    pairs += [("variant", "full"), ("variant", "base")]
     pairs += [("subnetwork", "full"), ("subnetwork", "base"), ("random", "base")]
     pairs += [("transplant", "full"), ("transplant", "subnetwork")]
     contrasts = [
@@ -239,10 +251,6 @@ def compare_task(answers: Answers, roles: Roles, config: ExperimentConfig) -> di
         }
     for contrast, adjusted in zip(contrasts, stats.holm([c["p"] for c in contrasts]), strict=True):
         contrast["p_holm"] = adjusted
-    gap = None
-    teacher = roles.first("teacher")
-    if base and full and teacher:
-        gap = measure.recovery(scores[full], scores[base], scores[teacher])
     key = next(iter(controls.values()))["difference"] if controls else next(iter(contrasts), None)
     return {
         "metric": answers.metric,
@@ -251,7 +259,7 @@ def compare_task(answers: Answers, roles: Roles, config: ExperimentConfig) -> di
         "arms": entries,
         "contrasts": contrasts,
         "random_controls": controls,
-        "gap_closed": gap,
+        "gap_closed": entries[full]["gap_closed"] if full else None,
         "minimum_detectable_effect": key and key["minimum_detectable_effect"],
         "minimum_detectable_effect_of": key and key["name"],
     }

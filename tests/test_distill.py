@@ -1,15 +1,21 @@
 """The loop: what a step computes does not depend on how it is split, and a killed run goes on as if it had not been."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from evals.harness import held_out_scores
+from vlopd import processes
 from vlopd.checkpoint import RunError
 from vlopd.config import ConfigError, DistillArm
 from vlopd.data import open_data, pick
-from vlopd.distill import TrainingError, distill
+from vlopd.distill import Stopwatch, TrainingError, backward, distill
 from vlopd.models.atlas import classify
+from vlopd.sources import collect
+from vlopd.trainable import Trainable
 
 ARM = DistillArm(seed=1)
 
@@ -28,24 +34,61 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_micro_batches_do_not_change_the_step(kind, make_pair, make_config, tmp_path):
-    """One step split into 1, 2 or 4 micro-batches has the same loss and gradient norm, for the same samples."""
-    rows = []
-    for micro_batch in (4, 2, 1):
-        config = make_config(
-            kind, train={"steps": 1, "prompts_per_step": 4, "micro_batch": micro_batch}
-        )
-        # one end token everywhere would hide a wrong denominator: greedy rollouts, so that all splits sample alike
-        config = config.model_copy(
-            update={"rollout": config.rollout.model_copy(update={"temperature": 1e-6})}
-        )
-        folder = tmp_path / str(micro_batch)
-        run(make_pair(kind), config, folder)
-        rows.append(metrics(folder)[0])
-    for row in rows[1:]:
-        assert row["completion_tokens"] == rows[0]["completion_tokens"]
-        assert row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5)
-        assert row["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-5)
+GRADED = [
+    {"loss": {"type": "reverse_kl"}},
+    {"loss": {"type": "forward_kl", "normalisation": "sequence_mean"}},
+    {"loss": {"type": "k1", "normalisation": "fixed_length"}},
+    {
+        "loss": {"type": "k1"},
+        "reward": {"rule": "answer_named", "alpha": 0.5},
+        "rollout": {"max_new_tokens": 6, "completions_per_prompt": 2},
+    },
+]
+
+
+@pytest.mark.parametrize("sections", GRADED, ids=["token", "sequence", "length", "reward"])
+def test_splitting_or_permuting_a_step_changes_no_gradient(
+    kind, sections, make_pair, make_config, make_data
+):
+    """In 1, 2, 4 or 8 micro-batches, or in another order, the gradient differs by at most 1e-6 of its norm.
+
+    (Of the whole gradient's: that of an attention's key bias is zero but for rounding.)
+    """
+
+    def gradient(pair, batches):
+        trainable = Trainable(pair.student.model)
+        backward(pair, config, batches, processes.accelerator(), Stopwatch())
+        return torch.cat([value.grad.flatten() for value in trainable.parameters()]).double()
+
+    found = []
+    for size in (8, 4, 2, 1):
+        train = {"steps": 1, "prompts_per_step": 4, "micro_batch": size}
+        if "reward" not in sections:
+            train["prompts_per_step"] = 8
+        config = make_config(kind, **sections, train=train)
+        pair = make_pair(kind, **sections, train=train)
+        n = train["prompts_per_step"]
+        examples = pick(open_data(config, 8, 1), 0, n, 1)
+        batches = collect(pair, config, examples, range(n), 1, 0)
+        assert len(batches) == 8 // size
+        found.append(gradient(pair, batches))
+        if size == 8:
+            (whole,) = batches
+            lengths = whole.completions.mask.sum(1)
+            order = [3, 1, 0, 7, 6, 2, 5, 4]
+            asked = [whole.examples[i] for i in order]
+            other = make_pair(kind, **sections, train=train)
+            permuted = replace(
+                whole,
+                examples=asked,
+                prompts=other.student.render(asked),
+                completions=whole.completions.take(order),
+                advantages=None if whole.advantages is None else whole.advantages[order],
+            )
+            found.append(gradient(other, [permuted]))
+    assert len(lengths.unique()) > 1  # so that a wrong denominator shows
+    for other in found[1:]:
+        assert float((other - found[0]).norm() / found[0].norm()) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -180,14 +223,121 @@ def test_kl_goes_down_on_one_batch(kind, make_pair, make_config, tmp_path):
     assert sum(kl[-10:]) / 10 < 0.4 * kl[0]
 
 
-def test_loss_that_is_not_finite_stops_the_run(make_pair, make_config, tmp_path):
-    """NaN weights end in one line with the step and the examples, before anything is saved."""
+@pytest.mark.parametrize("what", ["weights", "one example", "gradient"])
+def test_what_is_not_finite_stops_the_run(what, make_pair, make_config, tmp_path):
+    """NaN weights, an infinite loss of one example, or a NaN gradient alone end in one line with the step and
+    the examples; the batch is saved, and the last good state intact and gone on from."""
+    config = make_config("llm", train={"steps": 4, "prompts_per_step": 3, "save_every": 1})
     pair = make_pair("llm")
-    with torch.no_grad():
-        next(pair.student.model.parameters()).fill_(float("nan"))
-    with pytest.raises(TrainingError, match="step 0"):
-        run(pair, make_config("llm"), tmp_path)
-    assert not (tmp_path / "state").exists()
+    good = make_config("llm", train={"steps": 2, "prompts_per_step": 3, "save_every": 1})
+    run(pair, good, tmp_path)
+    state = (tmp_path / "state" / "state.safetensors").read_bytes()
+
+    broken = make_pair("llm")
+    if what == "weights":
+        names, message = 3, "not finite are the tokens of shapes-train-1-"
+        head = broken.teachers[0].loaded.model.get_output_embeddings()
+        head.weight.data.fill_(float("nan"))
+    elif what == "one example":
+        names, message = 1, "not finite are the tokens of shapes-train-1-"
+        original, calls = broken.teachers[0].loaded.model.get_output_embeddings(), []
+
+        def ban(module, inputs, output):
+            calls.append(1)
+            output[0] = float("-inf")  # the first token of the first example
+
+        original.register_forward_hook(ban)
+    else:
+        names, message = 0, "no example among shapes-train-1-.* gradient alone"
+        parameter = next(broken.student.model.parameters())
+        parameter.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(TrainingError, match=rf"at step 2 .*{message}"):
+        run(broken, config, tmp_path)
+    assert (tmp_path / "state" / "state.safetensors").read_bytes() == state
+    saved = tmp_path / "not-finite" / "process-0"
+    about = json.loads((saved / "examples.json").read_text())
+    assert (about["step"], len(about["not_finite"]), len(about["examples"])) == (2, names, 3)
+    tensors = load_file(saved / "batch-0.safetensors")
+    assert tensors["ids"].shape[0] == 3
+    assert bool(tensors["loss"].isfinite().all()) == (what == "gradient")
+    assert len(metrics(tmp_path)) == 2
+
+
+def test_looking_at_held_out_questions_changes_nothing(kind, make_pair, make_config, tmp_path):
+    """With held-out scores and optimizer evidence on the way, weights and metrics are the same bits; scores are
+    of the source, every second step and the last, by the code of the final evaluation."""
+    task = "shapes_validation" if kind == "vlm" else "shapes_text_validation"
+    train = {"steps": 3, "prompts_per_step": 3}
+    ends = []
+    for looks in (False, True):
+        during = {"every": 2, "tasks": [task], "limit": 5}
+        config = make_config(
+            kind,
+            train={**train, "evidence_every": 2 if looks else None},
+            eval={"during": during if looks else None},
+        )
+        pair, folder = make_pair(kind), tmp_path / str(looks)
+        data = open_data(config, 9, 1)
+        evaluate = held_out_scores(config) if looks else None
+        distill(pair, data, config, ARM, folder, "test", evaluate=evaluate)
+        rows = [{k: v for k, v in row.items() if "second" not in k} for row in metrics(folder)]
+        ends.append((weights(pair), rows))
+    (before, a), (after, b) = ends
+    assert a == b
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    scored = [json.loads(x) for x in (folder / "heldout.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["task"]) for row in scored] == [(0, task), (2, task), (3, task)]
+    (final,) = evaluate(pair.student).values()
+    assert {k: scored[-1][k] for k in final} == final
+    evidence = [json.loads(x) for x in (folder / "optimizer.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in evidence} == {0, 2}
+
+
+def test_updates_on_the_same_completions(kind, make_pair, make_config, tmp_path):
+    """Two updates a rollout are two optimizer steps on the same completions: on one step's worth of data, with
+    SGD, they move the weights as two steps on these completions by hand."""
+    sections = {
+        "loss": {"type": "k1"},
+        "optim": {"type": "sgd", "learning_rate": 0.05, "momentum": 0.0, "max_grad_norm": None},
+        "train": {"steps": 1, "prompts_per_step": 4, "updates_per_rollout": 2},
+    }
+    config, pair = make_config(kind, **sections), make_pair(kind, **sections)
+    run(pair, config, tmp_path)
+    other = make_pair(kind, **sections)
+    trainable = Trainable(other.student.model)
+    examples = pick(open_data(config, 4, ARM.seed), 0, 4, ARM.seed)
+    batches = collect(other, config, examples, range(4), ARM.seed, 0)
+    losses = []
+    for _ in range(2):
+        trainable.zero_grad()
+        losses.append(backward(other, config, batches, processes.accelerator(), Stopwatch())[0])
+        for value in trainable.parameters():
+            value.data -= 0.05 * value.grad
+        trainable.write_back()
+    assert losses[0] == pytest.approx(metrics(tmp_path)[0]["loss"])
+    assert losses[1] < losses[0]
+    expected = weights(other)
+    for name, got in weights(pair).items():
+        torch.testing.assert_close(got, expected[name], rtol=1e-6, atol=1e-7)
+
+
+def test_curves_go_to_tensorboard(make_pair, make_config, tmp_path):
+    """With tracking.trackers the numbers of metrics.jsonl are in the tracker's own files; an absent one is named."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = make_config("llm", tracking={"trackers": ["tensorboard"]})
+    run(make_pair("llm"), config, tmp_path)
+    (folder,) = (tmp_path / "trackers").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    told = [round(event.value, 5) for event in events.Scalars("kl")]
+    assert told == [pytest.approx(row["kl"], rel=1e-4) for row in metrics(tmp_path)]
+    with pytest.raises(ConfigError, match="names 'wandb', which is not installed: pip install"):
+        run(
+            make_pair("llm"),
+            make_config("llm", tracking={"trackers": ["wandb"]}),
+            tmp_path / "other",
+        )
 
 
 def test_samples_hold_both_models_logprobs(kind, make_pair, make_config, tmp_path):

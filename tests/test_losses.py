@@ -5,7 +5,18 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from vlopd import losses
-from vlopd.config import JSD, K1, K2, K3, ConfigError, LossConfig, ReverseKL, load_config
+from vlopd.config import (
+    JSD,
+    K1,
+    K2,
+    K3,
+    NLL,
+    ConfigError,
+    LossConfig,
+    ReverseKL,
+    RewardConfig,
+    load_config,
+)
 from vlopd.losses import Sampled, TokenDivergence, chunked_divergence
 
 INF = float("inf")
@@ -307,7 +318,7 @@ def test_tokens_that_one_model_bans(name, banned):
 
 
 @pytest.mark.parametrize(
-    "name", [*DIVERGENCES, "k1", "k2", "k3", "union", "intersection", "teacher_top_k"]
+    "name", [*DIVERGENCES, "nll", "k1", "k2", "k3", "union", "intersection", "teacher_top_k"]
 )
 @pytest.mark.parametrize("chunk", [1, 4, 10, 11])
 def test_chunks_change_nothing(name, chunk):
@@ -356,27 +367,30 @@ def test_chunks_hold_no_more_than_a_chunk_of_logits():
 # --------------------------------------------------------------------------------------- estimators
 
 
+def surrogate(advantage, ratio, clip) -> torch.Tensor:
+    """PPO's surrogate token by token, in float64."""
+    if clip is None:
+        return -advantage * ratio
+    low, high = torch.tensor(1.0 - clip), torch.tensor(1.0 + clip)
+    return torch.stack(
+        [-min(w * a, min(max(w, low), high) * a) for w, a in zip(ratio, advantage, strict=True)]
+    )
+
+
 def estimator_reference(loss, student, teacher, columns, old) -> torch.Tensor:
     """The estimators at each token in float64, from probabilities."""
     rows = torch.arange(len(columns))
     q, p = student.softmax(-1)[rows, columns], teacher.softmax(-1)[rows, columns]
+    if loss.type == "nll":
+        return -q.log()
     if loss.type == "k2":
         return (q / p).log() ** 2 / 2
     if loss.type == "k3":
         return p / q - 1 - (p / q).log()
-    advantage, ratio = (p / q).log().detach(), q / old.exp()
-    if loss.clip is None:
-        return -advantage * ratio
-    low, high = 1 - loss.clip, 1 + loss.clip
-    return torch.stack(
-        [
-            -min(w * a, min(max(w, torch.tensor(low)), torch.tensor(high)) * a)
-            for w, a in zip(ratio, advantage, strict=True)
-        ]
-    )
+    return surrogate((p / q).log().detach(), q / old.exp(), loss.clip)
 
 
-@pytest.mark.parametrize("loss", [K1(), K1(clip=None), K1(clip=0.05), K2(), K3()], ids=str)
+@pytest.mark.parametrize("loss", [NLL(), K1(), K1(clip=None), K1(clip=0.05), K2(), K3()], ids=str)
 @pytest.mark.parametrize("kind", ["random", "near one-hot", "close", "identical", "masked"])
 def test_estimators_match_float64(loss, kind):
     """Value and gradient of every estimator agree with float64, also of tokens of an older student."""
@@ -436,6 +450,97 @@ def test_tokens_that_are_used_once_have_ratio_one():
     assert all(torch.equal(a, b) for a, b in zip(*values, strict=True))
     other = teacher.log_softmax(-1).gather(1, columns[:, None])[:, 0]
     torch.testing.assert_close(values[0][0], old - other)
+
+
+# ------------------------------------------------------------------------------------------ rewards
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd 0.5", "k1", "k3"])
+@pytest.mark.parametrize(("alpha", "clip"), [(0.0, 0.2), (0.3, 0.2), (0.3, None), (0.7, 0.05)])
+def test_a_rewards_policy_gradient_is_mixed_in_by_its_share(name, alpha, clip):
+    """Value and gradient are alpha * loss + (1 - alpha) * surrogate in float64; under k1 the advantages mix."""
+    student, teacher = logits("random", 40)
+    torch.manual_seed(6)
+    columns = student.softmax(-1).multinomial(1)[:, 0]
+    rows = torch.arange(40)
+    old = student.log_softmax(-1)[rows, columns] + 0.3 * torch.randn(40)
+    advantages = torch.randn(40)
+    loss, reward = make(name), RewardConfig(rule="exact_match", alpha=alpha, clip=clip)
+    wide, theirs = student.double().requires_grad_(), teacher.double()
+    q, p = wide.softmax(-1)[rows, columns], theirs.softmax(-1)[rows, columns]
+    ratio = q / old.double().exp()
+    if name == "k1":
+        both = alpha * (p / q).log().detach() + (1 - alpha) * advantages.double()
+        expected = surrogate(both, ratio, clip)
+    else:
+        own = (
+            reference(loss, wide, theirs)
+            if name in DIVERGENCES
+            else estimator_reference(loss, wide, theirs, columns, old.double())
+        )
+        expected = alpha * own + (1 - alpha) * surrogate(advantages.double(), ratio, clip)
+    expected.sum().backward()
+    narrow = student.clone().requires_grad_()
+    value = token_divergence(loss, narrow, teacher, Sampled(columns, old, advantages), reward).loss
+    value.sum().backward()
+    torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(narrow.grad.double(), wide.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rewards_gradient_climbs_the_expected_reward():
+    """Over 20,000 samples of one token, the mean gradient is minus that of the expected reward (3 errors)."""
+    n = 20_000
+    torch.manual_seed(7)
+    student, rewards = torch.randn(1, 12).double(), torch.randn(12).double()
+    q = student.softmax(-1)[0]
+    drawn = q.multinomial(n, replacement=True)
+    leaf = student.repeat(n, 1).requires_grad_()
+    sampled = Sampled(drawn, q.log()[drawn], rewards[drawn])
+    reward = RewardConfig(rule="exact_match")
+    token_divergence(ReverseKL(), leaf, leaf.detach(), sampled, reward).loss.sum().backward()
+    whole = student.clone().requires_grad_()
+    (whole.softmax(-1) * rewards).sum().backward()
+    error = leaf.grad.std(0) / n**0.5
+    assert bool(((leaf.grad.mean(0) + whole.grad[0]).abs() <= 3 * error).all())
+    assert bool((3 * error < 0.3 * whole.grad.abs().max()).all())  # the test could fail
+
+
+# ------------------------------------------------------------------------------------- normalisation
+
+
+def test_weights_are_what_the_normalisation_says():
+    """Of completions of 1, 3 and 4 tokens, limit 5: over tokens, over each completion's own, over the limit."""
+    mask = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]).bool()
+    values = torch.arange(1.0, 9.0).double()
+
+    def mean(normalisation: str) -> float:
+        loss = ReverseKL(normalisation=normalisation)
+        return float((losses.token_weights(loss, mask, 8, 3, 5) * values).sum())
+
+    assert mean("token_mean") == pytest.approx(36 / 8)
+    assert mean("sequence_mean") == pytest.approx((1 + 9 / 3 + 26 / 4) / 3)
+    assert mean("fixed_length") == pytest.approx(36 / 15)
+
+
+# -------------------------------------------------------------------------------------- diagnostics
+
+
+def test_overlap_is_that_of_the_sixteen_likeliest():
+    """Identical models share all of them; models that share 4 of 16 have an overlap of 1/4, and its mass."""
+    student = torch.full((2, 40), -4.0)
+    student[:, :16] = 2.0
+    teacher = torch.full((2, 40), -4.0)
+    teacher[:, 12:28] = 1.0
+    teacher[1] = student[1]
+    out = token_divergence(make("forward_kl"), student, teacher)
+    torch.testing.assert_close(out.top_overlap, torch.tensor([0.25, 1.0]))
+    q, p = student.softmax(-1), teacher.softmax(-1)
+    torch.testing.assert_close(
+        out.student_shared_mass, torch.stack([q[0, 12:16].sum(), q[1, :16].sum()])
+    )
+    torch.testing.assert_close(
+        out.teacher_shared_mass, torch.stack([p[0, 12:16].sum(), p[1, :16].sum()])
+    )
 
 
 # ------------------------------------------------------------------------------------------- config

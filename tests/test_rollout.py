@@ -1,8 +1,10 @@
 """The sampler: what it says of its samples is true, and nothing but the model and the seed decides them."""
 
+import pytest
 import torch
 
 from tests.conftest import sampled
+from vlopd.config import RolloutConfig
 from vlopd.models.load import load
 from vlopd.rollout import draw, sample
 from vlopd.seeding import uniforms
@@ -76,6 +78,45 @@ def test_draws_follow_the_distribution():
     observed = drawn.bincount(minlength=5) / n
     error = (expected * (1 - expected) / n).sqrt()
     assert bool(((observed - expected).abs() <= 5 * error).all())
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [
+        (2, 1.0, {2, 4}),
+        (None, 0.6, {2, 4}),
+        (None, 0.4, {2}),
+        (3, 0.9, {1, 2, 4}),
+        (9, 1.0, {0, 1, 2, 4}),
+    ],
+)
+def test_a_cut_distribution_keeps_the_likeliest(top_k, top_p, kept):
+    """top_k and then the nucleus keep the named tokens, in proportion, and banned ones never."""
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 1.5]])
+    n = 50_000
+    banned = torch.tensor([0, 0, 0, 1, 0]).bool()
+    drawn = draw(logits.expand(n, -1), 1.0, banned, uniforms(n, 1, 3)[:, 0], top_k, top_p)
+    probabilities = torch.softmax(logits[0].masked_fill(banned, -torch.inf), -1)
+    outside = [v for v in range(5) if v not in kept]
+    probabilities[outside] = 0
+    expected = probabilities / probabilities.sum()
+    observed = drawn.bincount(minlength=5) / n
+    error = (expected * (1 - expected) / n).sqrt()
+    assert bool(((observed - expected).abs() <= 5 * error).all())
+    assert set(drawn.unique().tolist()) == kept
+
+
+def test_logprobs_are_the_models_own_however_tokens_are_drawn(kind, make_pair, make_data):
+    """With a temperature, top-k and nucleus, sampled log-probs are still what re-scoring gives."""
+    pair = make_pair(kind)
+    prompts = pair.student.render(make_data(kind))
+    rollout = RolloutConfig(max_new_tokens=8, temperature=0.5, top_k=5, top_p=0.9)
+    completions = pair.sample(prompts, rollout, uniforms(len(prompts), 8, 0))
+    rescored = pair.student_logprobs(prompts, completions)
+    torch.testing.assert_close(rescored, completions.logprobs[completions.mask], rtol=0, atol=1e-4)
+    plain = RolloutConfig(max_new_tokens=8)
+    other = pair.sample(prompts, plain, uniforms(len(prompts), 8, 0))
+    assert not torch.equal(other.ids, completions.ids)
 
 
 def test_sampling_leaves_the_models_answers_to_generate(make_data):

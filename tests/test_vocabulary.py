@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from tests.conftest import sampled
-from vlopd.config import ConfigError, ReverseKL
+from vlopd.config import ConfigError, ReverseKL, RolloutConfig
 from vlopd.models.load import load
 from vlopd.pair import load_pair, shared_vocabulary
+from vlopd.seeding import uniforms
 from vlopd.vocabulary import Vocabulary, share
 
 WORDS = ("<s>", "</s>", "red", "blue", "left", "right")
@@ -128,9 +129,21 @@ def test_a_remapped_teacher_grades_as_the_unmapped_one(
         prompts = pair.student.render(examples)
         completions = sampled(pair, prompts, 6, 0)
         tokens = pair.divergence(ReverseKL(), examples, prompts, completions)
-        results.append((completions.ids, tokens.loss, pair.teacher_logprobs(examples, completions)))
-    (ids_a, kl_a, logprobs_a), (ids_b, kl_b, logprobs_b) = results
+        written = pair.teacher_sample(
+            examples, RolloutConfig(max_new_tokens=6), uniforms(len(examples), 6, 1)
+        )
+        assert not torch.equal(written.ids, completions.ids)
+        results.append(
+            (
+                completions.ids,
+                written.ids,
+                tokens.loss,
+                pair.teacher_logprobs(examples, completions),
+            )
+        )
+    (ids_a, written_a, kl_a, logprobs_a), (ids_b, written_b, kl_b, logprobs_b) = results
     assert torch.equal(ids_a, ids_b)
+    assert torch.equal(written_a, written_b)  # the teacher writes the same words in other ids
     torch.testing.assert_close(kl_a, kl_b, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logprobs_a, logprobs_b, rtol=1e-4, atol=1e-5)
 

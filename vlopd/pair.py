@@ -81,18 +81,20 @@ class ModelPair:
         Of shared tokens only, and none that either model takes for an image's placeholder.
         """
         parts = []
+        unsampleable = torch.tensor(self.student.unsampleable_ids, dtype=torch.long)
+        banned = unsampleable[self.vocabulary.has(unsampleable)]
         for grader, rows in self.assign(examples):
             assert isinstance(grader, Teacher), "the config refuses to sample from a mixture"
-            columns = self.vocabulary.sampleable(grader.index, self.student.unsampleable_ids)
             theirs = sample(
                 grader.loaded,
                 grader.render([examples[i] for i in rows]),
                 rollout.max_new_tokens,
                 rollout.temperature,
                 uniforms[rows],
-                columns,
+                self.vocabulary.teachers[grader.index],
                 rollout.top_k,
                 rollout.top_p,
+                self.vocabulary.in_teacher(banned, grader.index).tolist(),
             )
             pad = self.student.pad_id
             parts.append((rows, self.vocabulary.translate_back(theirs, grader.index, pad)))

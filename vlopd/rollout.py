@@ -7,6 +7,8 @@ sampler's own log-probs come with the tokens, and no default of a checkpoint's g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -26,14 +28,15 @@ def sample(
     columns: int | Tensor | None = None,
     top_k: int | None = None,
     top_p: float = 1.0,
+    banned_ids: Sequence[int] = (),
 ) -> Completions:
     """Samples one completion a prompt; temperature 0 takes the likeliest token (the first of equals).
 
     `uniforms` [B, max_new_tokens] decide the draws (seeding.uniforms); temperature 0 needs none. `top_k` and
     `top_p` cut the distribution's tail, after the temperature. `columns` limits sampling to a part of the
-    vocabulary (what the teachers have too): the first so many tokens, or these ids [V]. Image placeholders and
-    padding are never sampled. `logprobs` are the model's own over the columns at temperature 1 with nothing
-    cut or banned, so that they equal what re-scoring gives however the tokens were drawn.
+    vocabulary (what the teachers have too): the first so many tokens, or these ids [V]. Image placeholders,
+    padding and `banned_ids` are never sampled. `logprobs` are the model's own over the columns at temperature 1
+    with nothing cut or banned, so that they equal what re-scoring gives however the tokens were drawn.
     """
     model, body = loaded.model, families.body(loaded.model)
     columns = loaded.vocabulary_rows if columns is None else columns
@@ -42,7 +45,7 @@ def sample(
         if isinstance(columns, int)
         else columns.to(loaded.device)
     )  # [V] ids
-    unsampleable = torch.tensor(loaded.unsampleable_ids, device=loaded.device)
+    unsampleable = torch.tensor([*loaded.unsampleable_ids, *banned_ids], device=loaded.device)
     banned = torch.isin(allowed, unsampleable)
     ends = torch.tensor(loaded.end_ids, device=loaded.device)
     attention, ids = prompts.attention_mask, prompts.input_ids

@@ -54,10 +54,18 @@ class SharedVocabulary:
 
     def targets(self, completions: Completions) -> Tensor:
         """The sampled tokens as columns of the shared vocabulary, [N]."""
-        ids = completions.ids[completions.mask]
+        return self.columns_of(completions.ids[completions.mask])
+
+    def columns_of(self, ids: Tensor) -> Tensor:
+        """The student's ids, all of them shared, as columns of the shared vocabulary."""
         if isinstance(self.student, int):
             return ids
         return torch.searchsorted(self.student.to(ids.device), ids)
+
+    def in_teacher(self, ids: Tensor, teacher: int) -> Tensor:
+        """The student's ids, all of them shared, as a teacher's."""
+        columns, targets = self.teachers[teacher], self.columns_of(ids)
+        return targets if isinstance(columns, int) else columns.to(ids.device)[targets]
 
     def translate(self, completions: Completions, teacher: int, pad_id: int) -> Completions:
         """The completions in a teacher's ids."""
@@ -65,10 +73,7 @@ class SharedVocabulary:
         if isinstance(columns, int) and isinstance(self.student, int):
             return completions
         ids = torch.full_like(completions.ids, pad_id)
-        targets = self.targets(completions)
-        ids[completions.mask] = (
-            targets if isinstance(columns, int) else columns.to(ids.device)[targets]
-        )
+        ids[completions.mask] = self.in_teacher(completions.ids[completions.mask], teacher)
         return Completions(ids, completions.mask, completions.logprobs, completions.ended)
 
     def translate_back(self, completions: Completions, teacher: int, pad_id: int) -> Completions:
@@ -85,15 +90,6 @@ class SharedVocabulary:
             targets if isinstance(self.student, int) else self.student.to(ids.device)[targets]
         )
         return Completions(ids, completions.mask, completions.logprobs, completions.ended)
-
-    def sampleable(self, teacher: int, banned: Sequence[int]) -> Columns:
-        """A teacher's columns without the student's ids in `banned`: what it may write for the student."""
-        student = torch.arange(self.student) if isinstance(self.student, int) else self.student
-        kept = ~torch.isin(student, torch.tensor(banned, dtype=torch.long))
-        columns = self.teachers[teacher]
-        if bool(kept.all()):
-            return columns
-        return (torch.arange(columns) if isinstance(columns, int) else columns)[kept]
 
     def has(self, ids: Tensor) -> Tensor:
         """Which of the student's ids are shared, bool of the same shape."""

@@ -20,6 +20,7 @@ COLOURS = {
     "teacher": "#8a8f98",
     "full": "#2b83c6",
     "replicate": "#56b4e9",
+    "variant": "#7a6fb0",
     "subnetwork": "#d55e00",
     "transplant": "#b9659a",
     "pooled": "#009e73",

@@ -10,7 +10,17 @@ import pandas as pd
 from vlopd.checkpoint import RunFolder, read_json, read_jsonl
 from vlopd.config import ExperimentConfig
 
-ORDER = ("teacher", "full", "replicate", "subnetwork", "transplant", "pooled", "random", "base")
+ORDER = (
+    "teacher",
+    "full",
+    "replicate",
+    "variant",
+    "subnetwork",
+    "transplant",
+    "pooled",
+    "random",
+    "base",
+)
 """From ceiling to floor: the order of arms in every table and figure."""
 
 
