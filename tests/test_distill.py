@@ -35,8 +35,11 @@ def metrics(folder):
 
 
 GRADED = [
-    {"loss": {"type": "reverse_kl"}},
-    {"loss": {"type": "forward_kl", "normalisation": "sequence_mean"}},
+    {"loss": {"type": "reverse_kl"}, "rollout": {"max_new_tokens": 6, "source": "data"}},
+    {
+        "loss": {"type": "forward_kl", "normalisation": "sequence_mean"},
+        "rollout": {"max_new_tokens": 6, "source": "data"},
+    },
     {"loss": {"type": "k1", "normalisation": "fixed_length"}},
     {
         "loss": {"type": "k1"},
@@ -47,18 +50,29 @@ GRADED = [
 
 
 @pytest.mark.parametrize("sections", GRADED, ids=["token", "sequence", "length", "reward"])
+@pytest.mark.parametrize(("activations", "bound"), [("float64", 3e-7), ("fp32", 2e-6)])
 def test_splitting_or_permuting_a_step_changes_no_gradient(
-    kind, sections, make_pair, make_config, make_data
+    kind, sections, activations, bound, make_pair, make_config
 ):
-    """In 1, 2, 4 or 8 micro-batches, or in another order, the gradient differs by at most 1e-6 of its norm.
+    """In 1, 2, 4 or 8 micro-batches, or in another order, the fp32 gradient differs by rounding alone.
 
-    (Of the whole gradient's: that of an attention's key bias is zero but for rounding.)
+    By 3e-7 of its norm where the models compute in float64, so that nothing else is rounded, and by at most
+    1e-6 in fp32 where this was written; other processors add up in other orders, so the test allows twice that.
+    (Of the whole gradient's norm: that of an attention's key bias is zero but for rounding.)
     """
+
+    def fresh():
+        pair = make_pair(kind, **sections, train=train)
+        if activations == "float64":
+            for model in (pair.student.model, pair.teachers[0].loaded.model):
+                model.double()
+        return pair
 
     def gradient(pair, batches):
         trainable = Trainable(pair.student.model)
         backward(pair, config, batches, processes.accelerator(), Stopwatch())
-        return torch.cat([value.grad.flatten() for value in trainable.parameters()]).double()
+        found = [v.grad.flatten() for v in trainable.parameters() if v.grad is not None]
+        return torch.cat(found).double()
 
     found = []
     for size in (8, 4, 2, 1):
@@ -66,7 +80,7 @@ def test_splitting_or_permuting_a_step_changes_no_gradient(
         if "reward" not in sections:
             train["prompts_per_step"] = 8
         config = make_config(kind, **sections, train=train)
-        pair = make_pair(kind, **sections, train=train)
+        pair = fresh()
         n = train["prompts_per_step"]
         examples = pick(open_data(config, 8, 1), 0, n, 1)
         batches = collect(pair, config, examples, range(n), 1, 0)
@@ -77,7 +91,7 @@ def test_splitting_or_permuting_a_step_changes_no_gradient(
             lengths = whole.completions.mask.sum(1)
             order = [3, 1, 0, 7, 6, 2, 5, 4]
             asked = [whole.examples[i] for i in order]
-            other = make_pair(kind, **sections, train=train)
+            other = fresh()
             permuted = replace(
                 whole,
                 examples=asked,
@@ -86,9 +100,10 @@ def test_splitting_or_permuting_a_step_changes_no_gradient(
                 advantages=None if whole.advantages is None else whole.advantages[order],
             )
             found.append(gradient(other, [permuted]))
-    assert len(lengths.unique()) > 1  # so that a wrong denominator shows
+    if config.rollout.source.type == "data":
+        assert len(lengths.unique()) > 1  # so that a wrong denominator shows
     for other in found[1:]:
-        assert float((other - found[0]).norm() / found[0].norm()) < 1e-6
+        assert float((other - found[0]).norm() / found[0].norm()) < bound
 
 
 @pytest.mark.parametrize(
@@ -312,7 +327,8 @@ def test_updates_on_the_same_completions(kind, make_pair, make_config, tmp_path)
         trainable.zero_grad()
         losses.append(backward(other, config, batches, processes.accelerator(), Stopwatch())[0])
         for value in trainable.parameters():
-            value.data -= 0.05 * value.grad
+            if value.grad is not None:
+                value.data -= 0.05 * value.grad
         trainable.write_back()
     assert losses[0] == pytest.approx(metrics(tmp_path)[0]["loss"])
     assert losses[1] < losses[0]

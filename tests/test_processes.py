@@ -22,9 +22,8 @@ def test_two_processes_make_the_step_of_one(kind, folders, tmp_path):
             task="shapes",
         )
     )
-    # nearly greedy, since processes draw from streams of their own; fp32, to compare closely
-    words = ["-m", "vlopd.cli", "run", str(config), "rollout.temperature=1e-6", "precision.compute=fp32",
-             "--arm", "subnetwork"]  # fmt: skip
+    # fp32, to compare closely
+    words = ["-m", "vlopd.cli", "run", str(config), "precision.compute=fp32", "--arm", "subnetwork"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = {}
@@ -43,5 +42,7 @@ def test_two_processes_make_the_step_of_one(kind, folders, tmp_path):
     for arm in ("full", "subnetwork"):
         one, two = first["one", arm], first["two", arm]
         assert one["completion_tokens"] == two["completion_tokens"]
-        for key in ("loss", "grad_norm", "student_entropy"):
-            assert two[key] == pytest.approx(one[key], rel=1e-5)
+        for key in ("loss", "grad_norm", "student_entropy", "kl_quarter_2", "top_overlap_fraction"):
+            # full's weights differ in their last bits, so that its mask may take another of two equals
+            near = 1e-3 if (arm, key) == ("subnetwork", "grad_norm") else 1e-5
+            assert two[key] == pytest.approx(one[key], rel=near), (arm, key)
