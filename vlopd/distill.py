@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from vlopd.losses import TokenDivergence
 from vlopd.models import atlas
 from vlopd.optimizers import Optimizers, build_optimizer, learning_rate
 from vlopd.pair import ModelPair
-from vlopd.trainable import Trainable
+from vlopd.trainable import Projection, Trainable
 from vlopd.types import Completions, Example, Prompts
 
 
@@ -53,18 +53,21 @@ def distill(
     mask: Mapping[str, Tensor] | None = None,
     identity: str = "",
     accelerator: Accelerator | None = None,
+    projections: Mapping[str, Projection] | None = None,
+    keep: Callable[[int, Trainable], None] | None = None,
 ) -> Trainable:
     """Trains the pair's student in place and returns its trained coordinates.
 
     Writes metrics.jsonl, samples.jsonl and a resumable state/ into `folder`; a state left there by a
     killed run with the same `identity` (a digest of everything that decides the result) is gone on from.
+    `projections` are of the gradients, by parameter; `keep` gets the number of each of train.keep_steps.
 
     Raises TrainingError when the loss or a gradient is not finite.
     """
     accelerator = accelerator or processes.accelerator()
     train, loss_config = config.train, config.loss
     atlas.freeze(pair.student.model, train.freeze)
-    trainable = Trainable(pair.student.model, mask)
+    trainable = Trainable(pair.student.model, mask, projections)
     if trainable.count == 0:
         return trainable  # an empty mask trains nothing: the source, as it is
     optimizer = build_optimizer(config.optim, trainable)
@@ -130,6 +133,8 @@ def distill(
             log.step({**row, "learning_rate": rate, **clock.seconds(row["completion_tokens"])})
             if step % train.sample_every == 0 and accelerator.is_main_process:
                 log_samples(log, step, pair, batches[0][:4], rollouts[0])
+            if keep and step + 1 in train.keep_steps and accelerator.is_main_process:
+                keep(step + 1, trainable)
             if (step + 1) % train.save_every == 0 and accelerator.is_main_process:
                 save_state(folder / "state", step + 1, trainable, optimizer, averages, identity)
     return trainable
