@@ -28,8 +28,10 @@ from vlopd.checkpoint import (
     write_json,
 )
 from vlopd.config import (
+    ArmConfig,
     DistillArm,
     ExperimentConfig,
+    ExtrapolateArm,
     RandomMask,
     SourceArm,
     TeacherArm,
@@ -66,7 +68,7 @@ def roles_of(config: ExperimentConfig) -> Roles:
     for name, arm in config.arms.items():
         if isinstance(arm, (SourceArm, TeacherArm)):
             of[name] = "base" if isinstance(arm, SourceArm) else "teacher"
-        elif arm.mask is None and arm.own:
+        elif is_variant(arm):
             of[name] = "variant"
         elif arm.mask is None:
             of[name] = "replicate" if "full" in of.values() else "full"
@@ -86,6 +88,13 @@ def roles_of(config: ExperimentConfig) -> Roles:
         if role in ("subnetwork", "transplant")
     }
     return Roles(of, {name: arms for name, arms in controls.items() if arms})
+
+
+def is_variant(arm: ArmConfig) -> bool:
+    """Whether an unmasked arm was trained, or made, in another way than full OPD."""
+    if isinstance(arm, ExtrapolateArm):
+        return True
+    return isinstance(arm, DistillArm) and arm.mask is None and bool(arm.own or arm.subspace)
 
 
 def mask_of(config: ExperimentConfig, arm: str) -> str | None:

@@ -72,6 +72,7 @@ def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
         "arm": arm,
         "inputs": inputs,
         "checkpoint_digest": record["checkpoint_digest"],
+        "other_source": record.get("other_source"),
         "data_digest": {},
         "primary_metric": {},
         "chance": {},

@@ -31,7 +31,7 @@ from vlopd.resources import (
     parameter_counts,
     tower_cost,
 )
-from vlopd.trainable import Trainable
+from vlopd.trainable import CompactSlot, Trainable
 
 SPEED = DeviceSpeed(1e12, 1e11, 10**10, 1e-5)
 TEXT = dict(
@@ -236,7 +236,8 @@ def test_values_gradients_and_moments_are_those_held(dtype, density):
     shared = {parameter.data_ptr() for parameter in model.parameters()}
     assert memory.student_weights == sum(p.nbytes for p in model.parameters())
     assert memory.values == sum(s.values.nbytes for s in slots if s.values.data_ptr() not in shared)
-    assert memory.indices == sum(s.indices.nbytes for s in slots if s.indices is not None)
+    places = [s.where.nbytes for s in slots if isinstance(s, CompactSlot)]
+    assert memory.indices == sum(places)
     assert memory.gradients == sum(s.values.grad.nbytes for s in slots)
     moments = [optimizer.state[s.values] for s in slots]
     assert memory.moments == sum(m["exp_avg"].nbytes + m["exp_avg_sq"].nbytes for m in moments)

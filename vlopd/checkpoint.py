@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -193,6 +194,7 @@ class RunFolder:
     def __init__(self, root: Path | str):
         self.root = Path(root)
         self._lock: Any = None
+        self._making: set[Path] = set()
 
     # ---- paths
 
@@ -201,6 +203,10 @@ class RunFolder:
 
     def checkpoint(self, arm: str) -> Path:
         return self.arm(arm) / "checkpoint"
+
+    def kept(self, arm: str, step: int) -> Path:
+        """An early checkpoint of an arm, after so many steps."""
+        return self.arm(arm) / "checkpoints" / f"step-{step}"
 
     def arm_record(self, arm: str) -> Path:
         return self.arm(arm) / "record.json"
@@ -229,7 +235,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: Path | str, config: ExperimentConfig) -> RunFolder:
-        """Makes the folder for `config`, or opens it if it already is this config's; takes the lock.
+        """Makes the folder for `config`, or opens it if it already is this config's.
 
         Raises ConfigError with the difference when the folder holds another config.
         """
@@ -238,24 +244,23 @@ class RunFolder:
         run.lock()
         resolved = json.loads(config.model_dump_json())
         path = run.root / "run.json"
-        if run._lock is None:
-            return run
-        if path.exists():
-            lines = differences(read_json(path)["config"], resolved)
-            if lines:
-                raise ConfigError(
-                    f"{run.root} already holds another config; choose another --out, or delete it. "
-                    f"Theirs -> yours: {'; '.join(lines)}"
-                )
-        else:
-            seeds = {n: arm["seed"] for n, arm in resolved["arms"].items() if "seed" in arm}
-            record = {"config": resolved, "seeds": seeds, "precision": resolved["precision"]}
-            write_json(path, {**record, **provenance()})
+        with run.making(path):
+            if path.exists():
+                lines = differences(read_json(path)["config"], resolved)
+                if lines:
+                    raise ConfigError(
+                        f"{run.root} already holds another config; choose another --out, or delete it. "
+                        f"Theirs -> yours: {'; '.join(lines)}"
+                    )
+            elif is_first_process():
+                seeds = {n: arm["seed"] for n, arm in resolved["arms"].items() if "seed" in arm}
+                record = {"config": resolved, "seeds": seeds, "precision": resolved["precision"]}
+                write_json(path, {**record, **provenance()})
         return run
 
     @classmethod
     def open(cls, root: Path | str) -> tuple[RunFolder, ExperimentConfig]:
-        """Opens an existing run, takes its lock, and returns its config."""
+        """Opens an existing run and returns it with its config."""
         run = cls(root)
         path = run.root / "run.json"
         if not path.exists():
@@ -266,29 +271,19 @@ class RunFolder:
         return run, ExperimentConfig.model_validate(read_json(path)["config"])
 
     def lock(self) -> None:
-        """Holds the folder for this process until it ends. Raises RunError when another one holds it.
+        """Notes that this process works in the folder, beside any others, until it ends.
 
-        Of the processes that a launcher started together, the first holds it for all.
+        A process that finds itself alone removes what killed ones left unfinished.
         """
-        if os.environ.get("RANK", "0") != "0":
+        if not is_first_process():
             return
         self._lock = (self.root / ".lock").open("a+")
-        try:
+        with contextlib.suppress(BlockingIOError):
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
-            self._lock.close()
-            raise RunError(
-                f"{self.root} is in use by {holder}; wait for it, or choose --out"
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {platform.node()}")
-        self._lock.flush()
-        self._sweep()
+            self._sweep()
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def _sweep(self) -> None:
-        """Removes what a killed process left unfinished; safe, since the folder is ours alone now."""
         for path in list(self.root.rglob(f"{TEMPORARY}*")):
             if path.is_dir():
                 shutil.rmtree(path)
@@ -299,6 +294,43 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    @contextlib.contextmanager
+    def making(self, artifact: Path) -> Iterator[None]:
+        """Holds one artifact for this process while it is made; where another makes it, waits until it is done.
+
+        So several jobs can make different arms of one run at once, and what they share is made once: look
+        whether it is up to date inside. Of the processes that a launcher started together, the first holds
+        it for all. The holder's name is in .locks/, and a killed holder holds nothing.
+        """
+        if not is_first_process():
+            yield
+            return
+        assert artifact not in self._making, f"{artifact} is being made by this very process"
+        name = artifact.relative_to(self.root).as_posix().replace("/", "--")
+        path = self.root / ".locks" / name
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                holder = lock.read().strip() or "another process"
+                print(f"vlopd: waiting for {artifact}, which {holder} makes", file=sys.stderr)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}")
+            lock.flush()
+            self._making.add(artifact)
+            try:
+                yield
+            finally:
+                self._making.remove(artifact)
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def up_to_date(record: Path, inputs: Mapping[str, Any]) -> bool:

@@ -16,17 +16,20 @@ from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 
+from vlopd import mask_cli
 from vlopd.checkpoint import RunFolder, read_json
 from vlopd.config import (
     ConfigError,
-    DistillArm,
     ExperimentConfig,
-    TransplantArm,
     UserError,
+    checkpoints_of,
     load_config,
+    mask_of,
 )
+from vlopd.mask_cli import AllowOtherSource, say
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(mask_cli.app, name="mask")
 console = Console()
 
 QUIET = {
@@ -64,9 +67,10 @@ def chosen(config: ExperimentConfig, arms: list[str] | None, names: list[str]) -
     return [name for name in names if not arms or name in arms]
 
 
-def is_masked(config: ExperimentConfig, name: str) -> bool:
+def is_made_from_others(config: ExperimentConfig, name: str) -> bool:
+    """Whether an arm is made from others: from a mask, a transplant, an early checkpoint."""
     arm = config.arms[name]
-    return isinstance(arm, TransplantArm) or (isinstance(arm, DistillArm) and arm.mask is not None)
+    return mask_of(arm) is not None or bool(checkpoints_of(arm))
 
 
 def is_main_process() -> bool:
@@ -78,12 +82,14 @@ def is_main_process() -> bool:
 # --------------------------------------------------------------------------------------------- stages
 
 
-def make_arms(run: RunFolder, config: ExperimentConfig, names: list[str]) -> None:
+def make_arms(
+    run: RunFolder, config: ExperimentConfig, names: list[str], allow_other_source: bool = False
+) -> None:
     from vlopd import stages
 
-    evaluate = held_out(config)
+    how = stages.Making(allow_other_source, held_out(config))
     for name in names:
-        made = stages.make_arm(run, config, name, evaluate)
+        made = stages.make_arm(run, config, name, how)
         say(f"arm {name}", run.arm_record(name), made)
 
 
@@ -96,20 +102,12 @@ def held_out(config: ExperimentConfig):
     return held_out_scores(config)
 
 
-def make_masks(run: RunFolder, config: ExperimentConfig) -> None:
-    from vlopd import stages
-
-    evaluate = held_out(config)
-    for name in config.masks:
-        made = stages.make_mask(run, config, name, evaluate)
-        say(f"mask {name}", run.mask(name), made)
-
-
 def make_geometry(run: RunFolder, config: ExperimentConfig, names: list[str]) -> None:
     from vlopd import stages
 
     for name in names:
-        made = stages.make_geometry(run, config, name)
+        with run.making(run.geometry(name)):
+            made = stages.make_geometry(run, config, name)
         say(f"geometry of {name}", run.geometry(name) / "geometry.csv", made)
 
 
@@ -117,26 +115,23 @@ def make_evals(run: RunFolder, config: ExperimentConfig, names: list[str]) -> No
     from evals import harness
 
     for name in names:
-        made = harness.evaluate_arm(run, config, name)
+        with run.making(run.eval(name)):
+            made = harness.evaluate_arm(run, config, name)
         say(f"evaluation of {name}", run.eval(name) / "results.json", made)
 
 
 def make_comparison(run: RunFolder, config: ExperimentConfig) -> None:
     from evals.compare import compare
 
-    say("comparison", compare(run, config), True)
+    with run.making(run.compare):
+        say("comparison", compare(run, config), True)
 
 
 def make_report(run: RunFolder, config: ExperimentConfig) -> None:
     from evals.report.build import build_report
 
-    say("report", build_report(run, config), True)
-
-
-def say(what: str, where: Path, made: bool) -> None:
-    if os.environ.get("RANK", "0") != "0":
-        return
-    console.print(f"[bold]{what}[/]: {where}" + ("" if made else " (was done)"), soft_wrap=True)
+    with run.making(run.report):
+        say("report", build_report(run, config), True)
 
 
 def say_verdict(run: RunFolder) -> None:
@@ -151,12 +146,16 @@ def say_verdict(run: RunFolder) -> None:
 
 @app.command()
 def run(
-    config_file: ConfigFile, overrides: Overrides = None, out: Out = None, arm: Arms = None
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    arm: Arms = None,
+    allow_other_source: AllowOtherSource = False,
 ) -> None:
     """The whole experiment, stage by stage, skipping what is done; with --arm, that arm alone."""
     folder, config = open_new(config_file, overrides, out)
     names = chosen(config, arm, list(config.arms))
-    make_arms(folder, config, names)
+    make_arms(folder, config, names, allow_other_source)
     if not is_main_process():
         return  # only training is spread over processes
     make_geometry(folder, config, [name for name in config.geometry.arms if name in names])
@@ -214,21 +213,18 @@ def distill(
     """Trains the arms that need no mask (and writes the source they start from)."""
     folder, config = open_new(config_file, overrides, out)
     make_arms(
-        folder, config, chosen(config, arm, [n for n in config.arms if not is_masked(config, n)])
+        folder,
+        config,
+        chosen(config, arm, [n for n in config.arms if not is_made_from_others(config, n)]),
     )
 
 
 @app.command()
-def mask(run: RunPath) -> None:
-    """Makes the run's masks from their rules."""
-    make_masks(*RunFolder.open(run))
-
-
-@app.command()
-def retrain(run: RunPath, arm: Arms = None) -> None:
-    """Trains the masked arms and makes the transplanted ones."""
+def retrain(run: RunPath, arm: Arms = None, allow_other_source: AllowOtherSource = False) -> None:
+    """Makes the arms that are made from others: retrained under a mask, projected, transplanted, extrapolated."""
     folder, config = RunFolder.open(run)
-    make_arms(folder, config, chosen(config, arm, [n for n in config.arms if is_masked(config, n)]))
+    names = [name for name in config.arms if is_made_from_others(config, name)]
+    make_arms(folder, config, chosen(config, arm, names), allow_other_source)
 
 
 @app.command()

@@ -11,7 +11,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import (
     BaseModel,
@@ -595,37 +595,221 @@ class TrainConfig(Section):
     """Steps between sample generations written to samples.jsonl."""
     evidence_every: int | None = Field(None, gt=0)
     """Steps between looks at the optimizer (optimizer.jsonl), which copy the trained values once; null for none."""
+    keep_steps: tuple[Annotated[int, Field(gt=0)], ...] = ()
+    """Steps after which every trained arm keeps a checkpoint, for masks and arms to name, as in `full@12`."""
 
 
 # ------------------------------------------------------------------------------------- masks and arms
 
 
-class VisibleMask(Section):
-    """Coordinates whose stored value changed: |delta| > atol, read in the stored precision."""
+class Reference(NamedTuple):
+    """A checkpoint that a rule or an arm reads: of an arm of this run, or of a folder elsewhere.
+
+    >>> Reference.parse("full@12"), Reference.parse("runs/other/arms/full")
+    (Reference("full", None, 12), Reference(None, "runs/other/arms/full", None))
+    """
+
+    arm: str | None
+    path: str | None
+    """An arm's folder in another run, or a checkpoint folder; whatever has a slash."""
+    step: int | None
+    """An early checkpoint, of those that train.keep_steps kept; null for the last."""
+
+    @staticmethod
+    def parse(text: str) -> Reference:
+        name, at, step = text.rpartition("@") if "@" in text else (text, "", "")
+        if at and not step.isdecimal():
+            raise ValueError(f"{text!r}: after @ comes the number of a step, as in 'full@12'")
+        is_path = "/" in name
+        return Reference(
+            None if is_path else name, name if is_path else None, int(step) if at else None
+        )
+
+
+class MaskRule(Section):
+    """Which coordinates may train. Ties go to the lowest flat index; counts are exact."""
+
+    @property
+    def reads(self) -> str | None:
+        """The trained checkpoint that the rule looks at, as a `Reference`."""
+        return None
+
+    @property
+    def combines(self) -> tuple[str, ...]:
+        """The masks that the rule is made from."""
+        return ()
+
+
+class DeltaRule(MaskRule):
+    """Chosen by what training changed."""
+
+    of: str = "full"
+    """An arm; an early checkpoint of it, `full@12`; or a folder: another run's `runs/other/arms/full`."""
+
+    @property
+    def reads(self) -> str | None:
+        return self.of
+
+
+Scope = Literal["tensor", "global"]
+"""Whether a share is taken of every tensor, or of the whole model."""
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class VisibleMask(DeltaRule):
+    """Coordinates whose value changed by more than a tolerance, in the stated precision.
+
+    |delta| > atol + rtol |w|, and, where `ulps` is given, more than so many steps of that precision (0: any).
+    """
 
     type: Literal["visible"] = "visible"
-    of: str = "full"
     atol: float = Field(0.0, ge=0)
+    rtol: float = Field(0.0, ge=0)
+    ulps: int | None = Field(None, ge=0)
+    precision: Literal["stored", "fp32", "bf16", "fp16"] = "stored"
+    """Both values are rounded to it first."""
 
 
-class TopFractionMask(Section):
-    """The fraction of coordinates with the largest |delta|, of each tensor or of the whole model."""
+class TopFractionMask(DeltaRule):
+    """The fraction of coordinates with the largest |delta|, or the largest |delta| / |w|."""
 
     type: Literal["top_fraction"] = "top_fraction"
-    of: str = "full"
-    fraction: float = Field(gt=0, le=1)
-    scope: Literal["tensor", "global"] = "tensor"
+    fraction: Share
+    by: Literal["delta", "relative_delta"] = "delta"
+    scope: Scope = "tensor"
 
 
-class RandomMask(Section):
-    """Uniformly drawn coordinates, in each tensor exactly as many as the mask `like` has there."""
+class EnergyMask(DeltaRule):
+    """The fewest coordinates, largest |delta| first, that hold this share of the sum of delta^2."""
+
+    type: Literal["energy"] = "energy"
+    share: Share
+    scope: Scope = "tensor"
+
+
+class MagnitudeMask(MaskRule):
+    """The fraction of coordinates with the smallest or largest |w| of the source."""
+
+    type: Literal["magnitude"] = "magnitude"
+    which: Literal["low", "high"] = "low"
+    fraction: Share
+    scope: Scope = "tensor"
+
+
+class PrincipalMask(MaskRule):
+    """The fraction of each tensor where the source's rank-k approximation is largest, or smallest, in size.
+
+    Vectors are their own approximation. Rank and fraction are set apart (arXiv 2511.08567).
+    """
+
+    type: Literal["principal"] = "principal"
+    which: Literal["principal", "off_principal"] = "principal"
+    fraction: Share
+    rank: int | None = Field(None, gt=0)
+    rank_fraction: float | None = Field(None, gt=0, le=1)
+    """Of the smaller side, rounded down, at least 1."""
+
+    @model_validator(mode="after")
+    def check_rank(self) -> PrincipalMask:
+        if (self.rank is None) == (self.rank_fraction is None):
+            raise ValueError("give either rank or rank_fraction")
+        return self
+
+
+class RandomMask(MaskRule):
+    """Uniformly drawn coordinates, exactly as many as the mask `like` has in every class of `match`."""
 
     type: Literal["random"] = "random"
     like: str
     seed: int
+    match: Literal["global", "module", "tensor", "magnitude", "visibility"] = "tensor"
+    """The classes: the whole model; the tensors of one component and module; each tensor; in each tensor the
+    sixteen quantiles of |w|, or the binades of |w|, within which every step of a float (ulp) is equally long,
+    so that an update of a given size is as visible."""
+
+    @property
+    def combines(self) -> tuple[str, ...]:
+        return (self.like,)
 
 
-MaskConfig = Annotated[VisibleMask | TopFractionMask | RandomMask, Field(discriminator="type")]
+class WholeMask(MaskRule):
+    """All coordinates of the parameters that match every list given, by the names `vlopd mask show` prints.
+
+    `{components = ["language"], modules = ["ffn"]}` is the language model's feed-forward layers.
+    """
+
+    type: Literal["whole"] = "whole"
+    components: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    modules: tuple[str, ...] = ()
+    """`ffn` and `attention` stand for their matrices."""
+
+    @model_validator(mode="after")
+    def check_any(self) -> WholeMask:
+        if not (self.components or self.layers or self.modules):
+            raise ValueError("give components, layers or modules")
+        return self
+
+
+class Combination(MaskRule):
+    masks: tuple[str, ...] = Field(min_length=2)
+
+    @property
+    def combines(self) -> tuple[str, ...]:
+        return self.masks
+
+
+class UnionMask(Combination):
+    """What is in any of the masks."""
+
+    type: Literal["union"] = "union"
+
+
+class IntersectionMask(Combination):
+    """What is in all of the masks."""
+
+    type: Literal["intersection"] = "intersection"
+
+
+class DifferenceMask(Combination):
+    """What is in the first mask and in none of the others."""
+
+    type: Literal["difference"] = "difference"
+
+
+class ComplementMask(MaskRule):
+    """What is not in the mask."""
+
+    type: Literal["complement"] = "complement"
+    mask: str
+
+    @property
+    def combines(self) -> tuple[str, ...]:
+        return (self.mask,)
+
+
+class FileMask(MaskRule):
+    """A mask file made elsewhere, such as another run's masks/top.safetensors."""
+
+    type: Literal["file"] = "file"
+    path: str
+
+
+MaskConfig = Annotated[
+    VisibleMask
+    | TopFractionMask
+    | EnergyMask
+    | MagnitudeMask
+    | PrincipalMask
+    | RandomMask
+    | WholeMask
+    | UnionMask
+    | IntersectionMask
+    | DifferenceMask
+    | ComplementMask
+    | FileMask,
+    Field(discriminator="type"),
+]
 
 
 class SourceArm(Section):
@@ -646,6 +830,20 @@ Table = dict[str, Any]
 """A part of a section, put over the run's own as an override would be."""
 
 
+class Subspace(Section):
+    """The subspace that an early update spans, matrix by matrix ("subspace locking", arXiv 2606.07082).
+
+    Each matrix's gradient is projected on it before clipping and the optimizer. Matrices that the early
+    checkpoint had not moved stay; vectors train as they are.
+    """
+
+    of: str
+    """The checkpoint whose delta from the source gives the subspace, e.g. `full@12`; see masks."""
+    rank: int = Field(16, gt=0)
+    side: Literal["right", "left", "both"] = "right"
+    """G V V^T, U U^T G, or both."""
+
+
 class DistillArm(Section):
     """On-policy distillation from the source; with a mask, only its coordinates train.
 
@@ -654,7 +852,8 @@ class DistillArm(Section):
 
     type: Literal["distill"] = "distill"
     seed: int
-    """Seeds the data and the sampling."""
+    """Seeds the data and the sampling. 1 unless given, and 2 under a mask: one that is tested on the data that
+    chose it flatters itself."""
     mask: str | None = None
     teacher: Table | None = None
     data: Table | None = None
@@ -663,12 +862,20 @@ class DistillArm(Section):
     reward: Table | None = None
     optim: Table | None = None
     train: Table | None = None
+    subspace: Subspace | None = None
 
     @property
     def own(self) -> dict[str, Table]:
         """The sections that are this arm's own, by name."""
         tables = self.model_dump(include=set(Recipe.model_fields))
         return {name: table for name, table in tables.items() if table is not None}
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_seed(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {"seed": 2 if value.get("mask") or value.get("subspace") else 1, **value}
+        return value
 
 
 class TransplantArm(Section):
@@ -679,9 +886,75 @@ class TransplantArm(Section):
     mask: str
 
 
+class ExtrapolateArm(Section):
+    """The source plus a multiple of an early delta, on the mask where there is one; no training.
+
+    EffOPD (arXiv 2605.11739). The early checkpoint is read as stored: precision.stored = "fp32" keeps all of it.
+    """
+
+    type: Literal["extrapolate"] = "extrapolate"
+    of: str
+    """The early checkpoint, e.g. `full@12`; see masks."""
+    factor: float | None = Field(None, gt=0)
+    """Of the early delta."""
+    norm_of: str | None = None
+    """In place of a factor: the arm whose delta's norm, over the whole model, is taken on."""
+    mask: str | None = None
+
+    @model_validator(mode="after")
+    def check_length(self) -> ExtrapolateArm:
+        if (self.factor is None) == (self.norm_of is None):
+            raise ValueError("give either factor or norm_of")
+        return self
+
+
 ArmConfig = Annotated[
-    SourceArm | TeacherArm | DistillArm | TransplantArm, Field(discriminator="type")
+    SourceArm | TeacherArm | DistillArm | TransplantArm | ExtrapolateArm,
+    Field(discriminator="type"),
 ]
+
+
+def expand_seeds(tree: Any) -> Any:
+    """A mask or arm with `seeds = [7, 8]` is two of them, name-0 and name-1; so is an arm under such a mask."""
+    if not isinstance(tree, Mapping):
+        return tree
+    masks, drawn = expanded(tree.get("masks", {}), {})
+    arms, _ = expanded(tree.get("arms", {}), drawn)
+    return {**tree, **({"masks": masks} if "masks" in tree else {}), "arms": arms}
+
+
+def expanded(
+    tables: Mapping[str, Any], masks: Mapping[str, int]
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The tables with those of many seeds written out, and how many each of these became."""
+    found: dict[str, Any] = {}
+    counts: dict[str, int] = {}
+    for name, table in tables.items():
+        is_table = isinstance(table, Mapping)
+        seeds = table.get("seeds") if is_table else None
+        mask = table.get("mask") if is_table else None
+        count = masks.get(mask) if isinstance(mask, str) else None
+        if seeds is None and count is None:
+            copies = {name: table}
+        else:
+            if seeds is not None and (not isinstance(seeds, list | tuple) or not seeds):
+                raise ValueError(f"{name}.seeds = {seeds!r} must be a list of seeds")
+            if seeds is not None and count is not None and len(seeds) != count:
+                raise ValueError(
+                    f"{name} has {len(seeds)} seeds, and its mask {mask!r} has {count}; give as many"
+                )
+            copies = {}
+            for k in range(count or len(seeds or ())):
+                own = {key: value for key, value in table.items() if key != "seeds"}
+                own |= {"seed": seeds[k]} if seeds is not None else {}
+                own |= {"mask": f"{mask}-{k}"} if count is not None else {}
+                copies[f"{name}-{k}"] = own
+            counts[name] = len(copies)
+        for copy in copies:
+            if copy in found:
+                raise ValueError(f"{copy!r} is given twice: as itself and by the seeds of another")
+        found |= copies
+    return found, counts
 
 
 # ------------------------------------------------------------------------------ geometry, evaluation
@@ -784,6 +1057,9 @@ class TrackingConfig(Section):
     """wandb runs offline unless WANDB_MODE says otherwise."""
 
 
+Name = Annotated[str, Field(pattern=NAME)]
+
+
 class ExperimentConfig(Recipe):
     """One experiment: everything that decides its numbers."""
 
@@ -791,8 +1067,9 @@ class ExperimentConfig(Recipe):
     title: str = ""
     student: Annotated[ModelConfig, BeforeValidator(as_table)]
     precision: PrecisionConfig = PrecisionConfig()
-    masks: dict[str, MaskConfig] = {}
-    arms: dict[str, ArmConfig]
+    masks: dict[Name, MaskConfig] = {}
+    """A random one with `seeds = [7, 8]` is two, NAME-0 and NAME-1; so is an arm under it."""
+    arms: dict[Name, ArmConfig]
     geometry: GeometryConfig = GeometryConfig()
     eval: EvalConfig = EvalConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -827,6 +1104,11 @@ class ExperimentConfig(Recipe):
         """Where a teacher's weights and processor come from: its own, or the student's."""
         return self.student if teacher.is_student else teacher
 
+    @model_validator(mode="before")
+    @classmethod
+    def expand(cls, tree: Any) -> Any:
+        return expand_seeds(tree)
+
     @model_validator(mode="after")
     def check_references(self) -> ExperimentConfig:
         """Every mask and arm that is named exists, and what it is made from comes before it."""
@@ -836,10 +1118,11 @@ class ExperimentConfig(Recipe):
                 raise ValueError(f"{where} names {name!r}, which is not among {sorted(names)}")
 
         for name, mask in self.masks.items():
-            if isinstance(mask, RandomMask):
-                need(self.masks, mask.like, f"masks.{name}.like")
-            else:
-                need(self.arms, mask.of, f"masks.{name}.of")
+            for other in mask.combines:
+                key = "like" if isinstance(mask, RandomMask) else "mask(s)"
+                need(self.masks, other, f"masks.{name}.{key}")
+            if mask.reads is not None:
+                self._check_checkpoint(mask.reads, f"masks.{name}.of")
         for name, arm in self.arms.items():
             if isinstance(arm, DistillArm):
                 try:
@@ -854,11 +1137,12 @@ class ExperimentConfig(Recipe):
                 need(
                     self.teachers, arm.teacher or next(iter(self.teachers)), f"arms.{name}.teacher"
                 )
-            if isinstance(arm, TransplantArm):
-                need(self.arms, arm.of, f"arms.{name}.of")
-            if isinstance(arm, (DistillArm, TransplantArm)) and arm.mask is not None:
-                need(self.masks, arm.mask, f"arms.{name}.mask")
-                self._refuse_cycle(name)
+            for where, checkpoint in checkpoints_of(arm).items():
+                self._check_checkpoint(checkpoint, f"arms.{name}.{where}")
+            mask_name = mask_of(arm)
+            if mask_name is not None:
+                need(self.masks, mask_name, f"arms.{name}.mask")
+            self._refuse_cycle(name)
             if (
                 isinstance(arm, DistillArm)
                 and arm.mask
@@ -869,16 +1153,41 @@ class ExperimentConfig(Recipe):
             need(self.arms, name, "geometry.arms")
         return self
 
+    def _check_checkpoint(self, text: str, where: str) -> None:
+        reference = Reference.parse(text)
+        if reference.path is not None:
+            return
+        if reference.arm not in self.arms:
+            raise ValueError(f"{where} names {text!r}, which is not among {sorted(self.arms)}")
+        if reference.step is None:
+            return
+        arm = self.arms[reference.arm]
+        if not isinstance(arm, DistillArm):
+            raise ValueError(f"{where} names {text!r}, but {reference.arm} is not trained")
+        train = self.of_arm(arm).train
+        if reference.step not in train.keep_steps or reference.step > train.steps:
+            raise ValueError(
+                f"{where} names {text!r}, but of {train.steps} steps train.keep_steps keeps "
+                f"{list(train.keep_steps)}; put {reference.step} there"
+            )
+
     def _refuse_cut_matrices(self, arm: str, mask: str) -> None:
         """Before the first arm trains; the mask itself is looked at again before this one does."""
-        rule = self.masks[mask]
-        while isinstance(rule, RandomMask):
-            rule = self.masks[rule.like]
-        if not (isinstance(rule, TopFractionMask) and rule.fraction == 1):
+        if not self._takes_whole_matrices(mask):
             raise ValueError(
                 f"arms.{arm}: Muon orthogonalises whole matrices, and the mask {mask!r} takes coordinates out "
                 'of them; train all arms with another optimizer, such as optim.type = "adamw"'
             )
+
+    def _takes_whole_matrices(self, mask: str) -> bool:
+        """As far as the rule tells; what a file holds is seen when it is read."""
+        rule = self.masks[mask]
+        if isinstance(rule, RandomMask) and rule.match in ("global", "module"):
+            return False
+        if rule.combines:
+            return all(self._takes_whole_matrices(other) for other in rule.combines)
+        whole = isinstance(rule, TopFractionMask) and rule.fraction == 1
+        return whole or isinstance(rule, (WholeMask, FileMask))
 
     def _refuse_cycle(self, arm: str) -> None:
         seen: list[str] = []
@@ -893,22 +1202,39 @@ class ExperimentConfig(Recipe):
         queue = [arm]
         while queue:
             config = self.arms[queue.pop(0)]
-            parents = []
-            if isinstance(config, TransplantArm):
-                parents.append(config.of)
-            if isinstance(config, (DistillArm, TransplantArm)) and config.mask is not None:
-                mask = self.masks[config.mask]
-                hops = 0
-                while isinstance(mask, RandomMask) and hops <= len(self.masks):
-                    mask, hops = self.masks[mask.like], hops + 1
-                if isinstance(mask, RandomMask):
-                    raise ValueError(f"masks.{config.mask}: `like` leads back to itself")
-                parents.append(mask.of)
+            parents = [Reference.parse(text).arm for text in checkpoints_of(config).values()]
+            mask = mask_of(config)
+            if mask is not None:
+                parents += [Reference.parse(text).arm for text in self.read_by(mask)]
             for parent in parents:
-                if parent not in found:
+                if parent is not None and parent not in found:
                     found.append(parent)
                     queue.append(parent)
         return found
+
+    def read_by(self, mask: str, above: tuple[str, ...] = ()) -> list[str]:
+        """The checkpoints that a mask is made from, through all masks that it is made from."""
+        if mask in above:
+            raise ValueError(f"masks.{mask}: leads back to itself by {' <- '.join(above)}")
+        rule = self.masks[mask]
+        found = [] if rule.reads is None else [rule.reads]
+        for other in rule.combines:
+            if other in self.masks:
+                found += self.read_by(other, (*above, mask))
+        return list(dict.fromkeys(found))
+
+
+def checkpoints_of(arm: ArmConfig) -> dict[str, str]:
+    """The checkpoints that an arm reads, by the key that names them."""
+    if isinstance(arm, DistillArm) and arm.subspace is not None:
+        return {"subspace.of": arm.subspace.of}
+    if isinstance(arm, ExtrapolateArm):
+        return {"of": arm.of} | ({} if arm.norm_of is None else {"norm_of": arm.norm_of})
+    return {"of": arm.of} if isinstance(arm, TransplantArm) else {}
+
+
+def mask_of(arm: ArmConfig) -> str | None:
+    return arm.mask if isinstance(arm, (DistillArm, TransplantArm, ExtrapolateArm)) else None
 
 
 # ---------------------------------------------------------------------------------------------- input

@@ -41,7 +41,7 @@ from vlopd.optimizers import build_optimizer, learning_rate
 from vlopd.pair import ModelPair
 from vlopd.sources import Batch, collect
 from vlopd.state import Averages, resume, save_state
-from vlopd.trainable import Trainable
+from vlopd.trainable import Projection, Trainable
 from vlopd.types import Example
 
 Evaluate = Callable[[LoadedModel], Mapping[str, Mapping[str, float]]]
@@ -62,6 +62,8 @@ def distill(
     mask: Mapping[str, Tensor] | None = None,
     identity: str = "",
     accelerator: Accelerator | None = None,
+    projections: Mapping[str, Projection] | None = None,
+    keep: Callable[[int, Trainable], None] | None = None,
     evaluate: Evaluate | None = None,
 ) -> Trainable:
     """Trains the pair's student in place and returns its trained coordinates.
@@ -69,14 +71,15 @@ def distill(
     `config` is the experiment as the arm sees it (`ExperimentConfig.of_arm`). Writes metrics.jsonl,
     samples.jsonl and a resumable state/ into `folder`, and optimizer.jsonl and heldout.jsonl where they are
     asked for; a state left there by a killed run with the same `identity` (a digest of everything that
-    decides the result) is gone on from. `evaluate` only looks: no later number of the training depends on it.
+    decides the result) is gone on from. `projections` are of the gradients, by parameter; `keep` gets the number
+    of each of train.keep_steps. `evaluate` only looks: no later number of the training depends on it.
 
     Raises TrainingError when the loss, a gradient or a log-prob is not finite.
     """
     accelerator = accelerator or processes.accelerator()
     train, rollout = config.train, config.rollout
     atlas.freeze(pair.student.model, train.freeze)
-    trainable = Trainable(pair.student.model, mask)
+    trainable = Trainable(pair.student.model, mask, projections)
     if trainable.count == 0:
         return trainable  # an empty mask trains nothing: the source, as it is
     optimizer = build_optimizer(config.optim, trainable)
@@ -127,6 +130,8 @@ def distill(
             row = rows[0]  # of the weights that wrote the completions
             log.step({**row, "learning_rate": rate, **clock.seconds(row["completion_tokens"])})
             look_at_held_out(config, step + 1, pair, log, accelerator, evaluate)
+            if keep and step + 1 in train.keep_steps and main:
+                keep(step + 1, trainable)
             if (step + 1) % train.save_every == 0 and main:
                 save_state(folder / "state", step + 1, trainable, optimizer, averages, identity)
     return trainable

@@ -109,9 +109,9 @@ def muon_and_adamw(
     hidden = {name: slot for name, slot in slots.items() if is_hidden_matrix(slot.parameter, name)}
     rest = {name: slot for name, slot in slots.items() if name not in hidden}
     for name, slot in hidden.items():
-        if slot.indices is not None:
+        if not slot.whole:
             raise ConfigError(
-                f"Muon orthogonalises whole matrices, but the mask trains {slot.values.numel()} of the "
+                f"Muon orthogonalises whole matrices, but the mask trains {slot.count} of the "
                 f"{slot.parameter.numel()} coordinates of {name}; use a mask of whole matrices, or "
                 'another optimizer, such as optim.type = "adamw", for every arm that is compared'
             )

@@ -66,7 +66,7 @@ class Memory(NamedTuple):
     student_weights: int
     teacher_weights: int
     values: int  # fp32, of the trained coordinates; 0 where they are the fp32 weights themselves
-    indices: int  # int64, where a mask chooses coordinates
+    indices: int  # int32 or packed bits, whichever is less, where a mask chooses coordinates
     gradients: int  # fp32, of the trained coordinates
     moments: int  # AdamW's two, fp32
     kv_cache: int  # of one micro-batch at its full length
@@ -299,7 +299,7 @@ def estimate(
         student_weights=weights * item,
         teacher_weights=sum(teacher.model.num_parameters() for teacher in teachers) * item,
         values=4 * trained if masked or item < 4 else 0,
-        indices=8 * trained if masked else 0,
+        indices=min(4 * trained, weights // 8) if masked else 0,
         gradients=4 * trained,
         moments=8 * trained,
         kv_cache=batch * (student.prompt_tokens + new) * cache_bytes(student.model.config, dtype),

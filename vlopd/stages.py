@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -31,22 +31,42 @@ from vlopd.checkpoint import (
 from vlopd.config import (
     DistillArm,
     ExperimentConfig,
-    RandomMask,
+    ExtrapolateArm,
+    FileMask,
     Recipe,
+    Reference,
     SourceArm,
+    Subspace,
     TeacherArm,
     TeacherConfig,
     TransplantArm,
+    checkpoints_of,
+    mask_of,
 )
 from vlopd.data import open_data
 from vlopd.distill import Evaluate, distill
 from vlopd.geometry.analyse import analyse
+from vlopd.masks.apply import delta_norm, extrapolated, identity, moved_off_mask, transplanted
 from vlopd.models import atlas
 from vlopd.models.load import DTYPES, load_configured, load_model_config, resolve, save
 from vlopd.pair import load_pair
+from vlopd.subspace import update_projection
+from vlopd.trainable import Projection, Trainable
 
 RUN_WIDE = ("student", "precision", *Recipe.model_fields)
 """Sections of the config that decide a distilled arm's weights, unless it has its own."""
+
+
+class Making(NamedTuple):
+    """How artifacts are made, beyond what the config says."""
+
+    allow_other_source: bool = False
+    """Masks and checkpoints from another source may be used, and every record says so."""
+    evaluate: Evaluate | None = None
+    """Scores a student while it trains (eval.during)."""
+
+
+PLAIN = Making()
 
 
 def source_arm(config: ExperimentConfig) -> str:
@@ -54,13 +74,8 @@ def source_arm(config: ExperimentConfig) -> str:
     return next((n for n, arm in config.arms.items() if isinstance(arm, SourceArm)), "base")
 
 
-def make_arm(
-    run: RunFolder, config: ExperimentConfig, name: str, evaluate: Evaluate | None = None
-) -> bool:
-    """Makes one arm and what it needs; returns whether there was anything to do.
-
-    `evaluate` scores a student while it trains (eval.during).
-    """
+def make_arm(run: RunFolder, config: ExperimentConfig, name: str, how: Making = PLAIN) -> bool:
+    """Makes one arm and what it needs; returns whether there was anything to do."""
     source = source_arm(config)
     if name != source:
         make_source(run, config, source)
@@ -68,15 +83,79 @@ def make_arm(
     if isinstance(arm, SourceArm):
         return make_source(run, config, name)
     if isinstance(arm, TeacherArm):
-        with processes.main_process_first():
+        with processes.main_process_first(), run.making(run.arm(name)):
             return note_teacher(run, config, name, arm)
-    if arm.mask is not None:
-        make_mask(run, config, arm.mask, evaluate)
-    if isinstance(arm, TransplantArm):
-        make_arm(run, config, arm.of, evaluate)
-        with processes.main_process_first():
-            return transplant(run, config, name, arm)
-    return train_arm(run, config, name, arm, evaluate)
+    mask = mask_of(arm)
+    if mask is not None:
+        make_mask(run, config, mask, how)
+    for checkpoint in checkpoints_of(arm).values():
+        make_checkpoint(run, config, checkpoint, how)
+    if isinstance(arm, DistillArm):
+        with run.making(run.arm(name)):
+            processes.accelerator().wait_for_everyone()
+            return train_arm(run, config, name, arm, how)
+    with processes.main_process_first(), run.making(run.arm(name)):
+        if isinstance(arm, TransplantArm):
+            return transplant(run, config, name, arm, how)
+        return extrapolate(run, config, name, arm, how)
+
+
+# --------------------------------------------------------------------------------------- checkpoints
+
+
+def make_checkpoint(run: RunFolder, config: ExperimentConfig, text: str, how: Making) -> None:
+    """Makes the arm whose checkpoint is named, where it is one of this run."""
+    arm = Reference.parse(text).arm
+    if arm is not None:
+        make_arm(run, config, arm, how)
+
+
+def checkpoint_folder(run: RunFolder, config: ExperimentConfig, text: str) -> Path:
+    """Where a named checkpoint is (Reference). Raises RunError where it is not."""
+    arm, path, step = Reference.parse(text)
+    if arm is not None:
+        folder = arm_folder(run, config, arm) if step is None else run.kept(arm, step)
+    else:
+        folder = Path(str(path))
+        if step is not None:
+            folder = folder / "checkpoints" / f"step-{step}"
+        elif (folder / "checkpoint").is_dir():
+            folder = folder / "checkpoint"
+    if not folder.is_dir():
+        again = f"; delete {run.arm(arm)} to train it again" if arm is not None else ""
+        raise RunError(f"no checkpoint {folder}, which {text!r} names{again}")
+    return folder
+
+
+def checkpoint_digest(run: RunFolder, config: ExperimentConfig, text: str) -> str:
+    arm, _, step = Reference.parse(text)
+    if arm is not None and step is None:
+        return arm_digest(run, arm)
+    return digest_checkpoint(checkpoint_folder(run, config, text))
+
+
+def other_source(run: RunFolder, config: ExperimentConfig, text: str) -> dict[str, str]:
+    """{what: digest of its source} for a checkpoint of another run that was trained from another source."""
+    path = Reference.parse(text).path
+    if path is None or not (record := Path(path) / "record.json").exists():
+        return {}
+    its = read_json(record)["inputs"].get("source")
+    return {} if its in (None, arm_digest(run, source_arm(config))) else {text: its}
+
+
+def refuse_other_source(found: Mapping[str, str], ours: str, allow: bool) -> None:
+    for what, its in found.items():
+        if not allow:
+            raise RunError(
+                f"{what} is from source checkpoint {its[:12]}, this run's is {ours[:12]}; use one of this "
+                "source, or say --allow-other-source, and every artifact after says so too"
+            )
+
+
+def deltas(run: RunFolder, config: ExperimentConfig, text: str) -> delta.Deltas:
+    """What a named checkpoint changed from this run's source."""
+    source = run.checkpoint(source_arm(config))
+    return delta.stream(source, checkpoint_folder(run, config, text), atlas.classify)
 
 
 # ---------------------------------------------------------------------------------------------- arms
@@ -84,7 +163,7 @@ def make_arm(
 
 def make_source(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
     """The untrained student as an arm; returns whether it had to be written."""
-    with processes.main_process_first():
+    with processes.main_process_first(), run.making(run.arm(name)):
         return write_source(run, config, name)
 
 
@@ -167,11 +246,7 @@ def arm_folder(run: RunFolder, config: ExperimentConfig, name: str) -> Path:
 
 
 def train_arm(
-    run: RunFolder,
-    config: ExperimentConfig,
-    name: str,
-    arm: DistillArm,
-    evaluate: Evaluate | None = None,
+    run: RunFolder, config: ExperimentConfig, name: str, arm: DistillArm, how: Making
 ) -> bool:
     """Distils the student from the source, under the arm's mask if it has one, and proves the mask held."""
     config = config.of_arm(arm)
@@ -181,32 +256,57 @@ def train_arm(
         "source": arm_digest(run, source_arm(config)),
         "arm": resolved["arms"][name],
         "settings": digest_json({key: resolved[key] for key in RUN_WIDE}),
+        **read_inputs(run, config, arm),
     }
-    mask = None
-    if arm.mask is not None:
-        inputs["mask"] = read_json(run.mask_record(arm.mask))["digest"]
     if up_to_date(run.arm_record(name), inputs):
         return False
-    if arm.mask is not None:
-        mask = read_mask(run, config, arm.mask)
+    refuse_other_source(
+        own_other_source(run, config, arm), inputs["source"], how.allow_other_source
+    )
     accelerator = processes.accelerator()
     pair = load_pair(config, accelerator.device, source)
+    before, mask, projections = read_tensors(source), None, None
+    if arm.mask is not None:
+        mask = read_mask(run, config, arm.mask)
+    if arm.subspace is not None:
+        projections = read_projections(
+            run, config, arm.subspace, dict(pair.student.model.named_parameters())
+        )
     prompts = config.train.steps * config.train.prompts_per_step
     data = open_data(config, prompts, arm.seed)
     started = time.perf_counter()
     folder = run.arm(name)
+
+    def keep(step: int, trainable: Trainable) -> None:
+        with whole_folder(run.kept(name, step)) as checkpoint:
+            text = card(config, name, f"{describe(config, arm)}, of which {step} are done", inputs)
+            save(pair.student, checkpoint, text, trainable.merged(before))
+
     trainable = distill(
-        pair, data, config, arm, folder, name, mask, digest_json(inputs), accelerator, evaluate
+        pair,
+        data,
+        config,
+        arm,
+        folder,
+        name,
+        # what is stored but no parameter (running means of a tower) does not train
+        mask and {n: mask[n] for n, _ in pair.student.model.named_parameters()},
+        digest_json(inputs),
+        accelerator,
+        projections,
+        keep,
+        how.evaluate,
     )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        before = read_tensors(source)
         merged = trainable.merged(before)
-        teachers = ", ".join(teacher.model for teacher in config.teachers.values())
-        how = f"loss {config.loss.type} from {teachers}, {config.train.steps} steps"
-        how += f", mask {arm.mask}" if arm.mask else ""
         with whole_folder(run.checkpoint(name)) as checkpoint:
-            save(pair.student, checkpoint, card(config, name, how), merged)
+            text = card(config, name, describe(config, arm), inputs)
+            save(pair.student, checkpoint, text, merged)
+        proof = off_mask(before, read_tensors(run.checkpoint(name)), mask)
+        if proof["off_mask"] is not None:
+            moved = proof["off_mask"]["moved_in_memory"] = trainable.moved_off_mask(before)
+            proof["off_mask_unmoved"] &= moved == 0
         record(
             run,
             config,
@@ -215,6 +315,7 @@ def train_arm(
             inputs,
             mask=arm.mask,
             seed=arm.seed,
+            discovery_seeds=seeds_of(config, name),
             steps=config.train.steps,
             total_parameters=trainable.total,
             trained_parameters=trainable.count,
@@ -222,50 +323,175 @@ def train_arm(
             seconds=round(time.perf_counter() - started, 1),
             device=str(accelerator.device),
             notes=config.notes,
-            off_mask_unmoved=None
-            if mask is None
-            else off_mask_unmoved(before, read_tensors(run.checkpoint(name)), mask),
+            **proof,
+            identity=identities(run, config, name, before, mask),
         )
         shutil.rmtree(folder / "state", ignore_errors=True)
     accelerator.wait_for_everyone()
     return True
 
 
-def transplant(run: RunFolder, config: ExperimentConfig, name: str, arm: TransplantArm) -> bool:
-    """The source with the other arm's values on the mask: the mask's share of the update, untrained."""
-    inputs = {
-        "source": arm_digest(run, source_arm(config)),
-        "of": arm_digest(run, arm.of),
-        "mask": read_json(run.mask_record(arm.mask))["digest"],
+def describe(config: ExperimentConfig, arm: DistillArm) -> str:
+    teachers = ", ".join(teacher.model for teacher in config.teachers.values())
+    told = f"loss {config.loss.type} from {teachers}, {config.train.steps} steps"
+    told += f", mask {arm.mask}" if arm.mask else ""
+    if arm.subspace:
+        told += f", gradients projected on rank {arm.subspace.rank} of {arm.subspace.of}"
+    return told
+
+
+def read_projections(
+    run: RunFolder, config: ExperimentConfig, subspace: Subspace, parameters: Mapping[str, Tensor]
+) -> dict[str, Projection]:
+    """The projection of every matrix on the subspace of its early update."""
+    found = {
+        pair.name: update_projection(pair.delta, subspace.rank, subspace.side)
+        for pair in deltas(run, config, subspace.of)
+        if pair.name in parameters
     }
+    return {name: projection for name, projection in found.items() if projection is not None}
+
+
+def transplant(
+    run: RunFolder, config: ExperimentConfig, name: str, arm: TransplantArm, how: Making
+) -> bool:
+    """The source with the other arm's values on the mask: the mask's share of the update, untrained."""
+
+    def change(mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        assert mask is not None
+        pairs = deltas(run, config, arm.of)
+        return {pair.name: transplanted(pair, mask[pair.name]) for pair in pairs}
+
+    what = f"the source with {arm.of}'s values on mask {arm.mask}"
+    return write_untrained(run, config, name, arm, what, change, how)
+
+
+def extrapolate(
+    run: RunFolder, config: ExperimentConfig, name: str, arm: ExtrapolateArm, how: Making
+) -> bool:
+    """The source plus a multiple of an early delta: what going on in its direction would give."""
+
+    def change(mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        factor, pairs = arm.factor, deltas(run, config, arm.of)
+        if arm.norm_of is not None:
+            early = delta_norm(pairs)
+            if early == 0:
+                raise RunError(f"{arm.of} did not move from the source: it has no direction")
+            factor = delta_norm(deltas(run, config, arm.norm_of)) / early
+        assert factor is not None
+        return {
+            p.name: extrapolated(p, factor, None if mask is None else mask[p.name]) for p in pairs
+        }
+
+    length = arm.factor if arm.norm_of is None else f"the norm of {arm.norm_of}'s over its own"
+    what = f"the source plus {length} times the delta of {arm.of}"
+    what += f" on mask {arm.mask}" if arm.mask else ""
+    return write_untrained(run, config, name, arm, what, change, how)
+
+
+def write_untrained(
+    run: RunFolder,
+    config: ExperimentConfig,
+    name: str,
+    arm: TransplantArm | ExtrapolateArm,
+    what: str,
+    change: Callable[[Mapping[str, Tensor] | None], dict[str, Tensor]],
+    how: Making,
+) -> bool:
+    """An arm that is the source with some of its tensors changed, given the arm's mask."""
+    inputs: dict[str, Any] = {"source": arm_digest(run, source_arm(config))}
+    inputs |= {"arm": arm.model_dump(mode="json"), **read_inputs(run, config, arm)}
     if up_to_date(run.arm_record(name), inputs):
         return False
-    mask = read_mask(run, config, arm.mask)
+    refuse_other_source(
+        own_other_source(run, config, arm), inputs["source"], how.allow_other_source
+    )
+    mask = None if arm.mask is None else read_mask(run, config, arm.mask)
     source = run.checkpoint(source_arm(config))
-    state = {
-        pair.name: masks.transplanted(pair, mask[pair.name])
-        for pair in delta.stream(source, run.checkpoint(arm.of), atlas.classify)
-    }
     before = read_tensors(source)
     student = load_configured(config.student, stored_dtype(config), folder=source)
-    what = f"the source with {arm.of}'s values on mask {arm.mask}"
     with whole_folder(run.checkpoint(name)) as folder:
-        save(student, folder, card(config, name, what), {**before, **state})
-    count = sum(int(marked.sum()) for marked in mask.values())
+        save(student, folder, card(config, name, what, inputs), {**before, **change(mask)})
     total = student.model.num_parameters()
+    count = total if mask is None else sum(int(marked.sum()) for marked in mask.values())
     record(
         run,
         config,
         name,
-        "transplant",
+        arm.type,
         inputs,
         mask=arm.mask,
         total_parameters=total,
         trained_parameters=0,
         density=count / total,
-        off_mask_unmoved=off_mask_unmoved(before, read_tensors(run.checkpoint(name)), mask),
+        **off_mask(before, read_tensors(run.checkpoint(name)), mask),
+        identity=identities(run, config, name, before, mask),
     )
     return True
+
+
+def read_inputs(
+    run: RunFolder, config: ExperimentConfig, arm: DistillArm | TransplantArm | ExtrapolateArm
+) -> dict[str, Any]:
+    """Digests of the mask and checkpoints that an arm reads, and which of them are of another source."""
+    inputs: dict[str, Any] = {}
+    foreign = own_other_source(run, config, arm)
+    if arm.mask is not None:
+        about = read_json(run.mask_record(arm.mask))
+        inputs["mask"] = about["digest"]
+        foreign |= about["inputs"].get("other_source", {})
+    for key, text in checkpoints_of(arm).items():
+        inputs[key] = checkpoint_digest(run, config, text)
+    return inputs | ({"other_source": foreign} if foreign else {})
+
+
+def own_other_source(
+    run: RunFolder, config: ExperimentConfig, arm: DistillArm | TransplantArm | ExtrapolateArm
+) -> dict[str, str]:
+    """`other_source` of all checkpoints that an arm reads itself."""
+    found: dict[str, str] = {}
+    for text in checkpoints_of(arm).values():
+        found |= other_source(run, config, text)
+    return found
+
+
+def seeds_of(config: ExperimentConfig, name: str) -> dict[str, int] | None:
+    """The seeds of the trained arms that an arm was made from: of its mask's discovery."""
+    arms = {other: config.arms[other] for other in config.ancestors(name)}
+    found = {other: arm.seed for other, arm in arms.items() if isinstance(arm, DistillArm)}
+    return found or None
+
+
+# --------------------------------------------------------------------------------------------- proof
+
+
+def off_mask(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None
+) -> dict[str, Any]:
+    """Whether every coordinate off the mask is the source's, bit for bit; nothing to say without a mask."""
+    if mask is None:
+        return {"off_mask_unmoved": None, "off_mask": None}
+    total = sum(tensor.numel() for tensor in before.values())
+    off = total - sum(int(marked.sum()) for marked in mask.values())
+    moved = moved_off_mask(before, after, mask)
+    return {"off_mask_unmoved": moved == 0, "off_mask": {"coordinates": off, "moved": moved}}
+
+
+def identities(
+    run: RunFolder,
+    config: ExperimentConfig,
+    name: str,
+    before: Mapping[str, Tensor],
+    mask: Mapping[str, Tensor] | None,
+) -> dict[str, Any] | None:
+    """How equal an arm's weights are to those of the trained arms that it was made from."""
+    others = [a for a in config.ancestors(name) if isinstance(config.arms[a], DistillArm)]
+    arm = read_tensors(run.checkpoint(name))
+    found = {o: identity(before, arm, read_tensors(run.checkpoint(o)), mask) for o in others}
+    return found or None
+
+
+# -------------------------------------------------------------------------------------------- records
 
 
 def record(
@@ -284,6 +510,7 @@ def record(
             **about,
             "precision": precision(config),
             "checkpoint_digest": digest_checkpoint(run.checkpoint(name)),
+            "other_source": inputs.get("other_source"),
             "inputs": dict(inputs),
         },
     )
@@ -305,23 +532,19 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def off_mask_unmoved(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], mask: Mapping[str, Tensor]
-) -> bool:
-    """Whether every coordinate off the mask is the source's, bit for bit."""
-    for name, old in before.items():
-        bits = torch.int16 if old.element_size() == 2 else torch.int32
-        moved = old.view(bits) != after[name].view(bits)
-        if bool((moved & ~mask[name] if name in mask else moved).any()):
-            return False
-    return True
-
-
-def card(config: ExperimentConfig, name: str, what: str) -> str:
+def card(
+    config: ExperimentConfig, name: str, what: str, inputs: Mapping[str, Any] | None = None
+) -> str:
     """The text of an arm's model card."""
+    foreign = (inputs or {}).get("other_source")
+    note = (
+        f"Other source: {', '.join(foreign)} came from another source checkpoint.\n"
+        if foreign
+        else ""
+    )
     return (
         "---\nlibrary_name: transformers\ntags: [vlopd, on-policy-distillation]\n---\n"
-        f"# {config.name}: arm {name}\n\nMade by vlopd from {config.student.model}: {what}.\n"
+        f"# {config.name}: arm {name}\n\nMade by vlopd from {config.student.model}: {what}.\n{note}"
         "Loads with `transformers`; ../record.json has its inputs, precision and digests.\n"
     )
 
@@ -329,44 +552,70 @@ def card(config: ExperimentConfig, name: str, what: str) -> str:
 # --------------------------------------------------------------------------------------------- masks
 
 
-def make_mask(
-    run: RunFolder, config: ExperimentConfig, name: str, evaluate: Evaluate | None = None
-) -> bool:
+def make_mask(run: RunFolder, config: ExperimentConfig, name: str, how: Making = PLAIN) -> bool:
     """Builds a mask file from its rule, and first what the rule needs."""
     rule = config.masks[name]
     source = source_arm(config)
     make_source(run, config, source)
-    inputs: dict[str, Any] = {
-        "rule": rule.model_dump(mode="json"),
-        "source": arm_digest(run, source),
-    }
-    if isinstance(rule, RandomMask):
-        make_mask(run, config, rule.like, evaluate)
-        inputs["like"] = read_json(run.mask_record(rule.like))["digest"]
-    else:
-        make_arm(run, config, rule.of, evaluate)
-        inputs["of"] = arm_digest(run, rule.of)
-    with processes.main_process_first():
+    for other in rule.combines:
+        make_mask(run, config, other, how)
+    if rule.reads is not None:
+        make_checkpoint(run, config, rule.reads, how)
+    with processes.main_process_first(), run.making(run.mask(name)):
+        ours = arm_digest(run, source)
+        inputs: dict[str, Any] = {"rule": rule.model_dump(mode="json"), "source": ours}
+        own: dict[str, str] = {}
+        inherited: dict[str, str] = {}
+        named: dict[str, masks.Mask] = {}
+        if rule.reads is not None:
+            inputs["of"] = checkpoint_digest(run, config, rule.reads)
+            own = other_source(run, config, rule.reads)
+        if rule.combines:
+            records = {other: read_json(run.mask_record(other)) for other in rule.combines}
+            inputs["masks"] = {other: about["digest"] for other, about in records.items()}
+            for about in records.values():
+                inherited |= about["inputs"].get("other_source", {})
+        if isinstance(rule, FileMask):
+            named[rule.path], about = masks.load_mask(Path(rule.path))
+            inputs["file"] = about["digest"]
+            inherited = about["inputs"].get("other_source", {})
+            if about["inputs"]["source"] != ours:
+                own = {rule.path: about["inputs"]["source"]}
+        if own or inherited:
+            inputs["other_source"] = {**inherited, **own}
         if up_to_date(run.mask_record(name), inputs):
             return False
-        if isinstance(rule, RandomMask):
-            mask = masks.random_like(read_mask(run, config, rule.like), rule.seed)
-        else:
-            trained = arm_folder(run, config, rule.of)
-            mask = masks.build_mask(
-                rule, delta.stream(run.checkpoint(source), trained, atlas.classify)
-            )
+        for path, mask in named.items():
+            check_here(mask, run, source, path)
+        refuse_other_source(own, ours, how.allow_other_source)
+        named |= {other: read_mask(run, config, other) for other in rule.combines}
+        folder = run.checkpoint(source)
+        trained = folder if rule.reads is None else checkpoint_folder(run, config, rule.reads)
+        mask = masks.build_mask(rule, delta.stream(folder, trained, atlas.classify), named)
+        check_here(mask, run, source, f"masks.{name}")
         masks.save_mask(run.mask(name), mask, inputs, atlas.classify)
         return True
 
 
-def read_mask(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str, Tensor]:
+def check_here(mask: masks.Mask, run: RunFolder, source: str, what: str | Path) -> None:
+    """Refuses a mask whose tensors are not those of this run's source."""
+    try:
+        masks.check_shapes(mask, mask_shapes(run, source))
+    except RunError as error:
+        raise RunError(f"{what}: {error}") from None
+
+
+def mask_shapes(run: RunFolder, source: str) -> dict[str, torch.Size]:
+    tensors = read_tensors(run.checkpoint(source))
+    return {name: t.shape for name, t in tensors.items() if t.is_floating_point()}
+
+
+def read_mask(run: RunFolder, config: ExperimentConfig, name: str) -> masks.Mask:
     """A mask of this run; refused when it was made for another model or another source."""
     source = source_arm(config)
     mask, metadata = masks.load_mask(run.mask(name))
-    shapes = {key: tensor.shape for key, tensor in read_tensors(run.checkpoint(source)).items()}
     try:
-        masks.check_mask(mask, metadata, shapes, arm_digest(run, source))
+        masks.check_mask(mask, metadata, mask_shapes(run, source), arm_digest(run, source))
     except RunError as error:
         raise RunError(f"{run.mask(name)}: {error}") from None
     return mask
@@ -383,6 +632,8 @@ def make_geometry(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
         "trained": arm_digest(run, name),
         "settings": config.geometry.model_dump(mode="json"),
     }
+    if foreign := read_json(run.arm_record(name)).get("other_source"):
+        inputs["other_source"] = foreign
     if up_to_date(run.geometry(name) / "summary.json", inputs):
         return False
     analyse(

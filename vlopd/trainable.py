@@ -6,37 +6,220 @@ mask) and a gradient of the same size: as soon as a parameter's dense gradient e
 coordinates are gathered and the dense gradient is freed. The optimizer sees nothing else, so weight
 decay, momentum and clipping cannot reach a frozen coordinate, optimizer state shrinks with density, and
 a mask of all ones is dense training, bit for bit.
+
+A parameter that trains in part is kept in the storage that takes the fewest bytes, see `cheapest`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from vlopd.bits import different, pack, positions
 
-@dataclass(frozen=True)
+Storage = Literal["whole", "listed", "packed", "dense"]
+CHUNK = 1 << 22
+"""Coordinates whose positions are spelled out at once: bounds what a gather needs beside its result."""
+
+
+# ------------------------------------------------------------------------------- where they are
+
+
+class Listed:
+    """K coordinates of a flattened tensor by their indices: 4 bytes each (8 past 2^31 coordinates)."""
+
+    def __init__(self, marked: Tensor):
+        small = marked.numel() < 1 << 31
+        found = positions(pack(marked), marked.numel())
+        self.indices = found.to(torch.int32 if small else torch.int64)
+        self.count, self.nbytes = len(self.indices), self.indices.nbytes
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, self.count, CHUNK):
+            part = slice(start, min(start + CHUNK, self.count))
+            yield part, self.indices[part]
+
+
+class Packed:
+    """K of n coordinates of a flattened tensor as n bits."""
+
+    def __init__(self, marked: Tensor):
+        self.bits, self.n = pack(marked), marked.numel()
+        self.count, self.nbytes = int(marked.sum()), self.bits.nbytes
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        done = 0
+        for start in range(0, self.n, CHUNK):
+            stop = min(start + CHUNK, self.n)
+            found = positions(self.bits[start // 8 : (stop + 7) // 8], stop - start)
+            if len(found):
+                yield slice(done, done + len(found)), found + start
+            done += len(found)
+
+
+def gather(flat: Tensor, where: Listed | Packed) -> Tensor:
+    """[n] -> [K], the entries at the coordinates."""
+    found = flat.new_empty(where.count)
+    for part, chunk in where.chunks():
+        torch.index_select(flat, 0, chunk.to(flat.device), out=found[part])
+    return found
+
+
+def scatter(flat: Tensor, where: Listed | Packed, values: Tensor) -> None:
+    """Writes [K] values into [n] entries at the coordinates, in place."""
+    for part, chunk in where.chunks():
+        flat.index_copy_(0, chunk.to(flat.device, torch.int64), values[part].to(flat))
+
+
+def cheapest(n: int, count: int, shared: bool) -> Storage:
+    """The storage of `count` trained coordinates of n with the fewest bytes, an AdamW's two moments included.
+
+    listed  4 a trained coordinate for its index, 16 for value, gradient and moments
+    packed  a bit a coordinate, 16 a trained one
+    whole   all coordinates train: no masking at all
+    dense   12 a coordinate for gradient and moments, and the frozen values and where they are; only where
+            the fp32 values are the parameter itself (`shared`)
+    """
+    if count == n:
+        return "whole"
+    index = 4 if n < 1 << 31 else 8
+    frozen = n - count
+    cost: dict[Storage, float] = {"listed": (16 + index) * count, "packed": n / 8 + 16 * count}
+    if shared:
+        cost["dense"] = 12 * n + 4 * frozen + min(index * frozen, n / 8)
+    return min(cost, key=lambda storage: cost[storage])
+
+
+def locate(marked: Tensor) -> Listed | Packed:
+    """Where the marked coordinates are, in fewer bytes."""
+    n, count = marked.numel(), int(marked.sum())
+    return Listed(marked) if cheapest(n, count, False) == "listed" else Packed(marked)
+
+
+# --------------------------------------------------------------------------------------- slots
+
+
 class Slot:
-    """One parameter's trained coordinates: fp32 `values` [K], or of the parameter's shape when all train."""
+    """One parameter, all of which trains: fp32 `values` of its shape, the parameter itself where that is fp32."""
 
-    parameter: nn.Parameter
-    indices: Tensor | None  # [K] int64 into the flattened parameter, ascending; None when all train
-    values: nn.Parameter  # fp32; a view of the parameter itself when that is fp32 and all train
+    def __init__(self, parameter: nn.Parameter):
+        self.parameter = parameter
+        self.values = nn.Parameter(parameter.data.float())  # shares memory with an fp32 parameter
+        self.count = parameter.numel()
+
+    @property
+    def whole(self) -> bool:
+        return self.count == self.parameter.numel()
 
     def gather(self, dense: Tensor) -> Tensor:
-        return dense if self.indices is None else dense.reshape(-1)[self.indices]
+        """What of a gradient is the values'; may be `dense` itself, and may change it."""
+        return dense
 
     def write_back(self) -> None:
         """Rounds the values into the model's parameter."""
-        if self.values.data_ptr() == self.parameter.data_ptr():
-            return
-        if self.indices is None:
+        if self.values.data_ptr() != self.parameter.data_ptr():
             self.parameter.data.copy_(self.values.data)
-        else:
-            flat = self.parameter.data.view(-1)
-            flat[self.indices] = self.values.data.to(flat.dtype)
+
+    def put_into(self, tensor: Tensor) -> None:
+        """Writes the values into a tensor of the parameter's shape, and no other coordinate."""
+        tensor.copy_(self.values.data)
+
+
+class CompactSlot(Slot):
+    """One parameter that trains in part: fp32 `values` [K] of its trained coordinates."""
+
+    def __init__(self, parameter: nn.Parameter, where: Listed | Packed):
+        self.parameter, self.where = parameter, where
+        self.values = nn.Parameter(gather(parameter.data.view(-1), where).float())
+        self.count = where.count
+
+    def gather(self, dense: Tensor) -> Tensor:
+        return gather(dense.reshape(-1), self.where)
+
+    def write_back(self) -> None:
+        scatter(self.parameter.data.view(-1), self.where, self.values.data)
+
+    def put_into(self, tensor: Tensor) -> None:
+        scatter(tensor.view(-1), self.where, self.values.data)
+
+
+class DenseSlot(Slot):
+    """One fp32 parameter that trains in most of its coordinates: `values` is the parameter itself.
+
+    The gradient of frozen coordinates is 0, and what an optimizer does to them (weight decay) is undone
+    after every step.
+    """
+
+    def __init__(self, parameter: nn.Parameter, marked: Tensor):
+        super().__init__(parameter)
+        self.off = locate(~marked)
+        self.frozen = gather(parameter.data.view(-1), self.off)
+        self.count = parameter.numel() - self.off.count
+
+    def gather(self, dense: Tensor) -> Tensor:
+        dense = dense.contiguous()
+        scatter(dense.view(-1), self.off, torch.zeros_like(self.frozen))
+        return dense
+
+    def write_back(self) -> None:
+        scatter(self.values.data.view(-1), self.off, self.frozen)
+        super().write_back()
+
+    def put_into(self, tensor: Tensor) -> None:
+        kept = gather(tensor.view(-1), self.off)
+        tensor.copy_(self.values.data)
+        scatter(tensor.view(-1), self.off, kept)
+
+
+def make_slot(parameter: nn.Parameter, marked: Tensor | None, choose: Choice) -> Slot:
+    n = parameter.numel()
+    count = n if marked is None else int(marked.sum())
+    storage = choose(n, count, parameter.dtype == torch.float32)
+    if marked is None or storage == "whole":
+        return Slot(parameter)
+    marked = marked.to(parameter.device)
+    if storage == "dense":
+        return DenseSlot(parameter, marked)
+    return CompactSlot(parameter, Listed(marked) if storage == "listed" else Packed(marked))
+
+
+Choice = Callable[[int, int, bool], Storage]
+"""(coordinates, of which train, whether fp32 values can share the parameter's memory) -> storage."""
+
+
+# ---------------------------------------------------------------------------------- projection
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The orthogonal projection of a matrix's gradient G [m, n] on a subspace of rank r ("subspace locking").
+
+    right  G V V^T  (arXiv 2606.07082, appendix on locking)
+    left   U U^T G
+    Both at once where both are given. Tensors of more dimensions are matrices [m, everything else].
+    """
+
+    left: Tensor | None  # [m, r] fp32, orthonormal columns
+    right: Tensor | None  # [n, r] fp32, orthonormal columns
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        matrix = gradient.flatten(1).float()
+        if self.left is not None:
+            matrix = self.left @ (self.left.T @ matrix)
+        if self.right is not None:
+            matrix = (matrix @ self.right) @ self.right.T
+        return matrix.view(gradient.shape)
+
+    def to(self, device: torch.device) -> Projection:
+        left, right = (None if b is None else b.to(device) for b in (self.left, self.right))
+        return Projection(left, right)
+
+
+# ----------------------------------------------------------------------------------- trainable
 
 
 class Trainable:
@@ -44,28 +227,38 @@ class Trainable:
 
     `mask` maps parameter names to bool tensors of the parameter's shape; a parameter that it does not
     name, or of which it marks nothing, is frozen whole (and autograd skips it). Without a mask all train,
-    but for parameters that do not require a gradient beforehand.
+    but for parameters that do not require a gradient beforehand. `projections` maps names of matrices to
+    what their gradients are projected on before anything else; the optimizer's steps, which scale each
+    coordinate by itself, may leave the subspace.
 
     Raises ValueError for a mask that names no parameter of the model or has another shape.
     """
 
-    def __init__(self, model: nn.Module, mask: Mapping[str, Tensor] | None = None):
-        parameters = dict(
-            model.named_parameters()
-        )  # tied parameters come once, under their first name
-        if mask is not None:
-            refuse_foreign(mask, parameters)
+    def __init__(
+        self,
+        model: nn.Module,
+        mask: Mapping[str, Tensor] | None = None,
+        projections: Mapping[str, Projection] | None = None,
+        choose: Choice = cheapest,
+    ):
+        # tied parameters come once, under their first name
+        self.model_parameters = dict(model.named_parameters())
+        for named in (mask, projections):
+            refuse_foreign(named or {}, self.model_parameters)
         self.slots: dict[str, Slot] = {}
-        for name, parameter in parameters.items():
+        for name, parameter in self.model_parameters.items():
             marked = None if mask is None else mask.get(name, torch.zeros(0, dtype=torch.bool))
             trains = parameter.requires_grad and (marked is None or bool(marked.any()))
             parameter.requires_grad_(trains)
             parameter.grad = None
             if trains:
-                self.slots[name] = slot = make_slot(parameter, marked)
-                parameter.register_post_accumulate_grad_hook(collector(slot))
-        self.names = tuple(parameters)  # of the model, whether they train or not
-        self.total = sum(p.numel() for p in parameters.values())
+                self.slots[name] = slot = make_slot(parameter, marked, choose)
+                projection = (projections or {}).get(name)
+                if projection is not None:
+                    projection = projection.to(parameter.device)
+                parameter.register_post_accumulate_grad_hook(collector(slot, projection))
+        self.names = tuple(self.model_parameters)  # of the model, whether they train or not
+        self.total = sum(p.numel() for p in self.model_parameters.values())
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What the optimizer gets."""
@@ -74,7 +267,7 @@ class Trainable:
     @property
     def count(self) -> int:
         """Trained coordinates, K."""
-        return sum(slot.values.numel() for slot in self.slots.values())
+        return sum(slot.count for slot in self.slots.values())
 
     def write_back(self) -> None:
         """After an optimizer step: rounds all values into the model."""
@@ -108,45 +301,49 @@ class Trainable:
         """
         merged = dict(source)
         for name, slot in self.slots.items():
-            tensor = source[name].clone()
-            values = slot.values.data.to(tensor.device, tensor.dtype)
-            if slot.indices is None:
-                tensor.copy_(values)
-            else:
-                tensor.view(-1)[slot.indices.to(tensor.device)] = values
-            merged[name] = tensor
+            merged[name] = source[name].clone()
+            slot.put_into(merged[name])
         return merged
 
+    def moved_off_mask(self, source: Mapping[str, Tensor]) -> int:
+        """How many coordinates that do not train differ, in the model, from the source by any bit.
 
-def refuse_foreign(mask: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
-    for name, marked in mask.items():
+        The source is rounded to the compute precision first, as it was when the model was loaded.
+        """
+        moved = 0
+        for name, parameter in self.model_parameters.items():
+            before = source[name].to(parameter.dtype)
+            after = parameter.detach().cpu().clone()
+            if name in self.slots:  # what trains may differ: take it from the same place in both
+                before = before.clone()
+                for tensor in (before, after):
+                    self.slots[name].put_into(tensor)
+            moved += int(different(before, after).sum())
+        return moved
+
+
+def refuse_foreign(
+    named: Mapping[str, Tensor] | Mapping[str, Projection], parameters: Mapping[str, nn.Parameter]
+) -> None:
+    for name, of in named.items():
         if name not in parameters:
             raise ValueError(
                 f"the mask names {name!r}, which the model lacks: it is of another model"
             )
-        if marked.shape != parameters[name].shape:
+        if isinstance(of, Tensor) and of.shape != parameters[name].shape:
             raise ValueError(
-                f"the mask's {name!r} has shape {tuple(marked.shape)}, the model's "
+                f"the mask's {name!r} has shape {tuple(of.shape)}, the model's "
                 f"{tuple(parameters[name].shape)}: it is of another model"
             )
 
 
-def make_slot(parameter: nn.Parameter, marked: Tensor | None) -> Slot:
-    if marked is None or bool(marked.all()):
-        indices, values = None, parameter.data.float()  # shares memory with an fp32 parameter
-    else:
-        indices = marked.reshape(-1).nonzero()[:, 0].to(parameter.device)
-        values = parameter.data.reshape(-1)[indices].float()
-    return Slot(parameter, indices, nn.Parameter(values))
-
-
-def collector(slot: Slot):
+def collector(slot: Slot, projection: Projection | None = None):
     """The hook that moves a dense gradient's trained coordinates to the values, and frees the rest."""
 
     def collect(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        gradient = slot.gather(parameter.grad).float()
-        parameter.grad = None
+        dense, parameter.grad = parameter.grad, None
+        gradient = slot.gather(dense if projection is None else projection(dense)).float()
         if slot.values.grad is None:
             slot.values.grad = gradient
         else:

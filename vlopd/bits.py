@@ -1,0 +1,43 @@
+"""Bools as packed bits, eight coordinates a byte, the first in the highest bit (as numpy.packbits has them),
+and the comparison of tensors bit by bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WEIGHTS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
+BYTES = (torch.arange(256, dtype=torch.uint8)[:, None] & WEIGHTS).ne(0).view(torch.int64).view(-1)
+"""The eight bools of every byte, as one int64."""
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def pack(marked: Tensor) -> Tensor:
+    """bool [any shape], n entries -> uint8 [ceil(n / 8)] on the same device."""
+    flat = marked.reshape(-1)
+    if flat.device.type == "cpu":
+        return torch.from_numpy(np.packbits(flat.numpy()))
+    padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8))
+    return (padded.view(-1, 8) * WEIGHTS.to(flat.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, n: int) -> Tensor:
+    """uint8 [ceil(n / 8)] -> bool [n]."""
+    if packed.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(packed.numpy(), count=n).view(bool))
+    return BYTES.to(packed.device).index_select(0, packed.int()).view(torch.bool)[:n]
+
+
+def positions(packed: Tensor, n: int) -> Tensor:
+    """uint8 [ceil(n / 8)] -> int64 [K]: which of the n bits are set, ascending."""
+    if packed.device.type == "cpu":  # five times faster than torch's nonzero
+        return torch.from_numpy(np.flatnonzero(np.unpackbits(packed.numpy(), count=n).view(bool)))
+    return unpack(packed, n).nonzero()[:, 0]
+
+
+def different(a: Tensor, b: Tensor) -> Tensor:
+    """bool, the shape of both: where the stored bits differ (0 and -0 do). Raises where the dtypes differ."""
+    assert a.dtype == b.dtype, f"{a.dtype} and {b.dtype} have no bits in common"
+    integer = INTEGERS[a.element_size()]
+    return a.contiguous().view(integer) != b.contiguous().view(integer)

@@ -1,0 +1,89 @@
+"""Masks applied to checkpoints, and the proof of what an arm did: coordinate by coordinate, bit by bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlopd.bits import different
+from vlopd.delta import TensorDelta
+
+TOLERANCES = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
+
+
+def transplanted(pair: TensorDelta, mask: Tensor) -> Tensor:
+    """The trained value on the mask, the source value elsewhere, bit for bit, without arithmetic.
+
+    In the stored dtype; where the two are stored differently, in the one that holds both exactly.
+    """
+    dtype = torch.promote_types(pair.source.dtype, pair.trained.dtype)
+    return torch.where(mask, pair.trained.to(dtype), pair.source.to(dtype))
+
+
+def extrapolated(pair: TensorDelta, factor: float, mask: Tensor | None = None) -> Tensor:
+    """w + factor * delta on the mask (everywhere without one), rounded once to the source's dtype."""
+    wide = torch.float64 if pair.delta.dtype == torch.float64 else torch.float32
+    moved = (pair.source.to(wide) + factor * pair.delta).to(pair.source.dtype)
+    moved = moved.where(pair.delta != 0, pair.source)  # exact where nothing moved
+    return moved if mask is None else moved.where(mask, pair.source)
+
+
+def delta_norm(pairs: Iterable[TensorDelta]) -> float:
+    """Frobenius norm of an update over the whole model, added up in float64."""
+    squares = (
+        float(torch.linalg.vector_norm(pair.delta, dtype=torch.float64)) ** 2 for pair in pairs
+    )
+    return math.sqrt(sum(squares))
+
+
+def moved_off_mask(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], mask: Mapping[str, Tensor]
+) -> int:
+    """How many coordinates off the mask differ by any bit; a tensor that the mask does not name is off it."""
+    moved = 0
+    for name, old in before.items():
+        changed = different(old, after[name])
+        moved += int((changed & ~mask[name] if name in mask else changed).sum())
+    return moved
+
+
+def identity(
+    before: Mapping[str, Tensor],
+    arm: Mapping[str, Tensor],
+    other: Mapping[str, Tensor],
+    mask: Mapping[str, Tensor] | None,
+) -> list[dict[str, Any]]:
+    """How equal two arms are: the share of coordinates with |arm - other| <= tolerance, as stored.
+
+    `all` and `on_mask` are the shares; `source_all` and `source_on_mask` those of |source - other|, which
+    is what an arm would have that never trained. Null where a share has no coordinates.
+    """
+    totals = {"all": 0, "on_mask": 0}
+    within = {
+        t: dict.fromkeys(("all", "on_mask", "source_all", "source_on_mask"), 0) for t in TOLERANCES
+    }
+    for name, reference in other.items():
+        if name not in arm or not reference.is_floating_point():
+            continue
+        marked = None if mask is None else mask.get(name)
+        totals["all"] += reference.numel()
+        totals["on_mask"] += 0 if marked is None else int(marked.sum())
+        for prefix, tensor in (("", arm[name]), ("source_", before[name])):
+            distance = (tensor.double() - reference.double()).abs()
+            for tolerance in TOLERANCES:
+                close = distance <= tolerance
+                within[tolerance][f"{prefix}all"] += int(close.sum())
+                if marked is not None:
+                    within[tolerance][f"{prefix}on_mask"] += int((close & marked).sum())
+    return [
+        {"tolerance": tolerance}
+        | {
+            key: found / total if (total := totals[key.removeprefix("source_")]) else None
+            for key, found in counts.items()
+        }
+        for tolerance, counts in within.items()
+    ]

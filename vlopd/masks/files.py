@@ -1,0 +1,120 @@
+"""Mask files: one safetensors file of packed bits with its origin and a digest in the header, beside a
+readable JSON of the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import safe_open, save_file
+from torch import Tensor
+
+from vlopd.bits import pack, unpack
+from vlopd.checkpoint import RunError, whole_file, write_json
+from vlopd.masks.compare import densities_by, density
+from vlopd.types import TensorName
+
+HEADER = "mask"
+
+
+def save_mask(
+    path: Path,
+    mask: Mapping[str, Tensor],
+    inputs: Mapping[str, Any],
+    classify: Callable[[str], TensorName],
+) -> None:
+    """Writes NAME.safetensors (packed bits) and then its readable record NAME.json.
+
+    `inputs` is JSON: `rule`, and the digests of what the mask was made from, of which `source`, the
+    checkpoint that it may train, is checked on use. Both files hold them with shapes, counts and
+    densities, and a `digest` of all that and of every bit; equal masks are equal files.
+    """
+    assert "source" in inputs, "a mask must name the checkpoint it starts from"
+    packed = {name: pack(marked.cpu()) for name, marked in mask.items()}
+    metadata: dict[str, Any] = {
+        "inputs": dict(inputs),
+        "shapes": {name: list(m.shape) for name, m in mask.items()},
+        "counts": {name: int(m.sum()) for name, m in mask.items()},
+        "densities": {name: density({name: m}) for name, m in mask.items()},
+        "density": density(mask),
+        "density_by_component": densities_by(mask, lambda name: classify(name).component),
+        "density_by_module": densities_by(mask, lambda name: classify(name).module),
+    }
+    metadata["digest"] = _digest(metadata, packed)
+    record = path.with_name(f"{path.stem}.json")
+    record.unlink(missing_ok=True)  # an old record must never lie beside a new mask
+    with whole_file(path) as temporary:
+        # one header entry: safetensors shuffles several
+        save_file(packed, temporary, {HEADER: json.dumps(metadata, sort_keys=True)})
+    write_json(record, metadata)
+
+
+def load_mask(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a mask and its metadata back.
+
+    Raises RunError when the file is missing, cut short, or any bit of it differs from what was
+    saved.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except FileNotFoundError:
+        raise RunError(f"no mask {path}; run the stage that writes it first") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunError(f"{path} is not a whole mask ({error}); delete it and run again") from None
+    if not metadata:
+        raise RunError(f"{path} is not a mask file of vlopd; make one with `vlopd mask make`")
+    recorded = metadata.pop("digest", None)
+    if recorded is None or recorded != _digest(metadata, packed):
+        raise RunError(f"{path} is damaged: it does not match its digest; delete it and run again")
+    mask: dict[str, Tensor] = {}
+    for name, shape in metadata["shapes"].items():
+        mask[name] = unpack(packed[name], math.prod(shape)).view(shape)
+    return mask, {**metadata, "digest": recorded}
+
+
+def _digest(metadata: Mapping[str, Any], packed: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(packed):
+        total.update(f"\n{name} {packed[name].numel()} ".encode())
+        total.update(packed[name].numpy().tobytes())
+    return total.hexdigest()
+
+
+def check_mask(
+    mask: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, torch.Size],
+    source_digest: str,
+) -> None:
+    """Refuses a mask that was not made for this model, from this source checkpoint.
+
+    Raises RunError naming the first offending tensor, or both digests.
+    """
+    check_shapes(mask, shapes)
+    made_from = metadata["inputs"]["source"]
+    if made_from != source_digest:
+        raise RunError(
+            f"the mask was made from source checkpoint {made_from[:12]}, this one is "
+            f'{source_digest[:12]}; rebuild it, or bring it in by a rule of type "file" with '
+            "--allow-other-source"
+        )
+
+
+def check_shapes(mask: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Raises RunError naming the first tensor in which a mask and a model differ."""
+    for name in sorted(mask.keys() | shapes.keys()):
+        if name not in mask:
+            raise RunError(f"the mask is of another model: it lacks {name}")
+        if name not in shapes:
+            raise RunError(f"the mask is of another model: it has {name}, which the model lacks")
+        if mask[name].shape != shapes[name]:
+            theirs, ours = tuple(mask[name].shape), tuple(shapes[name])
+            raise RunError(f"the mask is of another model: {name} is {theirs} there, {ours} here")

@@ -1,0 +1,292 @@
+"""Rules: pure functions of a source and a trained checkpoint, tensor by tensor, or of other masks.
+
+A mask is a dict of bool tensors by parameter name. Wherever a rule takes a number of coordinates, it
+takes exactly that number, see `vlopd.masks.select`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from vlopd.config import (
+    ComplementMask,
+    ConfigError,
+    DifferenceMask,
+    EnergyMask,
+    FileMask,
+    IntersectionMask,
+    MagnitudeMask,
+    MaskConfig,
+    PrincipalMask,
+    RandomMask,
+    TopFractionMask,
+    UnionMask,
+    VisibleMask,
+    WholeMask,
+)
+from vlopd.delta import TensorDelta
+from vlopd.masks.compare import refuse_unlike
+from vlopd.masks.select import (
+    order_keys,
+    quota,
+    reverse_keys,
+    select,
+    select_energy,
+    select_one,
+)
+from vlopd.seeding import generator
+from vlopd.subspace import low_rank
+from vlopd.types import TensorName
+
+Mask = dict[str, Tensor]
+Pairs = Iterable[TensorDelta]
+"""The tensors of a source and a trained checkpoint; may be iterated several times."""
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODULE_GROUPS = {
+    "ffn": ("gate", "up", "down", "gate_up", "expert_gate_up", "expert_down"),
+    "attention": ("q", "k", "v", "qkv", "o"),
+}
+QUANTILES = 16
+
+
+def build_mask(
+    rule: MaskConfig, pairs: Pairs = (), masks: Mapping[str, Mask] | None = None
+) -> Mask:
+    """The mask that a rule asks for.
+
+    `pairs`: source and trained tensors; for rules that look at the source alone, trained may be anything.
+    `masks`: those that the rule names, by the names it uses (a file's by its path).
+
+    Raises ConfigError for a part of the model that there is not, ValueError for masks of different models.
+    """
+    masks = masks or {}
+    match rule:
+        case VisibleMask():
+            return {pair.name: visible_update(pair, rule) for pair in pairs}
+        case TopFractionMask(by="delta"):
+            return take(pairs, lambda p: order_keys(p.delta), rule.fraction, rule.scope)
+        case TopFractionMask():
+            return take(pairs, lambda p: order_keys(relative(p)), rule.fraction, rule.scope)
+        case EnergyMask():
+            return top_energy(pairs, rule.share, rule.scope)
+        case MagnitudeMask():
+            order = reverse_keys if rule.which == "low" else order_keys
+            return take(pairs, lambda p: order(p.source), rule.fraction, rule.scope)
+        case PrincipalMask():
+            order = order_keys if rule.which == "principal" else reverse_keys
+            return take(pairs, lambda p: order(approximation(p.source, rule)), rule.fraction)
+        case WholeMask():
+            return whole(pairs, rule)
+        case RandomMask():
+            return random_like(masks[rule.like], rule.seed, rule.match, pairs)
+        case UnionMask() | IntersectionMask() | DifferenceMask():
+            return combined(rule.type, [masks[name] for name in rule.masks])
+        case ComplementMask():
+            return {name: ~marked for name, marked in masks[rule.mask].items()}
+        case FileMask():
+            return dict(masks[rule.path])
+
+
+# ------------------------------------------------------------------------------ by what changed
+
+
+def visible(delta: Tensor, atol: float = 0.0) -> Tensor:
+    """|delta| > atol, for a delta taken from stored values: what the stored precision shows."""
+    return delta.abs() > atol
+
+
+def visible_update(pair: TensorDelta, rule: VisibleMask) -> Tensor:
+    """Where the update is larger than the rule's tolerance, in the rule's precision."""
+    dtype = PRECISIONS.get(rule.precision)
+    source, trained = pair.source, pair.trained
+    if dtype is not None:
+        source, trained = source.to(dtype), trained.to(dtype)
+        pair = TensorDelta(pair.where, source, trained)
+    found = visible(pair.delta, rule.atol)
+    if rule.rtol:
+        wide = pair.delta.dtype
+        found &= pair.delta.abs() > rule.atol + rule.rtol * source.to(wide).abs()
+    if rule.ulps is not None:
+        stored = torch.promote_types(source.dtype, trained.dtype)
+        found &= steps_between(source.to(stored), trained.to(stored)) > rule.ulps
+    return found
+
+
+def steps_between(a: Tensor, b: Tensor) -> Tensor:
+    """How many floats of their dtype (16 or 32 bits) lie between a and b, int64; 0 and -0 are one."""
+
+    def ordinal(x: Tensor) -> Tensor:
+        bits = {2: torch.int16, 4: torch.int32}[x.element_size()]
+        whole = x.contiguous().view(bits).long()
+        smallest = torch.iinfo(bits).min
+        return torch.where(whole < 0, smallest - whole, whole)
+
+    return (ordinal(a) - ordinal(b)).abs()
+
+
+def relative(pair: TensorDelta) -> Tensor:
+    """|delta| / |w|; infinite where a zero moved, 0 where nothing did."""
+    ratio = pair.delta.abs() / pair.source.to(pair.delta.dtype).abs()
+    return ratio.where(pair.delta != 0, torch.zeros_like(ratio))
+
+
+def take(
+    pairs: Pairs, keys: Callable[[TensorDelta], Tensor], fraction: float, scope: str = "tensor"
+) -> Mask:
+    """The ceil(fraction * n) coordinates with the largest keys, of each tensor or of the whole model.
+
+    A tensor that did not move still gets its quota (its lowest indices): the rule fixes density,
+    and arms that are compared at one density must have it everywhere.
+    """
+    if scope == "tensor":
+        found = {}
+        for pair in pairs:
+            key = keys(pair)
+            found[pair.name] = select_one(key, quota(fraction, key.numel()))
+        return found
+    sizes = {pair.name: pair.source.numel() for pair in pairs}
+    chosen = select(lambda: (keys(pair) for pair in pairs), quota(fraction, sum(sizes.values())))
+    return dict(zip(sizes, chosen, strict=True))
+
+
+def top_energy(pairs: Pairs, share: float, scope: str = "tensor") -> Mask:
+    """The fewest coordinates that hold `share` of the squared norm of the update, of each tensor or of all."""
+    if scope == "tensor":
+        return {pair.name: top_energy([pair], share, "global")[pair.name] for pair in pairs}
+    names = [pair.name for pair in pairs]
+    chosen = select_energy(lambda: (order_keys(pair.delta) for pair in pairs), share)
+    return dict(zip(names, chosen, strict=True))
+
+
+# ------------------------------------------------------------------------------- by the source
+
+
+def approximation(source: Tensor, rule: PrincipalMask) -> Tensor:
+    """The best approximation of rank k of a matrix [m, everything else], in its shape; of a vector, itself."""
+    matrix = source.flatten(1).double() if source.ndim > 1 else source[:, None].double()
+    rank = rule.rank
+    if rank is None:
+        rank = max(1, math.floor(Fraction(str(rule.rank_fraction)) * min(matrix.shape)))
+    return low_rank(matrix, rank).view(source.shape)
+
+
+def whole(pairs: Pairs, rule: WholeMask) -> Mask:
+    """All of the parameters that the rule names, nothing of the others."""
+    shapes = {pair.where: pair.source.shape for pair in pairs}
+    modules = {module for name in rule.modules for module in MODULE_GROUPS.get(name, (name,))}
+    known: dict[str, tuple[set[str] | set[int], set[str] | set[int]]] = {
+        "components": (set(rule.components), {where.component for where in shapes}),
+        "layers": (set(rule.layers), {w.layer for w in shapes if w.layer is not None}),
+        "modules": (
+            set(rule.modules),
+            {where.module for where in shapes}
+            | {g for g, of in MODULE_GROUPS.items() if any(w.module in of for w in shapes)},
+        ),
+    }
+    for key, (asked, there) in known.items():
+        if unknown := sorted(map(str, asked - there)):
+            has = ", ".join(map(str, sorted(there, key=lambda x: (str(type(x)), x))))
+            raise ConfigError(f"{key}: the model has no {unknown[0]!r}, it has {has}")
+
+    def asked_for(where: TensorName) -> bool:
+        return (
+            (not rule.components or where.component in rule.components)
+            and (not rule.layers or where.layer in rule.layers)
+            and (not modules or where.module in modules)
+        )
+
+    found = {w.name: torch.full(shape, asked_for(w)) for w, shape in shapes.items()}
+    if not any(asked_for(where) for where in shapes):
+        raise ConfigError("components, layers and modules leave no parameter when taken together")
+    return found
+
+
+# ----------------------------------------------------------------------------------- by chance
+
+
+def random_like(
+    mask: Mapping[str, Tensor], seed: int, match: str = "tensor", pairs: Pairs = ()
+) -> Mask:
+    """Uniformly drawn coordinates, exactly as many as `mask` has in each class of `match` (RandomMask).
+
+    Each tensor has its own stream, named by (seed, tensor), so the order of tensors does not matter.
+    `pairs` give parameters their place and |w|; needed for all but "tensor" and "global".
+    """
+
+    def keys(name: str) -> Tensor:
+        stream = generator("cpu", "random mask", seed, name)
+        return torch.randint(0, 2**31 - 1, mask[name].shape, generator=stream, dtype=torch.int32)
+
+    if match in ("magnitude", "visibility"):
+        classes = quantiles if match == "magnitude" else binades
+        return {
+            pair.name: stratified(mask[pair.name], keys(pair.name), classes(pair.source))
+            for pair in pairs
+        }
+    label: Callable[[str], object] = {"tensor": lambda name: name}.get(match, lambda name: "all")
+    if match == "module":
+        places = {pair.name: (pair.where.component, pair.where.module) for pair in pairs}
+        label = places.__getitem__
+    groups: dict[object, list[str]] = {}
+    for name in sorted(mask):
+        groups.setdefault(label(name), []).append(name)
+
+    def drawn(names: list[str]) -> list[Tensor]:
+        count = sum(int(mask[name].sum()) for name in names)
+        return select(lambda: (keys(name) for name in names), count)
+
+    found: Mask = {}
+    for names in groups.values():
+        found |= dict(zip(names, drawn(names), strict=True))
+    return {name: found[name] for name in mask}
+
+
+def stratified(like: Tensor, keys: Tensor, classes: Tensor) -> Tensor:
+    """In each class of coordinates those with the largest keys, as many as `like` has there."""
+    shape, found = like.shape, torch.zeros_like(like).view(-1)
+    like, keys, classes = like.reshape(-1), keys.reshape(-1), classes.reshape(-1)
+    counts = torch.bincount(classes[like]) if bool(like.any()) else torch.zeros(0).long()
+    for label, count in enumerate(counts.tolist()):
+        if count:
+            members = (classes == label).nonzero()[:, 0]
+            found[members[select_one(keys[members], count)]] = True
+    return found.view(shape)
+
+
+def quantiles(source: Tensor) -> Tensor:
+    """Which of sixteen quantiles of the tensor's |w| each coordinate is in; equal ones are never parted."""
+    size = source.float().abs().flatten()
+    ordered = size.sort().values
+    n = len(ordered)
+    edges = ordered[[n * k // QUANTILES for k in range(1, QUANTILES)]] if n else ordered
+    return torch.bucketize(size, edges.unique(), right=True).view(source.shape)
+
+
+def binades(source: Tensor) -> Tensor:
+    """The exponent of each |w| as fp32 has it: within a binade the floats of any one format are equally far apart."""
+    return order_keys(source).long() >> 23
+
+
+# --------------------------------------------------------------------------------- combinations
+
+
+def combined(how: str, masks: list[Mask]) -> Mask:
+    """union, intersection, or difference (the first without all others) of masks of one model.
+
+    Raises ValueError naming the first tensor in which two differ in shape.
+    """
+    first, *others = masks
+    found = {name: marked.clone() for name, marked in first.items()}
+    for other in others:
+        refuse_unlike(first, other)
+        for name, marked in found.items():
+            if how == "union":
+                marked |= other[name]
+            else:
+                marked &= other[name] if how == "intersection" else ~other[name]
+    return found
