@@ -261,7 +261,7 @@ def test_another_sources_mask_needs_a_word_and_leaves_a_mark(
     ):
         stages.make_arm(run, ours, "full")
     assert not run.mask("theirs").exists()
-    stages.make_arm(run, ours, "full", allow_other_source=True)
+    stages.make_arm(run, ours, "full", stages.Making(allow_other_source=True))
     mark = {str(other.mask("top")): stages.arm_digest(other, "base")}
     assert read_json(run.mask_record("rest"))["inputs"]["other_source"] == mark
     assert read_json(run.arm_record("full"))["other_source"] == mark
@@ -289,7 +289,7 @@ def test_another_sources_mask_needs_a_word_and_leaves_a_mark(
     )
     foreign = RunFolder.create(tmp_path / "foreign", wide)
     with pytest.raises(RunError, match=r"top\.safetensors: the mask is of another model"):
-        stages.make_mask(foreign, wide, "theirs", allow_other_source=True)
+        stages.make_mask(foreign, wide, "theirs", stages.Making(allow_other_source=True))
 
 
 @pytest.mark.parametrize("kind", ["llm"], indirect=True)

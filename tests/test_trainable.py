@@ -227,7 +227,7 @@ def test_masked_steps_are_dense_steps_masked_by_hand_in_float64(
     rollouts = []
     for k in (0, 2):
         prompts = pair.student.render(data[k : k + 2])
-        rollouts.append((data[k : k + 2], prompts, pair.sample(prompts, 6, 0.0)))
+        rollouts.append((data[k : k + 2], prompts, sampled(pair, prompts, 6, k)))
     for step in range(1, 4):
         reference.student.model.load_state_dict(model.state_dict())
         reference.student.model.zero_grad()
@@ -265,7 +265,7 @@ def test_activation_checkpointing_gives_the_same_gradients(kind, compute, make_p
         pair = make_pair(kind, compute)
         trainable = Trainable(pair.student.model, random_mask(pair.student.model))
         prompts = pair.student.render(make_data(kind, 2))
-        completions = pair.sample(prompts, 5, 0.0)
+        completions = sampled(pair, prompts, 5)
         if recompute:
             pair.student.model.gradient_checkpointing_enable()
         pair.student.model.train()  # transformers recomputes in training mode only
