@@ -145,7 +145,9 @@ def open_trackers(config: ExperimentConfig, folder: Path, arm: str) -> list[Gene
                 f"tracking.trackers names {name!r}, which is not installed: pip install {name}"
             )
         if name == "wandb":
+            (folder / "trackers").mkdir(parents=True, exist_ok=True)
             os.environ.setdefault("WANDB_MODE", "offline")
+            os.environ.setdefault("WANDB_DIR", str(folder / "trackers"))
         kind = LOGGER_TYPE_TO_CLASS[name]
         where = [str(folder / "trackers")] if kind.requires_logging_directory else []
         trackers.append(kind(f"{config.name}-{arm}", *where))
