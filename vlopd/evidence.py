@@ -25,6 +25,7 @@ from vlopd.trainable import Trainable
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
+MOMENTS = (*FIRST_MOMENTS, *SECOND_MOMENTS)
 """How torch's and timm's optimizers call what they keep."""
 
 
@@ -45,7 +46,13 @@ class Look:
             if gradient is None:  # the forward pass never came by
                 continue
             where = atlas.classify(name)
-            one = sums_of(self.before[name], slot.values.data, gradient, state[name])
+            moments = {
+                k: slot.trained(x)
+                for k, x in state[name].items()
+                if k in MOMENTS and isinstance(x, Tensor)
+            }
+            before, after = slot.trained(self.before[name]), slot.trained(slot.values.data)
+            one = sums_of(before, after, slot.trained(gradient), moments)
             for group in ((where.component, where.module), ("all", "all")):
                 for key, value in one.items():
                     sums[group][key] += value
@@ -56,7 +63,7 @@ class Look:
 
 
 def sums_of(
-    before: Tensor, after: Tensor, gradient: Tensor, state: Mapping[str, Any]
+    before: Tensor, after: Tensor, gradient: Tensor, moments: Mapping[str, Tensor]
 ) -> dict[str, float]:
     """What adds up over tensors, in float64."""
     found = {
@@ -66,11 +73,11 @@ def sums_of(
         "update^2": squares(after - before),
     }
     for key in FIRST_MOMENTS:
-        if isinstance(moment := state.get(key), Tensor):
+        if (moment := moments.get(key)) is not None:
             wide, own = moment.double(), gradient.double()
             found |= {"m.g": float((wide * own).sum()), "m^2": squares(wide), "g^2": squares(own)}
     for key in SECOND_MOMENTS:
-        if isinstance(moment := state.get(key), Tensor):
+        if (moment := moments.get(key)) is not None:
             wide = moment.double()
             found |= {
                 "sqrt v": float(wide.sqrt().sum()),

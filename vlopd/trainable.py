@@ -128,6 +128,10 @@ class Slot:
         """Writes the values into a tensor of the parameter's shape, and no other coordinate."""
         tensor.copy_(self.values.data)
 
+    def trained(self, tensor: Tensor) -> Tensor:
+        """Of a tensor of the values' shape (a gradient, a moment), what belongs to trained coordinates."""
+        return tensor
+
 
 class CompactSlot(Slot):
     """One parameter that trains in part: fp32 `values` [K] of its trained coordinates."""
@@ -173,6 +177,11 @@ class DenseSlot(Slot):
         kept = gather(tensor.view(-1), self.off)
         tensor.copy_(self.values.data)
         scatter(tensor.view(-1), self.off, kept)
+
+    def trained(self, tensor: Tensor) -> Tensor:
+        on = torch.ones(tensor.numel(), dtype=torch.bool, device=tensor.device)
+        scatter(on, self.off, torch.zeros_like(self.frozen))
+        return tensor.reshape(-1)[on]
 
 
 def make_slot(parameter: nn.Parameter, marked: Tensor | None, choose: Choice) -> Slot:

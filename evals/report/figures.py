@@ -27,6 +27,7 @@ COLOURS = {
     "random": "#3fb593",
     "base": "#8a8f98",
 }
+VARIANTS = ("#7a6fb0", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#8c564b", "#17a2b8", "#7f7f7f")
 INK = "#010203"
 """Stands for the page's text colour until the SVG is written."""
 WIDTH = 5.2
@@ -127,18 +128,24 @@ def intervals(axes: Axes, rows: pd.DataFrame, scale: float) -> None:
 def curves(rows: pd.DataFrame, roles: Mapping[str, str], value: str, label: str) -> Figure:
     """One line an arm over optimizer steps: every step faintly, a running mean on top.
 
-    `rows` has columns arm, step and `value`; arms of one role share a colour and differ in dashes.
+    `rows` has columns arm, step and `value`; arms of one role share a colour and differ in dashes, but variants,
+    of which there may be many, have a colour each.
     """
+    columns = min(3, rows.arm.nunique())
     with matplotlib.rc_context(STYLE):
-        figure, (axes,) = canvas(3.0)
+        figure, (axes,) = canvas(2.8 + 0.17 * -(-rows.arm.nunique() // columns))
         seen: dict[str, int] = {}
         for arm, part in rows.groupby("arm", sort=False):
             role = roles[str(arm)]
-            dash = ("-", (0, (5, 1.5)), (0, (2, 1.2)), (0, (1, 1)))[seen.get(role, 0) % 4]
-            seen[role] = seen.get(role, 0) + 1
+            number = seen[role] = seen.get(role, -1) + 1
+            colour = COLOURS[role]
+            if role == "variant":
+                number, shade = divmod(number, len(VARIANTS))
+                colour = VARIANTS[shade]
+            dash = ("-", (0, (5, 1.5)), (0, (2, 1.2)), (0, (1, 1)))[number % 4]
             smooth = part[value].rolling(max(1, len(part) // 40), min_periods=1, center=True).mean()
-            axes.plot(part.step, part[value], color=COLOURS[role], lw=0.5, alpha=0.25)
-            axes.plot(part.step, smooth, color=COLOURS[role], lw=1.5, ls=dash, label=arm)
+            axes.plot(part.step, part[value], color=colour, lw=0.5, alpha=0.25)
+            axes.plot(part.step, smooth, color=colour, lw=1.5, ls=dash, label=arm)
         if (rows[value] > 0).all():
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -147,7 +154,6 @@ def curves(rows: pd.DataFrame, roles: Mapping[str, str], value: str, label: str)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(label)
         axes.grid()
-        columns = min(3, rows.arm.nunique())
         figure.legend(loc="outside upper left", ncols=columns, fontsize=8, handlelength=2.6)
     return figure
 
