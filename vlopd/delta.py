@@ -54,9 +54,13 @@ class TensorDelta:
     @cached_property
     def delta(self) -> Tensor:
         """trained - source in fp32, or wider where stored so; zero only where the two are equal."""
-        stored = (self.source.dtype, self.trained.dtype)
-        wide = torch.float64 if torch.float64 in stored else torch.float32
-        return self.trained.to(wide) - self.source.to(wide)
+        return difference(self.source, self.trained)
+
+
+def difference(source: Tensor, trained: Tensor) -> Tensor:
+    """trained - source in fp32, or float64 where either is stored so; a new tensor."""
+    wide = torch.float64 if torch.float64 in (source.dtype, trained.dtype) else torch.float32
+    return trained.to(wide, copy=True).sub_(source)
 
 
 @dataclass(frozen=True)

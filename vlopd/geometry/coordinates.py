@@ -17,7 +17,7 @@ from torch import Tensor
 from vlopd.geometry.closed_forms import hypergeometric
 from vlopd.geometry.nulls import norm
 from vlopd.geometry.rows import Measure, parameters
-from vlopd.geometry.source_masks import REASON, SourceMasks, kth
+from vlopd.geometry.source_masks import REASON, SourceMasks, cuts
 from vlopd.masks import quota
 
 ATOLS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
@@ -95,7 +95,7 @@ def count(marked: Tensor) -> int:
 
 
 def coordinate_terms(
-    source: Tensor, delta: Tensor, trained: Tensor, masks: SourceMasks, ratios: Sequence[float]
+    source: Tensor, delta: Tensor, masks: SourceMasks, ratios: Sequence[float]
 ) -> list[Term]:
     """Norms, sparsity and concentration of `delta` [any shape], fp32 or wider (arXiv 2606.13657).
 
@@ -113,11 +113,11 @@ def coordinate_terms(
     low_magnitude_ties          entries of the source that tie at the mask's cut, lowest index first
     and density and overlap of the source's masks, see `overlap_terms`.
 
-    source, delta and trained = source + delta have one shape and dtype. Thresholds are compared as the
-    decimals that they are, not as rounded to any dtype.
+    source: as stored, in the shape of delta. Thresholds are compared as the decimals that they are, not as
+    rounded to any dtype.
     """
     n = delta.numel()
-    w, d, after = source.reshape(-1), delta.reshape(-1), trained.reshape(-1)
+    w, d = source.reshape(-1), delta.reshape(-1)
     energy, source_energy = norm(d) ** 2, norm(w) ** 2
     rms = math.sqrt(source_energy / n) if n else 0.0
     tests: dict[tuple[str, str], tuple[str, float]] = {("frac_delta_eq_0", ""): ("<=", 0.0)}
@@ -132,8 +132,9 @@ def coordinate_terms(
     counts = dict.fromkeys(tests, 0)
     largest = total_size = 0.0
     same_in_bf16 = 0
-    for a, b, c in zip(w.split(CHUNK), d.split(CHUNK), after.split(CHUNK), strict=True):
-        size, reference = b.abs(), a.abs()
+    for a, b in zip(w.split(CHUNK), d.split(CHUNK), strict=True):
+        wide = a.to(b.dtype)
+        size, reference = b.abs(), wide.abs()
         largest = max(largest, float(size.max()))
         total_size += float(size.sum(dtype=torch.float64))
         for test, (kind, bound) in tests.items():
@@ -141,7 +142,7 @@ def coordinate_terms(
                 counts[test] += count(size < bound)
             else:
                 counts[test] += count(size <= (bound * reference if kind == "<= |w|" else bound))
-        same_in_bf16 += count(a.bfloat16() == c.bfloat16())
+        same_in_bf16 += count(a.bfloat16() == (wide + b).bfloat16())
 
     terms = [
         Term("relative_delta_fro", "", energy, source_energy, "root", matched=True),
@@ -170,19 +171,20 @@ def coordinate_terms(
 
 
 def top_energies(delta: Tensor, ratios: Sequence[float]) -> list[float]:
-    """Sum of squares of the ceil(ratio * n) largest |D|, for every ratio; each is sought among the last's."""
-    found: dict[float, float] = {}
-    rest = delta[delta != 0].abs()
-    for ratio in sorted(ratios, reverse=True):
-        k = quota(ratio, delta.numel())
-        if k >= len(rest):
-            found[ratio] = norm(rest) ** 2
+    """Sum of squares of the ceil(ratio * n) largest |D| of a flat update, for every ratio."""
+    moved = delta[delta != 0]
+    found = []
+    inside = [quota(ratio, len(delta)) for ratio in ratios]
+    ks = [max(len(moved) - k, 0) + 1 for k in inside]
+    known = iter(cuts(moved, [k for k in ks if k > 1]) if max(ks) > 1 else ())
+    for count_of, k in zip(inside, ks, strict=True):
+        if k == 1:  # all that moved
+            found.append(norm(moved) ** 2)
             continue
-        threshold = kth(rest, len(rest) - k + 1)
-        larger = rest[rest > threshold]
-        found[ratio] = norm(larger) ** 2 + (k - len(larger)) * threshold**2
-        rest = rest[rest >= threshold]
-    return [found[ratio] for ratio in ratios]
+        cut = next(known)
+        larger = moved[moved.float().abs() > cut.value]
+        found.append(norm(larger) ** 2 + (count_of - len(larger)) * cut.value**2)
+    return found
 
 
 def overlap_terms(

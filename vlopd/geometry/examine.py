@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from vlopd.config import GeometryConfig
-from vlopd.delta import TensorDelta
+from vlopd.delta import TensorDelta, difference
 from vlopd.geometry.coordinates import Term, coordinate_terms
 from vlopd.geometry.nulls import null_delta, null_name
 from vlopd.geometry.projection import matrix_measures, skipped_measures, source_factors
@@ -102,11 +102,11 @@ def matrices(pair: TensorDelta, model: PretrainedConfig | None) -> Iterator[Tens
 
 
 def examine(pair: TensorDelta, config: GeometryConfig, device: str = "cpu") -> Finding:
-    """All measures of one matrix's update and its nulls; the source is factorised once."""
-    delta = pair.delta.to(device)
-    source = pair.source.to(device, delta.dtype)
-    trained = pair.trained.to(device, delta.dtype)
-    stored = pair.trained.dtype
+    """All measures of one matrix's update and its nulls; the source is factorised once.
+
+    In memory are the pair as stored and one fp32 update at a time, the observed one or a null's.
+    """
+    source, trained = pair.source.to(device), pair.trained.to(device)
     matrix, reason = as_matrix(source)
     factors, status = None, "skipped"
     if matrix is not None:
@@ -119,20 +119,21 @@ def examine(pair: TensorDelta, config: GeometryConfig, device: str = "cpu") -> F
     names, terms, measures = [], [], []
     plan = [(null, draw) for null in config.nulls for draw in range(config.null_draws)]
     for null, draw in [(None, 0), *plan]:
-        change, after = delta, trained
+        change = difference(source, trained)
         if null is not None:
-            change = null_delta(null, source, delta, stored, config.seed, draw, pair.name)
-            after = source + change
+            names_of_stream = (config.seed, draw, pair.name)
+            change = null_delta(null, source, change, trained.dtype, *names_of_stream)
         names.append(OBSERVED if null is None else null_name(null))
-        terms.append(coordinate_terms(source, change, after, masks, config.ratios))
-        if factors is None:
+        terms.append(coordinate_terms(source, change, masks, config.ratios))
+        if matrix is None or factors is None:
             measures.append(skipped_measures(config, reason, status))
             continue
         try:
-            found = matrix_measures(factors, after.flatten(1), change.flatten(1), config)
+            found = matrix_measures(matrix, factors, change.flatten(1), config)
         except FAILURES as error:
             found = skipped_measures(config, why(error), "failed")
         measures.append(found)
+        del change
     where = pair.where
     shape = "x".join(map(str, source.shape))
     place = Place(where.name, where.component, where.layer, where.module, shape)
@@ -174,8 +175,8 @@ def keys_of(config: GeometryConfig) -> Keys:
     one = torch.ones(1, 1)
     factors = source_factors(one, config)
     masks = SourceMasks(one, factors, config.ratios)
-    terms = coordinate_terms(one, one, one + one, masks, config.ratios)
-    measures = matrix_measures(factors, one + one, one, config)
+    terms = coordinate_terms(one, one, masks, config.ratios)
+    measures = matrix_measures(one, factors, one, config)
     return Keys(
         tuple(TermKey(t.metric, t.parameter, t.fold, t.matched) for t in terms),
         tuple(MeasureKey(m.metric, m.parameter) for m in measures),

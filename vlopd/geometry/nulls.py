@@ -32,6 +32,8 @@ TOLERANCE = 0.02
 """Relative error of a null's norm at which the search stops, times 1 / sqrt(entries), the scale of chance."""
 COARSEST = 1e-3
 STEPS = 60
+DITHER = 0.03
+"""Relative spread that is given to sizes taken from a stored update, so that norms can be met."""
 CHUNK = 2**18
 """Coordinates at a time, so that temporaries stay in the cache."""
 
@@ -90,12 +92,16 @@ def null_delta(
 ) -> Tensor:
     """One draw of a null for the update `delta` of `source`; `names` name its random stream.
 
-    source, delta: fp32 or wider, one shape. A zero delta has a zero null.
+    source: as stored, delta: fp32 or wider, one shape. A zero delta has a zero null.
     """
     if not delta.any():
         return torch.zeros_like(delta)
     stream = generator("cpu", "null", null_name(null), *names)
     noise = direction(null, source, delta, stream).to(delta.device)
+    if isinstance(null, PermutedNull | SignFlippedNull):
+        # a stored update has few distinct sizes, which would all cross a rounding boundary at one scale
+        dither = torch.randn(noise.shape, generator=stream, dtype=noise.dtype).to(noise.device)
+        noise.mul_(1 + DITHER * dither)
     return matched_delta(source, noise, norm(delta), stored)
 
 
@@ -159,8 +165,13 @@ def rounded_parts(
 ) -> Iterator[Tensor]:
     """What is left of an update in the stored precision, a stretch of flat coordinates at a time."""
     for w, z in zip(source.split(CHUNK), noise.split(CHUNK), strict=True):
-        yield torch.add(w, z, alpha=scale).to(stored).to(w.dtype).sub_(w)
+        wide = w.to(z.dtype)
+        yield torch.add(wide, z, alpha=scale).to(stored).to(z.dtype).sub_(wide)
 
 
 def norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    """Frobenius norm, added up in float64 without a float64 copy."""
+    parts = tensor.reshape(-1).split(CHUNK)
+    return math.hypot(
+        *(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts)
+    )

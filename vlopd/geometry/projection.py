@@ -10,14 +10,17 @@ from torch import Tensor
 
 from vlopd.config import GeometryConfig
 from vlopd.geometry.closed_forms import projected_share
+from vlopd.geometry.nulls import norm
 from vlopd.geometry.rows import Measure, parameters
 from vlopd.geometry.spectrum import (
     TOP,
     Factors,
+    Sum,
     factorise,
     gram,
     rank_at,
     roots,
+    singular_values,
     spectral_measures,
     times,
     too_large,
@@ -28,7 +31,7 @@ SUBSPACE = "exact subspaces are needed; "
 
 
 def projection_measures(
-    source: Factors, delta: Tensor, energy: float, squares: Tensor | None, ratios: Sequence[float]
+    source: Factors, delta: Sum, energy: float, squares: Tensor | None, ratios: Sequence[float]
 ) -> list[Measure]:
     """Share of the update's energy inside the source's top-k subspaces (arXiv 2606.13657).
 
@@ -127,32 +130,33 @@ def drift_measures(source: Factors, trained: Factors, delta_norm: float) -> list
 
 
 def matrix_measures(
-    source: Factors, trained: Tensor, delta: Tensor, config: GeometryConfig
+    matrix: Tensor, source: Factors, delta: Tensor, config: GeometryConfig
 ) -> list[Measure]:
-    """Every spectral and subspace measure of an update `delta` to `trained`, both [m, n] of any dtype.
+    """Every spectral and subspace measure of an update `delta` to `matrix`, both [m, n] of any dtype.
 
-    `source` are the factors of the matrix before it, shared by the observed update and its nulls; from
-    `source.approximate` on nothing is exact.
+    `source` are the factors of `matrix`, shared by the observed update and its nulls; where they are
+    approximate, nothing is exact.
     """
     ratios, method, approximate = config.ratios, config.factorisation, source.approximate
     m, n = delta.shape
     r = min(m, n)
-    energy = float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
+    energy = norm(delta) ** 2
+    change = Sum((delta,))
     squares, after = None, source
     if energy == 0:
         values = torch.zeros(1 if approximate else r, dtype=torch.float64)
     elif approximate:
-        values = factorise(delta, min(max(TOP), r), method, approximate).values
+        values = factorise(change, min(max(TOP), r), method, approximate).values
     else:
-        after = factorise(trained, source.left.shape[1], method)
+        after = factorise(Sum((matrix, delta)), source.left.shape[1], method)
         if method == "svd":
-            values = torch.linalg.svdvals(delta.double())
+            values = singular_values(change, method)
         else:
-            squares = gram(delta)
+            squares = gram(change)
             values = roots(torch.linalg.eigvalsh(squares))
     return [
         *spectral_measures(values, energy, ratios, r, approximate),
-        *projection_measures(source, delta, energy, squares, ratios),
+        *projection_measures(source, change, energy, squares, ratios),
         *rotation_measures(source, after, (m, n), ratios),
         *drift_measures(source, after, energy**0.5),
     ]
@@ -162,13 +166,13 @@ def source_factors(matrix: Tensor, config: GeometryConfig) -> Factors:
     """The factors of a source matrix [m, n], up to the largest of the config's ratios."""
     m, n = matrix.shape
     k = max(rank_at(ratio, m, n) for ratio in config.ratios)
-    return factorise(matrix, k, config.factorisation, too_large(m, n, config))
+    return factorise(Sum((matrix,)), k, config.factorisation, too_large(m, n, config))
 
 
 def skipped_measures(config: GeometryConfig, reason: str, status: str = "skipped") -> list[Measure]:
     """The rows of a parameter that is no matrix, or that failed: none is dropped silently."""
     unit = torch.ones(1, 1, dtype=torch.float64)
-    rows = matrix_measures(source_factors(unit, config), unit, unit, config)
+    rows = matrix_measures(unit, source_factors(unit, config), unit, config)
     return [replace(row, value=None, status=status, reason=reason, chance=None) for row in rows]
 
 

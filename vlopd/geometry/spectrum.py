@@ -8,7 +8,7 @@ and for matrices beyond a stated cost a randomised range finder (arXiv 0909.4061
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -74,7 +74,34 @@ class Factors:
         return int((self.values > 0).sum())
 
 
-def gram(matrix: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Sum:
+    """source + delta as a matrix [m, n] that is never formed: its rows are added in float64 as they are read."""
+
+    terms: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.terms[0].shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.terms[0].device
+
+    @property
+    def T(self) -> Sum:
+        return Sum(tuple(term.T for term in self.terms))
+
+    def widened(self) -> Iterator[Tensor]:
+        """Float64 rows, ROWS of them at a time."""
+        for first, *others in zip(*(term.split(ROWS) for term in self.terms), strict=True):
+            rows = first.double()
+            for other in others:
+                rows = rows + other
+            yield rows
+
+
+def gram(matrix: Sum) -> Tensor:
     """A^T A [r, r] in float64, of a matrix or its transpose, whichever is smaller; any dtype.
 
     Widened a few rows at a time, so that no float64 copy of an embedding is made.
@@ -82,20 +109,26 @@ def gram(matrix: Tensor) -> Tensor:
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     r = tall.shape[1]
     found = torch.zeros(r, r, dtype=torch.float64, device=matrix.device)
-    for rows in tall.split(ROWS):
-        wide = rows.double()
+    for wide in tall.widened():
         for start in range(0, r, BLOCK):
             end = min(start + BLOCK, r)
             found[start:end, :end].addmm_(wide[:, start:end].T, wide[:, :end])
     return found.tril_() + found.tril(-1).T
 
 
-def times(matrix: Tensor, basis: Tensor) -> Tensor:
-    """matrix @ basis in float64, a few rows at a time: [m, n] of any dtype and [n, k] -> [m, k]."""
-    return torch.cat([rows.double() @ basis for rows in matrix.split(ROWS)])
+def whole(matrix: Sum) -> Tensor:
+    return torch.cat(list(matrix.widened()))
 
 
-def factorise(matrix: Tensor, k: int, method: str = "gram", approximate: str = "") -> Factors:
+def times(matrix: Sum, basis: Tensor) -> Tensor:
+    """matrix @ basis in float64: [m, n] of any dtype and [n, k] -> [m, k]."""
+    found = basis.new_empty(matrix.shape[0], basis.shape[1])
+    for to, rows in zip(found.split(ROWS), matrix.widened(), strict=True):
+        torch.mm(rows, basis, out=to)
+    return found
+
+
+def factorise(matrix: Sum, k: int, method: str = "gram", approximate: str = "") -> Factors:
     """Singular values and top-k subspaces of a matrix [m, n] of any dtype, worked in float64.
 
     method: `gram`, or `svd` for singular values below 1e-7 of the largest. With a reason to be
@@ -104,7 +137,7 @@ def factorise(matrix: Tensor, k: int, method: str = "gram", approximate: str = "
     if approximate:
         return randomised(matrix, k, approximate)
     if method == "svd":
-        u, values, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+        u, values, vt = torch.linalg.svd(whole(matrix), full_matrices=False)
         return Factors(values, u[:, :k].contiguous(), vt[:k].T.contiguous())
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     eigenvalues, vectors = torch.linalg.eigh(gram(matrix))
@@ -114,7 +147,7 @@ def factorise(matrix: Tensor, k: int, method: str = "gram", approximate: str = "
     return Factors(roots(eigenvalues), left, right)
 
 
-def randomised(matrix: Tensor, k: int, reason: str) -> Factors:
+def randomised(matrix: Sum, k: int, reason: str) -> Factors:
     """The k largest singular values and their subspaces, by a randomised range finder with power iterations.
 
     The test matrix is the same for every matrix of one shape, so two runs agree.
@@ -136,11 +169,11 @@ def randomised(matrix: Tensor, k: int, reason: str) -> Factors:
     return Factors(roots(eigenvalues)[:k], left, right, reason)
 
 
-def transposed_times(matrix: Tensor, basis: Tensor) -> Tensor:
-    """matrix^T @ basis in float64, a few rows at a time."""
-    found = torch.zeros(matrix.shape[1], basis.shape[1], dtype=torch.float64, device=matrix.device)
-    for rows, part in zip(matrix.split(ROWS), basis.split(ROWS), strict=True):
-        found.addmm_(rows.double().T, part)
+def transposed_times(matrix: Sum, basis: Tensor) -> Tensor:
+    """matrix^T @ basis in float64: [m, n] of any dtype and [m, k] -> [n, k]."""
+    found = basis.new_zeros(matrix.shape[1], basis.shape[1])
+    for rows, part in zip(matrix.widened(), basis.split(ROWS), strict=True):
+        found.addmm_(rows.T, part)
     return found
 
 
@@ -160,10 +193,10 @@ def orthonormal(columns: Tensor) -> Tensor:
     return q
 
 
-def singular_values(matrix: Tensor, method: str = "gram") -> Tensor:
+def singular_values(matrix: Sum, method: str = "gram") -> Tensor:
     """Singular values of a matrix of any dtype in float64, descending, [min(m, n)]."""
     if method == "svd":
-        return torch.linalg.svdvals(matrix.double())
+        return torch.linalg.svdvals(whole(matrix))
     return roots(torch.linalg.eigvalsh(gram(matrix)))
 
 
