@@ -13,7 +13,7 @@ SOURCES = sorted([*ROOT.glob("vlopd/**/*.py"), *ROOT.glob("evals/**/*.py")])
 RANK = {
     "vlopd.config": 0, "vlopd.types": 0, "vlopd.seeding": 0, "vlopd.bits": 0,
     "vlopd.processes": 1, "vlopd.checkpoint": 1, "vlopd.losses": 1, "vlopd.trainable": 1,
-    "vlopd.models": 2, "vlopd.data": 2, "vlopd.log": 2,
+    "vlopd.models": 2, "vlopd.data": 2, "vlopd.log": 2, "vlopd.adapter": 2,
     "vlopd.subspace": 2, "vlopd.context": 3, "vlopd.rollout": 3, "vlopd.vocabulary": 3, "vlopd.delta": 3,
     "vlopd.resources": 3, "vlopd.optimizers": 3, "vlopd.rewards": 3, "vlopd.masks": 4, "vlopd.teacher": 4,
     "vlopd.state": 4, "vlopd.evidence": 4, "vlopd.geometry": 5, "vlopd.pair": 5,

@@ -41,7 +41,7 @@ subnetwork = {{type = "distill", seed = 2, mask = "top"}}
 transplant = {{type = "transplant", of = "full", mask = "top"}}
 random-0 = {{type = "distill", seed = 2, mask = "random-0"}}
 [geometry]
-arms = ["full"]
+arms = ["full", "random-0"]
 null_draws = 2
 [eval]
 tasks = ["{task}"]
@@ -105,7 +105,8 @@ def test_every_verb_in_order(kind, miniature, tmp_path, monkeypatch, capsys):
     for arm in ("full", "subnetwork", "random-0"):
         assert len((run / "arms" / arm / "metrics.jsonl").read_text().splitlines()) == 3
     for name in ("masks/top.safetensors", "masks/top.json", "geometry/full/geometry.csv",
-                 "geometry/full/summary.json", "geometry/full/match.json", "report/report.html",
+                 "geometry/full/summary.json", "geometry/full/match.json",
+                 "geometry/full/geometry.parquet", "geometry/overlap.csv", "report/report.html",
                  "report/report.md", "arms/full/samples.jsonl"):  # fmt: skip
         assert (run / name).exists(), name
     compared = json.loads((run / "compare.json").read_text())

@@ -109,6 +109,9 @@ def make_geometry(run: RunFolder, config: ExperimentConfig, names: list[str]) ->
         with run.making(run.geometry(name)):
             made = stages.make_geometry(run, config, name)
         say(f"geometry of {name}", run.geometry(name) / "geometry.csv", made)
+    if len(names) > 1:
+        made = stages.make_overlap(run, config, names)
+        say("overlap of the arms' updates", run.root / "geometry" / "overlap.csv", made)
 
 
 def make_evals(run: RunFolder, config: ExperimentConfig, names: list[str]) -> None:
@@ -230,24 +233,97 @@ def retrain(run: RunPath, arm: Arms = None, allow_other_source: AllowOtherSource
 @app.command()
 def geometry(
     source: Annotated[Path, typer.Argument(help="run folder, or the source checkpoint")],
-    trained: Annotated[Path | None, typer.Argument(help="trained checkpoint")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="where the tables go, for two checkpoints")
+    trained: Annotated[
+        list[Path] | None,
+        typer.Argument(help="trained checkpoint or LoRA adapter; of several, their overlap too"),
     ] = None,
+    out: Annotated[Path | None, typer.Option(help="where the tables go, for checkpoints")] = None,
+    trajectory: Annotated[
+        bool, typer.Option("--trajectory", help="the trained checkpoints are steps of one run")
+    ] = False,
+    preset: Annotated[str | None, typer.Option(help="`paper` prints the paper's table row")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="a TOML line over the defaults, e.g. null_draws=5"),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="threads; one a core unless told")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
-    """The geometry of a run's arms, or of any two checkpoint folders, each number beside its null."""
-    if trained is None:
+    """The geometry of a run's arms, or of any checkpoint folders, each number beside its nulls."""
+    if not trained:
         folder, config = RunFolder.open(source)
         make_geometry(folder, config, list(config.geometry.arms))
         return
-    from vlopd.checkpoint import digest_checkpoint
-    from vlopd.config import GeometryConfig
-    from vlopd.geometry.analyse import analyse
-
     if out is None:
-        raise ConfigError("two checkpoints need --out DIR for the tables")
-    inputs = {"source": digest_checkpoint(source), "trained": digest_checkpoint(trained)}
-    say("geometry", analyse(source, trained, out, GeometryConfig(arms=()), inputs), True)
+        raise ConfigError("checkpoints need --out DIR for the tables")
+    compare_folders(source, trained, out, trajectory, preset, settings or [], workers, device)
+
+
+def compare_folders(
+    source: Path,
+    trained: list[Path],
+    out: Path,
+    as_trajectory: bool,
+    preset: str | None,
+    settings: list[str],
+    workers: int | None,
+    device: str,
+) -> None:
+    from pydantic import ValidationError
+
+    from evals.report.geometry import write_figures
+    from vlopd.checkpoint import digest_checkpoint
+    from vlopd.config import GeometryConfig, explain, parse_override
+    from vlopd.geometry import paper
+    from vlopd.geometry.analyse import analyse, read_rows
+    from vlopd.geometry.overlap import overlap
+    from vlopd.geometry.trajectory import step_of
+    from vlopd.geometry.trajectory import trajectory as over_steps
+
+    if preset not in (None, "paper"):
+        raise ConfigError(f"no preset {preset!r}; there is paper")
+    tree = paper.preset().model_dump() if preset else {"arms": ()}
+    for line in settings:
+        tree |= parse_override(line)
+    try:
+        config = GeometryConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("--set: " + "; ".join(map(explain, error.errors()))) from None
+    labels = labels_of(trained)
+    folders = {label: out if len(trained) == 1 else out / label for label in labels}
+    for path, (label, folder) in zip(trained, folders.items(), strict=True):
+        digests = {"source": digest_checkpoint(source), "trained": digest_checkpoint(path)}
+        inputs = {**digests, "settings": config.model_dump(mode="json")}
+        analyse(source, path, folder, config, inputs, workers=workers, device=device)
+        say(f"geometry of {label}", folder / "geometry.csv", True)
+        if preset:
+            show_paper(label, paper.table(read_rows(folder)), [c.title for c in paper.COLUMNS])
+    if as_trajectory:
+        steps = [step_of(path, i) for i, path in enumerate(trained)]
+        if len(set(steps)) < len(steps):
+            raise ConfigError(f"the checkpoints' names end in the steps {steps}; they must differ")
+        tables = dict(zip(steps, folders.values(), strict=True))
+        by_step = dict(zip(steps, trained, strict=True))
+        say("trajectory", over_steps(source, by_step, out, config, tables=tables), True)
+    elif len(trained) > 1:
+        say("overlap", overlap(source, dict(zip(labels, trained, strict=True)), out, config), True)
+    say("figures", write_figures(out, list(folders.values())), True)
+
+
+def labels_of(folders: list[Path]) -> list[str]:
+    """A name for each folder: its own, or as much of its path as tells it from the others."""
+    for depth in range(1, max(len(f.resolve().parts) for f in folders) + 1):
+        names = ["-".join(f.resolve().parts[-depth:]) for f in folders]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError("the same checkpoint is named twice")
+
+
+def show_paper(label: str, lines: list, titles: list[str]) -> None:
+    table = Table(label, *titles)
+    for name, cells in lines:
+        table.add_row(name, *cells)
+    console.print(table)
 
 
 @app.command("eval")

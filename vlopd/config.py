@@ -960,13 +960,63 @@ def expanded(
 # ------------------------------------------------------------------------------ geometry, evaluation
 
 
+class GaussianNull(Section):
+    """I.i.d. Gaussian noise."""
+
+    type: Literal["gaussian"] = "gaussian"
+
+
+class RowColumnNull(Section):
+    """Gaussian noise with the r.m.s. profile of the observed rows and columns."""
+
+    type: Literal["row_column"] = "row_column"
+
+
+class PermutedNull(Section):
+    """The observed update's own entries, in random places of the same tensor."""
+
+    type: Literal["permuted"] = "permuted"
+
+
+class SignFlippedNull(Section):
+    """The observed update with random signs."""
+
+    type: Literal["sign_flipped"] = "sign_flipped"
+
+
+class LowRankNull(Section):
+    """The product of two Gaussian matrices of this rank."""
+
+    type: Literal["low_rank"] = "low_rank"
+    rank: int = Field(8, gt=0)
+
+
+class UlpNull(Section):
+    """Gaussian noise in proportion to |w|: in a stored precision, one ulp here and there."""
+
+    type: Literal["ulp"] = "ulp"
+
+
+NullConfig = Annotated[
+    GaussianNull | RowColumnNull | PermutedNull | SignFlippedNull | LowRankNull | UlpNull,
+    Field(discriminator="type"),
+]
+
+
 class GeometryConfig(Section):
     arms: tuple[str, ...] = ("full",)
+    nulls: tuple[NullConfig, ...] = (GaussianNull(),)
+    """Each has the observed norm, tensor by tensor, after rounding to the stored precision."""
     null_draws: int = Field(3, ge=0)
-    """Draws of the i.i.d. null: Gaussian noise of the same norm, tensor by tensor, in the stored precision."""
+    """Draws of each null."""
     seed: int = 0
-    ratios: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
+    ratios: tuple[float, ...] = Field((0.01, 0.05, 0.1, 0.2), min_length=1, max_length=7)
     """Fractions for principal subspaces, magnitude masks and energy shares."""
+    factorisation: Literal["gram", "svd"] = "gram"
+    """`gram`: singular values down to 1e-7 of the largest; `svd`: all of them, several times slower."""
+    max_exact_side: int = Field(4096, gt=0)
+    max_exact_cost: float = Field(1e12, gt=0)
+    """Matrices with a longer shorter side, or m n min(m, n) above this, are factorised approximately."""
 
 
 class HeldOutConfig(Section):

@@ -2,13 +2,17 @@
 
 Only safetensors are read, one pair of tensors at a time, and only the tensors that a checkpoint's
 index names. A delta is the difference of the values as stored, taken in fp32 or wider: a difference
-taken in bf16 rounds a second time and hides updates.
+taken in bf16 rounds a second time and hides updates. A LoRA adapter stands for its source with the adapter
+merged, tensor by tensor, in the source's stored precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +22,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vlopd import adapter
 from vlopd.checkpoint import RunError, digest_checkpoint, read_json
 from vlopd.types import TensorName
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
+"""A head that is tied to the embedding is stored once or twice, as the writer pleased."""
+SAME_MODEL = 0.5
+"""Checkpoints that share less than this part of either's parameters are not of one architecture."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +54,32 @@ class TensorDelta:
     @cached_property
     def delta(self) -> Tensor:
         """trained - source in fp32, or wider where stored so; zero only where the two are equal."""
-        stored = (self.source.dtype, self.trained.dtype)
-        wide = torch.float64 if torch.float64 in stored else torch.float32
-        return self.trained.to(wide) - self.source.to(wide)
+        return difference(self.source, self.trained)
+
+
+def difference(source: Tensor, trained: Tensor) -> Tensor:
+    """trained - source in fp32, or float64 where either is stored so; a new tensor."""
+    wide = torch.float64 if torch.float64 in (source.dtype, trained.dtype) else torch.float32
+    return trained.to(wide, copy=True).sub_(source)
 
 
 @dataclass(frozen=True)
 class MatchReport:
-    """How the parameter names of two checkpoints pair up."""
+    """How the parameters of two checkpoints pair up."""
 
-    matched: tuple[str, ...]
+    matched: tuple[str, ...]  # by the source's names, or a head's own
     missing: tuple[str, ...]  # in the source only
     extra: tuple[str, ...]  # in the trained checkpoint only
     skipped: tuple[str, ...]  # in both, but not floating point
+    aliased: Mapping[
+        str, tuple[str, str]
+    ]  # matched: (name in the source, in the trained checkpoint)
+    tied: tuple[str, ...]  # a second copy of the embedding on one side, not counted twice
+    adapted: tuple[str, ...]  # changed by a LoRA adapter; all others are then the source's own
+
+    def names(self, matched: str) -> tuple[str, str]:
+        """(name in the source, name in the trained checkpoint)."""
+        return self.aliased.get(matched, (matched, matched))
 
 
 class Weights:
@@ -78,9 +101,10 @@ class Weights:
 
     def _open(self) -> dict[str, Any]:
         """The open file that holds each tensor."""
-        if (self.folder / SINGLE).exists():
-            file = self._open_file(self.folder / SINGLE)
-            return {name: file for name in file.keys()}  # noqa: SIM118 - not a dict
+        for single in (SINGLE, adapter.WEIGHTS):
+            if (self.folder / single).exists():
+                file = self._open_file(self.folder / single)
+                return {name: file for name in file.keys()}  # noqa: SIM118 - not a dict
         if not (self.folder / INDEX).exists():
             digest_checkpoint(self.folder)  # says so where there are no weights, or only pickles
             raise RunError(f"{self.folder} has neither {SINGLE} nor {INDEX}")
@@ -94,7 +118,8 @@ class Weights:
                     f"{self.folder / INDEX} names {shard!r}; only *.safetensors beside it are read"
                 )
         files = {
-            shard: self._open_file(self.folder / shard) for shard in sorted(set(shards.values()))
+            shard: self._open_file(self.folder / shard, holds=shards)
+            for shard in sorted(set(shards.values()))
         }
         held = {shard: set(file.keys()) for shard, file in files.items()}
         for name, shard in shards.items():
@@ -102,12 +127,16 @@ class Weights:
                 raise RunError(f"{self.folder / shard} lacks {name}, which the index places there")
         return {name: files[shard] for name, shard in shards.items()}
 
-    def _open_file(self, path: Path) -> Any:
+    def _open_file(self, path: Path, holds: Mapping[str, str] | None = None) -> Any:
         try:
             return self._stack.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
             why = "missing" if not path.exists() else f"not a whole safetensors file ({error})"
-            raise RunError(f"{path} is {why}; copy or save the checkpoint again") from None
+            first = first_cut(path) or next(
+                (name for name, shard in (holds or {}).items() if shard == path.name), None
+            )
+            lost = f", so {first} cannot be read" if first else ""
+            raise RunError(f"{path} is {why}{lost}; copy or save the checkpoint again") from None
 
     def __enter__(self) -> Weights:
         return self
@@ -139,30 +168,224 @@ class Weights:
         return tensor
 
 
-def match(source: Weights, trained: Weights) -> MatchReport:
-    """Pairs parameters by name, in the order of names.
+def first_cut(path: Path) -> str | None:
+    """The first tensor that a truncated safetensors file lacks the end of, where its header is still whole."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        held = path.stat().st_size - 8 - length
+        ends = {n: its["data_offsets"][1] for n, its in header.items() if n != "__metadata__"}
+        return min(
+            (n for n, end in ends.items() if end > held), key=lambda n: ends[n], default=None
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
+        return None  # damaged beyond that; the caller names the file
 
-    Raises RunError for a parameter whose shapes differ, and when no parameter matches.
+
+class Adapted(Weights):
+    """A source checkpoint with a LoRA adapter merged into it, tensor by tensor, under the source's names."""
+
+    def __init__(self, folder: Path, source: Weights):
+        super().__init__(folder)
+        self.source = source
+        shapes = {name: super(Adapted, self).shape(name) for name in super().names()}
+        updates, whole = adapter.read_adapter(folder, shapes)
+        wanted = {u.parameter: u.shape(shapes[u.a], shapes[u.b]) for u in updates}
+        wanted |= {parameter: tuple(shapes[tensor]) for parameter, tensor in whole.items()}
+        held = {name: tuple(source.shape(name)) for name in source.names()}
+        known = {name: name for name in wanted if name in held}
+        known |= {theirs: ours for ours, theirs in renamed(held, wanted).items()}
+        for name, shape in wanted.items():
+            if name not in known:
+                raise RunError(f"{folder}: its {name} is no parameter of {source.folder}")
+            if held[known[name]] != shape:
+                shapes_said = f"{held[known[name]]} in {source.folder}, {shape}"
+                raise RunError(
+                    f"{known[name]} is {shapes_said} in {folder}; these are not the same model"
+                )
+        self._updates = {known[u.parameter]: u for u in updates}
+        self._whole = {known[parameter]: tensor for parameter, tensor in whole.items()}
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        return tuple(sorted({*self._updates, *self._whole}))
+
+    def names(self) -> set[str]:
+        return self.source.names()
+
+    def shape(self, name: str) -> torch.Size:
+        return self.source.shape(name)
+
+    def is_floating_point(self, name: str) -> bool:
+        return self.source.is_floating_point(name)
+
+    def read(self, name: str) -> Tensor:
+        base = self.source.read(name)
+        if name in self._whole:
+            base = super().read(self._whole[name]).to(base.dtype)
+        if name in self._updates:
+            its = self._updates[name]
+            base = adapter.merged(base, its.update(super().read(its.a), super().read(its.b)))
+        return base
+
+
+# ------------------------------------------------------------------------------------------ matching
+
+
+def match(source: Weights, trained: Weights) -> MatchReport:
+    """Pairs parameters by name, by name under another prefix, and tied heads; in the order of names.
+
+    Raises RunError for a parameter whose shapes differ, and when the two share less than half of either.
     """
-    both = sorted(source.names() & trained.names())
-    for name in both:
-        if source.shape(name) != trained.shape(name):
-            shapes = f"{tuple(source.shape(name))} in {source.folder}, {tuple(trained.shape(name))}"
+    ours = {name: tuple(source.shape(name)) for name in source.names()}
+    theirs = {name: tuple(trained.shape(name)) for name in trained.names()}
+    pairs = {name: (name, name) for name in ours.keys() & theirs.keys()}
+    pairs |= {name: (name, other) for name, other in renamed(ours, theirs).items()}
+    for name, other in pairs.values():
+        if ours[name] != theirs[other]:
+            shapes = f"{ours[name]} in {source.folder}, {theirs[other]}"
             raise RunError(f"{name} is {shapes} in {trained.folder}; these are not the same model")
-    kept = tuple(n for n in both if source.is_floating_point(n) and trained.is_floating_point(n))
-    if not kept:
-        raise RunError(f"{source.folder} and {trained.folder} share no floating-point parameter")
+    missing = ours.keys() - pairs.keys()
+    extra = theirs.keys() - {other for _, other in pairs.values()}
+    tied, heads = tied_heads(source, trained, missing, extra, pairs)
+    pairs |= heads
+    missing -= {*tied, *heads}
+    extra -= {*tied, *heads}
+    floats = {
+        name: pair
+        for name, pair in sorted(pairs.items())
+        if source.is_floating_point(pair[0]) and trained.is_floating_point(pair[1])
+    }
+    check_same_model(source, trained, floats, missing, extra)
     return MatchReport(
-        matched=kept,
-        missing=tuple(sorted(source.names() - trained.names())),
-        extra=tuple(sorted(trained.names() - source.names())),
-        skipped=tuple(sorted(set(both) - set(kept))),
+        matched=tuple(floats),
+        missing=tuple(sorted(missing)),
+        extra=tuple(sorted(extra)),
+        skipped=tuple(sorted(pairs.keys() - floats.keys())),
+        aliased={name: pair for name, pair in floats.items() if pair != (name, name)},
+        tied=tuple(sorted(tied)),
+        adapted=trained.adapted if isinstance(trained, Adapted) else (),
     )
 
 
+def renamed(
+    ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """{our name: their name} of parameters that differ in a prefix, such as model. or language_model.
+
+    Names and shapes of two checkpoints; those of equal name are left out. Of all changes of prefix that the
+    names admit, the one under which most parameters meet with equal shapes is taken, then the next.
+    """
+    left = {name: shape for name, shape in ours.items() if name not in theirs}
+    right = {name: shape for name, shape in theirs.items() if name not in ours}
+    found: dict[str, str] = {}
+    while left and right:
+        votes: Counter[tuple[str, str]] = Counter()
+        for change in prefix_changes(left, right):
+            votes[change] = sum(
+                right.get(other) == shape
+                for name, shape in left.items()
+                if (other := replaced(name, *change)) is not None
+            )
+        best, count = max(votes.items(), key=lambda v: (v[1], v[0]), default=((), 0))
+        if not count:
+            break
+        for name in list(left):
+            other = replaced(name, *best)
+            if other in right:
+                found[name] = other
+                del left[name], right[other]
+    return found
+
+
+def prefix_changes(left: Mapping[str, Any], right: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """(prefix here, prefix there) under which some stem of one side, up to its layer's number, becomes the other's."""
+
+    def stems(names: Mapping[str, Any]) -> set[tuple[str, ...]]:
+        return {tuple(re.split(r"\.(?=\d+\.)", name, maxsplit=1)[0].split(".")) for name in names}
+
+    changes = set()
+    for a in stems(left):
+        for b in stems(right):
+            common = 0
+            while common < min(len(a), len(b)) and a[-1 - common] == b[-1 - common]:
+                common += 1
+            if common:
+                changes.add((".".join(a[: len(a) - common]), ".".join(b[: len(b) - common])))
+    return changes
+
+
+def replaced(name: str, old: str, new: str) -> str | None:
+    """The name with another prefix, or None where it does not begin with the old one."""
+    if old and not name.startswith(old + "."):
+        return None
+    rest = name[len(old) + 1 :] if old else name
+    return f"{new}.{rest}" if new else rest
+
+
+def tied_heads(
+    source: Weights,
+    trained: Weights,
+    missing: set[str],
+    extra: set[str],
+    pairs: Mapping[str, tuple[str, str]],
+) -> tuple[set[str], dict[str, tuple[str, str]]]:
+    """(heads that are a copy of their embedding, {head: names} of those that are not and need a partner).
+
+    A head that only one side stores is tied to the embedding on the other. Where it equals its own embedding it
+    is the same parameter and not counted twice; where it was trained apart, its partner is the other side's
+    embedding.
+    """
+    tied, heads = set(), {}
+    embeddings = [pair for name, pair in pairs.items() if EMBEDDING.search(name)]
+    for here, own in ((missing, 0), (extra, 1)):
+        for head in sorted(name for name in here if HEAD.search(name)):
+            side = (source, trained)[own]
+            for pair in embeddings:
+                if side.shape(head) != side.shape(pair[own]):
+                    continue
+                if torch.equal(side.read(head), side.read(pair[own])):
+                    tied.add(head)
+                else:
+                    heads[head] = (head, pair[1]) if own == 0 else (pair[0], head)
+                break
+    return tied, heads
+
+
+def check_same_model(
+    source: Weights,
+    trained: Weights,
+    matched: Mapping[str, tuple[str, str]],
+    missing: set[str],
+    extra: set[str],
+) -> None:
+    """Raises RunError when the matched parameters are less than half of either checkpoint."""
+    if not matched:
+        raise RunError(f"{source.folder} and {trained.folder} share no floating-point parameter")
+    for weights, own, rest in ((source, 0, missing), (trained, 1, extra)):
+        shared = sum(weights.shape(pair[own]).numel() for pair in matched.values())
+        alone = {n: weights.shape(n).numel() for n in rest if weights.is_floating_point(n)}
+        if shared < SAME_MODEL * (shared + sum(alone.values())):
+            part = shared / (shared + sum(alone.values()))
+            raise RunError(
+                f"only {part:.0%} of {weights.folder} has a partner in the other checkpoint ({min(alone)} "
+                "has none); these are not the same architecture"
+            )
+
+
+@contextmanager
+def opened(source: Path, trained: Path) -> Iterator[tuple[Weights, Weights]]:
+    """Both checkpoints, the second with its adapter merged where it is one."""
+    with Weights(source) as before:
+        after = Adapted(trained, before) if adapter.is_adapter(trained) else Weights(trained)
+        with after:
+            yield before, after
+
+
 def match_report(source: Path, trained: Path) -> MatchReport:
-    """`match` of two folders; reads headers only."""
-    with Weights(source) as before, Weights(trained) as after:
+    """`match` of two folders; reads headers only, and tensors only of heads that may be tied."""
+    with opened(source, trained) as (before, after):
         return match(before, after)
 
 
@@ -177,16 +400,33 @@ class Deltas:
         return len(self.report.matched)
 
     def __iter__(self) -> Iterator[TensorDelta]:
-        with Weights(self.source) as before, Weights(self.trained) as after:
+        with self.reader() as read:
             for name in self.report.matched:
-                yield TensorDelta(self._classify(name), before.read(name), after.read(name))
+                yield read(name)
+
+    @contextmanager
+    def reader(self) -> Iterator[Callable[[str], TensorDelta]]:
+        """A function that reads one pair by its matched name; several threads may call it at once."""
+        with opened(self.source, self.trained) as (before, after):
+
+            def read(name: str) -> TensorDelta:
+                ours, theirs = self.report.names(name)
+                return TensorDelta(self._classify(name), before.read(ours), after.read(theirs))
+
+            yield read
+
+    def sizes(self) -> dict[str, int]:
+        """Entries of each matched parameter."""
+        with Weights(self.source) as before:
+            return {n: before.shape(self.report.names(n)[0]).numel() for n in self.report.matched}
 
 
 def stream(source: Path, trained: Path, classify: Callable[[str], TensorName]) -> Deltas:
     """What changed between two checkpoint folders, tensor by tensor; may be iterated many times.
 
     Holds one pair of tensors at a time. Its `report` says what matched; parameters that do not
-    match are left out. Raises RunError where a checkpoint cannot be read or is of another model,
-    and, while iterating, for a tensor with values that are not finite.
+    match are left out. `trained` may be a LoRA adapter (a PEFT folder) of `source`. Raises RunError where a
+    checkpoint cannot be read or is of another model, and, while iterating, for a tensor with values that
+    are not finite.
     """
     return Deltas(source, trained, classify)

@@ -46,6 +46,8 @@ from vlopd.config import (
 from vlopd.data import open_data
 from vlopd.distill import Evaluate, distill
 from vlopd.geometry.analyse import analyse
+from vlopd.geometry.overlap import overlap
+from vlopd.geometry.trajectory import step_of, trajectory
 from vlopd.masks.apply import delta_norm, extrapolated, identity, moved_off_mask, transplanted
 from vlopd.models import atlas
 from vlopd.models.load import DTYPES, load_configured, load_model_config, resolve, save
@@ -625,22 +627,46 @@ def read_mask(run: RunFolder, config: ExperimentConfig, name: str) -> masks.Mask
 
 
 def make_geometry(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
-    """The geometry of an arm's delta, each number beside its null."""
+    """The geometry of an arm's delta, each number beside its nulls; and of its checkpoints, if it kept any."""
     source = source_arm(config)
-    inputs = {
+    base, out = run.checkpoint(source), run.geometry(name)
+    kept = sorted(run.arm(name).glob("checkpoints/step-*"))
+    steps = {step_of(folder, i): folder for i, folder in enumerate(kept)}
+    inputs: dict[str, Any] = {
         "source": arm_digest(run, source),
         "trained": arm_digest(run, name),
         "settings": config.geometry.model_dump(mode="json"),
     }
     if foreign := read_json(run.arm_record(name)).get("other_source"):
         inputs["other_source"] = foreign
-    if up_to_date(run.geometry(name) / "summary.json", inputs):
+    if steps:
+        inputs["steps"] = {str(step): digest_checkpoint(steps[step]) for step in sorted(steps)}
+    if up_to_date(out / "summary.json", inputs):
         return False
-    analyse(
-        run.checkpoint(source),
-        arm_folder(run, config, name),
-        run.geometry(name),
-        config.geometry,
-        inputs,
-    )
+    tables = {}
+    for step, folder in steps.items():
+        tables[step] = out / "steps" / str(step)
+        own = {**inputs, "step": step}
+        if not up_to_date(tables[step] / "summary.json", own):
+            analyse(base, folder, tables[step], config.geometry, own)
+    if len(steps) > 1:
+        trajectory(base, steps, out, config.geometry, tables=tables)
+    analyse(base, arm_folder(run, config, name), out, config.geometry, inputs)
+    return True
+
+
+def make_overlap(run: RunFolder, config: ExperimentConfig, names: list[str]) -> bool:
+    """The overlap of the visible updates of several arms: RUN/geometry/overlap.csv and its record."""
+    source, record = source_arm(config), run.root / "geometry" / "overlap.json"
+    inputs: dict[str, Any] = {
+        "source": arm_digest(run, source),
+        "arms": {name: arm_digest(run, name) for name in names},
+        "settings": config.geometry.model_dump(mode="json"),
+    }
+    if up_to_date(record, inputs):
+        return False
+    record.unlink(missing_ok=True)
+    runs = {name: arm_folder(run, config, name) for name in names}
+    overlap(run.checkpoint(source), runs, record.parent, config.geometry)
+    write_json(record, {"inputs": inputs})
     return True

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from matplotlib.figure import Figure
 
 from evals.compare import roles_of
-from evals.report import examples, figures, tables
+from evals.report import examples, figures, geometry, tables
 from evals.report.verdict import interval, p_value, percent, points
 from vlopd.checkpoint import (
     RunFolder,
@@ -28,8 +28,6 @@ from vlopd.checkpoint import (
 from vlopd.config import ExperimentConfig
 
 Context = dict[str, Any]
-HEAT_MAPS = (("frac_delta_eq_0", ""), ("top_energy_ratio", "k=16"))
-"""(metric, parameter) that get a map: what rounding explains, and what it does not."""
 
 
 def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
@@ -64,7 +62,8 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
         "tasks": [task_context(run, name, compared, data, drawn) for name in compared["tasks"]],
         "training": training_context(data["training"], roles, drawn),
         "masks": rows_of(data["masks"]),
-        "geometry": geometry_context(tidy, data["geometry"], drawn),
+        "geometry": geometry_context(run, tidy, data["geometry"], drawn),
+        "overlap": overlap_context(run, drawn),
         "generations": examples.generations(run, shown),
         "figures": drawn,
     }
@@ -85,7 +84,14 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
 
 def shown_files(run: RunFolder) -> dict[str, str]:
     """Digests of everything the report is made from, the report's own code included."""
-    parts = ("run.json", "compare.json", "arms/*/*.json*", "masks/*.json", "geometry/*/*.json")
+    parts = (
+        "run.json",
+        "compare.json",
+        "arms/*/*.json*",
+        "masks/*.json",
+        "geometry/*/*.json",
+        "geometry/*.csv",
+    )
     paths = [path for part in parts for path in run.root.glob(part)]
     shown = {str(path.relative_to(run.root)): digest_files([path]) for path in sorted(paths)}
     here = Path(__file__).parent
@@ -162,9 +168,9 @@ def training_context(
 
 
 def geometry_context(
-    tidy: pd.DataFrame, summary: pd.DataFrame, drawn: dict[str, str]
+    run: RunFolder, tidy: pd.DataFrame, summary: pd.DataFrame, drawn: dict[str, str]
 ) -> list[Context]:
-    """Per arm: the summary beside its nulls, what could not be measured, and heat maps."""
+    """Per arm: the summary beside its nulls, what could not be measured, and figures."""
     if summary.empty:
         return []
     found = []
@@ -172,34 +178,25 @@ def geometry_context(
         mine = tidy[tidy.arm == arm]
         tensors = mine[(mine.status != "ok") & ~mine.name.str.startswith("[")]
         reasons = tensors.groupby("reason").name.nunique().to_dict()
-        heat = heat_maps(mine, str(arm), drawn)
-        found.append({"arm": arm, "rows": rows_of(part), "reasons": reasons, "heat": heat})
+        drawings = geometry.draw(mine)
+        if (run.geometry(str(arm)) / "trajectory.csv").exists():
+            table = pd.read_csv(run.geometry(str(arm)) / "trajectory.csv")
+            drawings |= geometry.draw_trajectory(table)
+        shown = []
+        for name, drawing in drawings.items():
+            draw(drawn, f"geometry-{arm}-{name}", drawing.figure)
+            shown.append((f"geometry-{arm}-{name}", drawing.words))
+        found.append({"arm": arm, "rows": rows_of(part), "reasons": reasons, "figures": shown})
     return found
 
 
-def heat_maps(tidy: pd.DataFrame, arm: str, drawn: dict[str, str]) -> list[tuple[str, str]]:
-    """Layer x module maps of HEAT_MAPS; (figure name, metric in words) of each."""
-    rows = tidy[(tidy.status == "ok") & tidy.layer.notna()]
-    found = []
-    for metric, parameter in HEAT_MAPS:
-        chosen = rows[(rows.metric == metric) & (rows.parameter.fillna("") == parameter)]
-        if chosen.empty:
-            continue
-        words = tables.label({"metric": metric, "parameter": parameter, "name": "[all]"})
-        place = chosen.component + " " + chosen.layer.astype(int).astype(str)
-        # in the model's order, not the alphabet's
-        grid = chosen.assign(
-            place=pd.Categorical(place, place.unique(), ordered=True),
-            module=pd.Categorical(chosen.module, chosen.module.unique(), ordered=True),
-        )
-        values, excess = (
-            grid.pivot_table(column, "place", "module", "mean", observed=True)
-            for column in ("value", "excess")
-        )
-        name = f"geometry-{arm}-{metric}".replace("_", "-")
-        draw(drawn, name, figures.heat(values, excess, words))
-        found.append((name, words))
-    return found
+def overlap_context(run: RunFolder, drawn: dict[str, str]) -> list[tuple[str, str]]:
+    """(figure name, what it shows) of the overlap of arms, where there is one."""
+    path = run.root / "geometry" / "overlap.csv"
+    found = geometry.draw_overlap(pd.read_csv(path)) if path.exists() else {}
+    for name, drawing in found.items():
+        draw(drawn, f"geometry-{name}", drawing.figure)
+    return [(f"geometry-{name}", drawing.words) for name, drawing in found.items()]
 
 
 # ----------------------------------------------------------------------------------------- helpers

@@ -153,7 +153,7 @@ def geometry(run: RunFolder, config: ExperimentConfig) -> tuple[pd.DataFrame, pd
         if (folder / "summary.json").exists():
             tidy.append(pd.read_csv(folder / "geometry.csv").assign(arm=arm))
             for row in read_json(folder / "summary.json")["headline"]:
-                summary.append({"arm": arm, "label": label(row), **row})
+                summary.append({"arm": arm, "label": label(row), "null": "", "p": None, **row})
     return pd.concat(tidy) if tidy else pd.DataFrame(), pd.DataFrame(summary)
 
 

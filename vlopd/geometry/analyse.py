@@ -1,37 +1,34 @@
-"""The geometry stage: two checkpoint folders in, geometry.csv, match.json and summary.json out."""
+"""The geometry stage: two checkpoint folders in; geometry.csv and .parquet, match.json and summary.json out."""
 
 from __future__ import annotations
 
 import csv
 import io
-import statistics
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from vlopd.checkpoint import write_json, write_text
+from vlopd.checkpoint import digest_json, read_json, whole_file, write_json, write_text
 from vlopd.config import GeometryConfig
-from vlopd.delta import TensorDelta, stream
-from vlopd.geometry.coordinates import Term, coordinate_terms, source_masks, total
-from vlopd.geometry.nulls import iid_delta
-from vlopd.geometry.projection import matrix_measures, skipped_measures
-from vlopd.geometry.rows import Measure, Row, beside_null
-from vlopd.geometry.spectrum import as_matrix, factorise, rank_at
-from vlopd.models.atlas import classify, parts
+from vlopd.delta import Deltas, stream
+from vlopd.geometry.aggregate import group_rows, tensor_rows
+from vlopd.geometry.examine import Finding, examine, keys_of, matrices
+from vlopd.geometry.nulls import null_name
+from vlopd.geometry.rows import STATUSES, Place, Row
+from vlopd.models.atlas import classify
 from vlopd.models.load import load_model_config
-from vlopd.types import TensorName
-
-PARTS = {
-    **dict.fromkeys(("gate", "up", "down", "gate_up", "expert_gate_up", "expert_down"), "ffn"),
-    **dict.fromkeys(("q", "k", "v", "qkv", "o"), "attention"),
-    **{module: module for module in ("embedding", "head", "norm")},
-}
-"""The coarse division of modules that energy is reported by; all others are "other"."""
 
 HEADLINE = (
     ("[all]", "relative_delta_fro", ""),
@@ -46,23 +43,8 @@ HEADLINE = (
 )
 """What summary.json repeats, with the energy share of every part."""
 
-
-@dataclass(frozen=True)
-class Finding:
-    """What one tensor gave: in both lists the observed update first, then the null's draws."""
-
-    where: TensorName
-    shape: str
-    terms: list[list[Term]]
-    measures: list[list[Measure]]
-
-    @property
-    def energy(self) -> list[float]:
-        return [terms[0].numerator for terms in self.terms]
-
-    @property
-    def numel(self) -> float:
-        return next(t.denominator for t in self.terms[0] if t.metric == "frac_delta_eq_0")
+PARTIAL = "partial"
+"""Folder of what is measured so far, a file a stored tensor; removed when the tables are written."""
 
 
 def analyse(
@@ -72,180 +54,215 @@ def analyse(
     config: GeometryConfig,
     inputs: dict[str, Any],
     progress: bool = True,
+    workers: int | None = None,
+    device: str = "cpu",
 ) -> Path:
-    """Measures what training did to every tensor, beside nulls, and writes three files into `out`.
+    """Measures what training did to every tensor, beside nulls, and writes the tables into `out`.
 
-    Returns the path of summary.json, the stage's record: it is written last and holds `inputs`.
-    Raises RunError where the checkpoints cannot be read or are not of one model.
+    Returns the path of summary.json, the stage's record: it is written last and holds `inputs`. A killed
+    analysis of the same inputs goes on where it was. workers: threads, each with one tensor pair in memory and
+    one core (a core each unless told; 1 on a GPU). Raises RunError where the checkpoints cannot be read or are
+    not of one model.
     """
     deltas = stream(source_folder, trained_folder, classify)
     record = out / "summary.json"
     record.unlink(missing_ok=True)  # an old record must never lie beside new tables
     model = load_model_config(str(source_folder)) if has_config(source_folder) else None
-    bar = tqdm(deltas, desc="geometry", unit="tensor", disable=not progress)
-    findings = [examine(piece, config) for pair in bar for piece in matrices(pair, model)]
-    rows = [row for finding in findings for row in tensor_rows(finding)]
-    groups = group_rows(findings)
+    settings = config.model_dump(mode="json", exclude={"arms"})
+    partial = open_partial(out, {"inputs": inputs, "config": settings})
+    workers = workers or (1 if device != "cpu" else os.cpu_count() or 1)
+    findings = measure(deltas, model, config, partial, progress, workers, device)
+    keys = keys_of(config)
+    groups = group_rows(findings, keys)
+    rows = [*groups, *(row for finding in findings for row in tensor_rows(finding, keys))]
 
-    write_text(out / "geometry.csv", to_csv([*groups, *rows]))
+    write_table(out, "geometry", rows)
     write_json(out / "match.json", asdict(deltas.report))
-    by_key = {(row.name, row.metric, row.parameter): row for row in groups}
-    parts = [key for key in by_key if key[0].startswith("[part=") and key[1] == "energy_share"]
-    keys = ("name", "metric", "parameter", "value", "null_mean", "null_sd")
-    headline = [by_key[key] for key in (*HEADLINE, *parts) if key in by_key]
-    summary = {
-        "inputs": inputs,
-        "null": {"type": "iid", "draws": config.null_draws, "seed": config.seed},
-        "tensors": len(deltas),
-        "fused_tensors_are_split": model is not None,
-        "matrices": len(findings),
-        "matrices_not_moved": sum(finding.energy[0] == 0 for finding in findings),
-        "matrices_without_spectrum": sum(f.measures[0][0].status == "skipped" for f in findings),
-        "headline": [{key: asdict(row)[key] for key in keys} for row in headline],
-    }
-    write_json(record, summary)
+    counts = {s: sum(s in statuses_of(f) for f in findings) for s in ("approximate", "failed")}
+    write_json(
+        record,
+        {
+            "inputs": inputs,
+            "nulls": [null_name(null) for null in config.nulls] if config.null_draws else [],
+            "null_draws": config.null_draws,
+            "seed": config.seed,
+            "tensors": len(deltas),
+            "fused_tensors_are_split": model is not None,
+            "matrices": len(findings),
+            "matrices_not_moved": sum(bool(finding.energy[0] == 0) for finding in findings),
+            "matrices_without_spectrum": sum(bool(np.isnan(f.measures[0, 0, 0])) for f in findings),
+            "matrices_approximate": counts["approximate"],
+            "matrices_failed": counts["failed"],
+            "null_norm_error": null_norm_error(findings),
+            "headline": headline(groups),
+        },
+    )
+    shutil.rmtree(partial)
     return record
+
+
+def headline(groups: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows that summary.json repeats, beside each null."""
+    parts = [r for r in groups if r.name.startswith("[part=") and r.metric == "energy_share"]
+    order = {key: i for i, key in enumerate(HEADLINE)}
+    chosen = [row for row in groups if (row.name, row.metric, row.parameter) in order]
+    chosen.sort(key=lambda row: order[row.name, row.metric, row.parameter])
+    keys = ("name", "metric", "parameter", "value", "null", "null_mean", "null_sd", "p")
+    return [
+        {key: asdict(row)[key] for key in keys}
+        for row in [*chosen, *parts]
+        if row.null != "closed_form"
+    ]
+
+
+def null_norm_error(findings: Sequence[Finding]) -> dict[str, float]:
+    """How far the nulls' norms are from the update's, relative: over the whole model, and in the worst matrix."""
+    energies = np.stack([finding.energy for finding in findings])  # [matrices, draws]
+    moved = energies[energies[:, 0] > 0]
+    if not len(moved) or energies.shape[1] == 1:
+        return {}
+    each = np.abs(np.sqrt(moved[:, 1:] / moved[:, :1]) - 1)
+    whole = np.abs(np.sqrt(moved[:, 1:].sum(0) / moved[:, 0].sum()) - 1)
+    return {"model": float(whole.max()), "worst_matrix": float(each.max())}
+
+
+def statuses_of(finding: Finding) -> set[str]:
+    return {STATUSES[s] for s in np.unique(finding.statuses[0])}
 
 
 def has_config(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def matrices(pair: TensorDelta, model: PretrainedConfig | None) -> Iterator[TensorDelta]:
-    """The matrices that one stored tensor holds, each [out, in]: q, k, v of a fused qkv, single experts.
+# ------------------------------------------------------------------------------------------ measuring
 
-    Without the model's configuration a tensor is taken whole.
+
+def measure(
+    deltas: Deltas,
+    model: PretrainedConfig | None,
+    config: GeometryConfig,
+    partial: Path,
+    progress: bool,
+    workers: int,
+    device: str,
+) -> list[Finding]:
+    """The findings of all matrices, in the order of names; what `partial` holds is not measured again.
+
+    The largest tensors go first, so that no worker is left with one at the end.
     """
-    if model is None:
-        yield pair
+    order = {name: i for i, name in enumerate(deltas.report.matched)}
+    sizes = deltas.sizes()
+    found: dict[str, list[Finding]] = {}
+
+    def work(name: str) -> list[Finding]:
+        path = partial / f"{order[name]:06}.npz"
+        if path.exists():
+            return load_findings(path)
+        own = [examine(piece, config, device) for piece in matrices(read(name), model)]
+        save_findings(path, own)
+        return own
+
+    bar = tqdm(
+        total=sum(sizes.values()), desc="geometry", unit="w", unit_scale=True, disable=not progress
+    )
+    with bar, deltas.reader() as read, pool(workers) as run:
+        for name, own in run(work, sorted(order, key=lambda n: (-sizes[n], n))):
+            found[name] = own
+            bar.update(sizes[name])
+    return [finding for name in order for finding in found[name]]
+
+
+@contextmanager
+def pool(workers: int):
+    """Yields `run(work, names)`, which gives (name, work(name)) as each is done.
+
+    Threads rather than processes: the time goes into torch, which lets other threads run, and what is imported
+    is in memory once. Each has one core, which small matrices use far better than one has many.
+    """
+    if workers == 1:
+        yield lambda work, names: ((name, work(name)) for name in names)
         return
-    for part in parts(pair.where, pair.source.shape, model):
-        where, name = pair.where, pair.name
-        if part.expert is not None:
-            name += f"[{part.expert}]"
-        if part.module != where.module.removeprefix("expert_"):
-            name += f"[{part.module}]"
-        source, trained = pair.source[part.index], pair.trained[part.index]
-        if part.transposed:
-            source, trained = source.T, trained.T
-        yield TensorDelta(
-            TensorName(name, where.component, where.layer, part.module),
-            source.contiguous(),
-            trained.contiguous(),
-        )
+    threads = torch.get_num_threads()
+    executor = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+
+        def run(work, names):
+            futures = {executor.submit(work, name): name for name in names}
+            for future in as_completed(futures):
+                yield futures.pop(future), future.result()
+
+        yield run
+    finally:
+        executor.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
-def examine(pair: TensorDelta, config: GeometryConfig) -> Finding:
-    """All measures of one tensor's update and its nulls; the source is factorised once."""
-    delta = pair.delta
-    source = pair.source.to(delta.dtype)
-    matrix, reason = as_matrix(source)
-    ratios = config.ratios
-    factors = None
-    if matrix is not None:
-        factors = factorise(matrix, max(rank_at(ratio, *matrix.shape) for ratio in ratios))
-    masks = source_masks(source, factors, ratios)
-    finding = Finding(pair.where, "x".join(map(str, source.shape)), [], [])
-    for draw in range(-1, config.null_draws):
-        if draw >= 0:
-            stream = (config.seed, draw, pair.name)
-            delta = iid_delta(source, pair.delta, pair.trained.dtype, *stream)
-        finding.terms.append(coordinate_terms(source, delta, masks, ratios))
-        if matrix is None or factors is None:
-            finding.measures.append(skipped_measures(ratios, reason))
-        else:
-            change = delta.flatten(1).double()
-            finding.measures.append(matrix_measures(matrix, factors, change, ratios))
-    return finding
+def open_partial(out: Path, about: dict[str, Any]) -> Path:
+    """The folder of partial results for these inputs; those of others are removed."""
+    partial, digest = out / PARTIAL, digest_json(about)
+    note = partial / "about.json"
+    if partial.exists() and (not note.exists() or read_json(note)["digest"] != digest):
+        shutil.rmtree(partial)
+    if not note.exists():
+        write_json(note, {"digest": digest, **about})
+    return partial
 
 
-def tensor_rows(finding: Finding) -> Iterable[Row]:
-    """The rows of one tensor."""
-    where = finding.where
-    values = [
-        [*(term.measure() for term in terms), *measures]
-        for terms, measures in zip(finding.terms, finding.measures, strict=True)
-    ]
-    for observed, *draws in zip(*values, strict=True):
-        yield beside_null(
-            observed, draws, where.name, where.component, where.layer, where.module, finding.shape
-        )
+def save_findings(path: Path, findings: Sequence[Finding]) -> None:
+    arrays: dict[str, Any] = {}
+    about = []
+    for i, finding in enumerate(findings):
+        values = {field.name: finding.__dict__[field.name] for field in fields(Finding)}
+        for key in ("terms", "measures", "statuses"):
+            arrays[f"{i}.{key}"] = values.pop(key)
+        about.append({**values, "place": asdict(finding.place)})
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, about=np.array(json.dumps(about)), **arrays)
 
 
-def group_rows(findings: Sequence[Finding]) -> list[Row]:
-    """Rows of the whole model and of each component, module and part of it.
-
-    Norms and coordinate measures are those of the group taken as one vector. Spectral measures are
-    medians over the group's tensors, unweighted; `reason` counts them, and those that gave no
-    value.
-    """
-    groups: dict[tuple[str, str], list[Finding]] = {}
-    for finding in findings:
-        where = finding.where
-        part = PARTS.get(where.module, "other")
-        labels = (("component", where.component), ("module", where.module), ("part", part))
-        for label in (("all", ""), *labels):
-            groups.setdefault(label, []).append(finding)
-
-    rows = []
-    for kind, value in sorted(groups):
-        members = groups[kind, value]
-        name = "[all]" if kind == "all" else f"[{kind}={value}]"
-        columns: dict[str, Any] = {kind: value} if kind in ("component", "module") else {}
-        terms = [
-            [total(same).measure() for same in zip(*draw, strict=True)]
-            for draw in zip(*(finding.terms for finding in members), strict=True)
-        ]
-        if kind != "all":
-            terms = [
-                known + new for known, new in zip(terms, shares(members, findings), strict=True)
-            ]
-        medians = [
-            [median(same) for same in zip(*draw, strict=True)]
-            for draw in zip(*(finding.measures for finding in members), strict=True)
-        ]
-        rows += [
-            beside_null(seen, draws, name, **columns) for seen, *draws in zip(*terms, strict=True)
-        ]
-        name = "[median]" if kind == "all" else name
-        rows += [
-            beside_null(seen, draws, name, **columns) for seen, *draws in zip(*medians, strict=True)
-        ]
-    return rows
-
-
-def median(measures: Sequence[Measure]) -> Measure:
-    """Median over tensors of one measure, with the count of those that have no value."""
-    values = [measure.value for measure in measures if measure.value is not None]
-    count = Counter(measure.status for measure in measures)
-    reason = f"median of {len(values)} tensors; {count['zero']} zero, {count['skipped']} skipped"
-    first = measures[0]
-    if values:
-        return Measure(first.metric, first.parameter, statistics.median(values), "ok", reason)
-    status = "zero" if count["zero"] else "skipped"
-    return Measure(first.metric, first.parameter, None, status, reason)
-
-
-def shares(members: Sequence[Finding], everything: Sequence[Finding]) -> list[list[Measure]]:
-    """A group's share of the update's energy and of the parameters; observed, then each null draw.
-
-    The first alone misleads: the largest modules have the most energy whatever training does.
-    """
-    parameter_share = sum(f.numel for f in members) / sum(f.numel for f in everything)
+def load_findings(path: Path) -> list[Finding]:
     found = []
-    for draw in range(len(members[0].terms)):
-        part = sum(finding.energy[draw] for finding in members)
-        whole = sum(finding.energy[draw] for finding in everything)
-        energy = Term("energy_share", "", part, whole).measure()
-        relative = Term("energy_share_over_parameter_share", "", part, whole * parameter_share)
-        found.append([energy, Measure("parameter_share", "", parameter_share), relative.measure()])
+    with np.load(path, allow_pickle=False) as file:
+        for i, its in enumerate(json.loads(str(file["about"]))):
+            found.append(
+                Finding(
+                    Place(**its["place"]),
+                    tuple(its["draws"]),
+                    file[f"{i}.terms"],
+                    file[f"{i}.measures"],
+                    file[f"{i}.statuses"],
+                    {int(k): v for k, v in its["term_reasons"].items()},
+                    {int(k): v for k, v in its["measure_reasons"].items()},
+                )
+            )
     return found
 
 
-def to_csv(rows: Sequence[Row]) -> str:
+# ---------------------------------------------------------------------------------------------- files
+
+
+def write_table(out: Path, name: str, rows: Sequence[Any]) -> None:
+    """NAME.parquet and NAME.csv of dataclass rows; an empty field is no value."""
+    columns = [field.name for field in fields(rows[0])]
+    table = pd.DataFrame({c: [vars(row)[c] for row in rows] for c in columns})
+    for column in ("layer", "step"):
+        if column in table:
+            table[column] = table[column].astype("Int64")
+    with whole_file(out / f"{name}.parquet") as temporary:
+        table.to_parquet(temporary, index=False)
+    write_text(out / f"{name}.csv", to_csv(rows))
+
+
+def to_csv(rows: Sequence[Any]) -> str:
     """Tidy CSV, one measure a row; an empty field is no value."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer = csv.DictWriter(text, [field.name for field in fields(rows[0])], lineterminator="\n")
     writer.writeheader()
     writer.writerows(vars(row) for row in rows)
     return text.getvalue()
+
+
+def read_rows(folder: Path) -> Iterator[dict[str, str]]:
+    """The rows of a folder's geometry.csv."""
+    with (folder / "geometry.csv").open() as file:
+        yield from csv.DictReader(file)

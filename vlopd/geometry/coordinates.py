@@ -7,31 +7,33 @@ model's are one formula: a `Term` keeps numerator and denominator, and terms of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from vlopd.geometry.closed_forms import hypergeometric
+from vlopd.geometry.nulls import norm
 from vlopd.geometry.rows import Measure, parameters
-from vlopd.geometry.spectrum import Factors, rank_at
-from vlopd.masks import largest, quota, smallest, visible
+from vlopd.geometry.source_masks import REASON, SourceMasks, cuts
+from vlopd.masks import quota
 
 ATOLS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 UPDATE_ATOLS = (0.0, 1e-5)
 TAUS = (1e-4, 1e-3, 1e-2)
-MASKS = ("principal", "low_magnitude")
-
-Masks = Mapping[tuple[str, float], Tensor]
-"""(mask, ratio) -> bool coordinates, the shape of the parameter."""
+CHUNK = 2**18
+"""Coordinates at a time, so that temporaries stay in the cache."""
 
 
 @dataclass(frozen=True)
 class Term:
     """A measure before the division.
 
-    fold: `ratio` numerator / denominator, `root` the square root of that, `max` the numerator
-    alone. A term with a reason is skipped, and adds nothing to a sum.
+    fold: `ratio` numerator / denominator, `root` the square root of that, `max` and `sum` the numerator
+    alone. A term with a reason is skipped, and adds nothing to a sum. `chance` is mean and variance of the
+    numerator where they have a closed form; they add up as well. `matched` as in `Measure`.
     """
 
     metric: str
@@ -40,106 +42,154 @@ class Term:
     denominator: float = 1.0
     fold: str = "ratio"
     reason: str = ""
+    matched: bool = False
+    chance: tuple[float, float] | None = None
 
     def measure(self) -> Measure:
+        key = (self.metric, self.parameter)
         if self.reason:
-            return Measure(self.metric, self.parameter, None, "skipped", self.reason)
+            return Measure(*key, None, "skipped", self.reason, self.matched)
         if self.denominator == 0:
             status, reason = ("skipped", "the source is all zero")
             if self.numerator == 0:
                 status, reason = ("zero", "nothing moved")
-            return Measure(self.metric, self.parameter, None, status, reason)
+            return Measure(*key, None, status, reason, self.matched)
         value = self.numerator / self.denominator
-        return Measure(
-            self.metric, self.parameter, math.sqrt(value) if self.fold == "root" else value
-        )
+        if self.fold == "root":
+            return Measure(*key, math.sqrt(value), matched=self.matched)
+        chance = None
+        if self.chance is not None:
+            chance = (
+                self.chance[0] / self.denominator,
+                math.sqrt(self.chance[1]) / self.denominator,
+            )
+        return Measure(*key, value, matched=self.matched, chance=chance)
 
 
-def total(terms: Sequence[Term]) -> Term:
-    """The same measure over several tensors."""
-    counted = [term for term in terms if not term.reason]
-    if not counted:
-        return terms[0]
-    if counted[0].fold == "max":
-        return max(counted, key=lambda term: term.numerator)
-    return replace(
-        counted[0],
-        numerator=math.fsum(term.numerator for term in counted),
-        denominator=math.fsum(term.denominator for term in counted),
+# --------------------------------------------------------------------------------------- thresholds
+
+
+def below(threshold: float, dtype: torch.dtype) -> float:
+    """The smallest value of `dtype` that is >= threshold: x < threshold exactly where x < this."""
+    rounded = float(torch.tensor(threshold, dtype=dtype))
+    if rounded >= threshold:
+        return rounded
+    return float(
+        torch.nextafter(torch.tensor(rounded, dtype=dtype), torch.tensor(math.inf, dtype=dtype))
     )
 
 
-def source_masks(source: Tensor, factors: Factors | None, ratios: Sequence[float]) -> Masks:
-    """The ceil(ratio * numel) coordinates that a tensor's source singles out (arXiv 2606.13657).
-
-    principal      largest |entry| of the rank-floor(ratio * r) reconstruction; needs `factors`
-    low_magnitude  smallest |entry| of the source; ties (bf16 has many) to the lowest index
-    """
-    if not source.any():
-        return {}
-    found = {("low_magnitude", r): smallest(source, quota(r, source.numel())) for r in ratios}
-    if factors is None:
-        return found
-    matrix = source.flatten(1).double()
-    for ratio in ratios:
-        left = factors.left[:, : rank_at(ratio, *matrix.shape)]
-        members = largest(left @ (left.T @ matrix), quota(ratio, source.numel()))
-        found["principal", ratio] = members.view(source.shape)
-    return found
+def above(threshold: float, dtype: torch.dtype) -> float:
+    """The largest value of `dtype` that is <= threshold: x > threshold exactly where x > this."""
+    return -below(-threshold, dtype)
 
 
-def norms_and_coordinates(
-    source: Tensor, delta: Tensor, masks: Masks, ratios: Sequence[float]
-) -> list[Measure]:
-    """All norm and coordinate measures of one tensor's update; see `coordinate_terms`."""
-    return [term.measure() for term in coordinate_terms(source, delta, masks, ratios)]
+def count(marked: Tensor) -> int:
+    """Number of true entries (NumPy counts bytes far faster than torch does on a CPU)."""
+    if marked.device.type == "cpu":
+        return int(np.count_nonzero(marked.numpy()))
+    return int(marked.sum())
+
+
+# ------------------------------------------------------------------------------------------ measures
 
 
 def coordinate_terms(
-    source: Tensor, delta: Tensor, masks: Masks, ratios: Sequence[float]
+    source: Tensor, delta: Tensor, masks: SourceMasks, ratios: Sequence[float]
 ) -> list[Term]:
     """Norms, sparsity and concentration of `delta` [any shape], fp32 or wider (arXiv 2606.13657).
 
-    relative_delta_fro         |D| / |W|
-    delta_linf_norm            max |D|
-    delta_mean_abs             mean |D|
-    frac_delta_eq_0            share of D = 0
-    frac_abs_delta_lt          share of |D| < atol
-    frac_abs_delta_lt_src_rms  share of |D| < tau * rms(W)
-    coord_top_energy_ratio     share of |D|^2 in the ceil(ratio * numel) largest coordinates
-    update_density             share of |D| > atol
-    and the overlap of the update with `masks`, see `overlap_terms`.
+    relative_delta_fro          |D| / |W|
+    delta_rms                   |D| / sqrt(entries), per parameter
+    delta_linf_norm             max |D|
+    delta_mean_abs              mean |D|
+    frac_delta_eq_0             share of D = 0 as stored; precision=bf16 where both are rounded to bf16 first
+    frac_isclose_zero           share of |D| <= atol
+    frac_abs_delta_lt           share of |D| < atol
+    frac_abs_delta_lt_src_rms   share of |D| < tau * rms(W)
+    frac_abs_delta_le_src_abs   share of |D| <= tau |w|, coordinate by coordinate
+    coord_top_energy_ratio      share of |D|^2 in the ceil(ratio * numel) largest coordinates
+    update_density              share of |D| > atol
+    low_magnitude_ties          entries of the source that tie at the mask's cut, lowest index first
+    and density and overlap of the source's masks, see `overlap_terms`.
+
+    source: as stored, in the shape of delta. Thresholds are compared as the decimals that they are, not as
+    rounded to any dtype.
     """
     n = delta.numel()
-    size = delta.abs()
-    energy, source_energy = _energy(delta), _energy(source)
+    w, d = source.reshape(-1), delta.reshape(-1)
+    energy, source_energy = norm(d) ** 2, norm(w) ** 2
     rms = math.sqrt(source_energy / n) if n else 0.0
+    tests: dict[tuple[str, str], tuple[str, float]] = {("frac_delta_eq_0", ""): ("<=", 0.0)}
+    for atol in ATOLS:
+        key = parameters(atol=atol)
+        tests["frac_isclose_zero", key] = ("<=", above(atol, d.dtype))
+        tests["frac_abs_delta_lt", key] = ("<", below(atol, d.dtype))
+    for tau in TAUS:
+        tests["frac_abs_delta_lt_src_rms", parameters(tau=tau)] = ("<", below(tau * rms, d.dtype))
+        tests["frac_abs_delta_le_src_abs", parameters(tau=tau)] = ("<= |w|", tau)
+
+    counts = dict.fromkeys(tests, 0)
+    largest = total_size = 0.0
+    same_in_bf16 = 0
+    for a, b in zip(w.split(CHUNK), d.split(CHUNK), strict=True):
+        wide = a.to(b.dtype)
+        size, reference = b.abs(), wide.abs()
+        largest = max(largest, float(size.max()))
+        total_size += float(size.sum(dtype=torch.float64))
+        for test, (kind, bound) in tests.items():
+            if kind == "<":
+                counts[test] += count(size < bound)
+            else:
+                counts[test] += count(size <= (bound * reference if kind == "<= |w|" else bound))
+        same_in_bf16 += count(a.bfloat16() == (wide + b).bfloat16())
 
     terms = [
-        Term("relative_delta_fro", "", energy, source_energy, "root"),
-        Term("delta_linf_norm", "", float(size.max()) if n else 0.0, fold="max"),
-        Term("delta_mean_abs", "", float(size.sum(dtype=torch.float64)), n),
-        Term("frac_delta_eq_0", "", n - int(delta.count_nonzero()), n),
+        Term("relative_delta_fro", "", energy, source_energy, "root", matched=True),
+        Term("delta_rms", "", energy, n, "root", matched=True),
+        Term("delta_linf_norm", "", largest, fold="max"),
+        Term("delta_mean_abs", "", total_size, n),
+        Term("frac_delta_eq_0", "precision=bf16", same_in_bf16, n),
     ]
-    for atol in ATOLS:
-        terms.append(Term("frac_abs_delta_lt", parameters(atol=atol), int((size < atol).sum()), n))
-    for tau in TAUS:
-        below = int((size < tau * rms).sum())
-        terms.append(Term("frac_abs_delta_lt_src_rms", parameters(tau=tau), below, n))
-    for ratio in ratios:
-        top = _energy(delta[largest(delta, quota(ratio, n))])
+    terms += [Term(*test, number, n) for test, number in counts.items()]
+    for ratio, top in zip(ratios, top_energies(d, ratios), strict=True):
         terms.append(Term("coord_top_energy_ratio", parameters(ratio=ratio), top, energy))
     for atol in UPDATE_ATOLS:
-        updated = visible(delta, atol)
-        terms.append(Term("update_density", parameters(atol=atol), int(updated.sum()), n))
-        for name in MASKS:
-            for ratio in ratios:
-                parameter = parameters(ratio=ratio, atol=atol)
-                terms += overlap_terms(name, parameter, masks.get((name, ratio)), updated)
+        moved, tallies = masks.tally(d, above(atol, d.dtype))
+        terms.append(Term("update_density", parameters(atol=atol), moved, n))
+        for (name, ratio), both in tallies.items():
+            terms += overlap_terms(name, ratio, atol, masks.members(name, ratio), both, moved, n)
+    for name, ratio in masks.names():
+        members = masks.members(name, ratio)
+        reason = REASON if members is None else ""
+        key = parameters(ratio=ratio)
+        terms.append(Term(f"{name}_density", key, members or 0, n, reason=reason, matched=True))
+    for ratio, ties in masks.ties.items():
+        key = parameters(ratio=ratio)
+        terms.append(Term("low_magnitude_ties", key, ties, fold="sum", matched=True))
     return terms
 
 
-def overlap_terms(name: str, parameter: str, mask: Tensor | None, updated: Tensor) -> list[Term]:
+def top_energies(delta: Tensor, ratios: Sequence[float]) -> list[float]:
+    """Sum of squares of the ceil(ratio * n) largest |D| of a flat update, for every ratio."""
+    moved = delta[delta != 0]
+    found = []
+    inside = [quota(ratio, len(delta)) for ratio in ratios]
+    ks = [max(len(moved) - k, 0) + 1 for k in inside]
+    known = iter(cuts(moved, [k for k in ks if k > 1]) if max(ks) > 1 else ())
+    for count_of, k in zip(inside, ks, strict=True):
+        if k == 1:  # all that moved
+            found.append(norm(moved) ** 2)
+            continue
+        cut = next(known)
+        larger = moved[moved.float().abs() > cut.value]
+        found.append(norm(larger) ** 2 + (count_of - len(larger)) * cut.value**2)
+    return found
+
+
+def overlap_terms(
+    name: str, ratio: float, atol: float, members: int | None, both: int, moved: int, n: int
+) -> list[Term]:
     """How a mask M and the visible update U of one tensor (n coordinates) meet.
 
     update_overlap_ratio     |M and U| / |U|, the share of the update inside M; by chance |M| / n
@@ -147,24 +197,12 @@ def overlap_terms(name: str, parameter: str, mask: Tensor | None, updated: Tenso
     enrichment_vs_random     |M and U| / (|M| |U| / n), observed over chance. Over several tensors
                              chance adds up, so that a layer that moves more is no enrichment.
     """
-    n, moved = updated.numel(), int(updated.sum())
-    members = both = 0
-    reason = "the source does not define this mask: no matrix, too large, or all zero"
-    if mask is not None:
-        members, both, reason = int(mask.sum()), int((mask & updated).sum()), ""
+    key = parameters(ratio=ratio, atol=atol)
+    reason = REASON if members is None else ""
+    members = members or 0
+    chance = hypergeometric(members, moved, n)
     return [
-        Term(f"{name}_update_overlap_ratio", parameter, both, moved, reason=reason),
-        Term(f"{name}_covered_by_update_ratio", parameter, both, members, reason=reason),
-        Term(
-            f"{name}_enrichment_vs_random",
-            parameter,
-            both,
-            members * moved / max(n, 1),
-            reason=reason,
-        ),
+        Term(f"{name}_update_overlap_ratio", key, both, moved, reason=reason, chance=chance),
+        Term(f"{name}_covered_by_update_ratio", key, both, members, reason=reason, chance=chance),
+        Term(f"{name}_enrichment_vs_random", key, both, chance[0], reason=reason, chance=chance),
     ]
-
-
-def _energy(tensor: Tensor) -> float:
-    """Sum of squares, added up in float64 without a float64 copy."""
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2

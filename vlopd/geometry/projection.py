@@ -8,17 +8,31 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from vlopd.config import GeometryConfig
+from vlopd.geometry.closed_forms import projected_share
+from vlopd.geometry.nulls import norm
 from vlopd.geometry.rows import Measure, parameters
 from vlopd.geometry.spectrum import (
+    TOP,
     Factors,
+    Sum,
     factorise,
+    gram,
     rank_at,
+    roots,
     singular_values,
     spectral_measures,
+    times,
+    too_large,
+    transposed_times,
 )
 
+SUBSPACE = "exact subspaces are needed; "
 
-def projection_measures(source: Factors, delta: Tensor, ratios: Sequence[float]) -> list[Measure]:
+
+def projection_measures(
+    source: Factors, delta: Sum, energy: float, squares: Tensor | None, ratios: Sequence[float]
+) -> list[Measure]:
     """Share of the update's energy inside the source's top-k subspaces (arXiv 2606.13657).
 
     D is the update, [m, n]. The last column is the value for noise without structure.
@@ -26,45 +40,74 @@ def projection_measures(source: Factors, delta: Tensor, ratios: Sequence[float])
     principal_projection_energy_ratio        |U_k^T D V_k|^2 / |D|^2    k^2 / (mn)
     left_principal_projection_energy_ratio   |U_k^T D|^2 / |D|^2        k / m
     right_principal_projection_energy_ratio  |D V_k|^2 / |D|^2          k / n
+
+    `squares` is D's Gram matrix on its shorter side where it is known: |D V_k|^2 = tr V_k^T (D^T D) V_k.
     """
     m, n = delta.shape
-    energy = float(delta.square().sum())
-    from_left = source.left.T @ delta  # [k, n]
-    joint = (from_left @ source.right).square()  # [k, k]
-    left = from_left.square().sum(1).cumsum(0)
-    right = (delta @ source.right).square().sum(0).cumsum(0)
+    tall = m >= n
+    along = delta if tall else delta.T  # [longer side, shorter side]
+    near, far = (source.right, source.left) if tall else (source.left, source.right)
+    from_far = transposed_times(along, far).T  # [k, shorter side]
+    joint = (from_far @ near).square()  # [k far, k near]
+    far_energy = from_far.square().sum(1)
+    if squares is None:
+        near_energy = times(along, near).square().sum(0)
+    else:
+        near_energy = (near * (squares @ near)).sum(0).clamp(min=0)
+    left, right = (far_energy, near_energy) if tall else (near_energy, far_energy)
+    left, right = left.cumsum(0), right.cumsum(0)
     found = []
     for ratio in ratios:
         k = rank_at(ratio, m, n)
-        for prefix, part in (
-            ("", joint[:k, :k].sum()),
-            ("left_", left[k - 1]),
-            ("right_", right[k - 1]),
-        ):
+        parts = (
+            ("", float(joint[:k, :k].sum()), k * k),
+            ("left_", float(left[k - 1]), k * n),
+            ("right_", float(right[k - 1]), k * m),
+        )
+        for prefix, part, dimensions in parts:
             metric = f"{prefix}principal_projection_energy_ratio"
-            measure = _ratio(metric, parameters(ratio=ratio), float(part), energy)
-            found.append(_defined(measure, source, k))
+            measure = _ratio(metric, parameters(ratio=ratio), part, energy)
+            measure = replace(measure, chance=projected_share(dimensions, m * n))
+            found.append(_defined(_as(measure, source.approximate), source, k))
+    return found
+
+
+def sines(before: Tensor, after: Tensor, cuts: Sequence[int]) -> list[Tensor]:
+    """Sines of the principal angles between the spans of the first k columns, for every k in `cuts`.
+
+    before, after: nested orthonormal bases [m, K]. The sines are the singular values of
+    (I - U_k U_k^T) U'_k, which has a part outside U_K and one between k and K; both are formed without
+    subtracting nearly equal numbers, so that angles far below 1e-8 keep their digits.
+    """
+    inside = before.T @ after  # [K, K]
+    outside = after - before @ inside
+    outer = outside.T @ outside
+    found = []
+    for k in cuts:
+        between = inside[k:, :k]
+        found.append(roots(torch.linalg.eigvalsh(outer[:k, :k] + between.T @ between)))
     return found
 
 
 def rotation_measures(
     source: Factors, trained: Factors, shape: tuple[int, int], ratios: Sequence[float]
 ) -> list[Measure]:
-    """How far the top-k subspaces turned: mean sine of their principal angles, in [0, 1].
-
-    The sines are the singular values of (I - U_k U_k^T) U'_k; 1 - cos^2 would lose small angles.
-    """
+    """How far the top-k subspaces turned: mean sine of their principal angles, in [0, 1]; see `sines`."""
+    cuts = [rank_at(ratio, *shape) for ratio in ratios]
     found = []
-    for ratio in ratios:
-        k = rank_at(ratio, *shape)
-        for metric, before, after in (
-            ("top_subspace_rotation", source.left, trained.left),
-            ("right_subspace_rotation", source.right, trained.right),
-        ):
-            base, turned = before[:, :k], after[:, :k]
-            sines = singular_values(turned - base @ (base.T @ turned))
-            value = float(sines.mean())
-            found.append(_defined(Measure(metric, parameters(ratio=ratio), value), source, k))
+    for metric, before, after in (
+        ("top_subspace_rotation", source.left, trained.left),
+        ("right_subspace_rotation", source.right, trained.right),
+    ):
+        angles = [0.0] * len(cuts)
+        if trained is not source:
+            angles = [float(each.mean()) for each in sines(before, after, cuts)]
+        for ratio, k, angle in zip(ratios, cuts, angles, strict=True):
+            measure = Measure(metric, parameters(ratio=ratio), angle)
+            if source.approximate:
+                reason = SUBSPACE + source.approximate
+                measure = replace(measure, value=None, status="skipped", reason=reason)
+            found.append(_defined(measure, source, k))
     return found
 
 
@@ -74,38 +117,69 @@ def drift_measures(source: Factors, trained: Factors, delta_norm: float) -> list
     spectral_drift_l2_ratio            |s' - s| / |s|    (the NSS of arXiv 2511.08567)
     spectral_drift_to_delta_fro_ratio  |s' - s| / |D|    1 if D only rescales, 0 if it only turns
     """
+    names = ("spectral_drift_l2_ratio", "spectral_drift_to_delta_fro_ratio")
+    if source.approximate:
+        reason = f"all values: {source.approximate}"
+        return [Measure(name, "", None, "skipped", reason) for name in names]
     drift = float(torch.linalg.vector_norm(trained.values - source.values))
     length = float(torch.linalg.vector_norm(source.values))
     return [
-        _ratio("spectral_drift_l2_ratio", "", drift, length, "skipped", "the source is all zero"),
-        _ratio("spectral_drift_to_delta_fro_ratio", "", drift, delta_norm),
+        _ratio(names[0], "", drift, length, "skipped", "the source is all zero"),
+        _ratio(names[1], "", drift, delta_norm),
     ]
 
 
 def matrix_measures(
-    matrix: Tensor, source: Factors, delta: Tensor, ratios: Sequence[float]
+    matrix: Tensor, source: Factors, delta: Tensor, config: GeometryConfig
 ) -> list[Measure]:
-    """Every spectral and subspace measure of an update `delta` to `matrix`, both float64 [m, n].
+    """Every spectral and subspace measure of an update `delta` to `matrix`, both [m, n] of any dtype.
 
-    `source` are the factors of `matrix`, shared by the observed update and its nulls.
+    `source` are the factors of `matrix`, shared by the observed update and its nulls; where they are
+    approximate, nothing is exact.
     """
-    moved = bool(delta.any())
-    trained = factorise(matrix + delta, source.left.shape[1]) if moved else source
-    values = singular_values(delta) if moved else torch.zeros_like(source.values)
-    shape = (matrix.shape[0], matrix.shape[1])
+    ratios, method, approximate = config.ratios, config.factorisation, source.approximate
+    m, n = delta.shape
+    r = min(m, n)
+    energy = norm(delta) ** 2
+    change = Sum((delta,))
+    squares, after = None, source
+    if energy == 0:
+        values = torch.zeros(1 if approximate else r, dtype=torch.float64)
+    elif approximate:
+        values = factorise(change, min(max(TOP), r), method, approximate).values
+    else:
+        after = factorise(Sum((matrix, delta)), source.left.shape[1], method)
+        if method == "svd":
+            values = singular_values(change, method)
+        else:
+            squares = gram(change)
+            values = roots(torch.linalg.eigvalsh(squares))
     return [
-        *spectral_measures(values, ratios),
-        *projection_measures(source, delta, ratios),
-        *rotation_measures(source, trained, shape, ratios),
-        *drift_measures(source, trained, float(torch.linalg.vector_norm(delta))),
+        *spectral_measures(values, energy, ratios, r, approximate),
+        *projection_measures(source, change, energy, squares, ratios),
+        *rotation_measures(source, after, (m, n), ratios),
+        *drift_measures(source, after, energy**0.5),
     ]
 
 
-def skipped_measures(ratios: Sequence[float], reason: str) -> list[Measure]:
-    """The rows of a parameter that is no matrix, or too large a one: none is dropped silently."""
-    unit = torch.zeros(1, 1, dtype=torch.float64)
-    rows = matrix_measures(unit, factorise(unit, 1), unit, ratios)
-    return [replace(row, value=None, status="skipped", reason=reason) for row in rows]
+def source_factors(matrix: Tensor, config: GeometryConfig) -> Factors:
+    """The factors of a source matrix [m, n], up to the largest of the config's ratios."""
+    m, n = matrix.shape
+    k = max(rank_at(ratio, m, n) for ratio in config.ratios)
+    return factorise(Sum((matrix,)), k, config.factorisation, too_large(m, n, config))
+
+
+def skipped_measures(config: GeometryConfig, reason: str, status: str = "skipped") -> list[Measure]:
+    """The rows of a parameter that is no matrix, or that failed: none is dropped silently."""
+    unit = torch.ones(1, 1, dtype=torch.float64)
+    rows = matrix_measures(unit, source_factors(unit, config), unit, config)
+    return [replace(row, value=None, status=status, reason=reason, chance=None) for row in rows]
+
+
+def _as(measure: Measure, approximate: str) -> Measure:
+    if not approximate or measure.value is None:
+        return measure
+    return replace(measure, status="approximate", reason=approximate)
 
 
 def _ratio(
@@ -127,4 +201,4 @@ def _defined(measure: Measure, source: Factors, k: int) -> Measure:
     if source.rank >= k:
         return measure
     reason = f"the source has rank {source.rank}, below k = {k}"
-    return replace(measure, value=None, status="skipped", reason=reason)
+    return replace(measure, value=None, status="skipped", reason=reason, chance=None)

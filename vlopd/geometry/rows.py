@@ -1,18 +1,28 @@
-"""The shape of every geometry result: a row a measure; thresholds are values, not column names."""
+"""The shape of every geometry result: a row a measure and null; thresholds are values, not column names."""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from scipy.special import stdtr
+
+STATUSES = ("ok", "approximate", "zero", "skipped", "failed")
+EQUAL = 1e-9
+"""Relative differences below this are rounding of our own arithmetic, no excess."""
 
 
 @dataclass(frozen=True)
 class Measure:
     """One number about one delta.
 
-    status: `ok`; `zero`, undefined because nothing moved (0/0); `skipped`, not computed. The last
-    two have no value, say why in `reason`, and are counted in every aggregate.
+    status: `ok`; `approximate`, from a randomised factorisation; `zero`, undefined because nothing moved
+    (0/0); `skipped`, not computed; `failed`, tried in vain. The last three have no value; all but `ok` say
+    why in `reason`, and all are counted in every aggregate. `matched` marks what a null equals by
+    construction (norms, energies, what the source alone decides). `chance` is the mean and deviation under
+    an update without structure, where vlopd.geometry.closed_forms knows them without drawing.
     """
 
     metric: str
@@ -20,14 +30,33 @@ class Measure:
     value: float | None
     status: str = "ok"
     reason: str = ""
+    matched: bool = False
+    chance: tuple[float, float | None] | None = None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where an observed value stands among the draws of a null.
+
+    excess_t = excess / (sd sqrt(1 + 1/S)) follows Student's t with S - 1 degrees of freedom where the
+    observed value is one more draw, so p = P(|t| > |excess_t|) is honest for few draws S too. For a null in
+    closed form sd is exact and p normal. Both are None where there is nothing to standardise by: fewer than
+    two draws, or draws that are all equal.
+    """
+
+    null: str = ""
+    mean: float | None = None
+    sd: float | None = None
+    excess: float | None = None
+    excess_t: float | None = None
+    p: float | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of geometry.csv: a measure of one tensor, or of a group, beside its null model.
+    """One line of geometry.csv: a measure of one tensor, or of a group, beside one null model.
 
-    excess = value - null_mean; null_sd is the sample deviation over draws (None for fewer than
-    two).
+    excess = value - null_mean; null_sd is the sample deviation over draws; excess_t and p as in `Standing`.
     """
 
     name: str
@@ -42,42 +71,90 @@ class Row:
     null_mean: float | None
     null_sd: float | None
     excess: float | None
+    excess_t: float | None
+    p: float | None
     status: str
     reason: str
 
 
-def parameters(**values: float) -> str:
+@dataclass(frozen=True)
+class Place:
+    """The columns of a row that say what it is about."""
+
+    name: str
+    component: str = ""
+    layer: int | None = None
+    module: str = ""
+    shape: str = ""
+
+
+def parameters(**values: float | str) -> str:
     """>>> parameters(ratio=0.1, atol=0)
     "ratio=0.1,atol=0"
     """
-    return ",".join(f"{name}={value:g}" for name, value in values.items())
-
-
-def beside_null(
-    observed: Measure,
-    draws: Sequence[Measure],
-    name: str,
-    component: str = "",
-    layer: int | None = None,
-    module: str = "",
-    shape: str = "",
-) -> Row:
-    """The row of a measure and of the same measure under each draw of the null."""
-    values = [draw.value for draw in draws if draw.value is not None]
-    mean = statistics.fmean(values) if values else None
-    return Row(
-        name=name,
-        component=component,
-        layer=layer,
-        module=module,
-        shape=shape,
-        metric=observed.metric,
-        parameter=observed.parameter,
-        value=observed.value,
-        null="iid" if values else "",
-        null_mean=mean,
-        null_sd=statistics.stdev(values) if len(values) > 1 else None,
-        excess=observed.value - mean if observed.value is not None and mean is not None else None,
-        status=observed.status,
-        reason=observed.reason,
+    return ",".join(
+        f"{name}={value}" if isinstance(value, str) else f"{name}={value:g}"
+        for name, value in values.items()
     )
+
+
+def standing(null: str, observed: Measure, values: Sequence[float]) -> Standing:
+    """Where `observed` stands among the draws `values` of a null."""
+    if not values:
+        return Standing(null)
+    mean = statistics.fmean(values)
+    sd = statistics.stdev(values) if len(values) > 1 else None
+    if observed.value is None:
+        return Standing(null, mean, sd)
+    excess = observed.value - mean
+    if observed.matched or sd is None:
+        return Standing(null, mean, sd, excess)
+    if abs(excess) <= EQUAL * max(abs(observed.value), abs(mean)):
+        return Standing(null, mean, sd, excess, 0.0, 1.0)
+    if sd <= EQUAL * abs(mean):
+        return Standing(null, mean, sd, excess)
+    t = excess / (sd * math.sqrt(1 + 1 / len(values)))
+    return Standing(null, mean, sd, excess, t, 2 * float(stdtr(len(values) - 1, -abs(t))))
+
+
+def beside_nulls(
+    observed: Measure, draws: Mapping[str, Sequence[float]], place: Place
+) -> list[Row]:
+    """The rows of a measure: one a null, or a single one where there is none.
+
+    draws: null -> the values of the same measure under its draws, those that have one.
+    """
+    found = [standing(null, observed, values) for null, values in draws.items()]
+    if observed.chance is not None:
+        found.append(in_closed_form(observed, *observed.chance))
+    return [
+        Row(
+            name=place.name,
+            component=place.component,
+            layer=place.layer,
+            module=place.module,
+            shape=place.shape,
+            metric=observed.metric,
+            parameter=observed.parameter,
+            value=observed.value,
+            null=its.null,
+            null_mean=its.mean,
+            null_sd=its.sd,
+            excess=its.excess,
+            excess_t=its.excess_t,
+            p=its.p,
+            status=observed.status,
+            reason=observed.reason,
+        )
+        for its in found or [Standing()]
+    ]
+
+
+def in_closed_form(observed: Measure, mean: float, sd: float | None) -> Standing:
+    """Where `observed` stands in a null whose mean and deviation are known."""
+    if observed.value is None:
+        return Standing("closed_form", mean, sd)
+    excess = observed.value - mean
+    z = excess / sd if sd else None
+    p = None if z is None else math.erfc(abs(z) / math.sqrt(2))
+    return Standing("closed_form", mean, sd, excess, z, p)

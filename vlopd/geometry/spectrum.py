@@ -1,41 +1,44 @@
-"""Singular values of an update, in float64.
+"""Singular values and leading subspaces in float64, from the Gram matrix of the smaller side.
 
-All spectra come from an eigendecomposition of the Gram matrix on the shorter side, several times
-cheaper than an SVD. It resolves singular values down to about 1e-8 of the largest, far below every
-tolerance here.
+An eigendecomposition of the Gram matrix costs a fraction of an SVD and resolves singular values down to
+about 1e-8 of the largest, below every tolerance here. Where the caller asks for more there is a direct SVD,
+and for matrices beyond a stated cost a randomised range finder (arXiv 0909.4061).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
+from vlopd.config import GeometryConfig
 from vlopd.geometry.rows import Measure, parameters
+from vlopd.seeding import generator
 
-MAX_SIDE = 4096
-"""Matrices whose shorter side is longer are skipped, with a row that says so."""
-TOP = (1, 4, 16)
+TOP = (1, 2, 4, 8, 16, 32, 64)
 TOLERANCES = (1e-6, 1e-5, 1e-4)
 FLOOR = 2.0**-22
 """Singular values below this share of the largest are the Gram matrix's rounding: they are zero."""
+ROWS = 4096
+"""Rows of the longer side that are widened to float64 at a time."""
+BLOCK = 192
+"""Columns of the Gram matrix at a time: only its lower triangle is computed."""
+OVERSAMPLE, POWER = 16, 4
+"""Extra directions and power iterations of the randomised pass."""
 
 
 def as_matrix(tensor: Tensor) -> tuple[Tensor | None, str]:
-    """(the parameter as a float64 matrix [m, n], "") or (None, why it is not one).
+    """(the parameter as a matrix [m, n], "") or (None, why it is not one).
 
     Convolution kernels (patch embeddings) are seen as [out, everything else].
     """
     if tensor.ndim not in (2, 4, 5):
         return None, f"{tensor.ndim}-D, not a matrix"
-    matrix = tensor.flatten(1)
-    if min(matrix.shape) > MAX_SIDE:
-        return None, f"shorter side {min(matrix.shape)} > {MAX_SIDE}"
-    return matrix.double(), ""
+    return tensor.flatten(1), ""
 
 
 def rank_at(ratio: float, m: int, n: int) -> int:
@@ -43,46 +46,169 @@ def rank_at(ratio: float, m: int, n: int) -> int:
     return max(1, math.floor(Fraction(str(ratio)) * min(m, n)))
 
 
+def too_large(m: int, n: int, config: GeometryConfig) -> str:
+    """Why an [m, n] matrix is factorised approximately; empty where it is factorised exactly."""
+    if min(m, n) > config.max_exact_side:
+        return f"randomised: shorter side {min(m, n)} > {config.max_exact_side}"
+    if m * n * min(m, n) > config.max_exact_cost:
+        cost = f"{m * n * min(m, n):.2g} > {config.max_exact_cost:.2g}"
+        return f"randomised: cost m n min(m, n) = {cost}"
+    return ""
+
+
 @dataclass(frozen=True)
 class Factors:
     """Singular values of a matrix [m, n] and its leading singular subspaces, float64.
 
-    The first k columns of `left` and `right` span the top-k subspaces, for every k up to their
-    number.
+    The first k columns of `left` and `right` span the top-k subspaces, for every k up to their number.
+    `approximate` says why the factors are not exact and `values` hold the largest only; else it is empty.
     """
 
-    values: Tensor  # [r], descending
+    values: Tensor  # [r], descending; [q] of the largest where approximate
     left: Tensor  # [m, k]
     right: Tensor  # [n, k]
+    approximate: str = ""
 
     @property
     def rank(self) -> int:
         return int((self.values > 0).sum())
 
 
-def factorise(matrix: Tensor, k: int) -> Factors:
-    """Singular values and top-k subspaces of a float64 matrix."""
-    short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    eigenvalues, vectors = torch.linalg.eigh(short @ short.T)
-    near = vectors.flip(1)[:, :k]
-    # QR keeps the far side orthonormal and nested where dividing by small singular values would not
-    far = torch.linalg.qr(short.T @ near).Q
-    left, right = (near, far) if short is matrix else (far, near)
-    return Factors(_roots(eigenvalues), left, right)
+@dataclass(frozen=True)
+class Sum:
+    """source + delta as a matrix [m, n] that is never formed: its rows are added in float64 as they are read."""
+
+    terms: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.terms[0].shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.terms[0].device
+
+    @property
+    def T(self) -> Sum:
+        return Sum(tuple(term.T for term in self.terms))
+
+    def widened(self) -> Iterator[Tensor]:
+        """Float64 rows, ROWS of them at a time."""
+        for first, *others in zip(*(term.split(ROWS) for term in self.terms), strict=True):
+            rows = first.double()
+            for other in others:
+                rows = rows + other
+            yield rows
 
 
-def singular_values(matrix: Tensor) -> Tensor:
-    """Singular values of a float64 matrix, descending, [min(m, n)]."""
-    short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    return _roots(torch.linalg.eigvalsh(short @ short.T))
+def gram(matrix: Sum) -> Tensor:
+    """A^T A [r, r] in float64, of a matrix or its transpose, whichever is smaller; any dtype.
+
+    Widened a few rows at a time, so that no float64 copy of an embedding is made.
+    """
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    r = tall.shape[1]
+    found = torch.zeros(r, r, dtype=torch.float64, device=matrix.device)
+    for wide in tall.widened():
+        for start in range(0, r, BLOCK):
+            end = min(start + BLOCK, r)
+            found[start:end, :end].addmm_(wide[:, start:end].T, wide[:, :end])
+    return found.tril_() + found.tril(-1).T
 
 
-def _roots(eigenvalues: Tensor) -> Tensor:
+def whole(matrix: Sum) -> Tensor:
+    return torch.cat(list(matrix.widened()))
+
+
+def times(matrix: Sum, basis: Tensor) -> Tensor:
+    """matrix @ basis in float64: [m, n] of any dtype and [n, k] -> [m, k]."""
+    found = basis.new_empty(matrix.shape[0], basis.shape[1])
+    for to, rows in zip(found.split(ROWS), matrix.widened(), strict=True):
+        torch.mm(rows, basis, out=to)
+    return found
+
+
+def factorise(matrix: Sum, k: int, method: str = "gram", approximate: str = "") -> Factors:
+    """Singular values and top-k subspaces of a matrix [m, n] of any dtype, worked in float64.
+
+    method: `gram`, or `svd` for singular values below 1e-7 of the largest. With a reason to be
+    `approximate` only the k largest values are found, by a randomised range finder.
+    """
+    if approximate:
+        return randomised(matrix, k, approximate)
+    if method == "svd":
+        u, values, vt = torch.linalg.svd(whole(matrix), full_matrices=False)
+        return Factors(values, u[:, :k].contiguous(), vt[:k].T.contiguous())
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    eigenvalues, vectors = torch.linalg.eigh(gram(matrix))
+    near = vectors[:, -k:].flip(1)
+    far = orthonormal(times(tall, near))
+    left, right = (far, near) if tall is matrix else (near, far)
+    return Factors(roots(eigenvalues), left, right)
+
+
+def randomised(matrix: Sum, k: int, reason: str) -> Factors:
+    """The k largest singular values and their subspaces, by a randomised range finder with power iterations.
+
+    The test matrix is the same for every matrix of one shape, so two runs agree.
+    """
+    m, n = matrix.shape
+    tall = matrix if m >= n else matrix.T
+    size = min(k + OVERSAMPLE, min(m, n))
+    noise = generator("cpu", "range finder", tall.shape[1], size)
+    basis = torch.randn(tall.shape[1], size, generator=noise, dtype=torch.float64)
+    near = orthonormal(basis.to(matrix.device))
+    for _ in range(POWER):
+        far = orthonormal(times(tall, near))
+        near = orthonormal(transposed_times(tall, far))
+    far = times(tall, near)
+    eigenvalues, vectors = torch.linalg.eigh(far.T @ far)
+    vectors = vectors.flip(1)[:, :k]
+    near, far = near @ vectors, orthonormal(far @ vectors)
+    left, right = (far, near) if tall is matrix else (near, far)
+    return Factors(roots(eigenvalues)[:k], left, right, reason)
+
+
+def transposed_times(matrix: Sum, basis: Tensor) -> Tensor:
+    """matrix^T @ basis in float64: [m, n] of any dtype and [m, k] -> [n, k]."""
+    found = basis.new_zeros(matrix.shape[1], basis.shape[1])
+    for rows, part in zip(matrix.widened(), basis.split(ROWS), strict=True):
+        found.addmm_(rows.T, part)
+    return found
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """An orthonormal basis [m, k] whose first j columns span the first j columns, for every j.
+
+    Cholesky of the columns' Gram matrix, twice, which is a few products of matrices; Householder QR where
+    the columns are too nearly dependent for it (arXiv 1401.5171).
+    """
+    q = columns
+    for _ in range(2):
+        factor, info = torch.linalg.cholesky_ex(q.T @ q)
+        diagonal = factor.diagonal()
+        if int(info) or float(diagonal.min()) < 1e-6 * float(diagonal.max()):
+            return torch.linalg.qr(columns).Q
+        q = torch.linalg.solve_triangular(factor.T, q, upper=True, left=False)
+    return q
+
+
+def singular_values(matrix: Sum, method: str = "gram") -> Tensor:
+    """Singular values of a matrix of any dtype in float64, descending, [min(m, n)]."""
+    if method == "svd":
+        return torch.linalg.svdvals(whole(matrix))
+    return roots(torch.linalg.eigvalsh(gram(matrix)))
+
+
+def roots(eigenvalues: Tensor) -> Tensor:
+    """Singular values, descending, from ascending eigenvalues of a Gram matrix."""
     values = eigenvalues.flip(0).clamp(min=0).sqrt()
     return values.where(values > FLOOR * values[0], torch.zeros_like(values))
 
 
-def spectral_measures(values: Tensor, ratios: Sequence[float]) -> list[Measure]:
+def spectral_measures(
+    values: Tensor, energy: float, ratios: Sequence[float], r: int, approximate: str = ""
+) -> list[Measure]:
     """Rank and concentration of an update with singular values `values` [r] (arXiv 2606.13657).
 
     spectral_norm           s_1
@@ -90,30 +216,38 @@ def spectral_measures(values: Tensor, ratios: Sequence[float]) -> list[Measure]:
     effective_rank_entropy  exp(-sum p log p), p = s / sum s
     rank_tol                number of s > tol * s_1
     top_energy_ratio        share of sum s^2 in the k largest; skipped where k takes in all of them
+
+    `energy` is the update's squared norm, which is sum s^2; r = min(m, n). Where `values` are only the
+    largest, being `approximate`, what needs all of them is skipped.
     """
-    r = len(values)
-    largest, energy = float(values[0]), float(values.square().sum())
+    values = values.cpu()
+    status, reason = ("approximate", approximate) if approximate else ("ok", "")
+    largest = float(values[0])
     share = values / values.sum()
-    top_energy = (values.square().cumsum(0) / energy).tolist()
+    top_energy = values.square().cumsum(0).tolist()
+    found = [Measure("spectral_norm", "", largest, status, reason)]
 
-    found = [Measure("spectral_norm", "", largest)]
-
-    def add(metric: str, parameter: str, value: float) -> None:
+    def add(metric: str, parameter: str, value: float, whole: bool = False) -> None:
         if energy == 0:
             found.append(Measure(metric, parameter, None, "zero", "nothing moved"))
+        elif whole and approximate:
+            found.append(Measure(metric, parameter, None, "skipped", f"all values: {approximate}"))
         else:
-            found.append(Measure(metric, parameter, value))
+            found.append(Measure(metric, parameter, value, status, reason))
 
     add("stable_rank", "", energy / largest**2 if largest else 0.0)
-    add("effective_rank_entropy", "", float(torch.special.entr(share).sum().exp()))
+    add("effective_rank_entropy", "", float(torch.special.entr(share).sum().exp()), whole=True)
     for tol in TOLERANCES:
-        add("rank_tol", parameters(tol=tol), int((values > tol * largest).sum()))
-    for k in TOP:
-        if k < r:
-            add("top_energy_ratio", parameters(k=k), top_energy[k - 1])
+        count = int((values > tol * largest).sum())
+        add("rank_tol", parameters(tol=tol), count, whole=True)
+    cuts = [(parameters(k=k), k) for k in TOP]
+    cuts += [(parameters(ratio=ratio), rank_at(ratio, r, r)) for ratio in ratios]
+    for parameter, k in cuts:
+        if k >= r and "k=" in parameter:
+            why = f"the matrix has only {r} singular values"
+            found.append(Measure("top_energy_ratio", parameter, None, "skipped", why))
+        elif k <= len(values):
+            add("top_energy_ratio", parameter, top_energy[k - 1] / energy if energy else 0.0)
         else:
-            reason = f"the matrix has only {r} singular values"
-            found.append(Measure("top_energy_ratio", parameters(k=k), None, "skipped", reason))
-    for ratio in ratios:
-        add("top_energy_ratio", parameters(ratio=ratio), top_energy[rank_at(ratio, r, r) - 1])
+            add("top_energy_ratio", parameter, 0.0, whole=True)
     return found

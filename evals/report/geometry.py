@@ -1,0 +1,211 @@
+"""Geometry's tables as figures: for the report of a run, and beside the tables of any two checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from evals.report import figures, tables
+from vlopd.checkpoint import write_text
+
+HEAT_MAPS = (("frac_delta_eq_0", ""), ("top_energy_ratio", "k=16"))
+"""(metric, parameter) that get a map: what rounding explains, and what it does not."""
+MASKS = ("principal", "low_magnitude", "principal_not_low", "nonprincipal_or_low")
+OVERLAPS = ("first_covered_by_second", "second_covered_by_first", "update_jaccard")
+COURSES = (
+    ("cosine_to_final", "", "cosine to the final update"),
+    ("left_subspace_similarity_to_final", "k=16", "similarity of the top-16 left subspace"),
+    ("frac_delta_eq_0", "", "coordinates that did not move"),
+    ("stable_rank", "", "stable rank, median"),
+)
+PALETTE = ("#d55e00", "#009e73", "#b9659a", "#e69f00", "#56b4e9", "#8a8f98", "#3fb593")
+CLOSED = "closed_form"
+
+
+class Drawing(NamedTuple):
+    """A figure, and what it shows in words."""
+
+    figure: Figure
+    words: str
+
+
+def draw(tidy: pd.DataFrame) -> dict[str, Drawing]:
+    """Figures of one geometry.csv, by name; those whose rows it lacks are left out."""
+    tidy = tidy.assign(parameter=tidy.parameter.fillna(""), null=tidy.null.fillna(""))
+    found = heat_maps(tidy)
+    spectrum_rows = tidy[
+        tidy.name.eq("[median]")
+        & tidy.metric.eq("top_energy_ratio")
+        & tidy.parameter.str.startswith("k=")
+        & tidy.value.notna()
+    ]
+    if not spectrum_rows.empty:
+        at = spectrum_rows.assign(at=spectrum_rows.parameter.str[2:].astype(int))
+        figure = lines(
+            at, "singular values, the largest first", "share of the update's energy", True
+        )
+        words = (
+            "Energy of the update's largest singular values, median over matrices, beside the nulls"
+        )
+        found["spectrum"] = Drawing(figure, words)
+    metrics = {f"{mask}_update_overlap_ratio": mask.replace("_", " ") for mask in MASKS}
+    own = tidy[
+        tidy.name.eq("[all]") & tidy.metric.isin(metrics) & tidy.parameter.eq("ratio=0.1,atol=0")
+    ]
+    if own.value.notna().any():
+        label = "share of the moved coordinates inside the mask (%), ratio 0.1"
+        figure = dots(own.assign(label=own.metric.map(metrics)), label)
+        found["masks"] = Drawing(figure, "Moved coordinates inside each mask, beside the nulls")
+    return found
+
+
+def draw_overlap(table: pd.DataFrame) -> dict[str, Drawing]:
+    """The figure of an overlap.csv."""
+    own = table[
+        table.name.eq("[all]") & table.metric.isin(OVERLAPS) & table.parameter.eq("atol=0")
+    ].copy()
+    if own.empty:
+        return {}
+    own["label"] = [
+        {
+            OVERLAPS[0]: f"{row.first} in {row.second}",
+            OVERLAPS[1]: f"{row.second} in {row.first}",
+            OVERLAPS[2]: f"{row.first}, {row.second}: Jaccard",
+        }[row.metric]
+        for row in own.itertuples()
+    ]
+    words = "Coordinates that two runs both move, beside two independent nulls"
+    return {"overlap": Drawing(dots(own, "overlap of moved coordinates (%)"), words)}
+
+
+def draw_trajectory(table: pd.DataFrame) -> dict[str, Drawing]:
+    """The figure of a trajectory.csv."""
+    table = table.assign(parameter=table.parameter.fillna(""), null=table.null.fillna(""))
+    found = {}
+    for metric, parameter, label in COURSES:
+        own = table[
+            table.name.isin(["[all]", "[median]"])
+            & table.metric.eq(metric)
+            & table.parameter.eq(parameter)
+            & table.value.notna()
+        ]
+        if own.step.nunique() > 1:
+            figure = lines(own.assign(at=own.step), "optimizer step", label, False)
+            name = f"trajectory-{metric}".replace("_", "-")
+            found[name] = Drawing(
+                figure, f"{label[0].upper()}{label[1:]} over checkpoints, beside the nulls"
+            )
+    return found
+
+
+def heat_maps(tidy: pd.DataFrame) -> dict[str, Drawing]:
+    """Layer x module maps of HEAT_MAPS, and of their excess over the first null."""
+    rows = tidy[(tidy.status == "ok") & tidy.layer.notna() & ~tidy.name.str.startswith("[")]
+    drawn = [null for null in rows.null.unique() if null not in ("", CLOSED)]
+    rows = rows[rows.null.eq(drawn[0] if drawn else "")]
+    found = {}
+    for metric, parameter in HEAT_MAPS:
+        chosen = rows[(rows.metric == metric) & (rows.parameter == parameter)]
+        if chosen.empty:
+            continue
+        words = tables.label({"metric": metric, "parameter": parameter, "name": "[all]"})
+        place = chosen.component + " " + chosen.layer.astype(int).astype(str)
+        # in the model's order, not the alphabet's
+        grid = chosen.assign(
+            place=pd.Categorical(place, place.unique(), ordered=True),
+            module=pd.Categorical(chosen.module, chosen.module.unique(), ordered=True),
+        )
+        values, excess = (
+            grid.pivot_table(column, "place", "module", "mean", observed=True)
+            for column in ("value", "excess")
+        )
+        name = metric.replace("_", "-")
+        text = f"{words} by layer and module (left), and how far it lies from the null (right)"
+        found[name] = Drawing(figures.heat(values, excess, words), text)
+    return found
+
+
+def lines(rows: pd.DataFrame, across: str, label: str, logarithmic: bool) -> Figure:
+    """The observed value over column `at`, and every null's mean with two deviations."""
+    with matplotlib.rc_context(figures.STYLE):
+        figure, (axes,) = figures.canvas(2.6)
+        observed = rows.drop_duplicates("at").sort_values("at")
+        axes.plot(
+            observed["at"],
+            observed.value,
+            "o-",
+            ms=3.5,
+            color=figures.COLOURS["full"],
+            label="update",
+        )
+        nulls = [null for null in rows.null.unique() if null not in ("", CLOSED)]
+        for null, colour in zip(nulls, PALETTE * 9, strict=False):
+            own = rows[rows.null.eq(null)].sort_values("at")
+            spread = 2 * own.null_sd.fillna(0)
+            axes.plot(own["at"], own.null_mean, "--", lw=1.2, color=colour, label=f"null: {null}")
+            axes.fill_between(
+                own["at"],
+                own.null_mean - spread,
+                own.null_mean + spread,
+                color=colour,
+                alpha=0.2,
+                lw=0,
+            )
+        if logarithmic:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(across)
+        axes.set_ylabel(label)
+        axes.grid()
+        figure.legend(loc="outside upper left", ncols=3, fontsize=8, handlelength=2.6)
+    return figure
+
+
+def dots(rows: pd.DataFrame, label: str) -> Figure:
+    """The observed value of every `label` in percent, and every null's mean with two deviations."""
+    names = list(rows.label.unique())
+    with matplotlib.rc_context(figures.STYLE):
+        figure, (axes,) = figures.canvas(1.2 + 0.32 * len(names))
+        nulls = [null for null in rows.null.unique() if null]
+        for null, colour in zip(nulls, PALETTE * 9, strict=False):
+            own = rows[rows.null.eq(null)]
+            y = [names.index(name) for name in own.label]
+            axes.errorbar(
+                100 * own.null_mean, y, xerr=200 * own.null_sd.fillna(0), fmt="D", ms=4,
+                color=colour, alpha=0.85, lw=1.5, label=f"null: {null.replace('_', ' ')}",
+            )  # fmt: skip
+        observed = rows.drop_duplicates("label")
+        y = [names.index(name) for name in observed.label]
+        axes.plot(100 * observed.value, y, "o", ms=6, color=figures.COLOURS["full"], label="update")
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(label)
+        axes.grid(axis="x")
+        figure.legend(loc="outside upper left", ncols=3, fontsize=8)
+    return figure
+
+
+def write_figures(out: Path, folders: Sequence[Path]) -> Path:
+    """figures/*.svg beside every geometry.csv, and beside overlap.csv and trajectory.csv in `out`."""
+    for folder in folders:
+        save(draw(pd.read_csv(folder / "geometry.csv")), folder / "figures")
+    readers = {"overlap": draw_overlap, "trajectory": draw_trajectory}
+    for name, reader in readers.items():
+        if (out / f"{name}.csv").exists():
+            save(reader(pd.read_csv(out / f"{name}.csv")), out / "figures")
+    return out / "figures"
+
+
+def save(drawings: Mapping[str, Drawing], folder: Path) -> None:
+    for name, drawing in drawings.items():
+        svg = figures.to_svg(drawing.figure, name)
+        write_text(folder / f"{name}.svg", figures.standalone(svg))

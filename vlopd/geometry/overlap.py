@@ -1,0 +1,162 @@
+"""Do several runs move the same coordinates? Overlap of their visible updates, beside that of their nulls.
+
+Two independent nulls overlap too, wherever rounding lets both be seen, so the global ratio over independence
+says little; the strata (by tensor, and by tensor and decile of |w|) and the nulls say how little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vlopd.config import GeometryConfig
+from vlopd.delta import difference, stream
+from vlopd.geometry.aggregate import rows_of
+from vlopd.geometry.analyse import write_table
+from vlopd.geometry.coordinates import UPDATE_ATOLS, Term, above
+from vlopd.geometry.examine import OBSERVED
+from vlopd.geometry.nulls import null_delta, null_name
+from vlopd.geometry.rows import Measure, Place, Row, parameters
+from vlopd.geometry.source_masks import cuts
+from vlopd.models.atlas import classify
+
+STRATA = 10
+"""Groups of a tensor's coordinates by |w|, smallest first, as equal in size as ties allow."""
+
+
+@dataclass(frozen=True)
+class OverlapRow(Row):
+    """A row about two runs; `first` and `second` are their names."""
+
+    first: str
+    second: str
+
+
+def overlap(
+    source: Path,
+    runs: Mapping[str, Path],
+    out: Path,
+    config: GeometryConfig,
+    progress: bool = True,
+) -> Path:
+    """Writes overlap.csv and .parquet about every two of `runs` (name -> trained folder) from one source.
+
+    Only parameters that all runs share are counted. Returns the path of overlap.csv.
+    """
+    deltas = {run: stream(source, folder, classify) for run, folder in runs.items()}
+    shared = set.intersection(*(set(its.report.matched) for its in deltas.values()))
+    names = [name for name in next(iter(deltas.values())).report.matched if name in shared]
+    counts: dict[tuple[str, str], list[np.ndarray]] = {two: [] for two in combinations(runs, 2)}
+    places = []
+    with ExitStack() as stack:
+        read = {run: stack.enter_context(its.reader()) for run, its in deltas.items()}
+        for name in tqdm(names, desc="overlap", unit="tensor", disable=not progress):
+            pairs = {run: one(name) for run, one in read.items()}
+            first = next(iter(pairs.values()))
+            where, shape = first.where, "x".join(map(str, first.source.shape))
+            places.append(Place(name, where.component, where.layer, where.module, shape))
+            trained = {run: pair.trained for run, pair in pairs.items()}
+            for two, table in tables(name, first.source, trained, config).items():
+                counts[two].append(table)
+    draws = [OBSERVED]
+    draws += [null_name(null) for null in config.nulls for _ in range(config.null_draws)]
+    rows = []
+    for (one, other), each in counts.items():
+        for row in pair_rows(np.stack(each), draws, places):
+            rows.append(OverlapRow(**vars(row), first=one, second=other))
+    write_table(out, "overlap", rows)
+    return out / "overlap.csv"
+
+
+def tables(
+    name: str, source: Tensor, trained: Mapping[str, Tensor], config: GeometryConfig
+) -> dict[tuple[str, str], np.ndarray]:
+    """For every two runs, counts [draws, atols, STRATA, 4] of one tensor's coordinates.
+
+    The last axis: moved in neither, in the first only, in the second only, in both.
+    """
+    strata = magnitude_strata(source)
+    plan = [
+        (None, 0),
+        *((null, draw) for null in config.nulls for draw in range(config.null_draws)),
+    ]
+    found: dict[tuple[str, str], list[list[np.ndarray]]] = {t: [] for t in combinations(trained, 2)}
+    for null, draw in plan:
+        moved: dict[str, list[Tensor]] = {}
+        for run, after in trained.items():
+            change = difference(source, after)
+            if null is not None:  # each run draws noise of its own
+                change = null_delta(null, source, change, after.dtype, config.seed, draw, name, run)
+            size = change.reshape(-1).abs()
+            moved[run] = [size > above(atol, size.dtype) for atol in UPDATE_ATOLS]
+        for one, other in found:
+            both = zip(moved[one], moved[other], strict=True)
+            found[one, other].append([table(strata, a, b) for a, b in both])
+    return {two: np.array(each) for two, each in found.items()}
+
+
+def table(strata: Tensor, a: Tensor, b: Tensor) -> np.ndarray:
+    code = strata * 4 + a.to(torch.uint8) + 2 * b.to(torch.uint8)
+    return torch.bincount(code, minlength=4 * STRATA).view(STRATA, 4).numpy()
+
+
+def magnitude_strata(source: Tensor) -> Tensor:
+    """The decile of |w| within its tensor of every coordinate, flat uint8; equal weights are in one decile."""
+    flat, n = source.reshape(-1), source.numel()
+    strata = torch.zeros(n, dtype=torch.uint8)
+    ks = sorted({max(1, n * i // STRATA) for i in range(1, STRATA)})
+    for cut in cuts(flat, ks):
+        strata += (flat.float().abs() > cut.value).to(torch.uint8)
+    return strata
+
+
+def pair_rows(counts: np.ndarray, draws: Sequence[str], places: Sequence[Place]) -> Iterator[Row]:
+    """Rows of two runs from counts [tensors, draws, atols, STRATA, 4]: all, by decile of |w|, by tensor."""
+    yield from rows_of([measures(counts[:, d]) for d in range(len(draws))], draws, Place("[all]"))
+    for stratum in range(STRATA):
+        part = counts[:, :, :, stratum : stratum + 1]
+        if part.sum():
+            values = [measures(part[:, d]) for d in range(len(draws))]
+            yield from rows_of(values, draws, Place(f"[magnitude={stratum}]"))
+    for i, place in enumerate(places):
+        values = [measures(counts[i : i + 1, d]) for d in range(len(draws))]
+        yield from rows_of(values, draws, place)
+
+
+def measures(counts: np.ndarray) -> list[Measure]:
+    """Overlap of two updates A and B from one draw's counts [tensors, atols, strata, 4].
+
+    update_jaccard                        |A and B| / |A or B|
+    first_covered_by_second               |A and B| / |A|, by chance |B| / n; and the other way round
+    overlap_enrichment_vs_random          |A and B| over |A| |B| / n, chance being the same everywhere
+    ..._within_tensors                    chance added up tensor by tensor
+    ..._within_tensors_and_magnitudes     chance added up by tensor and decile of |w|
+    """
+    found = []
+    for j, atol in enumerate(UPDATE_ATOLS):
+        cells = counts[:, j].astype(float)  # [tensors, strata, 4]
+        a, b = cells[..., 1] + cells[..., 3], cells[..., 2] + cells[..., 3]
+        both, n = cells[..., 3], cells.sum(-1)
+        whole, key = both.sum(), parameters(atol=atol)
+        name = "overlap_enrichment_vs_random"
+        fine = (a * b / np.maximum(n, 1)).sum()
+        tensors = (a.sum(1) * b.sum(1) / np.maximum(n.sum(1), 1)).sum()
+        everywhere = a.sum() * b.sum() / max(n.sum(), 1)
+        for metric, bottom in (
+            ("update_jaccard", a.sum() + b.sum() - whole),
+            ("first_covered_by_second", a.sum()),
+            ("second_covered_by_first", b.sum()),
+            (name, everywhere),
+            (f"{name}_within_tensors", tensors),
+            (f"{name}_within_tensors_and_magnitudes", fine),
+        ):
+            found.append(Term(metric, key, float(whole), float(bottom)).measure())
+    return found

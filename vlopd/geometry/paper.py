@@ -1,0 +1,73 @@
+"""The table row that arXiv 2606.13657 prints of a pair, with the row of its null under it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from vlopd.config import GeometryConfig
+
+
+class Column(NamedTuple):
+    """One column: which row of geometry.csv it shows, and by how much it is multiplied."""
+
+    title: str
+    name: str
+    metric: str
+    parameter: str
+    scale: float
+
+
+COLUMNS = (
+    Column("rel norm %", "[all]", "relative_delta_fro", "", 100),
+    Column("sparsity % (<=1e-5)", "[all]", "frac_isclose_zero", "atol=1e-05", 100),
+    Column("top-16 energy %", "[median]", "top_energy_ratio", "k=16", 100),
+    Column("stable rank", "[median]", "stable_rank", "", 1),
+    Column(
+        "principal cov. %", "[all]", "principal_update_overlap_ratio", "ratio=0.1,atol=1e-05", 100
+    ),
+    Column(
+        "low-mag cov. %", "[all]", "low_magnitude_update_overlap_ratio", "ratio=0.1,atol=1e-05", 100
+    ),
+    Column("joint projection %", "[median]", "principal_projection_energy_ratio", "ratio=0.1", 100),
+)
+
+
+def preset() -> GeometryConfig:
+    """The settings of `--preset paper`: its ratios, one null, three draws."""
+    return GeometryConfig(arms=(), ratios=(0.01, 0.05, 0.1, 0.2), null_draws=3)
+
+
+def table(rows: Iterable[Mapping[str, str]]) -> list[tuple[str, Sequence[str]]]:
+    """(label, cells in the order of COLUMNS) of the pair, and of each null with its deviation.
+
+    rows: those of geometry.csv.
+    """
+    wanted = {(c.name, c.metric, c.parameter) for c in COLUMNS}
+    found: dict[tuple[str, str, str], dict[str, Mapping[str, str]]] = {}
+    for row in rows:
+        key = (row["name"], row["metric"], row["parameter"])
+        if key in wanted:
+            found.setdefault(key, {})[row["null"]] = row
+    nulls = list(dict.fromkeys(null for own in found.values() for null in own if null))
+    lines: list[tuple[str, Sequence[str]]] = [("update", [cell(found, c, None) for c in COLUMNS])]
+    lines += [(f"null: {null}", [cell(found, c, null) for c in COLUMNS]) for null in nulls]
+    return lines
+
+
+def cell(
+    found: Mapping[tuple[str, str, str], Mapping[str, Mapping[str, str]]],
+    column: Column,
+    null: str | None,
+) -> str:
+    own = found.get((column.name, column.metric, column.parameter), {})
+    row = next(iter(own.values()), None) if null is None else own.get(null)
+    if row is None:
+        return "-"
+    value = row["value"] if null is None else row["null_mean"]
+    if value == "":
+        return "-"
+    text = f"{column.scale * float(value):.4g}"
+    if null is not None and row["null_sd"]:
+        text += f" ± {column.scale * float(row['null_sd']):.2g}"
+    return text

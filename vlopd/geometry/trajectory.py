@@ -1,0 +1,215 @@
+"""How an update grows over checkpoints: its direction towards the final one, and when its subspaces lock.
+
+Beside a random walk: noise whose increments have the observed steps' sizes, rounded and matched in norm like
+any null. A walk of T equal steps has cosine sqrt(t / T) with its end too, so a rising cosine is no finding.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vlopd.config import GeometryConfig
+from vlopd.delta import stream
+from vlopd.geometry.aggregate import rows_of
+from vlopd.geometry.analyse import write_table
+from vlopd.geometry.coordinates import Term
+from vlopd.geometry.examine import OBSERVED
+from vlopd.geometry.nulls import matched_delta, norm
+from vlopd.geometry.rows import Measure, Place, Row, parameters
+from vlopd.geometry.spectrum import Factors, Sum, as_matrix, factorise, too_large
+from vlopd.models.atlas import classify
+from vlopd.seeding import generator
+
+RANKS = (1, 4, 16)
+WALK = "random_walk"
+
+
+@dataclass(frozen=True)
+class StepRow(Row):
+    """A row about one checkpoint of a run."""
+
+    step: int
+
+
+def step_of(folder: Path, position: int) -> int:
+    """The number at the end of a checkpoint folder's name, else its position in the list."""
+    found = re.search(r"(\d+)$", folder.name)
+    return int(found[1]) if found else position
+
+
+def trajectory(
+    source: Path,
+    steps: Mapping[int, Path],
+    out: Path,
+    config: GeometryConfig,
+    progress: bool = True,
+    tables: Mapping[int, Path] | None = None,
+) -> Path:
+    """Writes trajectory.csv and .parquet of checkpoints (step -> folder), the last of which is the final one.
+
+    tables: step -> the folder of that step's geometry.csv, whose aggregates are taken in. All checkpoints of
+    one tensor are in memory at a time. Returns the path of trajectory.csv.
+    """
+    order = sorted(steps)
+    deltas = {step: stream(source, steps[step], classify) for step in order}
+    names = [
+        name
+        for name in deltas[order[-1]].report.matched
+        if all(name in its.report.matched for its in deltas.values())
+    ]
+    draws = [OBSERVED, *[WALK] * config.null_draws]
+    products, similar, places = [], [], []
+    with ExitStack() as stack:
+        read = {step: stack.enter_context(its.reader()) for step, its in deltas.items()}
+        for name in tqdm(names, desc="trajectory", unit="tensor", disable=not progress):
+            pairs = [read[step](name) for step in order]
+            where, stored = pairs[0].where, pairs[-1].trained.dtype
+            shape = "x".join(map(str, pairs[0].source.shape))
+            places.append(Place(name, where.component, where.layer, where.module, shape))
+            changes = [pair.delta for pair in pairs]
+            own = [along(changes, config)]
+            for draw in range(config.null_draws):
+                noise = walk(pairs[0].source, changes, stored, config.seed, draw, name)
+                own.append(along(noise, config))
+            products.append([its[0] for its in own])
+            similar.append([its[1] for its in own])
+    rows = list(step_rows(order, np.array(products), np.array(similar), draws, places))
+    for step, folder in (tables or {}).items():
+        rows += [StepRow(**row, step=step) for row in aggregates(folder)]
+    write_table(out, "trajectory", rows)
+    return out / "trajectory.csv"
+
+
+def walk(
+    source: Tensor, changes: Sequence[Tensor], stored: torch.dtype, *names: str | int
+) -> list[Tensor]:
+    """A random walk with the norms of `changes` [steps] after rounding; independent Gaussian increments."""
+    direction = torch.zeros_like(changes[0])
+    found, last = [], 0.0
+    stream_ = generator("cpu", "null", WALK, *names)
+    for change in changes:
+        size = norm(change)
+        noise = torch.randn(change.shape, generator=stream_, dtype=change.dtype)
+        direction = direction + noise * (
+            math.sqrt(max(size**2 - last**2, 0)) / max(norm(noise), 1e-30)
+        )
+        last = max(size, last)
+        moved = matched_delta(source, direction.clone(), size, stored) if size else 0 * change
+        found.append(moved)
+    return found
+
+
+def along(changes: Sequence[Tensor], config: GeometryConfig) -> tuple[np.ndarray, np.ndarray]:
+    """(products [steps, 2, 3], similarities [steps, 2, 2, ranks]) of one tensor's updates.
+
+    products: (D.E, |D|^2, |E|^2) of each D with E the final update, and the one before.
+    similarities: |U_k^T U'_k|^2 / k of the top-k left and right singular subspaces, the same two partners;
+    NaN where there are none.
+    """
+    matrices = [as_matrix(change)[0] for change in changes]
+    subspaces = [None if m is None else top(m, config) for m in matrices]
+    products, similar = [], []
+    for i, change in enumerate(changes):
+        partners = (len(changes) - 1, i - 1 if i else None)
+        products.append([inner(change, None if p is None else changes[p]) for p in partners])
+        similar.append([sims(subspaces[i], None if p is None else subspaces[p]) for p in partners])
+    return np.array(products), np.array(similar)
+
+
+def top(matrix: Tensor, config: GeometryConfig) -> Factors | None:
+    if not matrix.any():
+        return None
+    m, n = matrix.shape
+    return factorise(
+        Sum((matrix,)), min(max(RANKS), m, n), config.factorisation, too_large(m, n, config)
+    )
+
+
+def inner(a: Tensor, b: Tensor | None) -> tuple[float, float, float]:
+    if b is None:
+        return 0.0, 0.0, 0.0
+    product = sum(
+        float((x.double() * y).sum())
+        for x, y in zip(a.reshape(-1).split(2**18), b.reshape(-1).split(2**18), strict=True)
+    )
+    return product, norm(a) ** 2, norm(b) ** 2
+
+
+def sims(a: Factors | None, b: Factors | None) -> np.ndarray:
+    """Subspace similarities [left and right, ranks]; NaN where a rank is more than either has."""
+    found = np.full((2, len(RANKS)), np.nan)
+    if a is None or b is None:
+        return found
+    for side, (one, other) in enumerate(((a.left, b.left), (a.right, b.right))):
+        cosines = (one.T @ other).square()
+        for j, k in enumerate(RANKS):
+            if k <= min(a.rank, b.rank, *cosines.shape):
+                found[side, j] = float(cosines[:k, :k].sum()) / k
+    return found
+
+
+def step_rows(
+    order: Sequence[int],
+    products: np.ndarray,
+    similar: np.ndarray,
+    draws: Sequence[str],
+    places: Sequence[Place],
+) -> Iterator[StepRow]:
+    """Rows from products [tensors, draws, steps, 2, 3] and similarities [tensors, draws, steps, 2, 2, ranks]."""
+    members = [(Place("[all]"), slice(None))]
+    members += [(place, slice(i, i + 1)) for i, place in enumerate(places)]
+    for place, chosen in members:
+        for s, step in enumerate(order):
+            values = [
+                directions(products[chosen, d, s].sum(0)) + medians(similar[chosen, d, s])
+                for d in range(len(draws))
+            ]
+            for row in rows_of(values, draws, place):
+                yield StepRow(**vars(row), step=step)
+
+
+def directions(products: np.ndarray) -> list[Measure]:
+    """cosine_to_final and cosine_to_previous from (D.E, |D|^2, |E|^2) of both, summed over tensors."""
+    found = []
+    for partner, (product, own, theirs) in zip(("final", "previous"), products, strict=True):
+        term = Term(f"cosine_to_{partner}", "", float(product), math.sqrt(own * theirs))
+        found.append(term.measure())
+    return found
+
+
+def medians(similar: np.ndarray) -> list[Measure]:
+    """Subspace similarities [tensors, 2, 2, ranks] as medians over the tensors that have them."""
+    found = []
+    for p, partner in enumerate(("final", "previous")):
+        for s, side in enumerate(("left", "right")):
+            for j, k in enumerate(RANKS):
+                values = similar[:, p, s, j]
+                values = values[~np.isnan(values)]
+                key = (f"{side}_subspace_similarity_to_{partner}", parameters(k=k))
+                if len(values):
+                    reason = f"median of {len(values)} tensors" if len(similar) > 1 else ""
+                    found.append(Measure(*key, float(np.median(values)), reason=reason))
+                else:
+                    found.append(Measure(*key, None, "skipped", "no such subspace on both sides"))
+    return found
+
+
+def aggregates(folder: Path) -> Iterator[dict]:
+    """The rows of geometry.csv about the whole model and its parts, as `Row` has them."""
+    numbers = ("value", "null_mean", "null_sd", "excess", "excess_t", "p")
+    with (folder / "geometry.csv").open() as file:
+        for row in csv.DictReader(file):
+            if row["name"].startswith("["):
+                parsed = {k: float(row[k]) if row[k] else None for k in numbers}
+                yield {**row, **parsed, "layer": int(row["layer"]) if row["layer"] else None}
