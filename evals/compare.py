@@ -30,13 +30,16 @@ from vlopd.checkpoint import (
 from vlopd.config import (
     DistillArm,
     ExperimentConfig,
+    ExtrapolateArm,
     RandomMask,
     SourceArm,
     TeacherArm,
     TransplantArm,
 )
 
-Role = Literal["base", "teacher", "full", "replicate", "subnetwork", "random", "transplant"]
+Role = Literal[
+    "base", "teacher", "full", "replicate", "subnetwork", "random", "transplant", "projection"
+]
 POWER = 0.8
 
 
@@ -58,11 +61,16 @@ class Roles:
 
 
 def roles_of(config: ExperimentConfig) -> Roles:
-    """The first unmasked distill arm is full OPD, further ones are its replicates."""
+    """The first unmasked distill arm is full OPD, further ones are its replicates.
+
+    Arms that an early checkpoint's subspace or direction made, masked or not, are projections.
+    """
     of: dict[str, Role] = {}
     for name, arm in config.arms.items():
         if isinstance(arm, (SourceArm, TeacherArm)):
             of[name] = "base" if isinstance(arm, SourceArm) else "teacher"
+        elif isinstance(arm, ExtrapolateArm) or (isinstance(arm, DistillArm) and arm.subspace):
+            of[name] = "projection"
         elif arm.mask is None:
             of[name] = "replicate" if "full" in of.values() else "full"
         elif isinstance(config.masks[arm.mask], RandomMask):
@@ -211,6 +219,7 @@ def compare_task(answers: Answers, roles: Roles, config: ExperimentConfig) -> di
     pairs = [("teacher", "base"), ("full", "base"), ("teacher", "full"), ("replicate", "full")]
     pairs += [("subnetwork", "full"), ("subnetwork", "base"), ("random", "base")]
     pairs += [("transplant", "full"), ("transplant", "subnetwork")]
+    pairs += [("projection", "full"), ("projection", "base")]
     contrasts = [
         measure.contrast(f"{a} - {b}", a, b, scores[a], scores[b])
         for above, below in pairs

@@ -50,6 +50,7 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
         "kinds": tables.groups(compared),
         "training": tables.training(run, config),
         "masks": tables.masks(run, config),
+        "identity": tables.identity(records),
     }
     tidy, data["geometry"] = tables.geometry(run, config)
     drawn: dict[str, str] = {}
@@ -64,6 +65,7 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
         "tasks": [task_context(run, name, compared, data, drawn) for name in compared["tasks"]],
         "training": training_context(data["training"], roles, drawn),
         "masks": rows_of(data["masks"]),
+        "identity": rows_of(data["identity"]),
         "geometry": geometry_context(tidy, data["geometry"], drawn),
         "generations": examples.generations(run, shown),
         "figures": drawn,

@@ -22,6 +22,7 @@ COLOURS = {
     "replicate": "#56b4e9",
     "subnetwork": "#d55e00",
     "transplant": "#b9659a",
+    "projection": "#cc9a06",
     "pooled": "#009e73",
     "random": "#3fb593",
     "base": "#8a8f98",
