@@ -28,7 +28,6 @@ from vlopd.checkpoint import (
     write_json,
 )
 from vlopd.config import (
-    ArmConfig,
     DistillArm,
     ExperimentConfig,
     ExtrapolateArm,
@@ -39,7 +38,15 @@ from vlopd.config import (
 )
 
 Role = Literal[
-    "base", "teacher", "full", "replicate", "variant", "subnetwork", "random", "transplant"
+    "base",
+    "teacher",
+    "full",
+    "replicate",
+    "variant",
+    "subnetwork",
+    "random",
+    "transplant",
+    "projection",
 ]
 POWER = 0.8
 
@@ -63,12 +70,17 @@ class Roles:
 
 def roles_of(config: ExperimentConfig) -> Roles:
     """The first unmasked distill arm is full OPD, further ones are its replicates or, with sections of their
-    own (another loss, say), its variants."""
+    own (another loss, say), its variants.
+
+    Arms that an early checkpoint's subspace or direction made, masked or not, are projections.
+    """
     of: dict[str, Role] = {}
     for name, arm in config.arms.items():
         if isinstance(arm, (SourceArm, TeacherArm)):
             of[name] = "base" if isinstance(arm, SourceArm) else "teacher"
-        elif is_variant(arm):
+        elif isinstance(arm, ExtrapolateArm) or (isinstance(arm, DistillArm) and arm.subspace):
+            of[name] = "projection"
+        elif isinstance(arm, DistillArm) and arm.mask is None and arm.own:
             of[name] = "variant"
         elif arm.mask is None:
             of[name] = "replicate" if "full" in of.values() else "full"
@@ -88,13 +100,6 @@ def roles_of(config: ExperimentConfig) -> Roles:
         if role in ("subnetwork", "transplant")
     }
     return Roles(of, {name: arms for name, arms in controls.items() if arms})
-
-
-def is_variant(arm: ArmConfig) -> bool:
-    """Whether an unmasked arm was trained, or made, in another way than full OPD."""
-    if isinstance(arm, ExtrapolateArm):
-        return True
-    return isinstance(arm, DistillArm) and arm.mask is None and bool(arm.own or arm.subspace)
 
 
 def mask_of(config: ExperimentConfig, arm: str) -> str | None:
@@ -232,6 +237,7 @@ def compare_task(answers: Answers, roles: Roles, config: ExperimentConfig) -> di
     pairs += [("variant", "full"), ("variant", "base")]
     pairs += [("subnetwork", "full"), ("subnetwork", "base"), ("random", "base")]
     pairs += [("transplant", "full"), ("transplant", "subnetwork")]
+    pairs += [("projection", "full"), ("projection", "base")]
     contrasts = [
         measure.contrast(f"{a} - {b}", a, b, scores[a], scores[b])
         for above, below in pairs

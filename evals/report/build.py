@@ -48,6 +48,7 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
         "kinds": tables.groups(compared),
         "training": tables.training(run, config),
         "masks": tables.masks(run, config),
+        "identity": tables.identity(records),
     }
     tidy, data["geometry"] = tables.geometry(run, config)
     drawn: dict[str, str] = {}
@@ -62,6 +63,7 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
         "tasks": [task_context(run, name, compared, data, drawn) for name in compared["tasks"]],
         "training": training_context(data["training"], roles, drawn),
         "masks": rows_of(data["masks"]),
+        "identity": rows_of(data["identity"]),
         "geometry": geometry_context(run, tidy, data["geometry"], drawn),
         "overlap": overlap_context(run, drawn),
         "generations": examples.generations(run, shown),

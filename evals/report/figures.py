@@ -23,6 +23,7 @@ COLOURS = {
     "variant": "#7a6fb0",
     "subnetwork": "#d55e00",
     "transplant": "#b9659a",
+    "projection": "#cc9a06",
     "pooled": "#009e73",
     "random": "#3fb593",
     "base": "#8a8f98",

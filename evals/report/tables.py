@@ -11,15 +11,8 @@ from vlopd.checkpoint import RunFolder, read_json, read_jsonl
 from vlopd.config import ExperimentConfig
 
 ORDER = (
-    "teacher",
-    "full",
-    "replicate",
-    "variant",
-    "subnetwork",
-    "transplant",
-    "pooled",
-    "random",
-    "base",
+    *("teacher", "full", "replicate", "variant", "subnetwork", "projection", "transplant"),
+    *("pooled", "random", "base"),
 )
 """From ceiling to floor: the order of arms in every table and figure."""
 
@@ -142,6 +135,20 @@ def masks(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
             rows.append(
                 {"mask": name, "rule": " ".join(words), "density": record["density"], **components}
             )
+    return pd.DataFrame(rows)
+
+
+def identity(records: Mapping[str, Any]) -> pd.DataFrame:
+    """How equal each arm's weights are to those of the arms it was made from, one row a pair and tolerance.
+
+    Shares of coordinates with |arm - other| <= tolerance; those of the source are what no training gives.
+    """
+    rows = [
+        {"arm": arm, "other": other, **row}
+        for arm, record in records.items()
+        for other, found in (record.get("identity") or {}).items()
+        for row in found
+    ]
     return pd.DataFrame(rows)
 
 
