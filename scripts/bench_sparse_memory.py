@@ -1,7 +1,7 @@
 """Peak memory and step time of training a fifth of a Llama's coordinates, against all of them and against PEFT.
 
     python scripts/bench_sparse_memory.py                    # fp32
-    python scripts/bench_sparse_memory.py --compute bf16     # slow on a CPU without bf16 instructions
+    python scripts/bench_sparse_memory.py --compute bf16 --rounds 0   # steps are slow on a CPU without bf16
 
 Four child processes train the same Llama (98 M parameters, random weights) with AdamW on the same tokens:
 
@@ -13,9 +13,8 @@ Four child processes train the same Llama (98 M parameters, random weights) with
 Printed for each: trained coordinates; bytes of gradients and optimizer state after a step, summed over the
 tensors; what the process's peak (VmHWM) adds to its resident size with the model loaded, which is values,
 indices, gradients, state, activations and what passes; what it adds to that with the libraries loaded, which
-is the model too; the whole process's peak; CPU seconds of a step, median (all threads together, so that
-other work on the machine counts little). Then the ratios to dense. On a GPU the peaks are those of the
-allocator, without libraries, and seconds are wall seconds.
+is the model too; the whole process's peak. Then the ratios to dense. A fifth process times the four in turn.
+On a GPU the peaks are those of the allocator, without libraries.
 """
 
 from __future__ import annotations
@@ -30,12 +29,11 @@ import time
 DENSITY = 0.2
 MODES = ("dense", "sparse", "shira", "linear")
 COLUMNS = (
-    ("trained", "trained", 1, 0),
-    ("grad+state MB", "state_bytes", 1e6, 0),
-    ("over model MB", "over_model_bytes", 1e6, 0),
-    ("over imports MB", "over_imports_bytes", 1e6, 0),
-    ("peak MB", "peak_bytes", 1e6, 0),
-    ("step s", "seconds", 1, 3),
+    ("trained", "trained", 1),
+    ("grad+state MB", "state_bytes", 1e6),
+    ("over model MB", "over_model_bytes", 1e6),
+    ("over imports MB", "over_imports_bytes", 1e6),
+    ("peak MB", "peak_bytes", 1e6),
 )
 SIZES = dict(
     vocab_size=8192,
@@ -50,90 +48,137 @@ SIZES = dict(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compute", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--tokens", type=int, default=128, help="of each of two sequences")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--child", choices=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, default=64, help="of each of two sequences")
+    parser.add_argument("--timed-tokens", type=int, default=256, help="the same, of timed steps")
+    parser.add_argument("--rounds", type=int, default=7, help="of timed steps; 0 for none")
+    parser.add_argument("--child", choices=[*MODES, "time"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measure(args.child, args.compute, args.tokens, args.steps)))
+        seconds = args.child == "time"
+        found = time_steps(args) if seconds else measure_memory(args.child, args)
+        print(json.dumps(found))
         return
-    # freed tensors go back to the system at once: an allocator that keeps its pages shows them as used
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    found = {}
-    for mode in MODES:
+    # for memory, freed tensors go back to the system at once: an allocator that keeps its pages shows them as
+    # used; for time, the allocator is the user's, since fetching pages anew would cost more than the step
+    returning = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    returning["MALLOC_MMAP_THRESHOLD_"] = "65536"
+
+    def child(mode: str):
+        environment = dict(os.environ) if mode == "time" else returning
         words = [sys.executable, __file__, *sys.argv[1:], "--child", mode]
         out = subprocess.run(words, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-        found[mode] = json.loads(out.stdout.splitlines()[-1])
+        return json.loads(out.stdout.splitlines()[-1])
+
+    found = {mode: child(mode) for mode in MODES}
     first = found["dense"]
     print(f"{first['device']}, {args.compute}, {first['total']:,} parameters, AdamW")
     print(f"{'':8}" + "".join(f"{title:>16}" for title, *_ in COLUMNS))
     for mode, row in found.items():
-        cells = (f"{row[key] / unit:>16,.{digits}f}" for _, key, unit, digits in COLUMNS)
-        print(f"{mode:8}" + "".join(cells))
+        print(f"{mode:8}" + "".join(f"{row[key] / unit:>16,.0f}" for _, key, unit in COLUMNS))
     print("ratio to dense")
     for mode in MODES[1:]:
-        ratios = (f"{found[mode][key] / first[key]:>16.3f}" for _, key, *_ in COLUMNS)
+        ratios = (f"{found[mode][key] / first[key]:>16.3f}" for _, key, _ in COLUMNS)
         print(f"{mode:8}" + "".join(ratios))
+    if args.rounds:
+        rounds = child("time")
+        print(
+            f"seconds of a step, median of {args.rounds} rounds; ratio to dense in the same round: median (range)"
+        )
+        for mode in MODES:
+            ratios = sorted(
+                of / dense for of, dense in zip(rounds[mode], rounds["dense"], strict=True)
+            )
+            middle, seconds = (sorted(x)[len(x) // 2] for x in (ratios, rounds[mode]))
+            print(f"{mode:8}{seconds:>9.3f}{middle:>9.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f})")
 
 
-def measure(mode: str, compute: str, tokens: int, steps: int) -> dict[str, float | int | str]:
-    """One mode in this process."""
+def measure_memory(mode: str, args: argparse.Namespace) -> dict[str, float | int | str]:
+    """One mode in this process, over three steps."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    from vlopd.config import AdamW
-    from vlopd.optimizers import build_optimizer
-    from vlopd.trainable import Trainable
+    import vlopd.masks
+    import vlopd.optimizers  # noqa: F401 - so that their size is not the model's
 
     if mode == "shira":
-        import peft  # noqa: F401 - so that its size is not the model's
-    imported = 0 if torch.cuda.is_available() else resident("VmRSS")
+        import peft  # noqa: F401
     cuda = torch.cuda.is_available()
-    device = "cuda" if cuda else "cpu"
-    torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, dtype=torch.float32 if compute == "fp32" else torch.bfloat16)
-    model = LlamaForCausalLM._from_config(config).to(device)
-    model.train()
-    ids = torch.randint(0, SIZES["vocab_size"], (2, tokens), device=device)
-    total = model.num_parameters()
+    imported = 0 if cuda else resident("VmRSS")
+    model, ids = llama(args)
     loaded = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
-
-    if mode == "shira":
-        values, step, clear = shira(model, rank_of_shira(total))
-    else:
-        trainable = Trainable(model, mask_of(mode, model, rank_of_shira(total)))
-        optimizer = build_optimizer(AdamW(), trainable)
-        values = list(trainable.parameters())
-
-        def step() -> None:
-            optimizer.step(1e-6)
-            trainable.write_back()
-
-        clear = trainable.zero_grad
-
-    seconds = []
-    for _ in range(steps + 1):
-        started = time.perf_counter() if cuda else time.process_time()
-        clear()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(values, 1.0)
+    values, step = trainer(mode, model, ids)
+    for _ in range(3):
         step()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append((time.perf_counter() if cuda else time.process_time()) - started)
     peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
     trained = sum(value.numel() for value in values)
     return {
         "device": torch.cuda.get_device_name() if cuda else "CPU",
-        "total": total,
+        "total": sum(p.numel() for p in model.parameters()) - (trained if mode == "shira" else 0),
         "trained": trained,
         "state_bytes": sum(v.grad.nbytes for v in values) + 8 * trained,  # AdamW's moments are fp32
         "over_model_bytes": peak - loaded,
         "over_imports_bytes": peak - imported,
         "peak_bytes": peak,
-        "seconds": sorted(seconds[1:])[steps // 2],
     }
+
+
+def time_steps(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of the modes' steps in turn: what else the machine does falls on all of them."""
+    import torch
+
+    args.tokens = args.timed_tokens
+    steps = {mode: trainer(mode, *llama(args))[1] for mode in MODES}
+    found: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for k in range(args.rounds + 1):
+        for mode, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if k:  # the first warms up
+                found[mode].append(time.perf_counter() - started)
+    return found
+
+
+def llama(args: argparse.Namespace):
+    """(model, token ids [2, tokens])"""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, dtype=torch.float32 if args.compute == "fp32" else torch.bfloat16)
+    model = LlamaForCausalLM._from_config(config).to(device)
+    model.train()
+    return model, torch.randint(0, SIZES["vocab_size"], (2, args.tokens), device=device)
+
+
+def trainer(mode: str, model, ids):
+    """(trained values, a function that makes one step)."""
+    import torch
+
+    from vlopd.config import AdamW
+    from vlopd.optimizers import build_optimizer
+    from vlopd.trainable import Trainable
+
+    rank = rank_of_shira(model.num_parameters())
+    if mode == "shira":
+        values, update, clear = shira(model, rank)
+    else:
+        trainable = Trainable(model, mask_of(mode, model, rank))
+        optimizer = build_optimizer(AdamW(), trainable)
+        values, clear = list(trainable.parameters()), trainable.zero_grad
+
+        def update() -> None:
+            optimizer.step(1e-6)
+            trainable.write_back()
+
+    def step() -> None:
+        clear()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(values, 1.0)
+        update()
+
+    return values, step
 
 
 def linears(model):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vlopd.bits import different, pack, positions
 
 Storage = Literal["whole", "listed", "packed", "dense"]
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 """Coordinates whose positions are spelled out at once: bounds what a gather needs beside its result."""
 
 
@@ -72,7 +72,7 @@ def gather(flat: Tensor, where: Listed | Packed) -> Tensor:
 def scatter(flat: Tensor, where: Listed | Packed, values: Tensor) -> None:
     """Writes [K] values into [n] entries at the coordinates, in place."""
     for part, chunk in where.chunks():
-        flat.index_copy_(0, chunk.to(flat.device, torch.int64), values[part].to(flat))
+        flat.scatter_(0, chunk.to(flat.device, torch.int64), values[part].to(flat))
 
 
 def cheapest(n: int, count: int, shared: bool) -> Storage:
