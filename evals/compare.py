@@ -35,6 +35,7 @@ from vlopd.config import (
     SourceArm,
     TeacherArm,
     TransplantArm,
+    mask_of,
 )
 
 Role = Literal[
@@ -94,17 +95,12 @@ def roles_of(config: ExperimentConfig) -> Roles:
             for other, its in of.items()
             if its == "random"
             and type(config.arms[other]) is type(config.arms[name])
-            and origin(config, mask_of(config, other)) == mask_of(config, name)
+            and origin(config, mask_of(config.arms[other])) == mask_of(config.arms[name])
         )
         for name, role in of.items()
         if role in ("subnetwork", "transplant")
     }
     return Roles(of, {name: arms for name, arms in controls.items() if arms})
-
-
-def mask_of(config: ExperimentConfig, arm: str) -> str | None:
-    its = config.arms[arm]
-    return its.mask if isinstance(its, (DistillArm, TransplantArm)) else None
 
 
 def origin(config: ExperimentConfig, mask: str | None) -> str | None:

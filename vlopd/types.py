@@ -153,11 +153,6 @@ class Completions:
             ended[index] = part.ended
         return Completions(ids, mask, logprobs, ended)
 
-    @property
-    def truncated_fraction(self) -> float:
-        """Share of rows that hit the length limit without an end token."""
-        return 1.0 - float(self.ended.float().mean())
-
 
 @dataclass(frozen=True)
 class TensorName:
