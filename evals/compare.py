@@ -207,7 +207,13 @@ def compare(run: RunFolder, config: ExperimentConfig) -> Path:
         for arm in arms:
             failures = results[arm].get("extraction_failure_fraction", {}).get(task)
             tasks[task]["arms"][arm]["extraction_failure_fraction"] = failures
-    record = {"inputs": inputs, "confidence": config.eval.confidence, "tasks": tasks}
+    foreign = {arm: its for arm in arms if (its := results[arm].get("other_source"))}
+    record = {
+        "inputs": inputs,
+        "confidence": config.eval.confidence,
+        "other_source": foreign,
+        "tasks": tasks,
+    }
     record["verdict"] = verdict(record, config, densities(run, arms))
     write_json(run.compare, without_nan(record))
     return run.compare

@@ -1,9 +1,9 @@
 """Peak memory and step time of training a fifth of a Llama's coordinates, against all of them and against PEFT.
 
-    python scripts/bench_sparse_memory.py                    # fp32
-    python scripts/bench_sparse_memory.py --compute bf16 --rounds 0   # steps are slow on a CPU without bf16
+    python scripts/bench_sparse_memory.py                    # memory in fp32 and in bf16, time in fp32
+    python scripts/bench_sparse_memory.py --compute bf16     # bf16 alone; steps are slow on a CPU without it
 
-Four child processes train the same Llama (98 M parameters, random weights) with AdamW on the same tokens:
+Child processes train the same Llama (98 M parameters, random weights) with AdamW on the same tokens, one each:
 
     dense    all coordinates, by our own `Trainable`
     sparse   a random fifth of every tensor
@@ -25,6 +25,7 @@ import os
 import subprocess
 import sys
 import time
+from typing import Any
 
 DENSITY = 0.2
 MODES = ("dense", "sparse", "shira", "linear")
@@ -47,12 +48,13 @@ SIZES = dict(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--compute", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--compute", choices=["fp32", "bf16"], action="append")
     parser.add_argument("--tokens", type=int, default=64, help="of each of two sequences")
     parser.add_argument("--timed-tokens", type=int, default=256, help="the same, of timed steps")
     parser.add_argument("--rounds", type=int, default=7, help="of timed steps; 0 for none")
     parser.add_argument("--child", choices=[*MODES, "time"], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.compute = args.compute or ["fp32", "bf16"]
     if args.child:
         seconds = args.child == "time"
         found = time_steps(args) if seconds else measure_memory(args.child, args)
@@ -63,15 +65,32 @@ def main() -> None:
     returning = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     returning["MALLOC_MMAP_THRESHOLD_"] = "65536"
 
-    def child(mode: str):
+    def child(mode: str, compute: str):
         environment = dict(os.environ) if mode == "time" else returning
-        words = [sys.executable, __file__, *sys.argv[1:], "--child", mode]
-        out = subprocess.run(words, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+        sizes = [
+            "--tokens",
+            args.tokens,
+            "--timed-tokens",
+            args.timed_tokens,
+            "--rounds",
+            args.rounds,
+        ]
+        words = [*map(str, sizes), "--compute", compute, "--child", mode]
+        command = [sys.executable, __file__, *words]
+        out = subprocess.run(
+            command, env=environment, check=True, stdout=subprocess.PIPE, text=True
+        )
         return json.loads(out.stdout.splitlines()[-1])
 
-    found = {mode: child(mode) for mode in MODES}
+    for compute in args.compute:
+        tell_memory(compute, {mode: child(mode, compute) for mode in MODES})
+    if args.rounds:
+        tell_time(args.compute[0], child("time", args.compute[0]))
+
+
+def tell_memory(compute: str, found: dict[str, dict[str, Any]]) -> None:
     first = found["dense"]
-    print(f"{first['device']}, {args.compute}, {first['total']:,} parameters, AdamW")
+    print(f"{first['device']}, {compute}, {first['total']:,} parameters, AdamW")
     print(f"{'':8}" + "".join(f"{title:>16}" for title, *_ in COLUMNS))
     for mode, row in found.items():
         print(f"{mode:8}" + "".join(f"{row[key] / unit:>16,.0f}" for _, key, unit in COLUMNS))
@@ -79,17 +98,18 @@ def main() -> None:
     for mode in MODES[1:]:
         ratios = (f"{found[mode][key] / first[key]:>16.3f}" for _, key, _ in COLUMNS)
         print(f"{mode:8}" + "".join(ratios))
-    if args.rounds:
-        rounds = child("time")
-        print(
-            f"seconds of a step, median of {args.rounds} rounds; ratio to dense in the same round: median (range)"
-        )
-        for mode in MODES:
-            ratios = sorted(
-                of / dense for of, dense in zip(rounds[mode], rounds["dense"], strict=True)
-            )
-            middle, seconds = (sorted(x)[len(x) // 2] for x in (ratios, rounds[mode]))
-            print(f"{mode:8}{seconds:>9.3f}{middle:>9.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f})")
+
+
+def tell_time(compute: str, rounds: dict[str, list[float]]) -> None:
+    count = len(rounds["dense"])
+    print(
+        f"{compute}: seconds of a step, median of {count} rounds; ratio to dense in the same round: median "
+        "(range)"
+    )
+    for mode in MODES:
+        ratios = sorted(of / dense for of, dense in zip(rounds[mode], rounds["dense"], strict=True))
+        middle, seconds = (sorted(x)[len(x) // 2] for x in (ratios, rounds[mode]))
+        print(f"{mode:8}{seconds:>9.3f}{middle:>9.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f})")
 
 
 def measure_memory(mode: str, args: argparse.Namespace) -> dict[str, float | int | str]:
@@ -146,7 +166,9 @@ def llama(args: argparse.Namespace):
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, dtype=torch.float32 if args.compute == "fp32" else torch.bfloat16)
+    config = LlamaConfig(
+        **SIZES, dtype=torch.float32 if args.compute == ["fp32"] else torch.bfloat16
+    )
     model = LlamaForCausalLM._from_config(config).to(device)
     model.train()
     return model, torch.randint(0, SIZES["vocab_size"], (2, args.tokens), device=device)

@@ -275,6 +275,12 @@ def test_another_sources_mask_needs_a_word_and_leaves_a_mark(
 
     evaluate_arm(run, ours, "full")
     assert read_json(run.eval("full") / "results.json")["other_source"] == mark
+    evaluate_arm(run, ours, "base")
+    from evals.compare import compare
+
+    compared = read_json(compare(run, ours))
+    assert compared["other_source"] == {"full": mark}
+    assert any("came from another source checkpoint" in line for line in compared["verdict"])
 
     same = RunFolder.create(
         tmp_path / "same", config := theirs.model_copy(update={"masks": ours.masks})

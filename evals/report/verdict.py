@@ -36,6 +36,11 @@ def verdict(
         noise += (
             " (full OPD was repeated, see its replicates)" if replicated else " (one seed per arm)"
         )
+    for arm, made_of in record["other_source"].items():
+        sentences.append(
+            f"{capital(arm)} was made with --allow-other-source: {', '.join(made_of)} came from "
+            "another source checkpoint."
+        )
     sentences.append(f"Intervals are {100 * record['confidence']:g} % over questions; {noise}.")
     return sentences
 
