@@ -1,53 +1,81 @@
 """The one lm-eval model class for our loaded models, text and image alike.
 
-Prompts go through the model's own template and processor exactly as in training, and generation through
-the sampler that training uses, at temperature 0. Text and image requests may come in one call.
+Prompts are tokenized, cut and decoded as lm-eval's own classes do it, so that numbers equal theirs; generation
+goes through the sampler that training uses. Text and image requests may come in one call.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.models.utils import resolve_max_length
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from PIL import Image
 from tqdm import tqdm
 
-from vlopd.config import ConfigError
+from vlopd.config import ConfigError, SampledConfig
 from vlopd.losses import logprobs_at
+from vlopd.models.families import pad_left
 from vlopd.models.load import LoadedModel
 from vlopd.rollout import sample
+from vlopd.seeding import uniforms
 from vlopd.types import Completions, Example, Prompts, parts_at_marks
 
 PLACEHOLDER = "<image>"
 """How lm-eval's image tasks mark an image in a prompt, whatever the model's own token is."""
 
 DEFAULT_MAX_GEN_TOKS = 256
+"""lm-eval's, where a task says nothing."""
+
+
+class Decoding(NamedTuple):
+    """How a request's answer is generated."""
+
+    tokens: int
+    temperature: float
+    top_p: float
+    top_k: int | None
 
 
 class ArmLM(LM):
-    """Scores one loaded model; results do not depend on the batch size in fp32."""
+    """Scores one loaded model; results do not depend on the batch size in fp32.
+
+    With `sampled`, generation is sampled as it says, whatever the task wants; `draw` numbers the pass, and
+    each question has random numbers of its own in each.
+    """
 
     MULTIMODAL = True  # lm-eval asks before it hands out requests with pictures
 
     def __init__(
-        self, loaded: LoadedModel, batch_size: int = 16, title: str = "", quiet: bool = False
+        self,
+        loaded: LoadedModel,
+        batch_size: int = 16,
+        title: str = "",
+        quiet: bool = False,
+        sampled: SampledConfig | None = None,
     ):
         super().__init__()
         self.loaded, self.batch_size, self.title, self.quiet = loaded, batch_size, title, quiet
+        self.sampled, self.draw = sampled, 0
         self._device = loaded.device
 
     @property
     def tokenizer_name(self) -> str:
         return self.loaded.name.replace("/", "__")
 
-    def chat_template(self, chat_template: bool | str = False) -> str:
+    @property
+    def max_length(self) -> int:
+        """The model's context in tokens."""
+        return resolve_max_length(self.loaded.model.config, self.loaded.tokenizer)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template's text, for lm-eval's record."""
-        processor = self.loaded.processor
-        return getattr(processor, "chat_template", None) or self.loaded.tokenizer.chat_template
+        return self.loaded.chat_template if chat_template else None
 
     def apply_chat_template(
         self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True
@@ -59,30 +87,48 @@ class ArmLM(LM):
     # ------------------------------------------------------------------------------ lm-eval's requests
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy answers, cut at the first stop string of each request."""
+        """Answers, cut at the first stop string of each request."""
+        occurrences: Counter[str] = Counter()
+        repeat = []  # the same request comes once a sample where a task has `repeats`
+        for request in requests:
+            repeat.append(occurrences[request.args[0]])
+            occurrences[request.args[0]] += 1
 
-        def answer(batch: Sequence[Instance]) -> list[str]:
-            longest = max(r.args[1].get("max_gen_toks", DEFAULT_MAX_GEN_TOKS) for r in batch)
-            completions = sample(self.loaded, self.encode(batch), longest, temperature=0)
-            texts = self.loaded.decode(completions)
+        def answer(indices: Sequence[int]) -> list[str]:
+            batch = [requests[i] for i in indices]
+            how = self.decoding(batch[0])
+            draws = None
+            if how.temperature > 0:
+                names = [(r.args[0], self.draw, repeat[i]) for r, i in zip(batch, indices, strict=True)]
+                draws = torch.cat([uniforms(1, how.tokens, "eval", *name) for name in names])
+            completions = sample(
+                self.loaded,
+                self.encode(batch, self.max_length - how.tokens),
+                how.tokens,
+                temperature=how.temperature,
+                uniforms=draws,
+                top_k=how.top_k,
+                top_p=how.top_p,
+            )
+            texts = self.decode(completions)
             return [cut(t, r.args[1].get("until") or []) for t, r in zip(texts, batch, strict=True)]
 
-        for request in requests:
-            kwargs = request.args[1]
-            if kwargs.get("do_sample") or kwargs.get("temperature", 0.0) > 0:
-                raise ConfigError(f"task {request.task_name}: only greedy generation is supported")
-        return self.in_batches(
-            requests, answer, disable_tqdm, key=lambda r: r.args[1].get("max_gen_toks", 0)
-        )
+        return self.in_batches(requests, answer, disable_tqdm, key=self.decoding)
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether greedy decoding would say it)."""
 
-        def score(batch: Sequence[Instance]) -> list[tuple[float, bool]]:
-            rows = [self.continuation_ids(r.args[0], r.args[1]) for r in batch]
-            return self.score(self.encode(batch), rows)
+        def score(indices: Sequence[int]) -> list[tuple[float, bool]]:
+            batch = [requests[i] for i in indices]
+            if has_images(batch[0]):
+                rows = [self.pair_ids(r.args[0], r.args[1])[1] for r in batch]
+                return self.score(self.encode(batch), rows)
+            pairs = [self.pair_ids(r.args[0], r.args[1]) for r in batch]
+            # what does not fit is cut from the left, as lm-eval does
+            contexts = [c[-max(1, self.max_length + 1 - len(row)) :] for c, row in pairs]
+            return self.score(self.prompts(contexts), [row for _, row in pairs])
 
         return self.in_batches(requests, score, disable_tqdm)
 
@@ -91,18 +137,15 @@ class ArmLM(LM):
     ) -> list[float]:
         """Log-probability of whole texts, in windows of the model's context length."""
         totals = []
-        longest = self.loaded.model.config.get_text_config().max_position_embeddings
-        prefix = self.loaded.tokenizer.bos_token_id or self.loaded.end_ids[0]
         for request in tqdm(requests, disable=disable_tqdm or self.quiet, desc=self.title):
-            ids = self.loaded.tokenizer(request.args[0], add_special_tokens=False)["input_ids"]
+            ids = self.text_ids(request.args[0])
             windows = map(
-                make_disjoint_window, get_rolling_token_windows(ids, prefix, longest - 1, 1)
+                make_disjoint_window,
+                get_rolling_token_windows(ids, self.prefix_id, self.max_length - 1, 1),
             )
             total = 0.0
             for context, continuation in windows:
-                context_ids = torch.tensor([context], device=self.device)
-                prompts = Prompts(context_ids, torch.ones_like(context_ids))
-                total += self.score(prompts, [continuation])[0][0]
+                total += self.score(self.prompts([context]), [continuation])[0][0]
             totals.append(total)
         return totals
 
@@ -111,45 +154,100 @@ class ArmLM(LM):
     def in_batches(
         self,
         requests: Sequence[Instance],
-        answer: Callable[[Sequence[Instance]], list[Any]],
+        answer: Callable[[Sequence[int]], list[Any]],
         disable_tqdm: bool,
-        key: Callable[[Instance], int] = lambda r: 0,
+        key: Callable[[Instance], Any] = lambda r: 0,
     ) -> list[Any]:
-        """Batches of like kind (images or not, then `key`), longest prompt first; answers in request order."""
-        order = sorted(
-            range(len(requests)),
-            key=lambda i: (has_images(requests[i]), key(requests[i]), -len(requests[i].args[0])),
-        )
+        """Batches of one kind (images or not, then `key`), longest prompt first; answers in request order."""
+        kinds = [(has_images(request), key(request)) for request in requests]
+        groups: dict[Any, list[int]] = {}
+        for i, kind in enumerate(kinds):
+            groups.setdefault(kind, []).append(i)
         answers: list[Any] = [None] * len(requests)
-        with tqdm(
-            total=len(requests),
-            disable=disable_tqdm or self.quiet,
-            desc=self.title,
-            unit="question",
-        ) as bar:
-            start = 0
-            while start < len(order):
-                kind = has_images(requests[order[start]])
-                batch = order[start : start + self.batch_size]
-                batch = [i for i in batch if has_images(requests[i]) == kind]
-                for i, value in zip(batch, answer([requests[i] for i in batch]), strict=True):
-                    answers[i] = value
-                start += len(batch)
-                bar.update(len(batch))
+        off = disable_tqdm or self.quiet
+        with tqdm(total=len(requests), disable=off, desc=self.title, unit="question") as bar:
+            for group in groups.values():
+                group.sort(key=lambda i: -len(requests[i].args[0]))
+                for start in range(0, len(group), self.batch_size):
+                    batch = group[start : start + self.batch_size]
+                    for i, value in zip(batch, answer(batch), strict=True):
+                        answers[i] = value
+                    bar.update(len(batch))
         return answers
 
-    def encode(self, batch: Sequence[Instance]) -> Prompts:
-        images = [images_of(request) for request in batch]
-        return self.loaded.encode([request.args[0] for request in batch], images)
+    def decoding(self, request: Instance) -> Decoding:
+        """What a request asks for, or `sampled` in its place."""
+        asked = request.args[1]
+        tokens = int(asked.get("max_gen_toks", DEFAULT_MAX_GEN_TOKS))
+        if self.sampled is not None:
+            return Decoding(
+                tokens, self.sampled.temperature, self.sampled.top_p, self.sampled.top_k
+            )
+        temperature = float(asked.get("temperature") or 0.0)
+        if asked.get("do_sample") is False:
+            temperature = 0.0
+        elif asked.get("do_sample") and not asked.get("temperature"):
+            temperature = 1.0
+        top_k = asked.get("top_k")
+        return Decoding(tokens, temperature, float(asked.get("top_p") or 1.0), top_k or None)
 
-    def continuation_ids(self, context: str, continuation: str) -> list[int]:
-        """The continuation's tokens as they come after the context (lm-eval's convention)."""
+    @property
+    def prefix_id(self) -> int:
+        """What stands before a text that has no context."""
+        bos = self.loaded.tokenizer.bos_token_id
+        return self.loaded.end_ids[0] if bos is None else bos
+
+    def text_ids(self, text: str) -> list[int]:
+        """A text's tokens; the tokenizer's own BOS comes first unless the text begins with one."""
+        tokenizer = self.loaded.tokenizer
+        prefix = tokenizer.decode([self.prefix_id])
+        return tokenizer(text, add_special_tokens=not text.startswith(prefix))["input_ids"]
+
+    def encode(self, batch: Sequence[Instance], longest: int | None = None) -> Prompts:
+        """Prompts of one kind. Text beyond `longest` tokens is cut from the left; pictures cannot be.
+
+        Raises ConfigError where a prompt with pictures is longer, or a text prompt has no room at all.
+        """
+        task = batch[0].task_name
+        if longest is not None and longest < 1:
+            raise ConfigError(
+                f"task {task} asks for more new tokens than {self.loaded.name}'s context of "
+                f"{self.max_length}; lower its max_gen_toks"
+            )
+        texts = [request.args[0] for request in batch]
+        if not has_images(batch[0]):
+            return self.prompts([self.text_ids(text)[-(longest or 0) :] for text in texts])
+        prompts = self.loaded.encode(texts, [images_of(request) for request in batch])
+        if longest is not None and prompts.input_ids.shape[1] > longest:
+            raise ConfigError(
+                f"task {task}: a prompt with its pictures has {prompts.input_ids.shape[1]} tokens, and "
+                f"{self.loaded.name} has room for {longest}; lower max_gen_toks or the image size"
+            )
+        return prompts
+
+    def prompts(self, rows: Sequence[Sequence[int]]) -> Prompts:
+        """Token ids -> model inputs, padded on the left."""
+        ids = [torch.tensor([row]) for row in rows]
+        masks = [torch.ones_like(row) for row in ids]
+        padded = Prompts(pad_left(ids, self.loaded.pad_id), pad_left(masks, 0))
+        return padded.to(self.loaded.device, self.loaded.model.dtype)
+
+    def pair_ids(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """(context's tokens, the continuation's as they come after it): lm-eval's convention."""
+        if not context:
+            ids = self.loaded.tokenizer(continuation, add_special_tokens=False)["input_ids"]
+            return ([self.prefix_id], ids) if ids[0] != self.prefix_id else (ids[:1], ids[1:])
         spaces = len(context) - len(context.rstrip())
         if spaces:
             continuation, context = context[-spaces:] + continuation, context[:-spaces]
-        encode = self.loaded.tokenizer
-        whole = encode(context + continuation, add_special_tokens=False)["input_ids"]
-        return whole[len(encode(context, add_special_tokens=False)["input_ids"]) :]
+        own = self.text_ids(context)
+        return own, self.text_ids(context + continuation)[len(own) :]
+
+    def decode(self, completions: Completions) -> list[str]:
+        """Each completion as text, without special tokens."""
+        rows = zip(completions.ids, completions.mask, strict=True)
+        kept = [ids[mask].tolist() for ids, mask in rows]
+        return self.loaded.tokenizer.batch_decode(kept, skip_special_tokens=True)
 
     @torch.no_grad()
     def score(self, prompts: Prompts, rows: list[list[int]]) -> list[tuple[float, bool]]:

@@ -908,8 +908,30 @@ class ExtrapolateArm(Section):
         return self
 
 
+class CheckpointArm(Section):
+    """Any model as it is, to be scored beside the others."""
+
+    type: Literal["checkpoint"] = "checkpoint"
+    model: str
+    """A folder, a hub id or `builtin:NAME`."""
+
+
+class ImportedArm(Section):
+    """Scores that lm-eval gave elsewhere: no model, only answers to the same questions."""
+
+    type: Literal["imported"] = "imported"
+    results: str
+    """lm-eval's output folder: results_*.json and samples_*.jsonl (its --log_samples)."""
+
+
 ArmConfig = Annotated[
-    SourceArm | TeacherArm | DistillArm | TransplantArm | ExtrapolateArm,
+    SourceArm
+    | TeacherArm
+    | DistillArm
+    | TransplantArm
+    | ExtrapolateArm
+    | CheckpointArm
+    | ImportedArm,
     Field(discriminator="type"),
 ]
 
@@ -1030,14 +1052,35 @@ class HeldOutConfig(Section):
     """The first so many questions of each task."""
 
 
+class SampledConfig(Section):
+    """Several sampled answers a question in place of a greedy one: scores are means over them (mean@n), and
+    pass@k stands beside them."""
+
+    n: int = Field(8, gt=1)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int | None = Field(None, gt=0)
+
+
 class EvalConfig(Section):
-    tasks: tuple[str, ...] = ("shapes",)
+    tasks: tuple[str, ...] = Field(("shapes",), min_length=1)
     """lm-eval task names: ours (evals/tasks/) and any that lm-eval knows."""
     limit: int | None = Field(None, gt=0)
     """Questions a task; null for all."""
     batch_size: int = Field(64, gt=0)
+    fewshot: int | None = Field(None, ge=0)
+    """Solved examples before each question, with their pictures; null for what the task says."""
+    chat_template: bool | None = None
+    """Whether prompts go through the model's chat template; null: where it has one."""
+    sampled: SampledConfig | None = None
+    """Null: greedy, or what the task says."""
     confidence: float = Field(0.95, gt=0, lt=1)
     bootstrap_draws: int = Field(10_000, gt=0)
+    margin: float = Field(0.02, gt=0, lt=1)
+    """How much worse than full, in units of the score, a subnetwork may be and still count as no worse."""
+    contrasts: tuple[str, ...] | None = None
+    """The contrasts that the experiment is about, each "arm - arm" ("subnetwork - random" is the mean of its random
+    controls): Holm's adjustment is over these. Null: over all that are reported."""
     keep_images: int = Field(32, ge=0)
     """Pictures of the first questions that are kept for the report's examples."""
     during: HeldOutConfig | None = None
@@ -1201,6 +1244,16 @@ class ExperimentConfig(Recipe):
                 self._refuse_cut_matrices(name, arm.mask)
         for name in self.geometry.arms:
             need(self.arms, name, "geometry.arms")
+            if isinstance(self.arms[name], (ImportedArm, CheckpointArm)):
+                raise ValueError(
+                    f"geometry.arms: {name} is no arm of this student; use `vlopd geometry SOURCE TRAINED`"
+                )
+        for contrast in self.eval.contrasts or ():
+            a, dash, b = contrast.partition(" - ")
+            if not dash:
+                raise ValueError(f'eval.contrasts: {contrast!r} is not "arm - arm"')
+            need(self.arms, a, "eval.contrasts")
+            need({**self.arms, RANDOM: None}, b, "eval.contrasts")
         return self
 
     def _check_checkpoint(self, text: str, where: str) -> None:
@@ -1272,6 +1325,10 @@ class ExperimentConfig(Recipe):
             if other in self.masks:
                 found += self.read_by(other, (*above, mask))
         return list(dict.fromkeys(found))
+
+
+RANDOM = "random"
+"""In eval.contrasts, the mean of an arm's random controls."""
 
 
 def checkpoints_of(arm: ArmConfig) -> dict[str, str]:

@@ -236,13 +236,15 @@ def process(
         )
     if type(processor).__name__ in ENDS_THE_LINE:
         texts = [text.removesuffix("\n") for text in texts]
-    tokenizer_of(processor).padding_side = "left"
+    tokenizer = tokenizer_of(processor)
+    tokenizer.padding_side = "left"
     inputs = processor(
         text=list(texts),
         images=[list(each) for each in images] if images[0] else None,
         return_tensors="pt",
         padding=True,
-        add_special_tokens=False,
+        # transformers' rule for processors: templates of LLaVA-1.5's time leave the BOS to the tokenizer
+        add_special_tokens=not texts[0].startswith(tokenizer.bos_token or ""),
     )
     return {name: value for name, value in inputs.items() if name not in UNUSED_OUTPUTS}
 

@@ -45,6 +45,12 @@ class LoadedModel:
         return families.sees_images(self.model.config)
 
     @property
+    def chat_template(self) -> str | None:
+        """The processor's own, or its tokenizer's."""
+        own = getattr(self.processor, "chat_template", None)
+        return own or getattr(self.tokenizer, "chat_template", None)
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 
