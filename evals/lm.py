@@ -99,7 +99,9 @@ class ArmLM(LM):
             how = self.decoding(batch[0])
             draws = None
             if how.temperature > 0:
-                names = [(r.args[0], self.draw, repeat[i]) for r, i in zip(batch, indices, strict=True)]
+                names = [
+                    (r.args[0], self.draw, repeat[i]) for r, i in zip(batch, indices, strict=True)
+                ]
                 draws = torch.cat([uniforms(1, how.tokens, "eval", *name) for name in names])
             completions = sample(
                 self.loaded,

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
+from scipy.special import comb
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
@@ -58,6 +59,33 @@ class Recovery:
     low: float | None
     high: float | None
     status: Literal["ok", "undefined", "negative"]
+
+
+@dataclass(frozen=True)
+class NonInferiority:
+    """Whether a - b lies above -margin, at the one-sided level (1 - confidence) / 2."""
+
+    margin: float
+    low: float
+    p: float
+    holds: bool
+
+
+@dataclass(frozen=True)
+class SeedDifference:
+    """A mean difference of two groups of training seeds, with an interval over seeds and questions.
+
+    `sd_a` and `sd_b` are the deviations of the seeds' scores; nan for a single seed, whose share of the
+    training noise is then not in the interval.
+    """
+
+    seeds_a: int
+    seeds_b: int
+    mean: float
+    low: float
+    high: float
+    sd_a: float
+    sd_b: float
 
 
 @dataclass(frozen=True)
@@ -110,6 +138,117 @@ def paired_difference(
     else:
         p, test = t_test(d.mean(), error, units), "paired_t"
     return Difference(len(d), float(d.mean()), error, float(low), float(high), p, test)
+
+
+def non_inferiority(
+    a: ArrayLike,
+    b: ArrayLike,
+    margin: float,
+    clusters: ArrayLike | None = None,
+    confidence: float = 0.95,
+) -> NonInferiority:
+    """Is a no worse than b by more than `margin`? H0: mean(a - b) <= -margin.
+
+    Not the same as "p > 0.05 against no difference". Unclustered 0/1 scores are tested by Tango's score test
+    (1998, Stat. Med. 17, 891), which keeps its level where few questions are discordant; others by the t of the
+    paired differences. `low` is the lower end of the difference's interval.
+    """
+    found = paired_difference(a, b, clusters, confidence)
+    a, b = scores(a), scores(b)
+    if clusters is None and binary(a) and binary(b):
+        p = tango(int((a > b).sum()), int((a < b).sum()), len(a), margin)
+    else:
+        _, units = standard_error(a - b, clusters)
+        distance = found.mean + margin
+        if units < 2:
+            p = 1.0
+        elif found.standard_error == 0:
+            p = float(distance <= 0)
+        else:
+            p = float(stats.t.sf(distance / found.standard_error, units - 1))
+    return NonInferiority(margin, found.low, p, p <= (1 - confidence) / 2)
+
+
+def tango(wins: int, losses: int, n: int, margin: float) -> float:
+    """One-sided p-value of H0: P(win) - P(loss) <= -margin, by the score test with the rates fitted under H0."""
+    shift = -margin
+    slope = -wins - losses + (2 * n - wins + losses) * shift
+    root = np.sqrt(max(slope**2 + 8 * n * losses * shift * (1 - shift), 0.0))
+    loss_rate = (root - slope) / (4 * n)
+    error = np.sqrt(n * (2 * loss_rate + shift * (1 - shift)))
+    return float(stats.norm.sf((wins - losses + n * margin) / error))
+
+
+def seed_difference(
+    a: ArrayLike,
+    b: ArrayLike,
+    draws: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    clusters: ArrayLike | None = None,
+) -> SeedDifference:
+    """Mean over seeds of a minus that of b, from scores [seeds of a, n] and [seeds of b, n].
+
+    Two-level bootstrap: seeds are drawn anew within each group and questions (or clusters) for both at once.
+    One seed fewer than there are is drawn, which makes the variance between seeds unbiased (Rao and Wu 1988,
+    J. Am. Stat. Assoc. 83, 231); of two or three seeds it is known badly all the same.
+    """
+    both = [np.asarray(x, dtype=np.float64) for x in (a, b)]
+    if (
+        any(x.ndim != 2 or not np.isfinite(x).all() for x in both)
+        or len({x.shape[1] for x in both}) > 1
+    ):
+        raise ValueError("scores of seeds must be [seeds, questions], of the same questions")
+    n = both[0].shape[1]
+    names = np.arange(n) if clusters is None else clusters
+    sums = [cluster_sums(x.T, names) for x in both]  # [units, seeds]
+    sizes = cluster_sums(np.ones(n), names)
+    units, rng = len(sizes), np.random.default_rng(seed)
+    found = []
+    block = max(1, BLOCK // units)
+    for start in range(0, draws, block):
+        size = min(block, draws - start)
+        weights = rng.multinomial(units, np.full(units, 1 / units), size=size)
+        means = []
+        for own in sums:
+            each = (weights @ own) / (weights @ sizes)[:, None]  # [draws, seeds]
+            count = own.shape[1]
+            drawn = max(count - 1, 1)
+            chosen = rng.multinomial(drawn, np.full(count, 1 / count), size=size) / drawn
+            means.append((each * chosen).sum(1))
+        found.append(means[0] - means[1])
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.concatenate(found), [tail, 1 - tail])
+    of_seeds = [x.mean(1) for x in both]
+    deviations = [float(m.std(ddof=1)) if len(m) > 1 else float("nan") for m in of_seeds]
+    mean = float(of_seeds[0].mean() - of_seeds[1].mean())
+    return SeedDifference(
+        len(of_seeds[0]), len(of_seeds[1]), mean, float(low), float(high), *deviations
+    )
+
+
+def paired_bootstrap(
+    a: ArrayLike,
+    b: ArrayLike,
+    draws: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    clusters: ArrayLike | None = None,
+) -> tuple[float, float]:
+    """Percentile interval of mean(a - b) over resampled questions or clusters: a check on the closed forms."""
+    found = seed_difference([scores(a)], [scores(b)], draws, seed, confidence, clusters)
+    return found.low, found.high
+
+
+def pass_at_k(successes: ArrayLike, n: int, k: int) -> Scores:
+    """Chance that at least one of k answers is right, from `successes` of n sampled ones, a question each.
+
+    1 - C(n - c, k) / C(n, k), unbiased (arXiv 2107.03374).
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} needs at least {k} samples, there are {n}")
+    c = np.asarray(successes, dtype=np.float64)
+    return 1.0 - comb(n - c, k) / comb(n, k)
 
 
 def mcnemar_exact(wins: int, losses: int) -> float:
