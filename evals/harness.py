@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
+from PIL import Image
 
 from evals.lm import PLACEHOLDER, ArmLM
-from evals.tasks import capitals, shapes
 from vlopd.checkpoint import (
     RunFolder,
     digest_json,
@@ -38,15 +38,6 @@ from vlopd.processes import accelerator
 from vlopd.stages import teacher_folder
 
 TASKS = Path(__file__).parent / "tasks"
-CHANCE = {
-    "shapes": shapes.chance,
-    "shapes_text": shapes.chance,
-    "shapes_validation": shapes.chance,
-    "shapes_text_validation": shapes.chance,
-    "capitals": capitals.chance,
-    "capitals_validation": capitals.chance,
-}
-"""Tasks whose chance level we can work out: docs -> {"all": ..., kind: ...}."""
 
 
 def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
@@ -82,12 +73,14 @@ def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
         metrics = list(results["higher_is_better"][task])
         primary = metrics[0]
         rows = sorted(rows, key=lambda row: row["doc_id"])
-        images = keep_images(run, config, task, rows)
+        declared = results["configs"][task].get("metadata", {})  # functions that its YAML names
+        chance, pictures = declared.pop("chance", None), declared.pop("pictures", None)
+        images = keep_images(run, config, task, rows, pictures) if pictures else {}
         write_jsonl(out / f"samples_{task}.jsonl", [tidy(row, metrics, images) for row in rows])
         about["data_digest"][task] = digest_json([row["doc_hash"] for row in rows])
         about["primary_metric"][task] = primary
-        if task in CHANCE:
-            about["chance"][task] = CHANCE[task]([row["doc"] for row in rows])
+        if chance:
+            about["chance"][task] = chance([row["doc"] for row in rows])
         if "extraction_failure" in metrics:
             failures = [row["extraction_failure"] for row in rows]
             about["extraction_failure_fraction"][task] = float(np.mean(failures))
@@ -181,18 +174,20 @@ def completion_of(row: dict[str, Any]) -> str:
 
 
 def keep_images(
-    run: RunFolder, config: ExperimentConfig, task: str, rows: list[dict[str, Any]]
+    run: RunFolder,
+    config: ExperimentConfig,
+    task: str,
+    rows: list[dict[str, Any]],
+    pictures: Callable[[dict[str, Any]], list[Image.Image]],
 ) -> dict[int, str]:
-    """Saves the pictures of the first questions, once for all arms; {doc_id: path inside the run folder}."""
-    if task not in ("shapes", "shapes_validation"):
-        return {}
+    """Saves the first picture of the first questions, once for all arms; {doc_id: path inside the run folder}."""
     kept = {}
     folder = run.root / "evals" / "images" / task
     folder.mkdir(parents=True, exist_ok=True)
     for row in rows[: config.eval.keep_images]:
         path = folder / f"{row['doc_id']}.png"
         if not path.exists():
-            shapes.doc_to_image(row["doc"])[0].save(path)
+            pictures(row["doc"])[0].save(path)
         kept[row["doc_id"]] = str(path.relative_to(run.root))
     return kept
 
