@@ -57,7 +57,7 @@ def folded(terms: np.ndarray, reasons: dict[int, str], keys: Keys) -> list[Measu
             bottom,
             key.fold,
             reasons.get(i, ""),
-            key.matched,
+            key.decided_by,
             chance,
         )
         found.append(term.measure())
@@ -185,9 +185,9 @@ def shares(members: Sequence[Finding], everything: Sequence[Finding]) -> list[li
         relative = "energy_share_over_parameter_share"
         found.append(
             [
-                Term("energy_share", "", part, whole, matched=True).measure(),
-                Measure("parameter_share", "", parameter_share, matched=True),
-                Term(relative, "", part, whole * parameter_share, matched=True).measure(),
+                Term("energy_share", "", part, whole, decided_by="norm").measure(),
+                Measure("parameter_share", "", parameter_share, decided_by="norm"),
+                Term(relative, "", part, whole * parameter_share, decided_by="norm").measure(),
             ]
         )
     return found

@@ -33,7 +33,7 @@ class Term:
 
     fold: `ratio` numerator / denominator, `root` the square root of that, `max` and `sum` the numerator
     alone. A term with a reason is skipped, and adds nothing to a sum. `chance` is mean and variance of the
-    numerator where they have a closed form; they add up as well. `matched` as in `Measure`.
+    numerator where they have a closed form; they add up as well. `decided_by` as in `Measure`.
     """
 
     metric: str
@@ -42,28 +42,28 @@ class Term:
     denominator: float = 1.0
     fold: str = "ratio"
     reason: str = ""
-    matched: bool = False
+    decided_by: str = "signs"
     chance: tuple[float, float] | None = None
 
     def measure(self) -> Measure:
         key = (self.metric, self.parameter)
         if self.reason:
-            return Measure(*key, None, "skipped", self.reason, self.matched)
+            return Measure(*key, None, "skipped", self.reason, self.decided_by)
         if self.denominator == 0:
             status, reason = ("skipped", "the source is all zero")
             if self.numerator == 0:
                 status, reason = ("zero", "nothing moved")
-            return Measure(*key, None, status, reason, self.matched)
+            return Measure(*key, None, status, reason, self.decided_by)
         value = self.numerator / self.denominator
         if self.fold == "root":
-            return Measure(*key, math.sqrt(value), matched=self.matched)
+            return Measure(*key, math.sqrt(value), decided_by=self.decided_by)
         chance = None
         if self.chance is not None:
             chance = (
                 self.chance[0] / self.denominator,
                 math.sqrt(self.chance[1]) / self.denominator,
             )
-        return Measure(*key, value, matched=self.matched, chance=chance)
+        return Measure(*key, value, decided_by=self.decided_by, chance=chance)
 
 
 # --------------------------------------------------------------------------------------- thresholds
@@ -145,28 +145,34 @@ def coordinate_terms(
         same_in_bf16 += count(a.bfloat16() == (wide + b).bfloat16())
 
     terms = [
-        Term("relative_delta_fro", "", energy, source_energy, "root", matched=True),
-        Term("delta_rms", "", energy, n, "root", matched=True),
-        Term("delta_linf_norm", "", largest, fold="max"),
-        Term("delta_mean_abs", "", total_size, n),
-        Term("frac_delta_eq_0", "precision=bf16", same_in_bf16, n),
+        Term("relative_delta_fro", "", energy, source_energy, "root", decided_by="norm"),
+        Term("delta_rms", "", energy, n, "root", decided_by="norm"),
+        Term("delta_linf_norm", "", largest, fold="max", decided_by="sizes"),
+        Term("delta_mean_abs", "", total_size, n, decided_by="sizes"),
+        Term("frac_delta_eq_0", "precision=bf16", same_in_bf16, n, decided_by="places"),
     ]
-    terms += [Term(*test, number, n) for test, number in counts.items()]
+    for (metric, key), number in counts.items():
+        decided_by = "places" if metric == "frac_abs_delta_le_src_abs" else "sizes"
+        terms.append(Term(metric, key, number, n, decided_by=decided_by))
     for ratio, top in zip(ratios, top_energies(d, ratios), strict=True):
-        terms.append(Term("coord_top_energy_ratio", parameters(ratio=ratio), top, energy))
+        key = parameters(ratio=ratio)
+        terms.append(Term("coord_top_energy_ratio", key, top, energy, decided_by="sizes"))
     for atol in UPDATE_ATOLS:
         moved, tallies = masks.tally(d, above(atol, d.dtype))
-        terms.append(Term("update_density", parameters(atol=atol), moved, n))
+        key = parameters(atol=atol)
+        terms.append(Term("update_density", key, moved, n, decided_by="sizes"))
         for (name, ratio), both in tallies.items():
             terms += overlap_terms(name, ratio, atol, masks.members(name, ratio), both, moved, n)
     for name, ratio in masks.names():
         members = masks.members(name, ratio)
         reason = REASON if members is None else ""
         key = parameters(ratio=ratio)
-        terms.append(Term(f"{name}_density", key, members or 0, n, reason=reason, matched=True))
+        terms.append(
+            Term(f"{name}_density", key, members or 0, n, reason=reason, decided_by="norm")
+        )
     for ratio, ties in masks.ties.items():
         key = parameters(ratio=ratio)
-        terms.append(Term("low_magnitude_ties", key, ties, fold="sum", matched=True))
+        terms.append(Term("low_magnitude_ties", key, ties, fold="sum", decided_by="norm"))
     return terms
 
 
@@ -201,8 +207,12 @@ def overlap_terms(
     reason = REASON if members is None else ""
     members = members or 0
     chance = hypergeometric(members, moved, n)
+    wholes = {
+        "update_overlap_ratio": moved,
+        "covered_by_update_ratio": members,
+        "enrichment_vs_random": chance[0],
+    }
     return [
-        Term(f"{name}_update_overlap_ratio", key, both, moved, reason=reason, chance=chance),
-        Term(f"{name}_covered_by_update_ratio", key, both, members, reason=reason, chance=chance),
-        Term(f"{name}_enrichment_vs_random", key, both, chance[0], reason=reason, chance=chance),
+        Term(f"{name}_{of}", key, both, whole, "ratio", reason, "places", chance)
+        for of, whole in wholes.items()
     ]

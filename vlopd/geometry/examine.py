@@ -31,7 +31,7 @@ class TermKey(NamedTuple):
     metric: str
     parameter: str
     fold: str
-    matched: bool
+    decided_by: str
 
 
 class MeasureKey(NamedTuple):
@@ -178,6 +178,6 @@ def keys_of(config: GeometryConfig) -> Keys:
     terms = coordinate_terms(one, one, masks, config.ratios)
     measures = matrix_measures(one, factors, one, config)
     return Keys(
-        tuple(TermKey(t.metric, t.parameter, t.fold, t.matched) for t in terms),
+        tuple(TermKey(t.metric, t.parameter, t.fold, t.decided_by) for t in terms),
         tuple(MeasureKey(m.metric, m.parameter) for m in measures),
     )

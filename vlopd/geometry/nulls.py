@@ -7,12 +7,15 @@ beside the same measure of noise with the norm and the stored precision of the o
 A null draws a direction; `matched_delta` scales it, adds it to the source and rounds, such that the norm
 agrees after rounding. Draws are made on the fly from a named stream on the CPU, so that they are the same on
 every device, and are never stored.
+
+An update that is itself a draw of a null must look like one more draw: what a null takes from the update (entries,
+energies of rows) is therefore kept through the rounding. docs/geometry.md has what that gave.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -32,8 +35,8 @@ TOLERANCE = 0.02
 """Relative error of a null's norm at which the search stops, times 1 / sqrt(entries), the scale of chance."""
 COARSEST = 1e-3
 STEPS = 60
-DITHER = 0.03
-"""Relative spread that is given to sizes taken from a stored update, so that norms can be met."""
+PASSES = 16
+"""Corrections of a null's rows and columns, in turn."""
 CHUNK = 2**18
 """Coordinates at a time, so that temporaries stay in the cache."""
 
@@ -47,8 +50,8 @@ def direction(null: NullConfig, source: Tensor, delta: Tensor, stream: torch.Gen
     """An update of the null's kind, up to its scale, in the shape of `delta` on the CPU.
 
     gaussian      i.i.d. normal entries
-    row_column    the same, entry ij times the r.m.s. of the observed row i and column j
-    permuted      the observed entries in random places
+    row_column    the same, to be scaled by `profiled`
+    permuted      the observed entries in random places, each among weights of one binade, which have one step
     sign_flipped  the observed entries where they are, with random signs
     low_rank      A B^T of i.i.d. normal A [m, rank], B [n, rank]; a vector is gaussian
     ulp           i.i.d. normal times |w|: in a stored precision, one ulp here and there
@@ -59,12 +62,10 @@ def direction(null: NullConfig, source: Tensor, delta: Tensor, stream: torch.Gen
         return torch.randn(shape, generator=stream, dtype=delta.dtype)
 
     match null:
-        case GaussianNull():
+        case GaussianNull() | RowColumnNull():
             return normal(*delta.shape)
-        case RowColumnNull():
-            return normal(*delta.shape) * row_column_scales(delta)
         case PermutedNull():
-            return delta.flatten()[torch.randperm(delta.numel(), generator=stream)].view_as(delta)
+            return permuted(source, delta, stream)
         case SignFlippedNull():
             signs = torch.randint(0, 2, delta.shape, generator=stream, dtype=torch.int8)
             return delta * (2 * signs - 1)
@@ -78,13 +79,19 @@ def direction(null: NullConfig, source: Tensor, delta: Tensor, stream: torch.Gen
             return normal(*delta.shape).mul_(source.abs())
 
 
-def row_column_scales(delta: Tensor) -> Tensor:
-    """r_i c_j, the r.m.s. of the update's rows and columns; a vector's own is the same everywhere."""
-    if delta.ndim < 2:
-        return torch.ones_like(delta)
-    matrix = delta.flatten(1)
-    rows = torch.linalg.vector_norm(matrix, dim=1, keepdim=True)
-    return (rows * torch.linalg.vector_norm(matrix, dim=0)).view_as(delta)
+def permuted(source: Tensor, delta: Tensor, stream: torch.Generator) -> Tensor:
+    """The entries of `delta` shuffled within the binades of |source|.
+
+    Anywhere else they would be rounded a second time, to other steps, and lose their sizes.
+    """
+    mantissa, binade = torch.frexp(source.flatten().float())
+    binade[mantissa == 0] = 2**15  # a weight of zero has a step of its own
+    flat = delta.flatten()
+    found = torch.empty_like(flat)
+    for each in binade.unique():
+        places = (binade == each).nonzero().squeeze(1)
+        found[places] = flat[places[torch.randperm(len(places), generator=stream)]]
+    return found.view_as(delta)
 
 
 def null_delta(
@@ -99,10 +106,42 @@ def null_delta(
     stream = generator("cpu", "null", null_name(null), *names)
     noise = direction(null, source, delta, stream).to(delta.device)
     if isinstance(null, PermutedNull | SignFlippedNull):
-        # a stored update has few distinct sizes, which would all cross a rounding boundary at one scale
-        dither = torch.randn(noise.shape, generator=stream, dtype=noise.dtype).to(noise.device)
-        noise.mul_(1 + DITHER * dither)
+        return rounded(
+            source, noise, 1.0, stored
+        )  # any other scale would take their sizes off the steps
+    if isinstance(null, RowColumnNull) and delta.ndim > 1:
+        noise = profiled(source, noise, delta, stored)
     return matched_delta(source, noise, norm(delta), stored)
+
+
+def profiled(source: Tensor, noise: Tensor, delta: Tensor, stored: torch.dtype) -> Tensor:
+    """`noise` with rows and columns scaled such that, once rounded, they have the energies of `delta`'s; in place.
+
+    Both are corrected in turn, by a root that settles where rounding lets the energy rise far faster than the
+    scale's square. A row in which few coordinates move has it as nearly as steps allow.
+    """
+    w, z, d = (tensor.flatten(1) for tensor in (source, noise, delta))
+    size = max(1, CHUNK // d.shape[1])
+    wanted = row_column_energies(d.split(size))
+    scales = [wanted[0].sqrt() / norm(d), wanted[1].sqrt()]
+    for turn in range(PASSES):
+        rows, columns = (each.to(z.dtype) for each in scales)
+        parts = zip(w.split(size), z.split(size), rows.split(size), strict=True)
+        found = row_column_energies(
+            rounded(of_w, of_z * row[:, None] * columns, 1.0, stored) for of_w, of_z, row in parts
+        )
+        side = turn % 2
+        factor = (wanted[side] / found[side]).nan_to_num(nan=1.0).pow(0.25)
+        scales[side] = scales[side] * factor.clamp(0.5, 2.0)
+    rows, columns = (each.to(z.dtype) for each in scales)
+    z.mul_(rows[:, None]).mul_(columns)
+    return noise
+
+
+def row_column_energies(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sums of squares over each row [m] and each column [n] of a matrix that comes some rows at a time; float64."""
+    squares = [part.double().square() for part in parts]
+    return torch.cat([each.sum(1) for each in squares]), sum(each.sum(0) for each in squares)
 
 
 def matched_delta(source: Tensor, noise: Tensor, target: float, stored: torch.dtype) -> Tensor:
@@ -165,8 +204,13 @@ def rounded_parts(
 ) -> Iterator[Tensor]:
     """What is left of an update in the stored precision, a stretch of flat coordinates at a time."""
     for w, z in zip(source.split(CHUNK), noise.split(CHUNK), strict=True):
-        wide = w.to(z.dtype)
-        yield torch.add(wide, z, alpha=scale).to(stored).to(z.dtype).sub_(wide)
+        yield rounded(w, z, scale, stored)
+
+
+def rounded(source: Tensor, noise: Tensor, scale: float, stored: torch.dtype) -> Tensor:
+    """stored(source + scale noise) - source, in the noise's precision."""
+    wide = source.to(noise.dtype)
+    return torch.add(wide, noise, alpha=scale).to(stored).to(noise.dtype).sub_(wide)
 
 
 def norm(tensor: Tensor) -> float:

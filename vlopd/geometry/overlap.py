@@ -158,5 +158,6 @@ def measures(counts: np.ndarray) -> list[Measure]:
             (f"{name}_within_tensors", tensors),
             (f"{name}_within_tensors_and_magnitudes", fine),
         ):
-            found.append(Term(metric, key, float(whole), float(bottom)).measure())
+            term = Term(metric, key, float(whole), float(bottom), decided_by="places")
+            found.append(term.measure())
     return found

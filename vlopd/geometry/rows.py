@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,11 @@ from scipy.special import stdtr
 STATUSES = ("ok", "approximate", "zero", "skipped", "failed")
 EQUAL = 1e-9
 """Relative differences below this are rounding of our own arithmetic, no excess."""
+DETAIL = ("norm", "sizes", "places", "signs")
+"""How much of an update decides a measure, besides the source: its norm; the sizes of its entries; which coordinates
+have them; their signs as well. Each takes in those before it."""
+KEPT = {"permuted": "sizes", "sign_flipped": "places"}
+"""What of the update a null keeps; all others keep the norm. What that decides is no finding beside the null."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,8 @@ class Measure:
 
     status: `ok`; `approximate`, from a randomised factorisation; `zero`, undefined because nothing moved
     (0/0); `skipped`, not computed; `failed`, tried in vain. The last three have no value; all but `ok` say
-    why in `reason`, and all are counted in every aggregate. `matched` marks what a null equals by
-    construction (norms, energies, what the source alone decides). `chance` is the mean and deviation under
+    why in `reason`, and all are counted in every aggregate. `decided_by` is one of
+    DETAIL: a null that keeps so much of the update equals it by construction. `chance` is the mean and deviation under
     an update without structure, where vlopd.geometry.closed_forms knows them without drawing.
     """
 
@@ -30,7 +34,7 @@ class Measure:
     value: float | None
     status: str = "ok"
     reason: str = ""
-    matched: bool = False
+    decided_by: str = "signs"
     chance: tuple[float, float | None] | None = None
 
 
@@ -41,7 +45,7 @@ class Standing:
     excess_t = excess / (sd sqrt(1 + 1/S)) follows Student's t with S - 1 degrees of freedom where the
     observed value is one more draw, so p = P(|t| > |excess_t|) is honest for few draws S too. For a null in
     closed form sd is exact and p normal. Both are None where there is nothing to standardise by: fewer than
-    two draws, or draws that are all equal.
+    two draws, draws that are all equal, or a measure of what the null keeps of the update.
     """
 
     null: str = ""
@@ -98,16 +102,23 @@ def parameters(**values: float | str) -> str:
     )
 
 
+def is_kept(null: str, measure: Measure) -> bool:
+    """Whether a null equals the update in this measure by construction."""
+    return DETAIL.index(measure.decided_by) <= DETAIL.index(KEPT.get(null, "norm"))
+
+
 def standing(null: str, observed: Measure, values: Sequence[float]) -> Standing:
     """Where `observed` stands among the draws `values` of a null."""
     if not values:
         return Standing(null)
-    mean = statistics.fmean(values)
-    sd = statistics.stdev(values) if len(values) > 1 else None
+    mean = math.fsum(values) / len(values)
+    sd = None
+    if len(values) > 1:
+        sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
     if observed.value is None:
         return Standing(null, mean, sd)
     excess = observed.value - mean
-    if observed.matched or sd is None:
+    if is_kept(null, observed) or sd is None:
         return Standing(null, mean, sd, excess)
     if abs(excess) <= EQUAL * max(abs(observed.value), abs(mean)):
         return Standing(null, mean, sd, excess, 0.0, 1.0)
