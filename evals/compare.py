@@ -1,7 +1,7 @@
 """Every contrast between the arms of a run, paired by question: evals/*/ -> compare.json.
 
-Arms are put into roles by the config alone. Scores lie in [0, 1] and are better when higher. All
-intervals are over questions; what another training seed would change is not in them.
+Scores lie in [0, 1] and are better when higher. Intervals are over questions; where several arms differ in nothing
+but the training seed, `seeds` has intervals over both.
 """
 
 from __future__ import annotations
@@ -10,178 +10,42 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from evals import stats
+from evals.answers import Answers, read_answers, read_results
 from evals.report.verdict import verdict
+from evals.roles import Role, Roles, roles_of
 from evals.stats import Scores
 from vlopd.checkpoint import (
-    RunError,
     RunFolder,
     digest_files,
     digest_json,
     read_json,
-    read_jsonl,
     up_to_date,
     write_json,
 )
-from vlopd.config import (
-    DistillArm,
-    ExperimentConfig,
-    ExtrapolateArm,
-    RandomMask,
-    SourceArm,
-    TeacherArm,
-    TransplantArm,
-    mask_of,
-)
+from vlopd.config import RANDOM, EvalConfig, ExperimentConfig
 
-Role = Literal[
-    "base",
-    "teacher",
-    "full",
-    "replicate",
-    "variant",
-    "subnetwork",
-    "random",
-    "transplant",
-    "projection",
-]
 POWER = 0.8
-
-
-# ------------------------------------------------------------------------------------------- roles
-
-
-@dataclass(frozen=True)
-class Roles:
-    """What each arm is for. `controls[arm]`: the arms made alike under random masks of its mask."""
-
-    of: Mapping[str, Role]
-    controls: Mapping[str, tuple[str, ...]]
-
-    def arms(self, role: Role) -> list[str]:
-        return [arm for arm, its in self.of.items() if its == role]
-
-    def first(self, role: Role) -> str | None:
-        return next(iter(self.arms(role)), None)
-
-
-def roles_of(config: ExperimentConfig) -> Roles:
-    """The first unmasked distill arm is full OPD, further ones are its replicates or, with sections of their
-    own (another loss, say), its variants.
-
-    Arms that an early checkpoint's subspace or direction made, masked or not, are projections.
-    """
-    of: dict[str, Role] = {}
-    for name, arm in config.arms.items():
-        if isinstance(arm, (SourceArm, TeacherArm)):
-            of[name] = "base" if isinstance(arm, SourceArm) else "teacher"
-        elif isinstance(arm, ExtrapolateArm) or (isinstance(arm, DistillArm) and arm.subspace):
-            of[name] = "projection"
-        elif isinstance(arm, DistillArm) and arm.mask is None and arm.own:
-            of[name] = "variant"
-        elif arm.mask is None:
-            of[name] = "replicate" if "full" in of.values() else "full"
-        elif isinstance(config.masks[arm.mask], RandomMask):
-            of[name] = "random"
-        else:
-            of[name] = "transplant" if isinstance(arm, TransplantArm) else "subnetwork"
-    controls = {
-        name: tuple(
-            other
-            for other, its in of.items()
-            if its == "random"
-            and type(config.arms[other]) is type(config.arms[name])
-            and origin(config, mask_of(config.arms[other])) == mask_of(config.arms[name])
-        )
-        for name, role in of.items()
-        if role in ("subnetwork", "transplant")
-    }
-    return Roles(of, {name: arms for name, arms in controls.items() if arms})
-
-
-def origin(config: ExperimentConfig, mask: str | None) -> str | None:
-    """The mask whose densities a random mask copies, through any number of `like`."""
-    while mask is not None and isinstance(its := config.masks[mask], RandomMask):
-        mask = its.like
-    return mask
-
-
-# ----------------------------------------------------------------------------------------- reading
-
-
-@dataclass(frozen=True)
-class Answers:
-    """One task's scores under every arm, aligned: `scores[arm][i]` belongs to question i."""
-
-    task: str
-    metric: str
-    scores: Mapping[str, Scores]
-    groups: Sequence[str | None]
-    clusters: Sequence[str] | None
-
-
-def read_results(run: RunFolder, arms: Sequence[str]) -> dict[str, Any]:
-    """results.json of every arm. Raises RunError on a missing arm or on data that differ."""
-    missing = [arm for arm in arms if not (run.eval(arm) / "results.json").exists()]
-    if missing:
-        raise RunError(
-            f"{run.root} has no evaluation of {', '.join(missing)}; run `vlopd eval {run.root}`"
-        )
-    results = {arm: read_json(run.eval(arm) / "results.json") for arm in arms}
-    first = arms[0]
-    for arm in arms[1:]:
-        for key in ("data_digest", "primary_metric"):
-            mine, theirs = results[first][key], results[arm][key]
-            if mine != theirs:
-                task = next(t for t in {**mine, **theirs} if mine.get(t) != theirs.get(t))
-                raise RunError(
-                    f"{first} and {arm} were evaluated with different {key} on {task} "
-                    f"({mine.get(task)} and {theirs.get(task)}); delete evals/ and evaluate again"
-                )
-    return results
-
-
-def read_answers(run: RunFolder, arms: Sequence[str], task: str, metric: str) -> Answers:
-    """Joins the arms' samples of a task on (doc_id, doc_hash), in the first arm's order.
-
-    Raises RunError when the arms were not asked the same questions, or scores are not in [0, 1].
-    """
-    tables = {}
-    for arm in arms:
-        path = run.eval(arm) / f"samples_{task}.jsonl"
-        rows = read_jsonl(path)
-        tables[arm] = {(row["doc_id"], row["doc_hash"]): row for row in rows}
-        if len(tables[arm]) < len(rows):
-            raise RunError(f"{path} has several rows a question; give the task a single filter")
-        values = [row.get(metric) for row in rows]
-        if not values or not all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in values):
-            raise RunError(
-                f"{path} needs rows, each with {metric!r} in [0, 1]; evaluate {arm} again"
-            )
-        if tables[arm].keys() != tables[arms[0]].keys():
-            apart = len(tables[arm].keys() ^ tables[arms[0]].keys())
-            raise RunError(
-                f"{arms[0]} ({len(tables[arms[0]])} questions) and {arm} ({len(tables[arm])}) were "
-                f"asked {apart} different ones of {task}; delete evals/ and evaluate again"
-            )
-    order = tables[arms[0]]
-    clusters = [row["cluster"] for row in order.values()]
-    # a cluster a question is no clustering at all, and leaves the exact methods for 0/1 scores open
-    clustered = None not in clusters and len(set(clusters)) < len(clusters)
-    return Answers(
-        task,
-        metric,
-        {arm: np.array([float(tables[arm][k][metric]) for k in order]) for arm in arms},
-        [row["group"] for row in order.values()],
-        [str(cluster) for cluster in clusters] if clustered else None,
-    )
-
-
-# --------------------------------------------------------------------------------------- comparing
+PAIRS: tuple[tuple[Role, Role], ...] = (
+    *(("teacher", "base"), ("full", "base"), ("teacher", "full"), ("replicate", "full")),
+    *(("variant", "full"), ("variant", "base")),
+    *(("subnetwork", "full"), ("subnetwork", "base"), ("random", "base")),
+    *(("transplant", "full"), ("transplant", "subnetwork")),
+    *(("projection", "full"), ("projection", "base")),
+    *(("other", "full"), ("other", "base")),
+)
+"""The contrasts that are reported, by role."""
+SUMMED_UP: tuple[tuple[Role, Role], ...] = (
+    ("full", "base"),
+    ("subnetwork", "full"),
+    ("subnetwork", "base"),
+    ("subnetwork", "random"),
+)
+"""Those that are repeated over training seeds, where there are several."""
 
 
 def compare(run: RunFolder, config: ExperimentConfig) -> Path:
@@ -189,37 +53,56 @@ def compare(run: RunFolder, config: ExperimentConfig) -> Path:
 
     Raises RunError when an arm has no evaluation, or arms were asked different questions.
     """
-    arms = list(config.arms)
-    results = read_results(run, arms)
     inputs = {"config": digest_json(config.model_dump(mode="json"))}
+    evals = run.root / "evals"
+    return compare_arms(
+        evals, roles_of(config), config.eval, run.compare, inputs, densities(run, list(config.arms))
+    )
+
+
+def compare_arms(
+    evals: Path,
+    roles: Roles,
+    config: EvalConfig,
+    out: Path,
+    inputs: Mapping[str, Any],
+    density: Mapping[str, float | None],
+) -> Path:
+    """The comparison of evaluations in a folder, by what each arm is for."""
+    arms = list(roles.of)
+    results = read_results(evals, arms)
+    inputs = dict(inputs)
     for arm in arms:
         inputs[f"evals/{arm}"] = digest_files(
-            [run.eval(arm) / "results.json", *run.eval(arm).glob("samples_*.jsonl")]
+            [evals / arm / "results.json", *(evals / arm).glob("samples_*.jsonl")]
         )
-    if up_to_date(run.compare, inputs):
-        return run.compare
-    roles = roles_of(config)
+    if up_to_date(out, inputs):
+        return out
+    first = results[arms[0]]
     tasks = {}
-    for task, metric in results[arms[0]]["primary_metric"].items():
-        answers = read_answers(run, arms, task, metric)
+    for task, metric in first["primary_metric"].items():
+        further = first.get("pass_at", {}).get(task, [])
+        answers = read_answers(evals, arms, task, metric, further)
         tasks[task] = compare_task(answers, roles, config)
-        tasks[task]["chance"] = results[arms[0]].get("chance", {}).get(task)
+        tasks[task]["chance"] = first.get("chance", {}).get(task)
         for arm in arms:
             failures = results[arm].get("extraction_failure_fraction", {}).get(task)
             tasks[task]["arms"][arm]["extraction_failure_fraction"] = failures
-    foreign = {arm: its for arm in arms if (its := results[arm].get("other_source"))}
     record = {
         "inputs": inputs,
-        "confidence": config.eval.confidence,
-        "other_source": foreign,
+        "confidence": config.confidence,
+        "margin": config.margin,
+        "sampled": config.sampled and config.sampled.model_dump(mode="json"),
+        "other_source": {arm: its for arm in arms if (its := results[arm].get("other_source"))},
+        "not_compared": first.get("not_compared", {}),
         "tasks": tasks,
     }
-    record["verdict"] = verdict(record, config, densities(run, arms))
-    write_json(run.compare, without_nan(record))
-    return run.compare
+    record["verdict"] = verdict(record, roles.seeds, density)
+    write_json(out, without_nan(record))
+    return out
 
 
-def compare_task(answers: Answers, roles: Roles, config: ExperimentConfig) -> dict[str, Any]:
+def compare_task(answers: Answers, roles: Roles, config: EvalConfig) -> dict[str, Any]:
     """One task's entry of compare.json, but for what results.json alone knows."""
     scores, base, full = answers.scores, roles.first("base"), roles.first("full")
     teacher = roles.first("teacher")
@@ -228,24 +111,25 @@ def compare_task(answers: Answers, roles: Roles, config: ExperimentConfig) -> di
     for arm in scores:
         entries[arm] = {"role": roles.of[arm], **measure.arm(scores[arm], arm == full)}
         entries[arm]["by_group"] = measure.by_group(scores[arm])
+        entries[arm]["pass_at"] = {
+            name: plain(stats.mean_with_error(by_arm[arm], answers.clusters, config.confidence))
+            for name, by_arm in answers.further.items()
+        }
         entries[arm]["gap_closed"] = (
             measure.recovery(scores[arm], scores[base], scores[teacher])
             if base and teacher
             else None
         )
 
-    pairs: list[tuple[Role, Role]]
-    pairs = [("teacher", "base"), ("full", "base"), ("teacher", "full"), ("replicate", "full")]
-    pairs += [("variant", "full"), ("variant", "base")]
-    pairs += [("subnetwork", "full"), ("subnetwork", "base"), ("random", "base")]
-    pairs += [("transplant", "full"), ("transplant", "subnetwork")]
-    pairs += [("projection", "full"), ("projection", "base")]
     contrasts = [
         measure.contrast(f"{a} - {b}", a, b, scores[a], scores[b])
-        for above, below in pairs
+        for above, below in PAIRS
         for a in roles.arms(above)
         for b in roles.arms(below)
     ]
+    for contrast in contrasts:
+        if full and roles.of[contrast["a"]] == "subnetwork" and contrast["b"] == full:
+            contrast["non_inferiority"] = measure.non_inferiority(contrast["a"], full)
     controls = {}
     for arm, randoms in roles.controls.items():
         for other in randoms:
@@ -266,8 +150,7 @@ def compare_task(answers: Answers, roles: Roles, config: ExperimentConfig) -> di
             "difference": difference,
             **stats.rank_among(float(scores[arm].mean()), means).__dict__,
         }
-    for contrast, adjusted in zip(contrasts, stats.holm([c["p"] for c in contrasts]), strict=True):
-        contrast["p_holm"] = adjusted
+    adjust(contrasts, config.contrasts)
     key = next(iter(controls.values()))["difference"] if controls else next(iter(contrasts), None)
     return {
         "metric": answers.metric,
@@ -276,10 +159,56 @@ def compare_task(answers: Answers, roles: Roles, config: ExperimentConfig) -> di
         "arms": entries,
         "contrasts": contrasts,
         "random_controls": controls,
+        "seeds": over_seeds(answers, roles, config),
         "gap_closed": entries[full]["gap_closed"] if full else None,
         "minimum_detectable_effect": key and key["minimum_detectable_effect"],
         "minimum_detectable_effect_of": key and key["name"],
     }
+
+
+def adjust(contrasts: Sequence[dict[str, Any]], declared: Sequence[str] | None) -> None:
+    """Holm's p over the declared contrasts, or over all where none are declared; null for the others."""
+
+    def is_declared(contrast: Mapping[str, Any]) -> bool:
+        b = RANDOM if isinstance(contrast["b"], list) else contrast["b"]
+        return declared is None or f"{contrast['a']} - {b}" in declared
+
+    family = [contrast for contrast in contrasts if is_declared(contrast)]
+    for contrast in contrasts:
+        contrast["p_holm"] = None
+    for contrast, p in zip(family, stats.holm([c["p"] for c in family]), strict=True):
+        contrast["p_holm"] = p
+
+
+def over_seeds(answers: Answers, roles: Roles, config: EvalConfig) -> list[dict[str, Any]]:
+    """The main contrasts between arms that differ in the training seed alone (or the random mask's), as groups."""
+    single = [(arm,) for arm in roles.of if not any(arm in own for own in roles.families.values())]
+    families = [*roles.families.values(), *single]
+    groups = {
+        role: [own for own in families if roles.of[own[0]] == role]
+        for role in ("base", "full", "subnetwork")
+    }
+    groups["random"] = list(dict.fromkeys(roles.controls.values()))
+    rows = []
+    for above, below in SUMMED_UP:
+        for a in groups[above]:
+            for b in groups[below]:
+                if len(a) == len(b) == 1:
+                    continue
+                if below == "random" and not any(roles.controls.get(arm) == b for arm in a):
+                    continue
+                found = stats.seed_difference(
+                    [answers.scores[arm] for arm in a],
+                    [answers.scores[arm] for arm in b],
+                    config.bootstrap_draws,
+                    confidence=config.confidence,
+                    clusters=answers.clusters,
+                )
+                entry = dict(found.__dict__)
+                entry["interval"] = [entry.pop("low"), entry.pop("high")]
+                name = f"{a[0]} - {RANDOM if below == 'random' else b[0]}"
+                rows.append({"name": name, "a": list(a), "b": list(b), **entry})
+    return rows
 
 
 @dataclass(frozen=True)
@@ -287,13 +216,13 @@ class Measure:
     """The numbers of one task as JSON values, at the config's confidence."""
 
     answers: Answers
-    config: ExperimentConfig
+    config: EvalConfig
     base: str | None
     full: str | None
 
     def arm(self, x: Scores, is_full: bool = False) -> dict[str, Any]:
         """An arm's mean, its difference to full and its recovery of full's gain over base."""
-        confidence, scores = self.config.eval.confidence, self.answers.scores
+        confidence, scores = self.config.confidence, self.answers.scores
         entry = plain(stats.mean_with_error(x, self.answers.clusters, confidence))
         to_full: dict[str, Any] | None = None
         regained: dict[str, Any] = {
@@ -319,7 +248,7 @@ class Measure:
         for kind in sorted({group for group in groups if group is not None}):
             of_kind = groups == kind
             within = None if clusters is None else np.array(clusters)[of_kind]
-            estimate = stats.mean_with_error(x[of_kind], within, self.config.eval.confidence)
+            estimate = stats.mean_with_error(x[of_kind], within, self.config.confidence)
             found[kind] = plain(estimate)
         return found
 
@@ -327,17 +256,27 @@ class Measure:
         difference = self.difference(x, y)
         # from the error of the mean, so that clustering counts
         effect = stats.minimum_detectable_effect(
-            difference.standard_error, 1, POWER, 1 - self.config.eval.confidence
+            difference.standard_error, 1, POWER, 1 - self.config.confidence
         )
-        entry = {"name": name, "a": a, "b": b, **plain(difference)}
+        low, high = stats.paired_bootstrap(
+            x, y, self.config.bootstrap_draws, 0, self.config.confidence, self.answers.clusters
+        )
+        entry = {"name": name, "a": a, "b": b, **plain(difference), "bootstrap": [low, high]}
         return {**entry, "test": difference.test, "minimum_detectable_effect": effect}
 
+    def non_inferiority(self, arm: str, full: str) -> dict[str, Any]:
+        scores, its = self.answers.scores, self.config
+        found = stats.non_inferiority(
+            scores[arm], scores[full], its.margin, self.answers.clusters, its.confidence
+        )
+        return dict(found.__dict__)
+
     def difference(self, x: Scores, y: Scores) -> stats.Difference:
-        confidence = self.config.eval.confidence
+        confidence = self.config.confidence
         return stats.paired_difference(x, y, self.answers.clusters, confidence)
 
     def recovery(self, sub: Scores, base: Scores, full: Scores) -> dict[str, Any]:
-        its = self.config.eval
+        its = self.config
         found = stats.recovery(
             sub, base, full, its.bootstrap_draws, 0, its.confidence, self.answers.clusters
         )

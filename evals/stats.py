@@ -203,12 +203,15 @@ def seed_difference(
     names = np.arange(n) if clusters is None else clusters
     sums = [cluster_sums(x.T, names) for x in both]  # [units, seeds]
     sizes = cluster_sums(np.ones(n), names)
-    units, rng = len(sizes), np.random.default_rng(seed)
+    # units that are alike share a weight, as in `recovery`
+    rows, counts = np.unique(np.column_stack([*sums, sizes]), axis=0, return_counts=True)
+    sums = [rows[:, : len(both[0])], rows[:, len(both[0]) : -1]]
+    sizes, units, rng = rows[:, -1], counts.sum(), np.random.default_rng(seed)
     found = []
-    block = max(1, BLOCK // units)
+    block = max(1, BLOCK // len(rows))
     for start in range(0, draws, block):
         size = min(block, draws - start)
-        weights = rng.multinomial(units, np.full(units, 1 / units), size=size)
+        weights = rng.multinomial(units, counts / units, size=size)
         means = []
         for own in sums:
             each = (weights @ own) / (weights @ sizes)[:, None]  # [draws, seeds]

@@ -23,6 +23,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from vlopd.config import ConfigError, ExperimentConfig, UserError
 
 PACKAGES = [
@@ -246,7 +248,7 @@ class RunFolder:
         path = run.root / "run.json"
         with run.making(path):
             if path.exists():
-                lines = differences(read_json(path)["config"], resolved)
+                lines = differences(with_defaults(read_json(path)["config"]), resolved)
                 if lines:
                     raise ConfigError(
                         f"{run.root} already holds another config; choose another --out, or delete it. "
@@ -326,6 +328,14 @@ class RunFolder:
                 yield
             finally:
                 self._making.remove(artifact)
+
+
+def with_defaults(resolved: Any) -> Any:
+    """A run's config with the defaults of settings that came after it was written, if it is a config still."""
+    try:
+        return json.loads(ExperimentConfig.model_validate(resolved).model_dump_json())
+    except ValidationError:
+        return resolved
 
 
 def is_first_process() -> bool:

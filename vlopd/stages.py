@@ -22,6 +22,7 @@ from vlopd.checkpoint import (
     RunError,
     RunFolder,
     digest_checkpoint,
+    digest_files,
     digest_json,
     read_json,
     up_to_date,
@@ -29,10 +30,12 @@ from vlopd.checkpoint import (
     write_json,
 )
 from vlopd.config import (
+    CheckpointArm,
     DistillArm,
     ExperimentConfig,
     ExtrapolateArm,
     FileMask,
+    ImportedArm,
     Recipe,
     Reference,
     SourceArm,
@@ -84,9 +87,11 @@ def make_arm(run: RunFolder, config: ExperimentConfig, name: str, how: Making = 
     arm = config.arms.get(name, SourceArm())
     if isinstance(arm, SourceArm):
         return make_source(run, config, name)
-    if isinstance(arm, TeacherArm):
+    if isinstance(arm, (TeacherArm, CheckpointArm, ImportedArm)):
         with processes.main_process_first(), run.making(run.arm(name)):
-            return note_teacher(run, config, name, arm)
+            if isinstance(arm, TeacherArm):
+                return note_teacher(run, config, name, arm)
+            return note_foreign(run, config, name, arm)
     mask = mask_of(arm)
     if mask is not None:
         make_mask(run, config, mask, how)
@@ -227,6 +232,48 @@ def note_teacher(run: RunFolder, config: ExperimentConfig, name: str, arm: Teach
     return True
 
 
+def note_foreign(
+    run: RunFolder, config: ExperimentConfig, name: str, arm: CheckpointArm | ImportedArm
+) -> bool:
+    """A model or scores from elsewhere are not copied into the run; the record says where they are."""
+    inputs = arm.model_dump(mode="json")
+    if isinstance(arm, CheckpointArm):
+        inputs["digest"] = digest_checkpoint(hub_folder(resolve(arm.model), None))
+    else:
+        inputs["digest"] = digest_files(scores_of(Path(arm.results)))
+    if up_to_date(run.arm_record(name), inputs):
+        return False
+    about = {"arm": name, "type": arm.type, "checkpoint_digest": inputs["digest"], "inputs": inputs}
+    write_json(run.arm_record(name), {**about, "precision": precision(config)})
+    return True
+
+
+def scores_of(folder: Path) -> list[Path]:
+    """The files of an lm-eval output folder: its last results_*.json and the samples of the same time.
+
+    Raises RunError where they are not there.
+    """
+    results = sorted(folder.rglob("results_*.json"), key=lambda path: path.name)
+    if not results:
+        raise RunError(f"{folder} has no results_*.json; name an output folder of lm-eval")
+    last = results[-1]
+    stamp = last.stem.removeprefix("results_")
+    samples = sorted(last.parent.glob(f"samples_*_{stamp}.jsonl"))
+    if not samples:
+        raise RunError(
+            f"{last} has no samples_*_{stamp}.jsonl beside it; run lm-eval with --log_samples"
+        )
+    return [last, *samples]
+
+
+def hub_folder(model: str, revision: str | None) -> Path:
+    """A model's folder: itself, or the hub's local snapshot of its weights."""
+    if Path(model).is_dir():
+        return Path(model)
+    wanted = ["*.safetensors", "*.json"]
+    return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+
+
 def teacher_folder(run: RunFolder, config: ExperimentConfig, teacher: TeacherConfig) -> Path:
     """Where a teacher's checkpoint is: its own folder, or the source's where it is the student itself."""
     return (
@@ -240,11 +287,7 @@ def arm_folder(run: RunFolder, config: ExperimentConfig, name: str) -> Path:
     if not isinstance(arm, TeacherArm):
         return run.checkpoint(name)
     teacher = config.teacher_of(arm)
-    folder = teacher_folder(run, config, teacher)
-    if folder.is_dir():
-        return folder
-    wanted = ["*.safetensors", "*.json"]
-    return Path(snapshot_download(teacher.model, revision=teacher.revision, allow_patterns=wanted))
+    return hub_folder(str(teacher_folder(run, config, teacher)), teacher.revision)
 
 
 def train_arm(

@@ -14,9 +14,9 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from matplotlib.figure import Figure
 
-from evals.compare import roles_of
 from evals.report import examples, figures, geometry, tables
 from evals.report.verdict import interval, p_value, percent, points
+from evals.roles import roles_of
 from vlopd.checkpoint import (
     RunFolder,
     digest_files,

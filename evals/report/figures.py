@@ -24,6 +24,7 @@ COLOURS = {
     "subnetwork": "#d55e00",
     "transplant": "#b9659a",
     "projection": "#cc9a06",
+    "other": "#7a6fb0",
     "pooled": "#009e73",
     "random": "#3fb593",
     "base": "#8a8f98",

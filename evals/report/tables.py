@@ -11,7 +11,7 @@ from vlopd.checkpoint import RunFolder, read_json, read_jsonl
 from vlopd.config import ExperimentConfig
 
 ORDER = (
-    *("teacher", "full", "replicate", "variant", "subnetwork", "projection", "transplant"),
+    *("teacher", "full", "replicate", "variant", "subnetwork", "projection", "transplant", "other"),
     *("pooled", "random", "base"),
 )
 """From ceiling to floor: the order of arms in every table and figure."""

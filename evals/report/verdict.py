@@ -5,27 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlopd.config import DistillArm, ExperimentConfig
-
 Entry = Mapping[str, Any]
 OWN_NAMES = ("subnetwork", "transplant")
 """Arm names that are words of these sentences."""
 
 
 def verdict(
-    record: Entry, config: ExperimentConfig, densities: Mapping[str, float | None]
+    record: Entry, seeds: Mapping[str, int], densities: Mapping[str, float | None]
 ) -> list[str]:
     """Plain-language sentences, task by task. Scores are shown in percent, differences in points.
 
-    `record` is compare.json's content, `densities` the trained or moved fraction of each arm.
+    `record` is compare.json's content, `seeds` those of trained arms, `densities` each arm's trained or moved
+    fraction.
     """
     sentences = []
     for task, entry in record["tasks"].items():
-        teller = Teller(entry, config, densities)
+        teller = Teller(entry, seeds, densities)
         prefix = f"{task}: " if len(record["tasks"]) > 1 else ""
-        lines = [*teller.full_opd(), *teller.retrained(), *teller.transplants(), *teller.limits()]
+        lines = [*teller.full_opd(), *teller.retrained(), *teller.transplants(), *teller.others()]
+        lines += teller.limits()
         sentences += [prefix + line for line in lines]
-    seeds = [arm.seed for arm in config.arms.values() if isinstance(arm, DistillArm)]
     replicated = any(
         arm["role"] == "replicate"
         for task in record["tasks"].values()
@@ -49,9 +48,9 @@ class Teller:
     """The sentences about one task."""
 
     def __init__(
-        self, task: Entry, config: ExperimentConfig, densities: Mapping[str, float | None]
+        self, task: Entry, seeds: Mapping[str, int], densities: Mapping[str, float | None]
     ):
-        self.task, self.config, self.densities = task, config, densities
+        self.task, self.seeds, self.densities = task, seeds, densities
         self.arms: Mapping[str, Entry] = task["arms"]
         self.base, self.teacher, self.full = map(self.first, ("base", "teacher", "full"))
         self.gain = self.contrast(self.full, self.base)
@@ -127,17 +126,24 @@ class Teller:
                     f"seeds no p below {controls['smallest_possible_p']:.2g} is possible."
                 )
             if difference := self.contrast(arm, self.full):
-                low = difference["interval"][0]
-                bound = (
-                    f"; it may be as much as {-100 * low:.1f} pp worse"
-                    if low is not None and low < 0
-                    else ""
-                )
                 lines.append(
                     f"{capital(arm)} minus full: {points(difference)}, "
-                    f"{finding(difference, 'better', 'worse')}{bound}."
+                    f"{finding(difference, 'better', 'worse')}; {no_worse(difference)}."
                 )
+        for its in self.task["seeds"]:
+            lines.append(
+                f"Over training seeds too, {its['name']} ({its['seeds_a']} and {its['seeds_b']} arms): "
+                f"{points(its)}."
+            )
         return lines
+
+    def others(self) -> list[str]:
+        """Models and scores from elsewhere."""
+        return [
+            f"{c['a']} minus {c['b']}: {points(c)}, {finding(c, 'better', 'worse')}."
+            for c in self.task["contrasts"]
+            if c["a"] in self.having("other")
+        ]
 
     def transplants(self) -> list[str]:
         """What the delta on the mask does without retraining."""
@@ -191,7 +197,7 @@ class Teller:
     def seed(self, arm: str) -> str:
         if self.full is None:
             return ""
-        same = self.config.arms[arm].seed == self.config.arms[self.full].seed  # type: ignore[union-attr]
+        same = self.seeds.get(arm) == self.seeds.get(self.full)
         return " from the same seed" if same else " from another seed"
 
 
@@ -230,6 +236,17 @@ def finding(difference: Entry, above: str, below: str) -> str:
     if high is not None and high < 0:
         return f"distinguishably {below}"
     return "not distinguishable at this number of questions"
+
+
+def no_worse(difference: Entry) -> str:
+    """Whether a subnetwork is as good as full, at the margin that was declared."""
+    tested = difference["non_inferiority"]
+    margin = f"{100 * tested['margin']:.3g} pp"
+    if tested["holds"]:
+        return f"no worse by {margin} or more (non-inferior, p {equals(tested['p'])})"
+    low = tested["low"]
+    worst = "" if low is None else f"; it may be {-100 * low:.1f} pp worse"
+    return f"not shown to be within {margin} (non-inferiority p {equals(tested['p'])}){worst}"
 
 
 def p_value(p: float | None) -> str:
