@@ -269,11 +269,9 @@ def compare_folders(
     workers: int | None,
     device: str,
 ) -> None:
-    from pydantic import ValidationError
-
     from evals.report.geometry import write_figures
     from vlopd.checkpoint import digest_checkpoint
-    from vlopd.config import GeometryConfig, explain, parse_override
+    from vlopd.config import GeometryConfig, section_of
     from vlopd.geometry import paper
     from vlopd.geometry.analyse import analyse, read_rows
     from vlopd.geometry.overlap import overlap
@@ -283,12 +281,7 @@ def compare_folders(
     if preset not in (None, "paper"):
         raise ConfigError(f"no preset {preset!r}; there is paper")
     tree = paper.preset().model_dump() if preset else {"arms": ()}
-    for line in settings:
-        tree |= parse_override(line)
-    try:
-        config = GeometryConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("--set: " + "; ".join(map(explain, error.errors()))) from None
+    config = section_of(GeometryConfig, tree, settings)
     labels = labels_of(trained)
     folders = {label: out if len(trained) == 1 else out / label for label in labels}
     for path, (label, folder) in zip(trained, folders.items(), strict=True):
@@ -334,9 +327,60 @@ def evaluate(run: RunPath, arm: Arms = None) -> None:
 
 
 @app.command()
-def compare(run: RunPath) -> None:
-    """Paired differences, recovery and their intervals: compare.json."""
-    make_comparison(*RunFolder.open(run))
+def compare(
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            help="a run folder; or models (folders, hub ids, lm-eval's output folders), the first "
+            "being what the others are compared with"
+        ),
+    ],
+    tasks: Annotated[
+        str | None, typer.Option(help="of models: lm-eval task names, with commas between")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="of models: where the results go")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="of models: a TOML line over [eval], e.g. limit=200"),
+    ] = None,
+    compute: Annotated[str, typer.Option(help="of models: fp32 or bf16")] = "fp32",
+) -> None:
+    """Paired differences and their intervals: of a run's arms (with recovery), or of any models."""
+    if len(what) == 1:
+        make_comparison(*RunFolder.open(what[0]))
+        return
+    if tasks is None or out is None:
+        raise ConfigError("models are compared on --tasks a,b and need --out DIR for the results")
+    from evals.models import compare_models
+    from vlopd.config import EvalConfig, section_of
+    from vlopd.processes import accelerator
+
+    config = section_of(EvalConfig, {"tasks": tasks.split(",")}, settings or [])
+    if compute not in ("fp32", "bf16"):
+        raise ConfigError(f"--compute {compute}: fp32 or bf16")
+    path = compare_models(what, config, out, compute, accelerator().device)
+    show_comparison(read_json(path))
+    say("comparison", path, True)
+
+
+def show_comparison(compared: dict) -> None:
+    from evals.report.verdict import p_value, percent, points
+
+    for task, entry in compared["tasks"].items():
+        table = Table(
+            task, entry["metric"], "standard error", "difference to the first", "p (Holm)"
+        )
+        differences = {contrast["a"]: contrast for contrast in entry["contrasts"]}
+        for name, its in entry["arms"].items():
+            versus = differences.get(name)
+            error = its["standard_error"]
+            cells = ("", "") if versus is None else (points(versus), p_value(versus["p_holm"]))
+            table.add_row(
+                name, percent(its["mean"]), "-" if error is None else percent(error), *cells
+            )
+        console.print(table)
+    for sentence in compared["verdict"]:
+        console.print(sentence, soft_wrap=True, highlight=False)
 
 
 @app.command()

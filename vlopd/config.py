@@ -11,7 +11,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -1365,6 +1365,19 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentCo
         return ExperimentConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{path}: " + "; ".join(map(explain, error.errors()))) from None
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def section_of(cls: type[AnySection], tree: dict[str, Any], settings: Sequence[str]) -> AnySection:
+    """One section of a config by itself, with TOML lines over it. Raises ConfigError as load_config does."""
+    for line in settings:
+        merge(tree, parse_override(line))
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("--set: " + "; ".join(map(explain, error.errors()))) from None
 
 
 def parse_override(line: str) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""Models and scores that belong to no run, evaluated and compared: `vlopd compare A B --tasks ...`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from evals.compare import compare_arms
+from evals.harness import Subject, evaluate, import_scores
+from evals.roles import Role, Roles
+from vlopd.checkpoint import digest_checkpoint, digest_files
+from vlopd.config import ConfigError, EvalConfig, ModelConfig
+from vlopd.models.load import DTYPES, load_configured, resolve
+from vlopd.stages import hub_folder, scores_of
+
+
+def compare_models(
+    models: Sequence[str], config: EvalConfig, out: Path, compute: str, device: torch.device
+) -> Path:
+    """Evaluates each model on the tasks and compares all others with the first, paired by question.
+
+    models: checkpoint folders, hub ids, `builtin:NAME`, or output folders of lm-eval. Writes out/evals/<name>/
+    and out/compare.json, whose path it returns. What was evaluated before is not evaluated again.
+    """
+    names = names_of(models)
+    for name, model in names.items():
+        folder = out / "evals" / name
+        if is_scores(model):
+            scores = Path(model)
+            import_scores(scores, name, digest_files(scores_of(scores)), config, folder)
+            continue
+        about = ModelConfig(model=model)
+
+        def open_model(about: ModelConfig = about):
+            return load_configured(about, DTYPES[compute], device)
+
+        digest = digest_checkpoint(hub_folder(resolve(model), None))
+        subject = Subject(name, digest, compute, open_model, {"model": model})
+        evaluate(subject, config, folder, out / "evals" / "images")
+    first, *others = names
+    of: dict[str, Role] = {first: "base", **dict.fromkeys(others, "other")}
+    return compare_arms(out / "evals", Roles(of), config, out / "compare.json", {}, {})
+
+
+def is_scores(model: str) -> bool:
+    """Whether it is an output folder of lm-eval rather than a model."""
+    folder = Path(model)
+    return (
+        folder.is_dir()
+        and not (folder / "config.json").exists()
+        and any(folder.rglob("results_*.json"))
+    )
+
+
+def names_of(models: Sequence[str]) -> dict[str, str]:
+    """A short name for each model: the end of its path, as long as it takes to tell them apart.
+
+    Raises ConfigError where one is given twice.
+    """
+    parts = [re.sub(r"[^\w./-]", "-", model).strip("/").split("/") for model in models]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["-".join(each[-depth:]) for each in parts]
+        if len(set(names)) == len(names):
+            return dict(zip(names, models, strict=True))
+    raise ConfigError("the same model is named twice")
