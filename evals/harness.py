@@ -44,9 +44,10 @@ from vlopd.config import (
     ExperimentConfig,
     ImportedArm,
     TeacherArm,
+    UserError,
 )
 from vlopd.distill import Evaluate
-from vlopd.models.load import DTYPES, LoadedModel, load_configured
+from vlopd.models.load import DTYPES, LoadedModel, first_line, load_configured
 from vlopd.processes import accelerator
 from vlopd.stages import scores_of, teacher_folder
 
@@ -297,12 +298,11 @@ def score(
     for draw in range(config.sampled.n if config.sampled else 1):
         lm.draw = draw
         with untouched_randomness():
-            results = lm_eval.simple_evaluate(
-                model=lm,
-                model_args={"pretrained": name},
-                tasks=[task],
-                task_manager=manager,
-                num_fewshot=config.fewshot,
+            loaded = load_task(manager, task, config.fewshot)
+            # not simple_evaluate, which also asks pip for every package's version, a second each time
+            results = lm_eval.evaluate(
+                lm,
+                loaded,
                 limit=limit,
                 apply_chat_template=templated,
                 fewshot_as_multiturn=templated,
@@ -310,6 +310,7 @@ def score(
                 log_samples=True,
             )
         assert results is not None
+        results["config"] = {"model": name, "limit": limit, "batch_size": lm.batch_size}
         passes.append(results)
     for results in passes:
         for leaf, rows in results["samples"].items():
@@ -317,10 +318,35 @@ def score(
     return passes[0] if config.sampled is None else over_samples(passes)
 
 
+def load_task(manager: Tasks, task: str, fewshot: int | None) -> Any:
+    """The task (or group of tasks) as lm-eval's simple_evaluate prepares it, with its default seeds.
+
+    Raises RunError where it cannot be had: its data, a column, a split.
+    """
+    random.seed(0)
+    np.random.seed(1234)
+    torch.manual_seed(1234)
+    try:
+        loaded = manager.load([task])
+    except UserError:
+        raise
+    except IndexError:  # lm-eval looks at the first
+        raise RunError(f"task {task} has no questions: its split is empty") from None
+    except Exception as error:  # datasets, templates and task files raise what they like
+        raise RunError(
+            f"task {task} cannot be had: {first_line(error)}; {manager.task_index[task].yaml_path} says where "
+            "its data are, and names their columns"
+        ) from None
+    for its in loaded["tasks"].values():
+        own = its.get_config("num_fewshot")
+        if own != 0 and (fewshot is not None or own is None):
+            its.set_config("num_fewshot", fewshot or 0)
+        its.set_fewshot_seed(1234)
+    return loaded
+
+
 def one_row_a_question(task: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """lm-eval's rows, a filter each, joined: the first filter's metrics as they are, others as `metric,filter`."""
-    if not rows:
-        raise RunError(f"task {task} has no questions: its test split is empty")
     found: dict[int, dict[str, Any]] = {}
     for row in rows:
         metrics = {m: row[m] for m in row["metrics"] if is_number(row[m])}
@@ -447,9 +473,11 @@ def question_of(row: Mapping[str, Any]) -> str:
     """The question as the data has it, or the prompt where the data has no such column."""
     asked = row["doc"].get("question")
     if asked is None:
-        arguments = row["arguments"]
-        first = arguments.get("gen_args_0", {}) if isinstance(arguments, Mapping) else {}
-        asked = first.get("arg_0", "")
+        arguments = row[
+            "arguments"
+        ]  # of the first request: (prompt, ...), or as lm-eval writes it to a file
+        is_written = isinstance(arguments, Mapping)
+        asked = arguments["gen_args_0"]["arg_0"] if is_written else arguments[0][0]
     return str(asked).replace(PLACEHOLDER, "").strip()
 
 

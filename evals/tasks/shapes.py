@@ -16,8 +16,14 @@ from vlopd.data import shapes
 
 def dataset(size: int, seed: int, split: shapes.Split, **_: Any) -> dict[str, Dataset]:
     """lm-eval's `custom_dataset`: `size` questions of a split, one a scene; pictures are drawn when asked for."""
+    return {"test": questions(size, seed, split)}
+
+
+@lru_cache(maxsize=4)
+def questions(size: int, seed: int, split: shapes.Split) -> Dataset:
+    """Made once a process: every arm is asked the same."""
     world = shapes.ShapesWorld(split, size, seed)
-    return {"test": Dataset.from_list([world.row(i) for i in range(size)])}
+    return Dataset.from_list([world.row(i) for i in range(size)])
 
 
 def doc_to_image(doc: Mapping[str, Any]) -> list[Image.Image]:
