@@ -115,11 +115,13 @@ def make_geometry(run: RunFolder, config: ExperimentConfig, names: list[str]) ->
 
 
 def make_evals(run: RunFolder, config: ExperimentConfig, names: list[str]) -> None:
-    from evals import harness
+    from evals.harness import evaluate_arm
+    from evals.tokens import grade_answers
 
     for name in names:
         with run.making(run.eval(name)):
-            made = harness.evaluate_arm(run, config, name)
+            made = evaluate_arm(run, config, name)
+            made |= grade_answers(run, config, name)
         say(f"evaluation of {name}", run.eval(name) / "results.json", made)
 
 

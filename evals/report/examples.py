@@ -21,6 +21,8 @@ LARGEST_BYTES = 40_000
 LARGEST_SIDE = 384
 LEAST_LOGPROB = -6.0
 """Teacher log-probabilities (nats) at and below this get the strongest colour."""
+LARGEST_KL = 2.0
+"""Nats of KL(arm || teacher) at a token from which it has the strongest colour."""
 
 
 def questions(run: RunFolder, task: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -32,6 +34,7 @@ def questions(run: RunFolder, task: str, entry: Mapping[str, Any]) -> list[dict[
     arms = sorted(entry["arms"], key=lambda arm: ORDER.index(entry["arms"][arm]["role"]))
     roles = {arm: entry["arms"][arm]["role"] for arm in arms}
     tables = {arm: read_jsonl(run.eval(arm) / f"samples_{task}.jsonl") for arm in arms}
+    divergences = {arm: token_divergences(run, arm, task) for arm in arms}
     by_key = {arm: {(r["doc_id"], r["doc_hash"]): r for r in rows} for arm, rows in tables.items()}
     found = []
     for row in tables[arms[0]]:
@@ -43,6 +46,7 @@ def questions(run: RunFolder, task: str, entry: Mapping[str, Any]) -> list[dict[
         answers: dict[tuple[float, str], list[str]] = {}
         for arm in arms:
             answers.setdefault((right[arm], given[arm]["completion"]), []).append(arm)
+        tokens = {arm: divergences[arm].get(row["doc_id"]) for arm in arms}
         found.append(
             {
                 "task": task,
@@ -52,7 +56,12 @@ def questions(run: RunFolder, task: str, entry: Mapping[str, Any]) -> list[dict[
                 "reference": row["target"],
                 "picture": row["image"],
                 "answers": [
-                    {"score": score, "text": text, "arms": those}
+                    {
+                        "score": score,
+                        "text": text,
+                        "arms": those,
+                        "tokens": next((tokens[arm] for arm in those if tokens[arm]), None),
+                    }
                     for (score, text), those in sorted(
                         answers.items(), key=lambda item: -item[0][0]
                     )
@@ -67,6 +76,24 @@ def questions(run: RunFolder, task: str, entry: Mapping[str, Any]) -> list[dict[
         picture = question["picture"]
         question["picture"] = data_uri(run.root / picture) if picture else None
     return chosen
+
+
+def token_divergences(run: RunFolder, arm: str, task: str) -> dict[int, list[dict[str, Any]]]:
+    """{doc_id: tokens of the arm's answer with KL(arm || teacher)}, of the questions that have them."""
+    path = run.eval(arm) / f"tokens_{task}.jsonl"
+    rows = read_jsonl(path) if path.exists() else []
+    return {
+        row["doc_id"]: [
+            {"text": shown(text), "kl": kl, "strength": min(1.0, kl / LARGEST_KL)}
+            for text, kl in zip(row["tokens"], row["kl"], strict=True)
+        ]
+        for row in rows
+    }
+
+
+def shown(token: str) -> str:
+    """A vocabulary entry as a reader expects it: byte-level and sentencepiece tokenizers mark spaces."""
+    return token.replace("\u0120", " ").replace("\u2581", " ").replace("\u010a", " ")
 
 
 def spread(questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -91,7 +118,7 @@ def generations(run: RunFolder, arms: Sequence[str]) -> list[dict[str, Any]]:
             row = next(row for row in rows if row["step"] == step)
             tokens = [
                 {
-                    "text": text.replace("\u0120", " ").replace("\u2581", " "),
+                    "text": shown(text),
                     "student": student,
                     "teacher": teacher,
                     "strength": min(1.0, max(0.0, teacher / LEAST_LOGPROB)),
