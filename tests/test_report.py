@@ -361,7 +361,112 @@ def test_report_has_files_beside_the_page(compared, page):
     for arm, its in record["tasks"]["shapes"]["arms"].items():
         assert table.loc[arm, "mean"] == pytest.approx(its["mean"])
     names = {path.stem for path in (run.report / "tables").iterdir()}
-    assert names == {"arms", "contrasts", "kinds", "training", "masks", "geometry"}
+    assert names == {"arms", "contrasts", "kinds", "training", "masks", "geometry", "seeds"}
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
+DRIVER = """
+<script>
+const found = {cards: cards.length};
+const visible = () => cards.filter(card => card.offsetParent !== null).length;
+found.all = visible();
+kind.value = "count"; kind.dispatchEvent(new Event("change"));
+found.count = visible(); found.counts = cards.filter(c => c.dataset.kind === "count").length;
+apart.checked = true; apart.dispatchEvent(new Event("change"));
+found.apart = visible();
+found.words = document.getElementById("shown").textContent;
+found.wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
+found.broken = [...document.images].filter(i => !i.complete || !i.naturalWidth).length;
+document.title = JSON.stringify(found);
+</script>
+"""
+"""Plays a reader, and leaves what it saw in the page's title."""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize(("width", "dark"), [(1100, False), (400, True)], ids=["desk", "phone"])
+def test_the_page_works_in_a_browser(page, tmp_path, width, dark):
+    """In headless Chromium the page logs no error and loads all its pictures, the filters of the example browser
+    choose, and nothing but tables scrolls sideways, at a desk and on a dark phone."""
+    driven = tmp_path / "driven.html"
+    driven.write_text(page.replace("</body>", DRIVER + "</body>"))
+    words = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    words += [f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}"]
+    words += ["--force-dark-mode"] if dark else []
+    done = subprocess.run(
+        [str(BROWSER), *words, driven.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not console, console
+    (title,) = re.findall(r"<title>(.*?)</title>", done.stdout)
+    found = json.loads(title)
+    assert found["cards"] == found["all"] > found["count"] == found["counts"] > 0
+    assert found["apart"] <= found["count"] and found["words"].startswith(f"{found['apart']} of")
+    assert not found["wide"] and not found["broken"]
+
+
+def test_the_verdict_is_what_the_numbers_say(compared):
+    """Recovery, differences and the rank in the sentences are those of compare.json."""
+    record = compared[2]
+    task = record["tasks"]["shapes"]
+    text = " ".join(record["verdict"])
+    recovery = task["arms"]["subnetwork"]["recovery"]
+    low, high = recovery["interval"]
+    assert f"recovers {recovery['value']:.2f} [{low:.2f}, {high:.2f}] of full OPD's gain" in text
+    assert record["verdict"][0].startswith("The 5 % subnetwork")
+    control = task["random_controls"]["subnetwork"]
+    assert f"ranks {control['rank']} of {control['of']}" in text
+    tested = next(c for c in task["contrasts"] if c["name"] == "subnetwork - full")
+    said = (
+        "no worse by 2 pp" if tested["non_inferiority"]["holds"] else "not shown to be within 2 pp"
+    )
+    assert said in text
+    seeds = {its["name"]: its for its in task["seeds"]}
+    assert seeds["subnetwork - random"]["seeds_b"] == 3
+
+
+def test_declared_contrasts_are_the_family_of_holm(spoilable):
+    """Holm's adjustment is over the declared contrasts; others keep their p and have no adjusted one."""
+    run, config, _ = spoilable
+    declared = ("subnetwork - full", "subnetwork - random", "full - base")
+    of = config.eval.model_copy(update={"contrasts": declared})
+    task = read_json(compare(run, config.model_copy(update={"eval": of})))["tasks"]["shapes"]
+    adjusted = {c["name"]: c for c in task["contrasts"] if c["p_holm"] is not None}
+    assert len(adjusted) == 3 and "subnetwork - random (mean of 3)" in adjusted
+    smallest = min(adjusted.values(), key=lambda c: c["p"])
+    assert smallest["p_holm"] == pytest.approx(min(1.0, 3 * smallest["p"]))
+    for wrong, message in (("full", '"arm - arm"'), ("full - nope", "nope")):
+        with pytest.raises(ValueError, match=message):
+            make_config(eval={"contrasts": [wrong]})
+
+
+def test_replicates_are_taken_as_a_sample_of_seeds(tmp_path):
+    """Arms that differ in the seed alone are compared as groups, with a deviation between seeds; held-out looks give
+    final, last-five and peak scores, and several densities a figure."""
+    base = make_config()
+    arms = {name: arm.model_dump(mode="json", exclude_none=True) for name, arm in base.arms.items()}
+    arms["full-b"] = {"type": "distill", "seed": 7}
+    arms["sparser"] = {"type": "distill", "seed": 1, "mask": "sparser"}
+    sparser = {"type": "top_fraction", "of": "full", "fraction": 0.01}
+    masks = {name: mask.model_dump(mode="json") for name, mask in base.masks.items()}
+    SKILL.update({"full-b": 0.77, "sparser": 0.5})
+    config = make_config(arms=arms, masks={**masks, "sparser": sparser})
+    run = make_run(tmp_path / "run", config, n=120, images=False)
+    record = read_json(run.arm_record("sparser"))
+    write_json(run.arm_record("sparser"), {**record, "density": 0.01})
+    looks = [{"step": s, "task": "shapes_validation", "exact_match": s / 50} for s in (0, 20, 40)]
+    looks[1]["exact_match"] = 0.9
+    write_jsonl(run.arm("full") / "heldout.jsonl", looks)
+    seeds = {
+        its["name"]: its for its in read_json(compare(run, config))["tasks"]["shapes"]["seeds"]
+    }
+    assert (seeds["full - base"]["seeds_a"], seeds["full - base"]["seeds_b"]) == (2, 1)
+    assert seeds["full - base"]["sd_a"] > 0 and seeds["full - base"]["sd_b"] is None
+    text = build_report(run, config).read_text()
+    table = pd.read_csv(run.report / "tables/held_out.csv").iloc[0]
+    assert (table.final, table.peak, table.peak_step) == (0.8, 0.9, 20)
+    assert table["last"] == pytest.approx((0 + 0.9 + 0.8) / 3)
+    assert "density-shapes" in text and "Peak (step)" in text
 
 
 def test_report_without_comparison(spoilable):

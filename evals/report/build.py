@@ -47,6 +47,9 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
         "contrasts": tables.contrasts(compared),
         "kinds": tables.groups(compared),
         "training": tables.training(run, config),
+        "seeds": tables.seeds(compared),
+        "pass_at": tables.pass_at(compared),
+        "held_out": tables.held_out(run, config),
         "masks": tables.masks(run, config),
         "identity": tables.identity(records),
     }
@@ -62,6 +65,7 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
         "compared": compared,
         "tasks": [task_context(run, name, compared, data, drawn) for name in compared["tasks"]],
         "training": training_context(data["training"], roles, drawn),
+        "held_out": rows_of(data["held_out"]),
         "masks": rows_of(data["masks"]),
         "identity": rows_of(data["identity"]),
         "geometry": geometry_context(run, tidy, data["geometry"], drawn),
@@ -90,6 +94,7 @@ def shown_files(run: RunFolder) -> dict[str, str]:
         "run.json",
         "compare.json",
         "arms/*/*.json*",
+        "evals/*/tokens*.json*",
         "masks/*.json",
         "geometry/*/*.json",
         "geometry/*.csv",
@@ -121,7 +126,8 @@ def task_context(
         plotted = differences[["arm", "role", *names]].rename(columns=names)
         forest = figures.forest(plotted, f"difference to full OPD (percentage points), {share}")
         draw(drawn, f"differences-{slug}", forest)
-    kinds = data["kinds"]
+    draw_density(rows, slug, f"{entry['metric']} (%)", drawn)
+    kinds, seeds, passes = data["kinds"], data["seeds"], data["pass_at"]
     return {
         "name": task,
         "slug": slug,
@@ -132,12 +138,37 @@ def task_context(
         if not data["contrasts"].empty
         else [],
         "kinds": kinds_context(kinds[kinds.task == task]) if not kinds.empty else None,
+        "seeds": rows_of(seeds[seeds.task == task]) if not seeds.empty else [],
+        "passes": passes_context(passes[passes.task == task]) if not passes.empty else None,
+        "non_inferior": [
+            {"arm": c["a"], **c["non_inferiority"]}
+            for c in entry["contrasts"]
+            if "non_inferiority" in c
+        ],
         "questions": examples.questions(run, task, entry),
         "no_answer": [
             (arm, its["extraction_failure_fraction"])
             for arm, its in entry["arms"].items()
             if (its["extraction_failure_fraction"] or 0) > 0.01
         ],
+    }
+
+
+def draw_density(rows: pd.DataFrame, slug: str, label: str, drawn: dict[str, str]) -> None:
+    """Accuracy against density, where arms under masks have several."""
+    masked = rows[rows.role.isin(("subnetwork", "random", "transplant")) & (rows.density > 0)]
+    if masked.density.round(6).nunique() < 2:
+        return
+    edges = rows[rows.role.isin(("full", "base", "teacher"))]
+    lines = dict(zip(edges.arm, edges["mean"], strict=True))
+    draw(drawn, f"density-{slug}", figures.against_density(masked, lines, label))
+
+
+def passes_context(passes: pd.DataFrame) -> Context:
+    """Arms down, k across."""
+    return {
+        "names": list(dict.fromkeys(passes.metric)),
+        "rows": [(arm, rows_of(part)) for arm, part in passes.groupby("arm", sort=False)],
     }
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -110,6 +111,40 @@ def forest(rows: pd.DataFrame, label: str) -> Figure:
         intervals(axes, rows, 100)
         axes.axvline(0, color=INK, lw=0.8, alpha=0.7, zorder=0)
         axes.set_xlabel(label)
+    return figure
+
+
+def against_density(rows: pd.DataFrame, lines: Mapping[str, float], label: str) -> Figure:
+    """Score against the share of coordinates that train (columns arm, role, density, mean, low, high), a colour a
+    role; broken lines at full, base and the like."""
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = canvas(2.9)
+        for role, part in rows.sort_values("density").groupby("role", sort=False):
+            errors = 100 * np.array([part["mean"] - part.low, part.high - part["mean"]])
+            axes.errorbar(
+                100 * part.density,
+                100 * part["mean"],
+                yerr=np.nan_to_num(errors),
+                fmt="o",
+                ls="none" if part.density.nunique() == 1 else "-",
+                color=COLOURS[str(role)],
+                ms=4.5,
+                lw=1.3,
+                label=role,
+            )
+        for text, value in lines.items():
+            axes.axhline(100 * value, color=INK, lw=0.8, ls=(0, (3, 3)), alpha=0.6, zorder=0)
+            axes.annotate(
+                text, (1, 100 * value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                fontsize=8,
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("coordinates that train (%)")
+        axes.set_ylabel(label)
+        axes.grid()
+        figure.legend(loc="outside upper left", ncols=3, fontsize=8)
     return figure
 
 

@@ -102,6 +102,52 @@ def groups(compared: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def seeds(compared: Mapping[str, Any]) -> pd.DataFrame:
+    """One row a task and contrast over training or mask seeds."""
+    rows = []
+    for task, entry in compared["tasks"].items():
+        for its in entry.get("seeds", ()):
+            kept = {key: its[key] for key in ("name", "seeds_a", "seeds_b", "sd_a", "sd_b")}
+            rows.append({"task": task, **kept, **estimate(its)})
+    return pd.DataFrame(rows)
+
+
+def pass_at(compared: Mapping[str, Any]) -> pd.DataFrame:
+    """One row a task, arm and k, where answers were sampled."""
+    return pd.DataFrame(
+        {"task": task, "arm": arm, "metric": metric, **estimate(value)}
+        for task, entry in compared["tasks"].items()
+        for arm, its in entry["arms"].items()
+        for metric, value in its.get("pass_at", {}).items()
+    )
+
+
+LAST = 5
+
+
+def held_out(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
+    """The looks at held-out questions while arms trained: final score, mean of the last five, and the peak.
+
+    The peak is the largest of several looks at the same questions, so it flatters; it stands here beside the others
+    because it is what papers report.
+    """
+    rows = []
+    for arm in config.arms:
+        path = run.arm(arm) / "heldout.jsonl"
+        looks = pd.DataFrame(read_jsonl(path)) if path.exists() else pd.DataFrame()
+        if looks.empty:
+            continue
+        for task, part in looks.groupby("task", sort=False):
+            metric = next(c for c in part.columns if c not in ("step", "task", "limit", "seconds"))
+            part = part.dropna(subset=[metric]).sort_values("step")
+            peak = part.loc[part[metric].idxmax()]
+            last = part.tail(LAST)
+            found = {"final": part[metric].iloc[-1], "last": last[metric].mean()}
+            found |= {"peak": peak[metric], "peak_step": int(peak.step), "looks": len(part)}
+            rows.append({"arm": arm, "task": task, "metric": metric, **found})
+    return pd.DataFrame(rows)
+
+
 def estimate(entry: Mapping[str, Any]) -> dict[str, Any]:
     """n, mean, standard_error, low and high of an estimate in compare.json; empty for none."""
     if not entry:

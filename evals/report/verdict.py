@@ -22,8 +22,10 @@ def verdict(
     for task, entry in record["tasks"].items():
         teller = Teller(entry, seeds, densities)
         prefix = f"{task}: " if len(record["tasks"]) > 1 else ""
-        lines = [*teller.full_opd(), *teller.retrained(), *teller.transplants(), *teller.others()]
-        lines += teller.limits()
+        retrained = teller.retrained()
+        # what the experiment is about comes first, then what it rests on
+        lines = [*retrained[:1], *teller.full_opd(), *retrained[1:]]
+        lines += [*teller.transplants(), *teller.others(), *teller.limits()]
         sentences += [prefix + line for line in lines]
     replicated = any(
         arm["role"] == "replicate"
@@ -132,7 +134,7 @@ class Teller:
                 )
         for its in self.task["seeds"]:
             lines.append(
-                f"Over training seeds too, {its['name']} ({its['seeds_a']} and {its['seeds_b']} arms): "
+                f"Over seeds as well as questions, {its['name']} ({its['seeds_a']} and {its['seeds_b']} arms): "
                 f"{points(its)}."
             )
         return lines
