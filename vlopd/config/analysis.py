@@ -1,0 +1,114 @@
+"""What is measured of an arm: the geometry of its update, and its scores."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from vlopd.config.base import Section
+
+
+class GaussianNull(Section):
+    """I.i.d. Gaussian noise."""
+
+    type: Literal["gaussian"] = "gaussian"
+
+
+class RowColumnNull(Section):
+    """Gaussian noise with the r.m.s. profile of the observed rows and columns."""
+
+    type: Literal["row_column"] = "row_column"
+
+
+class PermutedNull(Section):
+    """The observed update's own entries, in random places of the same tensor."""
+
+    type: Literal["permuted"] = "permuted"
+
+
+class SignFlippedNull(Section):
+    """The observed update with random signs."""
+
+    type: Literal["sign_flipped"] = "sign_flipped"
+
+
+class LowRankNull(Section):
+    """The product of two Gaussian matrices of this rank."""
+
+    type: Literal["low_rank"] = "low_rank"
+    rank: int = Field(8, gt=0)
+
+
+class UlpNull(Section):
+    """Gaussian noise in proportion to |w|: in a stored precision, one ulp here and there."""
+
+    type: Literal["ulp"] = "ulp"
+
+
+NullConfig = Annotated[
+    GaussianNull | RowColumnNull | PermutedNull | SignFlippedNull | LowRankNull | UlpNull,
+    Field(discriminator="type"),
+]
+
+
+class GeometryConfig(Section):
+    arms: tuple[str, ...] = ("full",)
+    nulls: tuple[NullConfig, ...] = (GaussianNull(),)
+    """Each has the observed norm, tensor by tensor, after rounding to the stored precision."""
+    null_draws: int = Field(3, ge=0)
+    """Draws of each null."""
+    seed: int = 0
+    ratios: tuple[float, ...] = Field((0.01, 0.05, 0.1, 0.2), min_length=1, max_length=7)
+    """Fractions for principal subspaces, magnitude masks and energy shares."""
+    factorisation: Literal["gram", "svd"] = "gram"
+    """`gram`: singular values down to 1e-7 of the largest; `svd`: all of them, several times slower."""
+    max_exact_side: int = Field(4096, gt=0)
+    max_exact_cost: float = Field(1e12, gt=0)
+    """Matrices with a longer shorter side, or m n min(m, n) above this, are factorised approximately."""
+
+
+class HeldOutConfig(Section):
+    """Scores a small fixed set every so many steps, by the code of the final evaluation (heldout.jsonl)."""
+
+    every: int = Field(gt=0)
+    """Steps; the source and the last step are scored too."""
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """lm-eval task names. Use a validation task: what is looked at while training is no longer held out."""
+    limit: int = Field(200, gt=0)
+    """The first so many questions of each task."""
+
+
+class SampledConfig(Section):
+    """Several sampled answers a question in place of a greedy one: scores are means over them (mean@n), and
+    pass@k stands beside them."""
+
+    n: int = Field(8, gt=1)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int | None = Field(None, gt=0)
+
+
+class EvalConfig(Section):
+    tasks: tuple[str, ...] = Field(("shapes",), min_length=1)
+    """lm-eval task names: ours (evals/tasks/) and any that lm-eval knows."""
+    limit: int | None = Field(None, gt=0)
+    """Questions a task; null for all."""
+    batch_size: int = Field(64, gt=0)
+    fewshot: int | None = Field(None, ge=0)
+    """Solved examples before each question, with their pictures; null for what the task says."""
+    chat_template: bool | None = None
+    """Whether prompts go through the model's chat template; null: where it has one."""
+    sampled: SampledConfig | None = None
+    """Null: greedy, or what the task says."""
+    confidence: float = Field(0.95, gt=0, lt=1)
+    bootstrap_draws: int = Field(10_000, gt=0)
+    margin: float = Field(0.02, gt=0, lt=1)
+    """How much worse than full, in units of the score, a subnetwork may be and still count as no worse."""
+    contrasts: tuple[str, ...] | None = None
+    """The contrasts that the experiment is about, each "arm - arm" ("subnetwork - random" is the mean of its random
+    controls): Holm's adjustment is over these. Null: over all that are reported."""
+    keep_images: int = Field(32, ge=0)
+    """Pictures of the first questions that are kept for the report's examples."""
+    during: HeldOutConfig | None = None
+    """A look at held-out questions while an arm trains; it decides nothing."""

@@ -1,0 +1,199 @@
+"""The arms of an experiment: what each student is made by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from vlopd.config.base import Section
+from vlopd.config.recipe import Recipe
+
+
+class SourceArm(Section):
+    """The student before any training."""
+
+    type: Literal["source"] = "source"
+
+
+class TeacherArm(Section):
+    """A teacher as it is, without its context."""
+
+    type: Literal["teacher"] = "teacher"
+    teacher: str | None = None
+    """Which, where there are several."""
+
+
+Table = dict[str, Any]
+
+
+"""A part of a section, put over the run's own as an override would be."""
+
+
+class Subspace(Section):
+    """The subspace that an early update spans, matrix by matrix ("subspace locking", arXiv 2606.07082).
+
+    Each matrix's gradient is projected on it before clipping and the optimizer. Matrices that the early
+    checkpoint had not moved stay; vectors train as they are.
+    """
+
+    of: str
+    """The checkpoint whose delta from the source gives the subspace, e.g. `full@12`; see masks."""
+    rank: int = Field(16, gt=0)
+    side: Literal["right", "left", "both"] = "right"
+    """G V V^T, U U^T G, or both."""
+
+
+class DistillArm(Section):
+    """On-policy distillation from the source; with a mask, only its coordinates train.
+
+    Sections given here hold for this arm alone: `loss = {type = "forward_kl"}` varies one factor.
+    """
+
+    type: Literal["distill"] = "distill"
+    seed: int
+    """Seeds the data and the sampling. 1 unless given, and 2 under a mask: one that is tested on the data that
+    chose it flatters itself."""
+    mask: str | None = None
+    teacher: Table | None = None
+    data: Table | None = None
+    rollout: Table | None = None
+    loss: Table | None = None
+    reward: Table | None = None
+    optim: Table | None = None
+    train: Table | None = None
+    subspace: Subspace | None = None
+
+    @property
+    def own(self) -> dict[str, Table]:
+        """The sections that are this arm's own, by name."""
+        tables = self.model_dump(include=set(Recipe.model_fields))
+        return {name: table for name, table in tables.items() if table is not None}
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_seed(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {"seed": 2 if value.get("mask") or value.get("subspace") else 1, **value}
+        return value
+
+
+class TransplantArm(Section):
+    """The source plus another arm's delta on the mask; no training."""
+
+    type: Literal["transplant"] = "transplant"
+    of: str = "full"
+    mask: str
+
+
+class ExtrapolateArm(Section):
+    """The source plus a multiple of an early delta, on the mask where there is one; no training.
+
+    EffOPD (arXiv 2605.11739). The early checkpoint is read as stored: precision.stored = "fp32" keeps all of it.
+    """
+
+    type: Literal["extrapolate"] = "extrapolate"
+    of: str
+    """The early checkpoint, e.g. `full@12`; see masks."""
+    factor: float | None = Field(None, gt=0)
+    """Of the early delta."""
+    norm_of: str | None = None
+    """In place of a factor: the arm whose delta's norm, over the whole model, is taken on."""
+    mask: str | None = None
+
+    @model_validator(mode="after")
+    def check_length(self) -> ExtrapolateArm:
+        if (self.factor is None) == (self.norm_of is None):
+            raise ValueError("give either factor or norm_of")
+        return self
+
+
+class CheckpointArm(Section):
+    """Any model as it is, to be scored beside the others."""
+
+    type: Literal["checkpoint"] = "checkpoint"
+    model: str
+    """A folder, a hub id or `builtin:NAME`."""
+
+
+class ImportedArm(Section):
+    """Scores that lm-eval gave elsewhere: no model, only answers to the same questions."""
+
+    type: Literal["imported"] = "imported"
+    results: str
+    """lm-eval's output folder: results_*.json and samples_*.jsonl (its --log_samples)."""
+
+
+ArmConfig = Annotated[
+    SourceArm
+    | TeacherArm
+    | DistillArm
+    | TransplantArm
+    | ExtrapolateArm
+    | CheckpointArm
+    | ImportedArm,
+    Field(discriminator="type"),
+]
+
+
+def expand_seeds(tree: Any) -> Any:
+    """A mask or arm with `seeds = [7, 8]` is two of them, name-0 and name-1; so is an arm under such a mask."""
+    if not isinstance(tree, Mapping):
+        return tree
+    masks, drawn = expanded(tree.get("masks", {}), {})
+    arms, _ = expanded(tree.get("arms", {}), drawn)
+    return {**tree, **({"masks": masks} if "masks" in tree else {}), "arms": arms}
+
+
+def expanded(
+    tables: Mapping[str, Any], masks: Mapping[str, int]
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The tables with those of many seeds written out, and how many each of these became."""
+    found: dict[str, Any] = {}
+    counts: dict[str, int] = {}
+    for name, table in tables.items():
+        is_table = isinstance(table, Mapping)
+        seeds = table.get("seeds") if is_table else None
+        mask = table.get("mask") if is_table else None
+        count = masks.get(mask) if isinstance(mask, str) else None
+        if seeds is None and count is None:
+            copies = {name: table}
+        else:
+            if seeds is not None and (not isinstance(seeds, list | tuple) or not seeds):
+                raise ValueError(f"{name}.seeds = {seeds!r} must be a list of seeds")
+            if seeds is not None and count is not None and len(seeds) != count:
+                raise ValueError(
+                    f"{name} has {len(seeds)} seeds, and its mask {mask!r} has {count}; give as many"
+                )
+            copies = {}
+            for k in range(count or len(seeds or ())):
+                own = {key: value for key, value in table.items() if key != "seeds"}
+                own |= {"seed": seeds[k]} if seeds is not None else {}
+                own |= {"mask": f"{mask}-{k}"} if count is not None else {}
+                copies[f"{name}-{k}"] = own
+            counts[name] = len(copies)
+        for copy in copies:
+            if copy in found:
+                raise ValueError(f"{copy!r} is given twice: as itself and by the seeds of another")
+        found |= copies
+    return found, counts
+
+
+RANDOM = "random"
+
+
+"""In eval.contrasts, the mean of an arm's random controls."""
+
+
+def checkpoints_of(arm: ArmConfig) -> dict[str, str]:
+    """The checkpoints that an arm reads, by the key that names them."""
+    if isinstance(arm, DistillArm) and arm.subspace is not None:
+        return {"subspace.of": arm.subspace.of}
+    if isinstance(arm, ExtrapolateArm):
+        return {"of": arm.of} | ({} if arm.norm_of is None else {"norm_of": arm.norm_of})
+    return {"of": arm.of} if isinstance(arm, TransplantArm) else {}
+
+
+def mask_of(arm: ArmConfig) -> str | None:
+    return arm.mask if isinstance(arm, (DistillArm, TransplantArm, ExtrapolateArm)) else None

@@ -1,0 +1,269 @@
+"""The whole experiment, and what must fit together in it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from vlopd.config.analysis import EvalConfig, GeometryConfig
+from vlopd.config.arms import (
+    RANDOM,
+    ArmConfig,
+    CheckpointArm,
+    DistillArm,
+    ImportedArm,
+    TeacherArm,
+    checkpoints_of,
+    expand_seeds,
+    mask_of,
+)
+from vlopd.config.base import NAME, ConfigError, Section
+from vlopd.config.masks import (
+    FileMask,
+    MaskConfig,
+    RandomMask,
+    Reference,
+    TopFractionMask,
+    WholeMask,
+)
+from vlopd.config.models import ModelConfig, PrecisionConfig, TeacherConfig, as_table
+from vlopd.config.recipe import Recipe
+from vlopd.config.training import Muon
+
+
+class TrackingConfig(Section):
+    """Where the training curves go besides metrics.jsonl, through accelerate."""
+
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """wandb runs offline unless WANDB_MODE says otherwise."""
+
+
+Name = Annotated[str, Field(pattern=NAME)]
+
+
+class ExperimentConfig(Recipe):
+    """One experiment: everything that decides its numbers."""
+
+    name: str = Field(pattern=NAME)
+    title: str = ""
+    student: Annotated[ModelConfig, BeforeValidator(as_table)]
+    precision: PrecisionConfig = PrecisionConfig()
+    masks: dict[Name, MaskConfig] = Field(default_factory=dict)
+    """A random one with `seeds = [7, 8]` is two, NAME-0 and NAME-1; so is an arm under it."""
+    arms: dict[Name, ArmConfig]
+    geometry: GeometryConfig = GeometryConfig()
+    eval: EvalConfig = EvalConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def of_arm(self, arm: DistillArm) -> ExperimentConfig:
+        """The experiment as this arm sees it: its own sections put over the run's.
+
+        Raises ConfigError where they do not fit.
+        """
+        if not arm.own:
+            return self
+        tree = self.model_dump(mode="json", include=set(Recipe.model_fields), exclude_none=True)
+        merge(tree, arm.own)
+        try:
+            recipe = Recipe.model_validate(tree)
+        except ValidationError as error:
+            raise ConfigError("; ".join(map(explain, error.errors()))) from None
+        return self.model_copy(update={k: v for k, v in recipe if k in arm.own})
+
+    @property
+    def teachers(self) -> dict[str, TeacherConfig]:
+        """All teachers by name; a single one is called "teacher"."""
+        if isinstance(self.teacher, TeacherConfig):
+            return {"teacher": self.teacher}
+        return self.teacher.teachers
+
+    def teacher_of(self, arm: TeacherArm) -> TeacherConfig:
+        """The teacher that an arm is: the one it names, or the only one."""
+        return self.teachers[arm.teacher or next(iter(self.teachers))]
+
+    def loaded_as(self, teacher: TeacherConfig) -> ModelConfig:
+        """Where a teacher's weights and processor come from: its own, or the student's."""
+        return self.student if teacher.is_student else teacher
+
+    @model_validator(mode="before")
+    @classmethod
+    def expand(cls, tree: Any) -> Any:
+        return expand_seeds(tree)
+
+    @model_validator(mode="after")
+    def check_references(self) -> ExperimentConfig:
+        """Every mask and arm that is named exists, and what it is made from comes before it."""
+
+        def need(names: Mapping[str, Any], name: str, where: str) -> None:
+            if name not in names:
+                raise ValueError(f"{where} names {name!r}, which is not among {sorted(names)}")
+
+        for name, mask in self.masks.items():
+            for other in mask.combines:
+                key = "like" if isinstance(mask, RandomMask) else "mask(s)"
+                need(self.masks, other, f"masks.{name}.{key}")
+            if mask.reads is not None:
+                self._check_checkpoint(mask.reads, f"masks.{name}.of")
+        for name, arm in self.arms.items():
+            if isinstance(arm, DistillArm):
+                try:
+                    self.of_arm(arm)
+                except ConfigError as error:
+                    raise ValueError(f"arms.{name}: {error}") from None
+            if isinstance(arm, TeacherArm):
+                if arm.teacher is None and len(self.teachers) > 1:
+                    raise ValueError(
+                        f"arms.{name}.teacher must say which of {sorted(self.teachers)} it is"
+                    )
+                need(
+                    self.teachers, arm.teacher or next(iter(self.teachers)), f"arms.{name}.teacher"
+                )
+            for where, checkpoint in checkpoints_of(arm).items():
+                self._check_checkpoint(checkpoint, f"arms.{name}.{where}")
+            mask_name = mask_of(arm)
+            if mask_name is not None:
+                need(self.masks, mask_name, f"arms.{name}.mask")
+            self._refuse_cycle(name)
+            if (
+                isinstance(arm, DistillArm)
+                and arm.mask
+                and isinstance(self.of_arm(arm).optim, Muon)
+            ):
+                self._refuse_cut_matrices(name, arm.mask)
+        for name in self.geometry.arms:
+            need(self.arms, name, "geometry.arms")
+            if isinstance(self.arms[name], (ImportedArm, CheckpointArm)):
+                raise ValueError(
+                    f"geometry.arms: {name} is no arm of this student; use `vlopd geometry SOURCE TRAINED`"
+                )
+        for contrast in self.eval.contrasts or ():
+            a, dash, b = contrast.partition(" - ")
+            if not dash:
+                raise ValueError(f'eval.contrasts: {contrast!r} is not "arm - arm"')
+            need(self.arms, a, "eval.contrasts")
+            need({**self.arms, RANDOM: None}, b, "eval.contrasts")
+        return self
+
+    def _check_checkpoint(self, text: str, where: str) -> None:
+        reference = Reference.parse(text)
+        if reference.path is not None:
+            return
+        if reference.arm not in self.arms:
+            raise ValueError(f"{where} names {text!r}, which is not among {sorted(self.arms)}")
+        if reference.step is None:
+            return
+        arm = self.arms[reference.arm]
+        if not isinstance(arm, DistillArm):
+            raise ValueError(f"{where} names {text!r}, but {reference.arm} is not trained")
+        train = self.of_arm(arm).train
+        if reference.step not in train.keep_steps or reference.step > train.steps:
+            raise ValueError(
+                f"{where} names {text!r}, but of {train.steps} steps train.keep_steps keeps "
+                f"{list(train.keep_steps)}; put {reference.step} there"
+            )
+
+    def _refuse_cut_matrices(self, arm: str, mask: str) -> None:
+        """Before the first arm trains; the mask itself is looked at again before this one does."""
+        if not self._takes_whole_matrices(mask):
+            raise ValueError(
+                f"arms.{arm}: Muon orthogonalises whole matrices, and the mask {mask!r} takes coordinates out "
+                'of them; train all arms with another optimizer, such as optim.type = "adamw"'
+            )
+
+    def _takes_whole_matrices(self, mask: str) -> bool:
+        """As far as the rule tells; what a file holds is seen when it is read."""
+        rule = self.masks[mask]
+        if isinstance(rule, RandomMask) and rule.match in ("global", "module"):
+            return False
+        if rule.combines:
+            return all(self._takes_whole_matrices(other) for other in rule.combines)
+        whole = isinstance(rule, TopFractionMask) and rule.fraction == 1
+        return whole or isinstance(rule, (WholeMask, FileMask))
+
+    def _refuse_cycle(self, arm: str) -> None:
+        seen: list[str] = []
+        for name in self.ancestors(arm):
+            if name == arm:
+                raise ValueError(f"arms.{arm} needs itself: {' <- '.join([arm, *seen, arm])}")
+            seen.append(name)
+
+    def ancestors(self, arm: str) -> list[str]:
+        """The arms whose deltas `arm` is made from, nearest first (at most one visit each)."""
+        found: list[str] = []
+        queue = [arm]
+        while queue:
+            config = self.arms[queue.pop(0)]
+            parents = [Reference.parse(text).arm for text in checkpoints_of(config).values()]
+            mask = mask_of(config)
+            if mask is not None:
+                parents += [Reference.parse(text).arm for text in self.read_by(mask)]
+            for parent in parents:
+                if parent is not None and parent not in found:
+                    found.append(parent)
+                    queue.append(parent)
+        return found
+
+    def read_by(self, mask: str, above: tuple[str, ...] = ()) -> list[str]:
+        """The checkpoints that a mask is made from, through all masks that it is made from."""
+        if mask in above:
+            raise ValueError(f"masks.{mask}: leads back to itself by {' <- '.join(above)}")
+        rule = self.masks[mask]
+        found = [] if rule.reads is None else [rule.reads]
+        for other in rule.combines:
+            if other in self.masks:
+                found += self.read_by(other, (*above, mask))
+        return list(dict.fromkeys(found))
+
+
+def merge(tree: dict[str, Any], change: Mapping[str, Any]) -> None:
+    """Merges `change` into `tree` in place, table by table; a table of another `type` replaces the old one."""
+    for key, value in change.items():
+        old = tree.get(key)
+        if (
+            isinstance(value, Mapping)
+            and isinstance(old, dict)
+            and value.get("type", old.get("type")) == old.get("type")
+        ):
+            merge(old, value)
+        else:
+            tree[key] = value
+
+
+def explain(error: ErrorDetails) -> str:
+    """One pydantic error as one line, with the nearest known key where a key is unknown."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        return f"{where}: {error['msg']}" if where else error["msg"]
+    known = known_keys(error["loc"][:-1])
+    near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+    return f"unknown key {where!r}{hint}"
+
+
+def known_keys(location: Sequence[int | str]) -> list[str]:
+    """The keys of the config class at a location of pydantic's error path."""
+    classes: list[Any] = [ExperimentConfig]
+    for part in location:
+        following: list[Any] = []
+        for cls in classes:
+            if cls.model_fields.get(str(part)) is not None:
+                following += sections_in(cls.model_fields[str(part)].annotation)
+        # union tags and dict keys appear in the path too: they narrow nothing but the variants
+        tagged = [c for c in classes if part in variant_tags(c)]
+        classes = following or tagged or classes
+    return sorted({key for cls in classes for key in cls.model_fields})
+
+
+def variant_tags(cls: type[BaseModel]) -> tuple[str, ...]:
+    field = cls.model_fields.get("type")
+    return get_args(field.annotation) if field is not None else ()
+
+
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [cls for part in get_args(annotation) for cls in sections_in(part)]

@@ -1,0 +1,59 @@
+"""From a TOML file and overrides to an experiment."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from vlopd.config.base import ConfigError, Section
+from vlopd.config.experiment import ExperimentConfig, explain, merge
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Reads a TOML file and applies overrides, each a TOML line.
+
+    Raises ConfigError with the file, the key and the nearest known key.
+    """
+    path = Path(path)
+    try:
+        tree = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no config file {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    for line in overrides:
+        merge(tree, parse_override(line))
+    try:
+        return ExperimentConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "; ".join(map(explain, error.errors()))) from None
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def section_of(cls: type[AnySection], tree: dict[str, Any], settings: Sequence[str]) -> AnySection:
+    """One section of a config by itself, with TOML lines over it. Raises ConfigError as load_config does."""
+    for line in settings:
+        merge(tree, parse_override(line))
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("--set: " + "; ".join(map(explain, error.errors()))) from None
+
+
+def parse_override(line: str) -> dict[str, Any]:
+    """`optim.learning_rate=2e-4` -> {"optim": {"learning_rate": 2e-4}}; a bare word is taken as a string."""
+    key, equals, value = line.partition("=")
+    if not equals:
+        raise ConfigError(f"override {line!r} has no '='; write key=value, as in train.steps=20")
+    for text in (line, f'{key}="{value}"'):
+        try:
+            return tomllib.loads(text)
+        except tomllib.TOMLDecodeError:
+            continue
+    raise ConfigError(f"override {line!r} is not a TOML line")

@@ -1,0 +1,223 @@
+"""Rules that say which coordinates may train, one class each."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from vlopd.config.base import Section
+
+
+class Reference(NamedTuple):
+    """A checkpoint that a rule or an arm reads: of an arm of this run, or of a folder elsewhere.
+
+    >>> Reference.parse("full@12"), Reference.parse("runs/other/arms/full")
+    (Reference("full", None, 12), Reference(None, "runs/other/arms/full", None))
+    """
+
+    arm: str | None
+    path: str | None
+    """An arm's folder in another run, or a checkpoint folder; whatever has a slash."""
+    step: int | None
+    """An early checkpoint, of those that train.keep_steps kept; null for the last."""
+
+    @staticmethod
+    def parse(text: str) -> Reference:
+        name, at, step = text.rpartition("@") if "@" in text else (text, "", "")
+        if at and not step.isdecimal():
+            raise ValueError(f"{text!r}: after @ comes the number of a step, as in 'full@12'")
+        is_path = "/" in name
+        return Reference(
+            None if is_path else name, name if is_path else None, int(step) if at else None
+        )
+
+
+class MaskRule(Section):
+    """Which coordinates may train. Ties go to the lowest flat index; counts are exact."""
+
+    @property
+    def reads(self) -> str | None:
+        """The trained checkpoint that the rule looks at, as a `Reference`."""
+        return None
+
+    @property
+    def combines(self) -> tuple[str, ...]:
+        """The masks that the rule is made from."""
+        return ()
+
+
+class DeltaRule(MaskRule):
+    """Chosen by what training changed."""
+
+    of: str = "full"
+    """An arm; an early checkpoint of it, `full@12`; or a folder: another run's `runs/other/arms/full`."""
+
+    @property
+    def reads(self) -> str | None:
+        return self.of
+
+
+Scope = Literal["tensor", "global"]
+
+
+"""Whether a share is taken of every tensor, or of the whole model."""
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class VisibleMask(DeltaRule):
+    """Coordinates whose value changed by more than a tolerance, in the stated precision.
+
+    |delta| > atol + rtol |w|, and, where `ulps` is given, more than so many steps of that precision (0: any).
+    """
+
+    type: Literal["visible"] = "visible"
+    atol: float = Field(0.0, ge=0)
+    rtol: float = Field(0.0, ge=0)
+    ulps: int | None = Field(None, ge=0)
+    precision: Literal["stored", "fp32", "bf16", "fp16"] = "stored"
+    """Both values are rounded to it first."""
+
+
+class TopFractionMask(DeltaRule):
+    """The fraction of coordinates with the largest |delta|, or the largest |delta| / |w|."""
+
+    type: Literal["top_fraction"] = "top_fraction"
+    fraction: Share
+    by: Literal["delta", "relative_delta"] = "delta"
+    scope: Scope = "tensor"
+
+
+class EnergyMask(DeltaRule):
+    """The fewest coordinates, largest |delta| first, that hold this share of the sum of delta^2."""
+
+    type: Literal["energy"] = "energy"
+    share: Share
+    scope: Scope = "tensor"
+
+
+class MagnitudeMask(MaskRule):
+    """The fraction of coordinates with the smallest or largest |w| of the source."""
+
+    type: Literal["magnitude"] = "magnitude"
+    which: Literal["low", "high"] = "low"
+    fraction: Share
+    scope: Scope = "tensor"
+
+
+class PrincipalMask(MaskRule):
+    """The fraction of each tensor where the source's rank-k approximation is largest, or smallest, in size.
+
+    Vectors are their own approximation. Rank and fraction are set apart (arXiv 2511.08567).
+    """
+
+    type: Literal["principal"] = "principal"
+    which: Literal["principal", "off_principal"] = "principal"
+    fraction: Share
+    rank: int | None = Field(None, gt=0)
+    rank_fraction: float | None = Field(None, gt=0, le=1)
+    """Of the smaller side, rounded down, at least 1."""
+
+    @model_validator(mode="after")
+    def check_rank(self) -> PrincipalMask:
+        if (self.rank is None) == (self.rank_fraction is None):
+            raise ValueError("give either rank or rank_fraction")
+        return self
+
+
+class RandomMask(MaskRule):
+    """Uniformly drawn coordinates, exactly as many as the mask `like` has in every class of `match`."""
+
+    type: Literal["random"] = "random"
+    like: str
+    seed: int
+    match: Literal["global", "module", "tensor", "magnitude", "visibility"] = "tensor"
+    """The classes: the whole model; the tensors of one component and module; each tensor; in each tensor the
+    sixteen quantiles of |w|, or the binades of |w|, within which every step of a float (ulp) is equally long,
+    so that an update of a given size is as visible."""
+
+    @property
+    def combines(self) -> tuple[str, ...]:
+        return (self.like,)
+
+
+class WholeMask(MaskRule):
+    """All coordinates of the parameters that match every list given, by the names `vlopd mask show` prints.
+
+    `{components = ["language"], modules = ["ffn"]}` is the language model's feed-forward layers.
+    """
+
+    type: Literal["whole"] = "whole"
+    components: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    modules: tuple[str, ...] = ()
+    """`ffn` and `attention` stand for their matrices."""
+
+    @model_validator(mode="after")
+    def check_any(self) -> WholeMask:
+        if not (self.components or self.layers or self.modules):
+            raise ValueError("give components, layers or modules")
+        return self
+
+
+class Combination(MaskRule):
+    masks: tuple[str, ...] = Field(min_length=2)
+
+    @property
+    def combines(self) -> tuple[str, ...]:
+        return self.masks
+
+
+class UnionMask(Combination):
+    """What is in any of the masks."""
+
+    type: Literal["union"] = "union"
+
+
+class IntersectionMask(Combination):
+    """What is in all of the masks."""
+
+    type: Literal["intersection"] = "intersection"
+
+
+class DifferenceMask(Combination):
+    """What is in the first mask and in none of the others."""
+
+    type: Literal["difference"] = "difference"
+
+
+class ComplementMask(MaskRule):
+    """What is not in the mask."""
+
+    type: Literal["complement"] = "complement"
+    mask: str
+
+    @property
+    def combines(self) -> tuple[str, ...]:
+        return (self.mask,)
+
+
+class FileMask(MaskRule):
+    """A mask file made elsewhere, such as another run's masks/top.safetensors."""
+
+    type: Literal["file"] = "file"
+    path: str
+
+
+MaskConfig = Annotated[
+    VisibleMask
+    | TopFractionMask
+    | EnergyMask
+    | MagnitudeMask
+    | PrincipalMask
+    | RandomMask
+    | WholeMask
+    | UnionMask
+    | IntersectionMask
+    | DifferenceMask
+    | ComplementMask
+    | FileMask,
+    Field(discriminator="type"),
+]

@@ -1,0 +1,131 @@
+"""Models and teachers: where they are, how they are loaded, what a teacher is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from vlopd.config.base import Section
+
+
+def as_table(value: Any) -> Any:
+    """`student = "NAME"` is short for `student = {model = "NAME"}`."""
+    return {"model": value} if isinstance(value, str) else value
+
+
+class ModelConfig(Section):
+    """One model: where it is, and how it is loaded."""
+
+    model: str = Field(min_length=1)
+    """A hub id, a local folder, a .gguf file, or `builtin:NAME`."""
+    revision: str | None = None
+    template: str | None = None
+    """Chat template in place of the model's own: a .jinja file, or `plain` (bare text, for base models)."""
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """Attention kernel; null takes transformers' choice. On CPU, eager is faster for small models."""
+    trust_remote_code: bool = False
+
+
+class SystemContext(Section):
+    """The teacher reads a system prompt that the student does not (context distillation)."""
+
+    type: Literal["system"] = "system"
+    text: str = Field(min_length=1)
+
+
+class TemplateContext(Section):
+    """The teacher's question is this jinja template over question, answer and the example's fields."""
+
+    type: Literal["template"] = "template"
+    template: str = Field(min_length=1)
+
+
+class ImageContext(Section):
+    """The teacher sees the picture(s) of another field, or the crop [x0, y0, x1, y1] that the field gives."""
+
+    type: Literal["image"] = "image"
+    column: str = Field(min_length=1)
+
+
+class CaptionContext(Section):
+    """The teacher reads this field in place of the pictures: what a text-only teacher needs."""
+
+    type: Literal["caption"] = "caption"
+    column: str = Field(min_length=1)
+
+
+ContextConfig = Annotated[
+    SystemContext | TemplateContext | ImageContext | CaptionContext, Field(discriminator="type")
+]
+
+
+class TeacherConfig(ModelConfig):
+    """A teacher, and what it is shown beside what the student sees.
+
+    `model = "student"` is the student's own initial weights or, with `ema`, their moving average.
+    """
+
+    type: Literal["model"] = "model"
+    context: ContextConfig | None = None
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay a step of the average of the student's weights, for `model = "student"`; null keeps them fixed."""
+
+    @model_validator(mode="after")
+    def check_ema(self) -> TeacherConfig:
+        if self.ema is not None and not self.is_student:
+            raise ValueError('ema averages the student\'s own weights; it needs model = "student"')
+        return self
+
+    @property
+    def is_student(self) -> bool:
+        return self.model == "student"
+
+
+Named = dict[str, Annotated[TeacherConfig, BeforeValidator(as_table)]]
+
+
+class RoutedTeachers(Section):
+    """Several teachers: each example is graded by the one that its field names."""
+
+    type: Literal["routed"] = "routed"
+    field: str
+    teachers: Named = Field(min_length=1)
+
+
+class MixedTeachers(Section):
+    """Several teachers as one: log p = sum_k w_k log p_k + const (a geometric mean of distributions)."""
+
+    type: Literal["mixed"] = "mixed"
+    teachers: Named = Field(min_length=1)
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """By teacher, relative to each other; equal unless given."""
+
+    @model_validator(mode="after")
+    def check_weights(self) -> MixedTeachers:
+        if self.weights and self.weights.keys() != self.teachers.keys():
+            raise ValueError(
+                f"weights are for {sorted(self.weights)}, teachers are {sorted(self.teachers)}"
+            )
+        return self
+
+
+def as_teacher(value: Any) -> Any:
+    value = as_table(value)
+    return {"type": "model", **value} if isinstance(value, Mapping) else value
+
+
+TeachersConfig = Annotated[
+    Annotated[TeacherConfig | RoutedTeachers | MixedTeachers, Field(discriminator="type")],
+    BeforeValidator(as_teacher),
+]
+
+
+class PrecisionConfig(Section):
+    """What counts as an update depends on these, so every artifact records them."""
+
+    compute: Literal["fp32", "bf16"] = "bf16"
+    """Weights and activations in rollout, forward and backward. Trained values are always kept in fp32."""
+    stored: Literal["source", "fp32", "bf16"] = "source"
+    """Checkpoints: `source` stores each tensor as the student's own checkpoint does."""

@@ -1,0 +1,268 @@
+"""Who writes the completions, and what they are trained towards: rollout, loss, reward."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from vlopd.config.base import Section
+
+Writer = Literal["student", "teacher", "data"]
+
+
+"""Who wrote a completion."""
+
+
+class OneSource(Section):
+    """All completions are the student's samples (OPD), the teacher's (sequence-level KD), or the data's answers."""
+
+    type: Writer = "student"
+
+    @property
+    def shares(self) -> dict[Writer, float]:
+        return {self.type: 1.0}
+
+
+class MixedSource(Section):
+    """Each completion is drawn from one of several (GKD, arXiv 2306.13649: lambda is the student's share)."""
+
+    type: Literal["mixture"] = "mixture"
+    student: float = Field(0.0, ge=0)
+    teacher: float = Field(0.0, ge=0)
+    data: float = Field(0.0, ge=0)
+
+    @property
+    def shares(self) -> dict[Writer, float]:
+        """Relative to each other, those above 0."""
+        every: dict[Writer, float] = {
+            "student": self.student,
+            "teacher": self.teacher,
+            "data": self.data,
+        }
+        return {writer: share for writer, share in every.items() if share > 0}
+
+    @model_validator(mode="after")
+    def check_shares(self) -> MixedSource:
+        if not self.shares:
+            raise ValueError("a mixture needs a share above 0, such as student = 0.5, data = 0.5")
+        return self
+
+
+def as_source(value: Any) -> Any:
+    """`source = "data"` is short for `source = {type = "data"}`."""
+    return {"type": value} if isinstance(value, str) else value
+
+
+SourceConfig = Annotated[
+    Annotated[OneSource | MixedSource, Field(discriminator="type")], BeforeValidator(as_source)
+]
+
+
+class RolloutConfig(Section):
+    """Where completions come from, and how the models that write them sample."""
+
+    source: SourceConfig = OneSource()
+    max_new_tokens: int = Field(16, gt=0)
+    """Longer answers of the data are cut there."""
+    completions_per_prompt: int = Field(1, gt=0)
+    temperature: float = Field(1.0, gt=0)
+    """Of the sampling alone; the loss has temperatures of its own."""
+    top_k: int | None = Field(None, gt=0)
+    """Samples among the likeliest so many tokens, after the temperature."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Samples among the fewest likeliest tokens whose probabilities reach this, after top_k."""
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether the student writes every completion."""
+        return set(self.source.shares) == {"student"}
+
+    @property
+    def is_students_distribution(self) -> bool:
+        """Whether tokens are drawn from the model's own distribution, at temperature 1, nothing cut."""
+        return self.temperature == 1 and self.top_k is None and self.top_p == 1
+
+
+class FullSupport(Section):
+    """All of the shared vocabulary."""
+
+    type: Literal["full"] = "full"
+
+
+class TopK(Section):
+    """The likeliest tokens at each position; which they are is not differentiated."""
+
+    k: int = Field(64, gt=0)
+    tail: Literal["bucket", "renormalise", "none"] = "bucket"
+    """Of the tokens outside: `bucket` counts them together as one more token (a divergence again), `renormalise`
+    divides by the mass inside, `none` leaves them out (no divergence: the KLs can be negative)."""
+
+
+class TeacherTopK(TopK):
+    """The teacher's k likeliest tokens."""
+
+    type: Literal["teacher_top_k"] = "teacher_top_k"
+
+
+class StudentTopK(TopK):
+    """The student's k likeliest tokens."""
+
+    type: Literal["student_top_k"] = "student_top_k"
+
+
+class UnionTopK(TopK):
+    """Tokens among the k likeliest of either, k to 2k of them."""
+
+    type: Literal["union"] = "union"
+
+
+class IntersectionTopK(TopK):
+    """Tokens among the k likeliest of both, 0 to k of them."""
+
+    type: Literal["intersection"] = "intersection"
+
+
+SupportConfig = Annotated[
+    FullSupport | TeacherTopK | StudentTopK | UnionTopK | IntersectionTopK,
+    Field(discriminator="type"),
+]
+
+
+class Loss(Section):
+    """What all losses share. Computed in chunks of tokens; the result does not depend on them."""
+
+    chunk_tokens: int = Field(1024, gt=0)
+    """Completion tokens whose [*, V] logits are held at once, forward and backward."""
+    normalisation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
+    """Of a step's summed token losses, over all micro-batches and processes. `token_mean` divides by the step's
+    completion tokens; `sequence_mean` averages each completion's own mean, so that short ones weigh as much as
+    long ones; `fixed_length` divides by completions times rollout.max_new_tokens."""
+
+
+class Divergence(Loss):
+    """A sum over a support at every completion token. Below, q is the student and p the teacher."""
+
+    support: SupportConfig = FullSupport()
+    student_temperature: float = Field(1.0, gt=0)
+    """Divides the student's logits in the loss (the sampling has its own, rollout.temperature)."""
+    teacher_temperature: float = Field(1.0, gt=0)
+    """Divides the teacher's logits in the loss. The loss is not multiplied by its square."""
+
+    @model_validator(mode="after")
+    def check_support(self) -> Divergence:
+        support = self.support
+        if (
+            isinstance(support, (TeacherTopK, StudentTopK, IntersectionTopK))
+            and support.k == 1
+            and support.tail == "renormalise"
+        ):
+            raise ValueError(
+                "one token, renormalised, has probability 1 in both models and the loss is always 0; "
+                'use support.k >= 2 or support.tail = "bucket"'
+            )
+        return self
+
+
+class ReverseKL(Divergence):
+    """KL(q || p) = sum_v q_v log(q_v / p_v): that of on-policy distillation, mode-seeking."""
+
+    type: Literal["reverse_kl"] = "reverse_kl"
+
+
+class ForwardKL(Divergence):
+    """KL(p || q) = sum_v p_v log(p_v / q_v): that of knowledge distillation, mass-covering."""
+
+    type: Literal["forward_kl"] = "forward_kl"
+
+
+class JSD(Divergence):
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, arXiv 2306.13649)."""
+
+    type: Literal["jsd"] = "jsd"
+    beta: float = Field(0.5, ge=0, le=1)
+    normalised: bool = False
+    """Divides by beta (1 - beta): forward KL at 0, reverse KL at 1, continuous, and as steep near p for all beta."""
+
+    @model_validator(mode="after")
+    def check_ends(self) -> JSD:
+        if self.beta in (0, 1) and not self.normalised:
+            raise ValueError(
+                f"with beta = {self.beta:g} this JSD is always 0; set normalised = true, which makes it the "
+                f"{'reverse' if self.beta else 'forward'} KL, or 0 < beta < 1"
+            )
+        return self
+
+
+class SkewReverseKL(Divergence):
+    """KL(q || alpha q + (1 - alpha) p), at most -log(alpha) (DistiLLM, arXiv 2402.03898)."""
+
+    type: Literal["skew_reverse_kl"] = "skew_reverse_kl"
+    alpha: float = Field(0.1, ge=0, lt=1)
+
+
+class SkewForwardKL(Divergence):
+    """KL(p || alpha p + (1 - alpha) q), at most -log(alpha) (DistiLLM, arXiv 2402.03898)."""
+
+    type: Literal["skew_forward_kl"] = "skew_forward_kl"
+    alpha: float = Field(0.1, ge=0, lt=1)
+
+
+class SampledToken(Loss):
+    """A loss of the completion's own tokens alone, at temperature 1."""
+
+
+class NLL(SampledToken):
+    """-log q: supervised fine-tuning on the data's answers, sequence-level KD on the teacher's samples."""
+
+    type: Literal["nll"] = "nll"
+
+
+class Estimator(SampledToken):
+    """The reverse KL from the sampled token alone, d = log q - log p there, both at temperature 1.
+
+    What is said of their means holds for completions that the student sampled at rollout.temperature 1.
+    """
+
+
+class K1(Estimator):
+    """Policy gradient with the advantage -d: its mean is the reverse KL's gradient."""
+
+    type: Literal["k1"] = "k1"
+    clip: float | None = Field(0.2, gt=0, lt=1)
+    """PPO's bound on how far the ratio of the student's to the sampler's probability pays; null for none."""
+
+
+class K2(Estimator):
+    """d^2 / 2: its gradient's mean is the reverse KL's."""
+
+    type: Literal["k2"] = "k2"
+
+
+class K3(Estimator):
+    """1 / e^d - 1 + d: its mean is the reverse KL, its gradient's mean the forward KL's."""
+
+    type: Literal["k3"] = "k3"
+
+
+LossConfig = Annotated[
+    ReverseKL | ForwardKL | JSD | SkewReverseKL | SkewForwardKL | NLL | K1 | K2 | K3,
+    Field(discriminator="type"),
+]
+
+
+class RewardConfig(Section):
+    """Verifiable rewards of whole completions, as group-normalised advantages (GRPO, arXiv 2402.03300).
+
+    The objective is alpha * loss + (1 - alpha) * policy gradient. Under k1, which is a policy gradient too, the
+    advantages are what is mixed: alpha * (log p - log q) + (1 - alpha) * the reward's, clipped together.
+    """
+
+    rule: Literal["exact_match", "verdict_match", "answer_named", "capital_named"]
+    """1 for a right completion, 0 for another, by a rule of vlopd/rewards.py."""
+    alpha: float = Field(0.0, ge=0, lt=1)
+    """The teacher's share; 0 is reinforcement learning alone (RLVR), with the teacher only looking on."""
+    scale: Literal["std", "none"] = "std"
+    """Whether advantages are divided by their group's standard deviation (GRPO) or left (arXiv 2503.20783)."""
+    clip: float | None = Field(0.2, gt=0, lt=1)
+    """PPO's bound on how far the importance ratio pays, also of k1's part; null for none."""
