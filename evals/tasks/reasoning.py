@@ -8,7 +8,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from evals.tasks.answers import number_answer, same_number, short_answer
+from evals.tasks.answers import number_answer, short_answer
+from evals.tasks.equality import same_number
 from vlopd.data import reasoning
 
 

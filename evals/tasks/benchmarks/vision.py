@@ -21,11 +21,8 @@ from evals.tasks.answers import (
     choice_letter,
     last_number,
     math_answer,
-    number,
     number_answer,
     plain_words,
-    relaxed_match,
-    same_number,
     short_answer,
     yes_or_no,
 )
@@ -39,6 +36,7 @@ from evals.tasks.benchmarks.source import (
     text,
     unmarked,
 )
+from evals.tasks.equality import number, relaxed_match, same_number
 from vlopd.config import DataError
 
 CHOOSE = "{}\n{}\nAnswer with the letter of the right choice."
