@@ -1,6 +1,7 @@
 """Questions on capitals: split by country, scored by the name, and no answer in the question."""
 
 import pytest
+from countryinfo import all_countries
 from lm_eval.tasks import TaskManager, get_task_dict
 
 from evals.harness import TASKS
@@ -34,6 +35,19 @@ def test_no_question_holds_its_answer():
             assert not capitals.names_capital(row["question"], row["capital"]), row["question"]
     names = {country.name for country in capitals.countries()}
     assert not names & {"Djibouti", "Singapore", "Mexico", "Panama", "El Salvador", "Guinea-Bissau"}
+
+
+def test_every_overlap_of_name_and_capital_is_removed():
+    """None of the sixteen countries of the package's table whose name and capital share a word is asked about."""
+    asked = {country.name for country in capitals.countries()}
+    overlapping = {
+        entry.name()
+        for entry in all_countries()
+        if isinstance(entry.capital(), str)
+        and set(capitals.words(entry.capital()).split()) & set(capitals.words(entry.name()).split())
+    }
+    assert {"Djibouti", "Singapore", "Guatemala", "Kuwait", "Luxembourg", "Monaco"} <= overlapping
+    assert len(overlapping) == 16 and not overlapping & asked
 
 
 def test_former_countries_are_not_asked_about():
@@ -114,10 +128,16 @@ def test_the_task_asks_every_held_out_country_in_every_way():
 
 
 def test_scoring_and_chance():
-    """A right name scores 1 and a wrong one 0; chance is one over the number of capitals."""
+    """A right name scores 1, another 0, and no capital at all is no answer; chance is one in all capitals."""
     docs = task.dataset("test")["test"].to_list()
-    assert task.process_results(docs[0], [f"It is {docs[0]['capital']}."]) == {"capital_named": 1.0}
-    assert task.process_results(docs[0], ["It is Atlantis."]) == {"capital_named": 0.0}
+    other = next(doc["capital"] for doc in docs if doc["capital"] != docs[0]["capital"])
+    for said, right, failed in (
+        (docs[0]["capital"], 1.0, 0.0),
+        (other, 0.0, 0.0),
+        ("Atlantis", 0.0, 1.0),
+    ):
+        scores = task.process_results(docs[0], [f"It is {said}."])
+        assert scores == {"capital_named": right, "extraction_failure": failed}
     levels = task.chance(docs)
     assert levels["all"] == pytest.approx(1 / len({c.capital for c in capitals.countries()}))
     assert levels.keys() == {"all", *(doc["kind"] for doc in docs)}

@@ -18,8 +18,15 @@ def dataset(split: capitals.Split, **_: Any) -> dict[str, Dataset]:
 
 
 def process_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
-    """Is the capital, under any of its names, in the answer as whole words? Accents and case are ignored."""
-    return {"capital_named": float(capitals.names_capital(results[0], doc["capital"]))}
+    """Is the capital, under any of its names, in the answer as whole words? Accents and case are ignored.
+
+    An answer that names no capital of the table, right or wrong, is an extraction failure.
+    """
+    named = any(capitals.names_capital(results[0], each.capital) for each in capitals.countries())
+    return {
+        "capital_named": float(capitals.names_capital(results[0], doc["capital"])),
+        "extraction_failure": float(not named),
+    }
 
 
 def chance(docs: Iterable[Mapping[str, Any]]) -> dict[str, float]:

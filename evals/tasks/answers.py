@@ -1,0 +1,125 @@
+"""The answer that a generated text gives, found by rules; None where there is none.
+
+Tasks report those as their `extraction_failure`. What a model thinks aloud before `</think>` is no answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from string import ascii_uppercase
+
+NUMBER = r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?:(?<![\w)])-)?\.\d+"
+MARK = r"(?:\b(?:{words})\b(?:[^.,?:=\n]{{0,40}}?\bis\b|\W{{0,4}}?[:=])|####)[\s:*]*"
+"""What announces an answer: `Answer:`, `the answer to this is`, `**Answer**:`, and the #### of GSM8K."""
+
+
+def conclusion(text: str) -> str:
+    """What comes after a reasoning model's thoughts; nothing where they were cut off."""
+    if "</think>" in text:
+        return text.rpartition("</think>")[2].strip()
+    return "" if "<think>" in text else text.strip()
+
+
+def boxed(text: str) -> str | None:
+    r"""What the last \boxed{...} holds, braces balanced.
+
+    >>> boxed(r"so \boxed{\frac{1}{2}}.")
+    "\frac{1}{2}"
+    """
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for place in range(start + 6, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[start + 7 : place].strip() or None
+    return None
+
+
+def marked(text: str, words: str = "answer") -> str | None:
+    """The rest of the line after the last mark of an answer.
+
+    >>> marked("Thus the final answer is **12**.")
+    "12"
+    """
+    found = re.findall(MARK.format(words=words) + r"([^\n]*)", text, re.IGNORECASE)
+    if not found:
+        return None
+    return found[-1].strip().strip("*`").rstrip(".").strip().strip("*") or None
+
+
+def math_answer(text: str) -> str | None:
+    """Boxed, else marked, else the last number."""
+    text = conclusion(text)
+    return boxed(text) or marked(text) or last_number(text)
+
+
+def number_answer(text: str) -> str | None:
+    """A number: what is boxed (without units), else the first after a mark, else the last of all."""
+    text = conclusion(text)
+    if (inside := boxed(text)) is not None:
+        found = re.findall(NUMBER, inside)
+        return found[0] if len(found) == 1 else inside
+    if (after := marked(text)) is not None and (found := re.findall(NUMBER, after)):
+        return found[0]
+    return last_number(text)
+
+
+def last_number(text: str) -> str | None:
+    found = re.findall(NUMBER, text)
+    return found[-1] if found else None
+
+
+def short_answer(text: str) -> str | None:
+    """A word or phrase: boxed, else marked, else the last line."""
+    text = conclusion(text)
+    lines = [line for line in text.splitlines() if line.strip()]
+    said = boxed(text) or marked(text) or (lines[-1] if lines else "")
+    return said.strip().strip("*`\"'").rstrip(".").strip() or None
+
+
+def yes_or_no(text: str) -> str | None:
+    """The first "yes" or "no" of the answer."""
+    text = conclusion(text)
+    said = boxed(text) or marked(text) or text
+    found = re.search(r"\b(yes|no)\b", said.lower())
+    return found[1] if found else None
+
+
+def choice_letter(text: str, choices: Sequence[str]) -> str | None:
+    """The letter of the choice that a text takes: A for the first.
+
+    In order: a letter that is boxed, that follows a mark, or that begins the text; a choice's own text, nothing
+    else; the only letter in brackets; the only choice whose text is said. Otherwise there is no answer.
+    """
+    text = conclusion(text)
+    letters = ascii_uppercase[: len(choices)]
+    own = {plain_words(choice): letter for letter, choice in zip(letters, choices, strict=True)}
+    # a letter set off from what follows; not the article of "A dog" nor the pronoun of "I think"
+    leading = rf"(?:option|choice)?[\s(*\[]*([{letters}])(?![\w'])(?!(?<=[AI])\s+[a-z])"
+    for said in (boxed(text), marked(text, "answer|option|choice"), text):
+        if said is None:
+            continue
+        lead = re.match(leading, text_of(said))
+        if lead:
+            return lead[1]
+        if plain_words(said) in own:
+            return own[plain_words(said)]
+    bracketed = set(re.findall(rf"\(([{letters}])\)", text))
+    if len(bracketed) == 1:
+        return bracketed.pop()
+    spoken = f" {plain_words(text)} "
+    named = [letter for words, letter in own.items() if words and f" {words} " in spoken]
+    return named[0] if len(named) == 1 else None
+
+
+def text_of(latex: str) -> str:
+    r"""`\text{B}` as B."""
+    return re.sub(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1", latex).strip()
+
+
+def plain_words(text: str) -> str:
+    """Lower-case words and numbers, single spaces."""
+    return " ".join(re.findall(r"[^\W_]+(?:\.\d+)?", text.lower()))

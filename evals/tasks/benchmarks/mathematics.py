@@ -1,0 +1,100 @@
+r"""AIME 2024 and 2025, MATH-500, GSM8K and Geometry3K: worked answers, boxed, compared as mathematics.
+
+Prompts are our own, so scores are comparable between arms rather than with published ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset
+from PIL import Image
+
+from evals.lm import PLACEHOLDER
+from evals.tasks.answers import math_answer, number_answer
+from evals.tasks.benchmarks import source
+from evals.tasks.benchmarks.source import Benchmark, Document, Row, document, text
+from evals.tasks.equality import same_math, same_number
+from vlopd.config import DataError
+
+ASK = "{}\n\nWork it out step by step and put the final answer in \\boxed{{}}."
+
+
+def problem(row: Row, question: str, answer: str, kind: str | None = None) -> Document:
+    asked = text(row, question)
+    return document(ASK.format(asked), asked, text(row, answer), kind)
+
+
+def aime24(row: Row) -> Document:
+    return problem(row, "Problem", "Answer")
+
+
+def aime25(row: Row) -> Document:
+    return problem(row, "problem", "answer")
+
+
+def math500(row: Row) -> Document:
+    return problem(row, "problem", "answer", text(row, "subject"))
+
+
+def gsm8k(row: Row) -> Document:
+    """The answer is the number after the #### of the solution."""
+    asked, solution = text(row, "question"), text(row, "answer")
+    if "####" not in solution:
+        raise DataError("column 'answer' has no #### before the result")
+    return document(ASK.format(asked), asked, solution.rpartition("####")[2].strip())
+
+
+def geometry3k(row: Row) -> Document:
+    made = problem(row, "problem", "answer")
+    columns = [f"images[{k}]" for k in range(len(row["images"] or []))]
+    if not columns:
+        raise DataError("column 'images' has no picture")
+    return {**made, "prompt": PLACEHOLDER * len(columns) + made["prompt"], "pictures": columns}
+
+
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark("aime24", "Maxwell-Jia/AIME_2024", "train", ("Problem", "Answer"), aime24),
+        Benchmark("aime25", "math-ai/aime25", "test", ("problem", "answer"), aime25),
+        Benchmark(
+            "math500", "HuggingFaceH4/MATH-500", "test", ("problem", "answer", "subject"), math500
+        ),
+        Benchmark("gsm8k", "openai/gsm8k", "test", ("question", "answer"), gsm8k, "main"),
+        Benchmark(
+            "geometry3k",
+            "hiyouga/geometry3k",
+            "test",
+            ("images", "problem", "answer"),
+            geometry3k,
+        ),
+    )
+}
+
+
+def dataset(benchmark: str, **_: Any) -> dict[str, Dataset]:
+    return source.documents(BENCHMARKS[benchmark])
+
+
+def doc_to_image(doc: Mapping[str, Any]) -> list[Image.Image]:
+    return source.pictures(BENCHMARKS[doc["benchmark"]], doc)
+
+
+def score_number(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
+    """Answers that are numbers: equal exactly."""
+    said = number_answer(results[0])
+    return {
+        "exact_match": float(said is not None and same_number(said, doc["answer"])),
+        "extraction_failure": float(said is None),
+    }
+
+
+def score_math(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
+    """Answers that are expressions: equal as mathematics."""
+    said = math_answer(results[0])
+    return {
+        "exact_match": float(said is not None and same_math(said, doc["answer"])),
+        "extraction_failure": float(said is None),
+    }

@@ -1,0 +1,272 @@
+"""MathVista, MMMU, ScienceQA, ChartQA, POPE and AI2D: questions about pictures, most of them with choices.
+
+Prompts are our own, so scores are comparable between arms rather than with published ones. Choices are
+answered by letter.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from string import ascii_uppercase
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image
+
+from evals.lm import PLACEHOLDER
+from evals.tasks.answers import (
+    choice_letter,
+    last_number,
+    math_answer,
+    number_answer,
+    plain_words,
+    short_answer,
+    yes_or_no,
+)
+from evals.tasks.benchmarks import source
+from evals.tasks.benchmarks.source import (
+    Benchmark,
+    Document,
+    Row,
+    document,
+    lettered,
+    text,
+    unmarked,
+)
+from evals.tasks.equality import number, relaxed_match, same_number
+from vlopd.config import DataError
+
+CHOOSE = "{}\n{}\nAnswer with the letter of the right choice."
+SHORTLY = "{}\nAnswer with one word, number or short phrase."
+
+
+def choose(question: str, choices: Sequence[str]) -> str:
+    return CHOOSE.format(question, lettered(choices))
+
+
+def listed(row: Row, column: str) -> list[str]:
+    """A column's list of texts, stored as a list or written as Python would (MMMU)."""
+    value = row[column]
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            raise DataError(f"column {column!r} holds {value!r} in place of a list") from None
+    if not isinstance(value, list) or not value:
+        raise DataError(f"column {column!r} holds {value!r} in place of a list")
+    return [unmarked(str(each)).strip() for each in value]
+
+
+def at(choices: Sequence[str], index: Any, column: str) -> str:
+    """The choice of a stored index, 0 for the first."""
+    if not str(index).isdigit() or int(index) >= len(choices):
+        raise DataError(f"column {column!r} is {index!r}; its choices are 0 to {len(choices) - 1}")
+    return choices[int(index)]
+
+
+def mathvista(row: Row) -> Document:
+    """Answers are a choice, an integer, a float of `precision` decimals, a list, or text."""
+    asked, answer, kind = text(row, "question"), text(row, "answer"), row["answer_type"]
+    choices = listed(row, "choices") if row["question_type"] == "multi_choice" else []
+    if unit := row["unit"]:
+        asked += f" (Unit: {unit})"
+    wanted = {
+        "integer": "Give the answer as a whole number.",
+        "float": f"Give the answer as a number with {int(row['precision'] or 0)} decimals.",
+        "list": "Give the answer as a list of numbers in square brackets.",
+    }
+    prompt = (
+        choose(asked, choices)
+        if choices
+        else f"{asked}\n{wanted.get(kind, '')} End with `Answer: ...`."
+    )
+    return document(
+        PLACEHOLDER + prompt,
+        asked,
+        answer,
+        (row["metadata"] or {}).get("task"),
+        choices,
+        ["decoded_image"],
+        answer_type=kind,
+        decimals=int(row["precision"] or 0) if kind == "float" else None,
+    )
+
+
+def mmmu(row: Row) -> Document:
+    """Pictures stand where `<image 1>` does, in the question and in its choices; open answers may be a list."""
+    asked, pictures = text(row, "question"), []
+    choices = listed(row, "options") if row["question_type"] == "multiple-choice" else []
+    prompt = choose(asked, choices) if choices else SHORTLY.format(asked)
+    pictures = [f"image_{k}" for k in re.findall(r"<image (\d)>", prompt)]
+    if pictures:
+        prompt = re.sub(r"<image \d>", PLACEHOLDER, prompt)
+    else:
+        prompt, pictures = PLACEHOLDER + prompt, ["image_1"]
+    answer = text(row, "answer")
+    if choices:
+        letters = list(ascii_uppercase[: len(choices)])
+        if answer not in letters:
+            raise DataError(f"column 'answer' is {answer!r}; its choices are {' '.join(letters)}")
+        answer = choices[letters.index(answer)]
+    accepted = listed(row, "answer") if answer.startswith("[") and not choices else [answer]
+    subject = re.sub(r"^[a-z]+_|_\d+$", "", text(row, "id"))  # validation_Art_Theory_3
+    return document(prompt, asked, answer, subject, choices, pictures, accepted=accepted)
+
+
+def scienceqa_img(row: Row) -> Document:
+    choices, asked = listed(row, "choices"), text(row, "question")
+    if row["hint"]:
+        asked = f"{unmarked(row['hint']).strip()}\n{asked}"
+    answer = at(choices, row["answer"], "answer")
+    prompt = PLACEHOLDER + choose(asked, choices)
+    return document(prompt, asked, answer, text(row, "subject"), choices, ["image"])
+
+
+def ai2d(row: Row) -> Document:
+    choices, asked = listed(row, "options"), text(row, "question")
+    answer = at(choices, row["answer"], "answer")
+    return document(PLACEHOLDER + choose(asked, choices), asked, answer, None, choices, ["image"])
+
+
+def chartqa(row: Row) -> Document:
+    """The first label is the answer. Questions were written by people (0) or made from captions (1)."""
+    asked, kind = text(row, "query"), row["human_or_machine"]
+    kind = {0: "human", 1: "machine"}.get(kind, kind)
+    answer = listed(row, "label")[0]
+    return document(PLACEHOLDER + SHORTLY.format(asked), asked, answer, kind, (), ["image"])
+
+
+def pope(row: Row) -> Document:
+    """Is there such a thing in the picture? Half of the answers are yes."""
+    asked, answer = text(row, "question"), text(row, "answer").lower()
+    prompt = f"{PLACEHOLDER}{asked}\nAnswer yes or no."
+    return document(prompt, asked, answer, text(row, "category"), ["yes", "no"], ["image"])
+
+
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark(
+            "mathvista",
+            "AI4Math/MathVista",
+            "testmini",
+            ("question", "decoded_image", "choices", "unit", "precision", "answer", "question_type",
+             "answer_type", "metadata"),
+            mathvista,
+        ),
+        Benchmark(
+            "mmmu",
+            "lmms-lab/MMMU",
+            "validation",
+            ("id", "question", "options", "answer", "question_type", "image_1"),
+            mmmu,
+        ),
+        Benchmark(
+            "scienceqa_img",
+            "lmms-lab/ScienceQA",
+            "test",
+            ("image", "question", "choices", "answer", "hint", "subject"),
+            scienceqa_img,
+            "ScienceQA-IMG",
+        ),
+        Benchmark(
+            "chartqa",
+            "HuggingFaceM4/ChartQA",
+            "test",
+            ("image", "query", "label", "human_or_machine"),
+            chartqa,
+        ),
+        Benchmark(
+            "pope", "lmms-lab/POPE", "test", ("image", "question", "answer", "category"), pope
+        ),
+        Benchmark(
+            "ai2d", "lmms-lab/ai2d", "test", ("image", "question", "options", "answer"), ai2d
+        ),
+    )
+}  # fmt: skip
+
+
+def dataset(benchmark: str, **_: Any) -> dict[str, Dataset]:
+    return source.documents(BENCHMARKS[benchmark])
+
+
+def doc_to_image(doc: Mapping[str, Any]) -> list[Image.Image]:
+    return source.pictures(BENCHMARKS[doc["benchmark"]], doc)
+
+
+def chance(docs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return source.chance(docs)
+
+
+# ------------------------------------------------------------------------------------------ scoring
+
+
+def outcome(said: str | None, right: bool) -> dict[str, float]:
+    return {"acc": float(right), "extraction_failure": float(said is None)}
+
+
+def score_choice(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
+    """The letter of the right choice."""
+    said = choice_letter(results[0], doc["choices"])
+    right = said is not None and doc["choices"][ord(said) - ord("A")] == doc["answer"]
+    return outcome(said, right)
+
+
+def score_mathvista(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
+    if doc["choices"]:
+        return score_choice(doc, results)
+    if doc["answer_type"] == "list":
+        said = math_answer(results[0])
+        wanted = re.findall(r"[-+]?[\d.]+", doc["answer"])
+        found = re.findall(r"[-+]?[\d.]+", said or "")
+        right = len(wanted) == len(found) and all(map(same_number, found, wanted))
+        return outcome(said, right)
+    said = number_answer(results[0])
+    return outcome(said, said is not None and same_number(said, doc["answer"], doc["decimals"]))
+
+
+def score_mmmu(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
+    """Choices by letter; open answers by number to two decimals, or by the accepted words being said."""
+    if doc["choices"]:
+        return score_choice(doc, results)
+    said = short_answer(results[0])
+    return outcome(said, said is not None and any(agrees(said, each) for each in doc["accepted"]))
+
+
+def agrees(said: str, accepted: str) -> bool:
+    if number(accepted) is not None:
+        return same_number(last_number(said) or "", accepted, 2)
+    return f" {plain_words(accepted)} " in f" {plain_words(said)} "
+
+
+def score_chartqa(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
+    said = short_answer(results[0])
+    return {
+        "relaxed_accuracy": float(said is not None and relaxed_match(said, doc["answer"])),
+        "extraction_failure": float(said is None),
+    }
+
+
+def score_pope(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
+    """Accuracy, how often yes is said, and a question's part in F1.
+
+    `f1` of a question is 1 where yes is said and right, 0 where yes is on one side only, and -1 where it is on
+    neither, which F1 does not count.
+    """
+    said, right = yes_or_no(results[0]), doc["answer"]
+    yes = (said == "yes", right == "yes")
+    return {
+        **outcome(said, said == right),
+        "yes_rate": float(yes[0]),
+        "f1": 1.0 if all(yes) else 0.0 if any(yes) else -1.0,
+    }
+
+
+def f1(parts: Sequence[float]) -> float:
+    """F1 of "yes" from the parts of `score_pope`: 2 J / (1 + J), J being the share of 1 among those counted."""
+    counted = [part for part in parts if part >= 0]
+    share = float(np.mean(counted)) if counted else 0.0
+    return 2 * share / (1 + share)

@@ -1,0 +1,33 @@
+"""Data and chance level of the recognition of emoji, for the YAML files beside this one."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image
+
+from vlopd.data import emoji
+
+
+def dataset(split: emoji.Split, **_: Any) -> dict[str, Dataset]:
+    """lm-eval's `custom_dataset`: every held-out drawing, grouped by what is new in it, clustered by concept."""
+    return {"test": Dataset.from_list(emoji.held_out(split))}
+
+
+def doc_to_image(doc: Mapping[str, Any]) -> list[Image.Image]:
+    shown = emoji.Emoji(*(doc[field] for field in emoji.Emoji._fields))
+    return [emoji.open_drawing(shown, doc["artist"])]
+
+
+def chance(docs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Accuracy of always saying the commonest group of the training concepts, over all and by kind."""
+    ((commonest, _),) = Counter(e.group for e in emoji.of_split("train")).most_common(1)
+    hits: defaultdict[str, list[bool]] = defaultdict(list)
+    for doc in docs:
+        hits["all"].append(doc["answer"] == commonest)
+        hits[doc["kind"]].append(doc["answer"] == commonest)
+    return {kind: float(np.mean(values)) for kind, values in hits.items()}

@@ -1,0 +1,112 @@
+"""Arithmetic, sorting and spelling from the package reasoning-gym (the extra `reasoning`).
+
+Its generators give endless questions, few of them different: another seed asks many of the same again (of 20,000
+sums, 12,370 differ). So the split is decided by the question's text, whatever the seed: a question of the test
+split is never asked in training. Answers are checked by our own rules (evals/tasks/reasoning.py), not by
+the package's, which give partial credit and evaluate text.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from vlopd.config import ConfigError
+from vlopd.types import Example
+
+Split = Literal["train", "validation", "test"]
+Subject = Literal["arithmetic", "sorting", "spelling"]
+SUBJECTS: tuple[Subject, ...] = get_args(Subject)
+
+GENERATORS: Mapping[Subject, tuple[str, Mapping[str, Any]]] = {
+    "arithmetic": ("chain_sum", {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}),
+    "sorting": ("word_sorting", {"min_words": 3, "max_words": 5, "transformation": "lowercase"}),
+    "spelling": ("spell_backward", {"min_word_len": 3, "max_word_len": 6}),
+}
+"""The package's name of each subject's data set, and its settings."""
+
+SHORT = "\nReply with the answer alone."
+STREAM = 2**31 - 1
+"""Questions of a generator that are drawn from, by number."""
+
+
+@functools.lru_cache(maxsize=len(SUBJECTS))
+def generator(subject: Subject) -> Sequence[Mapping[str, Any]]:
+    """The package's data set of a subject. Raises ConfigError where the package is missing."""
+    try:
+        import reasoning_gym  # 2 s, and an extra
+        from reasoning_gym.algorithmic.word_sorting import TextTransformation
+    except ImportError as error:
+        raise ConfigError(
+            f"{subject} questions need the package reasoning-gym ({error}); "
+            "pip install -c constraints.txt -e '.[reasoning]'"
+        ) from None
+    name, settings = GENERATORS[subject]
+    if "transformation" in settings:
+        settings = {**settings, "transformation": TextTransformation(settings["transformation"])}
+    return reasoning_gym.create_dataset(name, seed=0, size=STREAM, **settings)
+
+
+def split_of(question: str) -> Split:
+    """By the question's text alone: eight tenths train, one tenth validation, one tenth test."""
+    share = hashlib.sha256(question.encode()).digest()[0] % 10
+    return "test" if share == 0 else "validation" if share == 1 else "train"
+
+
+def draw(subject: Subject, split: Split, rng: random.Random) -> dict[str, str]:
+    """A question of a split as a plain row: kind, question, answer."""
+    source = generator(subject)
+    while True:
+        entry = source[rng.randrange(STREAM)]
+        question = entry["question"].strip() + SHORT
+        if split_of(question) == split:
+            return {"kind": subject, "question": question, "answer": entry["answer"]}
+
+
+def unique_questions(subject: Subject, split: Split, size: int, seed: int) -> list[dict[str, str]]:
+    """`size` different questions of a split, in an order of the seed's.
+
+    Raises ConfigError where a hundred draws in a row bring no new one: there are too few.
+    """
+    rng = random.Random(f"unique {subject} {split} {seed}")
+    rows: dict[str, dict[str, str]] = {}
+    idle = 0
+    while len(rows) < size:
+        row = draw(subject, split, rng)
+        idle = idle + 1 if row["question"] in rows else 0
+        if idle == 100:
+            raise ConfigError(
+                f"{subject} has too few different questions in split {split!r}: {len(rows)} found, "
+                f"{size} asked for"
+            )
+        rows.setdefault(row["question"], row)
+    return [{"id": f"{subject}-{split}-{seed}-{k}", **row} for k, row in enumerate(rows.values())]
+
+
+@dataclass(frozen=True)
+class ReasoningWorld(Sequence[Example]):
+    """Questions of one split, drawn with replacement, subjects at equal rates.
+
+    Example `i` depends on (split, seed, subjects, i) and the package's version alone.
+    """
+
+    split: Split
+    size: int
+    seed: int = 0
+    subjects: tuple[Subject, ...] = SUBJECTS
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(self.size))
+
+    def __getitem__(self, index) -> Example:  # type: ignore[override]
+        rng = random.Random(f"reasoning {self.split} {self.seed} {index}")
+        row = draw(rng.choice(self.subjects), self.split, rng)
+        name = f"{row['kind']}-{self.split}-{self.seed}-{index}"
+        return Example.ask(name, row["question"], answer=row["answer"], fields=row)
