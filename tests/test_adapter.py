@@ -1,13 +1,14 @@
 """LoRA adapters: merging a PEFT folder gives what PEFT's own merge gives; what is no plain LoRA is refused by name."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -21,7 +22,7 @@ from tests.families import llms, vlms
 from vlopd.checkpoint import RunError
 from vlopd.config import GeometryConfig
 from vlopd.delta import match_report, stream
-from vlopd.geometry.analyse import analyse
+from vlopd.geometry.analyse import analyse, read_rows
 from vlopd.models.atlas import classify
 
 ATTENTION = ["q_proj", "v_proj"]
@@ -90,24 +91,134 @@ def adapt(model: Any, folder: Path, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("case", PLAIN)
 def test_merged_as_peft_merges(case, tmp_path):
-    """Every tensor of base + adapter equals PEFT's merge_and_unload to fp32 rounding, and only adapted ones moved."""
+    """A checkpoint of the streamed tensors is PEFT's merge_and_unload to fp32 rounding; only what is adapted moved."""
     family, settings = PLAIN[case]
     model = make_base(family, tmp_path / "base")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    wrapped = adapt(model, tmp_path / "adapter", **settings)
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
-    wrapped.merge_and_unload().save_pretrained(tmp_path / "merged")
-    theirs = load_file(tmp_path / "merged" / "model.safetensors")
-    seen, moved = set(), set()
+    theirs = adapt(model, tmp_path / "adapter", **settings).merge_and_unload().state_dict()
     deltas = stream(tmp_path / "base", tmp_path / "adapter", classify)
-    for pair in deltas:
-        assert torch.equal(pair.source, load_file(tmp_path / "base/model.safetensors")[pair.name])
-        merged = theirs[pair.name]
-        assert pair.trained.dtype == merged.dtype == torch.float32
-        error = float((pair.trained - merged).abs().max() / merged.abs().max())
-        assert error < 3e-7, (pair.name, error)
-        seen.add(pair.name)
-        if pair.delta.any():
-            moved.add(pair.name)
-    assert seen == theirs.keys() and before.keys() >= seen
+    pairs = list(deltas)
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    assert [pair.name for pair in pairs] == sorted(before)
+    assert all(torch.equal(pair.source, before[pair.name]) for pair in pairs)
+    moved = {pair.name for pair in pairs if pair.delta.any()}
     assert moved == set(deltas.report.adapted) and moved
+
+    save_file({p.name: p.trained for p in pairs}, tmp_path / "model.safetensors", {"format": "pt"})
+    shutil.copy(tmp_path / "base" / "config.json", tmp_path)
+    ours = type(model).from_pretrained(tmp_path).state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, merged in theirs.items():
+        error = float((ours[name] - merged).abs().max() / merged.abs().max())
+        assert ours[name].dtype == merged.dtype == torch.float32 and error < 3e-7, name
+
+
+def test_a_bf16_base_is_rounded_once(tmp_path):
+    """base + s B A is added in fp32 and rounded to the base's bf16; PEFT, which adds in bf16, is within one step."""
+    make_base("llama", tmp_path / "fp32").bfloat16().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    wrapped = adapt(model, tmp_path / "adapter", target_modules=ATTENTION)
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    theirs = wrapped.merge_and_unload().state_dict()
+    checked = 0
+    for pair in stream(tmp_path / "base", tmp_path / "adapter", classify):
+        assert pair.trained.dtype == torch.bfloat16
+        a, b = (
+            factors.get(f"base_model.model.{pair.name.removesuffix('.weight')}.lora_{side}.weight")
+            for side in "AB"
+        )
+        if a is None or b is None:
+            assert torch.equal(pair.trained, pair.source)
+            continue
+        exact = pair.source.double() + 6 / 4 * b.double() @ a.double()
+        step = 2.0**-8 * exact.abs()
+        assert bool(((pair.trained.double() - exact).abs() <= 0.5001 * 2 * step).all())
+        assert bool(((pair.trained.double() - theirs[pair.name].double()).abs() <= 4 * step).all())
+        checked += 1
+    assert checked == 4
+
+
+def test_analysis_of_an_adapter_is_that_of_the_merged_model(tmp_path):
+    """geometry.csv of base against adapter and of base against PEFT's merged checkpoint have one update."""
+    model = make_base("llama", tmp_path / "base")
+    adapt(
+        model, tmp_path / "adapter", target_modules=EVERYTHING
+    ).merge_and_unload().save_pretrained(tmp_path / "merged")
+    config = GeometryConfig(null_draws=0, ratios=(0.1,))
+    found = {}
+    for trained in ("adapter", "merged"):
+        out = tmp_path / f"{trained}-out"
+        analyse(tmp_path / "base", tmp_path / trained, out, config, {}, progress=False, workers=1)
+        found[trained] = {
+            (row["name"], row["metric"], row["parameter"]): row["value"] for row in read_rows(out)
+        }
+    assert found["adapter"].keys() == found["merged"].keys()
+    smooth = ("relative_delta_fro", "stable_rank", "principal_projection_energy_ratio")
+    compared = 0
+    for key, value in found["adapter"].items():
+        if key[1] in smooth and value:
+            assert float(value) == pytest.approx(float(found["merged"][key]), rel=1e-4, abs=1e-7)
+            compared += 1
+    assert compared > 50
+    ranks = [v for k, v in found["adapter"].items() if k[1:] == ("rank_tol", "tol=0.0001") and v]
+    assert max(map(float, ranks)) == 4  # the adapter's rank, seen through the merge
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "DoRA": (
+        {"use_dora": True},
+        r"adapter_config\.json: use_dora is set .*; merge it with PEFT first",
+    ),
+    "biases of factors": ({"lora_bias": True}, "lora_bias is set"),
+    "other method": ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA is merged"),
+    "no alpha": ({"lora_alpha": None}, "has no lora_alpha"),
+    "another rank": ({"r": 8}, r"q_proj has rank 4, but adapter_config\.json says 8"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_plain_lora_is_refused(case, tmp_path):
+    """A setting that means more than W + s B A is refused in one line that names it."""
+    changes, message = REFUSED[case]
+    model = make_base("llama", tmp_path / "base")
+    if case == "DoRA":
+        adapt(model, tmp_path / "adapter", target_modules=ATTENTION, use_dora=True)
+    else:
+        adapt(model, tmp_path / "adapter", target_modules=ATTENTION)
+        path = tmp_path / "adapter" / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(RunError, match=message) as caught:
+        match_report(tmp_path / "base", tmp_path / "adapter")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pickled_adapter_is_refused(tmp_path):
+    """adapter_model.bin is not opened; the line names it and says what to do."""
+    model = make_base("llama", tmp_path / "base")
+    adapt(model, tmp_path / "adapter", target_modules=ATTENTION)
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter" / "adapter_model.bin").write_bytes(b"\x80\x04cposix\nsystem\n")
+    with pytest.raises(RunError, match=r"adapter_model\.bin.*refused.*safetensors") as caught:
+        match_report(tmp_path / "base", tmp_path / "adapter")
+    assert "\n" not in str(caught.value)
+
+
+def test_another_base_is_refused(tmp_path):
+    """An adapter of a wider model, or of one with other modules, is refused by the first parameter without a place."""
+    make_base("llama", tmp_path / "base")
+    wide = LlamaForCausalLM(LlamaConfig(**{**llms.SHAPE, "hidden_size": 64}))
+    adapt(wide, tmp_path / "wide", target_modules=ATTENTION)
+    other = GPT2LMHeadModel(GPT2Config(**llms.CONFIGS["gpt2"]))
+    adapt(other, tmp_path / "other", target_modules=["c_attn"], fan_in_fan_out=True)
+    deep = LlamaForCausalLM(LlamaConfig(**{**llms.SHAPE, "num_hidden_layers": 3}))
+    adapt(deep, tmp_path / "deep", target_modules=ATTENTION)
+    for adapter, message in (
+        (
+            "wide",
+            r"layers\.0\.self_attn\.q_proj\.weight is \(32, 32\) .*\(64, 64\).* not the same model",
+        ),
+        ("other", r"h\.0\.attn\.c_attn\.weight is no parameter of"),
+        ("deep", r"layers\.2\.self_attn\.q_proj\.weight is no parameter of"),
+    ):
+        with pytest.raises(RunError, match=message) as caught:
+            match_report(tmp_path / "base", tmp_path / adapter)
+        assert "\n" not in str(caught.value)
