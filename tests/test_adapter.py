@@ -25,6 +25,8 @@ from vlopd.delta import match_report, stream
 from vlopd.geometry.analyse import analyse, read_rows
 from vlopd.models.atlas import classify
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
 ATTENTION = ["q_proj", "v_proj"]
 EVERYTHING = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
