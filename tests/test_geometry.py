@@ -84,7 +84,7 @@ def reference(source: Tensor, delta: Tensor) -> Values:
     u, s, vt = torch.linalg.svd(w, full_matrices=False)
     u2, s2, vt2 = torch.linalg.svd(w + d, full_matrices=False)
     sd = torch.linalg.svdvals(d)
-    energy, p = d.square().sum(), sd / sd.sum()
+    energy, p = d.square().sum(), (sd / sd.sum())[sd > 0]
     found: dict[tuple[str, str], Tensor | float] = {
         ("relative_delta_fro", ""): d.norm() / w.norm(),
         ("delta_linf_norm", ""): d.abs().max(),

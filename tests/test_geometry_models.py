@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from tests.families import llms, vlms
 from tests.test_geometry import RATIOS, reference
-from vlopd.config import GeometryConfig
+from vlopd.config import DistillArm, GeometryConfig
+from vlopd.data import open_data
+from vlopd.distill import distill
 from vlopd.geometry.analyse import analyse, read_rows
 
 CONFIG = GeometryConfig(null_draws=0, ratios=RATIOS)
@@ -81,7 +82,7 @@ def tensor_values(folder: Path) -> dict[str, Values]:
 
 
 def agree(ours: Values, source: Tensor, trained: Tensor) -> int:
-    """Every value is the plain float64 one, to 1e-5 of it, and ranks and counts exactly; returns how many there were."""
+    """Every value is the plain float64 one, to 1e-5 of it, ranks and counts exactly; returns how many there were."""
     theirs = reference(source, trained.double() - source.double())
     compared = 0
     for key, value in theirs.items():
@@ -116,3 +117,24 @@ def test_matrices_within_stored_tensors_are_measured(family, tmp_path):
         assert agree(found[name], source, trained) > 80, name
     covered = {re.sub(r"(\[\w+\])+$", "", name) for name in found}
     assert covered == before.keys()
+
+
+def test_a_trained_pair_agrees_with_float64(kind, folders, make_pair, make_config, tmp_path):
+    """Every matrix of a student that was distilled for some AdamW steps and stored in bf16 has its float64 values."""
+    train = {"steps": 5, "prompts_per_step": 4}
+    config = make_config(kind, optim={"learning_rate": 1e-4}, train=train)
+    pair = make_pair(kind, optim={"learning_rate": 1e-4}, train=train)
+    arm = DistillArm(seed=1)
+    distill(pair, open_data(config, 20, arm.seed), config, arm, tmp_path / "arm", "test", None, "x")
+    source, trained = folders[kind, "student"], tmp_path / "trained"
+    pair.student.model.bfloat16().save_pretrained(trained)
+    analyse(source, trained, tmp_path / "out", CONFIG, {}, progress=False, workers=1)
+
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, trained))
+    found = tensor_values(tmp_path / "out")
+    matrices = {name: tensor for name, tensor in before.items() if tensor.ndim in (2, 4)}
+    assert len(matrices) > 14 and {name.split("[")[0] for name in found} == before.keys()
+    for name, tensor in matrices.items():
+        assert tensor.dtype == after[name].dtype == torch.bfloat16
+        assert 0 < float((tensor != after[name]).double().mean()) < 1, name
+        assert agree(found[name], tensor.flatten(1), after[name].flatten(1)) > 80, name
