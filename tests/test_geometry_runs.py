@@ -4,8 +4,8 @@ checkpoints that cannot be read."""
 import csv
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +17,12 @@ from torch import Tensor
 from tests.families import llms
 from tests.test_geometry import RATIOS, orthogonal, reference
 from vlopd.checkpoint import RunError, read_json
-from vlopd.config import GaussianNull, GeometryConfig, PermutedNull, SignFlippedNull
+from vlopd.config import GaussianNull, GeometryConfig, SignFlippedNull
+from vlopd.delta import stream
 from vlopd.geometry.analyse import analyse, read_rows
 from vlopd.geometry.overlap import overlap
 from vlopd.geometry.trajectory import trajectory
+from vlopd.models.atlas import classify
 
 QUICK = GeometryConfig(null_draws=0, ratios=RATIOS)
 Tensors = dict[str, Tensor]
@@ -253,3 +255,321 @@ def test_the_randomised_pass(shape, kind, tmp_path):
     medians = [row for row in side if row["name"] == "[median]" and row["metric"] == "stable_rank"]
     assert all(row["status"] == "approximate" for row in medians)
     assert all("1 approximate" in row["reason"] for row in medians)
+
+
+# ------------------------------------------------------------------------------------ several runs
+
+
+def deciles(source: Tensor) -> np.ndarray:
+    """The stratum of every coordinate: how many of the nine cuts of sorted |w| its own |w| exceeds."""
+    size = source.double().abs().flatten().numpy()
+    ordered = np.sort(size)
+    cuts = {ordered[max(1, len(size) * i // 10) - 1] for i in range(1, 10)}
+    return np.array([sum(value > cut for cut in cuts) for value in size])
+
+
+def plain_overlap(before: Tensors, one: Tensors, other: Tensors, atol: float) -> dict[str, float]:
+    """The overlap of two updates, coordinate by coordinate, and what chance has everywhere, by tensor, by stratum."""
+    a, b, tensor, stratum = [], [], [], []
+    for i, name in enumerate(sorted(before)):
+        for moved, after in ((a, one), (b, other)):
+            moved.append((after[name].double() - before[name].double()).abs().flatten() > atol)
+        tensor.append(np.full(before[name].numel(), i))
+        stratum.append(deciles(before[name]))
+    a, b = torch.cat(a).numpy(), torch.cat(b).numpy()
+    tensor, stratum = np.concatenate(tensor), np.concatenate(stratum)
+
+    def chance(groups: np.ndarray) -> float:
+        own = [groups == group for group in np.unique(groups)]
+        return sum(a[inside].sum() * b[inside].sum() / inside.sum() for inside in own)
+
+    both = (a & b).sum()
+    return {
+        "update_jaccard": both / (a | b).sum(),
+        "first_covered_by_second": both / a.sum(),
+        "second_covered_by_first": both / b.sum(),
+        "overlap_enrichment_vs_random": both / (a.mean() * b.sum()),
+        "overlap_enrichment_vs_random_within_tensors": both / chance(tensor),
+        "overlap_enrichment_vs_random_within_tensors_and_magnitudes": both
+        / chance(10 * tensor + stratum),
+    }
+
+
+def overlap_rows(before: Tensors, runs: Mapping[str, Tensors], root: Path, config: GeometryConfig):
+    source = save(before, root / "before")
+    folders = {name: save(tensors, root / name) for name, tensors in runs.items()}
+    with overlap(source, folders, root / "out", config, progress=False).open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_overlap_agrees_with_plain_counting(tmp_path):
+    """Jaccard, both one-sided coverages and the three enrichments are those of counting coordinate by coordinate."""
+    torch.manual_seed(5)
+    before = {
+        "layers.0.mlp.up_proj.weight": (0.02 * torch.randn(30, 40)).bfloat16(),
+        "layers.1.mlp.up_proj.weight": (0.05 * torch.randn(20, 30)).bfloat16(),
+        "norm.weight": torch.ones(17).bfloat16(),
+    }
+    runs = {}
+    for run_, seed in (("a", 1), ("b", 2), ("c", 3)):
+        torch.manual_seed(seed)
+        runs[run_] = {
+            name: (t.float() + 2e-5 * seed * (1 + 9 * ("1" in name)) * torch.randn(t.shape)).to(t)
+            for name, t in before.items()
+        }
+        runs[run_]["norm.weight"][seed] += 2.0**-6
+    rows = overlap_rows(before, runs, tmp_path, GeometryConfig(null_draws=0))
+    assert {(row["first"], row["second"]) for row in rows} == {("a", "b"), ("a", "c"), ("b", "c")}
+    compared = 0
+    for row in rows:
+        one, other = runs[row["first"]], runs[row["second"]]
+        atol = float(row["parameter"].removeprefix("atol="))
+        if row["name"] == "[all]":
+            theirs = plain_overlap(before, one, other, atol)
+        elif row["name"] in before and row["name"] != "norm.weight":
+            name = row["name"]
+            chosen = ({name: tensors[name]} for tensors in (before, one, other))
+            theirs = plain_overlap(*chosen, atol)
+        else:
+            continue
+        assert float(row["value"]) == pytest.approx(theirs[row["metric"]], rel=1e-12), row
+        compared += 1
+    assert compared == 3 * 3 * 2 * 6  # pairs of runs, names, thresholds, metrics
+
+
+def test_two_runs_that_move_small_weights_overlap_by_magnitude_alone(tmp_path):
+    """Both move a random 60 % of the smaller half: enrichment 2 over the whole, and 1 within deciles of |w|."""
+    torch.manual_seed(6)
+    before = {"layers.0.mlp.up_proj.weight": torch.randn(100, 200)}
+    (source,) = before.values()
+    small = source.abs() <= source.abs().median()
+    runs = {
+        name: {"layers.0.mlp.up_proj.weight": source + small * (torch.rand(100, 200) < 0.6)}
+        for name in ("a", "b")
+    }
+    rows = overlap_rows(before, runs, tmp_path, GeometryConfig(null_draws=0))
+    found = {r["metric"]: float(r["value"]) for r in rows
+             if (r["name"], r["parameter"]) == ("[all]", "atol=0")}  # fmt: skip
+    name = "overlap_enrichment_vs_random"
+    assert found[name] == pytest.approx(2, abs=0.04)
+    assert found[f"{name}_within_tensors_and_magnitudes"] == pytest.approx(1, abs=0.02)
+    assert found["first_covered_by_second"] == pytest.approx(0.6, abs=0.02)
+    lowest = [r for r in rows if r["name"] == "[magnitude=0]" and r["metric"] == name]
+    assert all(float(r["value"]) == pytest.approx(1, abs=0.05) for r in lowest) and len(lowest) == 2
+
+
+def test_overlap_of_noise_is_that_of_its_nulls(tmp_path):
+    """Two independent noises in bf16 overlap far above chance, and not beyond what two nulls do."""
+    torch.manual_seed(7)
+    before = {"layers.0.mlp.up_proj.weight": (0.02 * torch.randn(120, 200)).bfloat16()}
+    runs = {
+        name: {n: (t.float() + 2e-5 * torch.randn(t.shape)).bfloat16() for n, t in before.items()}
+        for name in ("a", "b")
+    }
+    nulls = (GaussianNull(), SignFlippedNull())
+    rows = overlap_rows(before, runs, tmp_path, GeometryConfig(null_draws=8, nulls=nulls))
+    own = {
+        row["null"]: row
+        for row in rows
+        if (row["name"], row["metric"], row["parameter"])
+        == ("[all]", "overlap_enrichment_vs_random", "atol=0")
+    }
+    gaussian = own["gaussian"]
+    assert float(gaussian["value"]) > 2
+    assert float(gaussian["null_mean"]) == pytest.approx(float(gaussian["value"]), rel=0.1)
+    assert float(gaussian["p"]) > 0.01
+    flipped = own["sign_flipped"]  # keeps the places, so that overlap is no finding beside it
+    assert flipped["p"] == "" and abs(float(flipped["excess"])) < 0.02 * float(flipped["value"])
+
+
+def test_runs_that_moved_nothing_do_not_overlap_wholly(tmp_path):
+    """Two updates of nothing have no overlap, rather than 1."""
+    before = {"layers.0.mlp.up_proj.weight": torch.randn(8, 8)}
+    rows = overlap_rows(before, {"a": before, "b": before}, tmp_path, GeometryConfig())
+    assert {(row["value"], row["status"], row["reason"]) for row in rows} == {
+        ("", "zero", "nothing moved")
+    }
+
+
+def test_trajectory_agrees_with_float64(tmp_path):
+    """Cosines to the final update and the one before, and similarities of subspaces, are those of plain SVDs; those of
+    a transposed weight are of its output side on the left."""
+    llms.build("gpt2", tmp_path / "before")
+    before = load_file(tmp_path / "before" / "model.safetensors")
+    steps, changes, at = {}, {}, {n: torch.zeros_like(t) for n, t in before.items()}
+    for step in (2, 5, 9):
+        torch.manual_seed(step)
+        at = {n: t + 0.01 * torch.randn_like(t) for n, t in at.items()}
+        after = {n: before[n] + t for n, t in at.items()}
+        steps[step] = save(after, tmp_path / f"step-{step}")
+        changes[step] = {n: after[n].double() - before[n].double() for n in before}
+    path = trajectory(tmp_path / "before", steps, tmp_path / "out", QUICK, progress=False)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    found = {
+        (row["name"], int(row["step"]), row["metric"], row["parameter"]): row["value"]
+        for row in rows
+    }
+    assert len(found) == len(rows)
+
+    def flat(step: int) -> Tensor:
+        return torch.cat([changes[step][n].flatten() for n in sorted(before)])
+
+    stored, name = "transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_attn.weight[k]"
+    for step, previous in ((2, None), (5, 2), (9, 5)):
+        for partner, other in (("final", 9), ("previous", previous)):
+            cosine = found["[all]", step, f"cosine_to_{partner}", ""]
+            if other is None:
+                assert cosine == "" == found[name, step, f"cosine_to_{partner}", ""]
+                continue
+            a, b = flat(step), flat(other)
+            assert float(cosine) == pytest.approx(float(a @ b / (a.norm() * b.norm())), rel=1e-6)
+            a, b = (changes[s][stored][:, 32:64].T for s in (step, other))
+            cosine = found[name, step, f"cosine_to_{partner}", ""]
+            assert float(cosine) == pytest.approx(float((a * b).sum() / (a.norm() * b.norm())))
+            (u, _, vt), (u2, _, vt2) = (torch.linalg.svd(each) for each in (a, b))
+            for k in (1, 4, 16):
+                for side, x, y in (("left", u, u2), ("right", vt.T, vt2.T)):
+                    expected = float((x[:, :k].T @ y[:, :k]).square().sum()) / k
+                    value = found[name, step, f"{side}_subspace_similarity_to_{partner}", f"k={k}"]
+                    assert float(value) == pytest.approx(expected, rel=1e-5), (step, partner, k)
+
+
+def test_trajectory_of_large_matrices_says_approximate(tmp_path):
+    """Subspaces of a matrix beyond the stated cost carry the status and its reason; cosines stay exact."""
+    torch.manual_seed(8)
+    before = {"layers.0.mlp.up_proj.weight": torch.randn(60, 80), "norm.weight": torch.rand(9)}
+    source = save(before, tmp_path / "before")
+    steps = {i: save(noised(before, i), tmp_path / f"step-{i}") for i in (1, 2)}
+    config = GeometryConfig(null_draws=1, max_exact_side=20)
+    with trajectory(source, steps, tmp_path / "out", config, progress=False).open() as file:
+        rows = list(csv.DictReader(file))
+    similar = [r for r in rows if "similarity" in r["metric"] and r["value"]]
+    assert len(similar) > 10
+    assert all(r["status"] == "approximate" and "side 60 > 20" in r["reason"] for r in similar)
+    assert {r["status"] for r in rows if r["metric"] == "cosine_to_final"} == {"ok"}
+    vector = [r for r in rows if r["name"] == "norm.weight" and "similarity" in r["metric"]]
+    assert {(r["status"], r["reason"]) for r in vector} == {
+        ("skipped", "no such subspace on both sides")
+    }
+
+
+# ---------------------------------------------------------------------------- what cannot be read
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def pickled(folder: Path, tensors: Tensors) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cposix\nsystem\n")
+
+
+def other_shape(folder: Path, tensors: Tensors) -> None:
+    save({**tensors, UP: tensors[UP][:, :-1]}, folder)
+
+
+def not_finite(value: float) -> Callable[[Path, Tensors], None]:
+    def damage(folder: Path, tensors: Tensors) -> None:
+        broken = tensors[UP].clone()
+        broken[3, 5] = value
+        save({**tensors, UP: broken}, folder)
+
+    return damage
+
+
+def other_model(folder: Path, tensors: Tensors) -> None:
+    llms.build("gpt2", folder)
+
+
+def half_another_model(folder: Path, tensors: Tensors) -> None:
+    torch.manual_seed(0)
+    save({**{n: t for n, t in tensors.items() if t.ndim == 1}, "x.y": torch.randn(9, 9)}, folder)
+
+
+def nothing_shared(folder: Path, tensors: Tensors) -> None:
+    save({"x.y": torch.ones(3, 3)}, folder)
+
+
+def cut(share: float, sharded: bool) -> Callable[[Path, Tensors], None]:
+    """Cuts the file, or the second of two shards, within the tensor that has this share of its data before it."""
+
+    def damage(folder: Path, tensors: Tensors) -> None:
+        path = folder / "model.safetensors"
+        if sharded:
+            names = sorted(tensors)
+            places = {n: f"part-{1 + (n >= UP)}.safetensors" for n in names}
+            for place in set(places.values()):
+                save_file({n: tensors[n] for n in names if places[n] == place}, folder / place)
+            path.unlink()
+            index = folder / "model.safetensors.index.json"
+            index.write_text(json.dumps({"weight_map": places}))
+            path = folder / "part-2.safetensors"
+        content = path.read_bytes()
+        header = 8 + int.from_bytes(content[:8], "little")
+        path.write_bytes(content[: header + int(share * (len(content) - header))])
+
+    return damage
+
+
+def first_lost(folder: Path, share: float) -> str:
+    """The name of the tensor that lies at this share of a file's data, by the header of the whole file."""
+    content = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    at = int(share * (len(content) - 8 - length))
+    return next(
+        name
+        for name, its in header.items()
+        if name != "__metadata__" and its["data_offsets"][0] <= at < its["data_offsets"][1]
+    )
+
+
+BAD: dict[str, tuple[Callable[[Path, Tensors], None], str]] = {
+    "pickle": (pickled, r"only pickled weights \(pytorch_model\.bin\), which are refused"),
+    "shape": (other_shape, rf"{UP} is \(48, 32\) in .*, \(48, 31\) in .*; these are not the same"),
+    "nan": (not_finite(math.nan), rf"{UP} has 1 values that are not finite; training diverged"),
+    "infinity": (not_finite(-math.inf), rf"{UP} has 1 values that are not finite"),
+    "other model": (
+        other_model,
+        r"has a partner .* \((transformer|model)\.\S+ has none\); .*not the same",
+    ),
+    "nothing shared": (
+        nothing_shared,
+        r"share no floating-point parameter \((lm_head\.weight is in the first, x\.y|x\.y is in the first, lm_)",
+    ),
+    "little shared": (
+        half_another_model,
+        r"\(lm_head\.weight has none\).*not the same architecture",
+    ),
+    "cut": (cut(0.6, False), r"so FIRST cannot be read; copy or save the checkpoint again"),
+    "last byte": (cut(0.99999, False), r"so FIRST cannot be read"),
+    "cut shard": (
+        cut(0.01, True),
+        rf"part-2\.safetensors is not a whole .* so {UP} cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("side", ["source", "trained"])
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_read_is_one_line_with_the_tensors_name(case, side, tmp_path):
+    """Pickles, other shapes, values that are not finite, other models and cut files are refused, by the tensor's name
+    where there is one, by `stream` and by `analyse`, which leaves no record."""
+    damage, message = BAD[case]
+    tensors = llama(tmp_path / "source")
+    save(noised(tensors, 1), tmp_path / "trained")
+    if "FIRST" in message:
+        share = 0.6 if case == "cut" else 0.99999
+        message = message.replace("FIRST", re.escape(first_lost(tmp_path / side, share)))
+    if case == "shape" and side == "source":
+        message = rf"{UP} is \(48, 31\) in .*, \(48, 32\) in "
+    damage(tmp_path / side, load_file(tmp_path / side / "model.safetensors"))
+    folders = tmp_path / "source", tmp_path / "trained"
+    with pytest.raises(RunError) as streamed:
+        list(stream(*folders, classify))
+    with pytest.raises(RunError) as analysed:
+        run(*folders, tmp_path / "out")
+    assert str(streamed.value) == str(analysed.value)
+    assert re.search(message, str(analysed.value)), str(analysed.value)
+    assert "\n" not in str(analysed.value)
+    assert not (tmp_path / "out" / "summary.json").exists()
