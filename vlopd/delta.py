@@ -362,7 +362,8 @@ def check_same_model(
 ) -> None:
     """Raises RunError when the matched parameters are less than half of either checkpoint."""
     if not matched:
-        named = f"{min(source.names())} is in the first, {min(trained.names())} in the second"
+        one, other = (min(its.names(), default="nothing") for its in (source, trained))
+        named = f"{one} is in the first, {other} in the second"
         raise RunError(
             f"{source.folder} and {trained.folder} share no floating-point parameter ({named})"
         )
