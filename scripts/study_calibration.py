@@ -161,12 +161,12 @@ def work(
     return (null_name(null), stored, planted), outcomes(*task)
 
 
-def line(label: str, own: Sequence[Outcome]) -> str:
-    """Label, count, and the two shares in percent; ! marks one outside its band."""
+def line(label: str, own: Sequence[Outcome], marked: bool = False) -> str:
+    """Label, count, and the two shares in percent; where `marked`, ! follows one outside its band."""
     cells = [f"{label:42} {len(own):8}"]
     for level, (low, high) in BANDS.items():
         share = sum(each.p < level for each in own) / max(len(own), 1)
-        cells.append(f"{100 * share:6.2f}{' ' if low <= share <= high else '!'}")
+        cells.append(f"{100 * share:6.2f}{'!' if marked and not low <= share <= high else ' '}")
     return "  ".join(cells)
 
 
@@ -197,7 +197,7 @@ def main() -> None:
     for (null, stored, planted), own in found.items():
         for draws in () if planted else DRAWS:
             label = f"{null}, {str(stored).removeprefix('torch.')}, {draws}"
-            print(line(label, [each for each in own if each.draws == draws]))
+            print(line(label, [each for each in own if each.draws == draws], True))
     print(
         f"{'null, family':42} {'rows':>8}  p<.05 %  p<.01 %   (both precisions, both numbers of draws)"
     )
