@@ -90,12 +90,12 @@ def family_of(metric: str) -> str:
 
 
 def source_and_update(
-    pair: int, stored: torch.dtype, shape: tuple[int, int] = SHAPE, planted: bool = False
+    pair: int, stored: torch.dtype, shape: tuple[int, int], planted: bool
 ) -> tuple[Tensor, Tensor]:
-    """(source as stored, an update as stored of 0.03 to 1 % of its size).
+    """(source as stored, an update as stored).
 
-    The update is i.i.d. noise with two directions of random signs that have a tenth of its energy each where
-    `planted`; else it has scaled rows and columns, heavy tails and two directions.
+    The update has scaled rows and columns, heavy tails and two directions, and 0.03 to 1 % of the source's size. Where
+    `planted` it is i.i.d. noise of 1 %, with two directions of random signs that have a tenth of its energy each.
     """
     stream = generator("cpu", "calibration", pair)
 
@@ -105,27 +105,35 @@ def source_and_update(
     m, n = shape
     source = (0.02 * normal(m, n)).to(stored)
     if planted:
+        relative = 0.01
         update = math.sqrt(0.8) * normal(m, n)
         update += math.sqrt(0.1) * normal(m, 2).sign() @ normal(2, n).sign()
     else:
+        relative = 3e-4 * 33 ** float(torch.rand((), generator=stream))
         update = normal(m, n) * torch.exp(0.5 * normal(m, 1)) * torch.exp(0.5 * normal(n))
         update += 0.3 * normal(m, 2) @ normal(2, n)
-    relative = 3e-4 * 33 ** float(torch.rand((), generator=stream))
     update *= relative * 0.02 / update.square().mean().sqrt()
     wide = source.float()
     return source, (wide + update).to(stored).float() - wide
 
 
-def outcomes(null: NullConfig, stored: torch.dtype, pair: int, planted: bool) -> list[Outcome]:
-    """The rows of one pair beside its null that have a p, for each of DRAWS."""
-    config = GeometryConfig(nulls=(null,), null_draws=max(DRAWS), ratios=RATIOS)
-    source, update = source_and_update(pair, stored, planted=planted)
+def outcomes(
+    null: NullConfig,
+    stored: torch.dtype,
+    pair: int,
+    planted: bool,
+    numbers: Sequence[int] = DRAWS,
+    shape: tuple[int, int] = SHAPE,
+) -> list[Outcome]:
+    """The rows of one pair beside its null that have a p, for several numbers of draws."""
+    config = GeometryConfig(nulls=(null,), null_draws=max(numbers), ratios=RATIOS)
+    source, update = source_and_update(pair, stored, shape, planted)
     if not planted:
         update = null_delta(null, source, update, stored, "trained", pair)
     where = TensorName(f"pair-{pair}", "language", 0, "up")
     finding = examine(TensorDelta(where, source, (source.float() + update).to(stored)), config)
     keys, found = keys_of(config), []
-    for draws in DRAWS:
+    for draws in numbers:
         kept = slice(draws + 1)
         fewer = replace(
             finding,
@@ -153,12 +161,12 @@ def work(
     return (null_name(null), stored, planted), outcomes(*task)
 
 
-def line(label: str, own: Sequence[Outcome]) -> str:
-    """Label, count, and the two shares in percent; ! marks one outside its band."""
+def line(label: str, own: Sequence[Outcome], marked: bool = False) -> str:
+    """Label, count, and the two shares in percent; where `marked`, ! follows one outside its band."""
     cells = [f"{label:42} {len(own):8}"]
     for level, (low, high) in BANDS.items():
         share = sum(each.p < level for each in own) / max(len(own), 1)
-        cells.append(f"{100 * share:6.2f}{' ' if low <= share <= high else '!'}")
+        cells.append(f"{100 * share:6.2f}{'!' if marked and not low <= share <= high else ' '}")
     return "  ".join(cells)
 
 
@@ -189,7 +197,7 @@ def main() -> None:
     for (null, stored, planted), own in found.items():
         for draws in () if planted else DRAWS:
             label = f"{null}, {str(stored).removeprefix('torch.')}, {draws}"
-            print(line(label, [each for each in own if each.draws == draws]))
+            print(line(label, [each for each in own if each.draws == draws], True))
     print(
         f"{'null, family':42} {'rows':>8}  p<.05 %  p<.01 %   (both precisions, both numbers of draws)"
     )

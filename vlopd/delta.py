@@ -362,7 +362,11 @@ def check_same_model(
 ) -> None:
     """Raises RunError when the matched parameters are less than half of either checkpoint."""
     if not matched:
-        raise RunError(f"{source.folder} and {trained.folder} share no floating-point parameter")
+        one, other = (min(its.names(), default="nothing") for its in (source, trained))
+        named = f"{one} is in the first, {other} in the second"
+        raise RunError(
+            f"{source.folder} and {trained.folder} share no floating-point parameter ({named})"
+        )
     for weights, own, rest in ((source, 0, missing), (trained, 1, extra)):
         shared = sum(weights.shape(pair[own]).numel() for pair in matched.values())
         alone = {n: weights.shape(n).numel() for n in rest if weights.is_floating_point(n)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +26,7 @@ COURSES = (
     ("frac_delta_eq_0", "", "coordinates that did not move"),
     ("stable_rank", "", "stable rank, median"),
 )
-PALETTE = ("#d55e00", "#009e73", "#b9659a", "#e69f00", "#56b4e9", "#8a8f98", "#3fb593")
+PALETTE = ("#d55e00", "#009e73", "#b9659a", "#e69f00", "#56b4e9", "#8a8f98", "#7a6fb0")
 CLOSED = "closed_form"
 
 
@@ -127,14 +129,17 @@ def heat_maps(tidy: pd.DataFrame) -> dict[str, Drawing]:
         )
         name = metric.replace("_", "-")
         text = f"{words} by layer and module (left), and how far it lies from the null (right)"
+        if drawn:
+            text = text.replace("the null", f"the {drawn[0].replace('_', ' ')} null")
         found[name] = Drawing(figures.heat(values, excess, words), text)
     return found
 
 
 def lines(rows: pd.DataFrame, across: str, label: str, logarithmic: bool) -> Figure:
     """The observed value over column `at`, and every null's mean with two deviations."""
+    nulls = [null for null in rows.null.unique() if null not in ("", CLOSED)]
     with matplotlib.rc_context(figures.STYLE):
-        figure, (axes,) = figures.canvas(2.6)
+        figure, (axes,) = figures.canvas(2.4 + legend_height(nulls))
         observed = rows.drop_duplicates("at").sort_values("at")
         axes.plot(
             observed["at"],
@@ -143,12 +148,12 @@ def lines(rows: pd.DataFrame, across: str, label: str, logarithmic: bool) -> Fig
             ms=3.5,
             color=figures.COLOURS["full"],
             label="update",
+            zorder=3,
         )
-        nulls = [null for null in rows.null.unique() if null not in ("", CLOSED)]
         for null, colour in zip(nulls, PALETTE * 9, strict=False):
             own = rows[rows.null.eq(null)].sort_values("at")
             spread = 2 * own.null_sd.fillna(0)
-            axes.plot(own["at"], own.null_mean, "--", lw=1.2, color=colour, label=f"null: {null}")
+            axes.plot(own["at"], own.null_mean, "--", lw=1.2, color=colour, label=title(null))
             axes.fill_between(
                 own["at"],
                 own.null_mean - spread,
@@ -163,28 +168,34 @@ def lines(rows: pd.DataFrame, across: str, label: str, logarithmic: bool) -> Fig
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(across)
-        axes.set_ylabel(label)
+        axes.set_ylabel(textwrap.fill(label, 27))
         axes.grid()
         figure.legend(loc="outside upper left", ncols=3, fontsize=8, handlelength=2.6)
     return figure
 
 
 def dots(rows: pd.DataFrame, label: str) -> Figure:
-    """The observed value of every `label` in percent, and every null's mean with two deviations."""
+    """The observed value of every `label` in percent; below it, one under the other, every null's mean with two
+    deviations."""
     names = list(rows.label.unique())
+    nulls = [null for null in rows.null.unique() if null]
     with matplotlib.rc_context(figures.STYLE):
-        figure, (axes,) = figures.canvas(1.2 + 0.32 * len(names))
-        nulls = [null for null in rows.null.unique() if null]
-        for null, colour in zip(nulls, PALETTE * 9, strict=False):
+        height = len(names) * (0.24 + 0.09 * len(nulls))
+        figure, (axes,) = figures.canvas(0.6 + height + legend_height(nulls))
+        below = min(0.2, 0.65 / max(len(nulls), 1))
+        first = -below * len(nulls) / 2
+        for i, (null, colour) in enumerate(zip(nulls, PALETTE * 9, strict=False)):
             own = rows[rows.null.eq(null)]
-            y = [names.index(name) for name in own.label]
+            y = [names.index(name) + first + below * (i + 1) for name in own.label]
             axes.errorbar(
-                100 * own.null_mean, y, xerr=200 * own.null_sd.fillna(0), fmt="D", ms=4,
-                color=colour, alpha=0.85, lw=1.5, label=f"null: {null.replace('_', ' ')}",
+                100 * own.null_mean, y, xerr=200 * own.null_sd.fillna(0), fmt="D", ms=3.5,
+                color=colour, lw=1.5, label=title(null),
             )  # fmt: skip
         observed = rows.drop_duplicates("label")
-        y = [names.index(name) for name in observed.label]
-        axes.plot(100 * observed.value, y, "o", ms=6, color=figures.COLOURS["full"], label="update")
+        y = [names.index(name) + first for name in observed.label]
+        axes.plot(
+            100 * observed.value, y, "o", ms=5.5, color=figures.COLOURS["full"], label="update"
+        )
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
@@ -194,15 +205,28 @@ def dots(rows: pd.DataFrame, label: str) -> Figure:
     return figure
 
 
+def title(null: str) -> str:
+    return f"null: {null.replace('_', ' ')}"
+
+
+def legend_height(nulls: Sequence[str]) -> float:
+    """Inches of a legend of three columns, the update's entry among them."""
+    return 0.17 * math.ceil((1 + len(nulls)) / 3)
+
+
 def write_figures(out: Path, folders: Sequence[Path]) -> Path:
     """figures/*.svg beside every geometry.csv, and beside overlap.csv and trajectory.csv in `out`."""
     for folder in folders:
-        save(draw(pd.read_csv(folder / "geometry.csv")), folder / "figures")
+        save(draw(read(folder / "geometry.csv")), folder / "figures")
     readers = {"overlap": draw_overlap, "trajectory": draw_trajectory}
     for name, reader in readers.items():
         if (out / f"{name}.csv").exists():
-            save(reader(pd.read_csv(out / f"{name}.csv")), out / "figures")
+            save(reader(read(out / f"{name}.csv")), out / "figures")
     return out / "figures"
+
+
+def read(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, low_memory=False)  # one guess of a column's type, not one a chunk
 
 
 def save(drawings: Mapping[str, Drawing], folder: Path) -> None:

@@ -19,17 +19,21 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
-    Column("rel norm %", "[all]", "relative_delta_fro", "", 100),
-    Column("sparsity % (<=1e-5)", "[all]", "frac_isclose_zero", "atol=1e-05", 100),
-    Column("top-16 energy %", "[median]", "top_energy_ratio", "k=16", 100),
-    Column("stable rank", "[median]", "stable_rank", "", 1),
+    Column("norm\n%", "[all]", "relative_delta_fro", "", 100),
+    Column("sparse\n%", "[all]", "frac_isclose_zero", "atol=1e-05", 100),
+    Column("top-16\n%", "[median]", "top_energy_ratio", "k=16", 100),
+    Column("stable\nrank", "[median]", "stable_rank", "", 1),
     Column(
-        "principal cov. %", "[all]", "principal_update_overlap_ratio", "ratio=0.1,atol=1e-05", 100
+        "princ.\ncov. %", "[all]", "principal_update_overlap_ratio", "ratio=0.1,atol=1e-05", 100
     ),
     Column(
-        "low-mag cov. %", "[all]", "low_magnitude_update_overlap_ratio", "ratio=0.1,atol=1e-05", 100
+        "low-mag\ncov. %",
+        "[all]",
+        "low_magnitude_update_overlap_ratio",
+        "ratio=0.1,atol=1e-05",
+        100,
     ),
-    Column("joint projection %", "[median]", "principal_projection_energy_ratio", "ratio=0.1", 100),
+    Column("joint\nproj %", "[median]", "principal_projection_energy_ratio", "ratio=0.1", 100),
 )
 
 
@@ -39,9 +43,9 @@ def preset() -> GeometryConfig:
 
 
 def table(rows: Iterable[Mapping[str, str]]) -> list[tuple[str, Sequence[str]]]:
-    """(label, cells in the order of COLUMNS) of the pair, and of each null with its deviation.
+    """(label, cells in the order of COLUMNS) of the pair, and of each null with its deviation on a second line.
 
-    rows: those of geometry.csv.
+    rows: those of geometry.csv. Labels fold and cells are narrow, so that a terminal of 80 columns does.
     """
     wanted = {(c.name, c.metric, c.parameter) for c in COLUMNS}
     found: dict[tuple[str, str, str], dict[str, Mapping[str, str]]] = {}
@@ -51,7 +55,7 @@ def table(rows: Iterable[Mapping[str, str]]) -> list[tuple[str, Sequence[str]]]:
             found.setdefault(key, {})[row["null"]] = row
     nulls = list(dict.fromkeys(null for own in found.values() for null in own if null))
     lines: list[tuple[str, Sequence[str]]] = [("update", [cell(found, c, None) for c in COLUMNS])]
-    lines += [(f"null: {null}", [cell(found, c, null) for c in COLUMNS]) for null in nulls]
+    lines += [(null.replace("_", " "), [cell(found, c, null) for c in COLUMNS]) for null in nulls]
     return lines
 
 
@@ -69,5 +73,5 @@ def cell(
         return "-"
     text = f"{column.scale * float(value):.4g}"
     if null is not None and row["null_sd"]:
-        text += f" ± {column.scale * float(row['null_sd']):.2g}"
+        text += f"\n±{column.scale * float(row['null_sd']):.1g}"
     return text

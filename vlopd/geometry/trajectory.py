@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +23,14 @@ from tqdm import tqdm
 from vlopd.config import GeometryConfig
 from vlopd.delta import stream
 from vlopd.geometry.aggregate import rows_of
-from vlopd.geometry.analyse import write_table
+from vlopd.geometry.analyse import has_config, write_table
 from vlopd.geometry.coordinates import Term
-from vlopd.geometry.examine import OBSERVED
+from vlopd.geometry.examine import OBSERVED, matrices
 from vlopd.geometry.nulls import matched_delta, norm
 from vlopd.geometry.rows import Measure, Place, Row, parameters
 from vlopd.geometry.spectrum import Factors, Sum, as_matrix, factorise, too_large
 from vlopd.models.atlas import classify
+from vlopd.models.load import load_model_config
 from vlopd.seeding import generator
 
 RANKS = (1, 4, 16)
@@ -58,10 +60,12 @@ def trajectory(
 ) -> Path:
     """Writes trajectory.csv and .parquet of checkpoints (step -> folder), the last of which is the final one.
 
-    tables: step -> the folder of that step's geometry.csv, whose aggregates are taken in. All checkpoints of
-    one tensor are in memory at a time. Returns the path of trajectory.csv.
+    tables: step -> the folder of that step's geometry.csv, whose aggregates are taken in. Tensors are split into
+    matrices, [out, in], as there. All checkpoints of one tensor are in memory at a time. Returns the path of
+    trajectory.csv.
     """
     order = sorted(steps)
+    model = load_model_config(str(source)) if has_config(source) else None
     deltas = {step: stream(source, steps[step], classify) for step in order}
     names = [
         name
@@ -69,22 +73,24 @@ def trajectory(
         if all(name in its.report.matched for its in deltas.values())
     ]
     draws = [OBSERVED, *[WALK] * config.null_draws]
-    products, similar, places = [], [], []
+    courses: list[list[Course]] = []  # [matrices][draws]
+    places = []
     with ExitStack() as stack:
         read = {step: stack.enter_context(its.reader()) for step, its in deltas.items()}
         for name in tqdm(names, desc="trajectory", unit="tensor", disable=not progress):
-            pairs = [read[step](name) for step in order]
-            where, stored = pairs[0].where, pairs[-1].trained.dtype
-            shape = "x".join(map(str, pairs[0].source.shape))
-            places.append(Place(name, where.component, where.layer, where.module, shape))
-            changes = [pair.delta for pair in pairs]
-            own = [along(changes, config)]
-            for draw in range(config.null_draws):
-                noise = walk(pairs[0].source, changes, stored, config.seed, draw, name)
-                own.append(along(noise, config))
-            products.append([its[0] for its in own])
-            similar.append([its[1] for its in own])
-    rows = list(step_rows(order, np.array(products), np.array(similar), draws, places))
+            stored = [matrices(read[step](name), model) for step in order]
+            for pairs in zip(*stored, strict=True):
+                first, where = pairs[0], pairs[0].where
+                shape = "x".join(map(str, first.source.shape))
+                places.append(Place(first.name, where.component, where.layer, where.module, shape))
+                changes = [pair.delta for pair in pairs]
+                own = [along(changes, config)]
+                for draw in range(config.null_draws):
+                    names_of_stream = (config.seed, draw, first.name)
+                    noise = walk(first.source, changes, pairs[-1].trained.dtype, *names_of_stream)
+                    own.append(along(noise, config))
+                courses.append(own)
+    rows = list(step_rows(order, courses, draws, places))
     for step, folder in (tables or {}).items():
         rows += [StepRow(**row, step=step) for row in aggregates(folder)]
     write_table(out, "trajectory", rows)
@@ -110,21 +116,29 @@ def walk(
     return found
 
 
-def along(changes: Sequence[Tensor], config: GeometryConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(products [steps, 2, 3], similarities [steps, 2, 2, ranks]) of one tensor's updates.
+class Course(NamedTuple):
+    """One matrix's updates D at each step, with their two partners E: the final update, and the one before.
 
-    products: (D.E, |D|^2, |E|^2) of each D with E the final update, and the one before.
-    similarities: |U_k^T U'_k|^2 / k of the top-k left and right singular subspaces, the same two partners;
-    NaN where there are none.
+    products: (D.E, |D|^2, |E|^2). similar: |U_k^T U'_k|^2 / k of the top-k left and right singular subspaces, NaN
+    where there are none. `approximate` says why the subspaces are not exact; else it is empty.
     """
-    matrices = [as_matrix(change)[0] for change in changes]
-    subspaces = [None if m is None else top(m, config) for m in matrices]
+
+    products: np.ndarray  # [steps, 2, 3]
+    similar: np.ndarray  # [steps, 2, 2, ranks]
+    approximate: str
+
+
+def along(changes: Sequence[Tensor], config: GeometryConfig) -> Course:
+    """The course of one matrix's updates, or of a null's."""
+    flat = [as_matrix(change)[0] for change in changes]
+    subspaces = [None if m is None else top(m, config) for m in flat]
     products, similar = [], []
     for i, change in enumerate(changes):
         partners = (len(changes) - 1, i - 1 if i else None)
         products.append([inner(change, None if p is None else changes[p]) for p in partners])
         similar.append([sims(subspaces[i], None if p is None else subspaces[p]) for p in partners])
-    return np.array(products), np.array(similar)
+    approximate = next((s.approximate for s in subspaces if s is not None), "")
+    return Course(np.array(products), np.array(similar), approximate)
 
 
 def top(matrix: Tensor, config: GeometryConfig) -> Factors | None:
@@ -161,18 +175,21 @@ def sims(a: Factors | None, b: Factors | None) -> np.ndarray:
 
 def step_rows(
     order: Sequence[int],
-    products: np.ndarray,
-    similar: np.ndarray,
+    courses: Sequence[Sequence[Course]],
     draws: Sequence[str],
     places: Sequence[Place],
 ) -> Iterator[StepRow]:
-    """Rows from products [tensors, draws, steps, 2, 3] and similarities [tensors, draws, steps, 2, 2, ranks]."""
+    """The rows of courses [matrices][draws], of all together and of each."""
+    products = np.array([[each.products for each in own] for own in courses])
+    similar = np.array([[each.similar for each in own] for own in courses])
     members = [(Place("[all]"), slice(None))]
     members += [(place, slice(i, i + 1)) for i, place in enumerate(places)]
     for place, chosen in members:
+        approximate = next((o[0].approximate for o in courses[chosen] if o[0].approximate), "")
         for s, step in enumerate(order):
             values = [
-                directions(products[chosen, d, s].sum(0)) + medians(similar[chosen, d, s])
+                directions(products[chosen, d, s].sum(0))
+                + medians(similar[chosen, d, s], approximate)
                 for d in range(len(draws))
             ]
             for row in rows_of(values, draws, place):
@@ -188,8 +205,12 @@ def directions(products: np.ndarray) -> list[Measure]:
     return found
 
 
-def medians(similar: np.ndarray) -> list[Measure]:
-    """Subspace similarities [tensors, 2, 2, ranks] as medians over the tensors that have them."""
+def medians(similar: np.ndarray, approximate: str) -> list[Measure]:
+    """Subspace similarities [tensors, 2, 2, ranks] as medians over the tensors that have them.
+
+    approximate: why some of them are not exact; else empty.
+    """
+    status = "approximate" if approximate else "ok"
     found = []
     for p, partner in enumerate(("final", "previous")):
         for s, side in enumerate(("left", "right")):
@@ -198,8 +219,9 @@ def medians(similar: np.ndarray) -> list[Measure]:
                 values = values[~np.isnan(values)]
                 key = (f"{side}_subspace_similarity_to_{partner}", parameters(k=k))
                 if len(values):
-                    reason = f"median of {len(values)} tensors" if len(similar) > 1 else ""
-                    found.append(Measure(*key, float(np.median(values)), reason=reason))
+                    count = f"median of {len(values)} tensors" if len(similar) > 1 else ""
+                    reason = "; ".join(filter(None, (count, approximate)))
+                    found.append(Measure(*key, float(np.median(values)), status, reason))
                 else:
                     found.append(Measure(*key, None, "skipped", "no such subspace on both sides"))
     return found
