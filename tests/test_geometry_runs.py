@@ -19,6 +19,7 @@ from tests.test_geometry import RATIOS, orthogonal, reference
 from vlopd.checkpoint import RunError, read_json
 from vlopd.config import GaussianNull, GeometryConfig, SignFlippedNull
 from vlopd.delta import stream
+from vlopd.geometry import paper
 from vlopd.geometry.analyse import analyse, read_rows
 from vlopd.geometry.overlap import overlap
 from vlopd.geometry.trajectory import trajectory
@@ -452,6 +453,35 @@ def test_trajectory_of_large_matrices_says_approximate(tmp_path):
     assert {(r["status"], r["reason"]) for r in vector} == {
         ("skipped", "no such subspace on both sides")
     }
+
+
+def test_the_papers_table_repeats_the_rows(tmp_path):
+    """Each cell of --preset paper is a value of geometry.csv, of the update and of every null with its deviation."""
+    save(noised(llama(tmp_path / "before"), 4, 1e-3), tmp_path / "after")
+    config = paper.preset().model_copy(update={"nulls": (GaussianNull(), SignFlippedNull())})
+    rows = run(tmp_path / "before", tmp_path / "after", tmp_path / "out", config)
+    lines = dict(paper.table(rows))
+    assert list(lines) == ["update", "gaussian", "sign flipped", "closed form"]
+    for i, column in enumerate(paper.COLUMNS):
+        own = {
+            row["null"].replace("_", " "): row
+            for row in rows
+            if (row["name"], row["metric"], row["parameter"])
+            == (column.name, column.metric, column.parameter)
+        }
+        first = next(iter(own.values()))
+        assert float(lines["update"][i]) == pytest.approx(
+            column.scale * float(first["value"]), rel=1e-3
+        )
+        for null in list(lines)[1:]:
+            if null not in own:
+                assert lines[null][i] == "-" and null == "closed form"
+                continue
+            mean, _, sd = lines[null][i].partition("\n±")
+            row = own[null]
+            assert float(mean) == pytest.approx(column.scale * float(row["null_mean"]), rel=1e-3)
+            if sd:
+                assert float(sd) == pytest.approx(column.scale * float(row["null_sd"]), rel=0.5)
 
 
 # ---------------------------------------------------------------------------- what cannot be read

@@ -92,7 +92,7 @@ def matrices(pair: TensorDelta, model: PretrainedConfig | None) -> Iterator[Tens
         if part.module != where.module.removeprefix("expert_"):
             name += f"[{part.module}]"
         source, trained = pair.source[part.index], pair.trained[part.index]
-        if part.transposed:
+        if part.transposed and source.ndim > 1:  # a stack of biases holds vectors
             source, trained = source.T, trained.T
         yield TensorDelta(
             TensorName(name, where.component, where.layer, part.module),

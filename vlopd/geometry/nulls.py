@@ -140,8 +140,12 @@ def profiled(source: Tensor, noise: Tensor, delta: Tensor, stored: torch.dtype) 
 
 def row_column_energies(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Sums of squares over each row [m] and each column [n] of a matrix that comes some rows at a time; float64."""
-    squares = [part.double().square() for part in parts]
-    return torch.cat([each.sum(1) for each in squares]), sum(each.sum(0) for each in squares)
+    rows, columns = [], []
+    for part in parts:
+        squares = part.double().square()
+        rows.append(squares.sum(1))
+        columns.append(squares.sum(0))
+    return torch.cat(rows), torch.stack(columns).sum(0)
 
 
 def matched_delta(source: Tensor, noise: Tensor, target: float, stored: torch.dtype) -> Tensor:

@@ -150,7 +150,8 @@ def factorise(matrix: Sum, k: int, method: str = "gram", approximate: str = "") 
 def randomised(matrix: Sum, k: int, reason: str) -> Factors:
     """The k largest singular values and their subspaces, by a randomised range finder with power iterations.
 
-    The test matrix is the same for every matrix of one shape, so two runs agree.
+    The test matrix is the same for every matrix of one shape, so two runs agree. Values that stand out are right to
+    1e-9; where all lie close together, as a null's do, the sum of the top squares is low by up to 8 % (3000 x 1500).
     """
     m, n = matrix.shape
     tall = matrix if m >= n else matrix.T
