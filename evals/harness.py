@@ -473,11 +473,7 @@ def question_of(row: Mapping[str, Any]) -> str:
     """The question as the data has it, or the prompt where the data has no such column."""
     asked = row["doc"].get("question")
     if asked is None:
-        arguments = row[
-            "arguments"
-        ]  # of the first request: (prompt, ...), or as lm-eval writes it to a file
-        is_written = isinstance(arguments, Mapping)
-        asked = arguments["gen_args_0"]["arg_0"] if is_written else arguments[0][0]
+        asked = argument(row, 0, 0)
     return str(asked).replace(PLACEHOLDER, "").strip()
 
 
@@ -486,9 +482,22 @@ def is_number(value: Any) -> bool:
 
 
 def completion_of(row: Mapping[str, Any]) -> str:
-    """The generated text; for log-likelihood tasks, the per-choice log-probs as JSON."""
-    first = row["filtered_resps"][0]
-    return first if isinstance(first, str) else json.dumps(row["filtered_resps"])
+    """The generated text; of several choices the likeliest; else the responses as JSON."""
+    responses = row["filtered_resps"]
+    if isinstance(responses[0], str):
+        return responses[0]
+    if isinstance(responses[0], (list, tuple)) and len(responses) > 1:
+        best = max(range(len(responses)), key=lambda i: float(responses[i][0]))
+        return str(argument(row, best, 1)).strip()
+    return json.dumps(responses)
+
+
+def argument(row: Mapping[str, Any], request: int, place: int) -> Any:
+    """An argument of one of a question's requests: (prompt, continuation or settings, ...)."""
+    arguments = row["arguments"]
+    if isinstance(arguments, Mapping):  # as lm-eval writes them to a file
+        return arguments[f"gen_args_{request}"][f"arg_{place}"]
+    return arguments[request][place]
 
 
 def keep_images(

@@ -204,7 +204,7 @@ def geometry(run: RunFolder, config: ExperimentConfig) -> tuple[pd.DataFrame, pd
     for arm in config.arms:
         folder = run.geometry(arm)
         if (folder / "summary.json").exists():
-            tidy.append(pd.read_csv(folder / "geometry.csv").assign(arm=arm))
+            tidy.append(pd.read_csv(folder / "geometry.csv", low_memory=False).assign(arm=arm))
             for row in read_json(folder / "summary.json")["headline"]:
                 summary.append({"arm": arm, "label": label(row), "null": "", "p": None, **row})
     return pd.concat(tidy) if tidy else pd.DataFrame(), pd.DataFrame(summary)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Entry = Mapping[str, Any]
+UNREADABLE = 0.5
+"""Share of answers without a readable result above which a score is about the format."""
 OWN_NAMES = ("subnetwork", "transplant")
 """Arm names that are words of these sentences."""
 
@@ -171,16 +173,22 @@ class Teller:
         return lines
 
     def limits(self) -> list[str]:
-        """What so many questions could show at all."""
+        """What so many questions could show at all, and answers that could not be read."""
+        lines = [
+            f"No answer could be read from {percent(share)} of {name}'s completions, which count as wrong."
+            for name, its in self.arms.items()
+            if (share := its.get("extraction_failure_fraction") or 0) > UNREADABLE
+        ]
         effect, of = (
             self.task["minimum_detectable_effect"],
             self.task["minimum_detectable_effect_of"],
         )
         if not effect:
-            return []
+            return lines
         return [
+            *lines,
             f"With these {self.task['n']} questions a true difference of {100 * effect:.1f} pp "
-            f"({of}) would be found four times in five."
+            f"({of}) would be found four times in five.",
         ]
 
     def having(self, role: str) -> list[str]:

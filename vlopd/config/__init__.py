@@ -31,7 +31,7 @@ from vlopd.config.arms import (
     mask_of,
 )
 from vlopd.config.base import ConfigError, DataError, UserError
-from vlopd.config.data import CapitalsData, FileData, ShapesData
+from vlopd.config.data import CapitalsData, EmojiData, FileData, ReasoningData, ShapesData
 from vlopd.config.experiment import ExperimentConfig, explain
 from vlopd.config.input import load_config, parse_override, section_of
 from vlopd.config.masks import (
@@ -88,16 +88,17 @@ from vlopd.config.training import SGD, AdamW, Lion, Muon, OptimConfig, RMSProp
 
 __all__ = [
     "AdamW", "CapitalsData", "CaptionContext", "CheckpointArm", "ComplementMask", "ConfigError",
-    "ContextConfig", "DataError", "DifferenceMask", "DistillArm", "Divergence", "EnergyMask", "EvalConfig",
-    "ExperimentConfig", "ExtrapolateArm", "FileData", "FileMask", "ForwardKL", "FullSupport",
-    "GaussianNull", "GeometryConfig", "ImageContext", "ImportedArm", "IntersectionMask", "IntersectionTopK",
-    "JSD", "K1", "K2", "K3", "Lion", "LossConfig", "LowRankNull", "MagnitudeMask", "MaskConfig",
-    "MixedTeachers", "ModelConfig", "Muon", "NLL", "NullConfig", "OptimConfig", "PermutedNull",
-    "PrincipalMask", "RANDOM", "RMSProp", "RandomMask", "Recipe", "Reference", "ReverseKL", "RewardConfig",
+    "ContextConfig", "DataError", "DifferenceMask", "DistillArm", "Divergence", "EmojiData",
+    "EnergyMask", "EvalConfig", "ExperimentConfig", "ExtrapolateArm", "FileData", "FileMask",
+    "ForwardKL", "FullSupport", "GaussianNull", "GeometryConfig", "ImageContext", "ImportedArm",
+    "IntersectionMask", "IntersectionTopK", "JSD", "K1", "K2", "K3", "Lion", "LossConfig",
+    "LowRankNull", "MagnitudeMask", "MaskConfig", "MixedTeachers", "ModelConfig", "Muon", "NLL",
+    "NullConfig", "OptimConfig", "PermutedNull", "PrincipalMask", "RANDOM", "RMSProp",
+    "RandomMask", "ReasoningData", "Recipe", "Reference", "ReverseKL", "RewardConfig",
     "RolloutConfig", "RoutedTeachers", "RowColumnNull", "SGD", "SampledConfig", "SampledToken",
     "ShapesData", "SignFlippedNull", "SkewForwardKL", "SkewReverseKL", "SourceArm", "StudentTopK",
     "Subspace", "SystemContext", "TeacherArm", "TeacherConfig", "TeacherTopK", "TemplateContext",
-    "TopFractionMask", "TopK", "TransplantArm", "UlpNull", "UnionMask", "UserError", "VisibleMask",
-    "WholeMask", "Writer", "checkpoints_of", "explain", "load_config", "mask_of", "parse_override",
-    "section_of",
+    "TopFractionMask", "TopK", "TransplantArm", "UlpNull", "UnionMask", "UserError",
+    "VisibleMask", "WholeMask", "Writer", "checkpoints_of", "explain", "load_config", "mask_of",
+    "parse_override", "section_of",
 ]  # fmt: skip

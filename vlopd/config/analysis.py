@@ -22,7 +22,7 @@ class RowColumnNull(Section):
 
 
 class PermutedNull(Section):
-    """The observed update's own entries, in random places of the same tensor."""
+    """The observed update's own entries, in random places of the same tensor among weights of one binade."""
 
     type: Literal["permuted"] = "permuted"
 

@@ -56,4 +56,31 @@ class CapitalsData(Section):
         return False
 
 
-DataConfig = Annotated[ShapesData | FileData | CapitalsData, Field(discriminator="type")]
+class ReasoningData(Section):
+    """Arithmetic, sorting and spelling of the package reasoning-gym, split by question."""
+
+    type: Literal["reasoning"] = "reasoning"
+    subjects: tuple[Literal["arithmetic", "sorting", "spelling"], ...] = Field(
+        ("arithmetic", "sorting", "spelling"), min_length=1
+    )
+    split: Literal["train", "validation", "test"] = "train"
+
+    @property
+    def has_images(self) -> bool:
+        return False
+
+
+class EmojiData(Section):
+    """One artist's emoji and what kind of thing they are, split by concept (scripts/download_emoji.py)."""
+
+    type: Literal["emoji"] = "emoji"
+    split: Literal["train", "validation", "test"] = "train"
+
+    @property
+    def has_images(self) -> bool:
+        return True
+
+
+DataConfig = Annotated[
+    ShapesData | FileData | CapitalsData | ReasoningData | EmojiData, Field(discriminator="type")
+]

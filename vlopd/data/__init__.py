@@ -1,4 +1,4 @@
-"""Sources of examples: the built-in visual world, questions on capitals, and any file or hub data set."""
+"""Sources of examples: the built-in visual world, capitals, reasoning-gym, emoji, and any file or hub data set."""
 
 from __future__ import annotations
 
@@ -7,9 +7,19 @@ from collections.abc import Sequence
 import torch
 
 from vlopd import seeding
-from vlopd.config import CapitalsData, ExperimentConfig, FileData, ImageContext, ShapesData
+from vlopd.config import (
+    CapitalsData,
+    EmojiData,
+    ExperimentConfig,
+    FileData,
+    ImageContext,
+    ReasoningData,
+    ShapesData,
+)
 from vlopd.data.capitals import CapitalsWorld
+from vlopd.data.emoji import EmojiWorld
 from vlopd.data.files import FileSource
+from vlopd.data.reasoning import ReasoningWorld
 from vlopd.data.shapes import ShapesWorld
 from vlopd.types import Example
 
@@ -24,6 +34,10 @@ def open_data(config: ExperimentConfig, size: int, seed: int) -> Sequence[Exampl
             return ShapesWorld(data.split, size, seed, data.modality)
         case CapitalsData():
             return CapitalsWorld(data.split, size, seed)
+        case ReasoningData():
+            return ReasoningWorld(data.split, size, seed, data.subjects)
+        case EmojiData():
+            return EmojiWorld(data.split, size, seed)
         case FileData():
             contexts = [teacher.context for teacher in config.teachers.values()]
             return FileSource(data, [c.column for c in contexts if isinstance(c, ImageContext)])
