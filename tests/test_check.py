@@ -146,7 +146,13 @@ def test_a_text_only_teacher_of_images(check, folders):
     assert code == 0 and "reads a caption" in out
 
 
-@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(p, marks=pytest.mark.slow if i % 4 else (), id=p.stem)
+        for i, p in enumerate(PUBLISHED)
+    ],
+)
 def test_a_published_pair_is_checked_without_a_hub(path, monkeypatch, capsys):
     """`vlopd check --meta` tells parameters, memory and time of every published pair, offline."""
     code, out = call(monkeypatch, capsys, path, "--meta")

@@ -14,7 +14,7 @@ from evals.harness import TASKS, Tasks, evaluate_arm, score
 from evals.lm import ArmLM
 from vlopd import stages
 from vlopd.checkpoint import RunError, RunFolder, read_json, read_jsonl
-from vlopd.config import ConfigError, EvalConfig, ModelConfig
+from vlopd.config import EvalConfig, ModelConfig
 from vlopd.models.load import BUILTIN, load_configured
 
 TEXT = {"llm": "shapes_text", "vlm": "shapes"}
@@ -200,9 +200,7 @@ def test_scores_and_models_from_elsewhere_are_arms(make_config, tmp_path):
 
 
 def test_bad_tasks_are_one_clear_line(folders, tmp_path):
-    """A task that does not exist, one without questions, one whose column the data lacks."""
-    with pytest.raises(ConfigError, match=r"no task 'nope'; ours are .*shapes"):
-        Tasks.of(["nope"])
+    """A task without questions and one whose column the data lacks. (test_pipeline.py has one that does not exist.)"""
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"question": "how many", "answer": "2"}) + "\n")
     shared = (

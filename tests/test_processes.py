@@ -25,14 +25,14 @@ def test_two_processes_make_the_step_of_one(kind, folders, tmp_path):
     # fp32, to compare closely
     words = ["-m", "vlopd.cli", "run", str(config), "precision.compute=fp32", "--arm", "subnetwork"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words += ["eval.limit=1", "eval.keep_images=0", "geometry.arms=[]"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = {}
     for name, start in (("one", []), ("two", launcher)):
         out = tmp_path / name
-        # the evaluation is not the point: an unknown task stops each run after training
-        command = [sys.executable, *start, *words, "eval.tasks=['none']", "--out", str(out)]
+        command = [sys.executable, *start, *words, "--out", str(out)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert "no task 'none'" in done.stderr, done.stderr[-2000:]
+        assert done.returncode == 0, done.stderr[-2000:]
         for arm in ("full", "subnetwork"):
             lines = (out / "arms" / arm / "metrics.jsonl").read_text().splitlines()
             assert len(lines) == 3

@@ -6,11 +6,12 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from evals.harness import evaluate_arm, score
+from evals.harness import Tasks, evaluate_arm, score
 from evals.lm import ArmLM
 from evals.tasks import shapes_choice as task
 from vlopd import stages
 from vlopd.checkpoint import RunFolder, read_json, read_jsonl
+from vlopd.config import EvalConfig
 from vlopd.data import shapes, shapes_choice
 from vlopd.data.shapes import ShapesWorld, scene_from_json, scene_in_words
 from vlopd.models.load import load
@@ -120,8 +121,9 @@ def test_held_out_scenes_are_in_no_training_set():
 )
 def test_the_teachers_can_do_it(model, tasks):
     """Through lm-eval, the built-in teachers choose right nine times out of ten, from pictures and from words."""
-    results = score(ArmLM(load(model, torch.float32), 40, quiet=True), tasks, 20, model)
+    lm = ArmLM(load(model, torch.float32), 40, quiet=True)
     for name in tasks:
+        results = score(lm, name, Tasks.of([name]), EvalConfig(), 20, model)
         assert results["results"][name]["acc,none"] >= 0.9
         for row in results["samples"][name]:
             assert len(row["filtered_resps"]) == 4 and row["target"] == row["doc"]["answer"]

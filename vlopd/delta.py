@@ -93,6 +93,7 @@ class Weights:
     def __init__(self, folder: Path):
         self.folder = folder
         self._stack = ExitStack()
+        self._paths: dict[int, Path] = {}  # by the open file's id
         try:
             self._handles = self._open()
         except BaseException:
@@ -129,7 +130,7 @@ class Weights:
 
     def _open_file(self, path: Path, holds: Mapping[str, str] | None = None) -> Any:
         try:
-            return self._stack.enter_context(safe_open(path, framework="pt"))
+            file = self._stack.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
             why = "missing" if not path.exists() else f"not a whole safetensors file ({error})"
             first = first_cut(path) or next(
@@ -137,6 +138,8 @@ class Weights:
             )
             lost = f", so {first} cannot be read" if first else ""
             raise RunError(f"{path} is {why}{lost}; copy or save the checkpoint again") from None
+        self._paths[id(file)] = path
+        return file
 
     def __enter__(self) -> Weights:
         return self
@@ -156,7 +159,9 @@ class Weights:
     def read(self, name: str) -> Tensor:
         """The tensor as stored. Raises RunError when it holds a NaN or an infinity."""
         try:
-            tensor = self._handles[name].get_tensor(name)
+            # a file of its own, since the pages of a mapped file count as this process's while it is open
+            with safe_open(self._paths[id(self._handles[name])], framework="pt") as file:
+                tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise RunError(f"{self.folder}: cannot read {name} ({error})") from None
         finite = torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float())
