@@ -11,11 +11,12 @@ import torch
 
 from tests.test_pipeline import vlopd
 from vlopd import stages
-from vlopd.checkpoint import RunError, RunFolder, read_json
+from vlopd.checkpoint import RunError, RunFolder, digest_checkpoint, read_json
 from vlopd.config import ConfigError, ExperimentConfig, load_config
 from vlopd.delta import stream
 from vlopd.masks import load_mask, save_mask
 from vlopd.models.atlas import classify
+from vlopd.models.load import load_configured
 
 SECTIONS = {
     "precision": {"compute": "bf16"},
@@ -90,9 +91,7 @@ def test_arms_of_every_kind(kind, make_config, tmp_path):
     # the early checkpoint, its mask, what is extrapolated from it and transplanted
     early = stages.read_tensors(run.kept("full", 2))
     assert any(not torch.equal(early[n], full[n]) for n in full)
-    assert load_mask(run.mask("early"))[1]["inputs"]["of"] == stages.digest_checkpoint(
-        run.kept("full", 2)
-    )
+    assert load_mask(run.mask("early"))[1]["inputs"]["of"] == digest_checkpoint(run.kept("full", 2))
     norms = [
         sum(float((t[n].double() - base[n].double()).square().sum()) for n in base) ** 0.5
         for t in (early, full)
@@ -110,7 +109,7 @@ def test_arms_of_every_kind(kind, make_config, tmp_path):
     ffn = load_mask(run.mask("ffn"))[0]
     after = tensors(run, "transplant")
     assert all(torch.equal(after[n], torch.where(ffn[n], early[n], base[n])) for n in base)
-    auto = stages.load_configured(config.student, torch.bfloat16, folder=run.kept("full", 2))
+    auto = load_configured(config.student, torch.bfloat16, folder=run.kept("full", 2))
     assert all(torch.equal(p, early[n]) for n, p in auto.model.named_parameters())
 
     # done is done

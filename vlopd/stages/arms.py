@@ -1,0 +1,355 @@
+"""Arms of every kind, each from what is there: trained, transplanted, extrapolated, or only noted."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from vlopd import processes
+from vlopd.checkpoint import (
+    RunError,
+    RunFolder,
+    digest_checkpoint,
+    digest_files,
+    digest_json,
+    read_json,
+    up_to_date,
+    whole_folder,
+    write_json,
+)
+from vlopd.config import (
+    CheckpointArm,
+    DistillArm,
+    ExperimentConfig,
+    ExtrapolateArm,
+    ImportedArm,
+    Recipe,
+    Subspace,
+    TeacherArm,
+    TransplantArm,
+    checkpoints_of,
+)
+from vlopd.data import open_data
+from vlopd.distill import Evaluate, distill
+from vlopd.masks.apply import delta_norm, extrapolated, transplanted
+from vlopd.models.load import load_configured, resolve, save
+from vlopd.pair import load_pair
+from vlopd.stages.places import (
+    arm_digest,
+    checkpoint_digest,
+    deltas,
+    hub_folder,
+    other_source,
+    read_mask,
+    read_tensors,
+    refuse_other_source,
+    scores_of,
+    source_arm,
+    teacher_folder,
+)
+from vlopd.stages.records import (
+    card,
+    identities,
+    off_mask,
+    precision,
+    record,
+    seeds_of,
+    stored_dtype,
+)
+from vlopd.subspace import update_projection
+from vlopd.trainable import Projection, Trainable
+
+RUN_WIDE = ("student", "precision", *Recipe.model_fields)
+"""Sections of the config that decide a distilled arm's weights, unless it has its own."""
+
+
+class Making(NamedTuple):
+    """How artifacts are made, beyond what the config says."""
+
+    allow_other_source: bool = False
+    """Masks and checkpoints from another source may be used, and every record says so."""
+    evaluate: Evaluate | None = None
+    """Scores a student while it trains (eval.during)."""
+
+
+PLAIN = Making()
+
+
+def write_source(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
+    """Writes the student as it is loaded, in the stored precision: what every delta is measured from."""
+    inputs = {
+        "student": config.student.model_dump(mode="json", exclude={"attention"}),
+        "stored": config.precision.stored,
+    }
+    if up_to_date(run.arm_record(name), inputs):
+        return False
+    student = load_configured(config.student, stored_dtype(config))
+    with whole_folder(run.checkpoint(name)) as folder:
+        save(student, folder, card(config, name, "the student before any training"))
+    total = student.model.num_parameters()
+    record(
+        run,
+        config,
+        name,
+        "source",
+        inputs,
+        total_parameters=total,
+        trained_parameters=0,
+        density=0.0,
+    )
+    return True
+
+
+def note_teacher(run: RunFolder, config: ExperimentConfig, name: str, arm: TeacherArm) -> bool:
+    """A teacher is not copied into the run; its record says where it is."""
+    teacher = config.teacher_of(arm)
+    inputs = {"teacher": teacher.model, "revision": teacher.revision}
+    if teacher.is_student:
+        inputs["source"] = arm_digest(run, source_arm(config))
+    if up_to_date(run.arm_record(name), inputs):
+        return False
+    folder = teacher_folder(run, config, teacher)
+    digest = digest_checkpoint(folder) if folder.is_dir() else None
+    write_json(
+        run.arm_record(name),
+        {
+            "arm": name,
+            "type": "teacher",
+            "model": teacher.model,
+            "checkpoint_digest": digest,
+            "precision": precision(config),
+            "inputs": inputs,
+        },
+    )
+    return True
+
+
+def note_foreign(
+    run: RunFolder, config: ExperimentConfig, name: str, arm: CheckpointArm | ImportedArm
+) -> bool:
+    """A model or scores from elsewhere are not copied into the run; the record says where they are."""
+    inputs = arm.model_dump(mode="json")
+    if isinstance(arm, CheckpointArm):
+        inputs["digest"] = digest_checkpoint(hub_folder(resolve(arm.model), None))
+    else:
+        inputs["digest"] = digest_files(scores_of(Path(arm.results)))
+    if up_to_date(run.arm_record(name), inputs):
+        return False
+    about = {"arm": name, "type": arm.type, "checkpoint_digest": inputs["digest"], "inputs": inputs}
+    write_json(run.arm_record(name), {**about, "precision": precision(config)})
+    return True
+
+
+def train_arm(
+    run: RunFolder, config: ExperimentConfig, name: str, arm: DistillArm, how: Making
+) -> bool:
+    """Distils the student from the source, under the arm's mask if it has one, and proves the mask held."""
+    config = config.of_arm(arm)
+    source = run.checkpoint(source_arm(config))
+    resolved = config.model_dump(mode="json")
+    inputs: dict[str, Any] = {
+        "source": arm_digest(run, source_arm(config)),
+        "arm": resolved["arms"][name],
+        "settings": digest_json({key: resolved[key] for key in RUN_WIDE}),
+        **read_inputs(run, config, arm),
+    }
+    if up_to_date(run.arm_record(name), inputs):
+        return False
+    refuse_other_source(
+        own_other_source(run, config, arm), inputs["source"], how.allow_other_source
+    )
+    accelerator = processes.accelerator()
+    pair = load_pair(config, accelerator.device, source)
+    before, mask, projections = read_tensors(source), None, None
+    if arm.mask is not None:
+        mask = read_mask(run, config, arm.mask)
+    if arm.subspace is not None:
+        projections = read_projections(
+            run, config, arm.subspace, dict(pair.student.model.named_parameters())
+        )
+    prompts = config.train.steps * config.train.prompts_per_step
+    data = open_data(config, prompts, arm.seed)
+    started = time.perf_counter()
+    folder = run.arm(name)
+
+    def keep(step: int, trainable: Trainable) -> None:
+        with whole_folder(run.kept(name, step)) as checkpoint:
+            text = card(config, name, f"{describe(config, arm)}, of which {step} are done", inputs)
+            save(pair.student, checkpoint, text, trainable.merged(before))
+
+    trainable = distill(
+        pair,
+        data,
+        config,
+        arm,
+        folder,
+        name,
+        # what is stored but no parameter (running means of a tower) does not train
+        mask and {n: mask[n] for n, _ in pair.student.model.named_parameters()},
+        digest_json(inputs),
+        accelerator,
+        projections,
+        keep,
+        how.evaluate,
+    )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        merged = trainable.merged(before)
+        with whole_folder(run.checkpoint(name)) as checkpoint:
+            text = card(config, name, describe(config, arm), inputs)
+            save(pair.student, checkpoint, text, merged)
+        proof = off_mask(before, read_tensors(run.checkpoint(name)), mask)
+        if proof["off_mask"] is not None:
+            moved = proof["off_mask"]["moved_in_memory"] = trainable.moved_off_mask(before)
+            proof["off_mask_unmoved"] &= moved == 0
+        record(
+            run,
+            config,
+            name,
+            "distill",
+            inputs,
+            mask=arm.mask,
+            seed=arm.seed,
+            discovery_seeds=seeds_of(config, name),
+            steps=config.train.steps,
+            total_parameters=trainable.total,
+            trained_parameters=trainable.count,
+            density=trainable.count / trainable.total,
+            seconds=round(time.perf_counter() - started, 1),
+            device=str(accelerator.device),
+            notes=config.notes,
+            **proof,
+            identity=identities(run, config, name, before, mask),
+        )
+        shutil.rmtree(folder / "state", ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return True
+
+
+def describe(config: ExperimentConfig, arm: DistillArm) -> str:
+    teachers = ", ".join(teacher.model for teacher in config.teachers.values())
+    told = f"loss {config.loss.type} from {teachers}, {config.train.steps} steps"
+    told += f", mask {arm.mask}" if arm.mask else ""
+    if arm.subspace:
+        told += f", gradients projected on rank {arm.subspace.rank} of {arm.subspace.of}"
+    return told
+
+
+def read_projections(
+    run: RunFolder, config: ExperimentConfig, subspace: Subspace, parameters: Mapping[str, Tensor]
+) -> dict[str, Projection]:
+    """The projection of every matrix on the subspace of its early update."""
+    found = {
+        pair.name: update_projection(pair.delta, subspace.rank, subspace.side)
+        for pair in deltas(run, config, subspace.of)
+        if pair.name in parameters
+    }
+    return {name: projection for name, projection in found.items() if projection is not None}
+
+
+def transplant(
+    run: RunFolder, config: ExperimentConfig, name: str, arm: TransplantArm, how: Making
+) -> bool:
+    """The source with the other arm's values on the mask: the mask's share of the update, untrained."""
+
+    def change(mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        assert mask is not None
+        pairs = deltas(run, config, arm.of)
+        return {pair.name: transplanted(pair, mask[pair.name]) for pair in pairs}
+
+    what = f"the source with {arm.of}'s values on mask {arm.mask}"
+    return write_untrained(run, config, name, arm, what, change, how)
+
+
+def extrapolate(
+    run: RunFolder, config: ExperimentConfig, name: str, arm: ExtrapolateArm, how: Making
+) -> bool:
+    """The source plus a multiple of an early delta: what going on in its direction would give."""
+
+    def change(mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        factor, pairs = arm.factor, deltas(run, config, arm.of)
+        if arm.norm_of is not None:
+            early = delta_norm(pairs)
+            if early == 0:
+                raise RunError(f"{arm.of} did not move from the source: it has no direction")
+            factor = delta_norm(deltas(run, config, arm.norm_of)) / early
+        assert factor is not None
+        return {
+            p.name: extrapolated(p, factor, None if mask is None else mask[p.name]) for p in pairs
+        }
+
+    length = arm.factor if arm.norm_of is None else f"the norm of {arm.norm_of}'s over its own"
+    what = f"the source plus {length} times the delta of {arm.of}"
+    what += f" on mask {arm.mask}" if arm.mask else ""
+    return write_untrained(run, config, name, arm, what, change, how)
+
+
+def write_untrained(
+    run: RunFolder,
+    config: ExperimentConfig,
+    name: str,
+    arm: TransplantArm | ExtrapolateArm,
+    what: str,
+    change: Callable[[Mapping[str, Tensor] | None], dict[str, Tensor]],
+    how: Making,
+) -> bool:
+    """An arm that is the source with some of its tensors changed, given the arm's mask."""
+    inputs: dict[str, Any] = {"source": arm_digest(run, source_arm(config))}
+    inputs |= {"arm": arm.model_dump(mode="json"), **read_inputs(run, config, arm)}
+    if up_to_date(run.arm_record(name), inputs):
+        return False
+    refuse_other_source(
+        own_other_source(run, config, arm), inputs["source"], how.allow_other_source
+    )
+    mask = None if arm.mask is None else read_mask(run, config, arm.mask)
+    source = run.checkpoint(source_arm(config))
+    before = read_tensors(source)
+    student = load_configured(config.student, stored_dtype(config), folder=source)
+    with whole_folder(run.checkpoint(name)) as folder:
+        save(student, folder, card(config, name, what, inputs), {**before, **change(mask)})
+    total = student.model.num_parameters()
+    count = total if mask is None else sum(int(marked.sum()) for marked in mask.values())
+    record(
+        run,
+        config,
+        name,
+        arm.type,
+        inputs,
+        mask=arm.mask,
+        total_parameters=total,
+        trained_parameters=0,
+        density=count / total,
+        **off_mask(before, read_tensors(run.checkpoint(name)), mask),
+        identity=identities(run, config, name, before, mask),
+    )
+    return True
+
+
+def read_inputs(
+    run: RunFolder, config: ExperimentConfig, arm: DistillArm | TransplantArm | ExtrapolateArm
+) -> dict[str, Any]:
+    """Digests of the mask and checkpoints that an arm reads, and which of them are of another source."""
+    inputs: dict[str, Any] = {}
+    foreign = own_other_source(run, config, arm)
+    if arm.mask is not None:
+        about = read_json(run.mask_record(arm.mask))
+        inputs["mask"] = about["digest"]
+        foreign |= about["inputs"].get("other_source", {})
+    for key, text in checkpoints_of(arm).items():
+        inputs[key] = checkpoint_digest(run, config, text)
+    return inputs | ({"other_source": foreign} if foreign else {})
+
+
+def own_other_source(
+    run: RunFolder, config: ExperimentConfig, arm: DistillArm | TransplantArm | ExtrapolateArm
+) -> dict[str, str]:
+    """`other_source` of all checkpoints that an arm reads itself."""
+    found: dict[str, str] = {}
+    for text in checkpoints_of(arm).values():
+        found |= other_source(run, config, text)
+    return found

@@ -1,0 +1,58 @@
+"""The geometry of arms, beside nulls, and the overlap of their updates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlopd.checkpoint import RunFolder, digest_checkpoint, read_json, up_to_date, write_json
+from vlopd.config import ExperimentConfig
+from vlopd.geometry.analyse import analyse
+from vlopd.geometry.overlap import overlap
+from vlopd.geometry.trajectory import step_of, trajectory
+from vlopd.stages.places import arm_digest, arm_folder, source_arm
+
+
+def make_geometry(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
+    """The geometry of an arm's delta, each number beside its nulls; and of its checkpoints, if it kept any."""
+    source = source_arm(config)
+    base, out = run.checkpoint(source), run.geometry(name)
+    kept = sorted(run.arm(name).glob("checkpoints/step-*"))
+    steps = {step_of(folder, i): folder for i, folder in enumerate(kept)}
+    inputs: dict[str, Any] = {
+        "source": arm_digest(run, source),
+        "trained": arm_digest(run, name),
+        "settings": config.geometry.model_dump(mode="json"),
+    }
+    if foreign := read_json(run.arm_record(name)).get("other_source"):
+        inputs["other_source"] = foreign
+    if steps:
+        inputs["steps"] = {str(step): digest_checkpoint(steps[step]) for step in sorted(steps)}
+    if up_to_date(out / "summary.json", inputs):
+        return False
+    tables = {}
+    for step, folder in steps.items():
+        tables[step] = out / "steps" / str(step)
+        own = {**inputs, "step": step}
+        if not up_to_date(tables[step] / "summary.json", own):
+            analyse(base, folder, tables[step], config.geometry, own)
+    if len(steps) > 1:
+        trajectory(base, steps, out, config.geometry, tables=tables)
+    analyse(base, arm_folder(run, config, name), out, config.geometry, inputs)
+    return True
+
+
+def make_overlap(run: RunFolder, config: ExperimentConfig, names: list[str]) -> bool:
+    """The overlap of the visible updates of several arms: RUN/geometry/overlap.csv and its record."""
+    source, record = source_arm(config), run.root / "geometry" / "overlap.json"
+    inputs: dict[str, Any] = {
+        "source": arm_digest(run, source),
+        "arms": {name: arm_digest(run, name) for name in names},
+        "settings": config.geometry.model_dump(mode="json"),
+    }
+    if up_to_date(record, inputs):
+        return False
+    record.unlink(missing_ok=True)
+    runs = {name: arm_folder(run, config, name) for name in names}
+    overlap(run.checkpoint(source), runs, record.parent, config.geometry)
+    write_json(record, {"inputs": inputs})
+    return True

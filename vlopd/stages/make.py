@@ -1,0 +1,129 @@
+"""An arm or a mask, and first what it is made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlopd import delta, masks, processes
+from vlopd.checkpoint import RunFolder, read_json, up_to_date
+from vlopd.config import (
+    CheckpointArm,
+    DistillArm,
+    ExperimentConfig,
+    FileMask,
+    ImportedArm,
+    Reference,
+    SourceArm,
+    TeacherArm,
+    TransplantArm,
+    checkpoints_of,
+    mask_of,
+)
+from vlopd.models import atlas
+from vlopd.stages.arms import (
+    PLAIN,
+    Making,
+    extrapolate,
+    note_foreign,
+    note_teacher,
+    train_arm,
+    transplant,
+    write_source,
+)
+from vlopd.stages.places import (
+    arm_digest,
+    check_here,
+    checkpoint_digest,
+    checkpoint_folder,
+    other_source,
+    read_mask,
+    refuse_other_source,
+    source_arm,
+)
+
+
+def make_arm(run: RunFolder, config: ExperimentConfig, name: str, how: Making = PLAIN) -> bool:
+    """Makes one arm and what it needs; returns whether there was anything to do."""
+    source = source_arm(config)
+    if name != source:
+        make_source(run, config, source)
+    arm = config.arms.get(name, SourceArm())
+    if isinstance(arm, SourceArm):
+        return make_source(run, config, name)
+    if isinstance(arm, (TeacherArm, CheckpointArm, ImportedArm)):
+        with processes.main_process_first(), run.making(run.arm(name)):
+            if isinstance(arm, TeacherArm):
+                return note_teacher(run, config, name, arm)
+            return note_foreign(run, config, name, arm)
+    mask = mask_of(arm)
+    if mask is not None:
+        make_mask(run, config, mask, how)
+    for checkpoint in checkpoints_of(arm).values():
+        make_checkpoint(run, config, checkpoint, how)
+    if isinstance(arm, DistillArm):
+        with run.making(run.arm(name)):
+            processes.accelerator().wait_for_everyone()
+            return train_arm(run, config, name, arm, how)
+    with processes.main_process_first(), run.making(run.arm(name)):
+        if isinstance(arm, TransplantArm):
+            return transplant(run, config, name, arm, how)
+        return extrapolate(run, config, name, arm, how)
+
+
+def make_checkpoint(run: RunFolder, config: ExperimentConfig, text: str, how: Making) -> None:
+    """Makes the arm whose checkpoint is named, where it is one of this run."""
+    arm = Reference.parse(text).arm
+    if arm is not None:
+        make_arm(run, config, arm, how)
+
+
+def make_source(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
+    """The untrained student as an arm; returns whether it had to be written."""
+    with processes.main_process_first(), run.making(run.arm(name)):
+        return write_source(run, config, name)
+
+
+def make_mask(run: RunFolder, config: ExperimentConfig, name: str, how: Making = PLAIN) -> bool:
+    """Builds a mask file from its rule, and first what the rule needs."""
+    rule = config.masks[name]
+    source = source_arm(config)
+    make_source(run, config, source)
+    for other in rule.combines:
+        make_mask(run, config, other, how)
+    if rule.reads is not None:
+        make_checkpoint(run, config, rule.reads, how)
+    with processes.main_process_first(), run.making(run.mask(name)):
+        ours = arm_digest(run, source)
+        inputs: dict[str, Any] = {"rule": rule.model_dump(mode="json"), "source": ours}
+        own: dict[str, str] = {}
+        inherited: dict[str, str] = {}
+        named: dict[str, masks.Mask] = {}
+        if rule.reads is not None:
+            inputs["of"] = checkpoint_digest(run, config, rule.reads)
+            own = other_source(run, config, rule.reads)
+        if rule.combines:
+            records = {other: read_json(run.mask_record(other)) for other in rule.combines}
+            inputs["masks"] = {other: about["digest"] for other, about in records.items()}
+            for about in records.values():
+                inherited |= about["inputs"].get("other_source", {})
+        if isinstance(rule, FileMask):
+            named[rule.path], about = masks.load_mask(Path(rule.path))
+            inputs["file"] = about["digest"]
+            inherited = about["inputs"].get("other_source", {})
+            if about["inputs"]["source"] != ours:
+                own = {rule.path: about["inputs"]["source"]}
+        if own or inherited:
+            inputs["other_source"] = {**inherited, **own}
+        if up_to_date(run.mask_record(name), inputs):
+            return False
+        for path, mask in named.items():
+            check_here(mask, run, source, path)
+        refuse_other_source(own, ours, how.allow_other_source)
+        named |= {other: read_mask(run, config, other) for other in rule.combines}
+        folder = run.checkpoint(source)
+        trained = folder if rule.reads is None else checkpoint_folder(run, config, rule.reads)
+        mask = masks.build_mask(rule, delta.stream(folder, trained, atlas.classify), named)
+        check_here(mask, run, source, f"masks.{name}")
+        masks.save_mask(run.mask(name), mask, inputs, atlas.classify)
+        return True

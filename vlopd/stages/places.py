@@ -1,0 +1,147 @@
+"""Where the checkpoints, masks and scores that arms are made from are, and their digests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vlopd import delta, masks
+from vlopd.checkpoint import RunError, RunFolder, digest_checkpoint, read_json
+from vlopd.config import ExperimentConfig, Reference, SourceArm, TeacherArm, TeacherConfig
+from vlopd.models import atlas
+from vlopd.models.load import resolve
+
+
+def source_arm(config: ExperimentConfig) -> str:
+    """The arm that holds the untrained student; every run has one."""
+    return next((n for n, arm in config.arms.items() if isinstance(arm, SourceArm)), "base")
+
+
+def arm_digest(run: RunFolder, name: str) -> str:
+    return read_json(run.arm_record(name))["checkpoint_digest"]
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def hub_folder(model: str, revision: str | None) -> Path:
+    """A model's folder: itself, or the hub's local snapshot of its weights."""
+    if Path(model).is_dir():
+        return Path(model)
+    wanted = ["*.safetensors", "*.json"]
+    return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+
+
+def teacher_folder(run: RunFolder, config: ExperimentConfig, teacher: TeacherConfig) -> Path:
+    """Where a teacher's checkpoint is: its own folder, or the source's where it is the student itself."""
+    return (
+        run.checkpoint(source_arm(config)) if teacher.is_student else Path(resolve(teacher.model))
+    )
+
+
+def arm_folder(run: RunFolder, config: ExperimentConfig, name: str) -> Path:
+    """An arm's checkpoint; a teacher's is where the teacher is, on the hub's local snapshot if need be."""
+    arm = config.arms.get(name)
+    if not isinstance(arm, TeacherArm):
+        return run.checkpoint(name)
+    teacher = config.teacher_of(arm)
+    return hub_folder(str(teacher_folder(run, config, teacher)), teacher.revision)
+
+
+def checkpoint_folder(run: RunFolder, config: ExperimentConfig, text: str) -> Path:
+    """Where a named checkpoint is (Reference). Raises RunError where it is not."""
+    arm, path, step = Reference.parse(text)
+    if arm is not None:
+        folder = arm_folder(run, config, arm) if step is None else run.kept(arm, step)
+    else:
+        folder = Path(str(path))
+        if step is not None:
+            folder = folder / "checkpoints" / f"step-{step}"
+        elif (folder / "checkpoint").is_dir():
+            folder = folder / "checkpoint"
+    if not folder.is_dir():
+        again = f"; delete {run.arm(arm)} to train it again" if arm is not None else ""
+        raise RunError(f"no checkpoint {folder}, which {text!r} names{again}")
+    return folder
+
+
+def checkpoint_digest(run: RunFolder, config: ExperimentConfig, text: str) -> str:
+    arm, _, step = Reference.parse(text)
+    if arm is not None and step is None:
+        return arm_digest(run, arm)
+    return digest_checkpoint(checkpoint_folder(run, config, text))
+
+
+def other_source(run: RunFolder, config: ExperimentConfig, text: str) -> dict[str, str]:
+    """{what: digest of its source} for a checkpoint of another run that was trained from another source."""
+    path = Reference.parse(text).path
+    if path is None or not (record := Path(path) / "record.json").exists():
+        return {}
+    its = read_json(record)["inputs"].get("source")
+    return {} if its in (None, arm_digest(run, source_arm(config))) else {text: its}
+
+
+def refuse_other_source(found: Mapping[str, str], ours: str, allow: bool) -> None:
+    for what, its in found.items():
+        if not allow:
+            raise RunError(
+                f"{what} is from source checkpoint {its[:12]}, this run's is {ours[:12]}; use one of this "
+                "source, or say --allow-other-source, and every artifact after says so too"
+            )
+
+
+def deltas(run: RunFolder, config: ExperimentConfig, text: str) -> delta.Deltas:
+    """What a named checkpoint changed from this run's source."""
+    source = run.checkpoint(source_arm(config))
+    return delta.stream(source, checkpoint_folder(run, config, text), atlas.classify)
+
+
+def scores_of(folder: Path) -> list[Path]:
+    """The files of an lm-eval output folder: its last results_*.json and the samples of the same time.
+
+    Raises RunError where they are not there.
+    """
+    results = sorted(folder.rglob("results_*.json"), key=lambda path: path.name)
+    if not results:
+        raise RunError(f"{folder} has no results_*.json; name an output folder of lm-eval")
+    last = results[-1]
+    stamp = last.stem.removeprefix("results_")
+    samples = sorted(last.parent.glob(f"samples_*_{stamp}.jsonl"))
+    if not samples:
+        raise RunError(
+            f"{last} has no samples_*_{stamp}.jsonl beside it; run lm-eval with --log_samples"
+        )
+    return [last, *samples]
+
+
+def mask_shapes(run: RunFolder, source: str) -> dict[str, torch.Size]:
+    tensors = read_tensors(run.checkpoint(source))
+    return {name: t.shape for name, t in tensors.items() if t.is_floating_point()}
+
+
+def check_here(mask: masks.Mask, run: RunFolder, source: str, what: str | Path) -> None:
+    """Refuses a mask whose tensors are not those of this run's source."""
+    try:
+        masks.check_shapes(mask, mask_shapes(run, source))
+    except RunError as error:
+        raise RunError(f"{what}: {error}") from None
+
+
+def read_mask(run: RunFolder, config: ExperimentConfig, name: str) -> masks.Mask:
+    """A mask of this run; refused when it was made for another model or another source."""
+    source = source_arm(config)
+    mask, metadata = masks.load_mask(run.mask(name))
+    try:
+        masks.check_mask(mask, metadata, mask_shapes(run, source), arm_digest(run, source))
+    except RunError as error:
+        raise RunError(f"{run.mask(name)}: {error}") from None
+    return mask
