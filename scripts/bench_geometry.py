@@ -31,7 +31,6 @@ from torch import Tensor
 
 from vlopd.config import GeometryConfig
 from vlopd.geometry.analyse import analyse
-from vlopd.models.smollm2 import folder as builtin
 
 RATIOS = (0.01, 0.05, 0.1, 0.2)
 ATOLS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
@@ -40,6 +39,10 @@ WAYS = ("baseline", "ours", "ours, 3 null seeds")
 
 def make_pair(root: Path, layers: int) -> tuple[Path, Path]:
     """SmolLM2-135M, and itself plus Gaussian noise of 7e-4 of each tensor's r.m.s., rounded back to bf16."""
+    from vlopd.models.smollm2 import (
+        folder as builtin,
+    )  # loads transformers' models, which no way needs
+
     source, trained = root / "source", root / "trained"
     tensors: dict[str, Tensor] = {}
     for path in builtin("smollm2").glob("*.safetensors"):

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig
@@ -27,8 +28,8 @@ from vlopd.geometry.aggregate import group_rows, tensor_rows
 from vlopd.geometry.examine import Finding, examine, keys_of, matrices
 from vlopd.geometry.nulls import null_name
 from vlopd.geometry.rows import STATUSES, Place, Row
+from vlopd.models.about import config_of
 from vlopd.models.atlas import classify
-from vlopd.models.load import load_model_config
 
 HEADLINE = (
     ("[all]", "relative_delta_fro", ""),
@@ -43,6 +44,7 @@ HEADLINE = (
 )
 """What summary.json repeats, with the energy share of every part."""
 
+ARROW = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
 PARTIAL = "partial"
 """Folder of what is measured so far, a file a stored tensor; removed when the tables are written."""
 
@@ -67,7 +69,7 @@ def analyse(
     deltas = stream(source_folder, trained_folder, classify)
     record = out / "summary.json"
     record.unlink(missing_ok=True)  # an old record must never lie beside new tables
-    model = load_model_config(str(source_folder)) if has_config(source_folder) else None
+    model = config_of(source_folder)
     settings = config.model_dump(mode="json", exclude={"arms"})
     partial = open_partial(out, {"inputs": inputs, "config": settings})
     workers = workers or (1 if device != "cpu" else os.cpu_count() or 1)
@@ -128,10 +130,6 @@ def null_norm_error(findings: Sequence[Finding]) -> dict[str, float]:
 
 def statuses_of(finding: Finding) -> set[str]:
     return {STATUSES[s] for s in np.unique(finding.statuses[0])}
-
-
-def has_config(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
 
 
 # ------------------------------------------------------------------------------------------ measuring
@@ -243,13 +241,14 @@ def load_findings(path: Path) -> list[Finding]:
 
 def write_table(out: Path, name: str, rows: Sequence[Any]) -> None:
     """NAME.parquet and NAME.csv of dataclass rows; an empty field is no value."""
-    columns = [field.name for field in fields(rows[0])]
-    table = pd.DataFrame({c: [vars(row)[c] for row in rows] for c in columns})
-    for column in ("layer", "step"):
-        if column in table:
-            table[column] = table[column].astype("Int64")
+    columns = {
+        field.name: pa.array(
+            [vars(row)[field.name] for row in rows], ARROW[str(field.type).split()[0]]
+        )
+        for field in fields(rows[0])
+    }
     with whole_file(out / f"{name}.parquet") as temporary:
-        table.to_parquet(temporary, index=False)
+        pq.write_table(pa.table(columns), temporary)
     write_text(out / f"{name}.csv", to_csv(rows))
 
 

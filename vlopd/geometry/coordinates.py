@@ -178,18 +178,19 @@ def coordinate_terms(
 
 def top_energies(delta: Tensor, ratios: Sequence[float]) -> list[float]:
     """Sum of squares of the ceil(ratio * n) largest |D| of a flat update, for every ratio."""
-    moved = delta[delta != 0]
+    n, moved = len(delta), sum(count(part != 0) for part in delta.split(CHUNK))
+    inside = [quota(ratio, n) for ratio in ratios]
+    places = [n - k + 1 for k in inside if k < moved]
+    known = iter(cuts(delta, places) if places else ())
     found = []
-    inside = [quota(ratio, len(delta)) for ratio in ratios]
-    ks = [max(len(moved) - k, 0) + 1 for k in inside]
-    known = iter(cuts(moved, [k for k in ks if k > 1]) if max(ks) > 1 else ())
-    for count_of, k in zip(inside, ks, strict=True):
-        if k == 1:  # all that moved
-            found.append(norm(moved) ** 2)
+    for k in inside:
+        if k >= moved:  # all that moved
+            found.append(norm(delta) ** 2)
             continue
         cut = next(known)
-        larger = moved[moved.float().abs() > cut.value]
-        found.append(norm(larger) ** 2 + (count_of - len(larger)) * cut.value**2)
+        larger = [part[part.float().abs() > cut.value] for part in delta.split(CHUNK)]
+        energy = sum(norm(part) ** 2 for part in larger)
+        found.append(energy + (k - sum(map(len, larger))) * cut.value**2)
     return found
 
 

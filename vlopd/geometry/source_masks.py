@@ -97,7 +97,10 @@ class SourceMasks:
             if factors is not None:
                 self._add_principal(source.flatten(1), factors)
         self.select = selectors(len(ratios))
-        self.table = self._counts(torch.bincount(self.code, minlength=4 ** len(ratios)))
+        table = torch.zeros(4 ** len(ratios), dtype=torch.int64)
+        for code in self.code.split(CHUNK):  # all at once they would be widened to 8 bytes each
+            table += torch.bincount(code, minlength=len(table)).cpu()
+        self.table = self._counts(table)
 
     def _add_principal(self, matrix: Tensor, factors: Factors) -> None:
         """Marks the largest of each reconstruction U_k U_k^T W, which is made in fp32, some rows at a time."""

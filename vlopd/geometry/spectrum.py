@@ -179,19 +179,20 @@ def transposed_times(matrix: Sum, basis: Tensor) -> Tensor:
 
 
 def orthonormal(columns: Tensor) -> Tensor:
-    """An orthonormal basis [m, k] whose first j columns span the first j columns, for every j.
+    """Makes columns [m, k] orthonormal in place, so that the first j span what the first j did, for every j.
 
     Cholesky of the columns' Gram matrix, twice, which is a few products of matrices; Householder QR where
     the columns are too nearly dependent for it (arXiv 1401.5171).
     """
-    q = columns
     for _ in range(2):
-        factor, info = torch.linalg.cholesky_ex(q.T @ q)
+        factor, info = torch.linalg.cholesky_ex(columns.T @ columns)
         diagonal = factor.diagonal()
         if int(info) or float(diagonal.min()) < 1e-6 * float(diagonal.max()):
             return torch.linalg.qr(columns).Q
-        q = torch.linalg.solve_triangular(factor.T, q, upper=True, left=False)
-    return q
+        # some rows at a time: at an embedding's height a copy is as large as its tensor
+        for rows in columns.split(ROWS):
+            rows.copy_(torch.linalg.solve_triangular(factor.T, rows, upper=True, left=False))
+    return columns
 
 
 def singular_values(matrix: Sum, method: str = "gram") -> Tensor:

@@ -23,14 +23,14 @@ from tqdm import tqdm
 from vlopd.config import GeometryConfig
 from vlopd.delta import stream
 from vlopd.geometry.aggregate import rows_of
-from vlopd.geometry.analyse import has_config, write_table
+from vlopd.geometry.analyse import write_table
 from vlopd.geometry.coordinates import Term
 from vlopd.geometry.examine import OBSERVED, matrices
 from vlopd.geometry.nulls import matched_delta, norm
 from vlopd.geometry.rows import Measure, Place, Row, parameters
 from vlopd.geometry.spectrum import Factors, Sum, as_matrix, factorise, too_large
+from vlopd.models.about import config_of
 from vlopd.models.atlas import classify
-from vlopd.models.load import load_model_config
 from vlopd.seeding import generator
 
 RANKS = (1, 4, 16)
@@ -65,7 +65,7 @@ def trajectory(
     trajectory.csv.
     """
     order = sorted(steps)
-    model = load_model_config(str(source)) if has_config(source) else None
+    model = config_of(source)
     deltas = {step: stream(source, steps[step], classify) for step in order}
     names = [
         name

@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PretrainedConfig
 
 from vlopd.config import ConfigError
 from vlopd.types import TensorName
@@ -187,7 +188,7 @@ def qkv_sizes(where: TensorName, size: int, config: PretrainedConfig) -> Mapping
     return {"q": heads * head, "k": groups * head, "v": groups * head}
 
 
-def freeze(model: PreTrainedModel, components: Sequence[str]) -> None:
+def freeze(model: nn.Module, components: Sequence[str]) -> None:
     """Takes the parameters of these components (vision, projector, language, embedding, head) out of training.
 
     Raises ConfigError for a component that the model has no parameter of; a tied head counts as embedding.

@@ -32,8 +32,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from vlopd.config import ConfigError
-
-MODEL_TYPE = "openclip_vlm"
+from vlopd.models.about import OPENCLIP as MODEL_TYPE
 
 
 def register() -> None:

@@ -1,0 +1,27 @@
+"""A checkpoint folder's own description, read without importing any model's code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from vlopd.checkpoint import RunError, read_json
+
+OPENCLIP = "openclip_vlm"
+"""The model type of vlopd.models.openclip_vlm, which transformers does not know by itself."""
+
+
+def config_of(folder: Path) -> PretrainedConfig | None:
+    """The folder's config.json, None where it has none. Raises RunError where it is of no known model."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    if read_json(path).get("model_type") == OPENCLIP:
+        from vlopd.models import openclip_vlm  # loads transformers' models
+
+        openclip_vlm.register()
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"cannot read {path}: {str(error).strip().splitlines()[0]}") from None
