@@ -70,21 +70,21 @@ class Scorer:
 
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
-        """Embeddings of unit length, [I, D] float32."""
+        """Embeddings of unit length, [I, D] float64."""
         found = []
         for some in batches(images, batch_size):
             pixels = torch.stack([self.transform(image.convert("RGB")) for image in some])
             found.append(self.clip.encode_image(pixels.to(self.device), normalize=True))
-        return torch.cat(found).float().cpu()
+        return torch.cat(found).double().cpu()
 
     @torch.no_grad()
     def captions(self, captions: Sequence[str], batch_size: int = 64) -> Tensor:
-        """Embeddings of "A photo depicts <caption>", of unit length, [I, D] float32."""
+        """Embeddings of "A photo depicts <caption>", of unit length, [I, D] float64."""
         found = []
         for some in batches(captions, batch_size):
             tokens = self.tokenizer([PREFIX + caption for caption in some])
             found.append(self.clip.encode_text(tokens.to(self.device), normalize=True))
-        return torch.cat(found).float().cpu()
+        return torch.cat(found).double().cpu()
 
     def truncated(self, captions: Sequence[str]) -> NDArray[np.bool_]:
         """Whether each caption, with its prefix, is longer than the context (77 tokens in most), so is cut."""
@@ -235,11 +235,11 @@ def score_captions(
     images = scorer.images([pair.image for pair in pairs], batch_size)
     said = scorer.captions([pair.caption for pair in pairs], batch_size)
     right = scorer.captions([pair.reference for pair in pairs], batch_size)
-    cosines = (images @ said.T).double().numpy()  # [image, caption]
-    own, reference = cosines.diagonal(), (images * right).sum(1).double().numpy()
+    own, reference = ((images * texts).sum(1).numpy() for texts in (said, right))
     scores, ceiling = clip_score(own), clip_score(reference)
+    every = clip_score((images @ said.T).numpy())  # [image, caption]
     n = len(pairs)
-    floor = (clip_score(cosines).sum() - scores.sum()) / (n * (n - 1)) if n > 1 else None
+    floor = (every.sum() - scores.sum()) / (n * (n - 1)) if n > 1 else None
     firsts = list({pair.reference: i for i, pair in reversed([*enumerate(pairs)])}.values())
     found = retrieval(images[firsts], right[firsts])
     cut = scorer.truncated([pair.caption for pair in pairs])
@@ -327,30 +327,35 @@ def answers(
     return texts
 
 
-def told_by_rows(
-    loaded: LoadedModel, images: Sequence[Image.Image], batch_size: int = 32
-) -> list[str]:
+def told_by_rows(loaded: LoadedModel, images: Sequence[Image.Image]) -> list[str]:
     """Descriptions of pictures of the visual world by a model that answers its questions and cannot caption.
 
-    Its answers to the three questions `list top row`, `list middle row` and `list bottom row`, in the words of
-    `shapes.scene_in_words`. Words that are no object stay in; a cell that is left out is not mentioned.
+    Its answers to `list top row`, `list middle row` and `list bottom row`, joined by `in_words`.
     """
     asked = [
         Example.ask(f"{i}", f"list {row} row", [image])
         for i, image in enumerate(images)
         for row in shapes.ROWS
     ]
-    said = answers(loaded, asked, 14, batch_size)
-    told = []
-    for rows in batches(said, len(shapes.ROWS)):
-        cells = [
-            f"{row}-{column} {words}"
-            for row, answer in zip(shapes.ROWS, rows, strict=True)
-            for column, words in zip(shapes.COLUMNS, answer.split(" , "), strict=False)
-            if words != "nothing"
-        ]
-        told.append(" , ".join(cells) + " ;")
-    return told
+    return [in_words(rows) for rows in batches(answers(loaded, asked, 14), len(shapes.ROWS))]
+
+
+def in_words(rows: Sequence[str]) -> str:
+    """Answers about the three rows as one description, in the words of `shapes.scene_in_words`.
+
+    Empty cells are not mentioned. Whatever else is said of a cell stays, right or wrong; what comes after the
+    third cell of a row has no place and is dropped.
+
+    >>> in_words(["red circle , nothing , nothing", "nothing , blue cross , nothing", "nothing , nothing , nothing"])
+    "top-left red circle , middle-center blue cross ;"
+    """
+    said = [cell for row in rows for cell in (row.split(" , ") + ["nothing"] * 3)[:3]]
+    told = [
+        f"{place} {words}"
+        for place, words in zip(shapes.CELLS, said, strict=True)
+        if words not in ("", "nothing")
+    ]
+    return " , ".join(told) + " ;"
 
 
 def score_shapes(

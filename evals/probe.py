@@ -123,6 +123,7 @@ def linear_cka(x: Features, y: Features) -> float:
     |Y'X|^2 / (|X'X| |Y'Y|), Frobenius norms, columns centred (arXiv 1905.00414, eq. 5). 1 where one is the
     other turned and scaled; nan where either is constant. With few images for the width it is high by chance.
     """
+    x, y = x - x[0], y - y[0]  # so that what is constant becomes exactly 0
     x, y = x - x.mean(0), y - y.mean(0)
     across = np.linalg.norm(y.T @ x) ** 2
     within = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
@@ -238,7 +239,7 @@ def zero_shot(
         weights = build_zero_shot_classifier(
             scorer.clip, scorer.tokenizer, names, templates, device=scorer.device
         )
-        guess = (scorer.images(images) @ weights.float().cpu()).argmax(1)
+        guess = (scorer.images(images) @ weights.double().cpu()).argmax(1)
         rights.append((guess == truth).double().numpy())
         found.append(
             {

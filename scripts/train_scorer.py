@@ -162,7 +162,7 @@ def measure(scorer: Scorer, n: int, seed: int = 0) -> str:
         f"{found[way]['mean']:.3f} +- {found[way]['standard_error']:.3f}"
         for way in ("image_to_text", "text_to_image")
     )
-    own, other = ((images * texts).sum(1).double().numpy() for texts in (right, wrong))
+    own, other = ((images * texts).sum(1).numpy() for texts in (right, wrong))
     said = mean_with_error((own > other).astype(float))
     return (
         f"on {n} scenes of the test split: R@1 {to_text} image to text, {to_image} text to image (chance "
@@ -178,6 +178,7 @@ def main(
     scenes_per_step: Annotated[int, typer.Option(help="half of them neighbours")] = 192,
     learning_rate: float = 1e-3,
     seed: int = 0,
+    test_scenes: int = 500,
 ) -> None:
     """Trains, saves and measures."""
     clip = train(steps, scenes_per_step, learning_rate, seed)
@@ -188,7 +189,7 @@ def main(
         )
         write_json(folder / "open_clip_config.json", CONFIG)
         build_tokenizer().save_pretrained(folder)
-    said = measure(load_scorer(f"local-dir:{out}"), 500)
+    said = measure(load_scorer(f"local-dir:{out}"), test_scenes)
     write_text(out / "README.md", f"# {out.name}\n\n{steps} steps, seed {seed}; {said}.\n")
     print(f"{out}: {said}")
 
