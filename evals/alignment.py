@@ -157,32 +157,28 @@ def content(tensor: Tensor) -> bytes:
 def shared_tower_fraction(scorer: Scorer, student: LoadedModel) -> float:
     """Share of the matrices of the scorer's vision tower that the student's vision tower has too, bit for bit.
 
-    In bf16, so that how either is stored does not matter, and by content, so that names do not; a fused
-    q, k, v may be three in the other. Matrices of one value throughout are left out.
+    In bf16, so that how either is stored does not matter, and by content, so that names do not; the scorer's
+    fused q, k, v may be three matrices there. Matrices of one value throughout are left out.
     """
-    towers = student.model.named_parameters()
     known = {
-        piece
-        for name, parameter in towers
+        fingerprint(parameter)
+        for name, parameter in student.model.named_parameters()
         if classify(name).component == "vision" and parameter.ndim >= 2
-        for piece in (fingerprint(parameter), *thirds(parameter))
     }
     shared = []
     for _, parameter in scorer.clip.visual.named_parameters():
         if parameter.ndim < 2 or bool((parameter == parameter.flatten()[0]).all()):
             continue
-        pieces = thirds(parameter)
-        shared.append(fingerprint(parameter) in known or (bool(pieces) and known >= {*pieces}))
+        thirds = parameter.chunk(3) if parameter.shape[0] % 3 == 0 else ()
+        shared.append(
+            fingerprint(parameter) in known
+            or (len(thirds) == 3 and known >= {fingerprint(third) for third in thirds})
+        )
     return float(np.mean(shared)) if shared else 0.0
 
 
 def fingerprint(tensor: Tensor) -> str:
     return hashlib.sha256(content(tensor.to(torch.bfloat16))).hexdigest()
-
-
-def thirds(tensor: Tensor) -> list[str]:
-    """Fingerprints of what may be q, k and v."""
-    return [fingerprint(t) for t in tensor.chunk(3)] if tensor.shape[0] % 3 == 0 else []
 
 
 # ----------------------------------------------------------------------------------------- the scores

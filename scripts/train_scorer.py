@@ -149,9 +149,13 @@ def train(steps: int, scenes_per_step: int, learning_rate: float, seed: int) -> 
 
 
 def measure(scorer: Scorer, n: int, seed: int = 0) -> str:
-    """What the scorer can tell on `n` scenes of the test split, in words."""
+    """What the scorer can tell on `n` scenes of the test split, all different, in words."""
     rng = random.Random(f"scorer test {seed}")
-    scenes = [draw(rng, "test") for _ in range(n)]
+    distinct: dict[str, shapes.Scene] = {}
+    while len(distinct) < n:
+        scene = draw(rng, "test")
+        distinct[shapes.scene_to_json(scene)] = scene
+    scenes = list(distinct.values())
     images = scorer.images([shapes.render(scene, rng.randrange(2**31)) for scene in scenes])
     right, wrong = (
         scorer.captions([shapes.scene_in_words(scene) for scene in each])
