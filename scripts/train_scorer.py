@@ -4,9 +4,10 @@
 
 `evals.alignment.load_scorer("local-dir:runs/scorer")` reads it back.
 
-Scenes are of the train split, which no model is evaluated on; every picture comes with a neighbour that differs in
-one object's colour, shape or place, so that what a caption gets wrong costs it something. It begins with scenes of
-one object: names of colours, shapes and places are learned in seconds there, and hardly ever in scenes of several.
+Scenes are of the train split, which no model is evaluated on. Every picture comes with a neighbour: one object has
+another colour, shape or place, or two have swapped theirs, so that a scorer must know what is where. It begins with
+scenes of one object, where places are learned too: with 70 such steps of 700 it never learned them (R@1 0.81, and a
+caption with an object in a wrong place scored as well as the right one), with 220 of 500 it did (R@1 0.996).
 
 Prints, on scenes of the test split, the retrieval R@1 of both directions beside chance, and how often the right
 description scores higher than its neighbour's (chance: a half).
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +36,7 @@ from evals.stats import mean_with_error
 from vlopd.checkpoint import whole_folder, write_json, write_text
 from vlopd.data import shapes
 
-ALONE = 0.1
+ALONE = 0.25
 """Share of the steps with scenes of one object."""
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 WORDS = [*SPECIAL, *PREFIX.split(), *shapes.vocabulary()]
@@ -82,18 +84,18 @@ def draw(rng: random.Random, split: shapes.Split, alone: bool = False) -> shapes
 
 
 def neighbour(scene: shapes.Scene, rng: random.Random) -> shapes.Scene:
-    """The scene with one object of another colour, of another shape, or in another place."""
-    cell = rng.choice(sorted(scene))
-    colour, shape = scene[cell]
-    rest = {c: its for c, its in scene.items() if c != cell}
-    match rng.randrange(3):
-        case 0:
-            colour = rng.choice([c for c in shapes.COLOURS if c != colour])
-        case 1:
-            shape = rng.choice([s for s in shapes.SHAPES if s != shape])
-        case _:
-            cell = rng.choice([c for c in range(9) if c not in scene])
-    return dict(sorted({**rest, cell: (colour, shape)}.items()))
+    """Another scene of as many objects: one has another place, colour or shape, or two have swapped theirs."""
+    values: list[Sequence[Any]] = [range(9), list(shapes.COLOURS), shapes.SHAPES]
+    while True:
+        objects = [[cell, *scene[cell]] for cell in scene]
+        feature, one, two = rng.randrange(3), rng.choice(objects), rng.choice(objects)
+        if rng.random() < 0.5:
+            one[feature], two[feature] = two[feature], one[feature]
+        else:
+            one[feature] = rng.choice(values[feature])
+        other = {cell: (colour, shape) for cell, colour, shape in sorted(objects)}
+        if other != scene and len(other) == len(scene):
+            return other
 
 
 def batch(rng: random.Random, size: int, alone: bool) -> list[shapes.Scene]:
@@ -170,16 +172,16 @@ def measure(scorer: Scorer, n: int, seed: int = 0) -> str:
     said = mean_with_error((own > other).astype(float))
     return (
         f"on {n} scenes of the test split: R@1 {to_text} image to text, {to_image} text to image (chance "
-        f"{found['chance']:.4f}); the right description scores higher than one that differs in a word in "
+        f"{found['chance']:.4f}); the right description scores higher than its neighbour's in "
         f"{said.mean:.3f} +- {said.standard_error:.3f} (chance 0.5); mean CLIPScore {clip_score(own).mean():.2f} "
-        f"right, {clip_score(other).mean():.2f} a word wrong"
+        f"right, {clip_score(other).mean():.2f} a neighbour's"
     )
 
 
 def main(
     out: Path = Path("runs/scorer"),
-    steps: int = 700,
-    scenes_per_step: Annotated[int, typer.Option(help="half of them neighbours")] = 192,
+    steps: int = 900,
+    scenes_per_step: Annotated[int, typer.Option(help="half of them neighbours")] = 96,
     learning_rate: float = 1e-3,
     seed: int = 0,
     test_scenes: int = 500,
