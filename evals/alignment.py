@@ -235,7 +235,7 @@ def score_captions(
     scores, ceiling = clip_score(own), clip_score(reference)
     every = clip_score((images @ said.T).numpy())  # [image, caption]
     n = len(pairs)
-    floor = (every.sum() - scores.sum()) / (n * (n - 1)) if n > 1 else None
+    floor = float(every.sum() - scores.sum()) / (n * (n - 1)) if n > 1 else None
     firsts = list({pair.reference: i for i, pair in reversed([*enumerate(pairs)])}.values())
     found = retrieval(images[firsts], right[firsts])
     cut = scorer.truncated([pair.caption for pair in pairs])
