@@ -329,6 +329,25 @@ def evaluate(run: RunPath, arm: Arms = None) -> None:
 
 
 @app.command()
+def vision(
+    run: RunPath,
+    scorer: Annotated[
+        str | None,
+        typer.Option(help="open_clip's, local-dir:FOLDER, to score what arms say of pictures"),
+    ] = None,
+    arm: Arms = None,
+    pictures: Annotated[int, typer.Option(help="of the visual world's test split")] = 500,
+) -> None:
+    """What training did to the vision tower: linear probes, drift, alignment of descriptions."""
+    from evals.vision import look
+
+    folder, config = RunFolder.open(run)
+    names = chosen(config, arm, list(config.arms))
+    with folder.making(folder.root / "evals" / "vision.json"):
+        say("vision", look(folder, config, names, scorer, pictures), True)
+
+
+@app.command()
 def compare(
     what: Annotated[
         list[str],

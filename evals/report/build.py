@@ -54,6 +54,7 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
         "identity": tables.identity(records),
     }
     tidy, data["geometry"] = tables.geometry(run, config)
+    data["probes"], data["alignment"] = tables.vision(run)
     drawn: dict[str, str] = {}
     context: Context = {
         "run": run.root.resolve().name,
@@ -66,6 +67,8 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
         "tasks": [task_context(run, name, compared, data, drawn) for name in compared["tasks"]],
         "training": training_context(data["training"], roles, drawn),
         "held_out": rows_of(data["held_out"]),
+        "probes": rows_of(data["probes"]),
+        "alignment": rows_of(data["alignment"]),
         "masks": rows_of(data["masks"]),
         "identity": rows_of(data["identity"]),
         "geometry": geometry_context(run, tidy, data["geometry"], drawn),
@@ -95,6 +98,7 @@ def shown_files(run: RunFolder) -> dict[str, str]:
         "compare.json",
         "arms/*/*.json*",
         "evals/*/tokens*.json*",
+        "evals/vision.json",
         "masks/*.json",
         "geometry/*/*.json",
         "geometry/*.csv",

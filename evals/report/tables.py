@@ -184,6 +184,39 @@ def masks(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def vision(run: RunFolder) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """evals/vision.json as (one row an arm and probe, one row an arm's alignment)."""
+    path = run.root / "evals" / "vision.json"
+    found = read_json(path) if path.exists() else {"towers": {}, "alignment": {}}
+    probes = [
+        {
+            "arm": arm,
+            "asked": name,
+            "chance": its["chance"],
+            "source": its["source"]["mean"],
+            "trained": its["trained"]["mean"],
+            **estimate(its["difference"]),
+            "linear_cka": tower["drift"]["linear_cka"],
+            "cosine": tower["drift"]["cosine"],
+        }
+        for arm, tower in found["towers"].items()
+        for name, its in tower["probes"].items()
+    ]
+    aligned = [
+        {
+            "arm": arm,
+            "clip_score": its["clip_score"]["mean"],
+            "standard_error": its["clip_score"]["standard_error"],
+            **{f"difference_{k}": v for k, v in estimate(its.get("difference") or {}).items()},
+            "exact_match": its["exact_match"]["mean"],
+            "warnings": "; ".join(its["warnings"]),
+        }
+        for arm, its in found["alignment"].items()
+        if "clip_score" in its
+    ]
+    return pd.DataFrame(probes), pd.DataFrame(aligned)
+
+
 def identity(records: Mapping[str, Any]) -> pd.DataFrame:
     """How equal each arm's weights are to those of the arms it was made from, one row a pair and tolerance.
 

@@ -7,7 +7,14 @@ skipped when the artifact is there and was made from the same inputs.
 from vlopd.stages.arms import Making
 from vlopd.stages.geometry import make_geometry, make_overlap
 from vlopd.stages.make import make_arm, make_mask
-from vlopd.stages.places import arm_digest, hub_folder, read_tensors, scores_of, teacher_folder
+from vlopd.stages.places import (
+    arm_digest,
+    hub_folder,
+    read_tensors,
+    scores_of,
+    source_arm,
+    teacher_folder,
+)
 
 __all__ = [
     "Making",
@@ -19,5 +26,6 @@ __all__ = [
     "make_overlap",
     "read_tensors",
     "scores_of",
+    "source_arm",
     "teacher_folder",
 ]
