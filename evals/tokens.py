@@ -14,8 +14,8 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from evals.harness import Tasks, load_task, untouched_randomness
 from evals.lm import images_of, parts
+from evals.scoring import Tasks, load_task, untouched_randomness
 from vlopd.checkpoint import RunFolder, read_json, up_to_date, write_json, write_jsonl
 from vlopd.config import (
     CheckpointArm,

@@ -4,7 +4,7 @@ import pytest
 from countryinfo import all_countries
 from lm_eval.tasks import TaskManager, get_task_dict
 
-from evals.harness import TASKS
+from evals.scoring import TASKS
 from evals.tasks import capitals as task
 from vlopd.data import capitals
 from vlopd.data.capitals import CapitalsWorld

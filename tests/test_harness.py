@@ -10,8 +10,9 @@ from lm_eval.tasks import TaskManager
 
 from evals import harness
 from evals.compare import compare
-from evals.harness import TASKS, Tasks, evaluate_arm, score
+from evals.harness import evaluate_arm
 from evals.lm import ArmLM
+from evals.scoring import TASKS, Tasks, score
 from vlopd import stages
 from vlopd.checkpoint import RunError, RunFolder, read_json, read_jsonl
 from vlopd.config import EvalConfig, ModelConfig

@@ -7,8 +7,8 @@ import pytest
 import torch
 from lm_eval.tasks import TaskManager
 
-from evals.harness import TASKS, Tasks, score
 from evals.lm import ArmLM
+from evals.scoring import TASKS, Tasks, score
 from vlopd.config import EvalConfig, ModelConfig
 from vlopd.models.load import BUILTIN, load_configured
 

@@ -11,8 +11,8 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager, get_task_dict
 from PIL import Image as Pictures
 
-from evals.harness import TASKS
 from evals.lm import ArmLM
+from evals.scoring import TASKS
 from evals.tasks.benchmarks import mathematics, source, vision
 from vlopd.config import ConfigError, DataError
 from vlopd.models.load import load

@@ -12,7 +12,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from PIL import Image
 
-from evals.harness import TASKS
+from evals.scoring import TASKS
 from evals.tasks import emoji as task
 from vlopd.config import ConfigError, DataError
 from vlopd.data import emoji

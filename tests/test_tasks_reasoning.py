@@ -5,7 +5,7 @@ import sys
 import pytest
 from lm_eval.tasks import TaskManager, get_task_dict
 
-from evals.harness import TASKS
+from evals.scoring import TASKS
 from evals.tasks import reasoning as task
 from vlopd.config import ConfigError
 from vlopd.data import reasoning

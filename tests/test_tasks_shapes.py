@@ -6,8 +6,9 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from evals.harness import Tasks, evaluate_arm, score
+from evals.harness import evaluate_arm
 from evals.lm import ArmLM
+from evals.scoring import Tasks, score
 from evals.tasks import shapes_choice as task
 from vlopd import stages
 from vlopd.checkpoint import RunFolder, read_json, read_jsonl

@@ -1,0 +1,253 @@
+"""One model on one task, through lm-eval: tasks, few-shot pictures, sampled passes, a row a question.
+
+lm-eval's own cache is keyed by request alone and would hand one model another's answers, so it is off.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import numpy as np
+import torch
+from lm_eval.tasks import TaskManager
+
+from evals import stats
+from evals.lm import ArmLM
+from vlopd.checkpoint import RunError, digest_files, digest_json
+from vlopd.config import ConfigError, EvalConfig, UserError
+from vlopd.models.load import first_line
+
+TASKS = Path(__file__).parent / "tasks"
+
+
+INCLUDE = re.compile(r"^include:\s*(\S+)", re.MULTILINE)
+
+
+FUNCTION = re.compile(r"!function\s+(\w+)\.")
+
+
+class Tasks(TaskManager):
+    """lm-eval's tasks, ours among them. Few-shot examples bring their pictures."""
+
+    loaded: dict[str, Any]
+
+    @classmethod
+    def of(cls, tasks: Sequence[str]) -> Tasks:
+        """Our tasks; lm-eval's fourteen thousand are scanned only when one of them is asked for.
+
+        Raises ConfigError for a task that neither has.
+        """
+        ours = cls(include_path=str(TASKS), include_defaults=False)
+        if all(ours.has(task) for task in tasks):
+            return ours
+        every = every_task()
+        for task in tasks:
+            if not every.has(task):
+                known = ", ".join(ours.all_tasks)
+                raise ConfigError(f"eval.tasks: no task {task!r}; ours are {known}")
+        return every
+
+    def has(self, task: str) -> bool:
+        return task in self.task_index
+
+    def load(self, task_list: Any) -> Any:
+        found = super().load(task_list)
+        self.loaded = found["tasks"]
+        for task in self.loaded.values():
+            if (
+                task.config.doc_to_image is not None
+                and task.config.output_type != "loglikelihood_rolling"
+            ):
+                show_pictures_of_examples(task)
+        return found
+
+    def digest(self, task: str) -> str:
+        """Of a task's YAML, what it includes and the modules whose functions it names; lm-eval's version."""
+        path = self.task_index[task].yaml_path
+        files: set[Path] = set()
+        queue = [] if path is None else [Path(path)]
+        while queue:
+            path = queue.pop()
+            if path in files or not path.exists():
+                continue
+            files.add(path)
+            if path.suffix != ".py":
+                text = path.read_text()
+                queue += [path.parent / name for name in INCLUDE.findall(text)]
+                queue += [path.parent / f"{name}.py" for name in FUNCTION.findall(text)]
+        return digest_json([task, lm_eval.__version__, digest_files(list(files))])
+
+
+@cache
+def every_task() -> Tasks:
+    """Ours and lm-eval's own, which take ten seconds to list: once a process."""
+    return Tasks(include_path=str(TASKS))
+
+
+def show_pictures_of_examples(task: Any) -> None:
+    """Makes a task hand out the pictures of a question's few-shot examples before its own.
+
+    lm-eval puts the examples' text into the prompt and forgets their pictures (its issue 2948). It builds one
+    question at a time, the examples first, so that the last that were drawn are the question's.
+    """
+    draw, picture = task.sampler.sample, task.doc_to_image
+    drawn: list[Any] = []
+
+    def remembering(*args: Any, **kwargs: Any) -> Any:
+        drawn[:] = draw(*args, **kwargs)
+        return list(drawn)
+
+    def with_examples(doc: Any, *args: Any) -> list[Any]:
+        shown = drawn if task.config.num_fewshot else []
+        return [image for each in (*shown, doc) for image in as_list(picture(each, *args))]
+
+    task.sampler.sample, task.doc_to_image, task.own_image = remembering, with_examples, picture
+
+
+def as_list(images: Any) -> list[Any]:
+    return list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
+
+
+def score(
+    lm: ArmLM, task: str, manager: Tasks, config: EvalConfig, limit: int | None, name: str
+) -> dict[str, Any]:
+    """lm-eval's results of a model on a task, with every question's sample; no random state is touched.
+
+    With `config.sampled` a pass a sample: each sample's row has lists in `completion` and in every metric.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    templated = config.chat_template
+    if templated is None:
+        templated = lm.loaded.chat_template is not None
+    passes = []
+    for draw in range(config.sampled.n if config.sampled else 1):
+        lm.draw = draw
+        with untouched_randomness():
+            loaded = load_task(manager, task, config.fewshot)
+            # not simple_evaluate, which also asks pip for every package's version, a second each time
+            results = lm_eval.evaluate(
+                lm,
+                loaded,
+                limit=limit,
+                apply_chat_template=templated,
+                fewshot_as_multiturn=templated,
+                bootstrap_iters=1,  # closed-form errors only; ours are in compare.json
+                log_samples=True,
+            )
+        assert results is not None
+        results["config"] = {"model": name, "limit": limit, "batch_size": lm.batch_size}
+        passes.append(results)
+    for results in passes:
+        for leaf, rows in results["samples"].items():
+            results["samples"][leaf] = one_row_a_question(leaf, rows)
+    return passes[0] if config.sampled is None else over_samples(passes)
+
+
+def load_task(manager: Tasks, task: str, fewshot: int | None) -> Any:
+    """The task (or group of tasks) as lm-eval's simple_evaluate prepares it, with its default seeds.
+
+    Raises RunError where it cannot be had: its data, a column, a split.
+    """
+    random.seed(0)
+    np.random.seed(1234)
+    torch.manual_seed(1234)
+    try:
+        loaded = manager.load([task])
+    except UserError:
+        raise
+    except IndexError:  # lm-eval looks at the first
+        raise RunError(f"task {task} has no questions: its split is empty") from None
+    except Exception as error:  # datasets, templates and task files raise what they like
+        raise RunError(
+            f"task {task} cannot be had: {first_line(error)}; {manager.task_index[task].yaml_path} says where "
+            "its data are, and names their columns"
+        ) from None
+    for its in loaded["tasks"].values():
+        own = its.get_config("num_fewshot")
+        if own != 0 and (fewshot is not None or own is None):
+            its.set_config("num_fewshot", fewshot or 0)
+        its.set_fewshot_seed(1234)
+    return loaded
+
+
+def one_row_a_question(task: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """lm-eval's rows, a filter each, joined: the first filter's metrics as they are, others as `metric,filter`."""
+    found: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        metrics = {m: row[m] for m in row["metrics"] if is_number(row[m])}
+        first = found.get(row["doc_id"])
+        if first is None:
+            found[row["doc_id"]] = {**row, "completion": completion_of(row), "numbers": metrics}
+        else:
+            first["numbers"] |= {f"{m},{row['filter']}": v for m, v in metrics.items()}
+    return [found[doc_id] for doc_id in sorted(found)]
+
+
+def over_samples(passes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One result of several passes: metrics are means over them, completions lists, pass@k beside a 0/1 metric."""
+    first = passes[0]
+    n = len(passes)
+    for task, rows in first["samples"].items():
+        others = [p["samples"][task] for p in passes]
+        for row, same in zip(rows, zip(*others, strict=True), strict=True):
+            row["completion"] = json.dumps([each["completion"] for each in same])
+            primary = next(iter(row["numbers"]), None)
+            values = {m: [float(each["numbers"][m]) for each in same] for m in row["numbers"]}
+            row["numbers"] = {m: float(np.mean(v)) for m, v in values.items()}
+            if primary is not None and set(values[primary]) <= {0.0, 1.0}:
+                right = int(sum(values[primary]))
+                for k in powers_of_two(n):
+                    row["numbers"][f"pass@{k}"] = float(stats.pass_at_k([right], n, k)[0])
+        for metric in rows[0]["numbers"]:
+            mean = float(np.mean([row["numbers"][metric] for row in rows]))
+            first["results"][task][f"{metric},none"] = mean
+    return first
+
+
+def powers_of_two(n: int) -> list[int]:
+    """2, 4, 8... up to n, and n."""
+    return sorted({n, *(2**i for i in range(1, n.bit_length()) if 2**i <= n)})
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, np.number)) and bool(np.isfinite(value))
+
+
+def completion_of(row: Mapping[str, Any]) -> str:
+    """The generated text; of several choices the likeliest; else the responses as JSON."""
+    responses = row["filtered_resps"]
+    if isinstance(responses[0], str):
+        return responses[0]
+    if isinstance(responses[0], (list, tuple)) and len(responses) > 1:
+        best = max(range(len(responses)), key=lambda i: float(responses[i][0]))
+        return str(argument(row, best, 1)).strip()
+    return json.dumps(responses)
+
+
+def argument(row: Mapping[str, Any], request: int, place: int) -> Any:
+    """An argument of one of a question's requests: (prompt, continuation or settings, ...)."""
+    arguments = row["arguments"]
+    if isinstance(arguments, Mapping):  # as lm-eval writes them to a file
+        return arguments[f"gen_args_{request}"][f"arg_{place}"]
+    return arguments[request][place]
+
+
+@contextmanager
+def untouched_randomness() -> Iterator[None]:
+    """lm-eval reseeds python's, numpy's and torch's global generators; this puts them back."""
+    python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch_state)
