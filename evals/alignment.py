@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from evals import stats
-from evals.compare import plain, without_nan
-from vlopd.checkpoint import RunError
+from evals.compare import plain
+from vlopd.checkpoint import RunError, without_nan
 from vlopd.config import ConfigError, UserError
 from vlopd.data import shapes
 from vlopd.models.atlas import classify

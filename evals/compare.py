@@ -6,7 +6,6 @@ but the training seed, `seeds` has intervals over both.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from vlopd.checkpoint import (
     digest_json,
     read_json,
     up_to_date,
+    without_nan,
     write_json,
 )
 from vlopd.config import RANDOM, EvalConfig, ExperimentConfig
@@ -293,15 +293,6 @@ def plain(estimate: stats.Estimate) -> dict[str, Any]:
     entry.pop("test", None)
     entry["interval"] = [entry.pop("low"), entry.pop("high")]
     return entry
-
-
-def without_nan(value: Any) -> Any:
-    """The same value with null for every number that is not finite."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def densities(run: RunFolder, arms: Sequence[str]) -> dict[str, float | None]:

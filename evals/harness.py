@@ -25,6 +25,7 @@ from vlopd.checkpoint import (
     read_json,
     read_jsonl,
     up_to_date,
+    without_nan,
     write_json,
     write_jsonl,
 )
@@ -290,12 +291,3 @@ def keep_images(
             own[0].convert("RGB").save(path)
         kept[row["doc_id"]] = str(path.relative_to(folder.parents[2]))
     return kept
-
-
-def without_nan(value: Any) -> Any:
-    """NaN and infinities as null, since JSON has neither."""
-    if isinstance(value, dict):
-        return {str(k): without_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from evals import stats
 from evals.alignment import PREFIX, Rows, Scorer, batches, digest_tensors
-from evals.compare import plain, without_nan
-from vlopd.checkpoint import RunError
+from evals.compare import plain
+from vlopd.checkpoint import RunError, without_nan
 from vlopd.config import ConfigError
 from vlopd.data import shapes
 from vlopd.models.atlas import classify
