@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
@@ -182,6 +183,7 @@ def pool(workers: int):
         return
     threads = torch.get_num_threads()
     executor = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    numpys = threadpool_limits(1, user_api="blas")
     try:
 
         def run(work, names):
@@ -192,6 +194,7 @@ def pool(workers: int):
         yield run
     finally:
         executor.shutdown(cancel_futures=True)
+        numpys.restore_original_limits()
         torch.set_num_threads(threads)
 
 

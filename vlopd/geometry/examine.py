@@ -140,7 +140,7 @@ def examine(pair: TensorDelta, config: GeometryConfig, device: str = "cpu") -> F
     return pack(place, names, terms, measures)
 
 
-FAILURES = (torch.linalg.LinAlgError, torch.OutOfMemoryError, MemoryError)
+FAILURES = (torch.linalg.LinAlgError, np.linalg.LinAlgError, torch.OutOfMemoryError, MemoryError)
 """What a factorisation may die of; the tensor's rows then say so, and every aggregate counts it."""
 
 

@@ -16,6 +16,7 @@ from vlopd.geometry.spectrum import (
     TOP,
     Factors,
     Sum,
+    eigenvalues_of,
     factorise,
     gram,
     rank_at,
@@ -85,7 +86,7 @@ def sines(before: Tensor, after: Tensor, cuts: Sequence[int]) -> list[Tensor]:
     found = []
     for k in cuts:
         between = inside[k:, :k]
-        found.append(roots(torch.linalg.eigvalsh(outer[:k, :k] + between.T @ between)))
+        found.append(roots(eigenvalues_of(outer[:k, :k] + between.T @ between)))
     return found
 
 
@@ -153,7 +154,7 @@ def matrix_measures(
             values = singular_values(change, method)
         else:
             squares = gram(change)
-            values = roots(torch.linalg.eigvalsh(squares))
+            values = roots(eigenvalues_of(squares))
     return [
         *spectral_measures(values, energy, ratios, r, approximate),
         *projection_measures(source, change, energy, squares, ratios),

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,6 +117,22 @@ def gram(matrix: Sum) -> Tensor:
     return found.tril_() + found.tril(-1).T
 
 
+def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors. On a CPU NumPy's LAPACK, which is faster than torch's here."""
+    if symmetric.device.type != "cpu":
+        values, vectors = torch.linalg.eigh(symmetric)
+        return values, vectors
+    values, vectors = np.linalg.eigh(symmetric.numpy())
+    return torch.from_numpy(values), torch.from_numpy(vectors)
+
+
+def eigenvalues_of(symmetric: Tensor) -> Tensor:
+    """Ascending; as `eigh`."""
+    if symmetric.device.type != "cpu":
+        return torch.linalg.eigvalsh(symmetric)
+    return torch.from_numpy(np.linalg.eigvalsh(symmetric.numpy()))
+
+
 def whole(matrix: Sum) -> Tensor:
     return torch.cat(list(matrix.widened()))
 
@@ -140,7 +157,7 @@ def factorise(matrix: Sum, k: int, method: str = "gram", approximate: str = "") 
         u, values, vt = torch.linalg.svd(whole(matrix), full_matrices=False)
         return Factors(values, u[:, :k].contiguous(), vt[:k].T.contiguous())
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-    eigenvalues, vectors = torch.linalg.eigh(gram(matrix))
+    eigenvalues, vectors = eigh(gram(matrix))
     near = vectors[:, -k:].flip(1)
     far = orthonormal(times(tall, near))
     left, right = (far, near) if tall is matrix else (near, far)
@@ -163,7 +180,7 @@ def randomised(matrix: Sum, k: int, reason: str) -> Factors:
         far = orthonormal(times(tall, near))
         near = orthonormal(transposed_times(tall, far))
     far = times(tall, near)
-    eigenvalues, vectors = torch.linalg.eigh(far.T @ far)
+    eigenvalues, vectors = eigh(far.T @ far)
     vectors = vectors.flip(1)[:, :k]
     near, far = near @ vectors, orthonormal(far @ vectors)
     left, right = (far, near) if tall is matrix else (near, far)
@@ -199,7 +216,7 @@ def singular_values(matrix: Sum, method: str = "gram") -> Tensor:
     """Singular values of a matrix of any dtype in float64, descending, [min(m, n)]."""
     if method == "svd":
         return torch.linalg.svdvals(whole(matrix))
-    return roots(torch.linalg.eigvalsh(gram(matrix)))
+    return roots(eigenvalues_of(gram(matrix)))
 
 
 def roots(eigenvalues: Tensor) -> Tensor:
