@@ -81,7 +81,7 @@ def evaluate(subject: Subject, config: EvalConfig, out: Path, images: Path) -> b
     Writes out/samples_<task>.jsonl and, after each task, out/results.json. Raises ConfigError for an unknown
     task and RunError for one that nothing can be scored on.
     """
-    manager = Tasks.of(config.tasks)
+    manager = Tasks.of(config.tasks, config.include)
     wanted = {task: inputs_of(manager, task, config, subject) for task in config.tasks}
     inputs = {"checkpoint": subject.digest, "tasks": wanted}
     record = out / "results.json"
@@ -188,7 +188,9 @@ def held_out_scores(config: ExperimentConfig) -> Evaluate:
     """For the training loop: the means of a student on the questions of eval.during, {task: {metric: mean}}."""
     during = config.eval.during
     assert during is not None
-    manager = Tasks.of(during.tasks)  # an unknown task is an error before any training
+    manager = Tasks.of(
+        during.tasks, config.eval.include
+    )  # an unknown task is an error before any training
 
     def evaluate(student: LoadedModel) -> dict[str, dict[str, float]]:
         lm = ArmLM(student, config.eval.batch_size, "held-out", True, config.eval.sampled)

@@ -41,15 +41,18 @@ class Tasks(TaskManager):
     loaded: dict[str, Any]
 
     @classmethod
-    def of(cls, tasks: Sequence[str]) -> Tasks:
-        """Our tasks; lm-eval's fourteen thousand are scanned only when one of them is asked for.
+    def of(cls, tasks: Sequence[str], include: str | None = None) -> Tasks:
+        """Our tasks and those in the folder `include`; lm-eval's fourteen thousand are scanned only when one of them
+        is asked for.
 
-        Raises ConfigError for a task that neither has.
+        Raises ConfigError for a task that none has, and for a folder that is not there.
         """
-        ours = cls(include_path=str(TASKS), include_defaults=False)
+        if include is not None and not Path(include).is_dir():
+            raise ConfigError(f"eval.include: no folder {include!r}")
+        ours = cls(include_path=folders(include), include_defaults=False)
         if all(ours.has(task) for task in tasks):
             return ours
-        every = every_task()
+        every = every_task(include)
         for task in tasks:
             if not every.has(task):
                 known = ", ".join(ours.all_tasks)
@@ -87,10 +90,14 @@ class Tasks(TaskManager):
         return digest_json([task, lm_eval.__version__, digest_files(list(files))])
 
 
+def folders(include: str | None) -> list[str]:
+    return [str(TASKS), *([include] if include else [])]
+
+
 @cache
-def every_task() -> Tasks:
+def every_task(include: str | None) -> Tasks:
     """Ours and lm-eval's own, which take ten seconds to list: once a process."""
-    return Tasks(include_path=str(TASKS))
+    return Tasks(include_path=folders(include))
 
 
 def show_pictures_of_examples(task: Any) -> None:

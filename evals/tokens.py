@@ -139,7 +139,7 @@ class Questions(LM):
 
 def questions(task: str, config: EvalConfig) -> Mapping[str, list[Example]]:
     """{task or member of a group: its first questions as both models will render them}; of text answers only."""
-    manager = Tasks.of([task])
+    manager = Tasks.of([task], config.include)
     lm = Questions()
     limit = min(config.keep_images, config.limit or config.keep_images)
     with untouched_randomness():

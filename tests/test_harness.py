@@ -15,7 +15,7 @@ from evals.lm import ArmLM
 from evals.scoring import TASKS, Tasks, score
 from vlopd import stages
 from vlopd.checkpoint import RunError, RunFolder, read_json, read_jsonl
-from vlopd.config import EvalConfig, ModelConfig
+from vlopd.config import ConfigError, EvalConfig, ModelConfig
 from vlopd.models.load import BUILTIN, load_configured
 
 TEXT = {"llm": "shapes_text", "vlm": "shapes"}
@@ -227,3 +227,28 @@ def test_bad_tasks_are_one_clear_line(folders, tmp_path):
         with pytest.raises(RunError, match=message) as error:
             score(lm, task, manager, EvalConfig(), None, "bad")
         assert "\n" not in str(error.value)
+
+
+def test_groups_and_tasks_from_a_folder(make_config, tmp_path):
+    """Task files of a folder of the user's are found, and a group is evaluated as its members."""
+    data = tmp_path / "data.jsonl"
+    rows = [{"question": f"how many {c}", "answer": "2"} for c in ("red", "blue", "green")]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    for name, choices in (("mine_a", '["2", "3"]'), ("mine_b", '["yes", "2"]')):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+            "test_split: test\noutput_type: multiple_choice\ndoc_to_text: question\n"
+            f"doc_to_target: answer\ndoc_to_choice: {choices}\n"
+            "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+        )
+    (tmp_path / "mine.yaml").write_text("group: mine\ntask: [mine_a, mine_b]\n")
+    run, config = source_run(
+        make_config, "llm", tmp_path, eval={"tasks": ["mine"], "include": str(tmp_path)}
+    )
+    assert evaluate_arm(run, config, "base") and not evaluate_arm(run, config, "base")
+    compared = read_json(compare(run, config))["tasks"]
+    assert set(compared) == {"mine_a", "mine_b"} and compared["mine_a"]["n"] == 3
+    rows = read_jsonl(run.eval("base") / "samples_mine_b.jsonl")
+    assert {row["completion"] for row in rows} <= {"yes", "2"}
+    with pytest.raises(ConfigError, match="no folder 'nowhere'"):
+        Tasks.of(["mine"], "nowhere")

@@ -91,7 +91,9 @@ class SampledConfig(Section):
 
 class EvalConfig(Section):
     tasks: tuple[str, ...] = Field(("shapes",), min_length=1)
-    """lm-eval task names: ours (evals/tasks/) and any that lm-eval knows."""
+    """lm-eval task names: ours (evals/tasks/), any that lm-eval knows, and those in `include`."""
+    include: str | None = None
+    """A folder with more task files, as lm-eval's --include_path."""
     limit: int | None = Field(None, gt=0)
     """Questions a task; null for all."""
     batch_size: int = Field(64, gt=0)
