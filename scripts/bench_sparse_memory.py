@@ -115,9 +115,10 @@ def tell_time(compute: str, rounds: dict[str, list[float]]) -> None:
 def measure_memory(mode: str, args: argparse.Namespace) -> dict[str, float | int | str]:
     """One mode in this process, over three steps."""
     import torch
+    from transformers import LlamaForCausalLM  # noqa: F401 - so that their size is not the model's
 
     import vlopd.masks
-    import vlopd.optimizers  # noqa: F401 - so that their size is not the model's
+    import vlopd.optimizers  # noqa: F401
 
     if mode == "shira":
         import peft  # noqa: F401
