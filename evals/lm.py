@@ -88,21 +88,20 @@ class ArmLM(LM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers, cut at the first stop string of each request."""
+        # the same request comes once a sample where a task has `repeats`
         occurrences: Counter[str] = Counter()
-        repeat = []  # the same request comes once a sample where a task has `repeats`
+        names = []
         for request in requests:
-            repeat.append(occurrences[request.args[0]])
-            occurrences[request.args[0]] += 1
+            question = f"{request.task_name} {request.doc_id} {request.idx} {request.args[0]}"
+            names.append((question, self.draw, occurrences[question]))
+            occurrences[question] += 1
 
         def answer(indices: Sequence[int]) -> list[str]:
             batch = [requests[i] for i in indices]
             how = self.decoding(batch[0])
             draws = None
             if how.temperature > 0:
-                names = [
-                    (r.args[0], self.draw, repeat[i]) for r, i in zip(batch, indices, strict=True)
-                ]
-                draws = torch.cat([uniforms(1, how.tokens, "eval", *name) for name in names])
+                draws = torch.cat([uniforms(1, how.tokens, "eval", *names[i]) for i in indices])
             completions = sample(
                 self.loaded,
                 self.encode(batch, self.max_length - how.tokens),
