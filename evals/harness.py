@@ -198,8 +198,11 @@ def held_out_scores(config: ExperimentConfig) -> Evaluate:
         for task in during.tasks:
             results = score(lm, task, manager, config.eval, during.limit, student.name)
             for leaf, rows in results["samples"].items():
+                whole = results["results"][leaf]  # an F1 of all questions is no mean over them
                 found[leaf] = {
-                    metric: float(np.mean([row["numbers"][metric] for row in rows]))
+                    metric: whole.get(
+                        f"{metric},none", float(np.mean([r["numbers"][metric] for r in rows]))
+                    )
                     for metric in rows[0]["numbers"]
                 }
         return found

@@ -102,6 +102,13 @@ class ArmLM(LM):
             draws = None
             if how.temperature > 0:
                 draws = torch.cat([uniforms(1, how.tokens, "eval", *names[i]) for i in indices])
+            stops = [r.args[1].get("until") or [] for r in batch]
+
+            def enough(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+                """What comes after a stop string is cut anyway."""
+                found = [cut(t, s) != t for t, s in zip(self.decode(ids, mask), stops, strict=True)]
+                return torch.tensor(found, device=ids.device)
+
             completions = sample(
                 self.loaded,
                 self.encode(batch, self.max_length - how.tokens),
@@ -110,9 +117,10 @@ class ArmLM(LM):
                 uniforms=draws,
                 top_k=how.top_k,
                 top_p=how.top_p,
+                enough=enough if any(stops) else None,
             )
-            texts = self.decode(completions)
-            return [cut(t, r.args[1].get("until") or []) for t, r in zip(texts, batch, strict=True)]
+            texts = self.decode(completions.ids, completions.mask)
+            return [cut(text, stop) for text, stop in zip(texts, stops, strict=True)]
 
         return self.in_batches(requests, answer, disable_tqdm, key=self.decoding)
 
@@ -244,10 +252,9 @@ class ArmLM(LM):
         own = self.text_ids(context)
         return own, self.text_ids(context + continuation)[len(own) :]
 
-    def decode(self, completions: Completions) -> list[str]:
-        """Each completion as text, without special tokens."""
-        rows = zip(completions.ids, completions.mask, strict=True)
-        kept = [ids[mask].tolist() for ids, mask in rows]
+    def decode(self, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
+        """Each row's real tokens as text, without special tokens."""
+        kept = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
         return self.loaded.tokenizer.batch_decode(kept, skip_special_tokens=True)
 
     @torch.no_grad()

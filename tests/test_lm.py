@@ -87,3 +87,24 @@ def test_image_marks_become_image_parts():
     assert parts("<image>how many") == [{"type": "image"}, {"type": "text", "text": "how many"}]
     assert [p["type"] for p in parts("a<image>b<image>")] == ["text", "image", "text", "image"]
     assert cut("a b. c", [".", "b"]) == "a "
+
+
+def test_generation_ends_at_stop_strings(make_pair, make_data):
+    """An answer whose stop string has come costs no more tokens, and is what cutting a whole one gives."""
+    model = make_pair("llm").student
+    words = ArmLM(model, 8)
+    asked = prompts_of(model, make_data("llm"), "llm")
+    whole = words.generate_until(
+        [request("generate_until", c, {"until": [], "max_gen_toks": 64}) for (c,) in asked], True
+    )
+    stop = whole[0].split()[2]
+    steps = []
+    forward = model.model.base_model.forward
+    model.model.base_model.forward = lambda *a, **k: (steps.append(1), forward(*a, **k))[1]
+    try:
+        settings = {"until": [stop], "max_gen_toks": 64}
+        short = words.generate_until([request("generate_until", asked[0][0], settings)], True)
+    finally:
+        model.model.base_model.forward = forward
+    assert short == [cut(whole[0], stop)]
+    assert len(steps) <= 16

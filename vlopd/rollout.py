@@ -7,7 +7,7 @@ sampler's own log-probs come with the tokens, and no default of a checkpoint's g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from transformers import DynamicCache
 from vlopd.models import families
 from vlopd.models.load import LoadedModel
 from vlopd.types import Completions, Prompts
+
+LOOK = 8
+"""Tokens between looks at whether an answer has all that is wanted of it."""
 
 
 @torch.no_grad()
@@ -29,6 +32,7 @@ def sample(
     top_k: int | None = None,
     top_p: float = 1.0,
     banned_ids: Sequence[int] = (),
+    enough: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Completions:
     """Samples one completion a prompt; temperature 0 takes the likeliest token (the first of equals).
 
@@ -37,6 +41,7 @@ def sample(
     vocabulary (what the teachers have too): the first so many tokens, or these ids [V]. Image placeholders,
     padding and `banned_ids` are never sampled. `logprobs` are the model's own over the columns at temperature 1
     with nothing cut or banned, so that they equal what re-scoring gives however the tokens were drawn.
+    `enough` is asked every LOOK tokens, given ids and mask [B, C] so far, which rows [B] need no more.
     """
     model, body = loaded.model, families.body(loaded.model)
     columns = loaded.vocabulary_rows if columns is None else columns
@@ -75,6 +80,8 @@ def sample(
         logprobs.append(logprob * alive)
         masks.append(alive)
         alive = alive & ~torch.isin(token, ends)
+        if enough is not None and position % LOOK == LOOK - 1:
+            alive = alive & ~enough(torch.stack(tokens, 1), torch.stack(masks, 1))
         if not alive.any():
             break
         ids, extra = token[:, None], {}
