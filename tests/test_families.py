@@ -420,6 +420,11 @@ def test_a_template_of_plain_strings_is_refused_for_a_model_with_eyes(make):
 # ------------------------------------------------------------------------------------------- training
 
 
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=pytest.mark.slow if i % 2 else ()) for i, f in enumerate(FAMILIES)],
+    indirect=True,
+)
 def test_distillation_reaches_the_teacher_and_moves_nothing_else(family, make):
     """On one batch the reverse KL falls below 5 % of its start; the teacher, and all off a mask, stay bit for bit."""
     student, examples = make(family), examples_of(family)

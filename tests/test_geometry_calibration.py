@@ -30,7 +30,13 @@ def share(own, level: float) -> float:
     return sum(one.p < level for one in own) / len(own)
 
 
-@pytest.mark.parametrize("null", study.NULLS, ids=null_name)
+@pytest.mark.parametrize(
+    "null",
+    [
+        pytest.param(null, id=null_name(null), marks=pytest.mark.slow if i % 2 else ())
+        for i, null in enumerate(study.NULLS)
+    ],
+)
 def test_a_draw_of_a_null_is_no_finding(null):
     """Where the trained matrix is itself a draw of the null, about 5 % of rows have p < 0.05, and 1 % p < 0.01."""
     found = [one for stored in study.PRECISIONS for one in outcomes(null, stored, (24, 32))]
