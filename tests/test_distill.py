@@ -231,7 +231,7 @@ def test_kl_goes_down_on_one_batch(kind, make_pair, make_config, tmp_path):
     config = make_config(
         kind,
         optim={"learning_rate": 1e-2, "schedule": "linear"},
-        train={"steps": 70, "prompts_per_step": 4},
+        train={"steps": 130, "prompts_per_step": 4},
     )
     pair = make_pair(kind)
     data = open_data(config, 4, 5)
