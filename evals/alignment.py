@@ -24,8 +24,9 @@ from evals.compare import plain
 from vlopd.checkpoint import RunError, without_nan
 from vlopd.config import ConfigError, UserError
 from vlopd.data import shapes
+from vlopd.models.about import first_line
 from vlopd.models.atlas import classify
-from vlopd.models.load import LoadedModel, first_line
+from vlopd.models.load import LoadedModel
 from vlopd.models.openclip_assemble import check_weights
 from vlopd.rollout import sample
 from vlopd.types import Example

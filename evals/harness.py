@@ -37,8 +37,6 @@ from vlopd.stages import scores_of, teacher_folder
 
 MERGED = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 """Of lm-eval's results, what has an entry a task."""
-
-
 PER_TASK = (
     *("data_digest", "prompt_digest", "primary_metric", "chance", "extraction_failure_fraction"),
     *("pass_at", "not_compared"),
@@ -128,7 +126,7 @@ def import_scores(folder: Path, name: str, digest: str, config: EvalConfig, out:
             )
         rows = one_row_a_question(task, read_jsonl(by_task[task]))
         write_jsonl(out / f"samples_{task}.jsonl", [tidy(row, {}) for row in rows])
-        for key, value in about_rows(rows, config).items():
+        for key, value in about_rows(rows).items():
             merged[key][task] = value
     write_json(out / "results.json", without_nan({**merged, "inputs": inputs}))
     return True
@@ -188,9 +186,8 @@ def held_out_scores(config: ExperimentConfig) -> Evaluate:
     """For the training loop: the means of a student on the questions of eval.during, {task: {metric: mean}}."""
     during = config.eval.during
     assert during is not None
-    manager = Tasks.of(
-        during.tasks, config.eval.include
-    )  # an unknown task is an error before any training
+    # here, so that an unknown task is an error before any training
+    manager = Tasks.of(during.tasks, config.eval.include)
 
     def evaluate(student: LoadedModel) -> dict[str, dict[str, float]]:
         lm = ArmLM(student, config.eval.batch_size, "held-out", True, config.eval.sampled)
@@ -222,10 +219,9 @@ def add_task(
 ) -> None:
     """Writes a task's rows, and what results.json says of them beyond lm-eval's own."""
     declared = results["configs"][task].get("metadata") or {}
-    declared.pop("pictures", None)
     chance = declared.pop("chance", None)  # a function that the YAML names
     kept = keep_images(manager.loaded[task], images / task, config.keep_images, rows)
-    about = about_rows(rows, config)
+    about = about_rows(rows)
     if chance:
         about["chance"] = chance([row["doc"] for row in rows])
     for key in PER_TASK:
@@ -235,7 +231,7 @@ def add_task(
     write_jsonl(out / f"samples_{task}.jsonl", [tidy(row, kept) for row in rows])
 
 
-def about_rows(rows: Sequence[Mapping[str, Any]], config: EvalConfig) -> dict[str, Any]:
+def about_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What results.json says of a task's rows: digests, the metric to compare by, failures to answer."""
     numbers = list(rows[0]["numbers"])
     about: dict[str, Any] = {

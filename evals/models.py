@@ -11,8 +11,8 @@ import torch
 from evals.compare import compare_arms
 from evals.harness import Subject, evaluate, import_scores
 from evals.roles import Role, Roles
-from vlopd.checkpoint import digest_checkpoint, digest_files
-from vlopd.config import ConfigError, EvalConfig, ModelConfig
+from vlopd.checkpoint import digest_checkpoint, digest_files, names_apart
+from vlopd.config import EvalConfig, ModelConfig
 from vlopd.models.load import DTYPES, load_configured, resolve
 from vlopd.stages import hub_folder, scores_of
 
@@ -56,13 +56,6 @@ def is_scores(model: str) -> bool:
 
 
 def names_of(models: Sequence[str]) -> dict[str, str]:
-    """A short name for each model: the end of its path, as long as it takes to tell them apart.
-
-    Raises ConfigError where one is given twice.
-    """
+    """A short name for each model. Raises ConfigError where one is given twice."""
     parts = [re.sub(r"[^\w./-]", "-", model).strip("/").split("/") for model in models]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["-".join(each[-depth:]) for each in parts]
-        if len(set(names)) == len(names):
-            return dict(zip(names, models, strict=True))
-    raise ConfigError("the same model is named twice")
+    return dict(zip(names_apart(parts), models, strict=True))

@@ -28,8 +28,9 @@ from evals.compare import plain
 from vlopd.checkpoint import RunError, without_nan
 from vlopd.config import ConfigError
 from vlopd.data import shapes
+from vlopd.models.about import first_line
 from vlopd.models.atlas import classify
-from vlopd.models.load import LoadedModel, first_line
+from vlopd.models.load import LoadedModel
 from vlopd.models.openclip_vlm import OpenClipVlmForConditionalGeneration
 from vlopd.rollout import sample
 from vlopd.types import Example
@@ -185,10 +186,27 @@ def probe_towers(
     is the commonest training label's accuracy, `difference` is trained - source, paired by picture. `drift` is of
     the features of `test`.
     """
-    before, after = (
-        [tower_features(loaded, pictures.images, batch_size) for pictures in (train, test)]
-        for loaded in (source, trained)
-    )
+    before, after = (both_features(loaded, train, test, batch_size) for loaded in (source, trained))
+    names = (source.name, trained.name)
+    return probe_features(before, after, train, test, names)
+
+
+def both_features(
+    loaded: LoadedModel, train: Pictures, test: Pictures, batch_size: int = 32
+) -> tuple[Features, Features]:
+    """A tower's features of the training and the test pictures."""
+    learned, asked = (tower_features(loaded, p.images, batch_size) for p in (train, test))
+    return learned, asked
+
+
+def probe_features(
+    before: tuple[Features, Features],
+    after: tuple[Features, Features],
+    train: Pictures,
+    test: Pictures,
+    names: tuple[str, str],
+) -> tuple[dict[str, Any], Rows]:
+    """`probe_towers` of features that are there, the source's and the trained model's; `names` are theirs."""
     probes, rows = {}, []
     for name, truth in test.labels.items():
         learned = train.labels[name]
@@ -209,8 +227,8 @@ def probe_towers(
             )
         ]
     summary = {
-        "source": source.name,
-        "trained": trained.name,
+        "source": names[0],
+        "trained": names[1],
         "n_train": len(train.images),
         "drift": drift(before[1], after[1]),
         "probes": probes,

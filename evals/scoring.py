@@ -24,14 +24,10 @@ from evals import stats
 from evals.lm import ArmLM
 from vlopd.checkpoint import RunError, digest_files, digest_json
 from vlopd.config import ConfigError, EvalConfig, UserError
-from vlopd.models.load import first_line
+from vlopd.models.about import first_line
 
 TASKS = Path(__file__).parent / "tasks"
-
-
 INCLUDE = re.compile(r"^include:\s*(\S+)", re.MULTILINE)
-
-
 FUNCTION = re.compile(r"!function\s+(\w+)\.")
 
 

@@ -9,7 +9,7 @@ normal interval is not used on few questions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -203,21 +203,14 @@ def seed_difference(
     names = np.arange(n) if clusters is None else clusters
     sums = [cluster_sums(x.T, names) for x in both]  # [units, seeds]
     sizes = cluster_sums(np.ones(n), names)
-    # units that are alike share a weight, as in `recovery`
-    rows, counts = np.unique(np.column_stack([*sums, sizes]), axis=0, return_counts=True)
-    sums = [rows[:, : len(both[0])], rows[:, len(both[0]) : -1]]
-    sizes, units, rng = rows[:, -1], counts.sum(), np.random.default_rng(seed)
-    found = []
-    block = max(1, BLOCK // len(rows))
-    for start in range(0, draws, block):
-        size = min(block, draws - start)
-        weights = rng.multinomial(units, counts / units, size=size)
+    rng, found = np.random.default_rng(seed), []
+    for drawn in resampled(np.column_stack([*sums, sizes]), draws, rng):
         means = []
-        for own in sums:
-            each = (weights @ own) / (weights @ sizes)[:, None]  # [draws, seeds]
+        for own in (drawn[:, : len(both[0])], drawn[:, len(both[0]) : -1]):
+            each = own / drawn[:, -1:]  # [draws, seeds]
             count = own.shape[1]
-            drawn = max(count - 1, 1)
-            chosen = rng.multinomial(drawn, np.full(count, 1 / count), size=size) / drawn
+            times = max(count - 1, 1)
+            chosen = rng.multinomial(times, np.full(count, 1 / count), size=len(own)) / times
             means.append((each * chosen).sum(1))
         found.append(means[0] - means[1])
     tail = (1 - confidence) / 2
@@ -270,9 +263,7 @@ def recovery(
 ) -> Recovery:
     """(sub - base) / (full - base), with a percentile interval from a paired bootstrap over items.
 
-    Resampling questions is drawing multinomial weights; questions with the same two differences
-    share a weight, so 0/1 scores need nine weights a draw however many questions. With `clusters`,
-    whole clusters are drawn.
+    With `clusters`, whole clusters are drawn.
     """
     sub, base, full = scores(sub), scores(base), scores(full)
     gain = paired_difference(full, base, clusters, confidence)
@@ -281,15 +272,8 @@ def recovery(
     rows = np.stack([sub - base, full - base], axis=1)
     if clusters is not None:
         rows = cluster_sums(rows, clusters)
-    rows, counts = np.unique(rows, axis=0, return_counts=True)
     rng = np.random.default_rng(seed)
-    sums = []
-    block = max(1, BLOCK // len(rows))
-    for start in range(0, draws, block):
-        size = min(block, draws - start)
-        weights = rng.multinomial(counts.sum(), counts / counts.sum(), size=size)
-        sums.append(weights @ rows)
-    parts, wholes = np.concatenate(sums).T
+    parts, wholes = np.concatenate(list(resampled(rows, draws, rng))).T
     ratios = parts[wholes != 0] / wholes[wholes != 0]
     tail = (1 - confidence) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail])
@@ -340,6 +324,22 @@ def cluster_sums(x: NDArray[np.float64], clusters: ArrayLike) -> NDArray[np.floa
     sums = np.zeros((len(names), *x.shape[1:]))
     np.add.at(sums, index, x)
     return sums
+
+
+def resampled(
+    rows: NDArray[np.float64], draws: int, rng: np.random.Generator
+) -> Iterator[NDArray[np.float64]]:
+    """Sums of rows [units, k] over units drawn with replacement, as blocks [some draws, k], `draws` in all.
+
+    Drawing units is drawing multinomial weights; units that are alike share one, so 0/1 scores of two differences
+    need nine weights a draw however many questions there are.
+    """
+    rows, counts = np.unique(rows, axis=0, return_counts=True)
+    block = max(1, BLOCK // len(rows))
+    for start in range(0, draws, block):
+        size = min(block, draws - start)
+        weights = rng.multinomial(counts.sum(), counts / counts.sum(), size=size)
+        yield weights @ rows
 
 
 def standard_error(x: Scores, clusters: ArrayLike | None) -> tuple[float, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import lm_eval
@@ -44,12 +45,13 @@ def grade_answers(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     about = config.arms.get(arm)
     if isinstance(about, (TeacherArm, CheckpointArm, ImportedArm)) or not config.eval.keep_images:
         return False
-    out = run.eval(arm)
+    out, manager = run.eval(arm), Tasks.of(config.eval.tasks, config.eval.include)
     inputs = {
         "checkpoint": read_json(run.arm_record(arm))["checkpoint_digest"],
         "teacher": config.model_dump(mode="json", include={"teacher", "precision"}),
+        "tasks": {task: manager.digest(task) for task in config.eval.tasks},
         "settings": config.eval.model_dump(
-            mode="json", include={"tasks", "keep_images", "fewshot"}
+            mode="json", include={"limit", "keep_images", "fewshot"}
         ),
     }
     if up_to_date(out / "tokens.json", inputs):
@@ -137,8 +139,12 @@ class Questions(LM):
         return [0.0] * len(requests)
 
 
+@cache
 def questions(task: str, config: EvalConfig) -> Mapping[str, list[Example]]:
-    """{task or member of a group: its first questions as both models will render them}; of text answers only."""
+    """{task or member of a group: its first questions as both models will render them}; of text answers only.
+
+    The same for every arm, so made once a process.
+    """
     manager = Tasks.of([task], config.include)
     lm = Questions()
     limit = min(config.keep_images, config.limit or config.keep_images)

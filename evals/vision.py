@@ -40,6 +40,7 @@ def look(
         )
     judge = None if scorer is None else alignment.load_scorer(scorer, device=base.device)
     train, test = (probe.shapes_pictures(split, pictures) for split in ("train", "test"))
+    before = probe.both_features(base, train, test)
     towers: dict[str, Any] = {}
     aligned: dict[str, Any] = {}
     told = None
@@ -53,7 +54,9 @@ def look(
         if not loaded.sees_images:
             continue
         if not isinstance(config.arms[arm], TeacherArm):  # a tower of its own is no drift
-            towers[arm], _ = probe.probe_towers(base, loaded, train, test)
+            after = probe.both_features(loaded, train, test)
+            names = (base.name, loaded.name)
+            towers[arm], _ = probe.probe_features(before, after, train, test, names)
         if judge is not None and told is not None:
             aligned[arm], rows = alignment.score_shapes(loaded, judge, pictures, sources=[base])
             aligned[arm]["difference"] = alignment.difference(rows, told)

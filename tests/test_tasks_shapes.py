@@ -148,7 +148,7 @@ def test_the_picture_decides():
 
 
 def test_a_task_declares_its_chance_and_pictures(make_config, tmp_path):
-    """An arm's results hold the chance level and the pictures that the YAML's metadata name, and are plain JSON."""
+    """An arm's results hold the chance level that the YAML names and the first pictures, and are plain JSON."""
     tasks = ("shapes_choice", "capitals")
     config = make_config(
         "vlm",

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -338,6 +338,21 @@ class RunFolder:
                 yield
             finally:
                 self._making.remove(artifact)
+
+
+def names_apart(paths: Sequence[Sequence[str]]) -> list[str]:
+    """A name for each path, given by its parts: the last, or as many as tell it from the others.
+
+    >>> names_apart([("runs", "a", "full"), ("runs", "b", "full")])
+    ["a-full", "b-full"]
+
+    Raises ConfigError where one comes twice.
+    """
+    for depth in range(1, max(map(len, paths)) + 1):
+        names = ["-".join(parts[-depth:]) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError(f"{'/'.join(paths[0])} is named twice")
 
 
 def with_defaults(resolved: Any) -> Any:

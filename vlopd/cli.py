@@ -17,7 +17,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from vlopd import mask_cli
-from vlopd.checkpoint import RunFolder, read_json
+from vlopd.checkpoint import RunFolder, names_apart, read_json
 from vlopd.config import (
     ConfigError,
     ExperimentConfig,
@@ -284,7 +284,7 @@ def compare_folders(
         raise ConfigError(f"no preset {preset!r}; there is paper")
     tree = paper.preset().model_dump() if preset else {"arms": ()}
     config = section_of(GeometryConfig, tree, settings)
-    labels = labels_of(trained)
+    labels = names_apart([path.resolve().parts for path in trained])
     folders = {label: out if len(trained) == 1 else out / label for label in labels}
     for path, (label, folder) in zip(trained, folders.items(), strict=True):
         digests = {"source": digest_checkpoint(source), "trained": digest_checkpoint(path)}
@@ -303,15 +303,6 @@ def compare_folders(
     elif len(trained) > 1:
         say("overlap", overlap(source, dict(zip(labels, trained, strict=True)), out, config), True)
     say("figures", write_figures(out, list(folders.values())), True)
-
-
-def labels_of(folders: list[Path]) -> list[str]:
-    """A name for each folder: its own, or as much of its path as tells it from the others."""
-    for depth in range(1, max(len(f.resolve().parts) for f in folders) + 1):
-        names = ["-".join(f.resolve().parts[-depth:]) for f in folders]
-        if len(set(names)) == len(names):
-            return names
-    raise ConfigError("the same checkpoint is named twice")
 
 
 def show_paper(label: str, lines: list, titles: list[str]) -> None:

@@ -93,19 +93,18 @@ class Weights:
     def __init__(self, folder: Path):
         self.folder = folder
         self._stack = ExitStack()
-        self._paths: dict[int, Path] = {}  # by the open file's id
+        self._files: dict[Path, Any] = {}
         try:
-            self._handles = self._open()
+            self._where = self._open()
         except BaseException:
             self._stack.close()
             raise
 
-    def _open(self) -> dict[str, Any]:
-        """The open file that holds each tensor."""
+    def _open(self) -> dict[str, Path]:
+        """Opens all files; the path of the one that holds each tensor."""
         for single in (SINGLE, adapter.WEIGHTS):
             if (self.folder / single).exists():
-                file = self._open_file(self.folder / single)
-                return {name: file for name in file.keys()}  # noqa: SIM118 - not a dict
+                return dict.fromkeys(self._open_file(self.folder / single), self.folder / single)
         if not (self.folder / INDEX).exists():
             digest_checkpoint(self.folder)  # says so where there are no weights, or only pickles
             raise RunError(f"{self.folder} has neither {SINGLE} nor {INDEX}")
@@ -118,17 +117,17 @@ class Weights:
                 raise RunError(
                     f"{self.folder / INDEX} names {shard!r}; only *.safetensors beside it are read"
                 )
-        files = {
+        held = {
             shard: self._open_file(self.folder / shard, holds=shards)
             for shard in sorted(set(shards.values()))
         }
-        held = {shard: set(file.keys()) for shard, file in files.items()}
         for name, shard in shards.items():
             if name not in held[shard]:
                 raise RunError(f"{self.folder / shard} lacks {name}, which the index places there")
-        return {name: files[shard] for name, shard in shards.items()}
+        return {name: self.folder / shard for name, shard in shards.items()}
 
-    def _open_file(self, path: Path, holds: Mapping[str, str] | None = None) -> Any:
+    def _open_file(self, path: Path, holds: Mapping[str, str] | None = None) -> set[str]:
+        """The names of the tensors in it."""
         try:
             file = self._stack.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
@@ -138,8 +137,11 @@ class Weights:
             )
             lost = f", so {first} cannot be read" if first else ""
             raise RunError(f"{path} is {why}{lost}; copy or save the checkpoint again") from None
-        self._paths[id(file)] = path
-        return file
+        self._files[path] = file
+        return set(file.keys())
+
+    def _slice(self, name: str) -> Any:
+        return self._files[self._where[name]].get_slice(name)
 
     def __enter__(self) -> Weights:
         return self
@@ -148,19 +150,19 @@ class Weights:
         self._stack.close()
 
     def names(self) -> set[str]:
-        return set(self._handles)
+        return set(self._where)
 
     def shape(self, name: str) -> torch.Size:
-        return torch.Size(self._handles[name].get_slice(name).get_shape())
+        return torch.Size(self._slice(name).get_shape())
 
     def is_floating_point(self, name: str) -> bool:
-        return self._handles[name].get_slice(name).get_dtype().startswith(("F", "BF"))
+        return self._slice(name).get_dtype().startswith(("F", "BF"))
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored. Raises RunError when it holds a NaN or an infinity."""
         try:
             # a file of its own, since the pages of a mapped file count as this process's while it is open
-            with safe_open(self._paths[id(self._handles[name])], framework="pt") as file:
+            with safe_open(self._where[name], framework="pt") as file:
                 tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise RunError(f"{self.folder}: cannot read {name} ({error})") from None

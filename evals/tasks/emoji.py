@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from PIL import Image
 
+from evals.tasks.kinds import mean_by_kind
 from vlopd.data import emoji
 
 
@@ -26,8 +26,4 @@ def doc_to_image(doc: Mapping[str, Any]) -> list[Image.Image]:
 def chance(docs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Accuracy of always saying the commonest group of the training concepts, over all and by kind."""
     ((commonest, _),) = Counter(e.group for e in emoji.of_split("train")).most_common(1)
-    hits: defaultdict[str, list[bool]] = defaultdict(list)
-    for doc in docs:
-        hits["all"].append(doc["answer"] == commonest)
-        hits[doc["kind"]].append(doc["answer"] == commonest)
-    return {kind: float(np.mean(values)) for kind, values in hits.items()}
+    return mean_by_kind(docs, lambda doc: doc["answer"] == commonest)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from evals.tasks.answers import plain_words, text_of
+from evals.tasks.extraction import plain_words, text_of
 
 LONGEST = 200
 """Characters of a number or an expression; longer ones are equal as strings only."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from evals.tasks.answers import number_answer, short_answer
 from evals.tasks.equality import same_number
+from evals.tasks.extraction import number_answer, short_answer
 from vlopd.data import reasoning
 
 

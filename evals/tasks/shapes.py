@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from PIL import Image
 
+from evals.tasks.kinds import mean_by_kind
 from vlopd.data import shapes
 
 
@@ -53,9 +52,6 @@ def blind_guesser() -> tuple[dict[str, str], dict[str, str]]:
 def chance(docs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Exact match of a guesser who knows the training answers and never looks: over all, and by kind."""
     by_text, by_kind = blind_guesser()
-    hits: defaultdict[str, list[bool]] = defaultdict(list)
-    for doc in docs:
-        hit = by_text.get(doc["question"], by_kind[doc["kind"]]) == doc["answer"]
-        hits["all"].append(hit)
-        hits[doc["kind"]].append(hit)
-    return {kind: float(np.mean(values)) for kind, values in hits.items()}
+    return mean_by_kind(
+        docs, lambda doc: by_text.get(doc["question"], by_kind[doc["kind"]]) == doc["answer"]
+    )

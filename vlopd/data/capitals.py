@@ -15,15 +15,13 @@ import hashlib
 import random
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from countryinfo import all_countries
 
+from vlopd.data.world import Split, World
 from vlopd.types import Example
-
-Split = Literal["train", "validation", "test"]
 
 TEMPLATES = {
     "capital": (
@@ -129,21 +127,11 @@ def every_question(split: Split) -> list[dict[str, str]]:
 
 
 @dataclass(frozen=True)
-class CapitalsWorld(Sequence[Example]):
+class CapitalsWorld(World):
     """Questions of one split, drawn with replacement; example `i` depends on (split, seed, i) alone.
 
     Every template is equally likely, so three questions of five ask for a capital.
     """
-
-    split: Split
-    size: int
-    seed: int = 0
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self[i] for i in range(self.size))
 
     def __getitem__(self, index) -> Example:  # type: ignore[override]
         rng = random.Random(f"capitals {self.split} {self.seed} {index}")

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,9 +20,9 @@ from PIL import Image
 
 from vlopd.config import ConfigError, DataError
 from vlopd.data.pictures import open_picture
+from vlopd.data.world import Split, World
 from vlopd.types import Example
 
-Split = Literal["train", "validation", "test"]
 Artist = Literal["twitter", "google"]
 
 FOLDER, DEFAULT = "VLOPD_EMOJI", "data/emoji"
@@ -136,18 +135,8 @@ def held_out(split: Split) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class EmojiWorld(Sequence[Example]):
+class EmojiWorld(World):
     """Twitter's drawings of a split's concepts, drawn with replacement; example `i` depends on (split, seed, i)."""
-
-    split: Split
-    size: int
-    seed: int = 0
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self[i] for i in range(self.size))
 
     def __getitem__(self, index) -> Example:  # type: ignore[override]
         emoji = random.Random(f"emoji {self.split} {self.seed} {index}").choice(

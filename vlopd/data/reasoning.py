@@ -11,14 +11,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from vlopd.config import ConfigError
+from vlopd.data.world import Split, World
 from vlopd.types import Example
 
-Split = Literal["train", "validation", "test"]
 Subject = Literal["arithmetic", "sorting", "spelling"]
 SUBJECTS: tuple[Subject, ...] = get_args(Subject)
 
@@ -88,22 +88,13 @@ def unique_questions(subject: Subject, split: Split, size: int, seed: int) -> li
 
 
 @dataclass(frozen=True)
-class ReasoningWorld(Sequence[Example]):
+class ReasoningWorld(World):
     """Questions of one split, drawn with replacement, subjects at equal rates.
 
     Example `i` depends on (split, seed, subjects, i) and the package's version alone.
     """
 
-    split: Split
-    size: int
-    seed: int = 0
     subjects: tuple[Subject, ...] = SUBJECTS
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self[i] for i in range(self.size))
 
     def __getitem__(self, index) -> Example:  # type: ignore[override]
         rng = random.Random(f"reasoning {self.split} {self.seed} {index}")

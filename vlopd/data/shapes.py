@@ -15,16 +15,16 @@ import hashlib
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from PIL import Image, ImageDraw
 
+from vlopd.data.world import Split, World
 from vlopd.types import Example
 
 Scene = Mapping[int, tuple[str, str]]
-Split = Literal["train", "validation", "test"]
 Modality = Literal["image", "text"]
 
 COLOURS = {
@@ -231,7 +231,7 @@ def vocabulary() -> list[str]:
 
 
 @dataclass(frozen=True)
-class ShapesWorld(Sequence[Example]):
+class ShapesWorld(World):
     """Examples of one split, by index; `len` is `size`, but any index of an unbounded stream may be asked for.
 
     Example `i` depends on (split, seed, i) alone, so a resumed run sees what an uninterrupted one would.
@@ -239,16 +239,7 @@ class ShapesWorld(Sequence[Example]):
     picture has the scene in words, as the text modality says it, in its field `caption`.
     """
 
-    split: Split
-    size: int
-    seed: int = 0
     modality: Modality = "image"
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self[i] for i in range(self.size))
 
     def row(self, index: int) -> dict[str, str | int]:
         """Example `index` as a plain row: id, kind, question, answer, verdict, scene, jitter."""

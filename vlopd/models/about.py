@@ -24,4 +24,9 @@ def config_of(folder: Path) -> PretrainedConfig | None:
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"cannot read {path}: {str(error).strip().splitlines()[0]}") from None
+        raise RunError(f"cannot read {path}: {first_line(error)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says, as the end of one of our lines."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

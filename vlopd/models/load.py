@@ -18,6 +18,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from vlopd.config import ConfigError, ModelConfig, UserError
 from vlopd.models import families, gguf, openclip_vlm, smollm2
+from vlopd.models.about import first_line
 from vlopd.types import Completions, Example, Prompts
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
@@ -324,7 +325,3 @@ def check_builtin(name: str) -> None:
         known = digests.get(f"{folder.name}/{path.name}")
         if hashlib.sha256(path.read_bytes()).hexdigest() != known:
             raise ConfigError(f"{path} is not the file that was shipped; reinstall vlopd")
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

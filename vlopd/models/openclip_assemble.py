@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vlopd.config import ConfigError
-from vlopd.models.load import first_line, load
+from vlopd.models.about import first_line
+from vlopd.models.load import load
 from vlopd.models.openclip_vlm import (
     OpenClipImageProcessor,
     OpenClipVlmConfig,

@@ -12,10 +12,10 @@ from datasets import Dataset
 from PIL import Image
 
 from evals.lm import PLACEHOLDER
-from evals.tasks.answers import math_answer, number_answer
 from evals.tasks.benchmarks import source
 from evals.tasks.benchmarks.source import Benchmark, Document, Row, document, text
 from evals.tasks.equality import same_math, same_number
+from evals.tasks.extraction import math_answer, number_answer
 from vlopd.config import DataError
 
 ASK = "{}\n\nWork it out step by step and put the final answer in \\boxed{{}}."

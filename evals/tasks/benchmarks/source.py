@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,12 +21,12 @@ from string import ascii_uppercase
 from typing import Any
 from weakref import WeakValueDictionary
 
-import numpy as np
 import pyarrow.parquet
 from datasets import Dataset, concatenate_datasets
 from PIL import Image
 
 from evals.lm import PLACEHOLDER
+from evals.tasks.kinds import mean_by_kind
 from vlopd.config import ConfigError, DataError, FileData
 from vlopd.data.files import read_rows
 from vlopd.data.pictures import open_picture
@@ -222,9 +221,4 @@ def lettered(choices: Sequence[str]) -> str:
 
 def chance(docs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Of a guesser among the choices, over all and by kind; an open question is not guessed right."""
-    shares: defaultdict[str, list[float]] = defaultdict(list)
-    for doc in docs:
-        share = 1 / len(doc["choices"]) if doc["choices"] else 0.0
-        for kind in {"all", doc["kind"] or "all"}:
-            shares[kind].append(share)
-    return {kind: float(np.mean(values)) for kind, values in shares.items()}
+    return mean_by_kind(docs, lambda doc: 1 / len(doc["choices"]) if doc["choices"] else 0.0)

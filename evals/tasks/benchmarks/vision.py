@@ -17,15 +17,6 @@ from datasets import Dataset
 from PIL import Image
 
 from evals.lm import PLACEHOLDER
-from evals.tasks.answers import (
-    choice_letter,
-    last_number,
-    math_answer,
-    number_answer,
-    plain_words,
-    short_answer,
-    yes_or_no,
-)
 from evals.tasks.benchmarks import source
 from evals.tasks.benchmarks.source import (
     Benchmark,
@@ -37,6 +28,15 @@ from evals.tasks.benchmarks.source import (
     unmarked,
 )
 from evals.tasks.equality import number, relaxed_match, same_number
+from evals.tasks.extraction import (
+    choice_letter,
+    last_number,
+    math_answer,
+    number_answer,
+    plain_words,
+    short_answer,
+    yes_or_no,
+)
 from vlopd.config import DataError
 
 CHOOSE = "{}\n{}\nAnswer with the letter of the right choice."

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from evals.tasks import answers
+from evals.tasks import extraction
 from evals.tasks.equality import relaxed_match, same_math, same_number
 
 
@@ -36,8 +36,8 @@ from evals.tasks.equality import relaxed_match, same_math, same_number
 )
 def test_extraction(text, expression, number):
     """Boxed, else marked, else the last number; thoughts do not count, and neither does what was cut off."""
-    assert answers.math_answer(text) == expression
-    assert answers.number_answer(text) == (number or None)
+    assert extraction.math_answer(text) == expression
+    assert extraction.number_answer(text) == (number or None)
 
 
 @pytest.mark.parametrize(
@@ -64,16 +64,16 @@ def test_extraction(text, expression, number):
 )
 def test_a_letter_is_read(text, letter):
     """Letters set off from what follows, or a choice in its own words; two choices at once are no answer."""
-    assert answers.choice_letter(text, ["a dog", "a cat", "I think", "red circle"]) == letter
+    assert extraction.choice_letter(text, ["a dog", "a cat", "I think", "red circle"]) == letter
 
 
 def test_yes_or_no_and_short_answers():
     """The first yes or no of the answer; the last line, without its dressing."""
-    assert answers.yes_or_no("Yes, there is no doubt") == "yes"
-    assert answers.yes_or_no("Looking... Answer: no") == "no"
-    assert answers.yes_or_no("there is nothing known of it") is None
-    assert answers.short_answer("Let me see.\n**Blue whale.**") == "Blue whale"
-    assert answers.short_answer(" \n") is None
+    assert extraction.yes_or_no("Yes, there is no doubt") == "yes"
+    assert extraction.yes_or_no("Looking... Answer: no") == "no"
+    assert extraction.yes_or_no("there is nothing known of it") is None
+    assert extraction.short_answer("Let me see.\n**Blue whale.**") == "Blue whale"
+    assert extraction.short_answer(" \n") is None
 
 
 @pytest.mark.parametrize(
@@ -153,12 +153,12 @@ def test_no_text_breaks_the_rules():
     rng = random.Random(0)
     for _ in range(4_000):
         text = "".join(rng.choices(HARD, k=rng.randint(0, 14)))
-        assert answers.choice_letter(text, ["7", "x", "A"]) in (None, "A", "B", "C")
-        assert answers.yes_or_no(text) in (None, "yes", "no")
+        assert extraction.choice_letter(text, ["7", "x", "A"]) in (None, "A", "B", "C")
+        assert extraction.yes_or_no(text) in (None, "yes", "no")
         for said in (
-            answers.math_answer(text),
-            answers.number_answer(text),
-            answers.short_answer(text),
+            extraction.math_answer(text),
+            extraction.number_answer(text),
+            extraction.short_answer(text),
         ):
             if said is not None:
                 assert said
@@ -178,11 +178,11 @@ def test_long_repetitions_take_no_time(text):
     """What a model that repeats itself writes is read in less than a second of the processor."""
     start = time.process_time()
     for said in (
-        answers.math_answer(text),
-        answers.number_answer(text),
-        answers.short_answer(text),
+        extraction.math_answer(text),
+        extraction.number_answer(text),
+        extraction.short_answer(text),
     ):
         if said is not None:
             assert not same_number(said, "12") and not same_math(said, "12")
-    answers.choice_letter(text, ["a cat", "a dog"])
+    extraction.choice_letter(text, ["a cat", "a dog"])
     assert time.process_time() - start < 1

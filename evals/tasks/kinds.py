@@ -1,0 +1,20 @@
+"""A mean over all questions and by kind: the shape of a chance level."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+def mean_by_kind(
+    docs: Iterable[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]
+) -> dict[str, float]:
+    """{"all": ..., kind: ...} of a value of each document; one without a kind counts among all only."""
+    found: defaultdict[str, list[float]] = defaultdict(list)
+    for doc in docs:
+        for kind in dict.fromkeys(("all", doc["kind"] or "all")):
+            found[kind].append(value(doc))
+    return {kind: float(np.mean(values)) for kind, values in found.items()}

@@ -1,0 +1,50 @@
+"""Which half of a vision-language student holds what training gave it: the vision tower, or the rest?
+
+    python scripts/study_towers.py runs/quickstart            # base and full, a minute on two cores
+
+The towers of two arms are swapped, and each of the four models describes the same test pictures of the visual world by
+its answers to `list top row` and so on. Printed: descriptions that are the reference to the letter, % with standard
+error over pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import product
+from pathlib import Path
+
+from evals import stats
+from evals.alignment import told_by_rows
+from evals.harness import open_arm
+from vlopd.checkpoint import RunFolder
+from vlopd.data.shapes import ShapesWorld
+from vlopd.models.atlas import classify
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--arms", nargs=2, default=["base", "full"])
+    parser.add_argument("--pictures", type=int, default=500)
+    args = parser.parse_args()
+    run, config = RunFolder.open(args.run)
+    world = list(ShapesWorld("test", args.pictures, 0))
+    references = [str(example.fields["caption"]) for example in world]
+    towers = {arm: tower(open_arm(run, config, arm).model) for arm in args.arms}
+    print(f"{args.pictures} pictures; the rest of, with the tower of: right to the letter, %")
+    for rest, seeing in product(args.arms, args.arms):
+        loaded = open_arm(run, config, rest)
+        loaded.model.load_state_dict(towers[seeing], strict=False)
+        said = told_by_rows(loaded, [example.images[0] for example in world])
+        right = [float(a == b) for a, b in zip(said, references, strict=True)]
+        found = stats.mean_with_error(right)
+        print(f"{rest:12} {seeing:12} {100 * found.mean:6.1f} +- {100 * found.standard_error:.1f}")
+
+
+def tower(model):
+    """The state of the vision tower, by the model's own names."""
+    return {n: t for n, t in model.state_dict().items() if classify(n).component == "vision"}
+
+
+if __name__ == "__main__":
+    main()
