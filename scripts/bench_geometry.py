@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import psutil
 import torch
@@ -174,6 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=1, help="medians over so many")
     parser.add_argument("--only", choices=WAYS, help="one of the three")
     parser.add_argument("--in-process", nargs=3, metavar=("WAY", "SOURCE", "TRAINED"))
     args = parser.parse_args()
@@ -191,19 +193,26 @@ def main() -> None:
             f"{sum(sizes) / 1e6:.1f} M parameters in {len(sizes)} tensors, {args.threads} threads; largest "
             f"tensor {largest / 1e6:.0f} MB as stored; 4 x that + 1 GB = {4 * largest / 1e6 + 1000:.0f} MB"
         )
-        print("seconds  times faster  peak MB  (added MB)  way")
-        first = None
-        for way in [args.only] if args.only else WAYS:
-            command = [sys.executable, __file__, "--threads", str(args.threads)]
-            command += ["--in-process", way, str(source), str(trained)]
-            found = json.loads(
-                subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            )
-            first = first or found["seconds"]
+        ways = [args.only] if args.only else WAYS
+        found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+        for turn in range(args.rounds):  # in turn, so that a busy machine slows all of them
+            for way in ways:
+                command = [sys.executable, __file__, "--threads", str(args.threads)]
+                command += ["--in-process", way, str(source), str(trained)]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                found[way].append(json.loads(done.stdout))
+                print(f"round {turn + 1}: {way} {found[way][-1]['seconds']:.1f} s", flush=True)
+        print("seconds  times faster (range)    peak MB  (added MB)  way")
+        for way in ways:
+            seconds = [run["seconds"] for run in found[way]]
+            faster = [
+                first["seconds"] / run["seconds"]
+                for first, run in zip(found[ways[0]], found[way], strict=True)
+            ]
+            peak, added = (max(run[key] for run in found[way]) / 1e6 for key in ("peak", "added"))
             print(
-                f"{found['seconds']:7.1f}  {first / found['seconds']:12.2f}  {found['peak'] / 1e6:7.0f}  "
-                f"{found['added'] / 1e6:10.0f}  {way}",
-                flush=True,
+                f"{median(seconds):7.1f}  {median(faster):12.2f} ({min(faster):.2f}-{max(faster):.2f})"
+                f"  {peak:9.0f}  {added:10.0f}  {way}"
             )
     finally:
         shutil.rmtree(root)

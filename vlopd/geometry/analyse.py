@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pyarrow.csv import write_csv
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from vlopd.checkpoint import digest_json, read_json, whole_file, write_json, write_text
+from vlopd.checkpoint import digest_json, read_json, whole_file, write_json
 from vlopd.config import GeometryConfig
 from vlopd.delta import Deltas, stream
 from vlopd.geometry.aggregate import group_rows, tensor_rows
@@ -243,25 +244,19 @@ def load_findings(path: Path) -> list[Finding]:
 
 
 def write_table(out: Path, name: str, rows: Sequence[Any]) -> None:
-    """NAME.parquet and NAME.csv of dataclass rows; an empty field is no value."""
-    columns = {
-        field.name: pa.array(
-            [vars(row)[field.name] for row in rows], ARROW[str(field.type).split()[0]]
-        )
-        for field in fields(rows[0])
-    }
+    """NAME.parquet and NAME.csv of dataclass rows, one measure a row; an empty field is no value."""
+    its = fields(rows[0])
+    columns = zip(*map(attrgetter(*(field.name for field in its)), rows), strict=True)
+    table = pa.table(
+        {
+            field.name: pa.array(column, ARROW[str(field.type).split()[0]])
+            for field, column in zip(its, columns, strict=True)
+        }
+    )
     with whole_file(out / f"{name}.parquet") as temporary:
-        pq.write_table(pa.table(columns), temporary)
-    write_text(out / f"{name}.csv", to_csv(rows))
-
-
-def to_csv(rows: Sequence[Any]) -> str:
-    """Tidy CSV, one measure a row; an empty field is no value."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(rows[0])], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(vars(row) for row in rows)
-    return text.getvalue()
+        pq.write_table(table, temporary)
+    with whole_file(out / f"{name}.csv") as temporary:
+        write_csv(table, temporary)
 
 
 def read_rows(folder: Path) -> Iterator[dict[str, str]]:

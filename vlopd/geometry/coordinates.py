@@ -10,21 +10,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vlopd.geometry.closed_forms import hypergeometric
 from vlopd.geometry.nulls import norm
 from vlopd.geometry.rows import Measure, parameters
-from vlopd.geometry.source_masks import REASON, SourceMasks, cuts
+from vlopd.geometry.sizes import CHUNK, below, count, ordered, upto
+from vlopd.geometry.source_masks import REASON, SourceMasks
 from vlopd.masks import quota
 
 ATOLS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 UPDATE_ATOLS = (0.0, 1e-5)
 TAUS = (1e-4, 1e-3, 1e-2)
-CHUNK = 2**18
-"""Coordinates at a time, so that temporaries stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Term:
 # --------------------------------------------------------------------------------------- thresholds
 
 
-def below(threshold: float, dtype: torch.dtype) -> float:
+def not_below(threshold: float, dtype: torch.dtype) -> float:
     """The smallest value of `dtype` that is >= threshold: x < threshold exactly where x < this."""
     rounded = float(torch.tensor(threshold, dtype=dtype))
     if rounded >= threshold:
@@ -79,16 +77,9 @@ def below(threshold: float, dtype: torch.dtype) -> float:
     )
 
 
-def above(threshold: float, dtype: torch.dtype) -> float:
+def not_above(threshold: float, dtype: torch.dtype) -> float:
     """The largest value of `dtype` that is <= threshold: x > threshold exactly where x > this."""
-    return -below(-threshold, dtype)
-
-
-def count(marked: Tensor) -> int:
-    """Number of true entries (NumPy counts bytes far faster than torch does on a CPU)."""
-    if marked.device.type == "cpu":
-        return int(np.count_nonzero(marked.numpy()))
-    return int(marked.sum())
+    return -not_below(-threshold, dtype)
 
 
 # ------------------------------------------------------------------------------------------ measures
@@ -120,29 +111,30 @@ def coordinate_terms(
     w, d = source.reshape(-1), delta.reshape(-1)
     energy, source_energy = norm(d) ** 2, norm(w) ** 2
     rms = math.sqrt(source_energy / n) if n else 0.0
-    tests: dict[tuple[str, str], tuple[str, float]] = {("frac_delta_eq_0", ""): ("<=", 0.0)}
+    sizes = ordered(d)
+    counts = {("frac_delta_eq_0", ""): upto(sizes, 0.0)}
     for atol in ATOLS:
         key = parameters(atol=atol)
-        tests["frac_isclose_zero", key] = ("<=", above(atol, d.dtype))
-        tests["frac_abs_delta_lt", key] = ("<", below(atol, d.dtype))
+        counts["frac_isclose_zero", key] = upto(sizes, not_above(atol, d.dtype))
+        counts["frac_abs_delta_lt", key] = below(sizes, not_below(atol, d.dtype))
     for tau in TAUS:
-        tests["frac_abs_delta_lt_src_rms", parameters(tau=tau)] = ("<", below(tau * rms, d.dtype))
-        tests["frac_abs_delta_le_src_abs", parameters(tau=tau)] = ("<= |w|", tau)
+        key = parameters(tau=tau)
+        counts["frac_abs_delta_lt_src_rms", key] = below(sizes, not_below(tau * rms, d.dtype))
+    largest = float(sizes[-1])
+    # in stretches: a sum in another dtype copies what it adds up
+    total_size = math.fsum(float(part.sum(dtype=torch.float64)) for part in sizes.split(CHUNK))
+    tops = [norm(sizes[n - quota(ratio, n) :]) ** 2 for ratio in ratios]
+    del sizes
 
-    counts = dict.fromkeys(tests, 0)
-    largest = total_size = 0.0
+    relative = dict.fromkeys(TAUS, 0)
     same_in_bf16 = 0
     for a, b in zip(w.split(CHUNK), d.split(CHUNK), strict=True):
         wide = a.to(b.dtype)
         size, reference = b.abs(), wide.abs()
-        largest = max(largest, float(size.max()))
-        total_size += float(size.sum(dtype=torch.float64))
-        for test, (kind, bound) in tests.items():
-            if kind == "<":
-                counts[test] += count(size < bound)
-            else:
-                counts[test] += count(size <= (bound * reference if kind == "<= |w|" else bound))
-        same_in_bf16 += count(a.bfloat16() == (wide + b).bfloat16())
+        for tau in TAUS:
+            relative[tau] += count(size <= tau * reference)
+        # compared wide: torch is slow at comparing bf16
+        same_in_bf16 += count(a.bfloat16().to(b.dtype) == (wide + b).bfloat16().to(b.dtype))
 
     terms = [
         Term("relative_delta_fro", "", energy, source_energy, "root", decided_by="norm"),
@@ -152,13 +144,15 @@ def coordinate_terms(
         Term("frac_delta_eq_0", "precision=bf16", same_in_bf16, n, decided_by="places"),
     ]
     for (metric, key), number in counts.items():
-        decided_by = "places" if metric == "frac_abs_delta_le_src_abs" else "sizes"
-        terms.append(Term(metric, key, number, n, decided_by=decided_by))
-    for ratio, top in zip(ratios, top_energies(d, ratios), strict=True):
+        terms.append(Term(metric, key, number, n, decided_by="sizes"))
+    for tau, number in relative.items():
+        key = parameters(tau=tau)
+        terms.append(Term("frac_abs_delta_le_src_abs", key, number, n, decided_by="places"))
+    for ratio, top in zip(ratios, tops, strict=True):
         key = parameters(ratio=ratio)
         terms.append(Term("coord_top_energy_ratio", key, top, energy, decided_by="sizes"))
     for atol in UPDATE_ATOLS:
-        moved, tallies = masks.tally(d, above(atol, d.dtype))
+        moved, tallies = masks.tally(d, not_above(atol, d.dtype))
         key = parameters(atol=atol)
         terms.append(Term("update_density", key, moved, n, decided_by="sizes"))
         for (name, ratio), both in tallies.items():
@@ -174,24 +168,6 @@ def coordinate_terms(
         key = parameters(ratio=ratio)
         terms.append(Term("low_magnitude_ties", key, ties, fold="sum", decided_by="norm"))
     return terms
-
-
-def top_energies(delta: Tensor, ratios: Sequence[float]) -> list[float]:
-    """Sum of squares of the ceil(ratio * n) largest |D| of a flat update, for every ratio."""
-    n, moved = len(delta), sum(count(part != 0) for part in delta.split(CHUNK))
-    inside = [quota(ratio, n) for ratio in ratios]
-    places = [n - k + 1 for k in inside if k < moved]
-    known = iter(cuts(delta, places) if places else ())
-    found = []
-    for k in inside:
-        if k >= moved:  # all that moved
-            found.append(norm(delta) ** 2)
-            continue
-        cut = next(known)
-        larger = [part[part.float().abs() > cut.value] for part in delta.split(CHUNK)]
-        energy = sum(norm(part) ** 2 for part in larger)
-        found.append(energy + (k - sum(map(len, larger))) * cut.value**2)
-    return found
 
 
 def overlap_terms(

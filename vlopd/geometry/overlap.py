@@ -21,11 +21,11 @@ from vlopd.config import GeometryConfig
 from vlopd.delta import difference, stream
 from vlopd.geometry.aggregate import rows_of
 from vlopd.geometry.analyse import write_table
-from vlopd.geometry.coordinates import UPDATE_ATOLS, Term, above
+from vlopd.geometry.coordinates import UPDATE_ATOLS, Term, not_above
 from vlopd.geometry.examine import OBSERVED
 from vlopd.geometry.nulls import null_delta, null_name
 from vlopd.geometry.rows import Measure, Place, Row, parameters
-from vlopd.geometry.source_masks import cuts
+from vlopd.geometry.sizes import cut, magnitudes
 from vlopd.models.atlas import classify
 
 STRATA = 10
@@ -96,7 +96,7 @@ def tables(
             if null is not None:  # each run draws noise of its own
                 change = null_delta(null, source, change, after.dtype, config.seed, draw, name, run)
             size = change.reshape(-1).abs()
-            moved[run] = [size > above(atol, size.dtype) for atol in UPDATE_ATOLS]
+            moved[run] = [size > not_above(atol, size.dtype) for atol in UPDATE_ATOLS]
         for one, other in found:
             both = zip(moved[one], moved[other], strict=True)
             found[one, other].append([table(strata, a, b) for a, b in both])
@@ -113,8 +113,10 @@ def magnitude_strata(source: Tensor) -> Tensor:
     flat, n = source.reshape(-1), source.numel()
     strata = torch.zeros(n, dtype=torch.uint8)
     ks = sorted({max(1, n * i // STRATA) for i in range(1, STRATA)})
-    for cut in cuts(flat, ks):
-        strata += (flat.float().abs() > cut.value).to(torch.uint8)
+    sizes = magnitudes(flat)
+    borders = [cut(sizes, k).value for k in ks]
+    for border in borders:
+        strata += (magnitudes(flat) > border).to(torch.uint8)
     return strata
 
 

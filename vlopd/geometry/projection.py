@@ -13,6 +13,7 @@ from vlopd.geometry.closed_forms import projected_share
 from vlopd.geometry.nulls import norm
 from vlopd.geometry.rows import Measure, parameters
 from vlopd.geometry.spectrum import (
+    ROWS,
     TOP,
     Factors,
     Sum,
@@ -81,8 +82,10 @@ def sines(before: Tensor, after: Tensor, cuts: Sequence[int]) -> list[Tensor]:
     subtracting nearly equal numbers, so that angles far below 1e-8 keep their digits.
     """
     inside = before.T @ after  # [K, K]
-    outside = after - before @ inside
-    outer = outside.T @ outside
+    outer = torch.zeros_like(inside)
+    for one, other in zip(before.split(ROWS), after.split(ROWS), strict=True):
+        outside = torch.addmm(other, one, inside, alpha=-1)
+        outer.addmm_(outside.T, outside)
     found = []
     for k in cuts:
         between = inside[k:, :k]

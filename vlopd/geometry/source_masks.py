@@ -9,62 +9,43 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vlopd.geometry.spectrum import ROWS, Factors, Sum, rank_at, transposed_times
+from vlopd.geometry.sizes import CHUNK, Cut, count, cut, magnitudes
+from vlopd.geometry.spectrum import ROWS, Factors, rank_at
 from vlopd.masks import quota
 
 NAMES = ("principal", "low_magnitude", "principal_not_low", "nonprincipal_or_low")
-CHUNK = 2**18
 REASON = "the source does not define this mask: no matrix, too large, or all zero"
 
 
-@dataclass(frozen=True)
-class Cut:
-    """The k-th smallest |value| of a tensor, with how many are smaller than it and how many equal."""
+@dataclass
+class Border:
+    """Where a mask ends: it takes all sizes beyond the cut and the first `room` of those that equal it."""
 
-    value: float
-    smaller: int
-    equal: int
+    cut: Cut
+    room: int
+    bit: int
+    beyond: Callable[[Tensor, float], Tensor]
+    upto: Callable[[Tensor, float], Tensor]
 
+    @property
+    def whole(self) -> bool:
+        """Whether all that equal the cut are members, so that no tie is broken."""
+        return self.room == self.cut.equal
 
-def cuts(values: Tensor, ks: Sequence[int]) -> list[Cut]:
-    """The k-th smallest |value| of a flat tensor, compared in fp32, for every k in 1..n.
-
-    The high half of the bits of |x| orders it coarsely: one histogram finds the bin of every k, and only what
-    lies in those bins is sorted, so nothing as large as the tensor is copied.
-    """
-    histogram = torch.zeros(2**15, dtype=torch.int64)
-    for part in values.split(CHUNK):
-        histogram += torch.bincount(high_bits(part), minlength=2**15).cpu()
-    upto = histogram.cumsum(0)
-    bins = torch.searchsorted(upto, torch.tensor(ks))
-    wanted = torch.zeros(2**15, dtype=torch.bool)
-    wanted[bins] = True
-    kept = [
-        part[bits == number].float().abs().cpu()
-        for part in values.split(CHUNK)
-        for bits in [high_bits(part)]
-        for number in sorted(set(bins.tolist()))
-    ]
-    entries = np.sort(torch.cat(kept).numpy())
-    found = []
-    for k, bin_ in zip(ks, bins.tolist(), strict=True):
-        below = int(upto[bin_ - 1]) if bin_ else 0
-        gathered = int(
-            histogram[:bin_][wanted[:bin_]].sum()
-        )  # entries of lower bins that were kept
-        value = entries[gathered + k - below - 1]
-        first, last = (int(np.searchsorted(entries, value, side)) for side in ("left", "right"))
-        found.append(Cut(float(value), below + first - gathered, last - first))
-    return found
-
-
-def high_bits(values: Tensor) -> Tensor:
-    """The upper 15 bits of |x| as fp32, which order by size (IEEE 754); flat int32."""
-    return values.float().abs().view(torch.int32) >> 16
+    def mark(self, code: Tensor, size: Tensor) -> None:
+        """Sets the bit of the next stretch's members."""
+        if self.whole:
+            member = self.upto(size, self.cut.value)
+        else:
+            member = self.beyond(size, self.cut.value)
+            if self.room:
+                equal = (size == self.cut.value).nonzero().squeeze(1)[: self.room]
+                member[equal] = True
+                self.room -= len(equal)
+        code.add_(member.view(torch.uint8), alpha=self.bit)
 
 
 class SourceMasks:
@@ -89,50 +70,46 @@ class SourceMasks:
         dtype = torch.uint8 if len(ratios) <= 4 else torch.int16
         self.code = torch.zeros(len(flat), dtype=dtype, device=flat.device)
         if not self.empty:
-            counts = [quota(ratio, len(flat)) for ratio in self.ratios]
-            for i, (count, cut) in enumerate(zip(counts, cuts(flat, counts), strict=True)):
-                room = count - cut.smaller
-                self.ties[self.ratios[i]] = cut.equal if room < cut.equal else 0
-                self._mark(flat, cut.value, room, 2 << (2 * i), torch.lt)
+            self._add_low(flat)
             if factors is not None:
                 self._add_principal(source.flatten(1), factors)
         self.select = selectors(len(ratios))
-        table = torch.zeros(4 ** len(ratios), dtype=torch.int64)
-        for code in self.code.split(CHUNK):  # all at once they would be widened to 8 bytes each
-            table += torch.bincount(code, minlength=len(table)).cpu()
+        table = self._no_codes()
+        for code in self.code.split(CHUNK):
+            table += codes(code, len(table))
         self.table = self._counts(table)
 
+    def _add_low(self, flat: Tensor) -> None:
+        """Marks the smallest entries at every ratio."""
+        sizes, borders = magnitudes(flat), []
+        for i, ratio in enumerate(self.ratios):
+            members = quota(ratio, len(flat))
+            found = cut(sizes, members)
+            border = Border(found, members - found.smaller, 2 << (2 * i), torch.lt, torch.le)
+            self.ties[ratio] = 0 if border.whole else found.equal
+            borders.append(border)
+        del sizes
+        for code, part in zip(self.code.split(CHUNK), flat.split(CHUNK), strict=True):
+            size = magnitudes(part)
+            for border in borders:
+                border.mark(code, size)
+
     def _add_principal(self, matrix: Tensor, factors: Factors) -> None:
-        """Marks the largest of each reconstruction U_k U_k^T W, which is made in fp32, some rows at a time."""
+        """Marks the largest of each reconstruction U_k U_k^T W, rounded to fp32."""
         m, n = matrix.shape
-        right = transposed_times(Sum((matrix,)), factors.left)  # W^T U [n, K]
-        size = torch.empty(m, n, dtype=torch.float32, device=matrix.device)
+        right = factors.right * factors.values[: factors.right.shape[1]]  # W^T U [n, K]
+        sizes = torch.empty(m, n, dtype=torch.float32, device=matrix.device)
         for i, ratio in enumerate(self.ratios):
             k = rank_at(ratio, m, n)
-            for to, left in zip(size.split(ROWS), factors.left.split(ROWS), strict=True):
-                torch.abs((left[:, :k] @ right[:, :k].T).float(), out=to)
-            count, flat = quota(ratio, m * n), size.view(-1)
-            (cut,) = cuts(flat, [m * n - count + 1])
-            larger = m * n - cut.smaller - cut.equal
-            self._mark(flat, cut.value, count - larger, 1 << (2 * i), torch.gt)
-
-    def _mark(
-        self,
-        values: Tensor,
-        cut: float,
-        room: int,
-        bit: int,
-        beyond: Callable[[Tensor, float], Tensor],
-    ) -> None:
-        """Sets a bit where |value| is beyond the cut, and at the first `room` of those that equal it."""
-        for code, part in zip(self.code.split(CHUNK), values.split(CHUNK), strict=True):
-            size = part.float().abs()
-            member = beyond(size, cut)
-            if room:
-                equal = (size == cut).nonzero().squeeze(1)[:room]
-                member[equal] = True
-                room -= len(equal)
-            code += bit * member.to(code.dtype)
+            of_right = right[:, :k].T
+            for to, left in zip(sizes.split(ROWS), factors.left.split(ROWS), strict=True):
+                torch.abs((left[:, :k] @ of_right).float(), out=to)
+            members, flat = quota(ratio, m * n), sizes.view(-1)
+            found = cut(flat.clone(), m * n - members + 1)
+            larger = m * n - found.smaller - found.equal
+            border = Border(found, members - larger, 1 << (2 * i), torch.gt, torch.ge)
+            for code, size in zip(self.code.split(CHUNK), flat.split(CHUNK), strict=True):
+                border.mark(code, size)
 
     def names(self) -> list[tuple[str, float]]:
         return [(name, ratio) for name in NAMES for ratio in self.ratios]
@@ -144,14 +121,26 @@ class SourceMasks:
 
     def tally(self, delta: Tensor, threshold: float) -> tuple[int, dict[tuple[str, float], int]]:
         """(coordinates with |delta| > threshold, how many of them each mask has); delta is flat."""
-        table = torch.zeros(4 ** len(self.ratios), dtype=torch.int64)
+        table, moved = self._no_codes(), 0
         for code, part in zip(self.code.split(CHUNK), delta.split(CHUNK), strict=True):
-            table += torch.bincount(code[part.abs() > threshold], minlength=len(table)).cpu()
-        return int(table.sum()), self._counts(table)
+            visible = part.abs() > threshold
+            moved += count(visible)
+            # the code of what did not move becomes 0, which is faster than taking out what moved
+            table += codes(code * visible.view(torch.uint8), len(table))
+        table[0] += moved - table.sum()
+        return moved, self._counts(table)
+
+    def _no_codes(self) -> Tensor:
+        return torch.zeros(4 ** len(self.ratios), dtype=torch.int64)
 
     def _counts(self, table: Tensor) -> dict[tuple[str, float], int]:
         """Entries of a table by code that belong to each mask."""
         return dict(zip(self.names(), (self.select @ table.cpu()).tolist(), strict=True))
+
+
+def codes(code: Tensor, number: int) -> Tensor:
+    """How often each of so many codes comes, [number] on the CPU."""
+    return torch.bincount(code, minlength=number).cpu()
 
 
 def selectors(ratios: int) -> Tensor:

@@ -24,7 +24,7 @@ TOP = (1, 2, 4, 8, 16, 32, 64)
 TOLERANCES = (1e-6, 1e-5, 1e-4)
 FLOOR = 2.0**-22
 """Singular values below this share of the largest are the Gram matrix's rounding: they are zero."""
-ROWS = 4096
+ROWS = 512
 """Rows of the longer side that are widened to float64 at a time."""
 BLOCK = 192
 """Columns of the Gram matrix at a time: only its lower triangle is computed."""
@@ -198,17 +198,24 @@ def transposed_times(matrix: Sum, basis: Tensor) -> Tensor:
 def orthonormal(columns: Tensor) -> Tensor:
     """Makes columns [m, k] orthonormal in place, so that the first j span what the first j did, for every j.
 
-    Cholesky of the columns' Gram matrix, twice, which is a few products of matrices; Householder QR where
-    the columns are too nearly dependent for it (arXiv 1401.5171).
+    The Q of A = Q R with a positive diagonal. By Cholesky of the columns' Gram matrix, which is a few products of
+    matrices: once where they are nearly orthogonal already, as W V is, else twice; by Householder's reflections
+    where they are too nearly dependent for it (arXiv 1401.5171).
     """
     for _ in range(2):
-        factor, info = torch.linalg.cholesky_ex(columns.T @ columns)
+        inner = columns.T @ columns
+        factor, info = torch.linalg.cholesky_ex(inner)
         diagonal = factor.diagonal()
         if int(info) or float(diagonal.min()) < 1e-6 * float(diagonal.max()):
-            return torch.linalg.qr(columns).Q
+            q, r = torch.linalg.qr(columns)
+            return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
         # some rows at a time: at an embedding's height a copy is as large as its tensor
         for rows in columns.split(ROWS):
             rows.copy_(torch.linalg.solve_triangular(factor.T, rows, upper=True, left=False))
+        lengths = inner.diagonal().sqrt()
+        cosines = (inner / lengths).T / lengths
+        if float(cosines.fill_diagonal_(0).norm()) < 0.1:
+            break  # their condition number is near 1, and the error of one pass is its square times epsilon
     return columns
 
 
