@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 from concurrent.futures import ProcessPoolExecutor
 
-import psutil
 import torch
 from pydantic import TypeAdapter
+from resident import resident
 
 from vlopd.config import LossConfig, parse_override
 from vlopd.losses import Sampled, chunked_divergence
@@ -45,9 +44,9 @@ def peak_bytes(loss: LossConfig, tokens: int, vocabulary: int, width: int, devic
         before = torch.cuda.memory_allocated()
         step(tokens)
         return torch.cuda.max_memory_allocated() - before
-    before = psutil.Process().memory_info().rss
+    before = resident("VmRSS")
     step(tokens)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return resident("VmHWM") - before
 
 
 def main() -> None:

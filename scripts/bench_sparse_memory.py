@@ -27,6 +27,8 @@ import sys
 import time
 from typing import Any
 
+from resident import resident
+
 DENSITY = 0.2
 MODES = ("dense", "sparse", "shira", "linear")
 COLUMNS = (
@@ -247,13 +249,6 @@ def shira(model, rank: int):
     values = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(values, lr=1e-6, weight_decay=0.0, fused=True)
     return values, optimizer.step, lambda: optimizer.zero_grad(set_to_none=True)
-
-
-def resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process, in bytes."""
-    with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":
