@@ -51,11 +51,13 @@ def cut(sizes: Tensor, k: int) -> Cut:
     if sizes.device.type == "cpu":
         sizes.numpy().partition(k - 1)
         value = float(sizes[k - 1])
-        smaller = k - 1 - count(sizes[: k - 1] == value)
     else:
         value = float(sizes.kthvalue(k).values)
-        smaller = count(sizes < value)
-    return Cut(value, smaller, count(sizes == value))
+    parts = sizes.split(CHUNK)
+    smaller, equal = (
+        sum(count(compare(part, value)) for part in parts) for compare in (torch.lt, torch.eq)
+    )
+    return Cut(value, smaller, equal)
 
 
 def count(marked: Tensor) -> int:

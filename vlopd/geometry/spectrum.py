@@ -26,8 +26,6 @@ FLOOR = 2.0**-22
 """Singular values below this share of the largest are the Gram matrix's rounding: they are zero."""
 ROWS = 512
 """Rows of the longer side that are widened to float64 at a time."""
-BLOCK = 192
-"""Columns of the Gram matrix at a time: only its lower triangle is computed."""
 OVERSAMPLE, POWER = 16, 4
 """Extra directions and power iterations of the randomised pass."""
 
@@ -110,11 +108,12 @@ def gram(matrix: Sum) -> Tensor:
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     r = tall.shape[1]
     found = torch.zeros(r, r, dtype=torch.float64, device=matrix.device)
-    for wide in tall.widened():
-        for start in range(0, r, BLOCK):
-            end = min(start + BLOCK, r)
-            found[start:end, :end].addmm_(wide[:, start:end].T, wide[:, :end])
-    return found.tril_() + found.tril(-1).T
+    for rows in tall.widened():
+        if found.device.type == "cpu":  # NumPy multiplies half as much, the product being symmetric
+            found += torch.from_numpy(rows.numpy().T @ rows.numpy())
+        else:
+            found.addmm_(rows.T, rows)
+    return found
 
 
 def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
