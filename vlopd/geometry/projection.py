@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlopd.config import GeometryConfig
 from vlopd.geometry.closed_forms import projected_share
+from vlopd.geometry.linalg import eigenvalues_of, product
 from vlopd.geometry.nulls import norm
 from vlopd.geometry.rows import Measure, parameters
 from vlopd.geometry.spectrum import (
@@ -17,7 +18,6 @@ from vlopd.geometry.spectrum import (
     TOP,
     Factors,
     Sum,
-    eigenvalues_of,
     factorise,
     gram,
     rank_at,
@@ -50,12 +50,12 @@ def projection_measures(
     along = delta if tall else delta.T  # [longer side, shorter side]
     near, far = (source.right, source.left) if tall else (source.left, source.right)
     from_far = transposed_times(along, far).T  # [k, shorter side]
-    joint = (from_far @ near).square()  # [k far, k near]
+    joint = product(from_far, near).square()  # [k far, k near]
     far_energy = from_far.square().sum(1)
     if squares is None:
         near_energy = times(along, near).square().sum(0)
     else:
-        near_energy = (near * (squares @ near)).sum(0).clamp(min=0)
+        near_energy = (near * product(squares, near)).sum(0).clamp(min=0)
     left, right = (far_energy, near_energy) if tall else (near_energy, far_energy)
     left, right = left.cumsum(0), right.cumsum(0)
     found = []
@@ -81,15 +81,15 @@ def sines(before: Tensor, after: Tensor, cuts: Sequence[int]) -> list[Tensor]:
     (I - U_k U_k^T) U'_k, which has a part outside U_K and one between k and K; both are formed without
     subtracting nearly equal numbers, so that angles far below 1e-8 keep their digits.
     """
-    inside = before.T @ after  # [K, K]
+    inside = product(before.T, after)  # [K, K]
     outer = torch.zeros_like(inside)
     for one, other in zip(before.split(ROWS), after.split(ROWS), strict=True):
-        outside = torch.addmm(other, one, inside, alpha=-1)
-        outer.addmm_(outside.T, outside)
+        outside = other - product(one, inside)
+        outer += product(outside.T, outside)
     found = []
     for k in cuts:
         between = inside[k:, :k]
-        found.append(roots(eigenvalues_of(outer[:k, :k] + between.T @ between)))
+        found.append(roots(eigenvalues_of(outer[:k, :k] + product(between.T, between))))
     return found
 
 

@@ -50,14 +50,14 @@ def cut(sizes: Tensor, k: int) -> Cut:
     """The k-th smallest of flat sizes, k in 1..n; reorders them."""
     if sizes.device.type == "cpu":
         sizes.numpy().partition(k - 1)
-        value = float(sizes[k - 1])
     else:
-        value = float(sizes.kthvalue(k).values)
-    parts = sizes.split(CHUNK)
-    smaller, equal = (
-        sum(count(compare(part, value)) for part in parts) for compare in (torch.lt, torch.eq)
+        sizes.copy_(sizes.sort().values)
+    value = float(sizes[k - 1])
+    before, after = (
+        sum(count(part == value) for part in side.split(CHUNK))
+        for side in (sizes[: k - 1], sizes[k - 1 :])
     )
-    return Cut(value, smaller, equal)
+    return Cut(value, k - 1 - before, before + after)
 
 
 def count(marked: Tensor) -> int:

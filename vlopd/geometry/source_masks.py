@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlopd.geometry.linalg import product
 from vlopd.geometry.sizes import CHUNK, Cut, count, cut, magnitudes
 from vlopd.geometry.spectrum import ROWS, Factors, rank_at
 from vlopd.masks import quota
@@ -103,7 +104,7 @@ class SourceMasks:
             k = rank_at(ratio, m, n)
             of_right = right[:, :k].T
             for to, left in zip(sizes.split(ROWS), factors.left.split(ROWS), strict=True):
-                torch.abs((left[:, :k] @ of_right).float(), out=to)
+                torch.abs(product(left[:, :k], of_right).float(), out=to)
             members, flat = quota(ratio, m * n), sizes.view(-1)
             found = cut(flat.clone(), m * n - members + 1)
             larger = m * n - found.smaller - found.equal

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vlopd.config import GeometryConfig
+from vlopd.geometry.linalg import eigenvalues_of, leading_eigenvectors, product
 from vlopd.geometry.rows import Measure, parameters
 from vlopd.seeding import generator
 
@@ -109,27 +109,8 @@ def gram(matrix: Sum) -> Tensor:
     r = tall.shape[1]
     found = torch.zeros(r, r, dtype=torch.float64, device=matrix.device)
     for rows in tall.widened():
-        if found.device.type == "cpu":  # NumPy multiplies half as much, the product being symmetric
-            found += torch.from_numpy(rows.numpy().T @ rows.numpy())
-        else:
-            found.addmm_(rows.T, rows)
+        found += product(rows.T, rows)
     return found
-
-
-def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors. On a CPU NumPy's LAPACK, which is faster than torch's here."""
-    if symmetric.device.type != "cpu":
-        values, vectors = torch.linalg.eigh(symmetric)
-        return values, vectors
-    values, vectors = np.linalg.eigh(symmetric.numpy())
-    return torch.from_numpy(values), torch.from_numpy(vectors)
-
-
-def eigenvalues_of(symmetric: Tensor) -> Tensor:
-    """Ascending; as `eigh`."""
-    if symmetric.device.type != "cpu":
-        return torch.linalg.eigvalsh(symmetric)
-    return torch.from_numpy(np.linalg.eigvalsh(symmetric.numpy()))
 
 
 def whole(matrix: Sum) -> Tensor:
@@ -140,7 +121,7 @@ def times(matrix: Sum, basis: Tensor) -> Tensor:
     """matrix @ basis in float64: [m, n] of any dtype and [n, k] -> [m, k]."""
     found = basis.new_empty(matrix.shape[0], basis.shape[1])
     for to, rows in zip(found.split(ROWS), matrix.widened(), strict=True):
-        torch.mm(rows, basis, out=to)
+        to.copy_(product(rows, basis))
     return found
 
 
@@ -156,8 +137,7 @@ def factorise(matrix: Sum, k: int, method: str = "gram", approximate: str = "") 
         u, values, vt = torch.linalg.svd(whole(matrix), full_matrices=False)
         return Factors(values, u[:, :k].contiguous(), vt[:k].T.contiguous())
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-    eigenvalues, vectors = eigh(gram(matrix))
-    near = vectors[:, -k:].flip(1)
+    eigenvalues, near = leading_eigenvectors(gram(matrix), k)
     far = orthonormal(times(tall, near))
     left, right = (far, near) if tall is matrix else (near, far)
     return Factors(roots(eigenvalues), left, right)
@@ -179,9 +159,8 @@ def randomised(matrix: Sum, k: int, reason: str) -> Factors:
         far = orthonormal(times(tall, near))
         near = orthonormal(transposed_times(tall, far))
     far = times(tall, near)
-    eigenvalues, vectors = eigh(far.T @ far)
-    vectors = vectors.flip(1)[:, :k]
-    near, far = near @ vectors, orthonormal(far @ vectors)
+    eigenvalues, vectors = leading_eigenvectors(product(far.T, far), k)
+    near, far = product(near, vectors), orthonormal(product(far, vectors))
     left, right = (far, near) if tall is matrix else (near, far)
     return Factors(roots(eigenvalues)[:k], left, right, reason)
 
@@ -190,7 +169,7 @@ def transposed_times(matrix: Sum, basis: Tensor) -> Tensor:
     """matrix^T @ basis in float64: [m, n] of any dtype and [m, k] -> [n, k]."""
     found = basis.new_zeros(matrix.shape[1], basis.shape[1])
     for rows, part in zip(matrix.widened(), basis.split(ROWS), strict=True):
-        found.addmm_(rows.T, part)
+        found += product(rows.T, part)
     return found
 
 
@@ -202,7 +181,7 @@ def orthonormal(columns: Tensor) -> Tensor:
     where they are too nearly dependent for it (arXiv 1401.5171).
     """
     for _ in range(2):
-        inner = columns.T @ columns
+        inner = product(columns.T, columns)
         factor, info = torch.linalg.cholesky_ex(inner)
         diagonal = factor.diagonal()
         if int(info) or float(diagonal.min()) < 1e-6 * float(diagonal.max()):

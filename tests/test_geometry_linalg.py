@@ -1,0 +1,99 @@
+"""Geometry's own numerics: eigenproblems with few vectors, orthonormal bases, and orders of sizes."""
+
+import numpy as np
+import pytest
+import torch
+
+from vlopd.geometry.linalg import by_inverse_iteration, leading_eigenvectors, product
+from vlopd.geometry.sizes import Cut, below, cut, ordered, upto
+from vlopd.geometry.spectrum import orthonormal
+
+N, K = 96, 20
+SPECTRA = {
+    "noise": torch.rand(N, dtype=torch.float64) + 0.1,
+    "six decades": torch.logspace(-6, 0, N, dtype=torch.float64),
+    "below rounding": torch.logspace(-40, 0, N, dtype=torch.float64),
+    "low rank": torch.cat([torch.zeros(N - 5), torch.arange(1.0, 6)]).double(),
+    "pairs": torch.arange(1.0, N // 2 + 1).double().repeat_interleave(2),
+    "all equal": torch.ones(N, dtype=torch.float64),
+    "nothing": torch.zeros(N, dtype=torch.float64),
+}
+
+
+def symmetric(spectrum: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(1)
+    basis = torch.linalg.qr(torch.randn(N, N, dtype=torch.float64)).Q
+    matrix = (basis * spectrum) @ basis.T
+    return (matrix + matrix.T) / 2
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
+def test_leading_eigenvectors_are_exact_whatever_the_spectrum(spectrum):
+    """Values are eigvalsh's and vectors orthonormal eigenvectors, both to rounding, also where values are equal."""
+    matrix = symmetric(spectrum)
+    values, vectors = leading_eigenvectors(matrix, K)
+    scale = float(spectrum.max()) or 1.0
+    expected = torch.linalg.eigvalsh(matrix)
+    assert torch.allclose(values, expected, rtol=0, atol=1e-13 * scale)
+    assert torch.allclose(vectors.T @ vectors, torch.eye(K).double(), rtol=0, atol=1e-12)
+    error = matrix @ vectors - vectors * values.flip(0)[:K]
+    assert float(error.abs().max()) < 1e-13 * scale
+
+
+def test_inverse_iteration_does_the_work_where_it_can():
+    """An ordinary matrix takes the short way, and one that falls apart or wants many vectors does not."""
+    values, vectors = by_inverse_iteration(symmetric(SPECTRA["noise"]).numpy(), K)
+    assert values.shape == (N,) and vectors.shape == (N, K)
+    for name, k in (("low rank", K), ("all equal", K), ("nothing", K), ("noise", N // 2)):
+        with pytest.raises(np.linalg.LinAlgError):
+            by_inverse_iteration(symmetric(SPECTRA[name]).numpy(), k)
+
+
+def test_a_matrix_that_is_not_finite_is_no_result():
+    """A NaN is an error that the rows then name, not a silent number."""
+    matrix = symmetric(SPECTRA["noise"])
+    matrix[5, 3] = matrix[3, 5] = torch.nan
+    try:
+        values, _ = leading_eigenvectors(matrix, K)
+    except np.linalg.LinAlgError:
+        return
+    assert values.isnan().any()
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e3, 1e12])
+def test_bases_are_nested_and_point_the_same_way(spread):
+    """The Q of A = Q R with positive diagonal, for columns nearly orthogonal, uneven, and nearly dependent."""
+    torch.manual_seed(2)
+    columns = torch.randn(60, 8, dtype=torch.float64)
+    columns[:, 1:] = columns[:, 1:] / spread + columns[:, :1] * (spread > 1)
+    q = orthonormal(columns.clone())
+    assert torch.allclose(q.T @ q, torch.eye(8).double(), rtol=0, atol=1e-12)
+    r = q.T @ columns
+    assert (r.diagonal() > 0).all()
+    assert float(r.tril(-1).abs().max()) < 1e-12 * float(columns.norm())
+
+
+def test_products_are_torchs():
+    """Also those of a matrix with its own transpose, of which half is worked out."""
+    torch.manual_seed(3)
+    a, b = torch.randn(30, 7).double(), torch.randn(7, 5).double()
+    assert torch.allclose(product(a, b), a @ b, rtol=1e-13)
+    assert torch.equal(product(a.T, a), product(a.T, a).T)
+    assert torch.allclose(product(a.T, a), a.T @ a, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_sizes_are_counted_as_by_hand(dtype):
+    """Cuts and counts among many ties, of signs and zeros, agree with a sorted list."""
+    torch.manual_seed(4)
+    values = (torch.randn(5000) * 8).round().div(8).to(dtype)
+    by_hand = sorted(abs(v) for v in values.tolist())
+    sizes = ordered(values)
+    assert sizes.tolist() == by_hand
+    for threshold in (0.0, 0.125, 1.0, 100.0):
+        assert below(sizes, threshold) == sum(v < threshold for v in by_hand)
+        assert upto(sizes, threshold) == sum(v <= threshold for v in by_hand)
+    for k in (1, 2, 700, 4999, 5000):
+        value = by_hand[k - 1]
+        found = cut(values.abs().float(), k)
+        assert found == Cut(value, sum(v < value for v in by_hand), by_hand.count(value))
