@@ -25,7 +25,9 @@ TOLERANCES = (1e-6, 1e-5, 1e-4)
 FLOOR = 2.0**-22
 """Singular values below this share of the largest are the Gram matrix's rounding: they are zero."""
 ROWS = 512
-"""Rows of the longer side that are widened to float64 at a time."""
+"""Rows of the longer side of a large matrix that are widened to float64 at a time."""
+HELD = 2**21
+"""Entries up to which a matrix is widened once, 16 MB of it, rather than whenever it is read."""
 OVERSAMPLE, POWER = 16, 4
 """Extra directions and power iterations of the randomised pass."""
 
@@ -73,27 +75,23 @@ class Factors:
         return int((self.values > 0).sum())
 
 
-@dataclass(frozen=True)
 class Sum:
-    """source + delta as a matrix [m, n] that is never formed: its rows are added in float64 as they are read."""
+    """A sum of matrices [m, n] in float64, e.g. source + delta; a large one is never formed but read in parts."""
 
-    terms: tuple[Tensor, ...]
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.terms[0].shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.terms[0].device
+    def __init__(self, terms: tuple[Tensor, ...]):
+        first, *others = terms
+        self.terms, self.height = terms, ROWS
+        if first.numel() <= HELD:
+            self.terms, self.height = (sum(others, first.double()),), max(1, len(first))
+        self.shape, self.device = first.shape, first.device
 
     @property
     def T(self) -> Sum:
         return Sum(tuple(term.T for term in self.terms))
 
     def widened(self) -> Iterator[Tensor]:
-        """Float64 rows, ROWS of them at a time."""
-        for first, *others in zip(*(term.split(ROWS) for term in self.terms), strict=True):
+        """Float64 rows, `height` of them at a time."""
+        for first, *others in zip(*(term.split(self.height) for term in self.terms), strict=True):
             rows = first.double()
             for other in others:
                 rows = rows + other
@@ -120,7 +118,7 @@ def whole(matrix: Sum) -> Tensor:
 def times(matrix: Sum, basis: Tensor) -> Tensor:
     """matrix @ basis in float64: [m, n] of any dtype and [n, k] -> [m, k]."""
     found = basis.new_empty(matrix.shape[0], basis.shape[1])
-    for to, rows in zip(found.split(ROWS), matrix.widened(), strict=True):
+    for to, rows in zip(found.split(matrix.height), matrix.widened(), strict=True):
         to.copy_(product(rows, basis))
     return found
 
@@ -168,7 +166,7 @@ def randomised(matrix: Sum, k: int, reason: str) -> Factors:
 def transposed_times(matrix: Sum, basis: Tensor) -> Tensor:
     """matrix^T @ basis in float64: [m, n] of any dtype and [m, k] -> [n, k]."""
     found = basis.new_zeros(matrix.shape[1], basis.shape[1])
-    for rows, part in zip(matrix.widened(), basis.split(ROWS), strict=True):
+    for rows, part in zip(matrix.widened(), basis.split(matrix.height), strict=True):
         found += product(rows.T, part)
     return found
 
