@@ -82,11 +82,14 @@ class SourceMasks:
 
     def _add_low(self, flat: Tensor) -> None:
         """Marks the smallest entries at every ratio."""
-        sizes, borders = magnitudes(flat), []
-        for i, ratio in enumerate(self.ratios):
+        sizes, borders, found = magnitudes(flat), [], None
+        for ratio in sorted(self.ratios, reverse=True):
             members = quota(ratio, len(flat))
-            found = cut(sizes, members)
-            border = Border(found, members - found.smaller, 2 << (2 * i), torch.lt, torch.le)
+            if found is None or members <= found.smaller:
+                found = cut(sizes, members)
+                sizes = sizes[:members]  # holds all that are smaller than the cut
+            bit = 2 << (2 * self.ratios.index(ratio))
+            border = Border(found, members - found.smaller, bit, torch.lt, torch.le)
             self.ties[ratio] = 0 if border.whole else found.equal
             borders.append(border)
         del sizes
