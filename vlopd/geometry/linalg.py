@@ -10,6 +10,7 @@ Python's lock and would have the workers wait for each other.
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 
 import numpy as np
 import torch
@@ -96,6 +97,7 @@ def lapack(name: str, *arguments: bytes | int | np.ndarray) -> None:
         raise np.linalg.LinAlgError(f"{name}: info = {info.value}")
 
 
+@cache
 def address(name: str) -> int:
     """Where a routine of scipy.linalg.cython_lapack is, whose capsules are named by their C signatures."""
     capsule = cython_lapack.__pyx_capi__[name]

@@ -29,6 +29,7 @@ from vlopd.config import (
     SignFlippedNull,
     UlpNull,
 )
+from vlopd.geometry.sizes import CHUNK
 from vlopd.seeding import generator
 
 TOLERANCE = 0.02
@@ -37,8 +38,6 @@ COARSEST = 1e-3
 STEPS = 60
 PASSES = 16
 """Corrections of a null's rows and columns, in turn."""
-CHUNK = 2**18
-"""Coordinates at a time, so that temporaries stay in the cache."""
 
 
 def null_name(null: NullConfig) -> str:

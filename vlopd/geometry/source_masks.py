@@ -77,7 +77,7 @@ class SourceMasks:
         self.select = selectors(len(ratios))
         table = self._no_codes()
         for code in self.code.split(CHUNK):
-            table += codes(code, len(table))
+            table += frequencies(code, len(table))
         self.table = self._counts(table)
 
     def _add_low(self, flat: Tensor) -> None:
@@ -130,7 +130,7 @@ class SourceMasks:
             visible = part.abs() > threshold
             moved += count(visible)
             # the code of what did not move becomes 0, which is faster than taking out what moved
-            table += codes(code * visible.view(torch.uint8), len(table))
+            table += frequencies(code * visible.view(torch.uint8), len(table))
         table[0] += moved - table.sum()
         return moved, self._counts(table)
 
@@ -142,7 +142,7 @@ class SourceMasks:
         return dict(zip(self.names(), (self.select @ table.cpu()).tolist(), strict=True))
 
 
-def codes(code: Tensor, number: int) -> Tensor:
+def frequencies(code: Tensor, number: int) -> Tensor:
     """How often each of so many codes comes, [number] on the CPU."""
     return torch.bincount(code, minlength=number).cpu()
 
