@@ -50,16 +50,8 @@ def folded(terms: np.ndarray, reasons: dict[int, str], keys: Keys) -> list[Measu
         zip(keys.terms, terms.tolist(), strict=True)
     ):
         chance = None if math.isnan(mean) else (mean, variance)
-        term = Term(
-            key.metric,
-            key.parameter,
-            top,
-            bottom,
-            key.fold,
-            reasons.get(i, ""),
-            key.decided_by,
-            chance,
-        )
+        metric, parameter, fold, decided_by = key
+        term = Term(metric, parameter, top, bottom, fold, reasons.get(i, ""), decided_by, chance)
         found.append(term.measure())
     return found
 

@@ -113,7 +113,7 @@ def headline(groups: Sequence[Row]) -> list[dict[str, Any]]:
     chosen.sort(key=lambda row: order[row.name, row.metric, row.parameter])
     keys = ("name", "metric", "parameter", "value", "null", "null_mean", "null_sd", "p")
     return [
-        {key: asdict(row)[key] for key in keys}
+        {key: vars(row)[key] for key in keys}
         for row in [*chosen, *parts]
         if row.null != "closed_form"
     ]
@@ -217,7 +217,7 @@ def save_findings(path: Path, findings: Sequence[Finding]) -> None:
         values = {field.name: finding.__dict__[field.name] for field in fields(Finding)}
         for key in ("terms", "measures", "statuses"):
             arrays[f"{i}.{key}"] = values.pop(key)
-        about.append({**values, "place": asdict(finding.place)})
+        about.append({**values, "place": finding.place._asdict()})
     with whole_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, about=np.array(json.dumps(about)), **arrays)
 
@@ -245,12 +245,12 @@ def load_findings(path: Path) -> list[Finding]:
 
 def write_table(out: Path, name: str, rows: Sequence[Any]) -> None:
     """NAME.parquet and NAME.csv of dataclass rows, one measure a row; an empty field is no value."""
-    its = fields(rows[0])
-    columns = zip(*map(attrgetter(*(field.name for field in its)), rows), strict=True)
     table = pa.table(
         {
-            field.name: pa.array(column, ARROW[str(field.type).split()[0]])
-            for field, column in zip(its, columns, strict=True)
+            field.name: pa.array(
+                list(map(attrgetter(field.name), rows)), ARROW[str(field.type).split()[0]]
+            )
+            for field in fields(rows[0])
         }
     )
     with whole_file(out / f"{name}.parquet") as temporary:

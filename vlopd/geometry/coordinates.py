@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ UPDATE_ATOLS = (0.0, 1e-5)
 TAUS = (1e-4, 1e-3, 1e-2)
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """A measure before the division.
 
     fold: `ratio` numerator / denominator, `root` the square root of that, `max` and `sum` the numerator

@@ -32,7 +32,7 @@ STRATA = 10
 """Groups of a tensor's coordinates by |w|, smallest first, as equal in size as ties allow."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class OverlapRow(Row):
     """A row about two runs; `first` and `second` are their names."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -69,7 +68,7 @@ def projection_measures(
         for prefix, part, dimensions in parts:
             metric = f"{prefix}principal_projection_energy_ratio"
             measure = _ratio(metric, parameters(ratio=ratio), part, energy)
-            measure = replace(measure, chance=projected_share(dimensions, m * n))
+            measure = measure._replace(chance=projected_share(dimensions, m * n))
             found.append(_defined(_as(measure, source.approximate), source, k))
     return found
 
@@ -110,7 +109,7 @@ def rotation_measures(
             measure = Measure(metric, parameters(ratio=ratio), angle)
             if source.approximate:
                 reason = SUBSPACE + source.approximate
-                measure = replace(measure, value=None, status="skipped", reason=reason)
+                measure = measure._replace(value=None, status="skipped", reason=reason)
             found.append(_defined(measure, source, k))
     return found
 
@@ -177,13 +176,13 @@ def skipped_measures(config: GeometryConfig, reason: str, status: str = "skipped
     """The rows of a parameter that is no matrix, or that failed: none is dropped silently."""
     unit = torch.ones(1, 1, dtype=torch.float64)
     rows = matrix_measures(unit, source_factors(unit, config), unit, config)
-    return [replace(row, value=None, status=status, reason=reason, chance=None) for row in rows]
+    return [row._replace(value=None, status=status, reason=reason, chance=None) for row in rows]
 
 
 def _as(measure: Measure, approximate: str) -> Measure:
     if not approximate or measure.value is None:
         return measure
-    return replace(measure, status="approximate", reason=approximate)
+    return measure._replace(status="approximate", reason=approximate)
 
 
 def _ratio(
@@ -205,4 +204,4 @@ def _defined(measure: Measure, source: Factors, k: int) -> Measure:
     if source.rank >= k:
         return measure
     reason = f"the source has rank {source.rank}, below k = {k}"
-    return replace(measure, value=None, status="skipped", reason=reason, chance=None)
+    return measure._replace(value=None, status="skipped", reason=reason, chance=None)

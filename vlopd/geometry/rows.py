@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from scipy.special import stdtr
 
@@ -18,8 +19,7 @@ KEPT = {"permuted": "sizes", "sign_flipped": "places"}
 """What of the update a null keeps; all others keep the norm. What that decides is no finding beside the null."""
 
 
-@dataclass(frozen=True)
-class Measure:
+class Measure(NamedTuple):
     """One number about one delta.
 
     status: `ok`; `approximate`, from a randomised factorisation; `zero`, undefined because nothing moved
@@ -38,8 +38,7 @@ class Measure:
     chance: tuple[float, float | None] | None = None
 
 
-@dataclass(frozen=True)
-class Standing:
+class Standing(NamedTuple):
     """Where an observed value stands among the draws of a null.
 
     excess_t = excess / (sd sqrt(1 + 1/S)) follows Student's t with S - 1 degrees of freedom where the
@@ -56,10 +55,11 @@ class Standing:
     p: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass  # a frozen one takes seven times as long to make, and there are tens of thousands
 class Row:
     """One line of geometry.csv: a measure of one tensor, or of a group, beside one null model.
 
+    It begins with the fields of a `Place`.
     excess = value - null_mean; null_sd is the sample deviation over draws; excess_t and p as in `Standing`.
     """
 
@@ -81,8 +81,7 @@ class Row:
     reason: str
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """The columns of a row that say what it is about."""
 
     name: str
@@ -140,22 +139,18 @@ def beside_nulls(
         found.append(in_closed_form(observed, *observed.chance))
     return [
         Row(
-            name=place.name,
-            component=place.component,
-            layer=place.layer,
-            module=place.module,
-            shape=place.shape,
-            metric=observed.metric,
-            parameter=observed.parameter,
-            value=observed.value,
-            null=its.null,
-            null_mean=its.mean,
-            null_sd=its.sd,
-            excess=its.excess,
-            excess_t=its.excess_t,
-            p=its.p,
-            status=observed.status,
-            reason=observed.reason,
+            *place,
+            observed.metric,
+            observed.parameter,
+            observed.value,
+            its.null,
+            its.mean,
+            its.sd,
+            its.excess,
+            its.excess_t,
+            its.p,
+            observed.status,
+            observed.reason,
         )
         for its in found or [Standing()]
     ]

@@ -7,7 +7,7 @@ coordinates that moved gives every overlap at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,22 +30,22 @@ class Border:
     bit: int
     beyond: Callable[[Tensor, float], Tensor]
     upto: Callable[[Tensor, float], Tensor]
+    whole: bool = field(init=False)
+    """Whether all that equal the cut are members, so that no tie is broken."""
 
-    @property
-    def whole(self) -> bool:
-        """Whether all that equal the cut are members, so that no tie is broken."""
-        return self.room == self.cut.equal
+    def __post_init__(self):
+        self.whole = self.room == self.cut.equal
 
     def mark(self, code: Tensor, size: Tensor) -> None:
         """Sets the bit of the next stretch's members."""
-        if self.whole:
-            member = self.upto(size, self.cut.value)
-        else:
-            member = self.beyond(size, self.cut.value)
-            if self.room:
-                equal = (size == self.cut.value).nonzero().squeeze(1)[: self.room]
-                member[equal] = True
-                self.room -= len(equal)
+        takes = self.upto if self.room else self.beyond
+        member = takes(size, self.cut.value)
+        if self.room and not self.whole:
+            equal = size == self.cut.value
+            ties = count(equal)
+            if ties > self.room:
+                member[equal.nonzero().squeeze(1)[self.room :]] = False
+            self.room -= min(ties, self.room)
         code.add_(member.view(torch.uint8), alpha=self.bit)
 
 
@@ -65,7 +65,7 @@ class SourceMasks:
     def __init__(self, source: Tensor, factors: Factors | None, ratios: Sequence[float]):
         self.ratios = tuple(ratios)
         flat = source.reshape(-1)
-        self.empty = not bool(flat.any())
+        self.empty = not any(bool(part.any()) for part in flat.split(CHUNK))
         self.has_principal = factors is not None and not self.empty
         self.ties = dict.fromkeys(self.ratios, 0)
         dtype = torch.uint8 if len(ratios) <= 4 else torch.int16
@@ -103,13 +103,16 @@ class SourceMasks:
         m, n = matrix.shape
         right = factors.right * factors.values[: factors.right.shape[1]]  # W^T U [n, K]
         sizes = torch.empty(m, n, dtype=torch.float32, device=matrix.device)
+        scratch = torch.empty_like(sizes)
         for i, ratio in enumerate(self.ratios):
             k = rank_at(ratio, m, n)
             of_right = right[:, :k].T
-            for to, left in zip(sizes.split(ROWS), factors.left.split(ROWS), strict=True):
-                torch.abs(product(left[:, :k], of_right).float(), out=to)
+            rows = (each.split(ROWS) for each in (sizes, scratch, factors.left))
+            for to, copy, left in zip(*rows, strict=True):
+                to.copy_(product(left[:, :k], of_right)).abs_()
+                copy.copy_(to)
             members, flat = quota(ratio, m * n), sizes.view(-1)
-            found = cut(flat.clone(), m * n - members + 1)
+            found = cut(scratch.view(-1), m * n - members + 1)
             larger = m * n - found.smaller - found.equal
             border = Border(found, members - larger, 1 << (2 * i), torch.gt, torch.ge)
             for code, size in zip(self.code.split(CHUNK), flat.split(CHUNK), strict=True):

@@ -37,7 +37,7 @@ RANKS = (1, 4, 16)
 WALK = "random_walk"
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepRow(Row):
     """A row about one checkpoint of a run."""
 
