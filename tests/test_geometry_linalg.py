@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vlopd.geometry.linalg import by_inverse_iteration, leading_eigenvectors, product
-from vlopd.geometry.sizes import Cut, below, cut, ordered, upto
+from vlopd.geometry.sizes import SAMPLE, SPARSE, Cut, below, bracket, cut, ordered, upto
 from vlopd.geometry.spectrum import orthonormal
 
 N, K = 96, 20
@@ -97,3 +97,25 @@ def test_sizes_are_counted_as_by_hand(dtype):
         value = by_hand[k - 1]
         found = cut(values.abs().float(), k)
         assert found == Cut(value, sum(v < value for v in by_hand), by_hand.count(value))
+
+
+@pytest.mark.parametrize("kind", ["smooth", "ties", "unlike its sample", "infinite"])
+def test_cut_of_many(kind):
+    """The k-th smallest of many entries is that of a sort, also where every sampled entry misleads."""
+    torch.manual_seed(5)
+    sizes = torch.randn(300_000).abs()
+    if kind == "ties":
+        sizes = sizes.bfloat16().float()
+    elif kind == "infinite":
+        sizes[::3] = torch.inf
+    elif kind == "unlike its sample":
+        first, last = bracket(sizes.numpy(), 150_000)
+        assert first < float(sizes.median()) < last
+        sizes[:: max(SPARSE, len(sizes) // SAMPLE) | 1] += 100
+        assert bracket(sizes.numpy(), 150_000)[0] > 100
+    before, by_hand = sizes.clone(), sizes.sort().values
+    for k in (1, 2, 3_000, 150_000, 240_000, 299_999, 300_000):
+        value = by_hand[k - 1]
+        expected = Cut(float(value), int((by_hand < value).sum()), int((by_hand == value).sum()))
+        assert cut(sizes, k) == expected
+    assert torch.equal(sizes, before)

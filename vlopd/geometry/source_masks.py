@@ -87,7 +87,6 @@ class SourceMasks:
             members = quota(ratio, len(flat))
             if found is None or members <= found.smaller:
                 found = cut(sizes, members)
-                sizes = sizes[:members]  # holds all that are smaller than the cut
             bit = 2 << (2 * self.ratios.index(ratio))
             border = Border(found, members - found.smaller, bit, torch.lt, torch.le)
             self.ties[ratio] = 0 if border.whole else found.equal
@@ -103,16 +102,13 @@ class SourceMasks:
         m, n = matrix.shape
         right = factors.right * factors.values[: factors.right.shape[1]]  # W^T U [n, K]
         sizes = torch.empty(m, n, dtype=torch.float32, device=matrix.device)
-        scratch = torch.empty_like(sizes)
         for i, ratio in enumerate(self.ratios):
             k = rank_at(ratio, m, n)
             of_right = right[:, :k].T
-            rows = (each.split(ROWS) for each in (sizes, scratch, factors.left))
-            for to, copy, left in zip(*rows, strict=True):
+            for to, left in zip(sizes.split(ROWS), factors.left.split(ROWS), strict=True):
                 to.copy_(product(left[:, :k], of_right)).abs_()
-                copy.copy_(to)
             members, flat = quota(ratio, m * n), sizes.view(-1)
-            found = cut(scratch.view(-1), m * n - members + 1)
+            found = cut(flat, m * n - members + 1)
             larger = m * n - found.smaller - found.equal
             border = Border(found, members - larger, 1 << (2 * i), torch.gt, torch.ge)
             for code, size in zip(self.code.split(CHUNK), flat.split(CHUNK), strict=True):
