@@ -16,7 +16,7 @@ from torch import Tensor
 from vlopd.geometry.closed_forms import hypergeometric
 from vlopd.geometry.nulls import norm
 from vlopd.geometry.rows import Measure, parameters
-from vlopd.geometry.sizes import CHUNK, below, count, ordered, upto
+from vlopd.geometry.sizes import CHUNK, below, count, ordered, upto, where_moved
 from vlopd.geometry.source_masks import REASON, SourceMasks
 from vlopd.masks import quota
 
@@ -125,15 +125,16 @@ def coordinate_terms(
     tops = [norm(sizes[n - quota(ratio, n) :]) ** 2 for ratio in ratios]
     del sizes
 
-    relative = dict.fromkeys(TAUS, 0)
-    same_in_bf16 = 0
+    # what did not move is within every share of its weight, and the same in bf16
+    relative, same_in_bf16 = dict.fromkeys(TAUS, n), n
     for a, b in zip(w.split(CHUNK), d.split(CHUNK), strict=True):
+        b, a = where_moved(b, a)
         wide = a.to(b.dtype)
         size, reference = b.abs(), wide.abs()
         for tau in TAUS:
-            relative[tau] += count(size <= tau * reference)
+            relative[tau] -= count(size > tau * reference)
         # compared wide: torch is slow at comparing bf16
-        same_in_bf16 += count(a.bfloat16().to(b.dtype) == (wide + b).bfloat16().to(b.dtype))
+        same_in_bf16 -= count(a.bfloat16().to(b.dtype) != (wide + b).bfloat16().to(b.dtype))
 
     terms = [
         Term("relative_delta_fro", "", energy, source_energy, "root", decided_by="norm"),
@@ -150,8 +151,8 @@ def coordinate_terms(
     for ratio, top in zip(ratios, tops, strict=True):
         key = parameters(ratio=ratio)
         terms.append(Term("coord_top_energy_ratio", key, top, energy, decided_by="sizes"))
-    for atol in UPDATE_ATOLS:
-        moved, tallies = masks.tally(d, not_above(atol, d.dtype))
+    found = masks.tally(d, [not_above(atol, d.dtype) for atol in UPDATE_ATOLS])
+    for atol, (moved, tallies) in zip(UPDATE_ATOLS, found, strict=True):
         key = parameters(atol=atol)
         terms.append(Term("update_density", key, moved, n, decided_by="sizes"))
         for (name, ratio), both in tallies.items():

@@ -11,8 +11,8 @@ from torch import Tensor
 
 CHUNK = 2**17
 """Coordinates at a time, so that temporaries stay in the cache."""
-SPARSE, SAMPLE = 64, 2**14
-"""A sample has at most every 64th entry, and at most about so many."""
+SPARSE, SAMPLE = 128, 2**14
+"""A sample has at most every 128th entry, and at most about so many."""
 
 
 def ordered(values: Tensor) -> Tensor:
@@ -90,6 +90,22 @@ def within(array: np.ndarray, lowest: float, highest: float) -> tuple[int, np.nd
         smaller += int(np.count_nonzero(under))
         found.append(part[np.flatnonzero((part <= highest) ^ under)])
     return smaller, np.concatenate(found)
+
+
+def where_moved(delta: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The entries of each at which `delta` is not 0; all of them where few are 0, which picking would not pay for.
+
+    Training in bf16 leaves most entries where they were.
+    """
+    if delta.device.type == "cpu":
+        places = torch.from_numpy(
+            np.flatnonzero(delta.numpy() != 0)
+        )  # torch's takes five times as long
+    else:
+        places = delta.nonzero().squeeze(1)
+    if len(places) > len(delta) // 2:
+        return delta, *others
+    return tuple(values.index_select(0, places) for values in (delta, *others))
 
 
 def count(marked: Tensor) -> int:

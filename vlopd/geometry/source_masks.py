@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlopd.geometry.linalg import product
-from vlopd.geometry.sizes import CHUNK, Cut, count, cut, magnitudes
+from vlopd.geometry.sizes import CHUNK, Cut, count, cut, magnitudes, where_moved
 from vlopd.geometry.spectrum import ROWS, Factors, rank_at
 from vlopd.masks import quota
 
@@ -122,16 +122,20 @@ class SourceMasks:
         known = not self.empty and (name == "low_magnitude" or self.has_principal)
         return self.table[name, ratio] if known else None
 
-    def tally(self, delta: Tensor, threshold: float) -> tuple[int, dict[tuple[str, float], int]]:
-        """(coordinates with |delta| > threshold, how many of them each mask has); delta is flat."""
-        table, moved = self._no_codes(), 0
-        for code, part in zip(self.code.split(CHUNK), delta.split(CHUNK), strict=True):
-            visible = part.abs() > threshold
-            moved += count(visible)
-            # the code of what did not move becomes 0, which is faster than taking out what moved
-            table += frequencies(code * visible.view(torch.uint8), len(table))
-        table[0] += moved - table.sum()
-        return moved, self._counts(table)
+    def tally(
+        self, delta: Tensor, thresholds: Sequence[float]
+    ) -> list[tuple[int, dict[tuple[str, float], int]]]:
+        """(coordinates with |delta| > threshold, how many of them each mask has), by threshold; delta is flat."""
+        tables = [self._no_codes() for _ in thresholds]
+        for part, code in zip(delta.split(CHUNK), self.code.split(CHUNK), strict=True):
+            part, code = where_moved(part, code)
+            size = part.abs()
+            for table, threshold in zip(tables, thresholds, strict=True):
+                visible = size > threshold
+                # the code of what is not visible becomes 0, which is faster than taking out what is
+                table += frequencies(code * visible.view(torch.uint8), len(table))
+                table[0] -= len(visible) - count(visible)
+        return [(int(table.sum()), self._counts(table)) for table in tables]
 
     def _no_codes(self) -> Tensor:
         return torch.zeros(4 ** len(self.ratios), dtype=torch.int64)

@@ -185,9 +185,11 @@ def orthonormal(columns: Tensor) -> Tensor:
         if int(info) or float(diagonal.min()) < 1e-6 * float(diagonal.max()):
             q, r = torch.linalg.qr(columns)
             return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+        one = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        inverse = torch.linalg.solve_triangular(factor.T, one, upper=True)
         # some rows at a time: at an embedding's height a copy is as large as its tensor
         for rows in columns.split(ROWS):
-            rows.copy_(torch.linalg.solve_triangular(factor.T, rows, upper=True, left=False))
+            rows.copy_(product(rows, inverse))
         lengths = inner.diagonal().sqrt()
         cosines = (inner / lengths).T / lengths
         if float(cosines.fill_diagonal_(0).norm()) < 0.1:
