@@ -1,11 +1,22 @@
 """Geometry's own numerics: eigenproblems with few vectors, orthonormal bases, and orders of sizes."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from vlopd.geometry.linalg import by_inverse_iteration, leading_eigenvectors, product
-from vlopd.geometry.sizes import SAMPLE, SPARSE, Cut, below, bracket, cut, ordered, upto
+from vlopd.geometry.sizes import (
+    SAMPLE,
+    SPARSE,
+    Cut,
+    bracket,
+    cut,
+    magnitudes,
+    top_energy,
+    where_moved,
+)
 from vlopd.geometry.spectrum import orthonormal
 
 N, K = 96, 20
@@ -84,19 +95,29 @@ def test_products_are_torchs():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_sizes_are_counted_as_by_hand(dtype):
-    """Cuts and counts among many ties, of signs and zeros, agree with a sorted list."""
+    """Cuts and top energies among many ties, of signs and zeros, agree with a sorted list."""
     torch.manual_seed(4)
     values = (torch.randn(5000) * 8).round().div(8).to(dtype)
     by_hand = sorted(abs(v) for v in values.tolist())
-    sizes = ordered(values)
-    assert sizes.tolist() == by_hand
-    for threshold in (0.0, 0.125, 1.0, 100.0):
-        assert below(sizes, threshold) == sum(v < threshold for v in by_hand)
-        assert upto(sizes, threshold) == sum(v <= threshold for v in by_hand)
+    sizes = magnitudes(values)
     for k in (1, 2, 700, 4999, 5000):
         value = by_hand[k - 1]
-        found = cut(values.abs().float(), k)
+        found = cut(sizes, k)
         assert found == Cut(value, sum(v < value for v in by_hand), by_hand.count(value))
+        expected = math.fsum(v**2 for v in by_hand[-k:])
+        assert top_energy(sizes, k) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.9])
+def test_where_moved(share):
+    """What moved is picked with its partners; what is left out did not move."""
+    torch.manual_seed(6)
+    delta = torch.randn(1000) * (torch.rand(1000) < share)
+    partner = torch.arange(1000)
+    some, theirs = where_moved(delta, partner)
+    assert torch.equal(delta[theirs], some)
+    assert int((some != 0).sum()) == int((delta != 0).sum())
+    assert len(some) == (1000 if share > 0.5 else int((delta != 0).sum()))
 
 
 @pytest.mark.parametrize("kind", ["smooth", "ties", "unlike its sample", "infinite"])

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import eq, le, lt
 from typing import NamedTuple
 
 import torch
@@ -16,13 +18,16 @@ from torch import Tensor
 from vlopd.geometry.closed_forms import hypergeometric
 from vlopd.geometry.nulls import norm
 from vlopd.geometry.rows import Measure, parameters
-from vlopd.geometry.sizes import CHUNK, below, count, ordered, upto, where_moved
+from vlopd.geometry.sizes import CHUNK, Test, count, marked, top_energy, where_moved
 from vlopd.geometry.source_masks import REASON, SourceMasks
 from vlopd.masks import quota
 
 ATOLS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 UPDATE_ATOLS = (0.0, 1e-5)
 TAUS = (1e-4, 1e-3, 1e-2)
+
+Threshold = tuple[Test, float]
+"""A test and its limit."""
 
 
 class Term(NamedTuple):
@@ -81,6 +86,64 @@ def not_above(threshold: float, dtype: torch.dtype) -> float:
     return -not_below(-threshold, dtype)
 
 
+def thresholds(rms: float, dtype: torch.dtype) -> dict[tuple[str, str], Threshold]:
+    """What sizes of `dtype` are compared with, by metric and parameter; rms: that of the source."""
+    found: dict[tuple[str, str], Threshold] = {("frac_delta_eq_0", ""): (le, 0.0)}
+    for atol in ATOLS:
+        key = parameters(atol=atol)
+        found["frac_isclose_zero", key] = (le, not_above(atol, dtype))
+        found["frac_abs_delta_lt", key] = (lt, not_below(atol, dtype))
+    for tau in TAUS:
+        found["frac_abs_delta_lt_src_rms", parameters(tau=tau)] = (lt, not_below(tau * rms, dtype))
+    return found
+
+
+@dataclass
+class Seen:
+    """What one look at a tensor's coordinates tells.
+
+    within: coordinates on the near side of each threshold. within_share: those with |D| <= tau |w|.
+    sizes: |D| of those that moved, and maybe of some that did not.
+    """
+
+    within: dict[tuple[str, str], int]
+    within_share: dict[float, int]
+    same_in_bf16: int
+    total: float
+    largest: float
+    sizes: Tensor
+
+
+def look(w: Tensor, d: Tensor, limits: dict[tuple[str, str], Threshold]) -> Seen:
+    """One pass over a flat source and its delta, of which only what moved is compared."""
+    seen = Seen(dict.fromkeys(limits, 0), dict.fromkeys(TAUS, 0), 0, 0.0, 0.0, torch.empty_like(d))
+    moved = 0
+    for a, b in zip(w.split(CHUNK), d.split(CHUNK), strict=True):
+        b, a = where_moved(b, a)
+        if not len(b):
+            continue
+        wide = a.to(b.dtype)
+        size, reference = torch.abs(b, out=seen.sizes[moved : moved + len(b)]), wide.abs()
+        moved += len(b)
+        for key, (test, limit) in limits.items():
+            seen.within[key] += count(marked(test, size, limit))
+        for tau in TAUS:
+            seen.within_share[tau] += count(marked(le, size, tau * reference))
+        before, after = (x.bfloat16().to(b.dtype) for x in (a, wide + b))
+        seen.same_in_bf16 += count(marked(eq, before, after))
+        seen.total += float(size.sum(dtype=torch.float64))
+        seen.largest = max(seen.largest, float(size.max()))
+
+    seen.sizes = seen.sizes[:moved]
+    still = len(d) - moved
+    seen.same_in_bf16 += still
+    for tau in TAUS:
+        seen.within_share[tau] += still
+    for key, (test, limit) in limits.items():
+        seen.within[key] += still * test(0.0, limit)
+    return seen
+
+
 # ------------------------------------------------------------------------------------------ measures
 
 
@@ -110,42 +173,21 @@ def coordinate_terms(
     w, d = source.reshape(-1), delta.reshape(-1)
     energy, source_energy = norm(d) ** 2, norm(w) ** 2
     rms = math.sqrt(source_energy / n) if n else 0.0
-    sizes = ordered(d)
-    counts = {("frac_delta_eq_0", ""): upto(sizes, 0.0)}
-    for atol in ATOLS:
-        key = parameters(atol=atol)
-        counts["frac_isclose_zero", key] = upto(sizes, not_above(atol, d.dtype))
-        counts["frac_abs_delta_lt", key] = below(sizes, not_below(atol, d.dtype))
-    for tau in TAUS:
-        key = parameters(tau=tau)
-        counts["frac_abs_delta_lt_src_rms", key] = below(sizes, not_below(tau * rms, d.dtype))
-    largest = float(sizes[-1])
-    # in stretches: a sum in another dtype copies what it adds up
-    total_size = math.fsum(float(part.sum(dtype=torch.float64)) for part in sizes.split(CHUNK))
-    tops = [norm(sizes[n - quota(ratio, n) :]) ** 2 for ratio in ratios]
-    del sizes
-
-    # what did not move is within every share of its weight, and the same in bf16
-    relative, same_in_bf16 = dict.fromkeys(TAUS, n), n
-    for a, b in zip(w.split(CHUNK), d.split(CHUNK), strict=True):
-        b, a = where_moved(b, a)
-        wide = a.to(b.dtype)
-        size, reference = b.abs(), wide.abs()
-        for tau in TAUS:
-            relative[tau] -= count(size > tau * reference)
-        # compared wide: torch is slow at comparing bf16
-        same_in_bf16 -= count(a.bfloat16().to(b.dtype) != (wide + b).bfloat16().to(b.dtype))
+    seen = look(w, d, thresholds(rms, d.dtype))
+    moved = len(seen.sizes)  # and maybe some that did not
+    ks = [quota(ratio, n) for ratio in ratios]
+    tops = [top_energy(seen.sizes, k) if k < moved else energy for k in ks]
 
     terms = [
         Term("relative_delta_fro", "", energy, source_energy, "root", decided_by="norm"),
         Term("delta_rms", "", energy, n, "root", decided_by="norm"),
-        Term("delta_linf_norm", "", largest, fold="max", decided_by="sizes"),
-        Term("delta_mean_abs", "", total_size, n, decided_by="sizes"),
-        Term("frac_delta_eq_0", "precision=bf16", same_in_bf16, n, decided_by="places"),
+        Term("delta_linf_norm", "", seen.largest, fold="max", decided_by="sizes"),
+        Term("delta_mean_abs", "", seen.total, n, decided_by="sizes"),
+        Term("frac_delta_eq_0", "precision=bf16", seen.same_in_bf16, n, decided_by="places"),
     ]
-    for (metric, key), number in counts.items():
+    for (metric, key), number in seen.within.items():
         terms.append(Term(metric, key, number, n, decided_by="sizes"))
-    for tau, number in relative.items():
+    for tau, number in seen.within_share.items():
         key = parameters(tau=tau)
         terms.append(Term("frac_abs_delta_le_src_abs", key, number, n, decided_by="places"))
     for ratio, top in zip(ratios, tops, strict=True):

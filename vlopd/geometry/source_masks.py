@@ -6,14 +6,25 @@ coordinates that moved gives every overlap at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import eq, ge, gt, le, lt
 
 import torch
 from torch import Tensor
 
 from vlopd.geometry.linalg import product
-from vlopd.geometry.sizes import CHUNK, Cut, count, cut, magnitudes, where_moved
+from vlopd.geometry.sizes import (
+    CHUNK,
+    Cut,
+    Test,
+    count,
+    cut,
+    magnitudes,
+    marked,
+    places_of,
+    where_moved,
+)
 from vlopd.geometry.spectrum import ROWS, Factors, rank_at
 from vlopd.masks import quota
 
@@ -28,8 +39,8 @@ class Border:
     cut: Cut
     room: int
     bit: int
-    beyond: Callable[[Tensor, float], Tensor]
-    upto: Callable[[Tensor, float], Tensor]
+    beyond: Test
+    upto: Test
     whole: bool = field(init=False)
     """Whether all that equal the cut are members, so that no tie is broken."""
 
@@ -38,13 +49,12 @@ class Border:
 
     def mark(self, code: Tensor, size: Tensor) -> None:
         """Sets the bit of the next stretch's members."""
-        takes = self.upto if self.room else self.beyond
-        member = takes(size, self.cut.value)
+        member = marked(self.upto if self.room else self.beyond, size, self.cut.value)
         if self.room and not self.whole:
-            equal = size == self.cut.value
+            equal = marked(eq, size, self.cut.value)
             ties = count(equal)
             if ties > self.room:
-                member[equal.nonzero().squeeze(1)[self.room :]] = False
+                member[places_of(equal)[self.room :]] = False
             self.room -= min(ties, self.room)
         code.add_(member.view(torch.uint8), alpha=self.bit)
 
@@ -88,7 +98,7 @@ class SourceMasks:
             if found is None or members <= found.smaller:
                 found = cut(sizes, members)
             bit = 2 << (2 * self.ratios.index(ratio))
-            border = Border(found, members - found.smaller, bit, torch.lt, torch.le)
+            border = Border(found, members - found.smaller, bit, lt, le)
             self.ties[ratio] = 0 if border.whole else found.equal
             borders.append(border)
         del sizes
@@ -110,7 +120,7 @@ class SourceMasks:
             members, flat = quota(ratio, m * n), sizes.view(-1)
             found = cut(flat, m * n - members + 1)
             larger = m * n - found.smaller - found.equal
-            border = Border(found, members - larger, 1 << (2 * i), torch.gt, torch.ge)
+            border = Border(found, members - larger, 1 << (2 * i), gt, ge)
             for code, size in zip(self.code.split(CHUNK), flat.split(CHUNK), strict=True):
                 border.mark(code, size)
 
@@ -131,7 +141,7 @@ class SourceMasks:
             part, code = where_moved(part, code)
             size = part.abs()
             for table, threshold in zip(tables, thresholds, strict=True):
-                visible = size > threshold
+                visible = marked(gt, size, threshold)
                 # the code of what is not visible becomes 0, which is faster than taking out what is
                 table += frequencies(code * visible.view(torch.uint8), len(table))
                 table[0] -= len(visible) - count(visible)
