@@ -79,11 +79,10 @@ class Sum:
     """A sum of matrices [m, n] in float64, e.g. source + delta; a large one is never formed but read in parts."""
 
     def __init__(self, terms: tuple[Tensor, ...]):
-        first, *others = terms
         self.terms, self.height = terms, ROWS
-        if first.numel() <= HELD:
-            self.terms, self.height = (sum(others, first.double()),), max(1, len(first))
-        self.shape, self.device = first.shape, first.device
+        self.shape, self.device = terms[0].shape, terms[0].device
+        if terms[0].numel() <= HELD:
+            self.terms, self.height = (added(terms),), max(1, self.shape[0])
 
     @property
     def T(self) -> Sum:
@@ -91,11 +90,15 @@ class Sum:
 
     def widened(self) -> Iterator[Tensor]:
         """Float64 rows, `height` of them at a time."""
-        for first, *others in zip(*(term.split(self.height) for term in self.terms), strict=True):
-            rows = first.double()
-            for other in others:
-                rows = rows + other
-            yield rows
+        yield from map(added, zip(*(term.split(self.height) for term in self.terms), strict=True))
+
+
+def added(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of several tensors in float64; a single one may be given back as it is."""
+    total = terms[0].double()
+    for term in terms[1:]:
+        total = total + term.double()  # widened first: torch is slow at adding one dtype to another
+    return total
 
 
 def gram(matrix: Sum) -> Tensor:
