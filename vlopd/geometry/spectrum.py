@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ TOP = (1, 2, 4, 8, 16, 32, 64)
 TOLERANCES = (1e-6, 1e-5, 1e-4)
 FLOOR = 2.0**-22
 """Singular values below this share of the largest are the Gram matrix's rounding: they are zero."""
-ROWS = 512
+ROWS = 1024
 """Rows of the longer side of a large matrix that are widened to float64 at a time."""
 HELD = 2**21
 """Entries up to which a matrix is widened once, 16 MB of it, rather than whenever it is read."""
@@ -42,6 +43,7 @@ def as_matrix(tensor: Tensor) -> tuple[Tensor | None, str]:
     return tensor.flatten(1), ""
 
 
+@cache
 def rank_at(ratio: float, m: int, n: int) -> int:
     """max(1, floor(ratio * min(m, n))), for the decimal that was written."""
     return max(1, math.floor(Fraction(str(ratio)) * min(m, n)))
