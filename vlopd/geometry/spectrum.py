@@ -25,7 +25,7 @@ TOP = (1, 2, 4, 8, 16, 32, 64)
 TOLERANCES = (1e-6, 1e-5, 1e-4)
 FLOOR = 2.0**-22
 """Singular values below this share of the largest are the Gram matrix's rounding: they are zero."""
-ROWS = 1024
+ROWS = 512
 """Rows of the longer side of a large matrix that are widened to float64 at a time."""
 HELD = 2**21
 """Entries up to which a matrix is widened once, 16 MB of it, rather than whenever it is read."""
