@@ -103,7 +103,7 @@ class Seen:
     """What one look at a tensor's coordinates tells.
 
     within: coordinates on the near side of each threshold. within_share: those with |D| <= tau |w|.
-    sizes: |D| of those that moved, and maybe of some that did not.
+    sizes, codes: |D| and the source's masks of those that moved, and maybe of some that did not.
     """
 
     within: dict[tuple[str, str], int]
@@ -112,19 +112,22 @@ class Seen:
     total: float
     largest: float
     sizes: Tensor
+    codes: Tensor
 
 
-def look(w: Tensor, d: Tensor, limits: dict[tuple[str, str], Threshold]) -> Seen:
-    """One pass over a flat source and its delta, of which only what moved is compared."""
-    seen = Seen(dict.fromkeys(limits, 0), dict.fromkeys(TAUS, 0), 0, 0.0, 0.0, torch.empty_like(d))
-    moved = 0
-    for a, b in zip(w.split(CHUNK), d.split(CHUNK), strict=True):
-        b, a = where_moved(b, a)
+def look(w: Tensor, d: Tensor, code: Tensor, limits: dict[tuple[str, str], Threshold]) -> Seen:
+    """One pass over a flat source, its delta and its masks' codes, of which only what moved is compared."""
+    sizes, codes, moved = torch.empty_like(d), torch.empty_like(code), 0
+    seen = Seen(dict.fromkeys(limits, 0), dict.fromkeys(TAUS, 0), 0, 0.0, 0.0, sizes, codes)
+    for a, b, c in zip(*(each.split(CHUNK) for each in (w, d, code)), strict=True):
+        b, a, c = where_moved(b, a, c)
         if not len(b):
             continue
-        wide = a.to(b.dtype)
-        size, reference = torch.abs(b, out=seen.sizes[moved : moved + len(b)]), wide.abs()
+        here = slice(moved, moved + len(b))
         moved += len(b)
+        wide = a.to(b.dtype)
+        codes[here] = c
+        size, reference = torch.abs(b, out=sizes[here]), wide.abs()
         for key, (test, limit) in limits.items():
             seen.within[key] += count(marked(test, size, limit))
         for tau in TAUS:
@@ -134,7 +137,7 @@ def look(w: Tensor, d: Tensor, limits: dict[tuple[str, str], Threshold]) -> Seen
         seen.total += float(size.sum(dtype=torch.float64))
         seen.largest = max(seen.largest, float(size.max()))
 
-    seen.sizes = seen.sizes[:moved]
+    seen.sizes, seen.codes = sizes[:moved], codes[:moved]
     still = len(d) - moved
     seen.same_in_bf16 += still
     for tau in TAUS:
@@ -173,7 +176,7 @@ def coordinate_terms(
     w, d = source.reshape(-1), delta.reshape(-1)
     energy, source_energy = norm(d) ** 2, norm(w) ** 2
     rms = math.sqrt(source_energy / n) if n else 0.0
-    seen = look(w, d, thresholds(rms, d.dtype))
+    seen = look(w, d, masks.code, thresholds(rms, d.dtype))
     moved = len(seen.sizes)  # and maybe some that did not
     ks = [quota(ratio, n) for ratio in ratios]
     tops = [top_energy(seen.sizes, k) if k < moved else energy for k in ks]
@@ -193,7 +196,7 @@ def coordinate_terms(
     for ratio, top in zip(ratios, tops, strict=True):
         key = parameters(ratio=ratio)
         terms.append(Term("coord_top_energy_ratio", key, top, energy, decided_by="sizes"))
-    found = masks.tally(d, [not_above(atol, d.dtype) for atol in UPDATE_ATOLS])
+    found = masks.tally(seen.sizes, seen.codes, [not_above(atol, d.dtype) for atol in UPDATE_ATOLS])
     for atol, (moved, tallies) in zip(UPDATE_ATOLS, found, strict=True):
         key = parameters(atol=atol)
         terms.append(Term("update_density", key, moved, n, decided_by="sizes"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import gt, ne
+from operator import eq, gt, lt, ne
 from typing import Any
 
 import numpy as np
@@ -47,19 +47,23 @@ def cut(sizes: Tensor, k: int) -> Cut:
         return Cut(float(value), count(sizes < value), count(sizes == value))
     array = sizes.numpy()
     lowest, highest = bracket(array, k)
-    smaller, lower, between, upto = split(array, lowest, highest)
-    if not smaller < k <= upto:  # unlucky, or a sample unlike the rest
-        lowest, highest = (-np.inf, lowest) if k <= smaller else (highest, np.inf)
-        smaller, lower, between, upto = split(array, lowest, highest)
-    if k <= lower:
-        return Cut(lowest, smaller, lower - smaller)
-    rank = k - 1 - lower
-    if rank >= len(between):
-        return Cut(highest, lower + len(between), upto - lower - len(between))
-    between.partition(rank)
-    value = between[rank]
+    upto, between = split(array, lowest, highest)
+    if k <= upto:
+        smaller = sum(count(marked(lt, part, lowest)) for part in sizes.split(CHUNK))
+        if smaller < k:
+            return Cut(lowest, smaller, upto - smaller)
+        upto, between = split(array, -np.inf, lowest)  # unlucky, or a sample unlike the rest
+    elif k > upto + len(between):
+        equal = sum(count(marked(eq, part, highest)) for part in sizes.split(CHUNK))
+        if k <= upto + len(between) + equal:
+            return Cut(highest, upto + len(between), equal)
+        upto, between = split(array, highest, np.inf)
+    if k > upto + len(between):
+        return Cut(np.inf, upto + len(between), len(array) - upto - len(between))
+    between.partition(k - 1 - upto)
+    value = between[k - 1 - upto]
     under, equal = (int(np.count_nonzero(each)) for each in (between < value, between == value))
-    return Cut(float(value), lower + under, equal)
+    return Cut(float(value), upto + under, equal)
 
 
 def bracket(array: np.ndarray, k: int) -> tuple[float, float]:
@@ -74,17 +78,16 @@ def bracket(array: np.ndarray, k: int) -> tuple[float, float]:
     return float(lowest), float(highest)
 
 
-def split(array: np.ndarray, lowest: float, highest: float) -> tuple[int, int, np.ndarray, int]:
-    """(how many are < lowest, how many are <= it, those strictly between it and highest, how many are <= highest)."""
-    smaller, lower, between, upto = 0, 0, [], 0
+def split(array: np.ndarray, lowest: float, highest: float) -> tuple[int, np.ndarray]:
+    """(how many are <= lowest, those strictly between it and highest)."""
+    upto, between = 0, []
     for start in range(0, len(array), CHUNK):
         part = array[start : start + CHUNK]
         above = part > lowest
-        smaller += int(np.count_nonzero(part < lowest))
-        lower += len(part) - int(np.count_nonzero(above))
-        upto += int(np.count_nonzero(part <= highest))
-        between.append(part[np.flatnonzero(above & (part < highest))])
-    return smaller, lower, np.concatenate(between), upto
+        upto += len(part) - int(np.count_nonzero(above))
+        above &= part < highest
+        between.append(part[np.flatnonzero(above)])
+    return upto, np.concatenate(between)
 
 
 def top_energy(sizes: Tensor, k: int) -> float:

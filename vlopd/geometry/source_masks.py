@@ -23,7 +23,6 @@ from vlopd.geometry.sizes import (
     magnitudes,
     marked,
     places_of,
-    where_moved,
 )
 from vlopd.geometry.spectrum import ROWS, Factors, rank_at
 from vlopd.masks import quota
@@ -133,13 +132,11 @@ class SourceMasks:
         return self.table[name, ratio] if known else None
 
     def tally(
-        self, delta: Tensor, thresholds: Sequence[float]
+        self, sizes: Tensor, codes: Tensor, thresholds: Sequence[float]
     ) -> list[tuple[int, dict[tuple[str, float], int]]]:
-        """(coordinates with |delta| > threshold, how many of them each mask has), by threshold; delta is flat."""
+        """(coordinates of a size > threshold, how many of them each mask has), by threshold; codes: of the sizes."""
         tables = [self._no_codes() for _ in thresholds]
-        for part, code in zip(delta.split(CHUNK), self.code.split(CHUNK), strict=True):
-            part, code = where_moved(part, code)
-            size = part.abs()
+        for size, code in zip(sizes.split(CHUNK), codes.split(CHUNK), strict=True):
             for table, threshold in zip(tables, thresholds, strict=True):
                 visible = marked(gt, size, threshold)
                 # the code of what is not visible becomes 0, which is faster than taking out what is
