@@ -31,9 +31,10 @@ from vlopd.config import (
 from vlopd.geometry.aggregate import PARTS
 from vlopd.geometry.analyse import analyse
 from vlopd.geometry.coordinates import coordinate_terms
-from vlopd.geometry.nulls import direction, norm, null_delta, null_name
+from vlopd.geometry.nulls import direction, null_delta, null_name
 from vlopd.geometry.projection import matrix_measures, skipped_measures, source_factors
 from vlopd.geometry.rows import DETAIL, Measure, Place, Row, beside_nulls
+from vlopd.geometry.sizes import norm
 from vlopd.geometry.source_masks import SourceMasks
 from vlopd.geometry.spectrum import Sum, as_matrix, rank_at, singular_values
 

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from vlopd.geometry.closed_forms import hypergeometric
-from vlopd.geometry.nulls import norm
 from vlopd.geometry.rows import Measure, parameters
-from vlopd.geometry.sizes import CHUNK, Test, count, marked, top_energy, where_moved
+from vlopd.geometry.sizes import CHUNK, Test, count, marked, norm, top_energy, where_moved
 from vlopd.geometry.source_masks import REASON, SourceMasks
 from vlopd.masks import quota
 

@@ -29,7 +29,7 @@ from vlopd.config import (
     SignFlippedNull,
     UlpNull,
 )
-from vlopd.geometry.sizes import CHUNK
+from vlopd.geometry.sizes import CHUNK, norm
 from vlopd.seeding import generator
 
 TOLERANCE = 0.02
@@ -214,11 +214,3 @@ def rounded(source: Tensor, noise: Tensor, scale: float, stored: torch.dtype) ->
     """stored(source + scale noise) - source, in the noise's precision."""
     wide = source.to(noise.dtype)
     return torch.add(wide, noise, alpha=scale).to(stored).to(noise.dtype).sub_(wide)
-
-
-def norm(tensor: Tensor) -> float:
-    """Frobenius norm, added up in float64 without a float64 copy."""
-    parts = tensor.reshape(-1).split(CHUNK)
-    return math.hypot(
-        *(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts)
-    )

@@ -10,8 +10,8 @@ from torch import Tensor
 from vlopd.config import GeometryConfig
 from vlopd.geometry.closed_forms import projected_share
 from vlopd.geometry.linalg import eigenvalues_of, product
-from vlopd.geometry.nulls import norm
 from vlopd.geometry.rows import Measure, parameters
+from vlopd.geometry.sizes import norm
 from vlopd.geometry.spectrum import (
     ROWS,
     TOP,

@@ -1,4 +1,4 @@
-"""A tensor's entries by their sizes: the k-th smallest, the energy of the largest, which moved; nothing is sorted."""
+"""A tensor by the sizes of its entries: norm, k-th smallest, energy of the largest, which moved; nothing is sorted."""
 
 from __future__ import annotations
 
@@ -25,6 +25,14 @@ def magnitudes(values: Tensor) -> Tensor:
     """|values|, a copy in fp32 or wider."""
     sizes = values.abs()
     return sizes if sizes.dtype == torch.float64 else sizes.float()
+
+
+def norm(tensor: Tensor) -> float:
+    """Frobenius norm, added up in float64 without a float64 copy."""
+    parts = tensor.reshape(-1).split(CHUNK)
+    return math.hypot(
+        *(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts)
+    )
 
 
 @dataclass(frozen=True)
@@ -95,8 +103,7 @@ def top_energy(sizes: Tensor, k: int) -> float:
     found = cut(sizes, len(sizes) - k + 1)
     ties = k - (len(sizes) - found.smaller - found.equal)
     parts = (p.index_select(0, places_of(marked(gt, p, found.value))) for p in sizes.split(CHUNK))
-    larger = math.fsum(float(torch.linalg.vector_norm(p, dtype=torch.float64)) ** 2 for p in parts)
-    return larger + ties * found.value**2
+    return math.fsum(norm(part) ** 2 for part in parts) + ties * found.value**2
 
 
 def where_moved(delta: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

@@ -26,8 +26,9 @@ from vlopd.geometry.aggregate import rows_of
 from vlopd.geometry.analyse import write_table
 from vlopd.geometry.coordinates import Term
 from vlopd.geometry.examine import OBSERVED, matrices
-from vlopd.geometry.nulls import matched_delta, norm
+from vlopd.geometry.nulls import matched_delta
 from vlopd.geometry.rows import Measure, Place, Row, parameters
+from vlopd.geometry.sizes import norm
 from vlopd.geometry.spectrum import Factors, Sum, as_matrix, factorise, too_large
 from vlopd.models.about import config_of
 from vlopd.models.atlas import classify
