@@ -1,19 +1,23 @@
 """Geometry's own numerics: eigenproblems with few vectors, orthonormal bases, and orders of sizes."""
 
 import math
+from operator import le, lt
 
 import numpy as np
 import pytest
 import torch
 
+from vlopd.geometry.coordinates import look, thresholds
 from vlopd.geometry.linalg import by_inverse_iteration, leading_eigenvectors, product
 from vlopd.geometry.sizes import (
     SAMPLE,
     SPARSE,
     Cut,
     bracket,
+    count,
     cut,
     magnitudes,
+    marked,
     top_energy,
     where_moved,
 )
@@ -95,11 +99,14 @@ def test_products_are_torchs():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_sizes_are_counted_as_by_hand(dtype):
-    """Cuts and top energies among many ties, of signs and zeros, agree with a sorted list."""
+    """Cuts, counts and top energies among many ties, of signs and zeros, agree with a sorted list."""
     torch.manual_seed(4)
     values = (torch.randn(5000) * 8).round().div(8).to(dtype)
     by_hand = sorted(abs(v) for v in values.tolist())
     sizes = magnitudes(values)
+    for threshold in (0.0, 0.125, 1.0, 100.0):
+        assert count(marked(lt, sizes, threshold)) == sum(v < threshold for v in by_hand)
+        assert count(marked(le, sizes, threshold)) == sum(v <= threshold for v in by_hand)
     for k in (1, 2, 700, 4999, 5000):
         value = by_hand[k - 1]
         found = cut(sizes, k)
@@ -118,6 +125,28 @@ def test_where_moved(share):
     assert torch.equal(delta[theirs], some)
     assert int((some != 0).sum()) == int((delta != 0).sum())
     assert len(some) == (1000 if share > 0.5 else int((delta != 0).sum()))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.9])
+def test_look_at_many(share):
+    """What one look tells of several stretches is what whole tensors say, where few moved and where most did."""
+    torch.manual_seed(7)
+    n = 300_000
+    w = torch.randn(n).bfloat16()
+    d = 1e-2 * torch.randn(n) * (torch.rand(n) < share)
+    code = torch.randint(0, 16, (n,), dtype=torch.uint8)
+    limits = thresholds(1.0, d.dtype)
+    seen = look(w, d, code, limits)
+    for key, (test, limit) in limits.items():
+        assert seen.within[key] == int(test(d.abs(), limit).sum())
+    for tau, number in seen.within_share.items():
+        assert number == int((d.abs() <= tau * w.float().abs()).sum())
+    assert seen.same_in_bf16 == int((w == (w.float() + d).bfloat16()).sum())
+    assert seen.total == pytest.approx(float(d.double().abs().sum()), rel=1e-12)
+    assert seen.largest == float(d.abs().max())
+    picked, moved = seen.sizes != 0, d != 0
+    assert torch.equal(seen.sizes[picked], d.abs()[moved])
+    assert torch.equal(seen.codes[picked], code[moved])
 
 
 @pytest.mark.parametrize("kind", ["smooth", "ties", "unlike its sample", "infinite"])

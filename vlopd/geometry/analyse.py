@@ -214,7 +214,7 @@ def save_findings(path: Path, findings: Sequence[Finding]) -> None:
     arrays: dict[str, Any] = {}
     about = []
     for i, finding in enumerate(findings):
-        values = {field.name: finding.__dict__[field.name] for field in fields(Finding)}
+        values = dict(vars(finding))
         for key in ("terms", "measures", "statuses"):
             arrays[f"{i}.{key}"] = values.pop(key)
         about.append({**values, "place": finding.place._asdict()})

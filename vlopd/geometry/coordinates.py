@@ -118,8 +118,8 @@ def look(w: Tensor, d: Tensor, code: Tensor, limits: dict[tuple[str, str], Thres
     """One pass over a flat source, its delta and its masks' codes, of which only what moved is compared."""
     sizes, codes, moved = torch.empty_like(d), torch.empty_like(code), 0
     seen = Seen(dict.fromkeys(limits, 0), dict.fromkeys(TAUS, 0), 0, 0.0, 0.0, sizes, codes)
-    for a, b, c in zip(*(each.split(CHUNK) for each in (w, d, code)), strict=True):
-        b, a, c = where_moved(b, a, c)
+    for parts in zip(*(each.split(CHUNK) for each in (d, w, code)), strict=True):
+        b, a, c = where_moved(*parts)
         if not len(b):
             continue
         here = slice(moved, moved + len(b))
@@ -176,9 +176,8 @@ def coordinate_terms(
     energy, source_energy = norm(d) ** 2, norm(w) ** 2
     rms = math.sqrt(source_energy / n) if n else 0.0
     seen = look(w, d, masks.code, thresholds(rms, d.dtype))
-    moved = len(seen.sizes)  # and maybe some that did not
     ks = [quota(ratio, n) for ratio in ratios]
-    tops = [top_energy(seen.sizes, k) if k < moved else energy for k in ks]
+    tops = [top_energy(seen.sizes, k) if k < len(seen.sizes) else energy for k in ks]
 
     terms = [
         Term("relative_delta_fro", "", energy, source_energy, "root", decided_by="norm"),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from operator import eq
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from vlopd.config import (
     SignFlippedNull,
     UlpNull,
 )
-from vlopd.geometry.sizes import CHUNK, norm
+from vlopd.geometry.sizes import CHUNK, marked, norm, places_of
 from vlopd.seeding import generator
 
 TOLERANCE = 0.02
@@ -87,8 +88,8 @@ def permuted(source: Tensor, delta: Tensor, stream: torch.Generator) -> Tensor:
     binade[mantissa == 0] = 2**15  # a weight of zero has a step of its own
     flat = delta.flatten()
     found = torch.empty_like(flat)
-    for each in binade.unique():
-        places = (binade == each).nonzero().squeeze(1)
+    for each in binade.unique().tolist():
+        places = places_of(marked(eq, binade, each))
         found[places] = flat[places[torch.randperm(len(places), generator=stream)]]
     return found.view_as(delta)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import combinations
+from operator import gt
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from vlopd.geometry.coordinates import UPDATE_ATOLS, Term, not_above
 from vlopd.geometry.examine import OBSERVED
 from vlopd.geometry.nulls import null_delta, null_name
 from vlopd.geometry.rows import Measure, Place, Row, parameters
-from vlopd.geometry.sizes import cut, magnitudes
+from vlopd.geometry.sizes import cut, magnitudes, marked
 from vlopd.models.atlas import classify
 
 STRATA = 10
@@ -96,7 +97,8 @@ def tables(
             if null is not None:  # each run draws noise of its own
                 change = null_delta(null, source, change, after.dtype, config.seed, draw, name, run)
             size = change.reshape(-1).abs()
-            moved[run] = [size > not_above(atol, size.dtype) for atol in UPDATE_ATOLS]
+            limits = [not_above(atol, size.dtype) for atol in UPDATE_ATOLS]
+            moved[run] = [marked(gt, size, limit) for limit in limits]
         for one, other in found:
             both = zip(moved[one], moved[other], strict=True)
             found[one, other].append([table(strata, a, b) for a, b in both])
@@ -110,13 +112,11 @@ def table(strata: Tensor, a: Tensor, b: Tensor) -> np.ndarray:
 
 def magnitude_strata(source: Tensor) -> Tensor:
     """The decile of |w| within its tensor of every coordinate, flat uint8; equal weights are in one decile."""
-    flat, n = source.reshape(-1), source.numel()
+    sizes, n = magnitudes(source.reshape(-1)), source.numel()
     strata = torch.zeros(n, dtype=torch.uint8)
     ks = sorted({max(1, n * i // STRATA) for i in range(1, STRATA)})
-    sizes = magnitudes(flat)
-    borders = [cut(sizes, k).value for k in ks]
-    for border in borders:
-        strata += (magnitudes(flat) > border).to(torch.uint8)
+    for k in ks:
+        strata += marked(gt, sizes, cut(sizes, k).value).view(torch.uint8)
     return strata
 
 

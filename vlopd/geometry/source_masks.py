@@ -14,16 +14,7 @@ import torch
 from torch import Tensor
 
 from vlopd.geometry.linalg import product
-from vlopd.geometry.sizes import (
-    CHUNK,
-    Cut,
-    Test,
-    count,
-    cut,
-    magnitudes,
-    marked,
-    places_of,
-)
+from vlopd.geometry.sizes import CHUNK, Cut, Test, count, cut, magnitudes, marked, places_of
 from vlopd.geometry.spectrum import ROWS, Factors, rank_at
 from vlopd.masks import quota
 
@@ -100,11 +91,7 @@ class SourceMasks:
             border = Border(found, members - found.smaller, bit, lt, le)
             self.ties[ratio] = 0 if border.whole else found.equal
             borders.append(border)
-        del sizes
-        for code, part in zip(self.code.split(CHUNK), flat.split(CHUNK), strict=True):
-            size = magnitudes(part)
-            for border in borders:
-                border.mark(code, size)
+        self._mark(sizes, borders)
 
     def _add_principal(self, matrix: Tensor, factors: Factors) -> None:
         """Marks the largest of each reconstruction U_k U_k^T W, rounded to fp32."""
@@ -119,8 +106,11 @@ class SourceMasks:
             members, flat = quota(ratio, m * n), sizes.view(-1)
             found = cut(flat, m * n - members + 1)
             larger = m * n - found.smaller - found.equal
-            border = Border(found, members - larger, 1 << (2 * i), gt, ge)
-            for code, size in zip(self.code.split(CHUNK), flat.split(CHUNK), strict=True):
+            self._mark(flat, [Border(found, members - larger, 1 << (2 * i), gt, ge)])
+
+    def _mark(self, sizes: Tensor, borders: Sequence[Border]) -> None:
+        for code, size in zip(self.code.split(CHUNK), sizes.split(CHUNK), strict=True):
+            for border in borders:
                 border.mark(code, size)
 
     def names(self) -> list[tuple[str, float]]:
