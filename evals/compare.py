@@ -19,13 +19,13 @@ from evals.report.verdict import verdict
 from evals.roles import Role, Roles, roles_of
 from evals.stats import Scores
 from vlopd.checkpoint import (
+    Checksums,
     RunFolder,
     digest_files,
     digest_json,
     read_json,
     up_to_date,
     without_nan,
-    write_json,
 )
 from vlopd.config import RANDOM, EvalConfig, ExperimentConfig
 
@@ -69,14 +69,17 @@ def compare_arms(
     density: Mapping[str, float | None],
 ) -> Path:
     """The comparison of evaluations in a folder, by what each arm is for."""
-    arms = list(roles.of)
+    arms, sums = list(roles.of), Checksums(evals.parent)
+    for arm in arms:
+        if sums.path(f"evals/{arm}").exists():
+            sums.check(f"evals/{arm}")
     results = read_results(evals, arms)
     inputs = dict(inputs)
     for arm in arms:
         inputs[f"evals/{arm}"] = digest_files(
             [evals / arm / "results.json", *(evals / arm).glob("samples_*.jsonl")]
         )
-    if up_to_date(out, inputs):
+    if up_to_date(out, inputs) and not any(sums.problems("compare", whole=False)):
         return out
     first = results[arms[0]]
     tasks = {}
@@ -98,7 +101,7 @@ def compare_arms(
         "tasks": tasks,
     }
     record["verdict"] = verdict(record, roles.seeds, density)
-    write_json(out, without_nan(record))
+    sums.finish("compare", out, without_nan(record), ())
     return out
 
 

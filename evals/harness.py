@@ -18,22 +18,22 @@ from lm_eval.utils import handle_non_serializable
 from evals.lm import PLACEHOLDER, ArmLM
 from evals.scoring import Tasks, argument, as_list, one_row_a_question, score
 from vlopd.checkpoint import (
+    Checksums,
     RunError,
     RunFolder,
     digest_json,
     digest_text,
     read_json,
     read_jsonl,
-    up_to_date,
     without_nan,
-    write_json,
     write_jsonl,
 )
 from vlopd.config import CheckpointArm, EvalConfig, ExperimentConfig, ImportedArm, TeacherArm
+from vlopd.digests import file_digest
 from vlopd.distill import Evaluate
 from vlopd.models.load import DTYPES, LoadedModel, load_configured
 from vlopd.processes import accelerator
-from vlopd.stages import scores_of, teacher_folder
+from vlopd.stages import arm_content, scores_of, teacher_folder
 
 MERGED = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 """Of lm-eval's results, what has an entry a task."""
@@ -46,10 +46,13 @@ PER_TASK = (
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: `open` loads it, `about` goes into its results.json."""
+    """What is evaluated: `open` loads it, `about` goes into its results.json.
+
+    `content` gives {file: sha256} of what it is loaded from; of true, with every file read.
+    """
 
     name: str
-    digest: str
+    content: Callable[[bool], Mapping[str, str]]
     compute: str
     open: Callable[[], LoadedModel]
     about: Mapping[str, Any]
@@ -61,30 +64,36 @@ def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     its = config.arms.get(arm)
     if isinstance(its, ImportedArm):
         folder = Path(its.results)
-        return import_scores(folder, arm, record["checkpoint_digest"], config.eval, run.eval(arm))
+        return import_scores(run.checksums, folder, arm, config.eval)
     about = {"mask": record.get("mask"), "other_source": record.get("other_source")}
+    about["checkpoint_digest"] = record["checkpoint_digest"]
     subject = Subject(
         arm,
-        record["checkpoint_digest"],
+        lambda whole: arm_content(run, config, arm, whole),
         config.precision.compute,
         lambda: open_arm(run, config, arm),
         about,
     )
-    return evaluate(subject, config.eval, run.eval(arm), run.root / "evals" / "images")
+    return evaluate(run.checksums, subject, config.eval)
 
 
-def evaluate(subject: Subject, config: EvalConfig, out: Path, images: Path) -> bool:
+def evaluate(sums: Checksums, subject: Subject, config: EvalConfig) -> bool:
     """Scores a model on tasks; returns whether there was anything to do.
 
-    Writes out/samples_<task>.jsonl and, after each task, out/results.json. Raises ConfigError for an unknown
-    task and RunError for one that nothing can be scored on.
+    Writes evals/<name>/samples_<task>.jsonl in the folder of `sums` and, after each task, results.json there. Raises
+    ConfigError for an unknown task and RunError for one that nothing can be scored on.
     """
+    artifact = f"evals/{subject.name}"
+    out, images = sums.root / artifact, sums.root / "evals" / "images"
     manager = Tasks.of(config.tasks, config.include)
     wanted = {task: inputs_of(manager, task, config, subject) for task in config.tasks}
-    inputs = {"checkpoint": subject.digest, "tasks": wanted}
+    inputs = {"checkpoint": dict(subject.content(False)), "tasks": wanted}
     record = out / "results.json"
-    if up_to_date(record, inputs):
+    if sums.is_done(artifact, record, inputs):
         return False
+    inputs["checkpoint"] = dict(subject.content(True))
+    if record.exists() and sums.path(artifact).exists():
+        sums.check(artifact)  # some of it may be kept
     merged = kept_results(record, inputs)
     lm = None
     for task, own in wanted.items():
@@ -93,7 +102,7 @@ def evaluate(subject: Subject, config: EvalConfig, out: Path, images: Path) -> b
         if lm is None:
             title = f"eval {subject.name}"
             lm = ArmLM(subject.open(), config.batch_size, title, sampled=config.sampled)
-            merged |= {**subject.about, "arm": subject.name, "checkpoint_digest": subject.digest}
+            merged |= {**subject.about, "arm": subject.name}
             merged |= {"precision": subject.compute, **digests_of(lm.loaded)}
         results = score(lm, task, manager, config, config.limit, subject.name)
         for leaf, rows in results.pop("samples").items():
@@ -103,20 +112,30 @@ def evaluate(subject: Subject, config: EvalConfig, out: Path, images: Path) -> b
         merged |= results
         merged["inputs"]["tasks"][task] = {**own}
         plain = json.loads(json.dumps(merged, default=handle_non_serializable))
-        write_json(record, without_nan(plain))
+        files = [path for leaf in merged["results"] for path in files_of_task(out, images, leaf)]
+        sums.finish(artifact, record, without_nan(plain), files)
     return True
 
 
-def import_scores(folder: Path, name: str, digest: str, config: EvalConfig, out: Path) -> bool:
+def files_of_task(out: Path, images: Path, task: str) -> list[Path]:
+    """A task's rows and the pictures that they show; none for a group of tasks."""
+    rows = out / f"samples_{task}.jsonl"
+    return [rows, *sorted((images / task).glob("*.png"))] if rows.exists() else []
+
+
+def import_scores(sums: Checksums, folder: Path, name: str, config: EvalConfig) -> bool:
     """Another lm-eval run's answers as an arm; returns whether there was anything to do.
 
     Raises RunError where it lacks a task of the config.
     """
-    inputs = {"checkpoint": digest, "tasks": list(config.tasks)}
-    if up_to_date(out / "results.json", inputs):
+    artifact, out = f"evals/{name}", sums.root / "evals" / name
+    files = {path.name: file_digest(path) for path in scores_of(folder)}
+    inputs = {"checkpoint": files, "tasks": list(config.tasks)}
+    if sums.is_done(artifact, out / "results.json", inputs):
         return False
     last, *samples = scores_of(folder)
-    merged: dict[str, Any] = {**read_json(last), "arm": name, "checkpoint_digest": digest}
+    merged: dict[str, Any] = {**read_json(last), "arm": name}
+    merged["checkpoint_digest"] = digest_json(files)
     merged |= {key: {} for key in PER_TASK}
     by_task = {task_of(path): path for path in samples}
     for task in config.tasks:
@@ -128,7 +147,9 @@ def import_scores(folder: Path, name: str, digest: str, config: EvalConfig, out:
         write_jsonl(out / f"samples_{task}.jsonl", [tidy(row, {}) for row in rows])
         for key, value in about_rows(rows).items():
             merged[key][task] = value
-    write_json(out / "results.json", without_nan({**merged, "inputs": inputs}))
+    rows_written = [out / f"samples_{task}.jsonl" for task in config.tasks]
+    content = without_nan({**merged, "inputs": inputs})
+    sums.finish(artifact, out / "results.json", content, rows_written)
     return True
 
 

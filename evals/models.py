@@ -11,10 +11,10 @@ import torch
 from evals.compare import compare_arms
 from evals.harness import Subject, evaluate, import_scores
 from evals.roles import Role, Roles
-from vlopd.checkpoint import digest_checkpoint, digest_files, names_apart
+from vlopd.checkpoint import Checksums, digest_checkpoint, names_apart
 from vlopd.config import EvalConfig, ModelConfig
 from vlopd.models.load import DTYPES, load_configured, resolve
-from vlopd.stages import hub_folder, scores_of
+from vlopd.stages import hub_folder, model_content
 
 
 def compare_models(
@@ -25,21 +25,22 @@ def compare_models(
     models: checkpoint folders, hub ids, `builtin:NAME`, or output folders of lm-eval. Writes out/evals/<name>/
     and out/compare.json, whose path it returns. What was evaluated before is not evaluated again.
     """
-    names = names_of(models)
+    names, sums = names_of(models), Checksums(out)
     for name, model in names.items():
-        folder = out / "evals" / name
         if is_scores(model):
-            scores = Path(model)
-            import_scores(scores, name, digest_files(scores_of(scores)), config, folder)
+            import_scores(sums, Path(model), name, config)
             continue
         about = ModelConfig(model=model)
 
         def open_model(about: ModelConfig = about):
             return load_configured(about, DTYPES[compute], device)
 
+        def content(whole: bool, about: ModelConfig = about):
+            return model_content(about, whole)
+
         digest = digest_checkpoint(hub_folder(resolve(model), None))
-        subject = Subject(name, digest, compute, open_model, {"model": model})
-        evaluate(subject, config, folder, out / "evals" / "images")
+        known = {"model": model, "checkpoint_digest": digest}
+        evaluate(sums, Subject(name, content, compute, open_model, known), config)
     first, *others = names
     of: dict[str, Role] = {first: "base", **dict.fromkeys(others, "other")}
     return compare_arms(out / "evals", Roles(of), config, out / "compare.json", {}, {})

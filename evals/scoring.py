@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -21,14 +20,14 @@ import torch
 from lm_eval.tasks import TaskManager
 
 from evals import stats
+from evals.definition import files_of_task
 from evals.lm import ArmLM
-from vlopd.checkpoint import RunError, digest_files, digest_json
+from vlopd.checkpoint import RunError, digest_json
 from vlopd.config import ConfigError, EvalConfig, UserError
+from vlopd.digests import file_digest
 from vlopd.models.about import first_line
 
 TASKS = Path(__file__).parent / "tasks"
-INCLUDE = re.compile(r"^include:\s*(\S+)", re.MULTILINE)
-FUNCTION = re.compile(r"!function\s+(\w+)\.")
 
 
 class Tasks(TaskManager):
@@ -70,20 +69,10 @@ class Tasks(TaskManager):
         return found
 
     def digest(self, task: str) -> str:
-        """Of a task's YAML, what it includes and the modules whose functions it names; lm-eval's version."""
-        path = self.task_index[task].yaml_path
-        files: set[Path] = set()
-        queue = [] if path is None else [Path(path)]
-        while queue:
-            path = queue.pop()
-            if path in files or not path.exists():
-                continue
-            files.add(path)
-            if path.suffix != ".py":
-                text = path.read_text()
-                queue += [path.parent / name for name in INCLUDE.findall(text)]
-                queue += [path.parent / f"{name}.py" for name in FUNCTION.findall(text)]
-        return digest_json([task, lm_eval.__version__, digest_files(list(files))])
+        """Of everything that decides what a task asks and how it is scored; lm-eval's version."""
+        files = sorted(files_of_task(self.task_index, task))
+        contents = [[path.name, file_digest(path)] for path in files]
+        return digest_json([task, lm_eval.__version__, sorted(contents)])
 
 
 def folders(include: str | None) -> list[str]:

@@ -17,7 +17,7 @@ from lm_eval.api.model import LM
 
 from evals.lm import images_of, parts
 from evals.scoring import Tasks, load_task, untouched_randomness
-from vlopd.checkpoint import RunFolder, read_json, up_to_date, write_json, write_jsonl
+from vlopd.checkpoint import RunFolder, write_jsonl
 from vlopd.config import (
     CheckpointArm,
     EvalConfig,
@@ -30,6 +30,7 @@ from vlopd.config import (
 from vlopd.pair import ModelPair, load_pair
 from vlopd.processes import accelerator
 from vlopd.rollout import sample
+from vlopd.stages import arm_content, teacher_content
 from vlopd.types import Completions, Example
 
 TOKENS = 256
@@ -46,16 +47,20 @@ def grade_answers(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     if isinstance(about, (TeacherArm, CheckpointArm, ImportedArm)) or not config.eval.keep_images:
         return False
     out, manager = run.eval(arm), Tasks.of(config.eval.tasks, config.eval.include)
+    teachers = {n: teacher_content(run, config, its) for n, its in config.teachers.items()}
     inputs = {
-        "checkpoint": read_json(run.arm_record(arm))["checkpoint_digest"],
+        "checkpoint": arm_content(run, config, arm),
         "teacher": config.model_dump(mode="json", include={"teacher", "precision"}),
+        "files": teachers,
         "tasks": {task: manager.digest(task) for task in config.eval.tasks},
         "settings": config.eval.model_dump(
             mode="json", include={"limit", "keep_images", "fewshot"}
         ),
     }
-    if up_to_date(out / "tokens.json", inputs):
+    artifact, record = f"tokens/{arm}", out / "tokens.json"
+    if run.checksums.is_done(artifact, record, inputs):
         return False
+    record.unlink(missing_ok=True)
     asked: dict[str, list[Example]] = {}
     for task in config.eval.tasks:
         asked |= questions(task, config.eval)
@@ -69,7 +74,8 @@ def grade_answers(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
                 skipped[task] = str(error)
             else:
                 write_jsonl(out / f"tokens_{task}.jsonl", rows)
-    write_json(out / "tokens.json", {"inputs": inputs, "skipped": skipped})
+    content = {"inputs": inputs, "skipped": skipped}
+    run.checksums.finish(artifact, record, content, sorted(out.glob("tokens_*.jsonl")))
     return True
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from evals import alignment, probe
 from evals.harness import open_arm
-from vlopd.checkpoint import RunFolder, read_json, up_to_date, write_json, write_jsonl
+from vlopd.checkpoint import RunFolder, write_jsonl
 from vlopd.config import ConfigError, ExperimentConfig, ImportedArm, TeacherArm
-from vlopd.stages import source_arm
+from vlopd.stages import arm_content, source_arm
 
 
 def look(
@@ -27,12 +27,15 @@ def look(
     """
     source, out = source_arm(config), run.root / "evals" / "vision.json"
     seeing = [arm for arm in arms if not isinstance(config.arms[arm], ImportedArm)]
-    digests = {
-        arm: read_json(run.arm_record(arm))["checkpoint_digest"] for arm in (source, *seeing)
-    }
-    inputs = {"checkpoints": digests, "scorer": scorer, "pictures": pictures}
-    if up_to_date(out, inputs):
+
+    def made_from(whole: bool) -> dict[str, Any]:
+        arms = {arm: arm_content(run, config, arm, whole) for arm in (source, *seeing)}
+        return {"checkpoints": arms, "scorer": scorer, "pictures": pictures}
+
+    if run.checksums.is_done("evals/vision", out, made_from(False)):
         return out
+    inputs = made_from(True)
+    out.unlink(missing_ok=True)
     base = open_arm(run, config, source)
     if not base.sees_images:
         raise ConfigError(
@@ -62,5 +65,6 @@ def look(
             aligned[arm]["difference"] = alignment.difference(rows, told)
             write_jsonl(run.eval(arm) / "alignment.jsonl", rows)
     record = {"inputs": inputs, "source": source, "towers": towers, "alignment": aligned}
-    write_json(out, record)
+    written = sorted((run.root / "evals").glob("*/alignment.jsonl"))
+    run.checksums.finish("evals/vision", out, record, written)
     return out

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("vlopd/**/*.py"), *ROOT.glob("evals/**/*.py")])
 
 RANK = {
-    "vlopd.config": 0, "vlopd.types": 0, "vlopd.seeding": 0, "vlopd.bits": 0,
+    "vlopd.config": 0, "vlopd.types": 0, "vlopd.seeding": 0, "vlopd.bits": 0, "vlopd.digests": 0,
     "vlopd.processes": 1, "vlopd.checkpoint": 1, "vlopd.losses": 1, "vlopd.trainable": 1,
     "vlopd.models": 2, "vlopd.data": 2, "vlopd.log": 2, "vlopd.adapter": 2,
     "vlopd.subspace": 2, "vlopd.context": 3, "vlopd.rollout": 3, "vlopd.vocabulary": 3, "vlopd.delta": 3,

@@ -1,32 +1,35 @@
-"""Run folders: where every artifact lives, atomic writes, digests, provenance, and what need not run again.
+"""Run folders: where every artifact lives, atomic writes, provenance, and what need not run again.
 
-A stage writes its files whole (temporary name, fsync, rename) and its record last. The record holds the
-digests of what it was made from (`inputs`); a stage whose record matches its inputs is not run again.
-Only safetensors and JSON are read back; pickles never are.
+A stage writes its files whole (temporary name, fsync, rename), then their checksums, and its record last. The
+record holds the digests of what it was made from (`inputs`); a stage whose record matches its inputs, and whose
+files are as they were written, is not run again. Only safetensors and JSON are read back; pickles never are.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
 import platform
+import re
+import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from vlopd.config import ConfigError, ExperimentConfig, UserError
+from vlopd.digests import file_digest
 
 PACKAGES = [
     "vlopd",
@@ -42,8 +45,12 @@ PACKAGES = [
 ]
 
 
-TEMPORARY = ".unfinished-"
-"""How names of files that are still being written begin; a killed process leaves some behind."""
+TEMPORARY = re.compile(r"\.unfinished-[0-9a-f]{16}")
+"""Names of files and folders that are still being written; a killed process leaves some behind."""
+
+
+LOCK = ".lock"
+"""What marks a run folder that processes work in."""
 
 
 class RunError(UserError):
@@ -56,16 +63,15 @@ class RunError(UserError):
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`; renames it to `path` on success, removes it on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = temporary_beside(path)
+    temporary.touch(exist_ok=False)
+    permissions = temporary.stat().st_mode  # the umask's; some writers bring their own
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(permissions)
+        flush(temporary)
         temporary.rename(path)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -73,16 +79,42 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; on success it takes the place of `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=TEMPORARY))
+    temporary = temporary_beside(path)
+    temporary.mkdir()
+    permissions = temporary.stat().st_mode & 0o777
     try:
         yield temporary
-        temporary.chmod(0o755)
+        for inside in temporary.rglob("*"):
+            inside.chmod(permissions if inside.is_dir() else permissions & 0o666)
+            flush(inside)
+        flush(temporary)
+        replaced = temporary_beside(path)
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(replaced)
         temporary.rename(path)
+        flush(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new name in the folder of `path`, which is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.parent / f".unfinished-{secrets.token_hex(8)}"
+
+
+def flush(path: Path) -> None:
+    """Puts a file's content, or a folder's names, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # some file systems cannot sync a folder, and need not
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -90,9 +122,13 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
-def write_json(path: Path, value: Any) -> None:
+def json_text(value: Any) -> str:
     """JSON with NaN refused, so that any reader can parse it."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json_text(value))
 
 
 def without_nan(value: Any) -> Any:
@@ -144,17 +180,15 @@ def digest_json(value: Any) -> str:
     return digest_text(json.dumps(value, sort_keys=True))
 
 
-def digest_files(paths: list[Path]) -> str:
-    """One sha256 over names and contents."""
+def digest_files(paths: list[Path], whole: bool = False) -> str:
+    """One sha256 over names and contents; `whole` as in digests.file_digest."""
     total = hashlib.sha256()
     for path in sorted(paths, key=lambda p: p.name):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{path.name} {content}\n".encode())
+        total.update(f"{path.name} {file_digest(path, whole)}\n".encode())
     return total.hexdigest()
 
 
-def digest_checkpoint(folder: Path) -> str:
+def digest_checkpoint(folder: Path, whole: bool = False) -> str:
     """Digest of a checkpoint's weights (its safetensors files).
 
     Raises RunError where there are none, or only pickles, which are refused.
@@ -164,7 +198,7 @@ def digest_checkpoint(folder: Path) -> str:
         pickled = sorted(p.name for p in folder.glob("*.bin"))
         why = f"only pickled weights ({pickled[0]}), which are refused" if pickled else "no weights"
         raise RunError(f"{folder} holds {why}; a checkpoint needs *.safetensors")
-    return digest_files(files)
+    return digest_files(files, whole)
 
 
 def provenance() -> dict[str, Any]:
@@ -197,6 +231,148 @@ def git_state() -> dict[str, Any] | None:
         return None
 
 
+# ----------------------------------------------------------------------------------------- checksums
+
+
+class Problem(NamedTuple):
+    """A file that is not as it was written."""
+
+    file: Path
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.what}; {self.remedy}"
+
+
+class Checksums:
+    """What the files of a folder held when they were written: checksums/<artifact>.sha256.
+
+    The files are `sha256sum`'s own, with paths relative to the folder: `sha256sum --check checksums/*` there does
+    what `vlopd verify` does. An artifact is named by its place, as in `arms/full`.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def path(self, artifact: str) -> Path:
+        return self.root / "checksums" / f"{artifact.replace('/', '--')}.sha256"
+
+    def write(self, artifact: str, files: Iterable[Path], last: Mapping[Path, str] = {}) -> None:
+        """Notes what the files hold; `last` are texts that will be written after this, by path."""
+        sums = {}
+        for path in files:
+            if path not in last:
+                flush(path)
+                sums[self.name(path)] = file_digest(path, whole=True)
+        sums |= {self.name(path): digest_text(text) for path, text in last.items()}
+        lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
+        write_text(self.path(artifact), "".join(lines))
+
+    def finish(self, artifact: str, record: Path, content: Any, files: Iterable[Path]) -> None:
+        """The end of a stage: the files' checksums, and then its record, which says that it is done."""
+        text = json_text(content)
+        record.unlink(missing_ok=True)  # an old record must not vouch for new files
+        self.write(artifact, files, {record: text})
+        write_text(record, text)
+
+    def name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+    def read(self, artifact: str) -> dict[str, str]:
+        """{file: sha256}. Raises RunError where the file of checksums is damaged."""
+        path = self.path(artifact)
+        sums = {}
+        try:
+            lines = path.read_text().removesuffix("\n").split("\n")
+        except UnicodeDecodeError:
+            lines = [""]
+        for line in lines:
+            if not SUM.fullmatch(line):
+                raise RunError(str(self.damaged(artifact)))
+            digest, name = line.split("  ", 1)
+            sums[name] = digest
+        return sums
+
+    def damaged(self, artifact: str) -> Problem:
+        return Problem(self.path(artifact), "is damaged", self.remedy(artifact))
+
+    def remedy(self, artifact: str) -> str:
+        """How to get an artifact anew."""
+        made = [
+            self.root / artifact,
+            *(self.root / artifact).parent.glob(f"{Path(artifact).name}.*"),
+        ]
+        named = " and ".join(str(path) for path in made if path.exists()) or str(
+            self.root / artifact
+        )
+        return f"restore it, or delete {named} and run again"
+
+    def problems(self, artifact: str, whole: bool = True) -> Iterator[Problem]:
+        """The files of an artifact that are not as they were written, or not there."""
+        try:
+            sums = self.read(artifact)
+        except FileNotFoundError:
+            yield Problem(self.path(artifact), "is missing", self.remedy(artifact))
+            return
+        except RunError:
+            yield self.damaged(artifact)
+            return
+        for name, digest in sums.items():
+            path = self.root / name
+            try:
+                # what is remembered may itself be damaged: only the content convicts
+                if file_digest(path, whole) == digest or file_digest(path, True) == digest:
+                    continue
+                what = "is not as it was written"
+            except OSError as error:
+                what = "is missing" if not path.exists() else f"cannot be read ({error.strerror})"
+            yield Problem(path, what, self.remedy(artifact))
+
+    def check(self, artifact: str, whole: bool = True) -> None:
+        """Raises RunError with the first file that is not as it was written.
+
+        `whole` reads all of it, as is due before anything is made from it; else size and times decide what is read.
+        """
+        for problem in self.problems(artifact, whole):
+            raise RunError(str(problem))
+
+    def is_done(self, artifact: str, record: Path, inputs: Mapping[str, Any]) -> bool:
+        """Whether an artifact was made from just these inputs; says what changed where it was made from others.
+
+        Raises RunError where it was, and is not as it was written.
+        """
+        if not record.exists():
+            return False
+        before = read_json(record).get("inputs")
+        if before != dict(inputs):
+            changed = [shorter(line) for line in differences(before, dict(inputs))]
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            why = f"made from another {'; '.join(changed[:3])}{more}"
+        elif not self.path(artifact).exists():
+            why = "without checksums"
+        else:
+            self.check(artifact, whole=False)
+            return True
+        if is_first_process():
+            print(f"vlopd: {artifact} is {why}: making it again", file=sys.stderr)
+        return False
+
+    def artifacts(self) -> list[str]:
+        """All that have checksums."""
+        found = (self.root / "checksums").glob("*.sha256")
+        return sorted(path.stem.replace("--", "/", 1) for path in found)
+
+
+SUM = re.compile(r"[0-9a-f]{64}  .+")
+
+
+def shorter(difference: str) -> str:
+    """A difference without its values where those are digests or long."""
+    key, _, values = difference.partition(": ")
+    return key if len(values) > 60 else difference
+
+
 # ---------------------------------------------------------------------------------------- run folder
 
 
@@ -205,6 +381,7 @@ class RunFolder:
 
     def __init__(self, root: Path | str):
         self.root = Path(root)
+        self.checksums = Checksums(self.root)
         self._lock: Any = None
         self._making: set[Path] = set()
 
@@ -267,7 +444,7 @@ class RunFolder:
             elif is_first_process():
                 seeds = {n: arm["seed"] for n, arm in resolved["arms"].items() if "seed" in arm}
                 record = {"config": resolved, "seeds": seeds, "precision": resolved["precision"]}
-                write_json(path, {**record, **provenance()})
+                run.checksums.finish("run", path, {**record, **provenance()}, ())
         return run
 
     @classmethod
@@ -289,18 +466,25 @@ class RunFolder:
         """
         if not is_first_process():
             return
-        self._lock = (self.root / ".lock").open("a+")
+        self._lock = (self.root / LOCK).open("a+")
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._sweep()
         fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def _sweep(self) -> None:
-        for path in list(self.root.rglob(f"{TEMPORARY}*")):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        """Removes what killed processes left unfinished here; not in a run of its own further down."""
+        for folder, folders, files in os.walk(self.root):
+            here = Path(folder)
+            if here != self.root and LOCK in files:
+                folders.clear()
+                continue
+            for name in filter(TEMPORARY.fullmatch, [*folders, *files]):
+                if (here / name).is_dir():
+                    shutil.rmtree(here / name)
+                else:
+                    (here / name).unlink(missing_ok=True)
+            folders[:] = [name for name in folders if not TEMPORARY.fullmatch(name)]
 
     def unlock(self) -> None:
         if self._lock is not None:

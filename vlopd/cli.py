@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
@@ -423,8 +424,35 @@ def show(run: RunPath) -> None:
             "yes" if scored else "no",
         )
     console.print(table)
+    for artifact in folder.checksums.artifacts():
+        for problem in folder.checksums.problems(artifact, whole=False):
+            console.print(f"[red]altered[/]: {escape(str(problem))}", soft_wrap=True)
     if folder.compare.exists():
         say_verdict(folder)
+
+
+@app.command()
+def verify(run: RunPath) -> None:
+    """Hashes every file of a run, and what it was made from: is everything as it was written?"""
+    from vlopd.stages import verify_run
+
+    folder, config = RunFolder.open(run)
+    found = verify_run(folder, config)
+    for problem in found.problems:
+        console.print(f"[red]altered[/]: {escape(str(problem))}", soft_wrap=True)
+    for path in found.unknown:
+        console.print(f"[yellow]not written by a finished stage[/]: {path}", soft_wrap=True)
+    for line in found.inputs:
+        console.print(
+            f"[yellow]made from what is no longer there[/]: {escape(line)}", soft_wrap=True
+        )
+    console.print(
+        f"[bold]verified[/]: {found.files:,} files ({decimal(found.n_bytes)}) of {run}, "
+        f"{len(found.problems)} altered",
+        soft_wrap=True,
+    )
+    if found.problems:
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -36,7 +36,11 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
     Raises RunError when run.json is missing or a file of the run cannot be read.
     """
     inputs = shown_files(run)
-    if up_to_date(run.report / "record.json", inputs):
+    for artifact in run.checksums.artifacts():
+        if artifact.split("/")[0] not in ("report", "compare"):
+            run.checksums.check(artifact, whole=False)
+    unaltered = not any(run.checksums.problems("report", whole=False))
+    if up_to_date(run.report / "record.json", inputs) and unaltered:
         return run.report / "report.html"
     none = {"tasks": {}, "verdict": [f"Not compared yet: run `vlopd compare {run.root}`."]}
     compared = read_json(run.compare) if run.compare.exists() else none
@@ -88,6 +92,7 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
             text = environment().get_template(f"{name}.j2").render(context)
             (folder / name).write_text(text)
         write_json(folder / "record.json", {"inputs": inputs})
+    run.checksums.write("report", [path for path in run.report.rglob("*") if path.is_file()])
     return run.report / "report.html"
 
 

@@ -19,6 +19,7 @@ SAMPLES_PER_ARM = 3
 LARGEST_BYTES = 40_000
 """Pictures above this are embedded smaller, as JPEG of at most `LARGEST_SIDE` pixels a side."""
 LARGEST_SIDE = 384
+FORMATS = ("PNG", "JPEG", "WEBP")
 LEAST_LOGPROB = -6.0
 """Teacher log-probabilities (nats) at and below this get the strongest colour."""
 LARGEST_KL = 2.0
@@ -73,8 +74,7 @@ def questions(run: RunFolder, task: str, entry: Mapping[str, Any]) -> list[dict[
     pictured = spread([q for q in found if q["picture"]])
     chosen = (pictured + spread([q for q in found if not q["picture"]]))[:EXAMPLES]
     for question in chosen:
-        picture = question["picture"]
-        question["picture"] = data_uri(run.root / picture) if picture else None
+        question["picture"] = data_uri(run.root, question["picture"])
     return chosen
 
 
@@ -127,22 +127,34 @@ def generations(run: RunFolder, arms: Sequence[str]) -> list[dict[str, Any]]:
                     row["tokens"], row["student_logprobs"], row["teacher_logprobs"], strict=True
                 )
             ]
-            picture = data_uri(run.arm(arm) / row["image"]) if row["image"] else None
+            picture = data_uri(run.arm(arm), row["image"])
             found.append({**row, "arm": arm, "tokens": tokens, "picture": picture})
     return found
 
 
-def data_uri(path: Path) -> str | None:
-    """The picture as a data: URI, made smaller when it is large; None where the file is gone."""
-    if not path.exists():
+def data_uri(root: Path, name: str | None) -> str | None:
+    """A run's picture as a data: URI, made smaller when it is large.
+
+    None where a row names none, or anything but a picture inside the run folder `root`: rows are data, and what they
+    name elsewhere does not belong into a page that is passed on.
+    """
+    if not isinstance(name, str):
+        return None
+    path = (root / name).resolve()
+    if not path.is_relative_to(root.resolve()) or not path.is_file():
         return None
     content = path.read_bytes()
-    kind = {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}.get(path.suffix.lower(), "png")
-    if len(content) > LARGEST_BYTES:
-        with Image.open(path) as picture:
-            small = picture.convert("RGB")
-        small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=80)
-        content, kind = buffer.getvalue(), "jpeg"
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            kind = str(picture.format).lower()
+            if len(content) > LARGEST_BYTES:
+                small = picture.convert("RGB")
+                small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+                buffer = io.BytesIO()
+                small.save(buffer, "JPEG", quality=80)
+                content, kind = buffer.getvalue(), "jpeg"
+            else:
+                picture.verify()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,7 @@ from vlopd.config import (
 )
 from vlopd.data.capitals import CapitalsWorld
 from vlopd.data.emoji import EmojiWorld
+from vlopd.data.emoji import folder as emoji_folder
 from vlopd.data.files import FileSource
 from vlopd.data.reasoning import ReasoningWorld
 from vlopd.data.shapes import ShapesWorld
@@ -41,6 +43,21 @@ def open_data(config: ExperimentConfig, size: int, seed: int) -> Sequence[Exampl
         case FileData():
             contexts = [teacher.context for teacher in config.teachers.values()]
             return FileSource(data, [c.column for c in contexts if isinstance(c, ImageContext)])
+
+
+def files_of(config: ExperimentConfig) -> list[Path]:
+    """The files that an experiment's examples come from, pictures included; none for a world that is code alone.
+
+    Raises UserError as `open_data` does.
+    """
+    match config.data:
+        case FileData():
+            source = open_data(config, 0, 0)
+            assert isinstance(source, FileSource)
+            return source.files()
+        case EmojiData():
+            return [path for path in sorted(emoji_folder().rglob("*")) if path.is_file()]
+    return []
 
 
 def pick(data: Sequence[Example], start: int, count: int, seed: int) -> list[Example]:

@@ -99,6 +99,10 @@ class FileSource(Sequence[Example]):
         }
         return replace(example, messages=(system, *example.messages))
 
+    def files(self) -> list[Path]:
+        path = Path(self.config.path)
+        return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+
     def with_marks(self, example: Example, question: str, mark: str) -> Example:
         """The example with its images where the question marks them."""
         parts = parts_at_marks(question, mark)

@@ -9,9 +9,6 @@ takes the plain byte-level splitting for families whose own splits numbers or wh
 from __future__ import annotations
 
 import fcntl
-import functools
-import hashlib
-import os
 import shutil
 import struct
 from collections import Counter
@@ -25,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from vlopd.checkpoint import TEMPORARY, whole_folder
 from vlopd.config import ConfigError
+from vlopd.digests import cache, file_digest
 
 VERSION = 1
 """Of the converter: part of the cache's keys, to be raised where the same file would come out otherwise."""
@@ -46,7 +44,7 @@ def converted(path: Path, dtype: str = "bf16") -> Path:
     """
     if not path.is_file():
         raise ConfigError(f"no GGUF file {path}")
-    key = f"{path.stem}-{digest(path)[:16]}-{dtype}-v{VERSION}"
+    key = f"{path.stem}-{file_digest(path)[:16]}-{dtype}-v{VERSION}"
     return made_once(key, lambda folder: convert(path, folder, dtype))
 
 
@@ -101,7 +99,7 @@ The weights of a GGUF file as plain {dtype} tensors, written by vlopd's converte
 | | |
 |---|---|
 | source file | {path.name} |
-| sha256 | {digest(path)} |
+| sha256 | {file_digest(path)} |
 | quantisation | {stored} |
 | parameters by storage type | {counts} |
 | architecture | {field("general.architecture")} |
@@ -113,13 +111,6 @@ The weights of a GGUF file as plain {dtype} tensors, written by vlopd's converte
 
 
 # --------------------------------------------------------------------------------------------- cache
-
-
-def cache() -> Path:
-    """Where converted models are kept: $VLOPD_CACHE, else $XDG_CACHE_HOME/vlopd, else ~/.cache/vlopd."""
-    if own := os.environ.get("VLOPD_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlopd"
 
 
 def made_once(key: str, make: Callable[[Path], None]) -> Path:
@@ -140,20 +131,9 @@ def made_once(key: str, make: Callable[[Path], None]) -> Path:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
-            for left in folder.parent.glob(f"{TEMPORARY}*"):  # by a process that was killed
-                shutil.rmtree(left)
+            for left in folder.parent.iterdir():
+                if TEMPORARY.fullmatch(left.name):  # by a process that was killed
+                    shutil.rmtree(left)
             with whole_folder(folder) as unfinished:
                 make(unfinished)
     return folder
-
-
-def digest(path: Path) -> str:
-    """The sha256 of a file; read again only where its size or time has changed."""
-    about = path.stat()
-    return digest_at(path.resolve(), about.st_size, about.st_mtime_ns)
-
-
-@functools.lru_cache
-def digest_at(path: Path, size_bytes: int, modified: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from vlopd.checkpoint import digest_text
 from vlopd.config import ConfigError
+from vlopd.digests import file_digest
 from vlopd.models import gguf
 
 NAMES = ("smollm2", "smollm2-24l")
@@ -67,7 +68,7 @@ def folder(name: str) -> Path:
     if name == "smollm2":
         return gguf.converted(source)
     if name == "smollm2-24l":
-        recipe = gguf.digest(source) + json.dumps([DROPPED_LAYERS, CALIBRATION])
+        recipe = file_digest(source) + json.dumps([DROPPED_LAYERS, CALIBRATION])
         key = f"smollm2-24l-{digest_text(recipe)[:16]}-bf16-v{gguf.VERSION}"
         return gguf.made_once(key, make_shallow)
     raise ConfigError(f"no built-in model {name!r}; there are {', '.join(NAMES)}")
@@ -83,7 +84,7 @@ def weights_file() -> Path:
     paths = [Path(str(each.locate())) for each in listed if each.suffix == ".gguf"]
     if not paths or not paths[0].is_file():
         raise ConfigError(f"builtin:smollm2 needs the weights of another package: {remedy}")
-    if gguf.digest(paths[0]) != SHA256:
+    if file_digest(paths[0]) != SHA256:
         raise ConfigError(f"{paths[0]} is not the file of {PACKAGE}: {remedy} --force-reinstall")
     return paths[0]
 

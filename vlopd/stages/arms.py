@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -15,12 +14,10 @@ from vlopd.checkpoint import (
     RunError,
     RunFolder,
     digest_checkpoint,
-    digest_files,
     digest_json,
+    is_first_process,
     read_json,
-    up_to_date,
     whole_folder,
-    write_json,
 )
 from vlopd.config import (
     CheckpointArm,
@@ -40,23 +37,26 @@ from vlopd.masks.apply import delta_norm, extrapolated, transplanted
 from vlopd.models.load import load_configured, resolve, save
 from vlopd.pair import load_pair
 from vlopd.stages.places import (
+    arm_content,
     arm_digest,
     checkpoint_digest,
+    data_content,
     deltas,
     hub_folder,
+    model_content,
     other_source,
     read_mask,
     read_tensors,
     refuse_other_source,
-    scores_of,
     source_arm,
+    teacher_content,
     teacher_folder,
 )
 from vlopd.stages.records import (
     card,
     identities,
+    note,
     off_mask,
-    precision,
     record,
     seeds_of,
     stored_dtype,
@@ -82,11 +82,16 @@ PLAIN = Making()
 
 def write_source(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
     """Writes the student as it is loaded, in the stored precision: what every delta is measured from."""
-    inputs = {
-        "student": config.student.model_dump(mode="json", exclude={"attention"}),
-        "stored": config.precision.stored,
-    }
-    if up_to_date(run.arm_record(name), inputs):
+
+    def made_from(whole: bool) -> dict[str, Any]:
+        return {
+            "student": config.student.model_dump(mode="json", exclude={"attention"}),
+            "files": model_content(config.student, whole),
+            "stored": config.precision.stored,
+        }
+
+    inputs = due(run, name, made_from)
+    if inputs is None:
         return False
     student = load_configured(config.student, stored_dtype(config))
     with whole_folder(run.checkpoint(name)) as folder:
@@ -108,24 +113,18 @@ def write_source(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
 def note_teacher(run: RunFolder, config: ExperimentConfig, name: str, arm: TeacherArm) -> bool:
     """A teacher is not copied into the run; its record says where it is."""
     teacher = config.teacher_of(arm)
-    inputs = {"teacher": teacher.model, "revision": teacher.revision}
-    if teacher.is_student:
-        inputs["source"] = arm_digest(run, source_arm(config))
-    if up_to_date(run.arm_record(name), inputs):
+
+    def made_from(whole: bool) -> dict[str, Any]:
+        about = {"teacher": teacher.model, "revision": teacher.revision}
+        return {**about, "files": teacher_content(run, config, teacher, whole)}
+
+    inputs = due(run, name, made_from)
+    if inputs is None:
         return False
-    folder = teacher_folder(run, config, teacher)
-    digest = digest_checkpoint(folder) if folder.is_dir() else None
-    write_json(
-        run.arm_record(name),
-        {
-            "arm": name,
-            "type": "teacher",
-            "model": teacher.model,
-            "checkpoint_digest": digest,
-            "precision": precision(config),
-            "inputs": inputs,
-        },
+    digest = digest_checkpoint(
+        hub_folder(str(teacher_folder(run, config, teacher)), teacher.revision)
     )
+    note(run, config, name, "teacher", inputs, digest, model=teacher.model)
     return True
 
 
@@ -133,16 +132,36 @@ def note_foreign(
     run: RunFolder, config: ExperimentConfig, name: str, arm: CheckpointArm | ImportedArm
 ) -> bool:
     """A model or scores from elsewhere are not copied into the run; the record says where they are."""
-    inputs = arm.model_dump(mode="json")
-    if isinstance(arm, CheckpointArm):
-        inputs["digest"] = digest_checkpoint(hub_folder(resolve(arm.model), None))
-    else:
-        inputs["digest"] = digest_files(scores_of(Path(arm.results)))
-    if up_to_date(run.arm_record(name), inputs):
+
+    def made_from(whole: bool) -> dict[str, Any]:
+        files = arm_content(run, config, name, whole)
+        return {**arm.model_dump(mode="json"), "files": files}
+
+    inputs = due(run, name, made_from)
+    if inputs is None:
         return False
-    about = {"arm": name, "type": arm.type, "checkpoint_digest": inputs["digest"], "inputs": inputs}
-    write_json(run.arm_record(name), {**about, "precision": precision(config)})
+    if isinstance(arm, CheckpointArm):
+        digest = digest_checkpoint(hub_folder(resolve(arm.model), None))
+    else:
+        digest = digest_json(inputs["files"])
+    note(run, config, name, arm.type, inputs, digest)
     return True
+
+
+def due(
+    run: RunFolder, name: str, made_from: Callable[[bool], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """What an arm is to be made from, or None where it was made from just that.
+
+    `made_from` tells it by size and time or, given true, with every file read: the work that follows is on
+    what these digests say. The record of an arm that is to be made again goes first.
+    """
+    if run.checksums.is_done(f"arms/{name}", run.arm_record(name), made_from(False)):
+        return None
+    inputs = made_from(True)
+    if is_first_process():
+        run.arm_record(name).unlink(missing_ok=True)
+    return inputs
 
 
 def train_arm(
@@ -152,13 +171,22 @@ def train_arm(
     config = config.of_arm(arm)
     source = run.checkpoint(source_arm(config))
     resolved = config.model_dump(mode="json")
-    inputs: dict[str, Any] = {
-        "source": arm_digest(run, source_arm(config)),
-        "arm": resolved["arms"][name],
-        "settings": digest_json({key: resolved[key] for key in RUN_WIDE}),
-        **read_inputs(run, config, arm),
-    }
-    if up_to_date(run.arm_record(name), inputs):
+
+    def made_from(whole: bool) -> dict[str, Any]:
+        teachers = config.teachers.items()
+        return {
+            "source": arm_digest(run, source_arm(config)),
+            "student": read_json(run.arm_record(source_arm(config)))["inputs"],
+            "files": arm_content(run, config, source_arm(config), whole),
+            "teachers": {n: teacher_content(run, config, its, whole) for n, its in teachers},
+            "data": data_content(config, whole),
+            "arm": resolved["arms"][name],
+            "settings": digest_json({key: resolved[key] for key in RUN_WIDE}),
+            **read_inputs(run, config, arm, whole),
+        }
+
+    inputs = due(run, name, made_from)
+    if inputs is None:
         return False
     refuse_other_source(
         own_other_source(run, config, arm), inputs["source"], how.allow_other_source
@@ -299,9 +327,17 @@ def write_untrained(
     how: Making,
 ) -> bool:
     """An arm that is the source with some of its tensors changed, given the arm's mask."""
-    inputs: dict[str, Any] = {"source": arm_digest(run, source_arm(config))}
-    inputs |= {"arm": arm.model_dump(mode="json"), **read_inputs(run, config, arm)}
-    if up_to_date(run.arm_record(name), inputs):
+
+    def made_from(whole: bool) -> dict[str, Any]:
+        return {
+            "source": arm_digest(run, source_arm(config)),
+            "files": arm_content(run, config, source_arm(config), whole),
+            "arm": arm.model_dump(mode="json"),
+            **read_inputs(run, config, arm, whole),
+        }
+
+    inputs = due(run, name, made_from)
+    if inputs is None:
         return False
     refuse_other_source(
         own_other_source(run, config, arm), inputs["source"], how.allow_other_source
@@ -331,17 +367,21 @@ def write_untrained(
 
 
 def read_inputs(
-    run: RunFolder, config: ExperimentConfig, arm: DistillArm | TransplantArm | ExtrapolateArm
+    run: RunFolder,
+    config: ExperimentConfig,
+    arm: DistillArm | TransplantArm | ExtrapolateArm,
+    whole: bool,
 ) -> dict[str, Any]:
     """Digests of the mask and checkpoints that an arm reads, and which of them are of another source."""
     inputs: dict[str, Any] = {}
     foreign = own_other_source(run, config, arm)
     if arm.mask is not None:
+        run.checksums.check(f"masks/{arm.mask}", whole)
         about = read_json(run.mask_record(arm.mask))
         inputs["mask"] = about["digest"]
         foreign |= about["inputs"].get("other_source", {})
     for key, text in checkpoints_of(arm).items():
-        inputs[key] = checkpoint_digest(run, config, text)
+        inputs[key] = checkpoint_digest(run, config, text, whole)
     return inputs | ({"other_source": foreign} if foreign else {})
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlopd.checkpoint import RunFolder, digest_checkpoint, read_json, up_to_date, write_json
-from vlopd.config import ExperimentConfig
+from vlopd.checkpoint import RunFolder, digest_checkpoint, read_json, up_to_date
+from vlopd.config import ExperimentConfig, TeacherArm
 from vlopd.geometry.analyse import analyse
 from vlopd.geometry.overlap import overlap
 from vlopd.geometry.trajectory import step_of, trajectory
@@ -27,8 +27,11 @@ def make_geometry(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
         inputs["other_source"] = foreign
     if steps:
         inputs["steps"] = {str(step): digest_checkpoint(steps[step]) for step in sorted(steps)}
-    if up_to_date(out / "summary.json", inputs):
+    artifact, record = f"geometry/{name}", out / "summary.json"
+    if run.checksums.is_done(artifact, record, inputs):
         return False
+    check_arms(run, config, [source, name])
+    record.unlink(missing_ok=True)
     tables = {}
     for step, folder in steps.items():
         tables[step] = out / "steps" / str(step)
@@ -38,21 +41,31 @@ def make_geometry(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
     if len(steps) > 1:
         trajectory(base, steps, out, config.geometry, tables=tables)
     analyse(base, arm_folder(run, config, name), out, config.geometry, inputs)
+    run.checksums.write(artifact, [path for path in out.rglob("*") if path.is_file()])
     return True
+
+
+def check_arms(run: RunFolder, config: ExperimentConfig, names: list[str]) -> None:
+    """Raises RunError where an arm of this run is not as it was written."""
+    for name in names:
+        if not isinstance(config.arms.get(name), TeacherArm):
+            run.checksums.check(f"arms/{name}")
 
 
 def make_overlap(run: RunFolder, config: ExperimentConfig, names: list[str]) -> bool:
     """The overlap of the visible updates of several arms: RUN/geometry/overlap.csv and its record."""
     source, record = source_arm(config), run.root / "geometry" / "overlap.json"
+    tables = [record.with_suffix(f".{ending}") for ending in ("csv", "parquet")]
     inputs: dict[str, Any] = {
         "source": arm_digest(run, source),
         "arms": {name: arm_digest(run, name) for name in names},
         "settings": config.geometry.model_dump(mode="json"),
     }
-    if up_to_date(record, inputs):
+    if run.checksums.is_done("geometry/overlap", record, inputs):
         return False
+    check_arms(run, config, [source, *names])
     record.unlink(missing_ok=True)
     runs = {name: arm_folder(run, config, name) for name in names}
     overlap(run.checkpoint(source), runs, record.parent, config.geometry)
-    write_json(record, {"inputs": inputs})
+    run.checksums.finish("geometry/overlap", record, {"inputs": inputs}, tables)
     return True

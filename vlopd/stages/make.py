@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlopd import delta, masks, processes
-from vlopd.checkpoint import RunFolder, read_json, up_to_date
+from vlopd.checkpoint import RunFolder, read_json
 from vlopd.config import (
     CheckpointArm,
     DistillArm,
@@ -100,9 +100,11 @@ def make_mask(run: RunFolder, config: ExperimentConfig, name: str, how: Making =
         inherited: dict[str, str] = {}
         named: dict[str, masks.Mask] = {}
         if rule.reads is not None:
-            inputs["of"] = checkpoint_digest(run, config, rule.reads)
+            inputs["of"] = checkpoint_digest(run, config, rule.reads, whole=True)
             own = other_source(run, config, rule.reads)
         if rule.combines:
+            for other in rule.combines:
+                run.checksums.check(f"masks/{other}")
             records = {other: read_json(run.mask_record(other)) for other in rule.combines}
             inputs["masks"] = {other: about["digest"] for other, about in records.items()}
             for about in records.values():
@@ -115,8 +117,9 @@ def make_mask(run: RunFolder, config: ExperimentConfig, name: str, how: Making =
                 own = {rule.path: about["inputs"]["source"]}
         if own or inherited:
             inputs["other_source"] = {**inherited, **own}
-        if up_to_date(run.mask_record(name), inputs):
+        if run.checksums.is_done(f"masks/{name}", run.mask_record(name), inputs):
             return False
+        run.checksums.check(f"arms/{source}")
         for path, mask in named.items():
             check_here(mask, run, source, path)
         refuse_other_source(own, ours, how.allow_other_source)
@@ -126,4 +129,5 @@ def make_mask(run: RunFolder, config: ExperimentConfig, name: str, how: Making =
         mask = masks.build_mask(rule, delta.stream(folder, trained, atlas.classify), named)
         check_here(mask, run, source, f"masks.{name}")
         masks.save_mask(run.mask(name), mask, inputs, atlas.classify)
+        run.checksums.write(f"masks/{name}", [run.mask(name), run.mask_record(name)])
         return True

@@ -11,10 +11,35 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vlopd import delta, masks
-from vlopd.checkpoint import RunError, RunFolder, digest_checkpoint, read_json
-from vlopd.config import ExperimentConfig, Reference, SourceArm, TeacherArm, TeacherConfig
+from vlopd.checkpoint import (
+    RunError,
+    RunFolder,
+    digest_checkpoint,
+    digest_json,
+    digest_text,
+    read_json,
+)
+from vlopd.config import (
+    CheckpointArm,
+    ExperimentConfig,
+    ImportedArm,
+    ModelConfig,
+    Reference,
+    SourceArm,
+    TeacherArm,
+    TeacherConfig,
+)
+from vlopd.data import files_of
+from vlopd.digests import file_digest
 from vlopd.models import atlas
-from vlopd.models.load import resolve
+from vlopd.models.load import read_template, resolve
+
+MODEL_FILES = (
+    *(".safetensors", ".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".spm", ".vocab"),
+)
+"""Endings of what a checkpoint folder is loaded from: weights, configurations, tokenizer, templates, code."""
+MOST_NAMED = 16
+"""Data files of one ending that a record names one by one."""
 
 
 def source_arm(config: ExperimentConfig) -> str:
@@ -34,11 +59,67 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def hub_folder(model: str, revision: str | None) -> Path:
-    """A model's folder: itself, or the hub's local snapshot of its weights."""
+    """A model's folder: itself, or the hub's local snapshot of what it is loaded from."""
     if Path(model).is_dir():
         return Path(model)
-    wanted = ["*.safetensors", "*.json"]
+    wanted = [f"*{ending}" for ending in MODEL_FILES]
     return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+
+
+def folder_content(folder: Path, whole: bool = False) -> dict[str, str]:
+    """{file: sha256} of what a checkpoint folder is loaded from; `whole` as in digests.file_digest."""
+    paths = [path for part in ("*", "additional_chat_templates/*") for path in folder.glob(part)]
+    paths = sorted(path for path in paths if path.suffix in MODEL_FILES)
+    return {str(path.relative_to(folder)): file_digest(path, whole) for path in paths}
+
+
+def model_content(model: ModelConfig, whole: bool = False) -> dict[str, str]:
+    """{file: sha256} of what a configured model is loaded from, its chat template included."""
+    content = folder_content(hub_folder(resolve(model.model), model.revision), whole)
+    if model.template is not None:
+        content["template"] = digest_text(read_template(model.template))
+    return content
+
+
+def teacher_content(
+    run: RunFolder, config: ExperimentConfig, teacher: TeacherConfig, whole: bool = False
+) -> dict[str, str]:
+    """As `model_content`; of the source where the teacher is the student itself."""
+    if teacher.is_student:
+        return folder_content(run.checkpoint(source_arm(config)), whole)
+    return model_content(teacher, whole)
+
+
+def data_content(config: ExperimentConfig, whole: bool = False) -> dict[str, str]:
+    """{file: sha256} of the files that an arm's examples come from; of many, such as pictures, those of an ending as
+    one."""
+    by_ending: dict[str, list[Path]] = {}
+    for path in files_of(config):
+        by_ending.setdefault(path.suffix, []).append(path)
+    content: dict[str, str] = {}
+    for ending, paths in by_ending.items():
+        digests = {str(path): file_digest(path, whole) for path in paths}
+        many = len(paths) > MOST_NAMED
+        content |= {f"{len(paths)} *{ending}": digest_json(digests)} if many else digests
+    return content
+
+
+def arm_content(
+    run: RunFolder, config: ExperimentConfig, name: str, whole: bool = False
+) -> dict[str, str]:
+    """{file: sha256} of what an arm is evaluated from.
+
+    Raises RunError where an arm of this run is not as it was written.
+    """
+    arm = config.arms.get(name)
+    if isinstance(arm, TeacherArm):
+        return teacher_content(run, config, config.teacher_of(arm), whole)
+    if isinstance(arm, CheckpointArm):
+        return model_content(config.student.model_copy(update={"model": arm.model}), whole)
+    if isinstance(arm, ImportedArm):
+        return {path.name: file_digest(path, whole) for path in scores_of(Path(arm.results))}
+    run.checksums.check(f"arms/{name}", whole)
+    return folder_content(run.checkpoint(name), whole)
 
 
 def teacher_folder(run: RunFolder, config: ExperimentConfig, teacher: TeacherConfig) -> Path:
@@ -74,11 +155,19 @@ def checkpoint_folder(run: RunFolder, config: ExperimentConfig, text: str) -> Pa
     return folder
 
 
-def checkpoint_digest(run: RunFolder, config: ExperimentConfig, text: str) -> str:
+def checkpoint_digest(
+    run: RunFolder, config: ExperimentConfig, text: str, whole: bool = False
+) -> str:
+    """The digest of a named checkpoint's weights.
+
+    Raises RunError where it is of an arm of this run that is not as it was written.
+    """
     arm, _, step = Reference.parse(text)
+    if arm is not None and not isinstance(config.arms.get(arm), TeacherArm):
+        run.checksums.check(f"arms/{arm}", whole)
     if arm is not None and step is None:
         return arm_digest(run, arm)
-    return digest_checkpoint(checkpoint_folder(run, config, text))
+    return digest_checkpoint(checkpoint_folder(run, config, text), whole)
 
 
 def other_source(run: RunFolder, config: ExperimentConfig, text: str) -> dict[str, str]:

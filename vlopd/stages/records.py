@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlopd.checkpoint import RunFolder, digest_checkpoint, write_json
+from vlopd.checkpoint import RunFolder, digest_checkpoint
 from vlopd.config import DistillArm, ExperimentConfig
 from vlopd.masks.apply import identity, moved_off_mask
 from vlopd.models.load import DTYPES, load_model_config
@@ -37,18 +37,41 @@ def record(
     inputs: Mapping[str, Any],
     **about: Any,
 ) -> None:
-    write_json(
-        run.arm_record(name),
-        {
-            "arm": name,
-            "type": kind,
-            **about,
-            "precision": precision(config),
-            "checkpoint_digest": digest_checkpoint(run.checkpoint(name)),
-            "other_source": inputs.get("other_source"),
-            "inputs": dict(inputs),
-        },
+    note(
+        run,
+        config,
+        name,
+        kind,
+        inputs,
+        digest_checkpoint(run.checkpoint(name), whole=True),
+        **about,
+        other_source=inputs.get("other_source"),
     )
+
+
+def note(
+    run: RunFolder,
+    config: ExperimentConfig,
+    name: str,
+    kind: str,
+    inputs: Mapping[str, Any],
+    digest: str,
+    **about: Any,
+) -> None:
+    """Writes an arm's record, and first the checksums of its files: it is done."""
+    content = {
+        "arm": name,
+        "type": kind,
+        **about,
+        "precision": precision(config),
+        "checkpoint_digest": digest,
+        "inputs": dict(inputs),
+    }
+    state = run.arm(name) / "state"
+    files = [
+        path for path in run.arm(name).rglob("*") if path.is_file() and state not in path.parents
+    ]
+    run.checksums.finish(f"arms/{name}", run.arm_record(name), content, files)
 
 
 def card(

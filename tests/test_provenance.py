@@ -1,0 +1,324 @@
+"""What a run was made from is known by content, and what it holds is checked: replaced inputs, flipped bits."""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.test_pipeline import vlopd
+from vlopd.checkpoint import Checksums, RunFolder, whole_file, whole_folder
+from vlopd.digests import file_digest
+
+CONFIG = """
+name = "mini"
+student = {{model = "student", template = "student.jinja"}}
+teacher = {{model = "teacher", template = "teacher.jinja"}}
+[data]
+type = "file"
+path = "data/train.jsonl"
+answer = "answer"
+{image}
+[precision]
+compute = "fp32"
+[rollout]
+max_new_tokens = 4
+[optim]
+learning_rate = 3e-3
+[train]
+steps = 2
+prompts_per_step = 4
+keep_steps = [1]
+[masks]
+top = {{type = "top_fraction", of = "full", fraction = 0.1}}
+random-0 = {{type = "random", like = "top", seed = 5}}
+[arms]
+base = {{type = "source"}}
+teacher = {{type = "teacher"}}
+full = {{type = "distill", seed = 1}}
+subnetwork = {{type = "distill", seed = 2, mask = "top"}}
+random-0 = {{type = "transplant", of = "full", mask = "random-0"}}
+[geometry]
+null_draws = 2
+[eval]
+include = "tasks"
+tasks = ["demo"]
+keep_images = 2
+bootstrap_draws = 200
+"""
+TASK = """
+task: demo
+dataset_path: json
+dataset_kwargs: {data_files: {test: tasks/rows.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+process_results: !function score.score
+generation_kwargs: {until: [], max_gen_toks: 3}
+metric_list: [{metric: right, aggregation: mean, higher_is_better: true}]
+"""
+TEMPLATE = (
+    "{% for m in messages %}{% for p in m.content %}{% if p.type == 'image' %}<image>"
+    "{% else %}{{ p.text }}{% endif %}{% endfor %}{% endfor %} ="
+)
+PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %} ="
+
+
+@pytest.fixture
+def project(folders, kind, tmp_path, monkeypatch, make_data) -> Path:
+    """A folder with everything that an experiment is made from, to be replaced piece by piece."""
+    monkeypatch.chdir(tmp_path)
+    for role in ("student", "teacher"):
+        shutil.copytree(folders[kind, role], role)
+        Path(f"{role}.jinja").write_text(TEMPLATE if kind == "vlm" else PLAIN)
+    Path("data").mkdir()
+    Path("tasks").mkdir()
+    rows = []
+    for k, example in enumerate(make_data(kind, 8)):
+        row = {"question": example.question, "answer": example.answer}
+        if example.images:
+            example.images[0].save(f"data/{k}.png")
+            row["picture"] = f"{k}.png"
+        rows.append(row)
+    write_rows("data/train.jsonl", rows)
+    write_rows(
+        "tasks/rows.jsonl", [{"question": r["question"], "answer": r["answer"]} for r in rows]
+    )
+    Path("tasks/demo.yaml").write_text(TASK)
+    Path("tasks/rule.py").write_text("def right(text):\n    return float(len(text) % 2)\n")
+    Path("tasks/score.py").write_text(
+        "import sys, pathlib\nsys.path.insert(0, str(pathlib.Path(__file__).parent))\nimport rule\n"
+        "def score(doc, results):\n    return {'right': rule.right(results[0])}\n"
+    )
+    image = 'image = "picture"' if kind == "vlm" else ""
+    Path("mini.toml").write_text(CONFIG.format(image=image))
+    return tmp_path
+
+
+def write_rows(path: str, rows: list) -> None:
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def records(run: Path) -> dict[str, tuple[int, int]]:
+    """When each stage was last done, by its record."""
+    patterns = ("arms/*/record.json", "masks/*.json", "geometry/*/summary.json")
+    patterns += (
+        "evals/*/results.json",
+        "evals/*/tokens.json",
+        "compare.json",
+        "report/record.json",
+    )
+    paths = [path for pattern in patterns for path in run.glob(pattern)]
+    return {
+        str(path.relative_to(run)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths
+    }
+
+
+def stages(
+    *arms: str, masks: bool = True, evals: tuple[str, ...] = (), tokens: tuple[str, ...] = ()
+):
+    """The records of arms, of their masks and geometry, of evaluations and token grades, and of what sums them up."""
+    found = {f"arms/{arm}/record.json" for arm in arms}
+    found |= {f"evals/{arm}/results.json" for arm in evals}
+    found |= {f"evals/{arm}/tokens.json" for arm in tokens}
+    if masks:
+        found |= {"masks/top.json", "masks/random-0.json", "geometry/full/summary.json"}
+    return found | {"compare.json", "report/record.json"}
+
+
+TRAINED = ("full", "subnetwork", "random-0")
+STUDENTS = ("base", *TRAINED)
+
+
+def nudge(path: Path) -> None:
+    """Other weights of the same shapes, in a file of the same size."""
+    tensors = load_file(path)
+    save_file(
+        {n: t + torch.randn_like(t) * 0.01 for n, t in tensors.items()}, path, {"format": "pt"}
+    )
+
+
+def replacements(kind: str):
+    """{what: (how it is replaced, what is made again)}"""
+
+    def data():
+        rows = [json.loads(line) for line in Path("data/train.jsonl").open()]
+        write_rows("data/train.jsonl", rows[::-1])
+
+    def picture():
+        shutil.copy("data/1.png", "data/0.png")
+
+    def tokenizer():
+        path = Path("student/tokenizer_config.json")
+        path.write_text(json.dumps({**json.loads(path.read_text()), "note": "other"}))
+
+    def template(role):
+        path = Path(f"{role}.jinja")
+        path.write_text(path.read_text() + " =")
+
+    def edit(path, old, new):
+        Path(path).write_text(Path(path).read_text().replace(old, new))
+
+    trained = stages(*TRAINED, evals=TRAINED, tokens=TRAINED)
+    with_teacher = stages(*TRAINED, "teacher", evals=(*TRAINED, "teacher"), tokens=STUDENTS)
+    student = stages(*STUDENTS, evals=STUDENTS, tokens=STUDENTS)
+    scored = stages(masks=False, evals=(*STUDENTS, "teacher"), tokens=STUDENTS)
+    found = {
+        "data": (data, trained),
+        "teacher weights": (lambda: nudge(Path("teacher/model.safetensors")), with_teacher),
+        "teacher template": (lambda: template("teacher"), with_teacher),
+        "student weights": (lambda: nudge(Path("student/model.safetensors")), student),
+        "student template": (lambda: template("student"), student),
+        # what no longer reads the same may still train to the same weights
+        "tokenizer": (tokenizer, student - stages() | stages(masks=False)),
+        "task": (lambda: edit("tasks/demo.yaml", "max_gen_toks: 3", "max_gen_toks: 2"), scored),
+        "task data": (lambda: edit("tasks/rows.jsonl", '"answer": "', '"answer": "x'), scored),
+        "task module": (lambda: edit("tasks/rule.py", "% 2", "% 3"), scored),
+    }
+    if kind == "vlm":
+        few = ("data", "teacher weights", "student weights", "task")
+        return {"picture": (picture, trained)} | {name: found[name] for name in few}
+    return found
+
+
+def test_what_is_replaced_is_made_again_and_nothing_else(kind, project, monkeypatch, capsys):
+    """One input after the other is replaced under its own name: exactly what depends on it is made again."""
+    assert vlopd(monkeypatch, "run", "mini.toml", "--out", "run") == 0, capsys.readouterr()
+    before = records(project / "run")
+    assert vlopd(monkeypatch, "run", "mini.toml", "--out", "run") == 0
+    assert records(project / "run") == before
+    for what, (replace, expected) in replacements(kind).items():
+        replace()
+        assert vlopd(monkeypatch, "run", "mini.toml", "--out", "run") == 0, capsys.readouterr()
+        after = records(project / "run")
+        assert after.keys() == before.keys()
+        again = {name for name in after if after[name] != before[name]}
+        assert again == expected, (what, again ^ expected)
+        before = after
+    assert vlopd(monkeypatch, "verify", "run") == 0, capsys.readouterr()
+
+
+def flip(path: Path, bit: int) -> bytes:
+    """Flips one bit of a file, its times put back, and returns what it held."""
+    held, times = path.read_bytes(), path.stat()
+    changed = bytearray(held)
+    changed[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(bytes(changed))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return held
+
+
+@pytest.mark.parametrize("kind", ["vlm"], indirect=True)
+def test_every_flipped_bit_is_named(project, monkeypatch, capsys):
+    """`vlopd verify` names the file of a single flipped bit, over all kinds of files; an altered arm, tokenizer or mask is
+    not worked from; what was made from replaced files is told too."""
+    run = project / "run"
+    assert vlopd(monkeypatch, "run", "mini.toml", "--out", "run") == 0, capsys.readouterr()
+    kinds: dict[str, Path] = {}
+    for path in sorted(run.rglob("*")):
+        if path.is_file() and path.name != ".lock" and ".locks" not in path.parts:
+            kinds.setdefault("/".join([*path.relative_to(run).parts[::2], path.suffix]), path)
+            kinds.setdefault(path.name, path)
+    chosen = sorted(set(kinds.values()))
+    assert len(chosen) >= 20
+    draws = random.Random(0)
+    for path in chosen:
+        held = flip(path, draws.randrange(8 * path.stat().st_size))
+        capsys.readouterr()
+        # a config that is not one ends in one line too
+        assert vlopd(monkeypatch, "verify", "run") in (1, 2)
+        captured = capsys.readouterr()
+        said = (captured.out + captured.err).replace("\n", "")
+        named = path.relative_to(project).as_posix()
+        assert named in said and "Traceback" not in said, (named, said)
+        path.write_bytes(held)
+    assert vlopd(monkeypatch, "verify", "run") == 0
+
+    weights = run / "arms" / "full" / "checkpoint" / "model.safetensors"
+    tokenizer = run / "arms" / "full" / "checkpoint" / "tokenizer.json"
+    for path in (weights, tokenizer, run / "masks" / "top.safetensors"):
+        held = flip(path, 8 * path.stat().st_size - 9)
+        for verb in ("run mini.toml --out run", "retrain run") + (
+            ("eval run",) if "full" in path.parts else ()
+        ):
+            assert vlopd(monkeypatch, *verb.split()) == 2
+            assert path.relative_to(project).as_posix() in capsys.readouterr().err
+        path.write_bytes(held)
+    nudge(project / "teacher" / "model.safetensors")
+    capsys.readouterr()
+    assert vlopd(monkeypatch, "verify", "run") == 0
+    said = capsys.readouterr().out
+    assert "full" in said and "teacher" in said and "model.safetensors" in said
+
+
+def test_files_are_whole_and_have_the_umasks_permissions(tmp_path):
+    """Files and folders appear whole, replace what was there, and are as private as the umask says."""
+    old = os.umask(0o027)
+    try:
+        with whole_file(tmp_path / "a") as temporary:
+            temporary.write_text("one")
+            temporary.chmod(0o600)
+        with whole_folder(tmp_path / "b") as folder:
+            (folder / "sub").mkdir(mode=0o700)
+            (folder / "sub" / "c").write_text("two")
+            (folder / "sub" / "c").chmod(0o600)
+        with whole_folder(tmp_path / "b") as folder:
+            (folder / "d").write_text("three")
+    finally:
+        os.umask(old)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["a", "b"]
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["d"]
+    modes = [
+        path.stat().st_mode & 0o777 for path in (tmp_path / "a", tmp_path / "b", tmp_path / "b/d")
+    ]
+    assert modes == [0o640, 0o750, 0o640]
+
+
+def test_the_sweep_takes_only_its_own(tmp_path, make_config):
+    """A run opened above another leaves the other's unfinished files alone, and a user's file of a like name."""
+    config = make_config("llm")
+    inner = RunFolder.create(tmp_path / "outer" / "inner", config)
+    live = inner.root / "arms" / ".unfinished-0123456789abcdef"
+    live.mkdir(parents=True)
+    own = tmp_path / "outer" / "arms" / ".unfinished-0123456789abcdef"
+    own.mkdir(parents=True)
+    users = [
+        tmp_path / "outer" / name
+        for name in (".unfinished-notes.txt", ".unfinished-0123456789abcdefg")
+    ]
+    for path in users:
+        path.write_text("mine")
+    RunFolder.create(tmp_path / "outer", config).unlock()
+    assert live.exists() and all(path.exists() for path in users) and not own.exists()
+    inner.unlock()
+
+
+def test_a_digest_follows_content_not_times(tmp_path, monkeypatch):
+    """A change that keeps size and modification time is seen, and without a cache digests are right too."""
+    path = tmp_path / "weights"
+    path.write_bytes(b"a" * 1000)
+    monkeypatch.setenv("VLOPD_CACHE", str(tmp_path / "cache"))
+    first = file_digest(path)
+    times = path.stat()
+    path.write_bytes(b"a" * 999 + b"b")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    second = file_digest(path)
+    assert first != second
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setenv("VLOPD_CACHE", str(tmp_path / "taken"))
+    assert file_digest(path) == second == file_digest(path, whole=True)
+
+
+def test_checksums_are_sha256sums(tmp_path):
+    """The files of checksums are those of `sha256sum`."""
+    (tmp_path / "evals").mkdir()
+    (tmp_path / "evals" / "a.jsonl").write_text("{}\n")
+    sums = Checksums(tmp_path)
+    sums.write("evals/a", [tmp_path / "evals" / "a.jsonl"])
+    digest = file_digest(tmp_path / "evals" / "a.jsonl")
+    assert (tmp_path / "checksums/evals--a.sha256").read_text() == f"{digest}  evals/a.jsonl\n"

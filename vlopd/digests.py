@@ -1,0 +1,91 @@
+"""What a file holds, known by its content: sha256 digests, remembered by size and times.
+
+A digest is remembered with the file's inode, size and change time, which no program can set back, in one small
+database of the user's cache, so that a look at whether anything changed reads no weights. Before a stage works
+from files it has them hashed in full (`whole`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sqlite3
+import time
+from pathlib import Path
+
+RACY_NS = 50_000_000
+"""A file that changed within this time before it was hashed may change again without its change time telling."""
+
+Stamp = tuple[int, int, int, int]
+"""Inode, size, modification and change time in ns."""
+
+_hashed: dict[Path, tuple[Stamp, str]] = {}
+"""What this process hashed itself."""
+
+
+def cache() -> Path:
+    """Where what can be made again is kept: $VLOPD_CACHE, else $XDG_CACHE_HOME/vlopd, else ~/.cache/vlopd."""
+    if own := os.environ.get("VLOPD_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlopd"
+
+
+def file_digest(path: Path, whole: bool = False) -> str:
+    """The sha256 of a file's content, in hex.
+
+    With `whole`, the file is read unless this very process read it before. Raises OSError where it cannot be.
+    """
+    path = path.resolve()
+    stamp = stamp_of(path)
+    known = _hashed.get(path)
+    if known is None and not whole:
+        known = recall(path)
+    if known is not None and known[0] == stamp:
+        return known[1]
+    started = time.time_ns()
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if stamp_of(path) == stamp and started - stamp[3] > RACY_NS:
+        _hashed[path] = (stamp, digest)
+        remember(path, stamp, digest)
+    return digest
+
+
+def stamp_of(path: Path) -> Stamp:
+    its = path.stat()
+    return its.st_ino, its.st_size, its.st_mtime_ns, its.st_ctime_ns
+
+
+def recall(path: Path) -> tuple[Stamp, str] | None:
+    """What an earlier process hashed, None where nothing is known."""
+    with contextlib.suppress(OSError, sqlite3.Error), contextlib.closing(database()) as known:
+        row = known.execute(
+            "SELECT inode, size, modified, changed, digest FROM files WHERE path = ?", (str(path),)
+        ).fetchone()
+        return None if row is None else ((row[0], row[1], row[2], row[3]), row[4])
+    return None
+
+
+def remember(path: Path, stamp: Stamp, digest: str) -> None:
+    """For later processes; without a cache that can be written, they hash again."""
+    with (
+        contextlib.suppress(OSError, sqlite3.Error),
+        contextlib.closing(database()) as known,
+        known,
+    ):
+        known.execute(
+            "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)",
+            (str(path), *stamp, digest),
+        )
+
+
+def database() -> sqlite3.Connection:
+    folder = cache()
+    folder.mkdir(parents=True, exist_ok=True)
+    known = sqlite3.connect(folder / "digests.sqlite", timeout=5)
+    known.execute(
+        "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, inode INTEGER, size INTEGER, "
+        "modified INTEGER, changed INTEGER, digest TEXT)"
+    )
+    return known
