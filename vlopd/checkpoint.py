@@ -189,7 +189,7 @@ def digest_files(paths: list[Path], whole: bool = False) -> str:
 
 
 def digest_checkpoint(folder: Path, whole: bool = False) -> str:
-    """Digest of a checkpoint's weights (its safetensors files).
+    """Digest of a checkpoint's weights (its safetensors files, and what says how an adapter's are merged).
 
     Raises RunError where there are none, or only pickles, which are refused.
     """
@@ -198,7 +198,7 @@ def digest_checkpoint(folder: Path, whole: bool = False) -> str:
         pickled = sorted(p.name for p in folder.glob("*.bin"))
         why = f"only pickled weights ({pickled[0]}), which are refused" if pickled else "no weights"
         raise RunError(f"{folder} holds {why}; a checkpoint needs *.safetensors")
-    return digest_files(files, whole)
+    return digest_files([*files, *folder.glob("adapter_config.json")], whole)
 
 
 def provenance() -> dict[str, Any]:
@@ -340,10 +340,12 @@ class Checksums:
     def is_done(self, artifact: str, record: Path, inputs: Mapping[str, Any]) -> bool:
         """Whether an artifact was made from just these inputs; says what changed where it was made from others.
 
-        Raises RunError where it was, and is not as it was written.
+        Raises RunError where it is there and not as it was written.
         """
         if not record.exists():
             return False
+        if self.path(artifact).exists():
+            self.check(artifact, whole=False)
         before = read_json(record).get("inputs")
         if before != dict(inputs):
             changed = [shorter(line) for line in differences(before, dict(inputs))]
@@ -352,7 +354,6 @@ class Checksums:
         elif not self.path(artifact).exists():
             why = "without checksums"
         else:
-            self.check(artifact, whole=False)
             return True
         if is_first_process():
             print(f"vlopd: {artifact} is {why}: making it again", file=sys.stderr)
@@ -435,6 +436,8 @@ class RunFolder:
         path = run.root / "run.json"
         with run.making(path):
             if path.exists():
+                if run.checksums.path("run").exists():
+                    run.checksums.check("run")
                 lines = differences(with_defaults(read_json(path)["config"]), resolved)
                 if lines:
                     raise ConfigError(
@@ -457,6 +460,8 @@ class RunFolder:
                 f"{root} is not a run folder (no run.json); make one with `vlopd run CONFIG`"
             )
         run.lock()
+        if run.checksums.path("run").exists():
+            run.checksums.check("run")
         return run, ExperimentConfig.model_validate(read_json(path)["config"])
 
     def lock(self) -> None:

@@ -158,7 +158,7 @@ def due(
     """
     if run.checksums.is_done(f"arms/{name}", run.arm_record(name), made_from(False)):
         return None
-    inputs = made_from(True)
+    inputs = made_from(is_first_process())
     if is_first_process():
         run.arm_record(name).unlink(missing_ok=True)
     return inputs

@@ -6,6 +6,7 @@ from typing import Any
 
 from vlopd.checkpoint import RunFolder, digest_checkpoint, read_json, up_to_date
 from vlopd.config import ExperimentConfig, TeacherArm
+from vlopd.digests import file_digest
 from vlopd.geometry.analyse import analyse
 from vlopd.geometry.overlap import overlap
 from vlopd.geometry.trajectory import step_of, trajectory
@@ -21,6 +22,7 @@ def make_geometry(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
     inputs: dict[str, Any] = {
         "source": arm_digest(run, source),
         "trained": arm_digest(run, name),
+        "config": file_digest(base / "config.json"),  # says how fused tensors are split
         "settings": config.geometry.model_dump(mode="json"),
     }
     if foreign := read_json(run.arm_record(name)).get("other_source"):
