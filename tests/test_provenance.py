@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,7 @@ def replacements(kind: str):
     """{what: (how it is replaced, what is made again)}"""
 
     def data():
-        rows = [json.loads(line) for line in Path("data/train.jsonl").open()]
+        rows = list(map(json.loads, Path("data/train.jsonl").read_text().splitlines()))
         write_rows("data/train.jsonl", rows[::-1])
 
     def picture():
@@ -215,8 +216,8 @@ def flip(path: Path, bit: int) -> bytes:
 
 @pytest.mark.parametrize("kind", ["vlm"], indirect=True)
 def test_every_flipped_bit_is_named(project, monkeypatch, capsys):
-    """`vlopd verify` names the file of a single flipped bit, over all kinds of files; an altered arm, tokenizer or mask is
-    not worked from; what was made from replaced files is told too."""
+    """`vlopd verify` names the file of a single flipped bit, over all kinds of files; an altered arm, tokenizer or
+    mask is not worked from; what was made from replaced files is told too."""
     run = project / "run"
     assert vlopd(monkeypatch, "run", "mini.toml", "--out", "run") == 0, capsys.readouterr()
     kinds: dict[str, Path] = {}
@@ -320,5 +321,7 @@ def test_checksums_are_sha256sums(tmp_path):
     (tmp_path / "evals" / "a.jsonl").write_text("{}\n")
     sums = Checksums(tmp_path)
     sums.write("evals/a", [tmp_path / "evals" / "a.jsonl"])
-    digest = file_digest(tmp_path / "evals" / "a.jsonl")
-    assert (tmp_path / "checksums/evals--a.sha256").read_text() == f"{digest}  evals/a.jsonl\n"
+    told = (tmp_path / "checksums" / "evals--a.sha256").read_text().splitlines()
+    assert told[0] == f"{file_digest(tmp_path / 'evals' / 'a.jsonl')}  evals/a.jsonl"
+    command = ["sha256sum", "--check", "--strict", "checksums/evals--a.sha256"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0

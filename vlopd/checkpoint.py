@@ -248,8 +248,9 @@ class Problem(NamedTuple):
 class Checksums:
     """What the files of a folder held when they were written: checksums/<artifact>.sha256.
 
-    The files are `sha256sum`'s own, with paths relative to the folder: `sha256sum --check checksums/*` there does
-    what `vlopd verify` does. An artifact is named by its place, as in `arms/full`.
+    The files are as `sha256sum` writes them, with paths relative to the folder and a comment at the end, the digest of
+    the lines above it: `sha256sum --check checksums/*` there does what `vlopd verify` does. An artifact is named by
+    its place, as in `arms/full`.
     """
 
     def __init__(self, root: Path):
@@ -266,8 +267,8 @@ class Checksums:
                 flush(path)
                 sums[self.name(path)] = file_digest(path, whole=True)
         sums |= {self.name(path): digest_text(text) for path, text in last.items()}
-        lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
-        write_text(self.path(artifact), "".join(lines))
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+        write_text(self.path(artifact), f"{lines}# {digest_text(lines)}\n")
 
     def finish(self, artifact: str, record: Path, content: Any, files: Iterable[Path]) -> None:
         """The end of a stage: the files' checksums, and then its record, which says that it is done."""
@@ -281,18 +282,11 @@ class Checksums:
 
     def read(self, artifact: str) -> dict[str, str]:
         """{file: sha256}. Raises RunError where the file of checksums is damaged."""
-        path = self.path(artifact)
-        sums = {}
-        try:
-            lines = path.read_text().removesuffix("\n").split("\n")
-        except UnicodeDecodeError:
-            lines = [""]
-        for line in lines:
-            if not SUM.fullmatch(line):
-                raise RunError(str(self.damaged(artifact)))
-            digest, name = line.split("  ", 1)
-            sums[name] = digest
-        return sums
+        lines, _, own = self.path(artifact).read_bytes().rpartition(b"# ")
+        if own != f"{hashlib.sha256(lines).hexdigest()}\n".encode():
+            raise RunError(str(self.damaged(artifact)))
+        parts = (line.split("  ", 1) for line in lines.decode().split("\n")[:-1])
+        return {name: digest for digest, name in parts}
 
     def damaged(self, artifact: str) -> Problem:
         return Problem(self.path(artifact), "is damaged", self.remedy(artifact))
@@ -363,9 +357,6 @@ class Checksums:
         """All that have checksums."""
         found = (self.root / "checksums").glob("*.sha256")
         return sorted(path.stem.replace("--", "/", 1) for path in found)
-
-
-SUM = re.compile(r"[0-9a-f]{64}  .+")
 
 
 def shorter(difference: str) -> str:
