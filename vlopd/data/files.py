@@ -111,7 +111,7 @@ class FileSource(Sequence[Example]):
         assert column is not None
         value = value_at(row, column)
         try:
-            return chat.completion(value) if chat.is_turns(value) else in_words(value)
+            return chat.completion(value) if chat.is_turns(value) else in_words(value, column)
         except DataError as error:
             raise DataError(f"{here}: column {column!r} {error}") from None
 

@@ -95,7 +95,7 @@ def read_records(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
 # -------------------------------------------------------------------------------------------- values
 
 
-def in_words(value: Any) -> str | None:
+def in_words(value: Any, column: str = "COLUMN") -> str | None:
     """A cell as text, None where it is empty: answers, ids, names of teachers.
 
     A number keeps its digits, JSON's true and false are those words, a date is 2024-01-31. Raises DataError,
@@ -118,9 +118,10 @@ def in_words(value: Any) -> str | None:
         case date() if not isinstance(value, datetime):
             return value.isoformat()
         case Mapping():
-            part = next(iter(value), "PART")
+            parts = sorted(map(str, value)) or ["PART"]
             refuse(
-                f"a table of {sorted(value)}", f"name the part that is meant, as in COLUMN.{part}"
+                f"a table of {', '.join(parts)}",
+                f"name the part that is meant, as in {column}.{parts[0]}",
             )
     refuse(f"a {type(value).__name__}", "text or a number is wanted; store it as text")
 
@@ -158,8 +159,10 @@ def value_at(fields: Mapping[str, Any], name: str) -> Any:
 
 
 def check_characters(value: Any) -> None:
-    """Raises DataError, without the row, for text with what is no character: a byte that is not UTF-8, read as a
-    surrogate escape, or half of a surrogate pair (`"\\ud83d"`)."""
+    """Raises DataError, without the row, for text with what is no character.
+
+    That is a byte that is not UTF-8, read as a surrogate escape, or half of a surrogate pair.
+    """
     match value:
         case str():
             try:
