@@ -22,6 +22,7 @@ from vlopd.config import (
     ConfigError,
     DataError,
     FileData,
+    ReverseKL,
     TemplateContext,
     UserError,
 )
@@ -29,6 +30,7 @@ from vlopd.context import teacher_view
 from vlopd.data.files import FileSource
 from vlopd.log import rows_before
 from vlopd.rewards import answer_named, exact_match
+from vlopd.sources import from_data
 
 NUMBERS = ["3", "2.5", "3.0", "3.10", "-0", "-0.0", "1e5", "1E-3", "9007199254740993",
            "12345678901234567", "18446744073709551617", "0.1", "1e400", "100000000000000000000.0",
@@ -45,7 +47,7 @@ WORDS = ["007", "+5", "1_000", "0x10", ".5", "3.", "1e5", "1E-3", "3.10", "-0", 
 def opened(path, text=None, **columns):
     """A data file of some text, opened."""
     if text is not None:
-        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return FileSource(FileData(**{"path": str(path), "answer": "answer", **columns}))
 
 
@@ -195,6 +197,7 @@ UNREADABLE = {
     "quote within": ("q.csv", 'question,answer\n"a \\"b\\" c",3\n', "line 2 is not CSV .*doubled"),
     "column twice": ("q.csv", "question,answer,answer\na,3,4\n", "two of its columns are named 'answer'"),
     "header alone": ("q.csv", "question,answer\n", "has no rows"),
+    "utf-16": ("q.csv", "question,answer\n".encode("utf-16"), r"first line is not UTF-8 \(byte 0xff\); save"),
     "bare returns": ("q.csv", "question,answer\ra,3\r", "is not CSV"),
     "tsv": ("q.tsv", "question\tanswer\n", r"ends in '\.tsv'; we read \.jsonl"),
     "split": ("q.jsonl", GOOD, r"has no split 'test' \(data.split\); it has train"),
@@ -345,6 +348,22 @@ def test_folders_as_on_the_hub_are_read_as_written(tmp_path, end):
     assert answers(opened(tmp_path, split="test+train[1:]")) == ["007", "2.5"]
     with pytest.raises(ConfigError, match="no split 'dev'"):
         opened(tmp_path, split="dev")
+    (tmp_path / "data" / f"train.{end}").write_text("[5" if end == "json" else "question\n5,6\n")
+    with pytest.raises(ConfigError, match=rf"cannot read .*: train\.{end}: "):
+        opened(tmp_path)
+
+
+def test_pictures_with_a_table_beside_them(tmp_path):
+    """An imagefolder's metadata are guessed by `datasets`; the remedy, that file itself, works."""
+    Image.new("RGB", (7, 5)).save(tmp_path / "a.png")
+    Image.new("RGB", (7, 5)).save(tmp_path / "b.png")
+    (tmp_path / "metadata.csv").write_text("file_name,question,answer\na.png,q,x\nb.png,r,NA\n")
+    with pytest.raises(
+        ConfigError, match=r"was read from CSV .* give data\.path the CSV file itself"
+    ):
+        opened(tmp_path, image="image")
+    data = opened(tmp_path / "metadata.csv", image="file_name")
+    assert answers(data) == ["x", "NA"] and data[1].images[0].size == (7, 5)
 
 
 def test_parts_of_a_folder_keep_their_own_types(tmp_path):
@@ -465,6 +484,18 @@ def test_verl_rows_are_read(tmp_path, kind):
         whole[0]
     with pytest.raises(ConfigError, match=r"no column 'reward_model\.truth'"):
         rows_in(tmp_path, rows, kind, question="prompt", answer="reward_model.truth")
+
+
+def test_a_nested_answer_may_be_missing_but_not_misplaced(tmp_path):
+    """No table, or none of that name in it, is no answer; another value in the table's place is refused."""
+    given = [{"ground_truth": 2.50}, None, {"style": "rule"}, "4"]
+    rows = [{"question": "q", "reward_model": each} for each in given] + [{"question": "q"}]
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n".join(json.dumps(row).replace("2.5", "2.50") for row in rows))
+    data = opened(path, answer="reward_model.ground_truth")
+    assert answers([data[i] for i in (0, 1, 2, 4)]) == ["2.50", None, None, None]
+    with pytest.raises(DataError, match=r"row q-3: .*ground_truth' .*'reward_model' holds a str"):
+        data[3]
 
 
 def test_a_column_with_a_dot_in_its_name_goes_first(tmp_path):
@@ -594,6 +625,48 @@ def test_two_system_turns_are_refused(tmp_path):
         DataError, match=r"row q-1 has a system turn of its own, beside data\.system"
     ):
         data[1]
+
+
+def test_chat_rows_are_learned_from(tmp_path, kind, make_pair):
+    """Both models read all turns, with the picture where it is marked; the data's answer is the last turn."""
+    Image.new("RGB", (48, 48), "red").save(tmp_path / "a.png")
+    look = "<image>" if kind == "vlm" else ""
+    rows = [
+        {
+            "messages": [turn("user", f"{look}how many red"), turn("assistant", "3"),
+                         turn("user", f"how many {colour}"), turn("assistant", answer)],
+            "image": "a.png",
+        }
+        for colour, answer in (("blue", "4"), ("green", "nothing"))
+    ]  # fmt: skip
+    marked = {"image": "image", "image_mark": "<image>"} if kind == "vlm" else {}
+    data = list(rows_in(tmp_path, rows, "jsonl", question="messages", **marked))
+    pair = make_pair(kind)
+    for model in (pair.student, pair.teachers[0].loaded):
+        spoken = [w for w in model.render_text(data[0]).split() if w.strip("<>") != "image"]
+        wanted = "<bos> <user> how many red <assistant> 3 <eos> <user> how many blue <assistant>"
+        assert " ".join(spoken).replace("<bos><", "<bos> <") == wanted
+    completions = from_data(pair, data, 6)
+    assert pair.student.decode(completions) == ["4", "nothing"]
+    tokens = pair.divergence(ReverseKL(), data, pair.student.render(data), completions)
+    assert bool(tokens.loss.isfinite().all()) and len(tokens.loss) == completions.n_tokens
+
+
+def test_routed_teachers_go_by_the_words_of_the_file(tmp_path, kind, make_pair, folders):
+    """A teacher's name may be nested, true or 2.50; a row without one goes to no teacher, not to "None"."""
+    teachers = {name: str(folders[kind, "teacher"]) for name in ("true", "2.50", "None")}
+    pair = make_pair(kind, teacher={"type": "routed", "field": "meta.by", "teachers": teachers})
+    fields = ["true", "2.50", '"true"', "null", "[]"]
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(f'{{"question": "q", "meta": {{"by": {x}}}}}\n' for x in fields))
+    data = list(FileSource(FileData(path=str(path))))
+    assert [rows for _, rows in pair.assign(data[:3])] == [[0, 2], [1]]
+    with pytest.raises(
+        UserError, match=r"example 'q-3': field 'meta\.by' is None, which is not among"
+    ):
+        pair.assign(data[3:4])
+    with pytest.raises(UserError, match=r"example 'q-4': field 'meta\.by' .* holds a list"):
+        pair.assign(data[4:])
 
 
 # -------------------------------------------------------------------------------- everything we read

@@ -6,6 +6,7 @@ Rows are read and pictures decoded when they are asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,37 +67,31 @@ class FileSource(Sequence[Example]):
         name = f"{Path(config.path).stem}-{index}"
         if config.id is not None:
             name = str(in_words(value_at(row, config.id)))
-        here = f"{config.path}, row {name}"
-        try:
+        where = f"{config.path}, row {name}"
+        with placed(where):
             check_characters(row)
-        except DataError as error:
-            raise DataError(f"{here} {error}") from None
-        try:
-            turns, said = self.read_question(value_at(row, config.question))
-        except DataError as error:
-            raise DataError(f"{here}: column {config.question!r} {error}") from None
-        answer = said if config.answer is None else self.read_answer(row, here)
-        images = self.open_images(config.image, row, name) if config.image else ()
+        with placed(f"{where}: column {config.question!r}"):
+            turns, answer = self.read_question(value_at(row, config.question))
+        if config.answer is not None:
+            with placed(f"{where}: column {config.answer!r}"):
+                value = value_at(row, config.answer)
+                turned = chat.is_turns(value)
+                answer = chat.completion(value) if turned else in_words(value, config.answer)
+        images = self.open_images(config.image, row, where) if config.image else ()
         for column in self.pictures:
-            value = value_at(row, column)
+            with placed(f"{where}: column {column!r}"):
+                value = value_at(row, column)
             if value is not None and not is_box(value):
-                value = list(self.open_images(column, row, name))
-            row[column] = value
-        try:
+                value = list(self.open_images(column, row, where))
+            row[column] = value  # under its whole name, also where it is nested
+        with placed(f"{where}:"):
             turns = chat.with_images(turns, len(images), config.image_mark)
-        except DataError as error:
-            raise DataError(f"{here}: {error}") from None
-        if config.system is not None:
-            if any(turn["role"] == "system" for turn in turns):
-                raise DataError(
-                    f"{here} has a system turn of its own, beside data.system; leave one of them out"
-                )
-            system = {"role": "system", "content": [{"type": "text", "text": config.system}]}
-            turns = [system, *turns]
+        with placed(where):
+            turns = chat.with_system(turns, config.system)
         return Example(name, tuple(turns), images, answer, row)
 
     def read_question(self, value: Any) -> tuple[list[chat.Turn], str | None]:
-        """The prompt's turns and the answer among them. Raises DataError, without row and column."""
+        """The prompt's turns and the answer after them. Raises DataError, without row and column."""
         if chat.is_turns(value):
             return chat.split_answer(chat.read_turns(value))
         if not isinstance(value, str) or not value.strip():
@@ -106,21 +101,13 @@ class FileSource(Sequence[Example]):
             )
         return [{"role": "user", "content": [{"type": "text", "text": value}]}], None
 
-    def read_answer(self, row: Mapping[str, Any], here: str) -> str | None:
-        column = self.config.answer
-        assert column is not None
-        value = value_at(row, column)
-        try:
-            return chat.completion(value) if chat.is_turns(value) else in_words(value, column)
-        except DataError as error:
-            raise DataError(f"{here}: column {column!r} {error}") from None
-
     def open_images(
-        self, column: str, row: Mapping[str, Any], name: str
+        self, column: str, row: Mapping[str, Any], where: str
     ) -> tuple[Image.Image, ...]:
         """The picture of a column, or its list of pictures; an empty list is a row without any."""
-        where = f"{self.config.path}, row {name}: column {column!r}"
-        value = value_at(row, column)
+        where = f"{where}: column {column!r}"
+        with placed(where):
+            value = value_at(row, column)
         if value is None:
             raise DataError(
                 f"{where} is empty; name a picture, give an empty list, or remove the row"
@@ -143,7 +130,16 @@ class FileSource(Sequence[Example]):
         columns = [*([self.config.image] if self.config.image else []), *self.pictures]
         names = {name for column in columns for name in self.table.named_pictures(column)}
         pictures = {path for name in names if is_file(path := self.folder / name)}
-        return [*self.table.files(), *sorted(pictures)]
+        return list(dict.fromkeys([*self.table.files(), *sorted(pictures)]))
+
+
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Puts the row, or the row and column, before what is wrong with them."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where} {error}") from None
 
 
 def is_file(path: Path) -> bool:

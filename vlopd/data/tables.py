@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from io import StringIO
 from itertools import accumulate, islice, repeat
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ import datasets
 import numpy
 import pyarrow
 import pyarrow.compute
+import pyarrow.parquet
 from datasets import (
     Dataset,
     DatasetDict,
@@ -67,7 +69,7 @@ class Table(Protocol):
         """Whether there is such a column, or a nested one under dotted names."""
 
     def values(self, column: str) -> Iterator[Any]:
-        """One column, which `has`; None where a row lacks it."""
+        """One column, which it `has`; None where a row lacks it."""
 
     def check_words(self, column: str) -> None:
         """Raises DataError, without the column, where its values have lost how they were written."""
@@ -97,7 +99,7 @@ class TextTable:
         return next(self.rows(range(index, index + 1)))
 
     def rows(self, indices: range | None = None) -> Iterator[Row]:
-        if state_of(self.path) != self.state:
+        if state_of(self.path)[:2] != self.state[:2]:
             raise DataError(f"{self.path} has changed since it was opened; run again")
         with self.path.open("rb") as file:
             for index in range(len(self)) if indices is None else indices:
@@ -112,7 +114,11 @@ class TextTable:
         return any(has_field(row, column) for row in self.rows())
 
     def values(self, column: str) -> Iterator[Any]:
-        return (value_at(row, column) for row in self.rows())
+        for row in self.rows():
+            try:
+                yield value_at(row, column)
+            except DataError:  # said when the row is read
+                yield None
 
     def check_words(self, column: str) -> None:
         """Nothing is lost."""
@@ -129,9 +135,9 @@ class TextTable:
 
 
 def state_of(path: Path) -> tuple[int, ...]:
-    """What changes when a file does: among it the time of its last change, which nothing sets back."""
+    """Size, time of the content, and what else changes when a file takes another's place."""
     now = path.stat()
-    return now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+    return now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino
 
 
 def as_text(content: bytes) -> str:
@@ -141,7 +147,7 @@ def as_text(content: bytes) -> str:
 def has_field(row: Row, column: str) -> bool:
     try:
         field_at(row, column)
-    except KeyError:
+    except (KeyError, DataError):
         return False
     return True
 
@@ -162,12 +168,21 @@ def open_lines(path: Path) -> TextTable:
                 line.decode()
             except UnicodeDecodeError:
                 raise ValueError(f"line {number} is not UTF-8; save the file as UTF-8") from None
-            raise ValueError(f"line {number} is not JSON ({error}); mend or remove it") from None
+            raise ValueError(
+                f"line {number} is not JSON ({reason(error)}); mend or remove it"
+            ) from None
         if not isinstance(row, dict):
             raise ValueError(f"line {number} is not an object {{...}}; one row a line")
         spans.extend((start, end))
         columns |= dict.fromkeys(row)
     return TextTable(path, spans, list(columns), read_json)
+
+
+def reason(error: ValueError) -> str:
+    """Why a line is not JSON, and where in it."""
+    if isinstance(error, JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return str(error)
 
 
 def open_json(path: Path) -> TextTable:
@@ -272,7 +287,10 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if name and names.count(name) > 1:
             raise ValueError(f"two of its columns are named {name!r}; rename one")
-    check_characters(list(names))
+    try:
+        check_characters(list(names))
+    except DataError as error:
+        raise ValueError(f"its first line {error}") from None
 
 
 # ------------------------------------------------------------------------------------ declared types
@@ -287,8 +305,9 @@ class ArrowTable:
     def __init__(self, stored: Dataset, sources: Sequence[Path]):
         self.stored = stored.with_format("arrow")
         self.columns = stored.column_names
-        self.sources = list(sources)
-        self.origin = stored.info.builder_name
+        self.sources = list(dict.fromkeys(sources))
+        from_csv = any(path.suffix in (".csv", ".tsv") for path in sources)  # an imagefolder's
+        self.origin = "csv" if from_csv else stored.info.builder_name
 
     def __len__(self) -> int:
         return len(self.stored)
@@ -402,6 +421,8 @@ def open_parquet(path: Path) -> ArrowTable:
     The copy's name is that of just this content: `datasets` itself looks at the name and the time, which a file
     put in the place of another may share.
     """
+    if pyarrow.parquet.read_metadata(path).num_rows == 0:
+        raise ConfigError(f"{path} has no rows")
     name = digest_json(state_of(path))[:16]
     rows = load_dataset("parquet", name, data_files=str(path), split="train")
     return ArrowTable(rows, [path])
@@ -494,7 +515,15 @@ def open_file(path: Path) -> Table:
 
 
 def open_files(paths: Sequence[Path]) -> Table:
-    tables = [open_file(path) for path in paths]
+    """Raises ConfigError, and ValueError with the file at fault."""
+    tables = []
+    for path in paths:
+        try:
+            tables.append(open_file(path))
+        except ConfigError:
+            raise
+        except Exception as error:  # pyarrow raises what it likes
+            raise ValueError(f"{path.name}: {error}") from None
     return Joined([(table, range(len(table))) for table in tables])
 
 
@@ -518,7 +547,7 @@ def open_folder(path: Path, config: FileData) -> Table:
 
 
 def open_saved(folder: Path, rows: Dataset) -> Table:
-    about = [path for path in (folder / "state.json", folder / "dataset_info.json")]
+    about = [folder / "state.json", folder / "dataset_info.json"]
     return ArrowTable(rows, [*(Path(file["filename"]) for file in rows.cache_files), *about])
 
 

@@ -157,3 +157,12 @@ def with_images(turns: Sequence[Turn], images: int, mark: str | None) -> list[Tu
             + ("data.image_mark" if mark is not None else "name its pictures: data.image")
         )
     return placed
+
+
+def with_system(turns: Sequence[Turn], text: str | None) -> list[Turn]:
+    """The turns after a system turn of `text`, if there is one. Raises DataError where they have their own."""
+    if text is None:
+        return list(turns)
+    if any(turn["role"] == "system" for turn in turns):
+        raise DataError("has a system turn of its own, beside data.system; leave one of them out")
+    return [{"role": "system", "content": [{"type": "text", "text": text}]}, *turns]

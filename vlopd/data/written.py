@@ -136,7 +136,8 @@ def field_at(fields: Mapping[str, Any], name: str) -> Any:
     >>> field_at({"reward_model": {"ground_truth": "4"}}, "reward_model.ground_truth")
     "4"
 
-    None where a table on the way is empty. Raises KeyError.
+    None where a table on the way is empty. Raises KeyError where nothing has the name, and DataError where a
+    value on the way is no table.
     """
     if name in fields:
         return fields[name]
@@ -147,11 +148,14 @@ def field_at(fields: Mapping[str, Any], name: str) -> Any:
                     return None
                 case Mapping() as nested:
                     return field_at(nested, name[place + 1 :])
+                case other:
+                    kind = type(other).__name__
+                    raise DataError(f"is not in this row: {name[:place]!r} holds a {kind}")
     raise KeyError(name)
 
 
 def value_at(fields: Mapping[str, Any], name: str) -> Any:
-    """As `field_at`; None where there is no such field."""
+    """As `field_at`; None where nothing has the name."""
     try:
         return field_at(fields, name)
     except KeyError:
