@@ -311,6 +311,9 @@ def test_saved_data_sets_are_read(tmp_path):
     assert answers(opened(tmp_path / "two", split="dev[:1]+train")) == ["007", "1", "2"]
     with pytest.raises(ConfigError, match=r"no split 'test' \(data\.split\); it has train, dev"):
         opened(tmp_path / "two", split="test")
+    made.select([]).save_to_disk(tmp_path / "none")
+    with pytest.raises(ConfigError, match="has no rows"):
+        opened(tmp_path / "none")
     splits["dev"].save_to_disk(tmp_path / "three")
     with pytest.raises(ConfigError, match="no split 'test'"):
         opened(tmp_path / "three", split="test")

@@ -181,7 +181,7 @@ def open_lines(path: Path) -> TextTable:
 def reason(error: ValueError) -> str:
     """Why a line is not JSON, and where in it."""
     if isinstance(error, JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
     return str(error)
 
 
@@ -530,7 +530,10 @@ def open_files(paths: Sequence[Path]) -> Table:
 def open_folder(path: Path, config: FileData) -> Table:
     """A folder of `save_to_disk`, or one laid out as on the hub, whose splits `datasets` finds."""
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        saved = load_from_disk(str(path))
+        try:
+            saved = load_from_disk(str(path))
+        except IndexError:  # `datasets` saves no rows, and cannot read them back
+            raise ConfigError(f"{config.path} has no rows, or a split without") from None
         if not isinstance(saved, DatasetDict):  # one split, and `train` stands for it
             name = "train" if config.split == "train" else str(saved.split or "train")
             return of_split({name: partial(open_saved, path, saved)}, config)
