@@ -154,12 +154,22 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} is not JSON ({error}); delete it and run its stage again") from None
 
 
+def json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a JSON-lines file, with their numbers and line ends.
+
+    Only a line feed ends one. U+2028, U+0085 and others, at which `str.splitlines` divides a text, may stand
+    inside a JSON string.
+    """
+    with path.open("rb") as file:
+        yield from enumerate(file, 1)
+
+
 def read_jsonl(path: Path) -> list[Any]:
     """The rows of a JSON-lines file. Raises RunError with the line's number."""
     if not path.exists():
         raise RunError(f"no {path}; run the stage that writes it first")
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in json_lines(path):
         try:
             rows.append(json.loads(line))
         except ValueError:

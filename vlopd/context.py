@@ -25,6 +25,7 @@ from vlopd.config import (
     TemplateContext,
     UserError,
 )
+from vlopd.data.written import field_at, in_words
 from vlopd.types import Example
 
 Part = Mapping[str, Any]
@@ -191,17 +192,19 @@ def with_parts_for_pictures(
 
 def field_of(example: Example, column: str) -> Any:
     """A field's value. Raises UserError with the known names where there is no such field, or it is null."""
-    if column not in example.fields:
+    try:
+        value = field_at(example.fields, column)
+    except KeyError:
         raise UserError(
             f"example {example.id!r} has no field {column!r} (teacher.context.column); it has "
             f"{', '.join(sorted(example.fields)) or 'none'}"
-        )
-    if example.fields[column] is None:
+        ) from None
+    if value is None:
         raise UserError(
             f"example {example.id!r}: field {column!r} is empty, but teacher.context.column needs it; "
             "fill it in or remove the row"
         )
-    return example.fields[column]
+    return value
 
 
 def is_number(value: Any) -> bool:
@@ -234,17 +237,17 @@ class MissingValue(Exception):
     """A template prints a null."""
 
 
-def refuse_null(value: Any) -> Any:
-    """Keeps a null from being printed as the word None."""
+def as_written(value: Any) -> Any:
+    """Keeps a null from being printed as the word None, and prints truth values as JSON writes them."""
     if value is None:
         raise MissingValue
-    return value
+    return in_words(value) if isinstance(value, bool) else value
 
 
 @lru_cache
 def compiled(template: str) -> Template:
     """Raises ConfigError with the line for a template that is not jinja."""
-    environment = SandboxedEnvironment(undefined=StrictUndefined, finalize=refuse_null)
+    environment = SandboxedEnvironment(undefined=StrictUndefined, finalize=as_written)
     try:
         return environment.from_string(template)
     except TemplateSyntaxError as error:

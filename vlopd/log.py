@@ -13,7 +13,7 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from tqdm import tqdm
 
-from vlopd.checkpoint import write_jsonl
+from vlopd.checkpoint import json_lines, write_jsonl
 from vlopd.config import ConfigError, ExperimentConfig
 from vlopd.types import Example
 
@@ -126,8 +126,8 @@ class TrainingLog:
 def rows_before(path: Path, step: int) -> list[dict[str, Any]]:
     """The rows of earlier steps. A last line that a kill cut short is of a later one, and goes too."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(json.JSONDecodeError):
+    for _, line in json_lines(path) if path.exists() else ():
+        with suppress(ValueError):
             rows.append(json.loads(line))
     return [row for row in rows if row["step"] < step]
 

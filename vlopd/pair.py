@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 from vlopd.config import (
     CaptionContext,
     ConfigError,
+    DataError,
     ExperimentConfig,
     LossConfig,
     MixedTeachers,
@@ -27,6 +28,7 @@ from vlopd.config import (
     TeacherConfig,
     UserError,
 )
+from vlopd.data.written import in_words, value_at
 from vlopd.losses import Sampled, TokenDivergence, chunked_divergence, logprobs_at
 from vlopd.models import families
 from vlopd.models.load import DTYPES, LoadedModel, load_configured, load_model_config
@@ -163,8 +165,13 @@ class ModelPair:
             return [(next(iter(self.graders.values())), list(range(len(examples))))]
         rows: dict[str, list[int]] = {}
         for i, example in enumerate(examples):
-            name = str(example.fields.get(self.field))
-            if name not in self.graders:
+            try:
+                name = in_words(value_at(example.fields, self.field))
+            except DataError as error:
+                raise UserError(
+                    f"example {example.id!r}: field {self.field!r} (teacher.field) {error}"
+                ) from None
+            if name is None or name not in self.graders:
                 raise UserError(
                     f"example {example.id!r}: field {self.field!r} is {name!r}, which is not among the "
                     f"teachers {', '.join(self.graders)} (teacher.teachers)"

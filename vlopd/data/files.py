@@ -1,26 +1,23 @@
-"""Any JSONL, JSON, CSV or parquet file, or hub data set, as examples, through `datasets` and a column map.
+"""Any JSONL, JSON, CSV or parquet file, saved data set, folder, or hub data set, as examples, through a column map.
 
-Rows are read and pictures decoded when they are asked for, by our own code: `datasets` would decode every
-picture column of a row, and say nothing of the row when one is broken.
+Rows are read and pictures decoded when they are asked for.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
-from datasets import Audio, Dataset, Features, LargeList, List, Video, load_dataset
 from PIL import Image
 
 from vlopd.config import ConfigError, DataError, FileData
+from vlopd.data import turns as chat
 from vlopd.data.pictures import open_picture, shorten
-from vlopd.types import Example, parts_at_marks
-
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+from vlopd.data.tables import open_table
+from vlopd.data.written import check_characters, in_words, value_at
+from vlopd.types import Example
 
 
 class FileSource(Sequence[Example]):
@@ -29,8 +26,8 @@ class FileSource(Sequence[Example]):
     `pictures` names further columns with pictures, for a teacher's image context: they are opened too, and
     stand in the example's fields under the column's name. Boxes (lists of numbers) are left as they are.
 
-    Raises ConfigError for a missing file or column, or ids that are not unique, when made; DataError with the
-    row's id when a row is read.
+    Raises ConfigError for a missing file or column, ids that are not unique, or an answer that has lost how it
+    was written, when made; DataError with the row's id when a row is read.
     """
 
     def __init__(self, config: FileData, pictures: Sequence[str] = ()):
@@ -38,23 +35,27 @@ class FileSource(Sequence[Example]):
         self.pictures = tuple(dict.fromkeys(pictures))  # two teachers may share a column
         path = Path(config.path)
         self.folder = path if path.is_dir() else path.parent
-        rows = read_rows(config)
+        self.table = open_table(config)
+        if len(self.table) == 0:
+            raise ConfigError(f"{config.path} has no rows")
         wanted = [config.question, config.answer, config.image, config.id, *pictures]
         for column in wanted:
-            if column is not None and column not in rows.column_names:
+            if column is not None and not self.table.has(column):
                 raise ConfigError(
-                    f"{config.path} has no column {column!r}; it has {rows.column_names}; name them in "
+                    f"{config.path} has no column {column!r}; it has {self.table.columns}; name them in "
                     "[data]: question, answer, image, id (a teacher's picture: teacher.context.column)"
                 )
-        if len(rows) == 0:
-            raise ConfigError(f"{config.path} has no rows")
+        for column in (config.answer, config.id):
+            if column is not None:
+                try:
+                    self.table.check_words(column)
+                except DataError as error:
+                    raise ConfigError(f"{config.path}: column {column!r} {error}") from None
         if config.id is not None:
-            refuse_repeated_ids(config.path, rows.data.column(config.id))
-        self.features = Features({name: undecoded(f) for name, f in rows.features.items()})
-        self.rows = rows.with_format("arrow")  # nothing is decoded behind our back
+            refuse_repeated_ids(config.path, self.table.values(config.id))
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.table)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -62,64 +63,51 @@ class FileSource(Sequence[Example]):
     def __getitem__(self, index) -> Example:  # type: ignore[override]
         config = self.config
         index = range(len(self))[index]  # counts a negative index from the end
-        stored = self.rows[index]
-        try:
-            row = self.features.decode_example(stored.to_pylist()[0])
-        except UnicodeDecodeError as error:  # Arrow takes bytes as they come
-            name = stored[config.id][0].as_py() if config.id else f"{index} (from 0)"
-            raise DataError(
-                f"{config.path}, row {name} is not UTF-8 ({error.reason}); save the file as UTF-8"
-            ) from None
-        name = str(row[config.id]) if config.id else f"{Path(config.path).stem}-{index}"
-        question = row[config.question]
-        if not isinstance(question, str) or not question.strip():
-            raise DataError(
-                f"{config.path}, row {name}: column {config.question!r} holds no text but "
-                f"{describe(question)}; fill it in or remove the row"
-            )
-        answer = None if config.answer is None else row[config.answer]
-        if not isinstance(answer, (str, int, float, type(None))):
-            raise DataError(
-                f"{config.path}, row {name}: column {config.answer!r} holds {describe(answer)}; "
-                "an answer is text or a number"
-            )
-        images = self.open_images(config.image, row, name) if config.image else ()
+        row = self.table[index]
+        name = f"{Path(config.path).stem}-{index}"
+        if config.id is not None:
+            name = str(in_words(value_at(row, config.id)))
+        where = f"{config.path}, row {name}"
+        with placed(where):
+            check_characters(row)
+        with placed(f"{where}: column {config.question!r}"):
+            turns, answer = self.read_question(value_at(row, config.question))
+        if config.answer is not None:
+            with placed(f"{where}: column {config.answer!r}"):
+                value = value_at(row, config.answer)
+                turned = chat.is_turns(value)
+                answer = chat.completion(value) if turned else in_words(value, config.answer)
+        images = self.open_images(config.image, row, where) if config.image else ()
         for column in self.pictures:
-            if row[column] is not None and not is_box(row[column]):
-                row[column] = list(self.open_images(column, row, name))
-        answer = None if answer is None else str(answer)
-        example = Example.ask(name, question, images, answer, row)
-        if config.image_mark is not None:
-            example = self.with_marks(example, question, config.image_mark)
-        if config.system is None:
-            return example
-        system: Mapping[str, Any] = {
-            "role": "system",
-            "content": [{"type": "text", "text": config.system}],
-        }
-        return replace(example, messages=(system, *example.messages))
+            with placed(f"{where}: column {column!r}"):
+                value = value_at(row, column)
+            if value is not None and not is_box(value):
+                value = list(self.open_images(column, row, where))
+            row[column] = value  # under its whole name, also where it is nested
+        with placed(f"{where}:"):
+            turns = chat.with_images(turns, len(images), config.image_mark)
+        with placed(where):
+            turns = chat.with_system(turns, config.system)
+        return Example(name, tuple(turns), images, answer, row)
 
-    def files(self) -> list[Path]:
-        path = Path(self.config.path)
-        return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-
-    def with_marks(self, example: Example, question: str, mark: str) -> Example:
-        """The example with its images where the question marks them."""
-        parts = parts_at_marks(question, mark)
-        marked = sum(part["type"] == "image" for part in parts)
-        if marked != len(example.images):
+    def read_question(self, value: Any) -> tuple[list[chat.Turn], str | None]:
+        """The prompt's turns and the answer after them. Raises DataError, without row and column."""
+        if chat.is_turns(value):
+            return chat.split_answer(chat.read_turns(value))
+        if not isinstance(value, str) or not value.strip():
+            kinds = " (text, or a list of {role, content}, is wanted)" if value else ""
             raise DataError(
-                f"{self.config.path}, row {example.id}: the question has {marked} {mark!r} and the row "
-                f"{len(example.images)} images; mend the row or data.image_mark"
+                f"holds no text but {describe(value)}{kinds}; fill it in or remove the row"
             )
-        return replace(example, messages=({"role": "user", "content": parts},))
+        return [{"role": "user", "content": [{"type": "text", "text": value}]}], None
 
     def open_images(
-        self, column: str, row: Mapping[str, Any], name: str
+        self, column: str, row: Mapping[str, Any], where: str
     ) -> tuple[Image.Image, ...]:
         """The picture of a column, or its list of pictures; an empty list is a row without any."""
-        where = f"{self.config.path}, row {name}: column {column!r}"
-        value = row[column]
+        where = f"{where}: column {column!r}"
+        with placed(where):
+            value = value_at(row, column)
         if value is None:
             raise DataError(
                 f"{where} is empty; name a picture, give an empty list, or remove the row"
@@ -134,83 +122,56 @@ class FileSource(Sequence[Example]):
                 raise DataError(f"{where}, {which} {describe(each)} {error}") from None
         return tuple(images)
 
+    def files(self) -> list[Path]:
+        """Every file that the examples are made from: of the rows, and every picture that one of them names.
 
-def read_rows(config: FileData) -> Dataset:
-    """The rows, from the disk or the hub. Raises ConfigError with the reason and, for JSONL, the line."""
-    path = Path(config.path)
-    builder = BUILDERS.get(path.suffix.lower())
-    if builder is None and path.is_file():
-        raise ConfigError(
-            f"data.path {config.path!r} ends in {path.suffix!r}; we read {', '.join(BUILDERS)}, "
-            "a folder, or a hub data set"
-        )
-    if builder is not None and not path.is_file():
-        raise ConfigError(f"no data file {path} (data.path)")
-    if builder is not None and path.stat().st_size == 0:
-        raise ConfigError(f"{config.path} has no rows")
-    loudness = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what we are about to say
+        Nothing is decoded, and a name without a file is left out: reading its row says so.
+        """
+        columns = [*([self.config.image] if self.config.image else []), *self.pictures]
+        names = {name for column in columns for name in self.table.named_pictures(column)}
+        pictures = {path for name in names if is_file(path := self.folder / name)}
+        return list(dict.fromkeys([*self.table.files(), *sorted(pictures)]))
+
+
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Puts the row, or the row and column, before what is wrong with them."""
     try:
-        if builder is None:
-            return load_dataset(config.path, config.subset, split=config.split)
-        return load_dataset(builder, data_files=str(path), split="train")
-    except Exception as error:  # `datasets` raises a dozen kinds for unreadable input
-        reason = broken_line(path) if path.suffix.lower() == ".jsonl" else None
-        cause = error.__cause__ or error
-        reason = reason or shorten(str(cause) or type(cause).__name__, 300)
-        raise ConfigError(f"cannot read data.path {config.path!r}: {reason}") from None
-    finally:
-        datasets.logging.set_verbosity(loudness)
+        yield
+    except DataError as error:
+        raise DataError(f"{where} {error}") from None
 
 
-def broken_line(path: Path) -> str | None:
-    """The first line of a JSONL file that is not a JSON object, and the remedy; None where all are."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text and not isinstance(json.loads(text), dict):
-                    return f"line {number} is not an object {{...}}; one row a line"
-            except UnicodeDecodeError:
-                return f"line {number} is not UTF-8; save the file as UTF-8"
-            except ValueError as error:
-                return f"line {number} is not JSON ({error}); mend or remove it"
-    return None
-
-
-def undecoded(feature: Any) -> Any:
-    """A `datasets` feature whose pictures, sounds and films stay as they are stored."""
-    match feature:
-        case datasets.Image() | Audio() | Video():
-            return replace(feature, decode=False)
-        case List() | LargeList():
-            return replace(feature, feature=undecoded(feature.feature))
-        case dict():
-            return {name: undecoded(each) for name, each in feature.items()}
-    return feature
-
-
-def refuse_repeated_ids(path: str, column: Any) -> None:
-    """Raises ConfigError for the first id of an Arrow column that is missing, or that two rows share."""
+def is_file(path: Path) -> bool:
     try:
-        ids = column.to_pylist()
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path}: an id is not UTF-8 ({error.reason}); save it as UTF-8"
-        ) from None
+        return path.is_file()
+    except (OSError, ValueError):  # too long for a name, or with a zero byte in it
+        return False
+
+
+def refuse_repeated_ids(path: str, ids: Iterator[Any]) -> None:
+    """Raises ConfigError for the first id that is missing, or no text or number, or that two rows share."""
     first: dict[str, int] = {}
     for index, each in enumerate(ids):
-        if not isinstance(each, (str, int)) or each == "":
+        try:
+            check_characters(each)
+        except DataError as error:
+            raise ConfigError(f"{path}: an id {error}") from None
+        try:
+            name = in_words(each)
+        except DataError:
+            name = None
+        if not name:
             raise ConfigError(
                 f"{path}: row {index} (from 0) has {describe(each)} for an id; fill in the column that "
                 "data.id names, or leave data.id out to number the rows"
             )
-        if str(each) in first:
+        if name in first:
             raise ConfigError(
-                f"{path}: id {shorten(str(each))!r} is of row {first[str(each)]} and of row {index} (from 0); "
+                f"{path}: id {shorten(name)!r} is of row {first[name]} and of row {index} (from 0); "
                 "make ids unique, or leave data.id out to number the rows"
             )
-        first[str(each)] = index
+        first[name] = index
 
 
 def is_box(value: Any) -> bool:

@@ -21,15 +21,15 @@ from string import ascii_uppercase
 from typing import Any
 from weakref import WeakValueDictionary
 
-import pyarrow.parquet
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from PIL import Image
 
 from evals.lm import PLACEHOLDER
 from evals.tasks.kinds import mean_by_kind
 from vlopd.config import ConfigError, DataError, FileData
-from vlopd.data.files import read_rows
 from vlopd.data.pictures import open_picture
+from vlopd.data.tables import Joined, Table, open_table
+from vlopd.data.written import check_characters, in_words
 
 FOLDER = "VLOPD_BENCHMARKS"
 
@@ -56,10 +56,10 @@ class Rows:
 
     place: str
     folder: Path
-    stored: Dataset
+    stored: Table
 
     def __getitem__(self, index: int) -> Row:
-        return self.stored[index].to_pylist()[0]
+        return self.stored[index]
 
 
 def open_rows(benchmark: Benchmark) -> Rows:
@@ -86,7 +86,7 @@ def read(benchmark: Benchmark, root: str | None) -> Rows:
         place = f"{benchmark.hub} (split {split})"
         source = FileData(path=benchmark.hub, subset=benchmark.subset, split=split)
         try:
-            parts = [read_rows(source)]
+            parts = [open_table(source)]
         except ConfigError as error:
             raise ConfigError(
                 f"vlopd_{name}: {error}; let the hub be reached (HF_HUB_OFFLINE=0), or put "
@@ -94,21 +94,18 @@ def read(benchmark: Benchmark, root: str | None) -> Rows:
             ) from None
     for part in parts:
         for column in benchmark.columns:
-            if column not in part.column_names:
+            if column not in part.columns:
                 raise ConfigError(
-                    f"vlopd_{name}: {place} has no column {column!r}; it has {part.column_names}"
+                    f"vlopd_{name}: {place} has no column {column!r}; it has {part.columns}"
                 )
-    stored = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    return Rows(place, folder, stored.with_format("arrow"))  # nothing is decoded behind our back
+    return Rows(place, folder, Joined([(part, range(len(part))) for part in parts]))
 
 
-def read_file(path: Path, benchmark: Benchmark) -> Dataset:
+def read_file(path: Path, benchmark: Benchmark) -> Table:
     """One file of a local copy. Raises ConfigError where it cannot be read, or is empty."""
     where = f"vlopd_{benchmark.name}, split {benchmark.split}"
-    if path.suffix == ".parquet" and pyarrow.parquet.read_metadata(path).num_rows == 0:
-        raise ConfigError(f"{where}: {path} has no rows")
     try:
-        return read_rows(FileData(path=str(path)))
+        return open_table(FileData(path=str(path)))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 
@@ -123,6 +120,7 @@ def documents(benchmark: Benchmark) -> dict[str, Dataset]:
     for index in range(len(rows.stored)):
         row = rows[index]
         try:
+            check_characters(row)
             document = benchmark.read(row)
             digests = [digest(row, column, rows.folder) for column in document["pictures"]]
         except DataError as error:
@@ -200,11 +198,14 @@ def document(
 
 
 def text(row: Row, column: str) -> str:
-    """A column's text, stripped. Raises DataError where there is none."""
+    """A column's text, or number as written, stripped. Raises DataError where there is none."""
     value = row[column]
     if not isinstance(value, (str, int, float)) or not str(value).strip():
         raise DataError(f"column {column!r} holds {value!r} in place of text")
-    return unmarked(str(value)).strip()
+    try:
+        return unmarked(str(in_words(value))).strip()
+    except DataError as error:
+        raise DataError(f"column {column!r} {error}") from None
 
 
 def unmarked(value: str) -> str:

@@ -38,6 +38,7 @@ from evals.tasks.extraction import (
     yes_or_no,
 )
 from vlopd.config import DataError
+from vlopd.data.written import in_words
 
 CHOOSE = "{}\n{}\nAnswer with the letter of the right choice."
 SHORTLY = "{}\nAnswer with one word, number or short phrase."
@@ -57,7 +58,7 @@ def listed(row: Row, column: str) -> list[str]:
             raise DataError(f"column {column!r} holds {value!r} in place of a list") from None
     if not isinstance(value, list) or not value:
         raise DataError(f"column {column!r} holds {value!r} in place of a list")
-    return [unmarked(str(each)).strip() for each in value]
+    return [unmarked(str(in_words(each))).strip() for each in value]
 
 
 def at(choices: Sequence[str], index: Any, column: str) -> str:
