@@ -49,6 +49,7 @@ def grade_answers(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     inputs = {
         "checkpoint": read_json(run.arm_record(arm))["checkpoint_digest"],
         "teacher": config.model_dump(mode="json", include={"teacher", "precision"}),
+        "template_arguments": config.student.template_arguments,
         "tasks": {task: manager.digest(task) for task in config.eval.tasks},
         "settings": config.eval.model_dump(
             mode="json", include={"limit", "keep_images", "fewshot"}
