@@ -112,9 +112,14 @@ class ArmLM(LM):
             prompts = self.encode(batch, self.max_length - how.tokens)
 
             def enough(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-                """What comes after a stop string is cut anyway."""
+                """What comes after a stop string is cut anyway; but a blank line may precede a thought."""
                 texts = self.decode(ids, mask, prompts)
-                found = [cut(t, s) != t for t, s in zip(texts, stops, strict=True)]
+                kept = [cut(text, stop) for text, stop in zip(texts, stops, strict=True)]
+                thinks = bool(self.loaded.own_marks)
+                found = [
+                    k != t and (bool(k.strip()) or not thinks)
+                    for k, t in zip(kept, texts, strict=True)
+                ]
                 return torch.tensor(found, device=ids.device)
 
             completions = sample(

@@ -175,17 +175,17 @@ def teach(loaded: LoadedModel, example: Example, text: str) -> None:
     said = Completions(
         ids, torch.ones_like(ids).bool(), torch.zeros(ids.shape), torch.ones(1).bool()
     )
-    optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=3e-3)
-    for _ in range(150):
+    optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=1e-2)
+    for _ in range(200):
         hidden = loaded.completion_hidden(prompts, said)
-        logits = loaded.logits(hidden, loaded.vocabulary_rows)
-        loss = torch.nn.functional.cross_entropy(logits, ids[0])
+        logprobs = loaded.logits(hidden, loaded.vocabulary_rows).log_softmax(-1)
+        right = logprobs.gather(1, ids.T)
+        if right.exp().min() > 0.9:
+            return
         optimizer.zero_grad()
-        loss.backward()
+        (-right.mean()).backward()
         optimizer.step()
-        if loss < 0.02:
-            break
-    assert loss < 0.02
+    raise AssertionError("not learnt")
 
 
 def ask(loaded: LoadedModel, example: Example, **settings) -> tuple[str, ArmLM]:
@@ -327,6 +327,7 @@ QWEN = CHATML + (
     "{% if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}"
     "<think>\n\n</think>\n\n{% endif %}"
 )
+MAGISTRAL = CHATML.replace("m.content", "m.content.split('[/THINK]')[-1]")
 R1 = CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}"
 HARMONY_TOKENS = ("<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|return|>")
 
@@ -335,8 +336,8 @@ HARMONY_TOKENS = ("<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|retur
     ("template", "added", "said"),
     [
         (QWEN, (), "<think>\n2\n\n3</think>\n\n4\n\n5"),
-        (R1, (), "2\n\n3\n</think>\n4\n\n5"),
-        (CHATML, (), "[THINK]2\n\n3[/THINK]4\n\n5"),
+        (R1, (), "2\n\n3 perhaps\n</think>\n4\n\n5"),
+        (MAGISTRAL, (), "\n\n[THINK]2\n\n3[/THINK]4\n\n5"),
         (CHATML, HARMONY_TOKENS, "<|channel|>analysis<|message|>2\n\n3" + FINAL + "4\n\n5"),
         (
             CHATML,
@@ -359,8 +360,6 @@ def test_a_task_grades_the_answer_alone(template, added, said, tmp_path):
             "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
         )
     loaded = load(str(byte_level(tmp_path / "model", template, added)), torch.float32)
-    if added == HARMONY_TOKENS:
-        assert len(ids_of(loaded, said)[0]) < 60
     teach(loaded, Example.ask("", "how many"), said)
     config = EvalConfig(tasks=("whole", "cut"), include=str(tmp_path))
     subject = Subject("arm", "digest", "fp32", lambda: loaded, {})
