@@ -78,6 +78,7 @@ def test_every_family_is_read(mark):
             "4",
         ),
         ("<|channel|>final <|constrain|>json<|message|>4", "4"),
+        ("<|channel|> analysis<|message|> 23<|channel|> final<|message|> 4", "4"),
         ("<|channel|>analysis<|message|>23<|end|><|start|>assistant<|channel|>fin", None),
         ("<|channel|>analysis<|message|>23<|end|><|start|>assistant<|channel|>final<|mes", ""),
         ("<|channel|>commentary<|message|>23", None),

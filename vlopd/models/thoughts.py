@@ -67,6 +67,7 @@ MARKS = (
     pair("◁think▷", "◁/think▷"),  # Kimi-VL
     pair("<seed:think>", "</seed:think>"),  # Seed-OSS
     pair("<|channel>thought", "<channel|>"),  # Gemma 4
+    pair("<unused94>thought", "<unused95>"),  # MedGemma
     pair("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
     Mark(  # Sky-T1
         ("<|begin_of_thought|>",),
@@ -93,7 +94,7 @@ BRACKETED = re.compile(r"<[^<>\s'\"]{1,40}>|\[[^\[\]\s'\"]{1,40}\]|◁[^◁▷\s
 QUOTED = re.compile(r"[\s(>:]?[`'\"“][`'\"”]")
 """What is around a quoted mark: up to two characters before it and one after."""
 LONGEST = 200
-"""Characters of a mark with white space around it."""
+"""Characters of a mark with its header, or with white space around it."""
 CLOSERS = (("begin", "end"), ("start", "end"), ("open", "close"), ("prefix", "suffix"))
 
 
@@ -103,7 +104,11 @@ def marks_of(added_tokens: Iterable[str], template: str) -> tuple[Mark, ...]:
     >>> marks_of(["<ponder_think>", "</ponder_think>"], "")
     (Mark(("<ponder_think>",), ("</ponder_think>",)),)
     """
-    words = {word for word in (*added_tokens, *BRACKETED.findall(template)) if len(word) > 2}
+    words = {
+        word
+        for word in (*added_tokens, *BRACKETED.findall(template))
+        if len(word) > 2 and not word.startswith("<unused")  # every Gemma has those
+    }
     every = (*MARKS, *PROSE)
     known = [
         mark
@@ -137,8 +142,10 @@ def table(marks: tuple[Mark, ...]) -> tuple[re.Pattern[str], dict[str, tuple[Mar
     """(a pattern of all marks, {string: (its mark, whether it opens)})."""
     of = {string: (mark, False) for mark in marks for string in mark.closing}
     of |= {string: (mark, True) for mark in marks for string in mark.opening}
-    longest_first = sorted(of, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))), of
+    longest_first = map(re.escape, sorted(of, key=len, reverse=True))
+    # some tokenizers decode a space after a special token
+    spaced = [re.sub(r">(?=\w)", r">\\s*", string) for string in longest_first]
+    return re.compile("|".join(spaced)), of
 
 
 def split(text: str, opened: Mark | None = None, marks: Sequence[Mark] = MARKS) -> Reading:
@@ -154,14 +161,16 @@ def split(text: str, opened: Mark | None = None, marks: Sequence[Mark] = MARKS) 
     answer, last = 0, opened  # where the answer begins, and the mark that it follows
     previous, was_opening = 0, opened is not None  # of the last mark: where it ends, what it did
     for match in pattern.finditer(text):
-        mark, opens = of[match[0]]
+        mark, opens = of[re.sub(r">\s+", ">", match[0])]
         if inside is not None and mark != inside:
             continue
         if is_mention(text, match.start(), match.end(), previous, opens):
             continue
         end = match.end()
         if mark.header:
-            found = text.find(mark.header, end)
+            found = text.find(mark.header, end, end + LONGEST)
+            if found < 0 and len(text) > end + LONGEST:
+                continue
             end = len(text) if found < 0 else found + len(mark.header)
         if not opens:
             # each message of a channel is whole: those do not nest
@@ -179,7 +188,8 @@ def split(text: str, opened: Mark | None = None, marks: Sequence[Mark] = MARKS) 
         return Reading(text.strip(), "", False, inside)
     said = text[answer:]
     for end_of_answer in last.end:
-        said = said.split(end_of_answer)[0]
+        if end_of_answer in said:
+            said = said.split(end_of_answer)[0].rstrip()
     return Reading(text[:answer].strip(), said.lstrip(), True, last)
 
 
