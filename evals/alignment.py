@@ -319,8 +319,9 @@ def answers(
     """The likeliest completion of each prompt, token by token."""
     texts = []
     for some in batches(examples, batch_size):
-        completions = sample(loaded, loaded.render(some), max_new_tokens, temperature=0.0)
-        texts += loaded.decode(completions)
+        prompts = loaded.render(some)
+        completions = sample(loaded, prompts, max_new_tokens, temperature=0.0)
+        texts += loaded.decode(completions, prompts)
     return texts
 
 

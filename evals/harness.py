@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,18 @@ from vlopd.checkpoint import (
     without_nan,
     write_jsonl,
 )
-from vlopd.config import CheckpointArm, EvalConfig, ExperimentConfig, ImportedArm, TeacherArm
+from vlopd.config import (
+    CheckpointArm,
+    EvalConfig,
+    ExperimentConfig,
+    ImportedArm,
+    ModelConfig,
+    TeacherArm,
+)
 from vlopd.digests import file_digest
 from vlopd.distill import Evaluate
 from vlopd.models.load import DTYPES, LoadedModel, load_configured
+from vlopd.models.thoughts import Reading
 from vlopd.processes import accelerator
 from vlopd.stages import arm_content, scores_of, teacher_folder
 
@@ -39,7 +47,7 @@ MERGED = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-sam
 """Of lm-eval's results, what has an entry a task."""
 PER_TASK = (
     *("data_digest", "prompt_digest", "primary_metric", "chance", "extraction_failure_fraction"),
-    *("pass_at", "not_compared"),
+    *("thought_truncated_fraction", "pass_at", "not_compared"),
 )
 """Of ours."""
 
@@ -56,6 +64,7 @@ class Subject:
     compute: str
     open: Callable[[], LoadedModel]
     about: Mapping[str, Any]
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
@@ -73,6 +82,7 @@ def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
         config.precision.compute,
         lambda: open_arm(run, config, arm),
         about,
+        configured(config, arm).template_arguments,
     )
     return evaluate(run.checksums, subject, config.eval)
 
@@ -177,30 +187,47 @@ def inputs_of(manager: Tasks, task: str, config: EvalConfig, subject: Subject) -
     settings = config.model_dump(
         mode="json", include={"limit", "batch_size", "fewshot", "chat_template", "sampled"}
     )
-    return {"definition": manager.digest(task), "compute": subject.compute, **settings}
+    return {
+        "definition": manager.digest(task),
+        "compute": subject.compute,
+        "template_arguments": dict(subject.template_arguments),
+        **settings,
+    }
 
 
-def digests_of(loaded: LoadedModel) -> dict[str, str | None]:
-    """Digests of what turns a question into a model's input."""
+def digests_of(loaded: LoadedModel) -> dict[str, Any]:
+    """Digests of what turns a question into a model's input, and what its chat template is given."""
     processor = loaded.processor.to_json_string() if loaded.sees_images else None
     template = loaded.chat_template
     return {
         "chat_template_digest": template and digest_text(str(template)),
         "processor_digest": processor and digest_text(processor),
+        "template_arguments": dict(loaded.template_arguments),
     }
 
 
 def open_arm(run: RunFolder, config: ExperimentConfig, name: str) -> LoadedModel:
     """An arm's model as training would load it, in the compute precision."""
-    arm, model = config.arms.get(name), config.student
+    arm = config.arms.get(name)
     folder: Path | None = run.checkpoint(name)
     if isinstance(arm, TeacherArm):
         teacher = config.teacher_of(arm)
-        model = config.loaded_as(teacher)
         folder = teacher_folder(run, config, teacher) if teacher.is_student else None
     elif isinstance(arm, CheckpointArm):
-        model, folder = config.student.model_copy(update={"model": arm.model}), None
-    return load_configured(model, DTYPES[config.precision.compute], accelerator().device, folder)
+        folder = None
+    return load_configured(
+        configured(config, name), DTYPES[config.precision.compute], accelerator().device, folder
+    )
+
+
+def configured(config: ExperimentConfig, name: str) -> ModelConfig:
+    """How an arm's model is loaded: as the student, the teacher that it is, or the checkpoint that it names."""
+    arm = config.arms.get(name)
+    if isinstance(arm, TeacherArm):
+        return config.loaded_as(config.teacher_of(arm))
+    if isinstance(arm, CheckpointArm):
+        return config.student.model_copy(update={"model": arm.model})
+    return config.student
 
 
 def held_out_scores(config: ExperimentConfig) -> Evaluate:
@@ -268,6 +295,8 @@ def about_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if "extraction_failure" in numbers:
         failures = [row["numbers"]["extraction_failure"] for row in rows]
         about["extraction_failure_fraction"] = float(np.mean(failures))
+    if cut_off := [not r.closed for row in rows for r in row.get("readings") or []]:
+        about["thought_truncated_fraction"] = float(np.mean(cut_off))
     return about
 
 
@@ -281,10 +310,22 @@ def tidy(row: Mapping[str, Any], images: Mapping[int, str]) -> dict[str, Any]:
         "question": question_of(row),
         "target": str(row["target"]),
         "completion": row["completion"],
+        **thoughts_of(row.get("readings")),
         **{metric: float(value) for metric, value in row["numbers"].items()},
         "group": doc.get("kind"),
         "cluster": doc.get("cluster"),
         "image": images.get(row["doc_id"]),
+    }
+
+
+def thoughts_of(readings: Sequence[Reading] | None) -> dict[str, Any]:
+    """Columns of a model that thinks aloud: what it thought, and in what share of its samples without an end."""
+    if not readings:
+        return {}
+    told = [reading.thought for reading in readings]
+    return {
+        "thought": told[0] if len(told) == 1 else json.dumps(told),
+        "thought_truncated": float(np.mean([not reading.closed for reading in readings])),
     }
 
 

@@ -22,6 +22,7 @@ from vlopd.config import ConfigError, SampledConfig
 from vlopd.losses import logprobs_at
 from vlopd.models.families import pad_left
 from vlopd.models.load import LoadedModel
+from vlopd.models.thoughts import Reading
 from vlopd.rollout import sample
 from vlopd.seeding import uniforms
 from vlopd.types import Completions, Example, Prompts, parts_at_marks
@@ -62,6 +63,7 @@ class ArmLM(LM):
         super().__init__()
         self.loaded, self.batch_size, self.title, self.quiet = loaded, batch_size, title, quiet
         self.sampled, self.draw = sampled, 0
+        self.readings: dict[tuple[str, int], list[Reading]] = {}
         self._device = loaded.device
 
     @property
@@ -87,7 +89,11 @@ class ArmLM(LM):
     # ------------------------------------------------------------------------------ lm-eval's requests
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers, cut at the first stop string of each request."""
+        """Answers, each cut at the first stop string of its request; thoughts are not answers and not cut.
+
+        As lm-eval's own classes do it where they are told a model's `think_end_token`, but empty where a thought was
+        cut off. `readings` keeps the thoughts.
+        """
         # the same request comes once a sample where a task has `repeats`
         occurrences: Counter[str] = Counter()
         names = []
@@ -103,15 +109,22 @@ class ArmLM(LM):
             if how.temperature > 0:
                 draws = torch.cat([uniforms(1, how.tokens, "eval", *names[i]) for i in indices])
             stops = [r.args[1].get("until") or [] for r in batch]
+            prompts = self.encode(batch, self.max_length - how.tokens)
 
             def enough(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-                """What comes after a stop string is cut anyway."""
-                found = [cut(t, s) != t for t, s in zip(self.decode(ids, mask), stops, strict=True)]
+                """What comes after a stop string is cut anyway; but a blank line may precede a thought."""
+                texts = self.decode(ids, mask, prompts)
+                kept = [cut(text, stop) for text, stop in zip(texts, stops, strict=True)]
+                thinks = bool(self.loaded.own_marks)
+                found = [
+                    k != t and (bool(k.strip()) or not thinks)
+                    for k, t in zip(kept, texts, strict=True)
+                ]
                 return torch.tensor(found, device=ids.device)
 
             completions = sample(
                 self.loaded,
-                self.encode(batch, self.max_length - how.tokens),
+                prompts,
                 how.tokens,
                 temperature=how.temperature,
                 uniforms=draws,
@@ -119,15 +132,27 @@ class ArmLM(LM):
                 top_p=how.top_p,
                 enough=enough if any(stops) else None,
             )
-            texts = self.decode(completions.ids, completions.mask)
-            return [cut(text, stop) for text, stop in zip(texts, stops, strict=True)]
+            readings = self.loaded.read(completions.ids, completions.mask, prompts)
+            for request, reading in zip(batch, readings, strict=True):
+                place = (str(request.task_name), request.doc_id)
+                self.readings.setdefault(place, []).append(reading)
+            return [cut(r.answer, stop) for r, stop in zip(readings, stops, strict=True)]
 
         return self.in_batches(requests, answer, disable_tqdm, key=self.decoding)
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether greedy decoding would say it)."""
+        """(log-probability of the continuation, whether greedy decoding would say it).
+
+        Raises ConfigError where the prompt opens a thought, which the continuation would be read as.
+        """
+        if opening := [r for r in requests if self.loaded.opened_by(r.args[0])]:
+            raise ConfigError(
+                f"task {opening[0].task_name}: {self.loaded.name}'s prompt opens a thought, in which a choice would be "
+                "scored; close it (template_arguments = {enable_thinking = false}, where its template has "
+                "that), set eval.chat_template = false, or take a task that generates"
+            )
 
         def score(indices: Sequence[int]) -> list[tuple[float, bool]]:
             batch = [requests[i] for i in indices]
@@ -252,10 +277,11 @@ class ArmLM(LM):
         own = self.text_ids(context)
         return own, self.text_ids(context + continuation)[len(own) :]
 
-    def decode(self, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
-        """Each row's real tokens as text, without special tokens."""
-        kept = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
-        return self.loaded.tokenizer.batch_decode(kept, skip_special_tokens=True)
+    def decode(
+        self, ids: torch.Tensor, mask: torch.Tensor, prompts: Prompts | None = None
+    ) -> list[str]:
+        """The answer of each row's real tokens as text, without special tokens and thoughts (LoadedModel.read)."""
+        return [reading.answer for reading in self.loaded.read(ids, mask, prompts)]
 
     @torch.no_grad()
     def score(self, prompts: Prompts, rows: list[list[int]]) -> list[tuple[float, bool]]:

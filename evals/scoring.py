@@ -122,7 +122,7 @@ def score(
         templated = lm.loaded.chat_template is not None
     passes = []
     for draw in range(config.sampled.n if config.sampled else 1):
-        lm.draw = draw
+        lm.draw, lm.readings = draw, {}
         with untouched_randomness():
             loaded = load_task(manager, task, config.fewshot)
             # not simple_evaluate, which also asks pip for every package's version, a second each time
@@ -137,6 +137,10 @@ def score(
             )
         assert results is not None
         results["config"] = {"model": name, "limit": limit, "batch_size": lm.batch_size}
+        if any(reading.thought is not None for own in lm.readings.values() for reading in own):
+            for leaf, rows in results["samples"].items():
+                for row in rows:
+                    row["readings"] = lm.readings.get((leaf, row["doc_id"]), [])
         passes.append(results)
     for results in passes:
         for leaf, rows in results["samples"].items():
@@ -192,6 +196,7 @@ def over_samples(passes: Sequence[dict[str, Any]]) -> dict[str, Any]:
         others = [p["samples"][task] for p in passes]
         for row, same in zip(rows, zip(*others, strict=True), strict=True):
             row["completion"] = json.dumps([each["completion"] for each in same])
+            row["readings"] = [reading for each in same for reading in each.get("readings", [])]
             primary = next(iter(row["numbers"]), None)
             values = {m: [float(each["numbers"][m]) for each in same] for m in row["numbers"]}
             row["numbers"] = {m: float(np.mean(v)) for m, v in values.items()}

@@ -52,6 +52,7 @@ def grade_answers(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
         "checkpoint": arm_content(run, config, arm),
         "teacher": config.model_dump(mode="json", include={"teacher", "precision"}),
         "files": teachers,
+        "template_arguments": config.student.template_arguments,
         "tasks": {task: manager.digest(task) for task in config.eval.tasks},
         "settings": config.eval.model_dump(
             mode="json", include={"limit", "keep_images", "fewshot"}

@@ -319,7 +319,7 @@ def log_samples(
         ids = completions.ids[k][completions.mask[k]].tolist()
         row = {
             "writer": batch.writers[k],
-            "completion": tokenizer.decode(ids, skip_special_tokens=True).strip(),
+            "completion": pair.student.transcript(ids),
             "tokens": tokenizer.convert_ids_to_tokens(ids),
             "student_logprobs": [rounded(x) for x in ours[k].tolist()],
             "teacher_logprobs": [rounded(x) for x in theirs[k].tolist()],

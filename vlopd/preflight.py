@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from vlopd import resources, seeding
 from vlopd.config import (
     ConfigError,
+    DistillArm,
     ExperimentConfig,
     ModelConfig,
     ReverseKL,
@@ -66,7 +67,8 @@ def preflight(
 ) -> list[CheckRow]:
     """The table for a loaded pair, on a few examples; one column for the student, one a teacher."""
     models = (pair.student, *(teacher.loaded for teacher in pair.teachers))
-    lengths, prompt_facts = prompt_rows(models, views_of(config, examples))
+    views = views_of(config, examples)
+    lengths, prompt_facts = prompt_rows(models, views)
 
     def row(what: str, of: Callable[[LoadedModel], Any]) -> CheckRow:
         return CheckRow(what, tuple(str(of(model)) for model in models))
@@ -81,6 +83,7 @@ def preflight(
         row("end tokens", lambda m: tokens_of(m, m.end_ids)),
         row("never sampled", lambda m: tokens_of(m, m.unsampleable_ids)),
         *prompt_facts,
+        *thought_rows(config, models, views),
     ]
     prompts = pair.student.render(examples)
     uniforms = seeding.uniforms(len(examples), config.rollout.max_new_tokens, "check")
@@ -88,8 +91,9 @@ def preflight(
     if any(example.images for example in examples):
         rows.append(sight_row(pair, examples, prompts, completions))
     rows += agreement_rows(pair, examples, prompts, completions)
+    ids = completions.ids[0][completions.mask[0]].tolist()
     rows.append(
-        CheckRow("completion", (repr(pair.student.decode(completions)[0]),)),
+        CheckRow("completion", (repr(pair.student.transcript(ids)),)),
     )
     rows.append(CheckRow("reference", (repr(examples[0].answer),)))
     readers = [
@@ -145,14 +149,23 @@ def meta_prompts(
             LoadedModel(
                 each.model,
                 model,
-                load_processor(each.model, each.revision, each.trust_remote_code, each.template),
+                load_processor(
+                    each.model,
+                    each.revision,
+                    each.trust_remote_code,
+                    each.template,
+                    each.template_arguments,
+                ),
+                each.template_arguments,
             )
             for each, model in zip(wanted, models, strict=True)
         ]
     except UserError:
         assumed = [ASSUMED_PROMPT_TOKENS] * len(models)
         return assumed, [CheckRow("prompt tokens, assumed", tuple(map(str, assumed)))]
-    return prompt_rows(loaded, views_of(config, examples))
+    views = views_of(config, examples)
+    lengths, rows = prompt_rows(loaded, views)
+    return lengths, rows + thought_rows(config, loaded, views)
 
 
 def first_examples(config: ExperimentConfig) -> list[Example]:
@@ -190,6 +203,43 @@ def prompt_rows(
         CheckRow("prompt tokens, longest", tuple(map(str, lengths))),
         CheckRow("image tokens and markers", tuple(map(str, images))),
     ]
+
+
+def thought_rows(
+    config: ExperimentConfig,
+    models: Sequence[LoadedModel],
+    views: Sequence[Sequence[Example]],
+) -> list[CheckRow]:
+    """How each model marks its thoughts and whether its prompt opens one, and what does not go together there."""
+    names = ["student", *config.teachers]
+    opened = [
+        model.opened_by(model.render_text(own[0])) for model, own in zip(models, views, strict=True)
+    ]
+    marks = [
+        ", ".join(map(str, dict.fromkeys([*model.own_marks, *([mark] if mark else [])]))) or "none"
+        for model, mark in zip(models, opened, strict=True)
+    ]
+    values = [
+        f"{own}{'; its prompt opens one' if mark else ''}"
+        for own, mark in zip(marks, opened, strict=True)
+    ]
+    rows = [CheckRow("thoughts", tuple(values))]
+    for name, mark in zip(names[1:], opened[1:], strict=True):
+        if bool(mark) != bool(opened[0]):
+            inside, outside = (name, "student") if mark else ("student", name)
+            note = (
+                f"the prompt of {inside} opens a thought and that of {outside} does not: one reads the "
+                "completion as a thought, the other as an answer; see template_arguments"
+            )
+            rows.append(CheckRow("thoughts differ", (note,)))
+    arms = [config.of_arm(a) for a in config.arms.values() if isinstance(a, DistillArm)]
+    if opened[0] and any("data" in each.rollout.source.shares for each in arms):
+        note = (
+            "the student's prompt opens a thought: the data's answers are learnt as thoughts unless each begins "
+            "with one and closes it; see student.template_arguments"
+        )
+        rows.append(CheckRow("thoughts of the data", (note,)))
+    return rows
 
 
 def model_config(model: ModelConfig, architectures: Path) -> PretrainedConfig:

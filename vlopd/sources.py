@@ -149,7 +149,7 @@ def rewarded(pair: ModelPair, config: ExperimentConfig, batches: Sequence[Batch]
     """The batches with each completion's reward and its advantage within its prompt's group."""
     assert config.reward is not None
     scores = [
-        reward(config.reward, batch.examples, pair.student.decode(batch.completions))
+        reward(config.reward, batch.examples, pair.student.decode(batch.completions, batch.prompts))
         for batch in batches
     ]
     group = config.rollout.completions_per_prompt

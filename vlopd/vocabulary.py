@@ -102,7 +102,9 @@ def read_vocabulary(model: ModelConfig) -> Vocabulary:
     """A model's vocabulary from its folder or hub id; no weights. Raises ConfigError when it cannot be had."""
     where = (model.model, model.revision, model.trust_remote_code)
     config = load_model_config(*where)
-    tokenizer = families.tokenizer_of(load_processor(*where, model.template))
+    tokenizer = families.tokenizer_of(
+        load_processor(*where, model.template, model.template_arguments)
+    )
     ends = end_ids(load_generation_config(model.model, config, model.revision), tokenizer)
     return Vocabulary(
         model.model,

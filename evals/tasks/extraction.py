@@ -1,6 +1,6 @@
 """The answer that a generated text gives, found by rules; None where there is none.
 
-Tasks report those as their `extraction_failure`. What a model thinks aloud before `</think>` is no answer.
+Tasks report those as their `extraction_failure`. What a model thinks aloud is no answer (vlopd/models/thoughts.py).
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from string import ascii_uppercase
 
+from vlopd.models.thoughts import split
+
 NUMBER = r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?:(?<![\w)])-)?\.\d+"
 MARK = r"(?:\b(?:{words})\b(?:[^.,?:=\n]{{0,40}}?\bis\b|\W{{0,4}}?[:=])|####)[\s:*]*"
 """What announces an answer: `Answer:`, `the answer to this is`, `**Answer**:`, and the #### of GSM8K."""
@@ -16,9 +18,7 @@ MARK = r"(?:\b(?:{words})\b(?:[^.,?:=\n]{{0,40}}?\bis\b|\W{{0,4}}?[:=])|####)[\s
 
 def conclusion(text: str) -> str:
     """What comes after a reasoning model's thoughts; nothing where they were cut off."""
-    if "</think>" in text:
-        return text.rpartition("</think>")[2].strip()
-    return "" if "<think>" in text else text.strip()
+    return split(text).answer.strip()
 
 
 def boxed(text: str) -> str | None:

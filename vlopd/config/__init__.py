@@ -51,6 +51,7 @@ from vlopd.config.masks import (
     WholeMask,
 )
 from vlopd.config.models import (
+    TEMPLATE_NAMES,
     CaptionContext,
     ContextConfig,
     ImageContext,
@@ -87,6 +88,7 @@ from vlopd.config.recipe import Recipe
 from vlopd.config.training import SGD, AdamW, Lion, Muon, OptimConfig, RMSProp
 
 __all__ = [
+    "TEMPLATE_NAMES",
     "AdamW", "CapitalsData", "CaptionContext", "CheckpointArm", "ComplementMask", "ConfigError",
     "ContextConfig", "DataError", "DifferenceMask", "DistillArm", "Divergence", "EmojiData",
     "EnergyMask", "EvalConfig", "ExperimentConfig", "ExtrapolateArm", "FileData", "FileMask",

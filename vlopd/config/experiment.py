@@ -86,8 +86,14 @@ class ExperimentConfig(Recipe):
         return self.teachers[arm.teacher or next(iter(self.teachers))]
 
     def loaded_as(self, teacher: TeacherConfig) -> ModelConfig:
-        """Where a teacher's weights and processor come from: its own, or the student's."""
-        return self.student if teacher.is_student else teacher
+        """Where a teacher's weights and processor come from: its own, or the student's.
+
+        A teacher that is the student has the student's template arguments under its own.
+        """
+        if not teacher.is_student:
+            return teacher
+        arguments = {**self.student.template_arguments, **teacher.template_arguments}
+        return self.student.model_copy(update={"template_arguments": arguments})
 
     @model_validator(mode="before")
     @classmethod

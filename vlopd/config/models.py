@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
 
 from vlopd.config.base import Section
 
@@ -13,6 +14,33 @@ from vlopd.config.base import Section
 def as_table(value: Any) -> Any:
     """`student = "NAME"` is short for `student = {model = "NAME"}`."""
     return {"model": value} if isinstance(value, str) else value
+
+
+TEMPLATE_NAMES = frozenset(
+    {
+        *("messages", "conversation", "conversations", "tools", "documents", "chat_template"),
+        *("add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation"),
+        *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        *(
+            "tokenizer_kwargs",
+            "processor_kwargs",
+            "sanitize_control_tokens",
+            "load_audio_from_video",
+        ),
+        *(
+            "bos_token",
+            "eos_token",
+            "pad_token",
+            "unk_token",
+            "sep_token",
+            "cls_token",
+            "mask_token",
+        ),
+        *("image_token", "video_token", "audio_token", "first_token"),
+        *("raise_exception", "strftime_now", "self", "loop"),
+    }
+)
+"""What `apply_chat_template` takes for itself or tells every template."""
 
 
 class ModelConfig(Section):
@@ -26,6 +54,21 @@ class ModelConfig(Section):
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
     """Attention kernel; null takes transformers' choice. On CPU, eager is faster for small models."""
     trust_remote_code: bool = False
+    template_arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    """What the chat template is given beside the messages, `enable_thinking = false` say; by its own names."""
+
+    @field_validator("template_arguments")
+    @classmethod
+    def check_template_arguments(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if reserved := sorted(arguments.keys() & TEMPLATE_NAMES):
+            raise ValueError(
+                f"{', '.join(reserved)} are given to every chat template by vlopd or the tokenizer; remove them"
+            )
+        try:
+            json.dumps(arguments, allow_nan=False)
+        except ValueError:
+            raise ValueError("values must be finite, as those of JSON are") from None
+        return arguments
 
 
 class SystemContext(Section):

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Environment, TemplateSyntaxError, meta
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from vlopd.config import ConfigError, ModelConfig, UserError
-from vlopd.models import families, gguf, openclip_vlm, smollm2
+from vlopd.config import TEMPLATE_NAMES, ConfigError, ModelConfig, UserError
+from vlopd.models import families, gguf, openclip_vlm, smollm2, thoughts
 from vlopd.models.about import first_line
 from vlopd.types import Completions, Example, Prompts
 
@@ -36,6 +39,7 @@ class LoadedModel:
     name: str
     model: PreTrainedModel
     processor: Any
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> Any:
@@ -93,7 +97,28 @@ class LoadedModel:
             families.chat_messages(example, self.sees_images, self.placeholders),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
+            **self.template_arguments,
         )
+
+    @cached_property
+    def generation_prompt(self) -> str:
+        """What the chat template puts before an answer; empty where it cannot be told."""
+        probe = Example.ask("", "x")
+        try:
+            asked, ready = (self.render_text(probe, add) for add in (False, True))
+        except Exception:  # a template that wants a picture, say
+            return ""
+        return ready.removeprefix(asked) if ready.startswith(asked) else ""
+
+    @cached_property
+    def own_marks(self) -> tuple[thoughts.Mark, ...]:
+        """The marks of thoughts that the tokenizer or the chat template has."""
+        return thoughts.marks_of(self.tokenizer.get_added_vocab(), template_text(self.processor))
+
+    @cached_property
+    def marks(self) -> tuple[thoughts.Mark, ...]:
+        """All marks that are looked for in its completions."""
+        return tuple(dict.fromkeys([*thoughts.MARKS, *self.own_marks]))
 
     def encode(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Prompts:
         """Rendered prompts with their images -> model inputs, on the model's device.
@@ -136,13 +161,68 @@ class LoadedModel:
         """[N, H] -> [N, V] logits over the first so many of the vocabulary, or over those ids [V]."""
         return families.logits_of(self.model, hidden, columns)
 
-    def decode(self, completions: Completions) -> list[str]:
-        """Each completion as text, without special tokens."""
-        rows = [
-            row[keep].tolist() for row, keep in zip(completions.ids, completions.mask, strict=True)
-        ]
-        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+    def decode(self, completions: Completions, prompts: Prompts | None = None) -> list[str]:
+        """Each completion's answer as text, without special tokens and thoughts; empty where a thought was cut off.
+
+        `prompts` are those that were completed, which may have opened a thought; without them, any that this
+        model's own template renders.
+        """
+        readings = self.read(completions.ids, completions.mask, prompts)
+        return [reading.answer.strip() for reading in readings]
+
+    def read(
+        self, ids: Tensor, mask: Tensor, prompts: Prompts | None = None
+    ) -> list[thoughts.Reading]:
+        """Thought and answer of each row's real tokens; `prompts` as in `decode`."""
+        if prompts is None:
+            opened = [self.opened_by(self.generation_prompt)] * len(ids)
+        else:
+            opened = self.opened_thoughts(prompts)
+        rows = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
+        plain = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        found = []
+        for row, text, mark in zip(rows, plain, opened, strict=True):
+            reading = thoughts.split(self.with_marks(row, text), mark, self.marks)
+            found.append(thoughts.Reading(None, text) if reading.thought is None else reading)
+        return found
+
+    def opened_thoughts(self, prompts: Prompts) -> list[thoughts.Mark | None]:
+        """The mark of the thought that each prompt leaves open, None where it leaves none open."""
+        longest = 64 + len(
+            self.generation_prompt
+        )  # in tokens, which are no more than its characters
+        tails = self.tokenizer.batch_decode(prompts.input_ids[:, -longest:].tolist())
+        return [self.opened_by(tail) for tail in tails]
+
+    def opened_by(self, prompt: str) -> thoughts.Mark | None:
+        """The mark of the thought that a rendered prompt leaves open."""
+        return thoughts.opened_by(prompt, self.generation_prompt, self.marks)
+
+    def transcript(self, ids: Sequence[int]) -> str:
+        """A completion as text without special tokens, but with the marks of thoughts."""
+        return self.with_marks(ids, self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def with_marks(self, ids: Sequence[int], plain: str) -> str:
+        """`plain`, the text of the ids without special tokens, with those of them that mark thoughts."""
+        if not any(i in self.mark_tokens for i in ids):
+            return plain
+        pieces, row = [], []
+        for i in (*ids, None):
+            if i is not None and i not in self.mark_tokens:
+                row.append(i)
+                continue
+            pieces.append(self.tokenizer.decode(row, skip_special_tokens=True) if row else "")
+            pieces.append("" if i is None else self.mark_tokens[i])
+            row = []
+        return "".join(pieces)
+
+    @cached_property
+    def mark_tokens(self) -> dict[int, str]:
+        """Special tokens, which decoding drops, that marks of thoughts are made of; by id."""
+        added = self.tokenizer.added_tokens_decoder
+        special = {i: str(token) for i, token in added.items() if token.special}
+        kept = thoughts.kept_tokens(special.values(), self.marks)
+        return {i: token for i, token in special.items() if token in kept}
 
 
 def resolve(name: str) -> str:
@@ -184,12 +264,13 @@ def load_processor(
     revision: str | None = None,
     trust_remote_code: bool = False,
     template: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> Any:
     """The processor of a vision-language model, or the tokenizer of a language model.
 
     `template` takes the place of its chat template: a .jinja file, or `plain`.
 
-    Raises ConfigError when it cannot be read or has no chat template.
+    Raises ConfigError when it cannot be read, has no chat template, or one that knows none of the arguments.
     """
     config = load_model_config(name, revision, trust_remote_code)
     _, processor_class = families.auto_classes(config)
@@ -211,7 +292,37 @@ def load_processor(
             f'{name!r} has no chat template; set template = "plain" (bare text) or a .jinja file '
             "beside its `model`"
         )
+    check_template_arguments(name, template_text(processor), template_arguments or {})
     return processor
+
+
+def template_text(processor: Any) -> str:
+    """The chat template that renders prompts; of several, the default one."""
+    template = getattr(processor, "chat_template", None)
+    template = template or families.tokenizer_of(processor).chat_template or ""
+    return template.get("default", "") if isinstance(template, dict) else str(template)
+
+
+def check_template_arguments(name: str, template: str, arguments: Mapping[str, Any]) -> None:
+    """Raises ConfigError for an argument that the model's chat template never mentions: it would change nothing."""
+    if not arguments:
+        return
+    # transformers' own tag, which says nothing of names
+    plain = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        known = meta.find_undeclared_variables(environment.parse(plain))
+    except TemplateSyntaxError:
+        return  # rendering says what is wrong with it
+    known -= {*TEMPLATE_NAMES}
+    for argument in arguments:
+        if argument in known:
+            continue
+        near = get_close_matches(argument, known, 3, 0.4) or sorted(known)
+        has = f"it has {', '.join(near)}" if near else "it has none"
+        raise ConfigError(
+            f"template_arguments: the chat template of {name!r} has no argument {argument!r}; {has}"
+        )
 
 
 def read_template(template: str) -> str:
@@ -250,6 +361,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     template: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Loads weights from safetensors only, in `dtype`, in evaluation mode (no dropout).
 
@@ -272,10 +384,10 @@ def load(
         raise ModelUnreadable(
             f"cannot load the weights of {name!r}: {first_line(error)}{remedy}"
         ) from None
-    processor = load_processor(name, revision, trust_remote_code, template)
+    processor = load_processor(name, revision, trust_remote_code, template, template_arguments)
     model = model.to(device).eval()
     families.check_logits(model)
-    return LoadedModel(name, model, processor)
+    return LoadedModel(name, model, processor, template_arguments or {})
 
 
 def load_configured(
@@ -293,6 +405,7 @@ def load_configured(
         revision=None if folder else config.revision,
         trust_remote_code=config.trust_remote_code,
         template=config.template,
+        template_arguments=config.template_arguments,
     )
 
 
