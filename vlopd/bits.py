@@ -37,7 +37,12 @@ def positions(packed: Tensor, n: int) -> Tensor:
 
 
 def different(a: Tensor, b: Tensor) -> Tensor:
-    """bool, the shape of both: where the stored bits differ (0 and -0 do). Raises where the dtypes differ."""
-    assert a.dtype == b.dtype, f"{a.dtype} and {b.dtype} have no bits in common"
+    """bool, the shape of both: where the bits differ (0 and -0 do).
+
+    Of two dtypes, the bits of both in the narrowest dtype that holds them exactly: a rounded value differs from its
+    original unless nothing was lost.
+    """
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    a, b = a.to(dtype), b.to(dtype)
     integer = INTEGERS[a.element_size()]
     return a.contiguous().view(integer) != b.contiguous().view(integer)

@@ -32,6 +32,13 @@ INDEX = "model.safetensors.index.json"
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 """A head that is tied to the embedding is stored once or twice, as the writer pleased."""
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""safetensors' names of the dtypes that weights can be trained from."""
 SAME_MODEL = 0.5
 """Checkpoints that share less than this part of either's parameters are not of one architecture."""
 
@@ -158,6 +165,15 @@ class Weights:
 
     def is_floating_point(self, name: str) -> bool:
         return self._slice(name).get_dtype().startswith(("F", "BF"))
+
+    def header(self) -> dict[str, Tensor]:
+        """The floating-point tensors on the meta device: shapes and dtypes without values."""
+        dtypes = {name: FLOATS.get(self._slice(name).get_dtype()) for name in sorted(self._where)}
+        return {
+            name: torch.empty(self.shape(name), dtype=dtype, device="meta")
+            for name, dtype in dtypes.items()
+            if dtype is not None
+        }
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored. Raises RunError when it holds a NaN or an infinity."""

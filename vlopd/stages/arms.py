@@ -37,7 +37,7 @@ from vlopd.config import (
 from vlopd.data import open_data
 from vlopd.distill import Evaluate, distill
 from vlopd.masks.apply import delta_norm, extrapolated, transplanted
-from vlopd.models.load import load_configured, resolve, save
+from vlopd.models.load import DTYPES, load_configured, resolve, save
 from vlopd.pair import load_pair
 from vlopd.stages.places import (
     arm_digest,
@@ -55,12 +55,14 @@ from vlopd.stages.places import (
 from vlopd.stages.records import (
     card,
     identities,
+    keeps_source,
+    load_source,
     off_mask,
     precision,
     record,
     seeds_of,
-    stored_dtype,
 )
+from vlopd.stored import stored_tensors
 from vlopd.subspace import update_projection
 from vlopd.trainable import Projection, Trainable
 
@@ -88,9 +90,9 @@ def write_source(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
     }
     if up_to_date(run.arm_record(name), inputs):
         return False
-    student = load_configured(config.student, stored_dtype(config))
+    student, state = load_source(config)
     with whole_folder(run.checkpoint(name)) as folder:
-        save(student, folder, card(config, name, "the student before any training"))
+        save(student, folder, card(config, name, "the student before any training"), state)
     total = student.model.num_parameters()
     record(
         run,
@@ -122,7 +124,7 @@ def note_teacher(run: RunFolder, config: ExperimentConfig, name: str, arm: Teach
             "type": "teacher",
             "model": teacher.model,
             "checkpoint_digest": digest,
-            "precision": precision(config),
+            "precision": precision(config, folder if folder.is_dir() else None),
             "inputs": inputs,
         },
     )
@@ -134,14 +136,16 @@ def note_foreign(
 ) -> bool:
     """A model or scores from elsewhere are not copied into the run; the record says where they are."""
     inputs = arm.model_dump(mode="json")
+    folder = None
     if isinstance(arm, CheckpointArm):
-        inputs["digest"] = digest_checkpoint(hub_folder(resolve(arm.model), None))
+        folder = hub_folder(resolve(arm.model), None)
+        inputs["digest"] = digest_checkpoint(folder)
     else:
         inputs["digest"] = digest_files(scores_of(Path(arm.results)))
     if up_to_date(run.arm_record(name), inputs):
         return False
     about = {"arm": name, "type": arm.type, "checkpoint_digest": inputs["digest"], "inputs": inputs}
-    write_json(run.arm_record(name), {**about, "precision": precision(config)})
+    write_json(run.arm_record(name), {**about, "precision": precision(config, folder)})
     return True
 
 
@@ -164,7 +168,8 @@ def train_arm(
         own_other_source(run, config, arm), inputs["source"], how.allow_other_source
     )
     accelerator = processes.accelerator()
-    pair = load_pair(config, accelerator.device, source)
+    # the student as it is: the source arm, unless that is stored in less than the student's own precision
+    pair = load_pair(config, accelerator.device, source if keeps_source(config) else None)
     before, mask, projections = read_tensors(source), None, None
     if arm.mask is not None:
         mask = read_mask(run, config, arm.mask)
@@ -205,7 +210,8 @@ def train_arm(
             save(pair.student, checkpoint, text, merged)
         proof = off_mask(before, read_tensors(run.checkpoint(name)), mask)
         if proof["off_mask"] is not None:
-            moved = proof["off_mask"]["moved_in_memory"] = trainable.moved_off_mask(before)
+            with stored_tensors(pair.student) as own:
+                moved = proof["off_mask"]["moved_in_memory"] = trainable.moved_off_mask(own)
             proof["off_mask_unmoved"] &= moved == 0
         record(
             run,
@@ -309,7 +315,8 @@ def write_untrained(
     mask = None if arm.mask is None else read_mask(run, config, arm.mask)
     source = run.checkpoint(source_arm(config))
     before = read_tensors(source)
-    student = load_configured(config.student, stored_dtype(config), folder=source)
+    # for its configuration: all weights that are written are in `before`
+    student = load_configured(config.student, DTYPES[config.precision.compute], folder=source)
     with whole_folder(run.checkpoint(name)) as folder:
         save(student, folder, card(config, name, what, inputs), {**before, **change(mask)})
     total = student.model.num_parameters()
