@@ -81,8 +81,9 @@ def origins(model: PreTrainedModel, header: Mapping[str, Tensor]) -> dict[str, O
         dtype = reduce(torch.promote_types, (header[key].dtype for key, _ in keys))
         whole = Origin(first, tuple(keys), dtype, converter, first, model)
         for name in whole.convert(header.__getitem__):
-            found[name] = Origin(name, whole.stored, dtype, converter, first, model)
-    by_place = {state[name].data_ptr(): origin for name, origin in found.items() if name in state}
+            if name in state:
+                found[name] = Origin(name, whole.stored, dtype, converter, first, model)
+    by_place = {state[name].data_ptr(): origin for name, origin in found.items()}
     for name, tensor in state.items():
         if name not in found and tensor.data_ptr() in by_place and tensor.numel():
             found[name] = by_place[tensor.data_ptr()]
