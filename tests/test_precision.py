@@ -1,4 +1,4 @@
-"""What is trained and what is stored are the student's own values: no update is the rounding of one precision in another."""
+"""Training starts from the student's stored values: no update is the rounding of one precision in another."""
 
 import json
 import shutil
@@ -106,7 +106,9 @@ def test_an_arm_that_does_not_move_is_the_source(
         own = {n: own.dtypes[n] for n in values}
     if source == "mixed":
         assert set(own.values()) == set(DTYPES.values())
-    expected = {n: t.to(own[n] if stored == "source" else DTYPES[stored]) for n, t in values.items()}
+    expected = {
+        n: t.to(own[n] if stored == "source" else DTYPES[stored]) for n, t in values.items()
+    }
     for arm in config.arms:
         stages.make_arm(run, config, arm)
         found = stages.read_tensors(run.checkpoint(arm))
@@ -207,7 +209,11 @@ def test_the_stored_result_is_adamw_of_the_source_in_float64(
         if ours.dtype != torch.float32:
             step = torch.finfo(ours.dtype).eps * w[n].abs()
             assert bool((((ours.double() - w[n]).abs() <= 0.51 * step) | ~different).all())
-        moved.append((slot.values.data.double() - before[n].double()[marked[n]].view_as(slot.values)).flatten())
+        moved.append(
+            (
+                slot.values.data.double() - before[n].double()[marked[n]].view_as(slot.values)
+            ).flatten()
+        )
         meant.append((theirs - before[n].double()[marked[n]].view_as(theirs)).flatten())
     if source in ("fp16", "bf16"):
         assert apart < 1e-3 * total
@@ -302,7 +308,9 @@ def test_stored_in_fp16_and_refused_where_that_overflows(students, make_config, 
     tensors = load_file(large / "model.safetensors")
     tensors["model.norm.weight"][3] = 7e4
     save_file(tensors, large / "model.safetensors", {"format": "pt"})
-    config = config.model_copy(update={"student": config.student.model_copy(update={"model": str(large)})})
+    config = config.model_copy(
+        update={"student": config.student.model_copy(update={"model": str(large)})}
+    )
     run = RunFolder.create(tmp_path / "other", config)
     with pytest.raises(UserError, match=r"model\.norm\.weight: 1 of 32 values.*float16.*\"fp32\""):
         stages.make_arm(run, config, "base")
@@ -335,7 +343,9 @@ def test_converted_tensors_are_those_that_transformers_makes(family, tmp_path):
             assert tensor.dtype == tensors.dtypes[name]
             assert torch.equal(tensor.float(), expected[name]), name
             # none is wider than its values need
-            assert tensor.dtype != torch.float32 or not torch.equal(tensor, tensor.bfloat16().float())
+            assert tensor.dtype != torch.float32 or not torch.equal(
+                tensor, tensor.bfloat16().float()
+            )
         fused = [n for n in tensors if n.endswith("gate_up_proj")]
         assert all(tensors.dtypes[n] == torch.float32 for n in fused)
         assert bool(fused) is (family != "qwen3")

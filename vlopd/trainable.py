@@ -2,7 +2,8 @@
 
 The model's own parameters hold the compute precision and never see an optimizer. `Trainable` keeps, for
 each parameter that trains, the fp32 values of its trained coordinates only (all of them, or those of a
-mask), which start from the checkpoint's stored tensor rather than from the rounded parameter, and a gradient of the same size: as soon as a parameter's dense gradient exists, its trained
+mask) and a gradient of the same size. The values start from the tensor that the checkpoint stores, not from
+its rounding to the compute precision. As soon as a parameter's dense gradient exists, its trained
 coordinates are gathered and the dense gradient is freed. The optimizer sees nothing else, so weight
 decay, momentum and clipping cannot reach a frozen coordinate, optimizer state shrinks with density, and
 a mask of all ones is dense training, bit for bit.
