@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlopd import adapter
+from vlopd.bits import holds
 from vlopd.checkpoint import RunError, digest_checkpoint, read_json
 from vlopd.types import TensorName
 
@@ -84,6 +85,9 @@ class MatchReport:
     ]  # matched: (name in the source, in the trained checkpoint)
     tied: tuple[str, ...]  # a second copy of the embedding on one side, not counted twice
     adapted: tuple[str, ...]  # changed by a LoRA adapter; all others are then the source's own
+    narrowed: tuple[
+        str, ...
+    ]  # matched, but trained cannot hold the source's values: rounding is in the delta
 
     def names(self, matched: str) -> tuple[str, str]:
         """(name in the source, name in the trained checkpoint)."""
@@ -245,6 +249,9 @@ class Adapted(Weights):
     def is_floating_point(self, name: str) -> bool:
         return self.source.is_floating_point(name)
 
+    def header(self) -> dict[str, Tensor]:
+        return self.source.header()
+
     def read(self, name: str) -> Tensor:
         base = self.source.read(name)
         if name in self._whole:
@@ -283,6 +290,7 @@ def match(source: Weights, trained: Weights) -> MatchReport:
         if source.is_floating_point(pair[0]) and trained.is_floating_point(pair[1])
     }
     check_same_model(source, trained, floats, missing, extra)
+    before, after = source.header(), trained.header()
     return MatchReport(
         matched=tuple(floats),
         missing=tuple(sorted(missing)),
@@ -291,6 +299,13 @@ def match(source: Weights, trained: Weights) -> MatchReport:
         aliased={name: pair for name, pair in floats.items() if pair != (name, name)},
         tied=tuple(sorted(tied)),
         adapted=trained.adapted if isinstance(trained, Adapted) else (),
+        narrowed=tuple(
+            name
+            for name, (ours, theirs) in floats.items()
+            if ours in before
+            and theirs in after
+            and not holds(after[theirs].dtype, before[ours].dtype)
+        ),
     )
 
 

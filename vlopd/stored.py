@@ -8,24 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import reduce
 
 import torch
 from torch import Tensor
 
+from vlopd.bits import holds
 from vlopd.delta import Weights
 from vlopd.models.conversions import Origin, origins
 from vlopd.models.load import LoadedModel
-
-
-def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether `dtype` represents every value of `other` exactly: float32 those of bfloat16, not vice versa."""
-    return torch.promote_types(dtype, other) == dtype
-
-
-def widest(*dtypes: torch.dtype) -> torch.dtype:
-    """The narrowest dtype that holds all of them: float32 for float16 and bfloat16."""
-    return reduce(torch.promote_types, dtypes)
 
 
 class Stored(Mapping[str, Tensor]):

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vlopd.bits import different, pack, positions
+from vlopd.bits import different, pack, positions, widest
 from vlopd.config import UserError
 
 Storage = Literal["whole", "listed", "packed", "dense"]
@@ -196,7 +196,7 @@ class DenseSlot(Slot):
 
 def widened(tensor: Tensor) -> Tensor:
     """In fp32, or in fp64 where it is stored so; the tensor itself where it already is."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(widest(tensor.dtype, torch.float32))
 
 
 def make_slot(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
@@ -21,6 +20,8 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+
+from vlopd.bits import widest
 
 Read = Callable[[str], Tensor]
 
@@ -78,7 +79,7 @@ def origins(model: PreTrainedModel, header: Mapping[str, Tensor]) -> dict[str, O
             _, keys = collected.setdefault(name, (by_pattern[pattern], []))
             keys.append((key, pattern))
     for first, (converter, keys) in collected.items():
-        dtype = reduce(torch.promote_types, (header[key].dtype for key, _ in keys))
+        dtype = widest(*(header[key].dtype for key, _ in keys))
         whole = Origin(first, tuple(keys), dtype, converter, first, model)
         for name in whole.convert(header.__getitem__):
             if name in state:

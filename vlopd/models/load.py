@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from transformers.core_model_loading import build_glob_alternation
 from transformers.utils.hub import cached_file
 
+from vlopd.bits import holds, widest
 from vlopd.config import ConfigError, ModelConfig, UserError
 from vlopd.models import families, gguf, openclip_vlm, smollm2
 from vlopd.models.about import first_line
@@ -353,9 +354,9 @@ def reload_dtype(model: PreTrainedModel, state: Mapping[str, Tensor]) -> torch.d
         plan = model._get_dtype_plan(dtype)
         kept = build_glob_alternation(list(plan))[0] if plan else None
         loaded = {n: torch.float32 if kept and kept.search(n) else dtype for n in stored}
-        if all(torch.promote_types(loaded[n], own) == loaded[n] for n, own in stored.items()):
+        if all(holds(loaded[n], own) for n, own in stored.items()):
             return dtype
-    return reduce(torch.promote_types, present, torch.float32)
+    return widest(torch.float32, *present)
 
 
 def write_dtype(path: Path, dtype: torch.dtype) -> None:

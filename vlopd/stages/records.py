@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlopd.bits import holds, widest
 from vlopd.checkpoint import RunFolder, digest_checkpoint, write_json
 from vlopd.config import DistillArm, ExperimentConfig
 from vlopd.delta import Weights
 from vlopd.masks.apply import identity, moved_off_mask, moved_on_mask
 from vlopd.models.load import DTYPES, LoadedModel, load_configured, weights_folder
 from vlopd.stages.places import read_tensors
-from vlopd.stored import holds, stored_tensors, widest
+from vlopd.stored import stored_tensors
 
 
 def keeps_source(config: ExperimentConfig) -> bool:
