@@ -16,7 +16,7 @@ RANK = {
     "vlopd.models": 2, "vlopd.data": 2, "vlopd.log": 2, "vlopd.adapter": 2,
     "vlopd.subspace": 2, "vlopd.context": 3, "vlopd.rollout": 3, "vlopd.vocabulary": 3, "vlopd.delta": 3,
     "vlopd.resources": 3, "vlopd.optimizers": 3, "vlopd.rewards": 3, "vlopd.masks": 4, "vlopd.teacher": 4,
-    "vlopd.state": 4, "vlopd.evidence": 4, "vlopd.geometry": 5, "vlopd.pair": 5,
+    "vlopd.state": 4, "vlopd.stored": 4, "vlopd.evidence": 4, "vlopd.geometry": 5, "vlopd.pair": 5,
     "vlopd.preflight": 6, "vlopd.sources": 6, "vlopd.diagnostics": 7, "vlopd.distill": 8,
     "vlopd.stages": 9, "vlopd.mask_cli": 10, "evals": 10, "vlopd.cli": 11,
 }  # fmt: skip

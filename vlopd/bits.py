@@ -1,7 +1,9 @@
-"""Bools as packed bits, eight coordinates a byte, the first in the highest bit (as numpy.packbits has them),
-and the comparison of tensors bit by bit."""
+"""Bools as packed bits, eight coordinates a byte, the first in the highest bit (as numpy.packbits has them);
+the comparison of tensors bit by bit; and which precision holds which."""
 
 from __future__ import annotations
+
+from functools import reduce
 
 import numpy as np
 import torch
@@ -37,7 +39,22 @@ def positions(packed: Tensor, n: int) -> Tensor:
 
 
 def different(a: Tensor, b: Tensor) -> Tensor:
-    """bool, the shape of both: where the stored bits differ (0 and -0 do). Raises where the dtypes differ."""
-    assert a.dtype == b.dtype, f"{a.dtype} and {b.dtype} have no bits in common"
+    """bool, the shape of both: where the bits differ (0 and -0 do).
+
+    Of two dtypes, the bits of both in the narrowest dtype that holds them exactly: a rounded value differs from its
+    original unless nothing was lost.
+    """
+    dtype = widest(a.dtype, b.dtype)
+    a, b = a.to(dtype), b.to(dtype)
     integer = INTEGERS[a.element_size()]
     return a.contiguous().view(integer) != b.contiguous().view(integer)
+
+
+def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether `dtype` represents every value of `other` exactly: float32 those of bfloat16, not vice versa."""
+    return widest(dtype, other) == dtype
+
+
+def widest(*dtypes: torch.dtype) -> torch.dtype:
+    """The narrowest dtype that holds all of them: float32 for float16 and bfloat16."""
+    return reduce(torch.promote_types, dtypes)

@@ -292,6 +292,12 @@ def compare_folders(
         inputs = {**digests, "settings": config.model_dump(mode="json")}
         analyse(source, path, folder, config, inputs, workers=workers, device=device)
         say(f"geometry of {label}", folder / "geometry.csv", True)
+        about = read_json(folder / "summary.json")
+        if narrowed := about["tensors_narrowed"]:
+            console.print(
+                f"{narrowed} of {about['tensors']} tensors are stored in less precision in {path} than in {source}: "
+                "their delta is that rounding too, and most of it where the update is small; round the source alike"
+            )
         if preset:
             show_paper(label, paper.table(read_rows(folder)), [c.title for c in paper.COLUMNS])
     if as_trajectory:

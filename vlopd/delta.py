@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlopd import adapter
+from vlopd.bits import holds
 from vlopd.checkpoint import RunError, digest_checkpoint, read_json
 from vlopd.types import TensorName
 
@@ -32,6 +33,13 @@ INDEX = "model.safetensors.index.json"
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 """A head that is tied to the embedding is stored once or twice, as the writer pleased."""
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""safetensors' names of the dtypes that weights can be trained from."""
 SAME_MODEL = 0.5
 """Checkpoints that share less than this part of either's parameters are not of one architecture."""
 
@@ -77,6 +85,9 @@ class MatchReport:
     ]  # matched: (name in the source, in the trained checkpoint)
     tied: tuple[str, ...]  # a second copy of the embedding on one side, not counted twice
     adapted: tuple[str, ...]  # changed by a LoRA adapter; all others are then the source's own
+    narrowed: tuple[
+        str, ...
+    ]  # matched, but trained cannot hold the source's values: rounding is in the delta
 
     def names(self, matched: str) -> tuple[str, str]:
         """(name in the source, name in the trained checkpoint)."""
@@ -159,6 +170,15 @@ class Weights:
     def is_floating_point(self, name: str) -> bool:
         return self._slice(name).get_dtype().startswith(("F", "BF"))
 
+    def header(self) -> dict[str, Tensor]:
+        """The floating-point tensors on the meta device: shapes and dtypes without values."""
+        dtypes = {name: FLOATS.get(self._slice(name).get_dtype()) for name in sorted(self._where)}
+        return {
+            name: torch.empty(self.shape(name), dtype=dtype, device="meta")
+            for name, dtype in dtypes.items()
+            if dtype is not None
+        }
+
     def read(self, name: str) -> Tensor:
         """The tensor as stored. Raises RunError when it holds a NaN or an infinity."""
         try:
@@ -229,6 +249,9 @@ class Adapted(Weights):
     def is_floating_point(self, name: str) -> bool:
         return self.source.is_floating_point(name)
 
+    def header(self) -> dict[str, Tensor]:
+        return self.source.header()
+
     def read(self, name: str) -> Tensor:
         base = self.source.read(name)
         if name in self._whole:
@@ -267,6 +290,7 @@ def match(source: Weights, trained: Weights) -> MatchReport:
         if source.is_floating_point(pair[0]) and trained.is_floating_point(pair[1])
     }
     check_same_model(source, trained, floats, missing, extra)
+    before, after = source.header(), trained.header()
     return MatchReport(
         matched=tuple(floats),
         missing=tuple(sorted(missing)),
@@ -275,6 +299,13 @@ def match(source: Weights, trained: Weights) -> MatchReport:
         aliased={name: pair for name, pair in floats.items() if pair != (name, name)},
         tied=tuple(sorted(tied)),
         adapted=trained.adapted if isinstance(trained, Adapted) else (),
+        narrowed=tuple(
+            name
+            for name, (ours, theirs) in floats.items()
+            if ours in before
+            and theirs in after
+            and not holds(after[theirs].dtype, before[ours].dtype)
+        ),
     )
 
 

@@ -41,6 +41,7 @@ from vlopd.optimizers import build_optimizer, learning_rate
 from vlopd.pair import ModelPair
 from vlopd.sources import Batch, collect
 from vlopd.state import Averages, resume, save_state
+from vlopd.stored import unrounded
 from vlopd.trainable import Projection, Trainable
 from vlopd.types import Example
 
@@ -79,7 +80,8 @@ def distill(
     accelerator = accelerator or processes.accelerator()
     train, rollout = config.train, config.rollout
     atlas.freeze(pair.student.model, train.freeze)
-    trainable = Trainable(pair.student.model, mask, projections)
+    with unrounded(pair.student) as stored:
+        trainable = Trainable(pair.student.model, mask, projections, stored=stored)
     if trainable.count == 0:
         return trainable  # an empty mask trains nothing: the source, as it is
     optimizer = build_optimizer(config.optim, trainable)
@@ -188,7 +190,9 @@ def follow_student(pair: ModelPair, mask: Mapping[str, Tensor] | None) -> Averag
         if teacher.ema is not None:
             for name, parameter in teacher.loaded.model.named_parameters():
                 parameter.requires_grad_(trains[name])
-            averages.append((Trainable(teacher.loaded.model, mask), teacher.ema))
+            with unrounded(teacher.loaded) as stored:
+                average = Trainable(teacher.loaded.model, mask, stored=stored)
+            averages.append((average, teacher.ema))
             teacher.loaded.model.requires_grad_(False)
     return averages
 

@@ -2,7 +2,8 @@
 
 The model's own parameters hold the compute precision and never see an optimizer. `Trainable` keeps, for
 each parameter that trains, the fp32 values of its trained coordinates only (all of them, or those of a
-mask) and a gradient of the same size: as soon as a parameter's dense gradient exists, its trained
+mask) and a gradient of the same size. The values start from the tensor that the checkpoint stores, not from
+its rounding to the compute precision. As soon as a parameter's dense gradient exists, its trained
 coordinates are gathered and the dense gradient is freed. The optimizer sees nothing else, so weight
 decay, momentum and clipping cannot reach a frozen coordinate, optimizer state shrinks with density, and
 a mask of all ones is dense training, bit for bit.
@@ -19,7 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vlopd.bits import different, pack, positions
+from vlopd.bits import different, pack, positions, widest
+from vlopd.config import UserError
 
 Storage = Literal["whole", "listed", "packed", "dense"]
 CHUNK = 1 << 20
@@ -104,11 +106,16 @@ def locate(marked: Tensor) -> Listed | Packed:
 
 
 class Slot:
-    """One parameter, all of which trains: fp32 `values` of its shape, the parameter itself where that is fp32."""
+    """One parameter, all of which trains: fp32 `values` of its shape, the parameter itself where that is fp32.
 
-    def __init__(self, parameter: nn.Parameter):
+    `stored` is the parameter before it was rounded; None where the parameter holds it exactly.
+    """
+
+    def __init__(self, parameter: nn.Parameter, stored: Tensor | None = None):
         self.parameter = parameter
-        self.values = nn.Parameter(parameter.data.float())  # shares memory with an fp32 parameter
+        # without `stored`, shares memory with an fp32 parameter
+        held = parameter.data if stored is None else stored.to(parameter.device, copy=True)
+        self.values = nn.Parameter(widened(held))
         self.count = parameter.numel()
 
     @property
@@ -136,9 +143,12 @@ class Slot:
 class CompactSlot(Slot):
     """One parameter that trains in part: fp32 `values` [K] of its trained coordinates."""
 
-    def __init__(self, parameter: nn.Parameter, where: Listed | Packed):
+    def __init__(
+        self, parameter: nn.Parameter, where: Listed | Packed, stored: Tensor | None = None
+    ):
         self.parameter, self.where = parameter, where
-        self.values = nn.Parameter(gather(parameter.data.view(-1), where).float())
+        held = gather((parameter.data if stored is None else stored).view(-1), where)
+        self.values = nn.Parameter(widened(held.to(parameter.device)))
         self.count = where.count
 
     def gather(self, dense: Tensor) -> Tensor:
@@ -184,16 +194,34 @@ class DenseSlot(Slot):
         return tensor.reshape(-1)[on]
 
 
-def make_slot(parameter: nn.Parameter, marked: Tensor | None, choose: Choice) -> Slot:
+def widened(tensor: Tensor) -> Tensor:
+    """In fp32, or in fp64 where it is stored so; the tensor itself where it already is."""
+    return tensor.to(widest(tensor.dtype, torch.float32))
+
+
+def make_slot(
+    parameter: nn.Parameter, marked: Tensor | None, choose: Choice, stored: Tensor | None = None
+) -> Slot:
     n = parameter.numel()
     count = n if marked is None else int(marked.sum())
-    storage = choose(n, count, parameter.dtype == torch.float32)
+    storage = choose(n, count, parameter.dtype == torch.float32 and stored is None)
     if marked is None or storage == "whole":
-        return Slot(parameter)
+        return Slot(parameter, stored)
     marked = marked.to(parameter.device)
     if storage == "dense":
         return DenseSlot(parameter, marked)
-    return CompactSlot(parameter, Listed(marked) if storage == "listed" else Packed(marked))
+    where = Listed(marked) if storage == "listed" else Packed(marked)
+    return CompactSlot(parameter, where, stored)
+
+
+def check_rounding(name: str, parameter: Tensor, stored: Tensor) -> None:
+    """Raises UserError where a parameter is not its stored tensor, rounded once to the parameter's dtype."""
+    apart = different(stored.to(parameter.dtype), parameter.detach().cpu())
+    if bool(apart.any()):
+        raise UserError(
+            f"{name}: {int(apart.sum())} of {parameter.numel()} values are not those of the checkpoint that the "
+            "model was loaded from; save the changed model and load that"
+        )
 
 
 Choice = Callable[[int, int, bool], Storage]
@@ -240,7 +268,11 @@ class Trainable:
     what their gradients are projected on before anything else; the optimizer's steps, which scale each
     coordinate by itself, may leave the subspace.
 
-    Raises ValueError for a mask that names no parameter of the model or has another shape.
+    `stored` gives, by name, the parameters that were rounded when the model was loaded as the checkpoint stores
+    them (`vlopd.stored.unrounded`): their values start from there. All others start from the model.
+
+    Raises ValueError for a mask that names no parameter of the model or has another shape, and UserError for a
+    parameter that is not its stored tensor, rounded.
     """
 
     def __init__(
@@ -249,6 +281,7 @@ class Trainable:
         mask: Mapping[str, Tensor] | None = None,
         projections: Mapping[str, Projection] | None = None,
         choose: Choice = cheapest,
+        stored: Mapping[str, Tensor] | None = None,
     ):
         # tied parameters come once, under their first name
         self.model_parameters = dict(model.named_parameters())
@@ -261,7 +294,10 @@ class Trainable:
             parameter.requires_grad_(trains)
             parameter.grad = None
             if trains:
-                self.slots[name] = slot = make_slot(parameter, marked, choose)
+                own = (stored or {}).get(name)
+                if own is not None:
+                    check_rounding(name, parameter, own)
+                self.slots[name] = slot = make_slot(parameter, marked, choose, own)
                 projection = (projections or {}).get(name)
                 if projection is not None:
                     projection = projection.to(parameter.device)
@@ -304,20 +340,22 @@ class Trainable:
         self.write_back()
 
     def merged(self, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The source's tensors with the trained values put in, in the source's stored precision.
+        """The source's tensors with the trained values put in, each rounded once to its tensor's stored precision.
 
-        Frozen coordinates are the source's own bits, whatever the compute precision was.
+        Frozen coordinates are the source's own bits, whatever the compute precision was, and so are trained ones
+        whose rounded value equals the source's (0 and -0 do).
         """
         merged = dict(source)
         for name, slot in self.slots.items():
-            merged[name] = source[name].clone()
-            slot.put_into(merged[name])
+            rounded = source[name].clone()
+            slot.put_into(rounded)
+            merged[name] = torch.where(rounded == source[name], source[name], rounded)
         return merged
 
     def moved_off_mask(self, source: Mapping[str, Tensor]) -> int:
         """How many coordinates that do not train differ, in the model, from the source by any bit.
 
-        The source is rounded to the compute precision first, as it was when the model was loaded.
+        `source`: what the model was loaded from, before it was rounded to the compute precision.
         """
         moved = 0
         for name, parameter in self.model_parameters.items():
@@ -352,7 +390,8 @@ def collector(slot: Slot, projection: Projection | None = None):
     def collect(parameter: Tensor) -> None:
         assert parameter.grad is not None
         dense, parameter.grad = parameter.grad, None
-        gradient = slot.gather(dense if projection is None else projection(dense)).float()
+        gradient = slot.gather(dense if projection is None else projection(dense))
+        gradient = gradient.to(slot.values.dtype)
         if slot.values.grad is None:
             slot.values.grad = gradient
         else:

@@ -91,6 +91,7 @@ def analyse(
             "null_draws": config.null_draws,
             "seed": config.seed,
             "tensors": len(deltas),
+            "tensors_narrowed": len(deltas.report.narrowed),
             "fused_tensors_are_split": model is not None,
             "matrices": len(findings),
             "matrices_not_moved": sum(bool(finding.energy[0] == 0) for finding in findings),

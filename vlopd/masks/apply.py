@@ -25,9 +25,9 @@ def transplanted(pair: TensorDelta, mask: Tensor) -> Tensor:
 
 
 def extrapolated(pair: TensorDelta, factor: float, mask: Tensor | None = None) -> Tensor:
-    """w + factor * delta on the mask (everywhere without one), rounded once to the source's dtype."""
-    wide = torch.float64 if pair.delta.dtype == torch.float64 else torch.float32
-    moved = (pair.source.to(wide) + factor * pair.delta).to(pair.source.dtype)
+    """w + factor * delta on the mask (everywhere without one), in float64, then rounded to the source's dtype."""
+    source = pair.source.double()
+    moved = (source + factor * (pair.trained.double() - source)).to(pair.source.dtype)
     moved = moved.where(pair.delta != 0, pair.source)  # exact where nothing moved
     return moved if mask is None else moved.where(mask, pair.source)
 
@@ -49,6 +49,16 @@ def moved_off_mask(
         changed = different(old, after[name])
         moved += int((changed & ~mask[name] if name in mask else changed).sum())
     return moved
+
+
+def moved_on_mask(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None
+) -> int:
+    """How many coordinates on the mask (all of them without one) differ by any bit."""
+    if mask is None:
+        return moved_off_mask(before, after, {})
+    named = {name: before[name] for name in mask}
+    return moved_off_mask(named, after, {name: ~marked for name, marked in mask.items()})
 
 
 def identity(

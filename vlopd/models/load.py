@@ -18,14 +18,17 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
+from transformers.utils.hub import cached_file
 
+from vlopd.bits import holds, widest
 from vlopd.config import TEMPLATE_NAMES, ConfigError, ModelConfig, UserError
 from vlopd.models import families, gguf, openclip_vlm, smollm2, thoughts
 from vlopd.models.about import first_line
 from vlopd.types import Completions, Example, Prompts
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ModelUnreadable(ConfigError):
@@ -40,6 +43,8 @@ class LoadedModel:
     model: PreTrainedModel
     processor: Any
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    """Where its weights were read from; None for a model made in memory."""
 
     @property
     def tokenizer(self) -> Any:
@@ -387,7 +392,15 @@ def load(
     processor = load_processor(name, revision, trust_remote_code, template, template_arguments)
     model = model.to(device).eval()
     families.check_logits(model)
-    return LoadedModel(name, model, processor, template_arguments or {})
+    folder = weights_folder(name, revision)
+    return LoadedModel(name, model, processor, template_arguments or {}, folder)
+
+
+def weights_folder(name: str, revision: str | None = None) -> Path:
+    """The folder that `load` reads: a local one, or the snapshot in the hub's cache."""
+    config = cached_file(resolve(name), "config.json", revision=revision)
+    assert config is not None
+    return Path(config).parent
 
 
 def load_configured(
@@ -415,17 +428,64 @@ def save(
     """Writes a Hugging Face folder: weights (`state` in place of the model's own), configs, processor, card.
 
     `card` is the text of the model card. Tensor names are the model's own, so that masks, deltas and
-    checkpoints share one naming.
+    checkpoints share one naming. config.json states the dtype that loads the weights as they are (`reload_dtype`),
+    whatever the dtype of the model in memory.
+
+    Raises UserError for a tensor of `state` with values that its dtype cannot hold.
     """
-    dtypes = {tensor.dtype for tensor in (state or loaded.model.state_dict()).values()}
+    refuse_overflow(state or {})
+    dtype = reload_dtype(loaded.model, state or loaded.model.state_dict())
     before = loaded.model.config.dtype
-    loaded.model.config.dtype = next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
     try:
         loaded.model.save_pretrained(folder, state_dict=state, save_original_format=False)
     finally:
         loaded.model.config.dtype = before
+    write_dtype(folder / "config.json", dtype)
     loaded.processor.save_pretrained(folder)
     (folder / "README.md").write_text(card)
+
+
+def refuse_overflow(state: Mapping[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{name}: {bad} of {tensor.numel()} values are not finite in {kind}, in which it is to be stored; "
+                'set precision.stored = "fp32", or lower the learning rate (or factor) that moved them'
+            )
+
+
+def reload_dtype(model: PreTrainedModel, state: Mapping[str, Tensor]) -> torch.dtype:
+    """The narrowest dtype under which transformers loads every tensor of `state` as it is stored, unrounded.
+
+    Of one dtype: that. Of several: the narrowest that holds them all, but for tensors that the model class keeps in
+    float32 anyway (a router's bias beside bfloat16 weights: bfloat16).
+    """
+    stored = {name: t.dtype for name, t in state.items() if t.is_floating_point()}
+    present = sorted(set(stored.values()), key=lambda dtype: (dtype.itemsize, str(dtype)))
+    for dtype in present:
+        plan = model._get_dtype_plan(dtype)
+        kept = build_glob_alternation(list(plan))[0] if plan else None
+        loaded = {n: torch.float32 if kept and kept.search(n) else dtype for n in stored}
+        if all(holds(loaded[n], own) for n, own in stored.items()):
+            return dtype
+    return widest(torch.float32, *present)
+
+
+def write_dtype(path: Path, dtype: torch.dtype) -> None:
+    """States `dtype` in a config.json and in the configs of its parts."""
+
+    def put(section: dict[str, Any], top: bool) -> None:
+        for key, value in section.items():
+            if isinstance(value, dict) and key.endswith("_config"):
+                put(value, False)
+        for key in {"dtype", "torch_dtype"} & section.keys() | ({"dtype"} if top else set()):
+            section[key] = str(dtype).removeprefix("torch.")
+
+    config = json.loads(path.read_text())
+    put(config, True)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def check_builtin(name: str) -> None:

@@ -34,7 +34,7 @@ from vlopd.config import (
 from vlopd.data import open_data
 from vlopd.distill import Evaluate, distill
 from vlopd.masks.apply import delta_norm, extrapolated, transplanted
-from vlopd.models.load import load_configured, resolve, save
+from vlopd.models.load import DTYPES, load_configured, resolve, save
 from vlopd.pair import load_pair
 from vlopd.stages.places import (
     arm_content,
@@ -55,12 +55,14 @@ from vlopd.stages.places import (
 from vlopd.stages.records import (
     card,
     identities,
+    keeps_source,
+    load_source,
     note,
     off_mask,
     record,
     seeds_of,
-    stored_dtype,
 )
+from vlopd.stored import stored_tensors
 from vlopd.subspace import update_projection
 from vlopd.trainable import Projection, Trainable
 
@@ -93,9 +95,9 @@ def write_source(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
     inputs = due(run, name, made_from)
     if inputs is None:
         return False
-    student = load_configured(config.student, stored_dtype(config))
+    student, state = load_source(config)
     with whole_folder(run.checkpoint(name)) as folder:
-        save(student, folder, card(config, name, "the student before any training"))
+        save(student, folder, card(config, name, "the student before any training"), state)
     total = student.model.num_parameters()
     record(
         run,
@@ -121,10 +123,10 @@ def note_teacher(run: RunFolder, config: ExperimentConfig, name: str, arm: Teach
     inputs = due(run, name, made_from)
     if inputs is None:
         return False
-    digest = digest_checkpoint(
-        hub_folder(str(teacher_folder(run, config, teacher)), teacher.revision)
+    folder = hub_folder(str(teacher_folder(run, config, teacher)), teacher.revision)
+    note(
+        run, config, name, "teacher", inputs, digest_checkpoint(folder), folder, model=teacher.model
     )
-    note(run, config, name, "teacher", inputs, digest, model=teacher.model)
     return True
 
 
@@ -140,11 +142,9 @@ def note_foreign(
     inputs = due(run, name, made_from)
     if inputs is None:
         return False
-    if isinstance(arm, CheckpointArm):
-        digest = digest_checkpoint(hub_folder(resolve(arm.model), None))
-    else:
-        digest = digest_json(inputs["files"])
-    note(run, config, name, arm.type, inputs, digest)
+    folder = hub_folder(resolve(arm.model), None) if isinstance(arm, CheckpointArm) else None
+    digest = digest_json(inputs["files"]) if folder is None else digest_checkpoint(folder)
+    note(run, config, name, arm.type, inputs, digest, folder)
     return True
 
 
@@ -192,7 +192,8 @@ def train_arm(
         own_other_source(run, config, arm), inputs["source"], how.allow_other_source
     )
     accelerator = processes.accelerator()
-    pair = load_pair(config, accelerator.device, source)
+    # the student as it is: the source arm, unless that is stored in less than the student's own precision
+    pair = load_pair(config, accelerator.device, source if keeps_source(config) else None)
     before, mask, projections = read_tensors(source), None, None
     if arm.mask is not None:
         mask = read_mask(run, config, arm.mask)
@@ -233,7 +234,8 @@ def train_arm(
             save(pair.student, checkpoint, text, merged)
         proof = off_mask(before, read_tensors(run.checkpoint(name)), mask)
         if proof["off_mask"] is not None:
-            moved = proof["off_mask"]["moved_in_memory"] = trainable.moved_off_mask(before)
+            with stored_tensors(pair.student) as own:
+                moved = proof["off_mask"]["moved_in_memory"] = trainable.moved_off_mask(own)
             proof["off_mask_unmoved"] &= moved == 0
         record(
             run,
@@ -345,7 +347,8 @@ def write_untrained(
     mask = None if arm.mask is None else read_mask(run, config, arm.mask)
     source = run.checkpoint(source_arm(config))
     before = read_tensors(source)
-    student = load_configured(config.student, stored_dtype(config), folder=source)
+    # for its configuration: all weights that are written are in `before`
+    student = load_configured(config.student, DTYPES[config.precision.compute], folder=source)
     with whole_folder(run.checkpoint(name)) as folder:
         save(student, folder, card(config, name, what, inputs), {**before, **change(mask)})
     total = student.model.num_parameters()

@@ -3,29 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlopd.bits import holds, widest
 from vlopd.checkpoint import RunFolder, digest_checkpoint
 from vlopd.config import DistillArm, ExperimentConfig
-from vlopd.masks.apply import identity, moved_off_mask
-from vlopd.models.load import DTYPES, load_model_config
+from vlopd.delta import Weights
+from vlopd.masks.apply import identity, moved_off_mask, moved_on_mask
+from vlopd.models.load import DTYPES, LoadedModel, load_configured, weights_folder
 from vlopd.stages.places import read_tensors
+from vlopd.stored import stored_tensors
 
 
-def stored_dtype(config: ExperimentConfig) -> torch.dtype:
-    """The precision of checkpoints: as configured, or the student's own."""
-    if config.precision.stored != "source":
-        return DTYPES[config.precision.stored]
+def keeps_source(config: ExperimentConfig) -> bool:
+    """Whether the source arm holds the student's weights as its own checkpoint does, or a rounding of them."""
+    if config.precision.stored == "source":
+        return True
     student = config.student
-    own = load_model_config(student.model, student.revision, student.trust_remote_code).dtype
-    return own if isinstance(own, torch.dtype) else torch.float32
+    with Weights(weights_folder(student.model, student.revision)) as weights:
+        own = {tensor.dtype for tensor in weights.header().values()}
+    return all(holds(DTYPES[config.precision.stored], dtype) for dtype in own)
 
 
-def precision(config: ExperimentConfig) -> dict[str, str]:
-    stored = str(stored_dtype(config)).removeprefix("torch.")
+def load_source(config: ExperimentConfig) -> tuple[LoadedModel, dict[str, Tensor]]:
+    """(the student, {name: tensor as the source arm stores it}): its weights, each rounded once at most.
+
+    Loaded in the narrowest dtype that holds all of them, or straight in the configured one; where tensors are stored
+    in several dtypes each goes back to its own.
+    """
+    student = config.student
+    folder = weights_folder(student.model, student.revision)
+    with Weights(folder) as weights:
+        own = {tensor.dtype for tensor in weights.header().values()}
+    fixed = None if config.precision.stored == "source" else DTYPES[config.precision.stored]
+    loaded = load_configured(student, fixed or widest(*own))
+    state = loaded.model.state_dict()
+    if fixed is None:
+        with stored_tensors(loaded) as tensors:
+            wanted: Mapping[str, torch.dtype] = tensors.dtypes
+    else:
+        wanted = {name: fixed for name, tensor in state.items() if tensor.is_floating_point()}
+    cast: dict[int, Tensor] = {}  # by place, so that tied parameters stay tied
+    for name, dtype in wanted.items():
+        if state[name].dtype != dtype:
+            place = state[name].data_ptr()
+            cast[place] = state[name] = cast.get(place, state[name].to(dtype))
+    return loaded, state
+
+
+def precision(config: ExperimentConfig, folder: Path | None) -> dict[str, str | None]:
+    """Of an arm: what it was computed in, its values while it trained, and the dtypes in its checkpoint's files."""
+    stored = None
+    if folder is not None:
+        with Weights(folder) as weights:
+            own = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.header().values()}
+        stored = "+".join(sorted(own))
     return {"compute": config.precision.compute, "stored": stored, "values": "fp32"}
 
 
@@ -37,16 +73,10 @@ def record(
     inputs: Mapping[str, Any],
     **about: Any,
 ) -> None:
-    note(
-        run,
-        config,
-        name,
-        kind,
-        inputs,
-        digest_checkpoint(run.checkpoint(name), whole=True),
-        **about,
-        other_source=inputs.get("other_source"),
-    )
+    folder = run.checkpoint(name)
+    digest = digest_checkpoint(folder, whole=True)
+    foreign = inputs.get("other_source")
+    note(run, config, name, kind, inputs, digest, folder, **about, other_source=foreign)
 
 
 def note(
@@ -56,6 +86,7 @@ def note(
     kind: str,
     inputs: Mapping[str, Any],
     digest: str,
+    folder: Path | None,
     **about: Any,
 ) -> None:
     """Writes an arm's record, and first the checksums of its files: it is done."""
@@ -63,7 +94,7 @@ def note(
         "arm": name,
         "type": kind,
         **about,
-        "precision": precision(config),
+        "precision": precision(config, folder),
         "checkpoint_digest": digest,
         "inputs": dict(inputs),
     }
@@ -94,13 +125,20 @@ def card(
 def off_mask(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None
 ) -> dict[str, Any]:
-    """Whether every coordinate off the mask is the source's, bit for bit; nothing to say without a mask."""
-    if mask is None:
-        return {"off_mask_unmoved": None, "off_mask": None}
+    """Which coordinates of a checkpoint differ from the source's by any bit, on the mask and off it.
+
+    Without a mask all are on it, and there is nothing to say of those off it.
+    """
     total = sum(tensor.numel() for tensor in before.values())
-    off = total - sum(int(marked.sum()) for marked in mask.values())
+    on = total if mask is None else sum(int(marked.sum()) for marked in mask.values())
+    proof: dict[str, Any] = {
+        "on_mask": {"coordinates": on, "moved": moved_on_mask(before, after, mask)}
+    }
+    if mask is None:
+        return proof | {"off_mask_unmoved": None, "off_mask": None}
     moved = moved_off_mask(before, after, mask)
-    return {"off_mask_unmoved": moved == 0, "off_mask": {"coordinates": off, "moved": moved}}
+    off = {"coordinates": total - on, "moved": moved}
+    return proof | {"off_mask_unmoved": moved == 0, "off_mask": off}
 
 
 def identities(
