@@ -290,7 +290,7 @@ def test_whole_numbers_that_became_floats_are_refused(tmp_path):
 
 def test_a_file_put_in_place_of_another_is_the_one_that_is_read(tmp_path):
     """Also under the same name and with the same time, by which the cache of `datasets` goes."""
-    path, other = tmp_path / "q.parquet", tmp_path / "other.parquet"
+    path, other = tmp_path / "q[1]*.parquet", tmp_path / "other.parquet"
     for each, answer in ((path, "old"), (other, "new")):
         datasets.Dataset.from_dict({"question": ["a"], "answer": [answer]}).to_parquet(each)
         os.utime(each, (10**9, 10**9))

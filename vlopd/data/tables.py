@@ -1,27 +1,16 @@
-"""Rows of any JSONL, JSON, CSV or parquet file, saved data set, folder, or hub data set, as their file has them.
-
-JSON and CSV are read here, row by row from the disk, and nothing is guessed (vlopd/data/written.py). Parquet,
-Arrow and hub data sets have declared types, and come through `datasets`, pictures undecoded.
-"""
+"""Rows of any JSONL, JSON, CSV or parquet file, saved data set, folder, or hub data set, as their file has them."""
 
 from __future__ import annotations
 
 import re
-from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from io import StringIO
 from itertools import accumulate, islice, repeat
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
-import numpy
-import pyarrow
-import pyarrow.compute
-import pyarrow.parquet
 from datasets import (
     Dataset,
     DatasetDict,
@@ -31,28 +20,12 @@ from datasets import (
     load_from_disk,
 )
 
-from vlopd.checkpoint import digest_json, json_lines
-from vlopd.config import ConfigError, DataError, FileData
+from vlopd.config import ConfigError, FileData
+from vlopd.data.arrow import ArrowTable, open_parquet
 from vlopd.data.pictures import shorten
-from vlopd.data.written import (
-    Number,
-    check_characters,
-    field_at,
-    read_json,
-    read_json_at,
-    read_records,
-    value_at,
-)
-
-BOM = b"\xef\xbb\xbf"
-"""What Windows puts before UTF-8."""
+from vlopd.data.text import Row, open_csv, open_json, open_lines
 
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4", ".7z")
-
-GUESSING = ("csv", "json", "imagefolder", "webdataset")
-"""Builders of `datasets` that guess types from text."""
-
-Row = dict[str, Any]
 
 
 class Table(Protocol):
@@ -78,357 +51,6 @@ class Table(Protocol):
 
     def named_pictures(self, column: str) -> Iterator[str]:
         """The file names in a column of pictures; stored pictures have none. Nothing is decoded."""
-
-
-# ---------------------------------------------------------------------------------------- text files
-
-
-class TextTable:
-    """A JSON-lines, JSON or CSV file: where its rows begin and end, in bytes, and what reads one."""
-
-    def __init__(
-        self, path: Path, spans: array[int], columns: Sequence[str], parse: Callable[[str], Row]
-    ):
-        self.path, self.spans, self.columns, self.parse = path, spans, list(columns), parse
-        self.state = state_of(path)
-
-    def __len__(self) -> int:
-        return len(self.spans) // 2
-
-    def __getitem__(self, index: int) -> Row:
-        return next(self.rows(range(index, index + 1)))
-
-    def rows(self, indices: range | None = None) -> Iterator[Row]:
-        if state_of(self.path)[:2] != self.state[:2]:
-            raise DataError(f"{self.path} has changed since it was opened; run again")
-        with self.path.open("rb") as file:
-            for index in range(len(self)) if indices is None else indices:
-                start, stop = self.spans[2 * index : 2 * index + 2]
-                file.seek(start)
-                row = self.parse(as_text(file.read(stop - start)))
-                yield {**dict.fromkeys(self.columns), **row}
-
-    def has(self, column: str) -> bool:
-        if column in self.columns or "." not in column:
-            return column in self.columns
-        return any(has_field(row, column) for row in self.rows())
-
-    def values(self, column: str) -> Iterator[Any]:
-        for row in self.rows():
-            try:
-                yield value_at(row, column)
-            except DataError:  # said when the row is read
-                yield None
-
-    def check_words(self, column: str) -> None:
-        """Nothing is lost."""
-
-    def files(self) -> list[Path]:
-        return [self.path]
-
-    def named_pictures(self, column: str) -> Iterator[str]:
-        for value in self.values(column):
-            for each in value if isinstance(value, list) else [value]:
-                name = each.get("path") if isinstance(each, Mapping) else each
-                if isinstance(name, str):
-                    yield name
-
-
-def state_of(path: Path) -> tuple[int, ...]:
-    """Size, time of the content, and what else changes when a file takes another's place."""
-    now = path.stat()
-    return now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino
-
-
-def as_text(content: bytes) -> str:
-    return content.decode("utf-8", "surrogateescape")
-
-
-def has_field(row: Row, column: str) -> bool:
-    try:
-        field_at(row, column)
-    except (KeyError, DataError):
-        return False
-    return True
-
-
-def open_lines(path: Path) -> TextTable:
-    """A file of one JSON object a line. Raises ValueError with the line that is none."""
-    spans, columns, end = array("q"), dict[str, None](), 0
-    for number, line in json_lines(path):
-        start, end = end, end + len(line)
-        if number == 1 and line.startswith(BOM):
-            start, line = start + len(BOM), line.removeprefix(BOM)
-        if not line.strip():
-            continue
-        try:
-            row = read_json(as_text(line))
-        except ValueError as error:
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                raise ValueError(f"line {number} is not UTF-8; save the file as UTF-8") from None
-            raise ValueError(
-                f"line {number} is not JSON ({reason(error)}); mend or remove it"
-            ) from None
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number} is not an object {{...}}; one row a line")
-        spans.extend((start, end))
-        columns |= dict.fromkeys(row)
-    return TextTable(path, spans, list(columns), read_json)
-
-
-def reason(error: ValueError) -> str:
-    """Why a line is not JSON, and where in it."""
-    if isinstance(error, JSONDecodeError):
-        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
-    return str(error)
-
-
-def open_json(path: Path) -> TextTable:
-    """A JSON file: a list of objects, or one object a line. Raises ValueError for what is neither."""
-    content = path.read_bytes()
-    start = len(BOM) if content.startswith(BOM) else 0
-    if content[start:].lstrip()[:1] == b"[":
-        return open_list(path, as_text(content[start:]), start)
-    try:
-        return open_lines(path)
-    except ValueError:
-        try:
-            whole = read_json(as_text(content[start:]))
-        except ValueError:
-            whole = None
-        if not isinstance(whole, dict):
-            raise
-        lists = [name for name, value in whole.items() if isinstance(value, list)]
-        inside = f", which may be its {lists[0]!r}," if lists else ""
-        raise ValueError(
-            f"it is one object; save the list of rows{inside} by itself, or one row a line (.jsonl)"
-        ) from None
-
-
-def open_list(path: Path, text: str, start: int) -> TextTable:
-    """A JSON file that is one list, whose `text` begins at byte `start`. Raises ValueError with the row."""
-    spans, columns = array("q"), dict[str, None]()
-    place, done = after_space(text, 0), 0
-    while True:
-        place, count = after_space(text, place + 1), len(spans) // 2
-        if not spans and text[place : place + 1] == "]":
-            break
-        row, end = read_json_at(text, place)
-        if not isinstance(row, dict):
-            raise ValueError(f"row {count} (from 0) is not an object {{...}}")
-        columns |= dict.fromkeys(row)
-        begin = start + n_bytes(text[done:place])
-        start = begin + n_bytes(text[place:end])
-        spans.extend((begin, start))
-        place, done = after_space(text, end), end
-        if text[place : place + 1] == "]":
-            break
-        if text[place : place + 1] != ",":
-            raise ValueError(f"it is cut short, or lacks a comma, after row {count} (from 0)")
-    if after_space(text, place + 1) != len(text):
-        raise ValueError("something follows its list; a .json file is one list, or one row a line")
-    return TextTable(path, spans, list(columns), read_json)
-
-
-def after_space(text: str, place: int) -> int:
-    while text[place : place + 1] in (" ", "\t", "\n", "\r"):
-        place += 1
-    return place
-
-
-def n_bytes(text: str) -> int:
-    return len(text.encode("utf-8", "surrogateescape"))
-
-
-def open_csv(path: Path) -> TextTable:
-    """A CSV file with commas and names in its first line. Raises ValueError with the line of a fault.
-
-    Every cell is text as it stands; an empty one is None.
-    """
-    end = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal end
-        with path.open("rb") as file:
-            for line in file:
-                end += len(line)
-                yield as_text(line.removeprefix(BOM) if end == len(line) else line)
-
-    spans, records = array("q"), read_records(lines())
-    _, names = next(records, (0, []))
-    check_names(names)
-    start = end
-    for number, cells in records:
-        if len(cells) != len(names):
-            raise ValueError(
-                f"line {number} has {len(cells)} cells where the first has {len(names)}; a cell with a comma or "
-                "a line break goes in quotes"
-            )
-        spans.extend((start, end))
-        start = end
-
-    def parse(text: str) -> Row:
-        _, cells = next(read_records(StringIO(text)))
-        return {name: cell or None for name, cell in zip(names, cells, strict=True) if name}
-
-    return TextTable(path, spans, [name for name in names if name], parse)
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Raises ValueError for a first line that names no columns, or one of them twice."""
-    first = ",".join(names)
-    for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-        if len(names) < 1 + first.count(mark):
-            raise ValueError(
-                f"its first line {shorten(first)!r} has {name} between its columns; save it with commas"
-            )
-    for name in names:
-        if name and names.count(name) > 1:
-            raise ValueError(f"two of its columns are named {name!r}; rename one")
-    try:
-        check_characters(list(names))
-    except DataError as error:
-        raise ValueError(f"its first line {error}") from None
-
-
-# ------------------------------------------------------------------------------------ declared types
-
-
-class ArrowTable:
-    """Rows with declared types, pictures as they are stored.
-
-    Floating point has the digits of its own precision: 0.1 of 32 bits is 0.1.
-    """
-
-    def __init__(self, stored: Dataset, sources: Sequence[Path]):
-        self.stored = stored.with_format("arrow")
-        self.columns = stored.column_names
-        self.sources = list(dict.fromkeys(sources))
-        from_csv = any(path.suffix in (".csv", ".tsv") for path in sources)  # an imagefolder's
-        self.origin = "csv" if from_csv else stored.info.builder_name
-
-    def __len__(self) -> int:
-        return len(self.stored)
-
-    def __getitem__(self, index: int) -> Row:
-        row = self.stored[index]
-        return {name: as_stored(row[name][0]) for name in self.columns}
-
-    def has(self, column: str) -> bool:
-        try:
-            self.column(column)
-        except KeyError:
-            return False
-        return True
-
-    def column(self, name: str) -> pyarrow.ChunkedArray:
-        """A column, or a nested one under dotted names. Raises KeyError."""
-        for place in [len(name), *(i for i, letter in enumerate(name) if letter == ".")]:
-            if name[:place] in self.columns:
-                whole = self.stored.select_columns([name[:place]])[:][name[:place]]
-                return nested_column(whole, name[place + 1 :])
-        raise KeyError(name)
-
-    def values(self, column: str) -> Iterator[Any]:
-        return (as_stored(scalar) for scalar in self.column(column))
-
-    def check_words(self, column: str) -> None:
-        """Refuses what was guessed from text, and whole numbers that became floats beside an empty cell."""
-        values = self.column(column)
-        floats = pyarrow.types.is_floating(values.type)
-        if self.origin == "csv" and (not is_text(values.type) or values.null_count):
-            raise DataError(
-                "was read from CSV by `datasets`, which guesses numbers and takes words like NA for nothing; "
-                "give data.path the CSV file itself"
-            )
-        if floats:
-            known = values.drop_null().cast(pyarrow.float64())
-            known = known.filter(pyarrow.compute.is_finite(known))
-            whole = pyarrow.compute.all(pyarrow.compute.equal(pyarrow.compute.floor(known), known))
-            if len(known) and (whole.as_py() or self.origin in GUESSING):
-                raise DataError(
-                    f"stores {known[0].as_py()} and so on as floating point, which is what becomes of whole "
-                    "numbers beside an empty cell or a decimal; store it as text or as integers, or give "
-                    "data.path the JSON or CSV file that it came from"
-                )
-
-    def files(self) -> list[Path]:
-        return self.sources
-
-    def named_pictures(self, column: str) -> Iterator[str]:
-        values = self.column(column)
-        while is_list(values.type):
-            values = pyarrow.compute.list_flatten(values)
-        if pyarrow.types.is_struct(values.type):
-            names = [field.name for field in values.type]
-            if "path" not in names:
-                return
-            if "bytes" in names:
-                values = values.filter(nested_column(values, "bytes").is_null())
-            values = nested_column(values, "path")
-        if is_text(values.type):
-            yield from (name for name in values.unique().to_pylist() if name is not None)
-
-
-def is_text(kind: pyarrow.DataType) -> bool:
-    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-
-
-def is_list(kind: pyarrow.DataType) -> bool:
-    return (
-        pyarrow.types.is_list(kind)
-        or pyarrow.types.is_large_list(kind)
-        or pyarrow.types.is_fixed_size_list(kind)
-    )
-
-
-def nested_column(values: pyarrow.ChunkedArray, name: str) -> pyarrow.ChunkedArray:
-    """What is under a name, or dotted names, in a column of structs; all of it under none. Raises KeyError."""
-    if not name:
-        return values
-    names = [each.name for each in values.type] if pyarrow.types.is_struct(values.type) else []
-    for place in [len(name), *(i for i, letter in enumerate(name) if letter == ".")]:
-        if name[:place] in names:
-            inner = pyarrow.compute.struct_field(values, [names.index(name[:place])])
-            return nested_column(inner, name[place + 1 :])
-    raise KeyError(name)
-
-
-def as_stored(value: pyarrow.Scalar) -> Any:
-    """A stored value in Python. Text that is not UTF-8 has surrogate escapes: Arrow takes bytes as they come."""
-    kind = value.type
-    if not value.is_valid:
-        return None
-    if pyarrow.types.is_struct(kind):
-        return {name: as_stored(each) for name, each in value.items()}
-    if is_list(kind):
-        return [as_stored(each) for each in value.values]
-    if pyarrow.types.is_float16(kind) or pyarrow.types.is_float32(kind):
-        precision = numpy.float16 if pyarrow.types.is_float16(kind) else numpy.float32
-        return Number(str(precision(value.as_py())))
-    if isinstance(kind, pyarrow.JsonType):
-        return read_json(value.as_py())
-    if is_text(kind):
-        return as_text(value.as_buffer().to_pybytes())
-    return value.as_py()
-
-
-def open_parquet(path: Path) -> ArrowTable:
-    """Through an uncompressed copy in the cache of `datasets`, which is read in place.
-
-    The copy's name is that of just this content: `datasets` itself looks at the name and the time, which a file
-    put in the place of another may share.
-    """
-    if pyarrow.parquet.read_metadata(path).num_rows == 0:
-        raise ConfigError(f"{path} has no rows")
-    name = digest_json(state_of(path))[:16]
-    rows = load_dataset("parquet", name, data_files=str(path), split="train")
-    return ArrowTable(rows, [path])
-
-
-# --------------------------------------------------------------------------------- files and folders
 
 
 class Joined:
@@ -543,7 +165,7 @@ def open_folder(path: Path, config: FileData) -> Table:
     found = (builder.config.data_files or {}).items()
     files = {str(split): [Path(name) for name in names] for split, names in found}
     every = [file for each in files.values() for file in each]
-    if all(file.suffix.lower() in (*OPENERS, *PACKED) for file in every):
+    if all(file.suffix.lower() in (*OPENERS, *PACKED) and file.is_file() for file in every):
         return of_split({name: partial(open_files, each) for name, each in files.items()}, config)
     rows = load_dataset(str(path), config.subset, split=config.split)
     return ArrowTable(rows, every)

@@ -92,6 +92,11 @@ def read_records(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
         ) from None
 
 
+def as_text(content: bytes) -> str:
+    """Bytes that are not UTF-8 become surrogate escapes, which `check_characters` finds in the rows that have them."""
+    return content.decode("utf-8", "surrogateescape")
+
+
 # -------------------------------------------------------------------------------------------- values
 
 
