@@ -4,20 +4,25 @@ Only safetensors are read, one pair of tensors at a time, and only the tensors t
 index names. A delta is the difference of the values as stored, taken in fp32 or wider: a difference
 taken in bf16 rounds a second time and hides updates. A LoRA adapter stands for its source with the adapter
 merged, tensor by tensor, in the source's stored precision.
+
+Parameters are paired where that is sure: by name; by name without wrappers; under another prefix; and through
+transformers' own conversions between layouts (vlopd.models.layouts). What has no partner is counted, and above a
+share of either checkpoint refused.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,13 +32,40 @@ from vlopd import adapter
 from vlopd.checkpoint import RunError, digest_checkpoint, read_json
 from vlopd.types import TensorName
 
+if TYPE_CHECKING:  # transformers' models load with it, and only layouts that differ need them
+    from transformers import PretrainedConfig
+
+    from vlopd.models.layouts import Pieces, Region
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 """A head that is tied to the embedding is stored once or twice, as the writer pleased."""
+WRAPPERS = {
+    "_checkpoint_wrapped_module",  # activation checkpointing
+    "_fsdp_wrapped_module",
+    "_fpw_module",  # fairscale's FSDP
+    "_orig_mod",  # torch.compile
+    "_forward_module",  # Lightning Fabric
+    "_module",  # Opacus
+    "module",  # DataParallel, DDP, DeepSpeed
+    "base_layer",  # PEFT, around an adapted module
+}
+"""Parts of a name that training frameworks put anywhere into it."""
+ADAPTER = re.compile(
+    r"(^|\.)((lora|ia3|hada|lokr|vera|oft|boft|hra|adalora|vblora|fourierft|bone|miss|shira|c3a|road|randlora)_\w+"
+    r"|modules_to_save|token_adapter|trainable_tokens_delta|prompt_encoder)(\.|$)"
+)
+"""Names of PEFT's own parameters within a wrapped model."""
 SAME_MODEL = 0.5
-"""Checkpoints that share less than this part of either's parameters are not of one architecture."""
+"""Checkpoints that share less than this part of either's entries are not of one architecture."""
+LEFT_OUT = 0.01
+"""The largest part of either checkpoint's entries that may be left out; above it is a refusal. An embedding, a head, a
+vision tower or the experts are more than that; a value head, rotary tables and position ids are less, and counted."""
+COMPARED = {"F64", "F32", "F16", "BF16"}
+"""Stored formats whose values are compared. Integers do not train, and narrower floats mean little without the scales
+that they are stored with."""
 
 
 @dataclass(frozen=True)
@@ -65,22 +97,57 @@ def difference(source: Tensor, trained: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A tensor that is not compared. Its shares are of each checkpoint's entries, 0 where it has no such tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+    source_share: float
+    trained_share: float
+    parameter: bool  # a floating-point parameter of the source
+
+
+@dataclass(frozen=True)
 class MatchReport:
     """How the parameters of two checkpoints pair up."""
 
     matched: tuple[str, ...]  # by the source's names, or a head's own
     missing: tuple[str, ...]  # in the source only
     extra: tuple[str, ...]  # in the trained checkpoint only
-    skipped: tuple[str, ...]  # in both, but not floating point
+    skipped: tuple[str, ...]  # in both, but in a format that is not compared
     aliased: Mapping[
         str, tuple[str, str]
     ]  # matched: (name in the source, in the trained checkpoint)
+    converted: Mapping[str, Pieces]  # matched: what the trained checkpoint's layout has of it
     tied: tuple[str, ...]  # a second copy of the embedding on one side, not counted twice
     adapted: tuple[str, ...]  # changed by a LoRA adapter; all others are then the source's own
+    left_out: tuple[LeftOut, ...]  # missing, extra and skipped, the largest first
 
     def names(self, matched: str) -> tuple[str, str]:
         """(name in the source, name in the trained checkpoint)."""
         return self.aliased.get(matched, (matched, matched))
+
+    @property
+    def source_share(self) -> float:
+        """The part of the source's entries that is not compared."""
+        return math.fsum(its.source_share for its in self.left_out)
+
+    @property
+    def trained_share(self) -> float:
+        return math.fsum(its.trained_share for its in self.left_out)
+
+    def said(self, most: int = 3) -> str:
+        """What is left out, in a line; empty where everything is compared."""
+        if not self.left_out:
+            return ""
+        first = ", ".join(f"{its.name} {its.shape} ({its.reason})" for its in self.left_out[:most])
+        more = len(self.left_out) - most
+        return (
+            f"{len(self.left_out)} tensors are not compared, {self.source_share:.2%} of the source and "
+            f"{self.trained_share:.2%} of the trained checkpoint: {first}"
+            + (f" and {more} more" if more > 0 else "")
+        )
 
 
 class Weights:
@@ -159,12 +226,19 @@ class Weights:
     def is_floating_point(self, name: str) -> bool:
         return self._slice(name).get_dtype().startswith(("F", "BF"))
 
-    def read(self, name: str) -> Tensor:
-        """The tensor as stored. Raises RunError when it holds a NaN or an infinity."""
+    def stored(self, name: str) -> str:
+        """The format that it is stored in, as safetensors names it."""
+        return self._slice(name).get_dtype()
+
+    def read(self, name: str, of: Region | None = None) -> Tensor:
+        """The tensor, or a region of it, as stored. Raises RunError when it holds a NaN or an infinity."""
         try:
             # a file of its own, since the pages of a mapped file count as this process's while it is open
             with safe_open(self._where[name], framework="pt") as file:
-                tensor = file.get_tensor(name)
+                if of is None:
+                    tensor = file.get_tensor(name)
+                else:
+                    tensor = file.get_slice(name)[tuple(slice(*axis) for axis in of)]
         except (SafetensorError, OSError) as error:
             raise RunError(f"{self.folder}: cannot read {name} ({error})") from None
         wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()
@@ -196,6 +270,7 @@ class Adapted(Weights):
     """A source checkpoint with a LoRA adapter merged into it, tensor by tensor, under the source's names."""
 
     def __init__(self, folder: Path, source: Weights):
+        refuse_both(folder)
         super().__init__(folder)
         self.source = source
         shapes = {name: super(Adapted, self).shape(name) for name in super().names()}
@@ -203,8 +278,7 @@ class Adapted(Weights):
         wanted = {u.parameter: u.shape(shapes[u.a], shapes[u.b]) for u in updates}
         wanted |= {parameter: tuple(shapes[tensor]) for parameter, tensor in whole.items()}
         held = {name: tuple(source.shape(name)) for name in source.names()}
-        known = {name: name for name in wanted if name in held}
-        known |= {theirs: ours for ours, theirs in renamed(held, wanted).items()}
+        known = {theirs: ours for ours, theirs in paired(held, wanted)[0].items()}
         for name, shape in wanted.items():
             if name not in known:
                 raise RunError(f"{folder}: its {name} is no parameter of {source.folder}")
@@ -229,7 +303,11 @@ class Adapted(Weights):
     def is_floating_point(self, name: str) -> bool:
         return self.source.is_floating_point(name)
 
-    def read(self, name: str) -> Tensor:
+    def stored(self, name: str) -> str:
+        return self.source.stored(name)
+
+    def read(self, name: str, of: Region | None = None) -> Tensor:
+        assert of is None, "an adapter has the source's layout"
         base = self.source.read(name)
         if name in self._whole:
             base = super().read(self._whole[name]).to(base.dtype)
@@ -242,70 +320,148 @@ class Adapted(Weights):
 # ------------------------------------------------------------------------------------------ matching
 
 
-def match(source: Weights, trained: Weights) -> MatchReport:
-    """Pairs parameters by name, by name under another prefix, and tied heads; in the order of names.
+def match(source: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchReport:
+    """Pairs parameters where that is sure, in the order of names; the module says how.
 
-    Raises RunError for a parameter whose shapes differ, and when the two share less than half of either.
+    Raises RunError for a parameter whose shapes differ, for adapters that are not merged, and where more than `limit`
+    of either checkpoint's entries would not be compared.
     """
     ours = {name: tuple(source.shape(name)) for name in source.names()}
     theirs = {name: tuple(trained.shape(name)) for name in trained.names()}
-    pairs = {name: (name, name) for name in ours.keys() & theirs.keys()}
-    pairs |= {name: (name, other) for name, other in renamed(ours, theirs).items()}
-    for name, other in pairs.values():
-        if ours[name] != theirs[other]:
-            shapes = f"{ours[name]} in {source.folder}, {theirs[other]}"
-            raise RunError(f"{name} is {shapes} in {trained.folder}; these are not the same model")
-    missing = ours.keys() - pairs.keys()
-    extra = theirs.keys() - {other for _, other in pairs.values()}
+    names, changes = paired(ours, theirs)
+    unlike = {name: other for name, other in names.items() if ours[name] != theirs[other]}
+    names = {name: other for name, other in names.items() if name not in unlike}
+    missing, extra = ours.keys() - names.keys(), theirs.keys() - set(names.values())
+    converted: dict[str, Pieces] = {}
+    if missing and extra:
+        here, there = {n: ours[n] for n in missing}, {n: theirs[n] for n in extra}
+        converted = in_another_layout(source, here, trained, there, changes)
+    for name, other in sorted(unlike.items()):
+        if name not in converted:
+            refuse_shapes(name, ours[name], source, theirs[other], trained)
+    missing -= converted.keys()
+    extra -= {piece.name for pieces in converted.values() for piece in pieces}
+    refuse_unmerged(source, missing)
+    refuse_unmerged(trained, extra)
+    for name, (first, *more) in list(converted.items()):
+        if not more and not first.transposed and ours[name] == theirs[first.name]:
+            names[name] = converted.pop(name)[0].name  # only a name of its own
+    pairs = {name: (name, other) for name, other in names.items()}
     tied, heads = tied_heads(source, trained, missing, extra, pairs)
     pairs |= heads
     missing -= {*tied, *heads}
     extra -= {*tied, *heads}
-    floats = {
-        name: pair
-        for name, pair in sorted(pairs.items())
-        if source.is_floating_point(pair[0]) and trained.is_floating_point(pair[1])
+
+    stored: dict[str, tuple[str, ...]] = {
+        name: (source.stored(own), trained.stored(other)) for name, (own, other) in pairs.items()
     }
-    check_same_model(source, trained, floats, missing, extra)
-    return MatchReport(
-        matched=tuple(floats),
+    for name, pieces in converted.items():
+        formats = dict.fromkeys(trained.stored(piece.name) for piece in pieces)
+        stored[name] = (source.stored(name), *formats)
+    skipped = {name: its for name, its in stored.items() if not set(its) <= COMPARED}
+    totals = [
+        sum(math.prod(shape) for name, shape in shapes.items() if name not in tied)
+        for shapes in (ours, theirs)
+    ]
+
+    def left(name: str, side: int | None, reason: str) -> LeftOut:
+        """side: 0 in the source only, 1 in the trained checkpoint only, None in both."""
+        own = pairs.get(name, (name, name))[0]
+        shape = theirs[name] if side == 1 else ours[own]
+        here, there = (
+            0.0 if side == 1 - i else math.prod(shape) / total for i, total in enumerate(totals)
+        )
+        return LeftOut(
+            name, shape, reason, here, there, side != 1 and source.is_floating_point(own)
+        )
+
+    left_out = [
+        *(left(name, 0, "in the source only") for name in missing),
+        *(left(name, 1, "in the trained checkpoint only") for name in extra),
+        *(left(n, None, f"stored as {' and '.join(dict.fromkeys(f))}") for n, f in skipped.items()),
+    ]
+    left_out.sort(key=lambda its: (-max(its.source_share, its.trained_share), its.name))
+    matched = tuple(sorted(stored.keys() - skipped.keys()))
+    report = MatchReport(
+        matched=matched,
         missing=tuple(sorted(missing)),
         extra=tuple(sorted(extra)),
-        skipped=tuple(sorted(pairs.keys() - floats.keys())),
-        aliased={name: pair for name, pair in floats.items() if pair != (name, name)},
+        skipped=tuple(sorted(skipped)),
+        aliased={n: pairs[n] for n in matched if n in pairs and pairs[n] != (n, n)},
+        converted={n: converted[n] for n in matched if n in converted},
         tied=tuple(sorted(tied)),
         adapted=trained.adapted if isinstance(trained, Adapted) else (),
+        left_out=tuple(left_out),
     )
+    refuse_left_out(source, trained, report, limit)
+    return report
 
 
-def renamed(
-    ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]
-) -> dict[str, str]:
-    """{our name: their name} of parameters that differ in a prefix, such as model. or language_model.
+Shapes = Mapping[str, tuple[int, ...]]
+Changes = list[tuple[str, str]]
+"""(prefix here, prefix there), in the order in which they apply."""
+
+
+def paired(ours: Shapes, theirs: Shapes) -> tuple[dict[str, str], Changes]:
+    """({our name: their name}, the changes of prefix): by name, without wrappers, and under another prefix."""
+    found = {name: name for name in ours.keys() & theirs.keys()}
+    left = unwrapped(ours.keys() - found.keys())
+    right = unwrapped(theirs.keys() - found.keys())
+    found |= {left[bare]: right[bare] for bare in left.keys() & right.keys()}
+    under, changes = renamed(
+        {bare: ours[name] for bare, name in left.items()},
+        {bare: theirs[name] for bare, name in right.items()},
+    )
+    return found | {left[bare]: right[other] for bare, other in under.items()}, changes
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """{name without wrappers: name}; those that two names share are left out."""
+    bare = {name: ".".join(p for p in name.split(".") if p not in WRAPPERS) for name in names}
+    count = Counter(bare.values())
+    return {plain: name for name, plain in bare.items() if count[plain] == 1}
+
+
+def renamed(ours: Shapes, theirs: Shapes) -> tuple[dict[str, str], Changes]:
+    """({our name: their name}, the changes of prefix) of parameters under another prefix, such as language_model.
 
     Names and shapes of two checkpoints; those of equal name are left out. Of all changes of prefix that the
-    names admit, the one under which most parameters meet with equal shapes is taken, then the next.
+    names admit, the one under which most parameters meet with equal shapes is taken, then the next. Where two
+    changes of equal number give a parameter different partners, none is sure.
     """
     left = {name: shape for name, shape in ours.items() if name not in theirs}
     right = {name: shape for name, shape in theirs.items() if name not in ours}
     found: dict[str, str] = {}
+    changes: Changes = []
     while left and right:
-        votes: Counter[tuple[str, str]] = Counter()
-        for change in prefix_changes(left, right):
-            votes[change] = sum(
-                right.get(other) == shape
-                for name, shape in left.items()
-                if (other := replaced(name, *change)) is not None
-            )
-        best, count = max(votes.items(), key=lambda v: (v[1], v[0]), default=((), 0))
-        if not count:
+        votes = {change: meeting(left, right, change) for change in prefix_changes(left, right)}
+        best = max(votes, key=lambda change: (len(votes[change]), change), default=None)
+        if best is None or not votes[best]:
             break
+        rivals = [v for v in votes.values() if len(v) == len(votes[best])]
+        partners: dict[str, set[str]] = {}
+        for rival in rivals:
+            for name, other in rival.items():
+                partners.setdefault(name, set()).add(other)
+                partners.setdefault(other, set()).add(name)
+        unsure = {name for name, its in partners.items() if len(its) > 1}
+        unsure |= {other for name in unsure for other in partners[name]}
+        changes.append(best)
         for name in list(left):
-            other = replaced(name, *best)
-            if other in right:
-                found[name] = other
-                del left[name], right[other]
-    return found
+            partner = replaced(name, *best)
+            if partner is not None and partner in right and not {name, partner} & unsure:
+                found[name] = partner
+                del left[name], right[partner]
+        for name in unsure:
+            left.pop(name, None)
+            right.pop(name, None)
+    return found, changes
+
+
+def meeting(left: Shapes, right: Shapes, change: tuple[str, str]) -> dict[str, str]:
+    """{name here: name there} of parameters that a change of prefix brings together with equal shapes."""
+    others = {name: replaced(name, *change) for name in left}
+    return {n: other for n, other in others.items() if other and right.get(other) == left[n]}
 
 
 def prefix_changes(left: Mapping[str, Any], right: Mapping[str, Any]) -> set[tuple[str, str]]:
@@ -362,52 +518,150 @@ def tied_heads(
     return tied, heads
 
 
-def check_same_model(
-    source: Weights,
-    trained: Weights,
-    matched: Mapping[str, tuple[str, str]],
-    missing: set[str],
-    extra: set[str],
+def in_another_layout(
+    source: Weights, ours: Shapes, trained: Weights, theirs: Shapes, changes: Changes
+) -> dict[str, Pieces]:
+    """{our name: the pieces of their tensors} of what the two checkpoints lay out differently.
+
+    ours, theirs: what has no partner. changes: of prefix, which are undone in their names. Needs a config.json.
+    """
+    configs = [known_config(weights.folder) for weights in (source, trained)]
+    our_config, their_config = configs[0] or configs[1], configs[1] or configs[0]
+    if our_config is None or their_config is None:
+        return {}
+    from vlopd.models.layouts import translated
+
+    here, there = unwrapped(ours), {}
+    for bare, name in unwrapped(theirs).items():
+        back = (replaced(bare, new, old) for old, new in changes)
+        there[next((plain for plain in back if plain is not None), bare)] = name
+    found = translated(
+        {bare: ours[name] for bare, name in here.items()},
+        our_config,
+        {bare: theirs[name] for bare, name in there.items()},
+        their_config,
+    )
+    return {
+        here[bare]: tuple(replace(piece, name=there[piece.name]) for piece in pieces)
+        for bare, pieces in found.items()
+    }
+
+
+def known_config(folder: Path) -> PretrainedConfig | None:
+    """The folder's config.json; None where it has none, or one that transformers does not know."""
+    from vlopd.models.about import config_of
+
+    try:
+        return config_of(folder)
+    except RunError:
+        return None
+
+
+# ------------------------------------------------------------------------------------------ refusals
+
+
+def refuse_shapes(
+    name: str, ours: tuple[int, ...], source: Weights, theirs: tuple[int, ...], trained: Weights
 ) -> None:
-    """Raises RunError when the matched parameters are less than half of either checkpoint."""
-    if not matched:
+    why = "these are not the same model"
+    if ours[1:] == theirs[1:] and (EMBEDDING.search(name) or HEAD.search(name)):
+        why += "; if one vocabulary was resized, resize the other alike (resize_token_embeddings)"
+    raise RunError(f"{name} is {ours} in {source.folder}, {theirs} in {trained.folder}; {why}")
+
+
+def refuse_unmerged(weights: Weights, names: set[str]) -> None:
+    """Raises RunError where parameters without a partner are an adapter's: small as they are, they hold the update."""
+    for name in sorted(names):
+        if ADAPTER.search(name):
+            raise RunError(
+                f"{weights.folder} holds {name}, part of an adapter that is not merged; save the model after "
+                "merge_and_unload(), or give the folder that the adapter was saved in"
+            )
+
+
+def refuse_both(folder: Path) -> None:
+    """Raises RunError for a folder that holds a model and an adapter: which of the two is meant cannot be told."""
+    for name in (SINGLE, INDEX):
+        if (folder / name).exists():
+            raise RunError(
+                f"{folder} holds a model ({name}) and an adapter ({adapter.CONFIG}); move one of them to a folder of "
+                "its own"
+            )
+
+
+def refuse_left_out(source: Weights, trained: Weights, report: MatchReport, limit: float) -> None:
+    """Raises RunError when too much of either checkpoint is not compared."""
+    here, there = source.folder, trained.folder
+    if not report.matched:
         one, other = (min(its.names(), default="nothing") for its in (source, trained))
         named = f"{one} is in the first, {other} in the second"
-        raise RunError(
-            f"{source.folder} and {trained.folder} share no floating-point parameter ({named})"
+        raise RunError(f"{here} and {there} share no floating-point parameter ({named})")
+    if max(report.source_share, report.trained_share) <= limit:
+        return
+    remedy = "save both in one layout under the same names"
+    if not any((folder / "config.json").is_file() for folder in (here, there)):
+        remedy += (
+            ", or put the model's config.json beside the weights, which says how layouts translate"
         )
-    for weights, own, rest in ((source, 0, missing), (trained, 1, extra)):
-        shared = sum(weights.shape(pair[own]).numel() for pair in matched.values())
-        alone = {n: weights.shape(n).numel() for n in rest if weights.is_floating_point(n)}
-        if shared < SAME_MODEL * (shared + sum(alone.values())):
-            part = shared / (shared + sum(alone.values()))
-            raise RunError(
-                f"only {part:.0%} of {weights.folder} has a partner in the other checkpoint ({min(alone)} "
-                "has none); these are not the same architecture"
-            )
+    if max(report.source_share, report.trained_share) > SAME_MODEL:
+        remedy = f"these are not the same architecture, unless their layouts differ: {remedy}"
+    raise RunError(
+        f"{here} and {there}: {report.said()}; more than {limit:.3g} of either is refused: {remedy}; "
+        "`vlopd geometry --set max_left_out=...` measures the rest alone"
+    )
+
+
+# ------------------------------------------------------------------------------------------- streams
 
 
 @contextmanager
 def opened(source: Path, trained: Path) -> Iterator[tuple[Weights, Weights]]:
     """Both checkpoints, the second with its adapter merged where it is one."""
+    if adapter.is_adapter(source):
+        refuse_both(source)
+        raise RunError(
+            f"{source} is an adapter; the source is the model that adapters are added to"
+        )
     with Weights(source) as before:
         after = Adapted(trained, before) if adapter.is_adapter(trained) else Weights(trained)
         with after:
             yield before, after
 
 
-def match_report(source: Path, trained: Path) -> MatchReport:
+def match_report(source: Path, trained: Path, limit: float = LEFT_OUT) -> MatchReport:
     """`match` of two folders; reads headers only, and tensors only of heads that may be tied."""
     with opened(source, trained) as (before, after):
-        return match(before, after)
+        return match(before, after, limit)
+
+
+def assembled(weights: Weights, pieces: Pieces, shape: torch.Size) -> Tensor:
+    """A tensor of `shape` from pieces of others, bit for bit; in the format that holds all of them."""
+    parts = []
+    for piece in pieces:
+        part = weights.read(piece.name, piece.of)
+        part = part.transpose(-1, -2) if piece.transposed else part
+        parts.append(part.reshape([stop - start for start, stop in piece.into]))
+    if len(parts) == 1:
+        return parts[0].contiguous()
+    dtype = functools.reduce(torch.promote_types, {part.dtype for part in parts})
+    whole = torch.empty(shape, dtype=dtype)
+    for piece, part in zip(pieces, parts, strict=True):
+        whole[tuple(slice(*axis) for axis in piece.into)] = part
+    return whole
 
 
 class Deltas:
     """The TensorDeltas of two checkpoint folders, in the order of names; see `stream`."""
 
-    def __init__(self, source: Path, trained: Path, classify: Callable[[str], TensorName]):
+    def __init__(
+        self,
+        source: Path,
+        trained: Path,
+        classify: Callable[[str], TensorName],
+        limit: float = LEFT_OUT,
+    ):
         self.source, self.trained, self._classify = source, trained, classify
-        self.report = match_report(source, trained)
+        self.report = match_report(source, trained, limit)
 
     def __len__(self) -> int:
         return len(self.report.matched)
@@ -423,6 +677,11 @@ class Deltas:
         with opened(self.source, self.trained) as (before, after):
 
             def read(name: str) -> TensorDelta:
+                if (pieces := self.report.converted.get(name)) is not None:
+                    old = before.read(name)
+                    return TensorDelta(
+                        self._classify(name), old, assembled(after, pieces, old.shape)
+                    )
                 ours, theirs = self.report.names(name)
                 return TensorDelta(self._classify(name), before.read(ours), after.read(theirs))
 
@@ -434,12 +693,29 @@ class Deltas:
             return {n: before.shape(self.report.names(n)[0]).numel() for n in self.report.matched}
 
 
-def stream(source: Path, trained: Path, classify: Callable[[str], TensorName]) -> Deltas:
+def stream(
+    source: Path, trained: Path, classify: Callable[[str], TensorName], limit: float = LEFT_OUT
+) -> Deltas:
     """What changed between two checkpoint folders, tensor by tensor; may be iterated many times.
 
-    Holds one pair of tensors at a time. Its `report` says what matched; parameters that do not
-    match are left out. `trained` may be a LoRA adapter (a PEFT folder) of `source`. Raises RunError where a
-    checkpoint cannot be read or is of another model, and, while iterating, for a tensor with values that
-    are not finite.
+    Holds one pair of tensors at a time, both in the source's naming and layout. Its `report` says what matched and
+    what is left out, which is at most `limit` of either's entries. `trained` may be a LoRA adapter (a PEFT folder)
+    of `source`. Raises RunError where a checkpoint cannot be read or is of another model, and, while iterating, for a
+    tensor with values that are not finite.
     """
-    return Deltas(source, trained, classify)
+    return Deltas(source, trained, classify, limit)
+
+
+def stream_whole(source: Path, trained: Path, classify: Callable[[str], TensorName]) -> Deltas:
+    """`stream` for what is built from an update: raises RunError where a parameter of the source has no partner.
+
+    What is not compared would silently count as unmoved there.
+    """
+    deltas = stream(source, trained, classify)
+    for its in deltas.report.left_out:
+        if its.parameter:
+            raise RunError(
+                f"{trained}: {its.name} {its.shape} is {its.reason}, so how it moved is not known; save the "
+                "whole model"
+            )
+    return deltas
