@@ -561,7 +561,7 @@ BAD: dict[str, tuple[Callable[[Path, Tensors], None], str]] = {
     "infinity": (not_finite(-math.inf), rf"{UP} has 1 values that are not finite"),
     "other model": (
         other_model,
-        r"has a partner .* \((transformer|model)\.\S+ has none\); .*not the same",
+        r"not compared.* (transformer|model)\.\S+ \(.*\) \(in the (source|trained checkpoint) only\).*not the same",
     ),
     "nothing shared": (
         nothing_shared,
@@ -569,7 +569,7 @@ BAD: dict[str, tuple[Callable[[Path, Tensors], None], str]] = {
     ),
     "little shared": (
         half_another_model,
-        r"\(lm_head\.weight has none\).*not the same architecture",
+        r"lm_head\.weight \(58, 32\) \(in the (source|trained checkpoint) only\).*not the same architecture",
     ),
     "cut": (cut(0.6, False), r"so FIRST cannot be read; copy or save the checkpoint again"),
     "last byte": (cut(0.99999, False), r"so FIRST cannot be read"),

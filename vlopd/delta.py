@@ -138,15 +138,15 @@ class MatchReport:
         return math.fsum(its.trained_share for its in self.left_out)
 
     def said(self, most: int = 3) -> str:
-        """What is left out, in a line; empty where everything is compared."""
+        """What is left out, in one line that names the largest; empty where everything is compared."""
         if not self.left_out:
             return ""
-        first = ", ".join(f"{its.name} {its.shape} ({its.reason})" for its in self.left_out[:most])
-        more = len(self.left_out) - most
+        count = len(self.left_out)
+        names = [f"{its.name} {its.shape} ({its.reason})" for its in self.left_out[:most]]
+        names += [f"{count - most} more"] if count > most else []
         return (
-            f"{len(self.left_out)} tensors are not compared, {self.source_share:.2%} of the source and "
-            f"{self.trained_share:.2%} of the trained checkpoint: {first}"
-            + (f" and {more} more" if more > 0 else "")
+            f"{count} tensor{'s' if count != 1 else ''} not compared, {self.source_share:.2%} of the source's "
+            f"parameters and {self.trained_share:.2%} of the trained checkpoint's: {', '.join(names)}"
         )
 
 
@@ -287,6 +287,8 @@ class Adapted(Weights):
                 raise RunError(
                     f"{known[name]} is {shapes_said} in {folder}; these are not the same model"
                 )
+        for update in updates:
+            refuse_orientation(folder, source, known[update.parameter], update)
         self._updates = {known[u.parameter]: u for u in updates}
         self._whole = {known[parameter]: tensor for parameter, tensor in whole.items()}
 
@@ -314,6 +316,11 @@ class Adapted(Weights):
         if name in self._updates:
             its = self._updates[name]
             base = adapter.merged(base, its.update(super().read(its.a), super().read(its.b)))
+            if not torch.isfinite(base).all():
+                raise RunError(
+                    f"{self.folder}: {name} is not finite once merged in {base.dtype}; the adapter diverged, or needs "
+                    "a source in a wider format"
+                )
         return base
 
 
@@ -589,6 +596,26 @@ def refuse_both(folder: Path) -> None:
             )
 
 
+def refuse_orientation(folder: Path, source: Weights, name: str, update: adapter.LowRank) -> None:
+    """Raises RunError for a square matrix that the model stores the other way round than the adapter says.
+
+    PEFT keeps one fan_in_fan_out for all modules; a shape shows where it does not hold, a square one cannot.
+    """
+    shape = source.shape(name)
+    if len(shape) != 2 or shape[0] != shape[1] or "lora_embedding" in update.a:
+        return
+    config = known_config(source.folder)
+    if config is None:
+        return
+    from vlopd.models.atlas import classify, parts
+
+    if parts(classify(name), shape, config)[0].transposed != update.transposed:
+        raise RunError(
+            f"{folder}: {adapter.CONFIG} says fan_in_fan_out = {str(update.transposed).lower()}, but {name} is stored "
+            "the other way round; merge it with PEFT first"
+        )
+
+
 def refuse_left_out(source: Weights, trained: Weights, report: MatchReport, limit: float) -> None:
     """Raises RunError when too much of either checkpoint is not compared."""
     here, there = source.folder, trained.folder
@@ -599,15 +626,17 @@ def refuse_left_out(source: Weights, trained: Weights, report: MatchReport, limi
     if max(report.source_share, report.trained_share) <= limit:
         return
     remedy = "save both in one layout under the same names"
-    if not any((folder / "config.json").is_file() for folder in (here, there)):
+    if report.skipped and report.left_out[0].name in report.skipped:
+        remedy = "save both in bf16 or a wider format, dequantised if need be"
+    elif not any((folder / "config.json").is_file() for folder in (here, there)):
         remedy += (
             ", or put the model's config.json beside the weights, which says how layouts translate"
         )
     if max(report.source_share, report.trained_share) > SAME_MODEL:
-        remedy = f"these are not the same architecture, unless their layouts differ: {remedy}"
+        remedy = f"these are not the same architecture, unless only their layouts differ: {remedy}"
     raise RunError(
-        f"{here} and {there}: {report.said()}; more than {limit:.3g} of either is refused: {remedy}; "
-        "`vlopd geometry --set max_left_out=...` measures the rest alone"
+        f"{here} and {there}: {report.said()}; more than {limit:.2%} of either is refused; {remedy}; geometry's "
+        "max_left_out admits more and measures the rest"
     )
 
 

@@ -154,6 +154,12 @@ def parts(where: TensorName, shape: Sequence[int], config: PretrainedConfig) -> 
         and where.component == "language"
         and module not in ("position", "norm")
     )
+    if stacked and len(shape) == 3 and shape[1] != shape[2]:
+        width = getattr(
+            text, "hidden_size", None
+        )  # hub checkpoints of a family may have the other order
+        if width in shape[1:]:
+            transposed = (shape[1] == width) != (module == "down")
     out = len(shape) - 1 if transposed else int(stacked)  # the dimension of output features
     sizes: Mapping[str, int] = {module: shape[out]}
     if module == "qkv":
