@@ -30,6 +30,7 @@ from torch import Tensor
 
 from vlopd import adapter
 from vlopd.checkpoint import RunError, digest_checkpoint, read_json
+from vlopd.models.atlas import unwrapped_name
 from vlopd.types import TensorName
 
 if TYPE_CHECKING:  # transformers' models load with it, and only layouts that differ need them
@@ -42,17 +43,6 @@ INDEX = "model.safetensors.index.json"
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 """A head that is tied to the embedding is stored once or twice, as the writer pleased."""
-WRAPPERS = {
-    "_checkpoint_wrapped_module",  # activation checkpointing
-    "_fsdp_wrapped_module",
-    "_fpw_module",  # fairscale's FSDP
-    "_orig_mod",  # torch.compile
-    "_forward_module",  # Lightning Fabric
-    "_module",  # Opacus
-    "module",  # DataParallel, DDP, DeepSpeed
-    "base_layer",  # PEFT, around an adapted module
-}
-"""Parts of a name that training frameworks put anywhere into it."""
 ADAPTER = re.compile(
     r"(^|\.)((lora|ia3|hada|lokr|vera|oft|boft|hra|adalora|vblora|fourierft|bone|miss|shira|c3a|road|randlora)_\w+"
     r"|modules_to_save|token_adapter|trainable_tokens_delta|prompt_encoder)(\.|$)"
@@ -353,6 +343,7 @@ def match(source: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchRe
     for name, (first, *more) in list(converted.items()):
         if not more and not first.transposed and ours[name] == theirs[first.name]:
             names[name] = converted.pop(name)[0].name  # only a name of its own
+    refuse_square(source, trained, ours, names, converted)
     pairs = {name: (name, other) for name, other in names.items()}
     tied, heads = tied_heads(source, trained, missing, extra, pairs)
     pairs |= heads
@@ -424,7 +415,7 @@ def paired(ours: Shapes, theirs: Shapes) -> tuple[dict[str, str], Changes]:
 
 def unwrapped(names: Iterable[str]) -> dict[str, str]:
     """{name without wrappers: name}; those that two names share are left out."""
-    bare = {name: ".".join(p for p in name.split(".") if p not in WRAPPERS) for name in names}
+    bare = {name: unwrapped_name(name) for name in names}
     count = Counter(bare.values())
     return {plain: name for name, plain in bare.items() if count[plain] == 1}
 
@@ -453,12 +444,13 @@ def renamed(ours: Shapes, theirs: Shapes) -> tuple[dict[str, str], Changes]:
                 partners.setdefault(other, set()).add(name)
         unsure = {name for name, its in partners.items() if len(its) > 1}
         unsure |= {other for name in unsure for other in partners[name]}
-        changes.append(best)
+        before = len(found)
         for name in list(left):
             partner = replaced(name, *best)
             if partner is not None and partner in right and not {name, partner} & unsure:
                 found[name] = partner
                 del left[name], right[partner]
+        changes += [best] if len(found) > before else []
         for name in unsure:
             left.pop(name, None)
             right.pop(name, None)
@@ -472,7 +464,10 @@ def meeting(left: Shapes, right: Shapes, change: tuple[str, str]) -> dict[str, s
 
 
 def prefix_changes(left: Mapping[str, Any], right: Mapping[str, Any]) -> set[tuple[str, str]]:
-    """(prefix here, prefix there) under which some stem of one side, up to its layer's number, becomes the other's."""
+    """(prefix here, prefix there) under which some stem of one side, up to its layer's number, becomes the other's.
+
+    Names without a layer are a stem as a whole, and meet in their module at least: norm.weight, not weight alone.
+    """
 
     def stems(names: Mapping[str, Any]) -> set[tuple[str, ...]]:
         return {tuple(re.split(r"\.(?=\d+\.)", name, maxsplit=1)[0].split(".")) for name in names}
@@ -483,7 +478,8 @@ def prefix_changes(left: Mapping[str, Any], right: Mapping[str, Any]) -> set[tup
             common = 0
             while common < min(len(a), len(b)) and a[-1 - common] == b[-1 - common]:
                 common += 1
-            if common:
+            needed = 2 if a[-1] in ("weight", "bias") else 1
+            if common >= min(needed, len(a), len(b)):
                 changes.add((".".join(a[: len(a) - common]), ".".join(b[: len(b) - common])))
     return changes
 
@@ -505,24 +501,37 @@ def tied_heads(
 ) -> tuple[set[str], dict[str, tuple[str, str]]]:
     """(heads that are a copy of their embedding, {head: names} of those that are not and need a partner).
 
-    A head that only one side stores is tied to the embedding on the other. Where it equals its own embedding it
-    is the same parameter and not counted twice; where it was trained apart, its partner is the other side's
-    embedding.
+    Where a head that only one side stores equals its own embedding, it is the same parameter and not counted twice.
+    Where it was trained apart, its partner is the other side's embedding, if the model there ties the two (by its
+    config.json); otherwise that side has lost its head.
     """
     tied, heads = set(), {}
     embeddings = [pair for name, pair in pairs.items() if EMBEDDING.search(name)]
     for here, own in ((missing, 0), (extra, 1)):
         for head in sorted(name for name in here if HEAD.search(name)):
-            side = (source, trained)[own]
+            side, other = (source, trained)[own], (trained, source)[own]
             for pair in embeddings:
                 if side.shape(head) != side.shape(pair[own]):
                     continue
-                if torch.equal(side.read(head), side.read(pair[own])):
+                if same_values(side.read(head), side.read(pair[own])):
                     tied.add(head)
-                else:
+                elif is_tied(known_config(other.folder) or known_config(side.folder)):
                     heads[head] = (head, pair[1]) if own == 0 else (pair[0], head)
                 break
     return tied, heads
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    wide = torch.promote_types(a.dtype, b.dtype)
+    return torch.equal(a.to(wide), b.to(wide))
+
+
+def is_tied(config: PretrainedConfig | None) -> bool:
+    if config is None:
+        return False
+    from vlopd.models.layouts import ties_head
+
+    return ties_head(config)
 
 
 def in_another_layout(
@@ -538,20 +547,34 @@ def in_another_layout(
         return {}
     from vlopd.models.layouts import translated
 
-    here, there = unwrapped(ours), {}
-    for bare, name in unwrapped(theirs).items():
-        back = (replaced(bare, new, old) for old, new in changes)
-        there[next((plain for plain in back if plain is not None), bare)] = name
-    found = translated(
-        {bare: ours[name] for bare, name in here.items()},
-        our_config,
-        {bare: theirs[name] for bare, name in there.items()},
-        their_config,
-    )
-    return {
-        here[bare]: tuple(replace(piece, name=there[piece.name]) for piece in pieces)
-        for bare, pieces in found.items()
-    }
+    here, there = unwrapped(ours), unwrapped(theirs)
+    back = [(new, old) for old, new in changes]
+    tries = ((here, renamed_by(back, there)), (renamed_by(changes, here), there))
+    found: dict[str, Pieces] = {}
+    for own, other in tries[
+        : 2 if changes else 1
+    ]:  # one of the two has the names that the model has
+        pieces = translated(
+            {bare: ours[name] for bare, name in own.items()},
+            our_config,
+            {bare: theirs[name] for bare, name in other.items()},
+            their_config,
+        )
+        if len(pieces) > len(found):
+            found = {
+                own[bare]: tuple(replace(piece, name=other[piece.name]) for piece in its)
+                for bare, its in pieces.items()
+            }
+    return found
+
+
+def renamed_by(changes: Changes, names: Mapping[str, str]) -> dict[str, str]:
+    """The same under the first change of prefix that fits each name."""
+    found = {}
+    for bare, name in names.items():
+        others = (replaced(bare, *change) for change in changes)
+        found[next((other for other in others if other is not None), bare)] = name
+    return found
 
 
 def known_config(folder: Path) -> PretrainedConfig | None:
@@ -596,6 +619,26 @@ def refuse_both(folder: Path) -> None:
             )
 
 
+def refuse_square(
+    source: Weights,
+    trained: Weights,
+    ours: Shapes,
+    names: Mapping[str, str],
+    converted: Mapping[str, Pieces],
+) -> None:
+    """Raises RunError for a stack of square matrices beside one that the two checkpoints store transposed."""
+    turned = {
+        n.rpartition(".")[0] for n, its in converted.items() if any(p.transposed for p in its)
+    }
+    for name in sorted(names):
+        shape = ours[name]
+        if len(shape) == 3 and shape[1] == shape[2] and name.rpartition(".")[0] in turned:
+            raise RunError(
+                f"{name} {shape} is square, and its neighbours are transposed between {source.folder} and "
+                f"{trained.folder}, so which way it lies cannot be told; save both in one layout"
+            )
+
+
 def refuse_orientation(folder: Path, source: Weights, name: str, update: adapter.LowRank) -> None:
     """Raises RunError for a square matrix that the model stores the other way round than the adapter says.
 
@@ -622,7 +665,10 @@ def refuse_left_out(source: Weights, trained: Weights, report: MatchReport, limi
     if not report.matched:
         one, other = (min(its.names(), default="nothing") for its in (source, trained))
         named = f"{one} is in the first, {other} in the second"
-        raise RunError(f"{here} and {there} share no floating-point parameter ({named})")
+        raise RunError(
+            f"{here} and {there} share no floating-point parameter ({named}); "
+            "these are not the same architecture"
+        )
     if max(report.source_share, report.trained_share) <= limit:
         return
     remedy = "save both in one layout under the same names"

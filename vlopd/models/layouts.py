@@ -96,6 +96,16 @@ def translated(
     }
 
 
+def ties_head(config: PretrainedConfig) -> bool:
+    """Whether the configuration's model has one tensor for its head and its embedding; False where that is unknown."""
+    try:
+        model = on_meta(config)
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    except Exception:  # whatever a model's own code raises
+        return False
+    return head is not None and head.weight is embedding.weight
+
+
 # ------------------------------------------------------------------------------------ into the model
 
 
@@ -120,7 +130,8 @@ def placed(shapes: Mapping[str, Shape], config: PretrainedConfig) -> dict[str, P
         )
         if parameter not in parameters and name in parameters:
             parameter, pattern = name, None
-        groups.setdefault(parameter, {}).setdefault(pattern, []).append(name)
+        if parameter in parameters:
+            groups.setdefault(parameter, {}).setdefault(pattern, []).append(name)
     found: dict[str, Pieces] = {}
     for parameter, names in groups.items():
         leaves = {
