@@ -358,7 +358,7 @@ def match(source: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchRe
         stored[name] = (source.stored(name), *formats)
     skipped = {name: its for name, its in stored.items() if not set(its) <= COMPARED}
     totals = [
-        sum(math.prod(shape) for name, shape in shapes.items() if name not in tied)
+        max(1, sum(math.prod(shape) for name, shape in shapes.items() if name not in tied))
         for shapes in (ours, theirs)
     ]
 

@@ -84,12 +84,13 @@ def make(
     if trained is not None:
         inputs["of"] = digest_checkpoint(trained)
     deltas = stream(source, trained or source, classify)
-    if parsed.reads is not None and deltas.report.left_out:
+    said = deltas.report.said() if parsed.reads is not None else ""
+    if said:
         inputs["left_out"] = [its.name for its in deltas.report.left_out]
     mask = masks.build_mask(parsed, deltas, named)
     masks.save_mask(out, mask, inputs, classify)
     say("mask", out, True)
-    if said := deltas.report.said():
+    if said:
         console.print(f"[yellow]left out[/]: {escape(said)}", soft_wrap=True)
 
 
