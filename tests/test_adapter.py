@@ -224,3 +224,174 @@ def test_another_base_is_refused(tmp_path):
         with pytest.raises(RunError, match=message) as caught:
             match_report(tmp_path / "base", tmp_path / adapter)
         assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------ methods that change the base
+
+
+CHANGING = {
+    "pissa": "PiSSA",
+    "pissa_niter_4": "PiSSA",
+    "olora": "OLoRA",
+    "OLoRA": "OLoRA",
+    "corda": "CorDA",
+    "lora_ga": "LoRA-GA",
+    "loftq": "LoftQ",
+}
+
+
+@pytest.mark.parametrize("method", CHANGING)
+def test_methods_that_change_the_base_are_refused_by_name(method, tmp_path):
+    """Their factors stand for what training changed and for a part of the base: one line says which, and what to do."""
+    model = make_base("llama", tmp_path / "base")
+    adapt(model, tmp_path / "adapter", target_modules=ATTENTION)
+    set_config(tmp_path / "adapter", init_lora_weights=method)
+    message = (
+        rf"init_lora_weights is '{method}' \({CHANGING[method]} changes the base.*merge it with"
+    )
+    with pytest.raises(RunError, match=message) as caught:
+        match_report(tmp_path / "base", tmp_path / "adapter")
+    said = str(caught.value)
+    assert "\n" not in said
+    assert ("path_initial_model_for_weight_conversion" in said) == (method != "loftq")
+
+
+@pytest.mark.parametrize("method", [True, False, "gaussian", "orthogonal", "eva", "mica", None])
+def test_methods_that_keep_the_base_are_merged(method, tmp_path):
+    """Where an adapter begins does not matter as long as the base stays: W + s B A is the model."""
+    model = make_base("llama", tmp_path / "base")
+    theirs = adapt(model, tmp_path / "adapter", target_modules=ATTENTION).merge_and_unload()
+    set_config(tmp_path / "adapter", init_lora_weights=method)
+    merged = theirs.state_dict()
+    for pair in stream(tmp_path / "base", tmp_path / "adapter", classify):
+        assert torch.allclose(pair.trained, merged[pair.name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_converted_adapter_is_what_training_changed(method, rslora, tmp_path):
+    """PEFT's conversion doubles the rank and writes init_lora_weights true: merged, it is the trained model; as it was
+    saved before, without conversion, it is refused."""
+    model = make_base("llama", tmp_path / "base")
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    settings = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=EVERYTHING,
+        init_lora_weights=method,
+        use_rslora=rslora,
+    )
+    wrapped = peft.get_peft_model(model, settings)
+    wrapped.peft_config["default"].init_lora_weights = True
+    wrapped.save_pretrained(tmp_path / "initial")
+    wrapped.peft_config["default"].init_lora_weights = method
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path / "as it is")
+    wrapped.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+    )
+    with pytest.raises(RunError, match=f"init_lora_weights is '{method}'"):
+        match_report(tmp_path / "base", tmp_path / "as it is")
+    about = json.loads((tmp_path / "converted/adapter_config.json").read_text())
+    assert about["init_lora_weights"] is True and about["r"] == 8
+    trained = wrapped.merge_and_unload().state_dict()
+    moved = 0
+    for pair in stream(tmp_path / "base", tmp_path / "converted", classify):
+        change = trained[pair.name] - before[pair.name]
+        assert torch.allclose(pair.delta, change, rtol=0, atol=2e-6), pair.name
+        moved += float(change.abs().max()) > 0.01
+    assert moved == 14
+
+
+OTHER_KINDS: dict[str, Any] = {
+    "LOHA": lambda: peft.LoHaConfig(target_modules=ATTENTION),
+    "LOKR": lambda: peft.LoKrConfig(target_modules=ATTENTION),
+    "IA3": lambda: peft.IA3Config(target_modules=ATTENTION, feedforward_modules=[]),
+    "VERA": lambda: peft.VeraConfig(target_modules=["q_proj"]),
+    "OFT": lambda: peft.OFTConfig(target_modules=["q_proj"], oft_block_size=4),
+    "ADALORA": lambda: peft.AdaLoraConfig(target_modules=ATTENTION, total_step=10),
+    "PROMPT_TUNING": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_other_kinds_of_adapter_are_refused_by_name(kind, tmp_path):
+    """As PEFT itself saves them."""
+    model = make_base("llama", tmp_path / "base")
+    peft.get_peft_model(model, OTHER_KINDS[kind]()).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(RunError, match=f"peft_type is '{kind}'; only LORA is merged"):
+        match_report(tmp_path / "base", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trainable_token_indices": [3, 5]}, "trainable_token_indices is set"),
+        ({"kasa_config": {"a": 1}}, "kasa_config is set"),
+        ({"use_qalora": True}, "use_qalora is set"),
+        ({"a_method_of_tomorrow": 7}, "a_method_of_tomorrow is set, which is not known here"),
+        ({"init_lora_weights": "of_tomorrow"}, "'of_tomorrow' .which is not known here"),
+        ({"lora_alpha": float("nan")}, "has lora_alpha = nan"),
+        ({"rank_pattern": {"(": 4}}, r"rank_pattern has '\('"),
+    ],
+)
+def test_settings_that_are_not_understood_are_refused(settings, message, tmp_path):
+    """What a setting does is known, or it is refused by name; those that only say how it was trained are not."""
+    model = make_base("llama", tmp_path / "base")
+    adapt(model, tmp_path / "adapter", target_modules=ATTENTION, lora_dropout=0.5)
+    match_report(tmp_path / "base", tmp_path / "adapter")
+    set_config(tmp_path / "adapter", **settings)
+    with pytest.raises(RunError, match=message) as caught:
+        match_report(tmp_path / "base", tmp_path / "adapter")
+    assert "\n" not in str(caught.value)
+
+
+def test_trained_tokens_are_refused_as_peft_saves_them(tmp_path):
+    """Rows of the embedding that were trained apart are no LoRA factor; refused by the setting's name."""
+    model = make_base("llama", tmp_path / "base")
+    adapt(model, tmp_path / "adapter", target_modules=ATTENTION, trainable_token_indices=[3, 5])
+    with pytest.raises(RunError, match="trainable_token_indices is set"):
+        match_report(tmp_path / "base", tmp_path / "adapter")
+
+
+def test_a_square_matrix_that_lies_the_other_way_is_refused(tmp_path):
+    """PEFT keeps one fan_in_fan_out for a Conv1D and a Linear; where the shape cannot show it, the family does."""
+    model = make_base("gpt2", tmp_path / "base")
+    adapt(model, tmp_path / "adapter", target_modules=["attn.c_proj"], fan_in_fan_out=True)
+    assert len(match_report(tmp_path / "base", tmp_path / "adapter").adapted) == 2
+    set_config(tmp_path / "adapter", fan_in_fan_out=False)
+    with pytest.raises(RunError, match=r"fan_in_fan_out = false, but \S+c_proj\.weight is stored"):
+        match_report(tmp_path / "base", tmp_path / "adapter")
+
+
+def test_a_folder_that_holds_both_is_refused(tmp_path):
+    """A merged model saved beside its adapter: which one is meant cannot be told. An adapter is no source either."""
+    model = make_base("llama", tmp_path / "base")
+    wrapped = adapt(model, tmp_path / "adapter", target_modules=ATTENTION)
+    with pytest.raises(RunError, match="is an adapter; the source is the model"):
+        match_report(tmp_path / "adapter", tmp_path / "base")
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "adapter")
+    for folders in (("base", "adapter"), ("adapter", "base")):
+        with pytest.raises(RunError, match=r"holds a model .* and an adapter"):
+            match_report(*(tmp_path / name for name in folders))
+
+
+def test_a_merge_that_overflows_is_refused(tmp_path):
+    """Factors that lead out of the base's fp16 are named, not handed on as infinities."""
+    make_base("llama", tmp_path / "fp32").half().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapt(model, tmp_path / "adapter", target_modules=ATTENTION)
+    set_config(tmp_path / "adapter", lora_alpha=1e9)
+    with pytest.raises(
+        RunError, match=r"q_proj\.weight is not finite once merged in torch\.float16"
+    ):
+        list(stream(tmp_path / "base", tmp_path / "adapter", classify))
+
+
+def set_config(folder: Path, **settings: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))

@@ -145,14 +145,26 @@ def test_index_lies(folders, tmp_path):
 
 
 def test_match_report_names_what_differs(tmp_path):
-    """Parameters of one side only are listed, integers skipped, and the rest is streamed."""
-    one, ids = torch.ones(2, 2), torch.ones(3, dtype=torch.int64)
-    before = folder_of({"a": one, "ids": ids, "old": one * 3}, tmp_path / "before")
-    after = folder_of({"a": one * 2, "ids": ids, "new": one}, tmp_path / "after")
+    """Parameters of one side only are listed with their shares, integers skipped, and the rest is streamed."""
+    one, ids = torch.ones(20, 20), torch.ones(1, dtype=torch.int64)
+    before = folder_of({"a": one, "ids": ids, "old.b": torch.ones(2)}, tmp_path / "before")
+    after = folder_of({"a": one * 2, "ids": ids, "new.c": torch.ones(1, 3)}, tmp_path / "after")
     report = match_report(before, after)
-    assert (report.matched, report.missing, report.extra) == (("a",), ("old",), ("new",))
+    assert (report.matched, report.missing, report.extra) == (("a",), ("old.b",), ("new.c",))
     assert report.skipped == ("ids",)
+    assert [its.name for its in report.left_out] == ["new.c", "old.b", "ids"]
+    assert report.source_share == pytest.approx(3 / 403)
+    assert report.trained_share == pytest.approx(4 / 404)
     assert [pair.name for pair in stream(before, after, classify)] == ["a"]
+
+
+def test_a_module_of_another_name_is_no_partner(tmp_path):
+    """Equal shapes and a last word in common do not make two parameters one."""
+    one = torch.ones(60, 60)
+    before = folder_of({"a.weight": one, "norm.weight": torch.ones(9)}, tmp_path / "before")
+    after = folder_of({"a.weight": one, "gate.weight": torch.ones(9)}, tmp_path / "after")
+    report = match_report(before, after)
+    assert (report.missing, report.extra) == (("norm.weight",), ("gate.weight",))
 
 
 def test_other_models_are_refused(tmp_path):

@@ -213,7 +213,9 @@ def make_geometry(run: RunFolder, rng) -> None:
         ("[all]", "relative_delta_fro", "", 0.0011, None, None),
     ]
     rows = [dict(zip(keys, row, strict=True)) for row in headline]
-    write_json(folder / "summary.json", {"inputs": {}, "headline": rows})
+    left_out = {"said": "1 tensor not compared, 0.30% of the source's parameters: v_head.weight"}
+    summary = {"inputs": {}, "headline": rows, "left_out": left_out}
+    write_json(folder / "summary.json", summary)
 
 
 # ------------------------------------------------------------------------------------------ compare
@@ -362,6 +364,14 @@ def test_report_has_files_beside_the_page(compared, page):
         assert table.loc[arm, "mean"] == pytest.approx(its["mean"])
     names = {path.stem for path in (run.report / "tables").iterdir()}
     assert names == {"arms", "contrasts", "kinds", "training", "masks", "geometry", "seeds"}
+
+
+def test_report_says_what_geometry_left_out(compared, page):
+    """The page and the Markdown repeat summary.json's line about parameters that are not compared."""
+    run, _, _ = compared
+    said = read_json(run.geometry("full") / "summary.json")["left_out"]["said"]
+    assert f"Left out: {said}." in page.replace("&#39;", "'")
+    assert f"Left out: {said}." in (run.report / "report.md").read_text()
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")

@@ -27,10 +27,37 @@ REFUSED = {
     "lora_bias": "the factors have biases",
     "layer_replication": "layers are replicated",
     "target_parameters": "parameters are targeted without their modules",
+    "trainable_token_indices": "rows of the embedding are stored apart",
     "alora_invocation_tokens": "it is active on some tokens only",
     "arrow_config": "it routes between adapters",
+    "use_qalora": "its inputs are pooled",
+    "monteclora_config": "its weights are drawn at random",
+    "use_bdlora": "its factors are blocks",
+    "kasa_config": "it cuts singular values off the base",
 }
 """Keys of adapter_config.json that, set, mean something that is no W + s B A."""
+UNDERSTOOD = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode", "runtime_config"),
+    *("base_model_name_or_path", "revision", "r", "lora_alpha", "rank_pattern", "alpha_pattern"),
+    *("use_rslora", "fan_in_fan_out", "bias", "modules_to_save", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("lora_dropout", "ensure_weight_tying", "megatron_core", "qalora_group_size"),
+    *("eva_config", "corda_config", "lora_ga_config", "loftq_config", "velora_config"),
+}
+"""Keys that are taken into account, or that say how it was trained and not what the result is. Any other is refused
+where it is set: a later PEFT may mean more by it than W + s B A."""
+KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica", None)
+"""Values of init_lora_weights under which the base stays as it was (null: PEFT's default, true)."""
+CHANGE_BASE = {
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "corda": "CorDA",
+    "lora_ga": "LoRA-GA",
+    "loftq": "LoftQ",
+}
+"""Beginnings of those under which W becomes W - s B A, or its quantised values, before training: added to the model
+that was given as the base, such factors are not what training changed. PEFT's conversion doubles the rank and
+writes true."""
 
 
 def is_adapter(folder: Path) -> bool:
@@ -72,6 +99,8 @@ def read_adapter(
     the setting or tensor.
     """
     config = read_json(folder / CONFIG)
+    if not isinstance(config, dict):
+        raise RunError(f"{folder / CONFIG} holds no settings; save the adapter again")
     check(folder, config)
     sides: dict[str, dict[str, str]] = {}
     embedded, whole = set(), {}
@@ -118,9 +147,36 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
     for key, meaning in REFUSED.items():
         if config.get(key):
             raise RunError(f"{folder / CONFIG}: {key} is set ({meaning}); merge it with PEFT first")
+    for key in sorted(config.keys() - UNDERSTOOD):
+        if config[key]:
+            raise RunError(
+                f"{folder / CONFIG}: {key} is set, which is not known here; merge it with PEFT first"
+            )
+    check_initialisation(folder, config.get("init_lora_weights"))
     for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float):
-            raise RunError(f"{folder / CONFIG} has no {key}; save the adapter again")
+        value = config.get(key)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            has = f"{key} = {value}" if isinstance(value, float) else f"no {key}"
+            raise RunError(f"{folder / CONFIG} has {has}; save the adapter again")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in config.get(key) or {}:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise RunError(f"{folder / CONFIG}: {key} has {pattern!r}: {error}") from None
+
+
+def check_initialisation(folder: Path, method: object) -> None:
+    """Raises RunError for an adapter whose method changes the base before it trains, unless it was converted."""
+    name = method.lower() if isinstance(method, str) else method
+    if name in KEEP_BASE:
+        return
+    known = next((m for start, m in CHANGE_BASE.items() if str(name).startswith(start)), None)
+    why = f"{known} changes the base before training" if known else "which is not known here"
+    remedy = "merge it with PEFT into the base that it was trained on"
+    if known != "LoftQ":
+        remedy = f"save it with path_initial_model_for_weight_conversion, or {remedy}"
+    raise RunError(f"{folder / CONFIG}: init_lora_weights is {method!r} ({why}); {remedy}")
 
 
 def by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:

@@ -110,9 +110,17 @@ def make_geometry(run: RunFolder, config: ExperimentConfig, names: list[str]) ->
         with run.making(run.geometry(name)):
             made = stages.make_geometry(run, config, name)
         say(f"geometry of {name}", run.geometry(name) / "geometry.csv", made)
+        say_left_out(run.geometry(name))
     if len(names) > 1:
         made = stages.make_overlap(run, config, names)
         say("overlap of the arms' updates", run.root / "geometry" / "overlap.csv", made)
+
+
+def say_left_out(folder: Path) -> None:
+    """What the two checkpoints of a geometry have that is not compared."""
+    left_out = read_json(folder / "summary.json")["left_out"]
+    if left_out["said"]:
+        console.print(f"[yellow]left out[/]: {escape(left_out['said'])}", soft_wrap=True)
 
 
 def make_evals(run: RunFolder, config: ExperimentConfig, names: list[str]) -> None:
@@ -298,6 +306,7 @@ def compare_folders(
                 f"{narrowed} of {about['tensors']} tensors are stored in less precision in {path} than in {source}: "
                 "their delta is that rounding too, and most of it where the update is small; round the source alike"
             )
+        say_left_out(folder)
         if preset:
             show_paper(label, paper.table(read_rows(folder)), [c.title for c in paper.COLUMNS])
     if as_trajectory:

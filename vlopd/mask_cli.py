@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vlopd.checkpoint import RunError, RunFolder, digest_checkpoint, write_json
@@ -82,9 +83,15 @@ def make(
     inputs["source"] = digest_checkpoint(source)
     if trained is not None:
         inputs["of"] = digest_checkpoint(trained)
-    mask = masks.build_mask(parsed, stream(source, trained or source, classify), named)
+    deltas = stream(source, trained or source, classify)
+    said = deltas.report.said() if parsed.reads is not None else ""
+    if said:
+        inputs["left_out"] = [its.name for its in deltas.report.left_out]
+    mask = masks.build_mask(parsed, deltas, named)
     masks.save_mask(out, mask, inputs, classify)
     say("mask", out, True)
+    if said:
+        console.print(f"[yellow]left out[/]: {escape(said)}", soft_wrap=True)
 
 
 def parse_rule(text: str) -> MaskConfig:

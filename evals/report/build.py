@@ -228,7 +228,16 @@ def geometry_context(
         for name, drawing in drawings.items():
             draw(drawn, f"geometry-{arm}-{name}", drawing.figure)
             shown.append((f"geometry-{arm}-{name}", drawing.words))
-        found.append({"arm": arm, "rows": rows_of(part), "reasons": reasons, "figures": shown})
+        left_out = geometry.left_out(run.geometry(str(arm)))
+        found.append(
+            {
+                "arm": arm,
+                "rows": rows_of(part),
+                "left_out": left_out,
+                "reasons": reasons,
+                "figures": shown,
+            }
+        )
     return found
 
 

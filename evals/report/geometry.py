@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from evals.report import figures, tables
-from vlopd.checkpoint import write_text
+from vlopd.checkpoint import read_json, write_text
 
 HEAT_MAPS = (("frac_delta_eq_0", ""), ("top_energy_ratio", "k=16"))
 """(metric, parameter) that get a map: what rounding explains, and what it does not."""
@@ -223,6 +223,11 @@ def write_figures(out: Path, folders: Sequence[Path]) -> Path:
         if (out / f"{name}.csv").exists():
             save(reader(read(out / f"{name}.csv")), out / "figures")
     return out / "figures"
+
+
+def left_out(folder: Path) -> str:
+    """What a geometry's two checkpoints have that is not compared, in a sentence; empty where that is nothing."""
+    return read_json(folder / "summary.json").get("left_out", {}).get("said", "")
 
 
 def read(path: Path) -> pd.DataFrame:

@@ -66,6 +66,8 @@ class GeometryConfig(Section):
     max_exact_side: int = Field(4096, gt=0)
     max_exact_cost: float = Field(1e12, gt=0)
     """Matrices with a longer shorter side, or m n min(m, n) above this, are factorised approximately."""
+    max_left_out: float = Field(0.01, ge=0, lt=1)
+    """The largest part of either checkpoint that may have no partner in the other; more is refused."""
 
 
 class HeldOutConfig(Section):

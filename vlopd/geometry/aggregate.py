@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from vlopd.delta import LeftOut, MatchReport
 from vlopd.geometry.coordinates import Term
 from vlopd.geometry.examine import OBSERVED, Finding, Keys
-from vlopd.geometry.rows import STATUSES, Measure, Place, Row, beside_nulls
+from vlopd.geometry.rows import STATUSES, Measure, Place, Row, beside_nulls, parameters
+from vlopd.models.atlas import classify
 
 PARTS = {
     **dict.fromkeys(("gate", "up", "down", "gate_up", "expert_gate_up", "expert_down"), "ffn"),
@@ -183,3 +185,45 @@ def shares(members: Sequence[Finding], everything: Sequence[Finding]) -> list[li
             ]
         )
     return found
+
+
+def left_out_rows(report: MatchReport) -> Iterator[Row]:
+    """Rows about what is not compared: its share of each checkpoint's entries, and every tensor of it with the reason.
+
+    None where everything is compared.
+    """
+    count = f"{len(report.left_out)} tensors are not compared"
+    for side, share in (("source", report.source_share), ("trained", report.trained_share)):
+        if report.left_out:
+            measure = Measure("left_out_share", f"of={side}", share, reason=count)
+            yield from beside_nulls(measure, {}, Place("[all]"))
+    for its in report.left_out:
+        shares = parameters(source_share=its.source_share, trained_share=its.trained_share)
+        measure = Measure("left_out", shares, None, "skipped", its.reason)
+        yield from beside_nulls(measure, {}, place_of(its))
+
+
+def unshared_rows(reports: Mapping[str, MatchReport], shared: set[str]) -> Iterator[Row]:
+    """A row for every tensor that is not compared in all of several checkpoints, saying in which it is not, and why."""
+    left_out = {
+        label: {its.name: its for its in report.left_out} for label, report in reports.items()
+    }
+    every = {name for own in left_out.values() for name in own}
+    every |= {name for report in reports.values() for name in report.matched}
+    for name in sorted(every - shared):
+        own = [its[name] for its in left_out.values() if name in its]
+        place = place_of(own[0] if own else LeftOut(name, (), "", 0, 0, True))
+        reasons = [
+            f"{label}: {left_out[label][name].reason if name in left_out[label] else 'tied'}"
+            for label, report in reports.items()
+            if name not in report.matched
+        ]
+        measure = Measure("left_out", "", None, "skipped", "; ".join(reasons))
+        yield from beside_nulls(measure, {}, place)
+
+
+def place_of(its: LeftOut) -> Place:
+    where = classify(its.name)
+    return Place(
+        its.name, where.component, where.layer, where.module, "x".join(map(str, its.shape))
+    )

@@ -25,8 +25,8 @@ from transformers import PretrainedConfig
 
 from vlopd.checkpoint import digest_json, read_json, whole_file, write_json
 from vlopd.config import GeometryConfig
-from vlopd.delta import Deltas, stream
-from vlopd.geometry.aggregate import group_rows, tensor_rows
+from vlopd.delta import Deltas, MatchReport, stream
+from vlopd.geometry.aggregate import group_rows, left_out_rows, tensor_rows
 from vlopd.geometry.examine import Finding, examine, keys_of, matrices
 from vlopd.geometry.nulls import null_name
 from vlopd.geometry.rows import STATUSES, Place, Row
@@ -68,7 +68,7 @@ def analyse(
     one core (a core each unless told; 1 on a GPU). Raises RunError where the checkpoints cannot be read or are
     not of one model.
     """
-    deltas = stream(source_folder, trained_folder, classify)
+    deltas = stream(source_folder, trained_folder, classify, config.max_left_out)
     record = out / "summary.json"
     record.unlink(missing_ok=True)  # an old record must never lie beside new tables
     model = config_of(source_folder)
@@ -79,6 +79,7 @@ def analyse(
     keys = keys_of(config)
     groups = group_rows(findings, keys)
     rows = [*groups, *(row for finding in findings for row in tensor_rows(finding, keys))]
+    rows += left_out_rows(deltas.report)
 
     write_table(out, "geometry", rows)
     write_json(out / "match.json", asdict(deltas.report))
@@ -92,6 +93,7 @@ def analyse(
             "seed": config.seed,
             "tensors": len(deltas),
             "tensors_narrowed": len(deltas.report.narrowed),
+            "left_out": left_out(deltas.report),
             "fused_tensors_are_split": model is not None,
             "matrices": len(findings),
             "matrices_not_moved": sum(bool(finding.energy[0] == 0) for finding in findings),
@@ -104,6 +106,17 @@ def analyse(
     )
     shutil.rmtree(partial)
     return record
+
+
+def left_out(report: MatchReport) -> dict[str, Any]:
+    """What summary.json says of the tensors that are not compared; match.json names all of them."""
+    return {
+        "tensors": len(report.left_out),
+        "source_share": report.source_share,
+        "trained_share": report.trained_share,
+        "largest": [its.name for its in report.left_out[:5]],
+        "said": report.said(),
+    }
 
 
 def headline(groups: Sequence[Row]) -> list[dict[str, Any]]:

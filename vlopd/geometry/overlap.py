@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from vlopd.config import GeometryConfig
 from vlopd.delta import difference, stream
-from vlopd.geometry.aggregate import rows_of
+from vlopd.geometry.aggregate import rows_of, unshared_rows
 from vlopd.geometry.analyse import write_table
 from vlopd.geometry.coordinates import UPDATE_ATOLS, Term, not_above
 from vlopd.geometry.examine import OBSERVED
@@ -50,9 +50,11 @@ def overlap(
 ) -> Path:
     """Writes overlap.csv and .parquet about every two of `runs` (name -> trained folder) from one source.
 
-    Only parameters that all runs share are counted. Returns the path of overlap.csv.
+    Only parameters that all runs share are counted; others have a row that says so. Returns the path of overlap.csv.
     """
-    deltas = {run: stream(source, folder, classify) for run, folder in runs.items()}
+    deltas = {
+        run: stream(source, folder, classify, config.max_left_out) for run, folder in runs.items()
+    }
     shared = set.intersection(*(set(its.report.matched) for its in deltas.values()))
     names = [name for name in next(iter(deltas.values())).report.matched if name in shared]
     counts: dict[tuple[str, str], list[np.ndarray]] = {two: [] for two in combinations(runs, 2)}
@@ -72,6 +74,8 @@ def overlap(
     rows = []
     for (one, other), each in counts.items():
         for row in pair_rows(np.stack(each), draws, places):
+            rows.append(OverlapRow(**vars(row), first=one, second=other))
+        for row in unshared_rows({run: its.report for run, its in deltas.items()}, set(names)):
             rows.append(OverlapRow(**vars(row), first=one, second=other))
     write_table(out, "overlap", rows)
     return out / "overlap.csv"

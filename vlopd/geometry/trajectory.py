@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from vlopd.config import GeometryConfig
 from vlopd.delta import stream
-from vlopd.geometry.aggregate import rows_of
+from vlopd.geometry.aggregate import rows_of, unshared_rows
 from vlopd.geometry.analyse import write_table
 from vlopd.geometry.coordinates import Term
 from vlopd.geometry.examine import OBSERVED, matrices
@@ -67,7 +67,7 @@ def trajectory(
     """
     order = sorted(steps)
     model = config_of(source)
-    deltas = {step: stream(source, steps[step], classify) for step in order}
+    deltas = {step: stream(source, steps[step], classify, config.max_left_out) for step in order}
     names = [
         name
         for name in deltas[order[-1]].report.matched
@@ -92,6 +92,9 @@ def trajectory(
                     own.append(along(noise, config))
                 courses.append(own)
     rows = list(step_rows(order, courses, draws, places))
+    reports = {f"step {step}": its.report for step, its in deltas.items()}
+    unshared = list(unshared_rows(reports, set(names)))
+    rows += [StepRow(**vars(row), step=step) for step in order for row in unshared]
     for step, folder in (tables or {}).items():
         rows += [StepRow(**row, step=step) for row in aggregates(folder)]
     write_table(out, "trajectory", rows)

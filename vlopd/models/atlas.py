@@ -91,6 +91,17 @@ MODULES = (
         re.compile(r"(^|\.)(linear\w*|merging_layer|fc\d?|\d+|[^.]*proj(ection)?(_\w+)?)$"),
     ),
 )
+WRAPPERS = {
+    "_checkpoint_wrapped_module",  # activation checkpointing
+    "_fsdp_wrapped_module",
+    "_fpw_module",  # fairscale's FSDP
+    "_orig_mod",  # torch.compile
+    "_forward_module",  # Lightning Fabric
+    "_module",  # Opacus
+    "module",  # DataParallel, DDP, DeepSpeed
+    "base_layer",  # PEFT, around an adapted module
+}
+"""Parts of a name that training frameworks put anywhere into it; they say nothing of where a parameter sits."""
 LAYER = re.compile(r"(?:layers?|blocks|h|resblocks)\.(\d+)\.")
 
 CONV1D = ("gpt2",)
@@ -118,13 +129,21 @@ def classify(name: str) -> TensorName:
     >>> classify("model.language_model.layers.3.mlp.up_proj.weight")
     TensorName(name=..., component="language", layer=3, module="up")
     """
-    path = re.sub(r"\.(weight|bias)$", "", name)
-    component = next((label for label, pattern in COMPONENTS if pattern.search(name)), "other")
+    plain = unwrapped_name(name)
+    path = re.sub(r"\.(weight|bias)$", "", plain)
+    component = next((label for label, pattern in COMPONENTS if pattern.search(plain)), "other")
     module = next((label for label, pattern in MODULES if pattern.search(path)), "other")
     if component == "projector" and module in ("up", "down", "o"):
         module = "projection"  # its matrices are a stack, not a transformer's
-    layer = LAYER.search(name)
+    layer = LAYER.search(plain)
     return TensorName(name, component, int(layer.group(1)) if layer else None, module)
+
+
+def unwrapped_name(name: str) -> str:
+    """>>> unwrapped_name("model._orig_mod.layers.0.mlp.up_proj.base_layer.weight")
+    "model.layers.0.mlp.up_proj.weight"
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 @dataclass(frozen=True)
@@ -154,6 +173,12 @@ def parts(where: TensorName, shape: Sequence[int], config: PretrainedConfig) -> 
         and where.component == "language"
         and module not in ("position", "norm")
     )
+    if stacked and len(shape) == 3 and shape[1] != shape[2]:
+        width = getattr(
+            text, "hidden_size", None
+        )  # hub checkpoints of a family may have the other order
+        if width in shape[1:]:
+            transposed = (shape[1] == width) != (module == "down")
     out = len(shape) - 1 if transposed else int(stacked)  # the dimension of output features
     sizes: Mapping[str, int] = {module: shape[out]}
     if module == "qkv":

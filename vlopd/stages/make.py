@@ -126,7 +126,7 @@ def make_mask(run: RunFolder, config: ExperimentConfig, name: str, how: Making =
         named |= {other: read_mask(run, config, other) for other in rule.combines}
         folder = run.checkpoint(source)
         trained = folder if rule.reads is None else checkpoint_folder(run, config, rule.reads)
-        mask = masks.build_mask(rule, delta.stream(folder, trained, atlas.classify), named)
+        mask = masks.build_mask(rule, delta.stream_whole(folder, trained, atlas.classify), named)
         check_here(mask, run, source, f"masks.{name}")
         masks.save_mask(run.mask(name), mask, inputs, atlas.classify)
         run.checksums.write(f"masks/{name}", [run.mask(name), run.mask_record(name)])

@@ -191,7 +191,7 @@ def refuse_other_source(found: Mapping[str, str], ours: str, allow: bool) -> Non
 def deltas(run: RunFolder, config: ExperimentConfig, text: str) -> delta.Deltas:
     """What a named checkpoint changed from this run's source."""
     source = run.checkpoint(source_arm(config))
-    return delta.stream(source, checkpoint_folder(run, config, text), atlas.classify)
+    return delta.stream_whole(source, checkpoint_folder(run, config, text), atlas.classify)
 
 
 def scores_of(folder: Path) -> list[Path]:

@@ -1,0 +1,347 @@
+"""Layouts of one model's weights, and how a tensor of one is read from another.
+
+A mixture of experts is stored with a matrix an expert (the hub's layout) or with all experts in one tensor (as
+transformers 5 holds them); stacks are [experts, in, out] or [experts, out, in]; modules have older names. What
+transformers does when it loads a checkpoint says where in the model every stored tensor goes. Two checkpoints
+translate where both fill the same parameters by moving values alone: stacking, joining, cutting, transposing.
+Conversions that compute, or permute within a matrix, have no translation here.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from vlopd.models import families
+from vlopd.models.atlas import classify, parts
+
+Shape = tuple[int, ...]
+Region = tuple[tuple[int, int], ...]
+"""[start, stop) on every axis of a tensor."""
+SPLIT_NAMES = {"qkv": "qkv_proj", "gate_up": "gate_up_proj"}
+"""Fused modules whose parts other layouts store under q_proj, k_proj, v_proj; gate_proj, up_proj."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A region of one checkpoint's tensor `name` and the region that it fills elsewhere: `target[into] = name[of]`.
+
+    Axes of length 1 may lead in either; `transposed` says that the last two axes are swapped on the way.
+    """
+
+    name: str
+    of: Region
+    into: Region
+    transposed: bool = False
+
+
+Pieces = tuple[Piece, ...]
+
+
+class Untranslatable(Exception):
+    """A conversion that is not understood, or tensors that do not fill what they should."""
+
+
+def translated(
+    ours: Mapping[str, Shape],
+    our_config: PretrainedConfig,
+    theirs: Mapping[str, Shape],
+    their_config: PretrainedConfig,
+) -> dict[str, Pieces]:
+    """{tensor of ours: the pieces of theirs that hold the same weights}, for all that translate exactly and in full.
+
+    ours, theirs: shapes of two checkpoints' tensors by name.
+    """
+    places, there = placed(ours, our_config), placed(theirs, their_config)
+    places, there = unfused(places, there, our_config), unfused(there, places, their_config)
+    found: dict[str, list[Piece]] = {}
+    for parameter in places.keys() & there.keys():
+        for here in places[parameter]:
+            for other in there[parameter]:
+                shared = intersection(here.into, other.into)
+                if shared is not None:
+                    piece = Piece(
+                        other.name,
+                        origin(other, shared),
+                        origin(here, shared),
+                        here.transposed != other.transposed,
+                    )
+                    found.setdefault(here.name, []).append(piece)
+    used: dict[str, int] = {}
+    for pieces in found.values():
+        for piece in pieces:
+            used[piece.name] = used.get(piece.name, 0) + size(piece.of)
+    return {
+        name: tuple(pieces)
+        for name, pieces in sorted(found.items())
+        if sum(size(piece.into) for piece in pieces) == math.prod(ours[name])
+        and all(used[piece.name] == math.prod(theirs[piece.name]) for piece in pieces)
+    }
+
+
+def ties_head(config: PretrainedConfig) -> bool:
+    """Whether the configuration's model has one tensor for its head and its embedding; False where that is unknown."""
+    try:
+        model = on_meta(config)
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    except Exception:  # whatever a model's own code raises
+        return False
+    return head is not None and head.weight is embedding.weight
+
+
+# ------------------------------------------------------------------------------------ into the model
+
+
+def placed(shapes: Mapping[str, Shape], config: PretrainedConfig) -> dict[str, Pieces]:
+    """{parameter of the loaded model: what fills it} for a checkpoint's tensors, by name and shape.
+
+    Holds parameters that are filled in full; none for a model that transformers cannot build.
+    """
+    try:
+        model = on_meta(config)
+        transforms = get_model_conversion_mapping(model)
+    except Exception:  # whatever a model's own code raises: nothing is known of its layouts then
+        return {}
+    parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    patterns = {pattern: one for one in converters for pattern in one.source_patterns}
+    groups: dict[str, dict[str | None, list[str]]] = {}
+    for name in sorted(shapes, key=dot_natural_key):
+        parameter, pattern = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, parameters
+        )
+        if parameter not in parameters and name in parameters:
+            parameter, pattern = name, None
+        if parameter in parameters:
+            groups.setdefault(parameter, {}).setdefault(pattern, []).append(name)
+    found: dict[str, Pieces] = {}
+    for parameter, names in groups.items():
+        leaves = {
+            pattern: [Virtual.leaf(name, shapes[name]) for name in own]
+            for pattern, own in names.items()
+        }
+        try:
+            if None in leaves:
+                ((only,),) = leaves.values()
+                targets = {parameter: only}
+            else:
+                (converter,) = {id(patterns[p]): patterns[p] for p in names if p}.values()
+                targets = converted(converter, parameter, leaves, parameters)  # type: ignore[arg-type]
+        except (Untranslatable, ValueError):  # ValueError: not the one that was unpacked
+            continue
+        for target, virtual in targets.items():
+            if parameters.get(target) == virtual.shape and target not in found:
+                found[target] = virtual.pieces
+    return found
+
+
+def on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The configuration's model: names and shapes, no memory."""
+    model_class, _ = families.auto_classes(config)
+    with torch.device("meta"):
+        return model_class.from_config(copy.deepcopy(config))
+
+
+@dataclass(frozen=True)
+class Virtual:
+    """A tensor put together from stored ones, whose pieces say which region of which is where."""
+
+    shape: Shape
+    pieces: Pieces
+
+    @staticmethod
+    def leaf(name: str, shape: Sequence[int]) -> Virtual:
+        return Virtual(tuple(shape), (Piece(name, whole(shape), whole(shape)),))
+
+
+def converted(
+    converter: WeightConverter,
+    first: str,
+    values: Mapping[str, list[Virtual]],
+    parameters: Mapping[str, Shape],
+) -> dict[str, Virtual]:
+    """{parameter: its tensor} of one of transformers' conversions; raises Untranslatable for others than are known.
+
+    first: the first parameter that it fills. values: what is stored under each of its patterns, in order.
+    """
+    sources, targets = converter.source_patterns, converter.target_patterns
+    if set(values) != set(sources):
+        raise Untranslatable
+    for operation in converter.operations:
+        values = applied(operation, values, sources, targets, parameters[first])
+    found = {}
+    for pattern, (virtual,) in values.items():
+        found[first.replace(targets[0], pattern, 1)] = virtual
+    return found
+
+
+def applied(
+    operation: ConversionOps,
+    values: Mapping[str, list[Virtual]],
+    sources: Sequence[str],
+    targets: Sequence[str],
+    expected: Shape,
+) -> dict[str, list[Virtual]]:
+    """What one operation makes of the tensors under each pattern."""
+    if isinstance(operation, MergeModulelist) and operation.dim == 0:
+        stacks = {pattern: [stacked(own)] for pattern, own in values.items()}
+        return stacks if len(stacks) > 1 else {targets[0]: stacks.popitem()[1]}
+    if isinstance(operation, Concatenate) and operation.num_shards_attribute is None:
+        return {targets[0]: [joined([one for p in sources for one in values[p]], operation.dim)]}
+    ((only,),) = values.values()
+    if isinstance(operation, Chunk) and operation.num_shards_attribute is None:
+        return {
+            target: [part]
+            for target, part in zip(
+                targets, divided(only, len(targets), operation.dim), strict=True
+            )
+        }
+    if isinstance(operation, Transpose) and len(only.shape) > 1:
+        if {operation.dim0, operation.dim1} != {len(only.shape) - 2, len(only.shape) - 1}:
+            raise Untranslatable
+        as_is = operation.check_dims and only.shape == expected
+        return {targets[0]: [only if as_is else transposed(only)]}
+    raise Untranslatable
+
+
+def stacked(tensors: Sequence[Virtual]) -> Virtual:
+    """Along a new first axis, in the order of the number in their names, which counts from 0."""
+    names = [virtual.pieces[0].name.split(".") for virtual in tensors]
+    numbers = [own for own in zip(*names, strict=True) if len(set(own)) > 1]
+    if len(tensors) > 1 and numbers != [tuple(map(str, range(len(tensors))))]:
+        raise Untranslatable  # an expert is missing
+    if len({virtual.shape for virtual in tensors}) > 1:
+        raise Untranslatable
+    pieces = [
+        replace(piece, into=((i, i + 1), *piece.into))
+        for i, virtual in enumerate(tensors)
+        for piece in virtual.pieces
+    ]
+    return Virtual((len(tensors), *tensors[0].shape), tuple(pieces))
+
+
+def joined(tensors: Sequence[Virtual], axis: int) -> Virtual:
+    pieces, start, shape = [], 0, list(tensors[0].shape)
+    for virtual in tensors:
+        if len(virtual.shape) != len(shape):
+            raise Untranslatable
+        pieces += [replace(p, into=shifted(p.into, axis, start)) for p in virtual.pieces]
+        start += virtual.shape[axis]
+        shape[axis] = virtual.shape[axis]
+        if tuple(shape) != virtual.shape:
+            raise Untranslatable
+    shape[axis] = start
+    return Virtual(tuple(shape), tuple(pieces))
+
+
+def divided(tensor: Virtual, count: int, axis: int) -> Iterator[Virtual]:
+    """Equal parts along an axis."""
+    step, rest = divmod(tensor.shape[axis], count)
+    if rest:
+        raise Untranslatable
+    for i in range(count):
+        yield cut(tensor, axis, i * step, (i + 1) * step)
+
+
+def cut(tensor: Virtual, axis: int, start: int, stop: int) -> Virtual:
+    region = list(whole(tensor.shape))
+    region[axis] = (start, stop)
+    pieces = []
+    for piece in tensor.pieces:
+        shared = intersection(piece.into, tuple(region))
+        if shared is not None:
+            into = shifted(shared, axis, -start)
+            pieces.append(replace(piece, of=origin(piece, shared), into=into))
+    shape = list(tensor.shape)
+    shape[axis] = stop - start
+    return Virtual(tuple(shape), tuple(pieces))
+
+
+def transposed(tensor: Virtual) -> Virtual:
+    pieces = [
+        replace(piece, into=swapped(piece.into), transposed=not piece.transposed)
+        for piece in tensor.pieces
+    ]
+    return Virtual((*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2]), tuple(pieces))
+
+
+def unfused(
+    places: Mapping[str, Pieces], there: Mapping[str, Pieces], config: PretrainedConfig
+) -> dict[str, Pieces]:
+    """The same, with a fused q, k, v or gate, up as parts where the other model has them apart (Phi-3 as a Llama)."""
+    found: dict[str, Pieces] = {}
+    for parameter, pieces in places.items():
+        where = classify(parameter)
+        shape = tuple(
+            max(stop for _, stop in axis) for axis in zip(*(p.into for p in pieces), strict=True)
+        )
+        matrices = parts(where, shape, config) if where.module in SPLIT_NAMES else ()
+        names = [
+            parameter.replace(SPLIT_NAMES[where.module], f"{part.module}_proj") for part in matrices
+        ]
+        if len(set(names)) < 2 or not all(name in there for name in names):
+            found[parameter] = pieces
+            continue
+        for name, part in zip(names, matrices, strict=True):
+            rows = part.index[0]
+            assert isinstance(rows, slice)
+            found[name] = cut(Virtual(shape, pieces), 0, rows.start, rows.stop).pieces
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- regions
+
+
+def whole(shape: Sequence[int]) -> Region:
+    return tuple((0, n) for n in shape)
+
+
+def size(region: Region) -> int:
+    return math.prod(stop - start for start, stop in region)
+
+
+def swapped(region: Region) -> Region:
+    return (*region[:-2], region[-1], region[-2])
+
+
+def shifted(region: Region, axis: int, by: int) -> Region:
+    start, stop = region[axis]
+    return (*region[:axis], (start + by, stop + by), *region[axis + 1 :])
+
+
+def intersection(a: Region, b: Region) -> Region | None:
+    shared = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
+    return shared if all(start < stop for start, stop in shared) else None
+
+
+def origin(piece: Piece, region: Region) -> Region:
+    """The region of the piece's own tensor that goes into `region`, which lies within piece.into."""
+    offsets = [
+        (start - first, stop - first)
+        for (start, stop), (first, _) in zip(region, piece.into, strict=True)
+    ]
+    missing = len(piece.of) - len(offsets)
+    offsets = [(0, 1)] * missing + offsets[max(0, -missing) :]
+    own = swapped(tuple(offsets)) if piece.transposed else tuple(offsets)
+    return tuple(
+        (first + start, first + stop)
+        for (first, _), (start, stop) in zip(piece.of, own, strict=True)
+    )
