@@ -303,7 +303,19 @@ def save(
 
     `card` is the text of the model card. Tensor names are the model's own, so that masks, deltas and
     checkpoints share one naming.
+
+    Raises UserError, before anything is written, for a tensor whose values the precision it is stored in does not
+    hold.
     """
+    for name, _ in loaded.model.named_parameters():
+        tensor = (state or {}).get(name)
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            dtype, bad = str(tensor.dtype).removeprefix("torch."), int((~tensor.isfinite()).sum())
+            raise UserError(
+                f"{name}: {bad} of {tensor.numel()} values are not finite in {dtype}, which holds up to "
+                f"{torch.finfo(tensor.dtype).max:g}; nothing is written. Where the values themselves are sound, "
+                'precision.stored = "bf16" or "fp32" holds them'
+            )
     dtypes = {tensor.dtype for tensor in (state or loaded.model.state_dict()).values()}
     before = loaded.model.config.dtype
     loaded.model.config.dtype = next(iter(dtypes)) if len(dtypes) == 1 else torch.float32

@@ -197,8 +197,8 @@ def train_arm(
         keep,
         how.evaluate,
     )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+
+    def write() -> None:
         merged = trainable.merged(before)
         with whole_folder(run.checkpoint(name)) as checkpoint:
             text = card(config, name, describe(config, arm), inputs)
@@ -227,7 +227,8 @@ def train_arm(
             identity=identities(run, config, name, before, mask),
         )
         shutil.rmtree(folder / "state", ignore_errors=True)
-    accelerator.wait_for_everyone()
+
+    processes.main_process_alone(accelerator, write)
     return True
 
 
