@@ -96,6 +96,7 @@ def distill(
         trackers = open_trackers(config, folder, title) if main else []
         log = TrainingLog(folder, title, train.steps, start, main, trackers)
     refuse_other_starts(start, folder, accelerator)
+    reached = start > 0  # whether anything that trains has had a gradient
     with log:
         for note in config.notes:
             log.note(note)
@@ -123,6 +124,7 @@ def distill(
 
                 # 4. the update
                 norm = gather_gradients(trainable, config.optim.max_grad_norm, accelerator)
+                reached |= any(value.grad is not None for value in trainable.parameters())
                 group = rollout.completions_per_prompt
                 rows.append(summarise(step, loss, norm, batches, graded, group, accelerator))
                 refuse_not_finite(rows[-1], batches, graded, folder, title, accelerator)
@@ -145,7 +147,13 @@ def distill(
             keeps, saves = done in train.keep_steps, done % train.save_every == 0
             if keeps or saves or done == train.steps:
                 with processes.together(accelerator):
-                    refuse_broken(done, pair, batches[0], config, folder, title)
+                    refuse_broken(done, pair, batches[0], graded[0], config, folder, title)
+                    if done == train.steps and not reached:
+                        raise TrainingError(
+                            f"{title}: in {done} steps nothing that trains got a gradient, so this arm would be the "
+                            f"source; the data does not read {next(iter(trainable.slots))}, say: see train.freeze, "
+                            "the arm's mask and data.image"
+                        )
             row = rows[0]  # of the weights that wrote the completions
             with processes.together(accelerator):
                 log.step({**row, "learning_rate": rate, **clock.seconds(row["completion_tokens"])})
@@ -391,18 +399,20 @@ def refuse_broken(
     done: int,
     pair: ModelPair,
     batch: Batch,
+    tokens: TokenDivergence,
     config: ExperimentConfig,
     folder: Path,
     title: str,
 ) -> None:
-    """Raises TrainingError where the student, after `done` steps, gives a log-prob that is not finite.
+    """Raises TrainingError where the student, after `done` steps, gives a log-prob that is no longer finite.
 
-    Of the step's first micro-batch: what the next step's loss would find, for weights that are kept before there
-    is one.
+    Of the step's first micro-batch, whose `tokens` are known: what the next step's loss would find, for weights
+    that are kept before there is one.
     """
     mask, chunk = batch.completions.mask, config.loss.chunk_tokens
+    logprobs = pair.student_logprobs(batch.prompts, batch.completions, chunk)
     fine = torch.ones_like(mask)
-    fine[mask] = pair.student_logprobs(batch.prompts, batch.completions, chunk).isfinite()
+    fine[mask] = logprobs.isfinite() | ~tokens.student_logprobs.isfinite()
     bad = [e.id for e, ok in zip(batch.examples, fine.all(1).tolist(), strict=True) if not ok]
     if bad:
         raise TrainingError(

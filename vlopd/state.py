@@ -39,7 +39,7 @@ def save_state(
                 plain.setdefault(name, {})[key] = value
     for k, (average, _) in enumerate(averages):
         tensors |= {f"average-{k}/{n}": values for n, values in average.state().items()}
-    tensors = {label: tensor.detach().cpu().contiguous() for label, tensor in tensors.items()}
+    tensors = {label: tensor.contiguous() for label, tensor in tensors.items()}
     about = {"step": str(step), "identity": identity, "optimizer": json.dumps(plain)}
     about["digest"] = digest(about, tensors)
     with whole_file(folder / "state.safetensors") as temporary:
@@ -50,7 +50,7 @@ def digest(about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """A sha256 over all that a state says: its header's entries, and every tensor's name, shape and bits."""
     total = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
     for label in sorted(tensors):
-        tensor = tensors[label]
+        tensor = tensors[label].detach().cpu()
         total.update(f"{label} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         total.update(tensor.reshape(-1).view(uint8).numpy().data)
     return total.hexdigest()
