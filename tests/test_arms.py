@@ -9,10 +9,11 @@ import sys
 import pytest
 import torch
 
+from tests.conftest import build
 from tests.test_pipeline import vlopd
 from vlopd import stages
 from vlopd.checkpoint import RunError, RunFolder, digest_checkpoint, read_json
-from vlopd.config import ConfigError, ExperimentConfig, load_config
+from vlopd.config import ConfigError, ExperimentConfig, UserError, load_config
 from vlopd.delta import stream
 from vlopd.masks import load_mask, save_mask
 from vlopd.models.atlas import classify
@@ -478,3 +479,35 @@ def test_what_a_killed_job_left_is_swept_when_nobody_else_is_there(tmp_path):
         RunFolder.create(
             tmp_path, experiment(train={"steps": 5, "prompts_per_step": 4, "keep_steps": [2]})
         )
+
+
+def test_what_the_stored_precision_does_not_hold_is_refused(kind, make_config, tmp_path):
+    """With a student stored in fp16, trained or extrapolated values beyond 65,504 are refused by their tensor; no
+    checkpoint, kept step or record is written, and the training state stays."""
+    student = build(kind, "student", tmp_path / "fp16", torch.float16)
+    sections = {
+        "student": str(student),
+        "train": {"steps": 2, "prompts_per_step": 2, "save_every": 1},
+        "arms": {
+            "base": {"type": "source"},
+            "full": {"type": "distill"},
+            "far": {"type": "distill", "optim": {"learning_rate": 1e5}},
+            "kept": {
+                "type": "distill",
+                "optim": {"learning_rate": 1e5},
+                "train": {"keep_steps": [1]},
+            },
+            "further": {"type": "extrapolate", "of": "full", "factor": 1e9},
+        },
+    }
+    config = make_config(kind, **sections)
+    run = RunFolder.create(tmp_path / "run", config)
+    assert stages.make_arm(run, config, "full")
+    for arm in ("far", "kept", "further"):
+        message = r"weight: \d+ of \d+ values are not finite in float16, which holds up to 65504"
+        with pytest.raises(UserError, match=message):
+            stages.make_arm(run, config, arm)
+        left = {path.name for path in run.arm(arm).rglob("*")} if run.arm(arm).exists() else set()
+        assert not left & {"checkpoint", "record.json", "step-1", "model.safetensors"}, left
+        assert not any(name.startswith(".unfinished") for name in left)
+        assert ("state.safetensors" in left) == (arm == "far")

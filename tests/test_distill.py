@@ -13,9 +13,11 @@ from vlopd.checkpoint import RunError
 from vlopd.config import ConfigError, DistillArm
 from vlopd.data import open_data, pick
 from vlopd.distill import Stopwatch, TrainingError, backward, distill
+from vlopd.log import TrainingLog, open_trackers
 from vlopd.models.atlas import classify
 from vlopd.sources import collect
 from vlopd.trainable import Trainable
+from vlopd.types import Example
 
 ARM = DistillArm(seed=1)
 
@@ -175,13 +177,15 @@ def test_a_resumed_run_is_bit_exact(kind, how, optimizer, make_pair, make_config
         }
 
 
-def test_an_averaged_teacher_follows_the_student(kind, make_pair, make_config, tmp_path):
-    """After two steps the teacher's trained coordinates are d^2 w0 + d (1 - d) w1 + (1 - d) w2; a fixed one stays."""
+@pytest.mark.parametrize("updates", [1, 2])
+def test_an_averaged_teacher_follows_the_student(updates, kind, make_pair, make_config, tmp_path):
+    """After two steps the teacher's trained coordinates are d^2 w0 + d (1 - d) w1 + (1 - d) w2, however many
+    updates a step makes; a fixed one stays."""
     context = {"type": "template", "template": "{{ answer }} {{ question }}"}
     after = {}
     for steps in (1, 2):  # the same examples in the same order
         sections = {
-            "train": {"steps": steps, "prompts_per_step": 2},
+            "train": {"steps": steps, "prompts_per_step": 2, "updates_per_rollout": updates},
             "teacher": {"model": "student", "ema": 0.9, "context": context},
         }
         pair, config = make_pair(kind, **sections), make_config(kind, **sections)
@@ -212,6 +216,20 @@ def test_frozen_components_do_not_move(make_pair, make_config, tmp_path):
     assert components == {"projector", "language", "head"}
     with pytest.raises(ConfigError, match=r"freeze 'vision'.*language"):
         run(make_pair("llm"), config, tmp_path / "llm")
+
+
+def test_an_arm_that_nothing_trains_is_refused(make_pair, make_config, tmp_path):
+    """Where the tower alone trains and no row has a picture, the arm would be the source: refused, with the cause."""
+    freeze = ["projector", "language", "embedding", "head"]
+    config = make_config("vlm", train={"steps": 2, "prompts_per_step": 2, "freeze": freeze})
+    rows = [
+        replace(Example.ask(e.id, e.question, answer=e.answer), fields=e.fields)
+        for e in open_data(config, 4, 1)
+    ]
+    with pytest.raises(
+        TrainingError, match=r"in 2 steps nothing that trains got a gradient.*vision"
+    ):
+        distill(make_pair("vlm"), rows, config, ARM, tmp_path, "test")
 
 
 def test_damaged_or_foreign_state_is_refused(make_pair, make_config, tmp_path):
@@ -339,6 +357,239 @@ def test_updates_on_the_same_completions(kind, make_pair, make_config, tmp_path)
         torch.testing.assert_close(got, expected[name], rtol=1e-6, atol=1e-7)
 
 
+TEMPLATE = {"type": "template", "template": "{{ answer }} {{ question }}"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "teacher"),
+    [
+        ("llm", "fixed"),
+        ("vlm", "fixed"),
+        ("llm", "averaged"),
+        ("vlm", "averaged"),
+        ("vlm", "mixed"),
+        ("llm", "routed"),
+    ],
+)
+def test_teachers_grade_a_rollout_once(
+    teacher, kind, make_pair, make_config, folders, tmp_path, monkeypatch
+):
+    """Of 2 steps in 2 micro-batches with 3 updates each, teachers read the completions 4 times, not 12; the updates
+    move the weights by the bits that grading each time anew would."""
+    own = str(folders[kind, "teacher"])
+    sections = {
+        "train": {
+            "steps": 2,
+            "prompts_per_step": 3,
+            "updates_per_rollout": 3,
+            "micro_batch": 2,
+        },
+        "optim": {"learning_rate": 1e-2, "schedule": "linear", "warmup_steps": 1},
+        "teacher": {
+            "fixed": own,
+            "averaged": {"model": "student", "ema": 0.5, "context": TEMPLATE},
+            "mixed": {"type": "mixed", "teachers": {"a": own, "b": own}},
+            "routed": {"type": "routed", "field": "kind", "teachers": {"count": own, "where": own}},
+        }[teacher],
+    }
+    if teacher == "routed":
+        config = make_config(kind, **sections)
+        names = {str(e.fields["kind"]) for e in pick(open_data(config, 6, 1), 0, 6, 1)}
+        sections["teacher"]["teachers"] = dict.fromkeys(sorted(names), own)
+    config = make_config(kind, **sections)
+    ends, reads = [], []
+    for anew in (False, True):
+        pair = make_pair(kind, **sections)
+        calls = []
+        for each in pair.teachers:
+            body = each.loaded.model.model
+            body.register_forward_hook(lambda module, inputs, output, calls=calls: calls.append(1))
+        if anew:
+            monkeypatch.setattr("vlopd.distill.backward", lambda *words: backward(*words[:5]))
+        run(pair, config, tmp_path / str(anew))
+        ends.append(weights(pair))
+        reads.append(len(calls))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert reads[1] == 3 * reads[0]
+    if teacher in ("fixed", "averaged"):
+        assert reads[0] == 4
+
+
+def logs(folder):
+    """All that training writes beside the weights, without times."""
+    found = {}
+    for name in ("metrics", "samples", "optimizer", "heldout"):
+        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        found[name] = [{k: v for k, v in r.items() if "second" not in k} for r in rows]
+    found["pictures"] = {p.name: p.read_bytes() for p in folder.glob("samples/*")}
+    return found
+
+
+MOMENTS = [
+    ("collect", 1, "before"),  # the source is scored, nothing is trained
+    ("look_at_held_out", 3, "after"),  # step 2 is scored, its state not yet saved
+    ("save_state", 1, "before"),
+    ("save_state", 1, "after"),
+    ("look_at_held_out", 6, "after"),  # the last step, of which no state is saved
+]
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=lambda m: "-".join(map(str, m)))
+def test_what_grows_has_each_step_once_after_kills(
+    moment, make_pair, make_config, tmp_path, monkeypatch
+):
+    """Killed twice at a moment, the second time with lines half written, a run ends with the files of one that was
+    not: held-out scores, metrics, samples and their pictures, evidence, kept steps, updates included."""
+    name, nth, when = moment
+    kind = "vlm" if name == "save_state" else "llm"
+    train = {"steps": 5, "prompts_per_step": 2, "save_every": 2, "sample_every": 1}
+    train |= {"evidence_every": 1, "keep_steps": [2, 3], "updates_per_rollout": 2}
+    sections = {"train": train, "rollout": {"max_new_tokens": 3}}
+    sections["eval"] = {"during": {"every": 1, "tasks": ["shapes_text_validation"]}}
+    config = make_config(kind, **sections)
+
+    def score(student):
+        sums = [float(p.detach().double().sum()) for p in student.model.parameters()]
+        return {"first": {"sum": sum(sums)}, "second": {"largest": max(sums), "none": float("nan")}}
+
+    def train_into(folder):
+        kept = {}
+
+        def keep(step, trainable):
+            kept[step] = {name: x.clone() for name, x in trainable.state().items()}
+
+        pair = make_pair(kind, **sections)
+        data = open_data(config, 10, ARM.seed)
+        distill(pair, data, config, ARM, folder, "test", keep=keep, evaluate=score)
+        return weights(pair), kept
+
+    class Killed(BaseException):
+        pass
+
+    import vlopd.distill as module
+
+    whole, kept = train_into(tmp_path / "whole")
+    original, calls = getattr(module, name), []
+
+    def kill(*words):
+        calls.append(1)
+        if len(calls) == nth and when == "before":
+            raise Killed
+        result = original(*words)
+        if len(calls) == nth:
+            raise Killed
+        return result
+
+    cut, killed = tmp_path / "cut", 0
+    monkeypatch.setattr(module, name, kill)
+    for _ in range(2):
+        try:
+            train_into(cut)
+        except Killed:
+            killed += 1
+        calls.clear()
+    monkeypatch.undo()
+    assert killed >= 1  # from a late state there may be fewer calls to come
+    for each in cut.glob("*.jsonl"):
+        with each.open("a") as file:
+            file.write('{"step": 1, "tas')
+    resumed, kept_later = train_into(cut)
+    assert all(torch.equal(whole[n], resumed[n]) for n in whole)
+    for step, values in kept_later.items():
+        assert all(torch.equal(values[n], kept[step][n]) for n in values)
+    assert logs(cut) == logs(tmp_path / "whole")
+    scored = [(row["step"], row["task"]) for row in logs(cut)["heldout"]]
+    assert scored == [(step, task) for step in range(6) for task in ("first", "second")]
+    assert logs(cut)["heldout"][1]["none"] is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "optim", "steps", "message"),
+    [
+        (
+            "llm",
+            {"learning_rate": 1e38},
+            1,
+            r"at learning rate 1e\+38, left \d+ of \d+ .*values of ",
+        ),
+        ("vlm", {"learning_rate": 1e38}, 2, r"update of step 0, .* left \d+ of \d+ .*values of "),
+        (
+            "vlm",
+            {"learning_rate": 1e30},
+            1,
+            "after 1 steps the student's log-probs of shapes-train-1-",
+        ),
+        ("llm", {"type": "rmsprop", "learning_rate": 1e38}, 1, "left .* of .* in the values of"),
+        ("vlm", {"type": "sgd", "learning_rate": 1e37}, 1, "after 1 steps"),
+        ("llm", {"type": "lion", "learning_rate": 1e30}, 1, "after 1 steps"),
+        ("vlm", {"type": "muon", "learning_rate": 1e38}, 1, "step 0"),
+    ],
+)
+def test_the_last_update_is_checked_as_the_others_are(
+    kind, optim, steps, message, make_pair, make_config, tmp_path
+):
+    """Values that the last update leaves infinite, or so large that the student says nothing finite, are refused by
+    the step and the parameter or the example; no later state, score or kept step is written."""
+    train = {"prompts_per_step": 2, "save_every": 1, "keep_steps": [1]}
+    config = make_config(kind, train={**train, "steps": steps}, optim=optim)
+    pair, data = make_pair(kind), open_data(config, 4, 1)
+    kept = []
+    with pytest.raises(TrainingError, match=message):
+        distill(
+            pair,
+            data,
+            config,
+            ARM,
+            tmp_path,
+            "test",
+            keep=lambda step, trainable: kept.append(step),
+        )
+    assert not kept
+    assert not (tmp_path / "state").exists()
+    assert metrics(tmp_path) == []
+
+
+def test_a_moment_that_overflows_is_named(make_pair, make_config, tmp_path):
+    """A second moment that is infinite, whose coordinate would never move again, is refused by its name."""
+    from vlopd.distill import refuse_overflow
+    from vlopd.optimizers import build_optimizer
+
+    pair, config = make_pair("llm"), make_config("llm")
+    trainable = Trainable(pair.student.model)
+    optimizer = build_optimizer(config.optim, trainable)
+    for value in trainable.parameters():
+        value.grad = torch.ones_like(value)
+    name, slot = list(trainable.slots.items())[3]
+    slot.values.grad.view(-1)[7] = 1e25
+    before = slot.values.detach().clone()
+    optimizer.step(1e-3)
+    assert bool(slot.values.isfinite().all())
+    after = slot.values.detach().view(-1)
+    assert float(after[7]) == float(before.view(-1)[7])  # it did not move, silently
+    with pytest.raises(
+        TrainingError, match=rf"1 of {before.numel()} numbers in exp_avg_sq of {name}"
+    ):
+        refuse_overflow(0, 1e-3, trainable, optimizer, tmp_path, "test")
+
+
+def test_a_single_bit_of_a_state_is_noticed(make_pair, make_config, tmp_path):
+    """A bit that flips anywhere in a state, header or tensors, is one line that names the file."""
+    config = make_config("llm", train={"steps": 2, "prompts_per_step": 2, "save_every": 1})
+    run(make_pair("llm"), config, tmp_path)
+    path = tmp_path / "state" / "state.safetensors"
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    step = whole.index(b'"step":"2"') + 8
+    places = [0, 3, 9, step, header - 3, header, header + 1001, len(whole) // 2, len(whole) - 1]
+    places += [whole.index(b'"optimizer":"') + 14, whole.index(b'"digest":"') + 12]
+    for place in places:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        path.write_bytes(flipped)
+        with pytest.raises(RunError, match=r"state\.safetensors is damaged"):
+            run(make_pair("llm"), config, tmp_path)
+
+
 def test_curves_go_to_tensorboard(make_pair, make_config, tmp_path):
     """With tracking.trackers the numbers of metrics.jsonl are in the tracker's own files; an absent one is named."""
     pytest.importorskip("tensorboard")
@@ -350,6 +601,15 @@ def test_curves_go_to_tensorboard(make_pair, make_config, tmp_path):
     events = EventAccumulator(str(folder)).Reload()
     told = [round(event.value, 5) for event in events.Scalars("kl")]
     assert told == [pytest.approx(row["kl"], rel=1e-4) for row in metrics(tmp_path)]
+    # gone on with from step 2, as after a kill: each step is there once still
+    before = {e.step: e.value for e in events.Scalars("kl")}
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f"{json.dumps(row)}\n" for row in metrics(tmp_path)[:2])
+    )
+    with TrainingLog(tmp_path, "test", 4, 2, True, open_trackers(config, tmp_path, "test")) as log:
+        log.track(2, {"kl": 7.0})
+    again = {e.step: e.value for e in EventAccumulator(str(folder)).Reload().Scalars("kl")}
+    assert again == {0: before[0], 1: before[1], 2: 7.0}
     with pytest.raises(ConfigError, match="names 'wandb', which is not installed: pip install"):
         run(
             make_pair("llm"),

@@ -268,6 +268,20 @@ def test_an_empty_intersection_says_nothing(tail):
     assert float(student.grad.abs().max()) < 1e-6
 
 
+@by_divergence
+@pytest.mark.parametrize("tail", TAILS)
+def test_banned_tokens_are_in_no_support(name, tail):
+    """Which of a model's banned tokens a top-k would take is chance, so none are: with k beyond its tokens, the
+    support is those it has, wherever in the vocabulary they stand."""
+    student, teacher = hostile()["student has three tokens"]
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    values = [
+        token_divergence(make(name, f"student_top_k {tail}"), x, y).loss
+        for x, y in ((student, teacher), (student[:, order], teacher[:, order]))
+    ]
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("end", [0, 1])
 def test_the_normalised_jsd_is_continuous_at_its_ends(end):
     """It tends to the forward KL as beta -> 0 and to the reverse KL as beta -> 1; the usual form to 0."""
@@ -297,6 +311,117 @@ def test_the_normalised_jsd_is_as_steep_for_every_beta():
     for beta in (0, 0.01, 0.3, 0.5, 0.9, 1):
         got = token_divergence(JSD(beta=beta, normalised=True), student, teacher).loss
         torch.testing.assert_close(got, expected, rtol=0.1, atol=0)
+
+
+def hostile(n: int = 1, size: int = 24) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Logits [n, size] of student and teacher as bans and narrow floats make them."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(n, size), torch.randn(n, size)
+
+    def ban(logits: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        return logits.scatter(1, columns, -INF)
+
+    lower, upper = torch.arange(size).expand(n, size).split(size // 2, 1)
+    all_but_three = torch.arange(3, size).expand(n, -1)
+    opposite = 1e4 * student.sign()
+    return {
+        "teacher bans the student's likeliest": (student, ban(teacher, student.topk(8).indices)),
+        "and half of them": (student, ban(teacher, student.topk(4).indices)),
+        "student bans the teacher's likeliest": (ban(student, teacher.topk(8).indices), teacher),
+        "student has three tokens": (ban(student, all_but_three), teacher),
+        "teacher has three tokens": (student, ban(teacher, all_but_three)),
+        "no token in common": (ban(student, lower), ban(teacher, upper)),
+        "far apart": (student + opposite, teacher - opposite),
+        "fp16": ((2e4 * student).clamp(-65504, 65504).half(), (2e4 * teacher).half()),
+        "bf16": ((1e4 * student).bfloat16(), (1e4 * teacher).bfloat16()),
+    }
+
+
+def from_logs(loss, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The loss of one token from both models' logits [V] in float64, from logarithms throughout: of banned tokens
+    nothing is computed, and a model that bans all of a renormalised support makes the loss 0."""
+    q = (x.double() / loss.student_temperature).log_softmax(0)
+    p = (y.double() / loss.teacher_temperature).log_softmax(0)
+    support = loss.support
+    if support.type != "full":
+        ours, theirs = (
+            {v for v in sorted(range(len(a)), key=lambda v: -a[v])[: support.k] if a[v] > -INF}
+            for a in (x.detach(), y)
+        )
+        inside = {
+            "teacher_top_k": theirs,
+            "student_top_k": ours,
+            "union": ours | theirs,
+            "intersection": ours & theirs,
+        }[support.type]
+        outside = sorted(set(range(len(x))) - inside)
+        kept = [a[sorted(inside)] for a in (q, p)]
+        if support.tail == "renormalise":
+            if any(not bool((a > -INF).any()) for a in kept):
+                return 0.0 * q[q > -INF].sum()
+            kept = [a - a[a > -INF].logsumexp(0) for a in kept]
+        elif support.tail == "bucket":
+            tails = [a[outside][a[outside] > -INF] for a in (q, p)]
+            tails = [a.logsumexp(0) if len(a) else torch.tensor(-INF).double() for a in tails]
+            kept = [torch.cat([a, tail[None]]) for a, tail in zip(kept, tails, strict=True)]
+        q, p = kept
+    either = (q > -INF) | (p > -INF)
+    q, p = q[either], p[either]
+
+    def kl(a, b):
+        there = a.exp() > 0
+        return (a[there].exp() * (a[there] - b[there])).sum()
+
+    def mixed(share):  # log(share p + (1 - share) q)
+        ours, theirs = torch.tensor([1 - share, share], dtype=torch.float64).log()
+        return torch.logaddexp(theirs + p, ours + q)
+
+    if loss.type == "jsd":
+        beta = loss.beta
+        if beta in (0, 1):
+            a, b = (q, p) if beta else (p, q)
+            return kl(a, b) + b.exp().sum() - a.exp().sum()
+        usual = beta * kl(p, mixed(beta)) + (1 - beta) * kl(q, mixed(beta))
+        return usual / (beta * (1 - beta)) if loss.normalised else usual
+    if loss.type == "skew_reverse_kl":
+        return kl(q, mixed(1 - loss.alpha))
+    if loss.type == "skew_forward_kl":
+        return kl(p, mixed(loss.alpha))
+    return kl(q, p) if loss.type == "reverse_kl" else kl(p, q)
+
+
+@by_divergence
+@by_support
+def test_bans_and_extremes_give_a_number_or_infinity(name, support):
+    """Where models ban tokens or are 1e4 nats apart, in fp32, fp16 or bf16, the loss is the float64 one: infinite
+    where a KL says so, 0 where one model bans all of a renormalised support, never NaN. Where it is finite so is
+    its gradient, which is the float64 one."""
+    for what, (student, teacher) in hostile().items():
+        for k in (8, 24) if "three" in what else (8,):
+            loss = make(name, support)
+            if support != "full":
+                loss = loss.model_copy(update={"support": loss.support.model_copy(update={"k": k})})
+            leaf, wide = student.clone().requires_grad_(), student.double().requires_grad_()
+            value = token_divergence(loss, leaf, teacher).loss
+            expected = torch.stack(
+                [from_logs(loss, x, y) for x, y in zip(wide, teacher, strict=True)]
+            )
+            finite = expected.detach().isfinite()
+            assert not bool(expected.detach().isnan().any()), what
+            largest = max(float(x[x.isfinite()].abs().max()) for x in (student, teacher))
+            rounding = 4 * 2**-24 * max(1.0, largest)
+            torch.testing.assert_close(
+                value.detach().double(), expected.detach(), rtol=1e-5, atol=rounding
+            )
+            if not bool(finite.any()):
+                continue
+            value[finite].sum().backward()
+            expected[finite].sum().backward()
+            got, want = leaf.grad[finite].double(), wide.grad[finite]
+            precision = 1e-5 if student.dtype == torch.float32 else 0.01  # that of leaf.grad
+            bound = precision * want.abs().amax(-1) + rounding
+            assert bool(((got - want).abs().amax(-1) <= bound).all()), (what, k)
+            assert bool(leaf.grad.isfinite().all()), (what, k)
 
 
 @by_divergence
@@ -485,6 +610,30 @@ def test_a_rewards_policy_gradient_is_mixed_in_by_its_share(name, alpha, clip):
     value.sum().backward()
     torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(narrow.grad.double(), wide.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd 0.5", "nll", "k1", "k2", "k3"])
+def test_what_a_teacher_bans_is_not_looked_at_without_its_share(name):
+    """Of a token that the teacher bans, the estimators are infinite, nll is not; with a reward alone (alpha = 0)
+    every loss is the policy gradient, finite in value and gradient."""
+    student, teacher = logits("random", 5)
+    columns = torch.arange(5)
+    teacher[columns, columns] = -INF
+    old = student.log_softmax(-1)[columns, columns]
+    sampled = Sampled(columns, old, torch.tensor([1.0, -1.0, 0.0, 2.0, -0.5]))
+    leaf = student.clone().requires_grad_()
+    rewarded = token_divergence(
+        make(name), leaf, teacher, sampled, RewardConfig(rule="exact_match")
+    )
+    torch.testing.assert_close(rewarded.loss.detach(), -sampled.advantages)
+    rewarded.loss.sum().backward()
+    assert bool(leaf.grad.isfinite().all())
+    assert float(leaf.grad.abs().max()) > 0.1
+    if name in ("k1", "k2", "k3"):
+        assert bool((token_divergence(make(name), student, teacher, sampled).loss == INF).all())
+    if name == "nll":
+        plain = token_divergence(make(name), student, teacher, sampled).loss
+        torch.testing.assert_close(plain, -old)
 
 
 def test_a_rewards_gradient_climbs_the_expected_reward():

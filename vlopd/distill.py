@@ -28,17 +28,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlopd import processes
-from vlopd.checkpoint import whole_folder
+from vlopd.checkpoint import RunError, whole_folder
 from vlopd.config import ConfigError, DistillArm, ExperimentConfig, UserError
 from vlopd.data import pick
 from vlopd.diagnostics import finite, summarise
-from vlopd.evidence import Look
+from vlopd.evidence import MOMENTS, Look
 from vlopd.log import TrainingLog, open_trackers
 from vlopd.losses import TokenDivergence, token_weights
 from vlopd.models import atlas
 from vlopd.models.load import LoadedModel
-from vlopd.optimizers import build_optimizer, learning_rate
-from vlopd.pair import ModelPair
+from vlopd.optimizers import Optimizers, build_optimizer, learning_rate
+from vlopd.pair import Graded, ModelPair
 from vlopd.sources import Batch, collect
 from vlopd.state import Averages, resume, save_state
 from vlopd.stored import unrounded
@@ -47,6 +47,9 @@ from vlopd.types import Example
 
 Evaluate = Callable[[LoadedModel], Mapping[str, Mapping[str, float]]]
 """Scores a model on the held-out questions of eval.during: {task: {metric: mean}}."""
+
+Grades = dict[int, list[Graded]]
+"""What the teachers make of a step's micro-batches, by their place."""
 
 
 class TrainingError(UserError):
@@ -75,67 +78,93 @@ def distill(
     decides the result) is gone on from. `projections` are of the gradients, by parameter; `keep` gets the number
     of each of train.keep_steps. `evaluate` only looks: no later number of the training depends on it.
 
-    Raises TrainingError when the loss, a gradient or a log-prob is not finite.
+    Raises TrainingError when the loss, a gradient, a log-prob or an updated value is not finite. Of several
+    processes all raise where one does.
     """
     accelerator = accelerator or processes.accelerator()
     train, rollout = config.train, config.rollout
-    atlas.freeze(pair.student.model, train.freeze)
-    with unrounded(pair.student) as stored:
-        trainable = Trainable(pair.student.model, mask, projections, stored=stored)
-    if trainable.count == 0:
-        return trainable  # an empty mask trains nothing: the source, as it is
-    optimizer = build_optimizer(config.optim, trainable)
-    averages = follow_student(pair, mask)
-    start = resume(folder / "state", trainable, optimizer, averages, identity)
-    share = split_evenly(train.prompts_per_step, accelerator)
-    pair.check_teachers_prompt(pick(data, 0, 1, arm.seed))
     main = accelerator.is_main_process
-    trackers = open_trackers(config, folder, title) if main else []
-    with TrainingLog(folder, title, train.steps, start, main, trackers) as log:
+    with processes.together(accelerator):
+        atlas.freeze(pair.student.model, train.freeze)
+        with unrounded(pair.student) as stored:
+            trainable = Trainable(pair.student.model, mask, projections, stored=stored)
+        if trainable.count == 0:
+            return trainable  # an empty mask trains nothing: the source, as it is
+        optimizer = build_optimizer(config.optim, trainable)
+        averages = follow_student(pair, mask)
+        start = resume(folder / "state", trainable, optimizer, averages, identity)
+        share = split_evenly(train.prompts_per_step, accelerator)
+        pair.check_teachers_prompt(pick(data, 0, 1, arm.seed))
+        trackers = open_trackers(config, folder, title) if main else []
+        log = TrainingLog(folder, title, train.steps, start, main, trackers)
+    refuse_other_starts(start, folder, accelerator)
+    reached = start > 0  # whether anything that trains has had a gradient
+    with log:
         for note in config.notes:
             log.note(note)
         if start == 0:
             look_at_held_out(config, 0, pair, log, accelerator, evaluate)
         for step in range(start, train.steps):
             clock = Stopwatch()
-            examples = pick(data, step * train.prompts_per_step + share.start, len(share), arm.seed)
-            rate = learning_rate(config.optim, step, train.steps)
-            clock.lap("data")
+            with processes.together(accelerator):
+                examples = pick(
+                    data, step * train.prompts_per_step + share.start, len(share), arm.seed
+                )
+                rate = learning_rate(config.optim, step, train.steps)
+                clock.lap("data")
 
-            # 1. the student samples (or whoever else writes)
-            batches = collect(pair, config, examples, share, arm.seed, step)
-            clock.lap("rollout")
+                # 1. the student samples (or whoever else writes)
+                batches = collect(pair, config, examples, share, arm.seed, step)
+                clock.lap("rollout")
 
             rows: list[dict[str, Any]] = []
+            grades: Grades | None = {} if train.updates_per_rollout > 1 else None
             for _ in range(train.updates_per_rollout):
                 # 2. and 3. the teacher grades, the student learns
                 trainable.zero_grad()
-                loss, graded = backward(pair, config, batches, accelerator, clock)
+                loss, graded = backward(pair, config, batches, accelerator, clock, grades)
 
                 # 4. the update
                 norm = gather_gradients(trainable, config.optim.max_grad_norm, accelerator)
+                reached |= any(value.grad is not None for value in trainable.parameters())
                 group = rollout.completions_per_prompt
                 rows.append(summarise(step, loss, norm, batches, graded, group, accelerator))
                 refuse_not_finite(rows[-1], batches, graded, folder, title, accelerator)
-                if len(rows) == 1 and step % train.sample_every == 0:
-                    log_samples(log, step, pair, batches[0], graded[0], group)
-                is_due = train.evidence_every and step % train.evidence_every == 0
-                look = Look(trainable) if is_due and len(rows) == 1 else None
-                optimizer.step(rate)
-                if look is not None:
-                    log.append("optimizer.jsonl", look.rows(step, trainable, optimizer))
-                trainable.write_back()
-                for average, decay in averages:
-                    average.move_towards(trainable, 1.0 - decay)
-                clock.lap("update")
+                with processes.together(accelerator):
+                    if len(rows) == 1 and step % train.sample_every == 0:
+                        log_samples(log, step, pair, batches[0], graded[0], group)
+                    is_due = train.evidence_every and step % train.evidence_every == 0
+                    look = Look(trainable) if is_due and len(rows) == 1 else None
+                    optimizer.step(rate)
+                    refuse_overflow(step, rate, trainable, optimizer, folder, title)
+                    if look is not None:
+                        log.append("optimizer.jsonl", look.rows(step, trainable, optimizer))
+                    trainable.write_back()
+                    clock.lap("update")
+            for average, decay in averages:
+                average.move_towards(trainable, 1.0 - decay)
+            clock.lap("update")
 
+            done = step + 1
+            keeps, saves = done in train.keep_steps, done % train.save_every == 0
+            if keeps or saves or done == train.steps:
+                with processes.together(accelerator):
+                    refuse_broken(done, pair, batches[0], graded[0], config, folder, title)
+                    if done == train.steps and not reached:
+                        raise TrainingError(
+                            f"{title}: in {done} steps nothing that trains got a gradient, so this arm would be the "
+                            f"source; the data does not read {next(iter(trainable.slots))}, say: see train.freeze, "
+                            "the arm's mask and data.image"
+                        )
             row = rows[0]  # of the weights that wrote the completions
-            log.step({**row, "learning_rate": rate, **clock.seconds(row["completion_tokens"])})
-            look_at_held_out(config, step + 1, pair, log, accelerator, evaluate)
-            if keep and step + 1 in train.keep_steps and main:
-                keep(step + 1, trainable)
-            if (step + 1) % train.save_every == 0 and main:
-                save_state(folder / "state", step + 1, trainable, optimizer, averages, identity)
+            with processes.together(accelerator):
+                log.step({**row, "learning_rate": rate, **clock.seconds(row["completion_tokens"])})
+            look_at_held_out(config, done, pair, log, accelerator, evaluate)
+            with processes.together(accelerator):
+                if keep and keeps and main:
+                    keep(done, trainable)
+                if saves and main:
+                    save_state(folder / "state", done, trainable, optimizer, averages, identity)
     return trainable
 
 
@@ -145,40 +174,55 @@ def backward(
     batches: Sequence[Batch],
     accelerator: Accelerator,
     clock: Stopwatch,
+    grades: Grades | None = None,
 ) -> tuple[float, list[TokenDivergence]]:
     """Adds up the gradient of the step's loss over this process's micro-batches.
 
+    `grades` keeps what the teachers make of each from one update to the next: within a step they do not move.
     Returns this process's part of the loss, and what is known of every token, micro-batch by micro-batch.
     """
     n_tokens, n_completions = count(batches, accelerator)
     longest = config.rollout.max_new_tokens
     graded: list[TokenDivergence] = []
     loss = 0.0
-    for batch in batches:
-        completions = batch.completions
-        theirs = pair.grade(batch.examples, completions)
-        clock.lap("teacher")
-        tokens = pair.loss_of(
-            config.loss, theirs, batch.prompts, completions, config.reward, batch.advantages
-        )
-        weights = token_weights(config.loss, completions.mask, n_tokens, n_completions, longest)
-        part = (tokens.loss * weights).sum()
-        part.backward()
-        loss += part.item()
-        graded.append(TokenDivergence(*(column.detach() for column in tokens)))
-        clock.lap("student")
+    with processes.together(accelerator):
+        for k, batch in enumerate(batches):
+            completions = batch.completions
+            theirs = grades.get(k) if grades else None
+            if theirs is None:
+                theirs = pair.grade(batch.examples, completions)
+                if grades is not None:
+                    grades[k] = theirs
+            clock.lap("teacher")
+            tokens = pair.loss_of(
+                config.loss, theirs, batch.prompts, completions, config.reward, batch.advantages
+            )
+            weights = token_weights(config.loss, completions.mask, n_tokens, n_completions, longest)
+            part = (tokens.loss * weights).sum()
+            if part.requires_grad:  # not where nothing that trains was read: eyes alone, no picture
+                part.backward()
+            loss += part.item()
+            graded.append(TokenDivergence(*(column.detach() for column in tokens)))
+            clock.lap("student")
     return loss, graded
 
 
 def gather_gradients(
     trainable: Trainable, max_norm: float | None, accelerator: Accelerator
 ) -> float:
-    """Sums gradients over processes and clips them; returns their norm before that."""
+    """Sums gradients over processes and clips them; returns their norm before that.
+
+    A process that has no gradient of a value (no row of its own with a picture, say) adds zeros. Where none
+    has, there is none, as with one process: optimizers pass such a value by, weight decay included.
+    """
     values = list(trainable.parameters())
     if accelerator.num_processes > 1:
-        for value in values:
-            if value.grad is not None:
-                value.grad = accelerator.reduce(value.grad, "sum")
+        has = [float(value.grad is not None) for value in values]
+        anywhere = accelerator.reduce(torch.tensor(has, device=accelerator.device), "sum").tolist()
+        for value, processes_with in zip(values, anywhere, strict=True):
+            if processes_with:
+                own = torch.zeros_like(value) if value.grad is None else value.grad
+                value.grad = accelerator.reduce(own, "sum")
     return float(torch.nn.utils.clip_grad_norm_(values, max_norm or math.inf))
 
 
@@ -228,9 +272,9 @@ def look_at_held_out(
         return
     if step % during.every and step != config.train.steps:
         return
-    if accelerator.is_main_process:
-        log.held_out(step, evaluate(pair.student))
-    accelerator.wait_for_everyone()
+    with processes.together(accelerator):
+        if accelerator.is_main_process:
+            log.held_out(step, evaluate(pair.student))
 
 
 # --------------------------------------------------------------------------------------- bookkeeping
@@ -263,6 +307,16 @@ class Stopwatch:
         }
 
 
+def refuse_other_starts(start: int, folder: Path, accelerator: Accelerator) -> None:
+    """Raises RunError where the processes did not find the same state."""
+    starts = processes.gathered(accelerator, start)
+    if len(set(starts)) > 1:
+        raise RunError(
+            f"the processes would go on from steps {starts}: they do not see the same {folder / 'state'}; "
+            "put the run folder where all of them see it"
+        )
+
+
 def refuse_not_finite(
     row: Mapping[str, Any],
     batches: Sequence[Batch],
@@ -271,17 +325,26 @@ def refuse_not_finite(
     title: str,
     accelerator: Accelerator,
 ) -> None:
-    """Raises TrainingError, and saves this process's batches, where a loss, gradient or log-prob is not finite."""
-    bad: list[str] = []
+    """Raises TrainingError where a loss, gradient or log-prob is not finite, on all processes if on one.
+
+    Each process saves its batches first.
+    """
+    own: list[str] = []
     for batch, tokens in zip(batches, graded, strict=True):
         mask = batch.completions.mask
         fine = torch.ones_like(mask)
         fine[mask] = tokens.loss.isfinite() & batch.completions.logprobs[mask].isfinite()
-        bad += [e.id for e, ok in zip(batch.examples, fine.all(1).tolist(), strict=True) if not ok]
-    if finite(row["loss"]) and finite(row["grad_norm"]) and not bad:
+        own += [e.id for e, ok in zip(batch.examples, fine.all(1).tolist(), strict=True) if not ok]
+    # loss and norm are of all processes, and so the same on each
+    sound = finite(row["loss"]) and finite(row["grad_norm"])
+    if sound and not processes.on_any(accelerator, bool(own)):
         return
-    where = folder / "not-finite" / f"process-{accelerator.process_index}"
-    with whole_folder(where) as temporary:
+    every = [example for batch in batches for example in batch.examples]
+    where = folder / "not-finite"
+    with (
+        processes.together(accelerator),
+        whole_folder(where / f"process-{accelerator.process_index}") as temporary,
+    ):
         for k, (batch, tokens) in enumerate(zip(batches, graded, strict=True)):
             about = {"ids": batch.completions.ids, "mask": batch.completions.mask}
             about |= {"sampler_logprobs": batch.completions.logprobs, **tokens._asdict()}
@@ -289,10 +352,15 @@ def refuse_not_finite(
                 {name: x.clone() for name, x in about.items()},
                 temporary / f"batch-{k}.safetensors",
             )
-        every = [example for batch in batches for example in batch.examples]
         told = [{"id": e.id, "question": e.question, "answer": e.answer} for e in every]
-        examples = {"step": row["step"], "not_finite": bad, "examples": told}
+        examples = {"step": row["step"], "not_finite": own, "examples": told}
         (temporary / "examples.json").write_text(json.dumps(examples, indent=1))
+    several = accelerator.num_processes > 1
+    bad = [
+        f"{id} (process {k})" if several else id
+        for k, ids in enumerate(processes.gathered(accelerator, own))
+        for id in ids
+    ]
     shown = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
     raise TrainingError(
         f"{title}: at step {row['step']} the loss is {row['loss']} and the gradient's norm "
@@ -300,6 +368,61 @@ def refuse_not_finite(
         f"{shown or f'no example among {every[0].id} to {every[-1].id}, so the gradient alone'}; the batch is "
         f"in {where}, the last good state in {folder / 'state'}; a lower optim.learning_rate may help"
     )
+
+
+def refuse_overflow(
+    step: int,
+    rate: float,
+    trainable: Trainable,
+    optimizer: Optimizers,
+    folder: Path,
+    title: str,
+) -> None:
+    """Raises TrainingError where an update left a value, or what the optimizer keeps of it, not finite.
+
+    An infinite second moment, which a gradient beyond 1.8e19 gives, would stop its coordinate for good and say
+    nothing. All tensors go through one norm, and so through one wait for the device.
+    """
+    left = {f"the values of {name}": values for name, values in trainable.state().items()}
+    for name, entries in optimizer.state().items():
+        for key in MOMENTS:
+            if isinstance(moment := entries.get(key), Tensor):
+                left[f"{key} of {name}"] = moment
+    tensors = [tensor for tensor in left.values() if tensor.numel()]
+    if bool(torch.nn.utils.get_total_norm(tensors, math.inf).isfinite()):
+        return
+    what, tensor = next((w, x) for w, x in left.items() if not bool(x.isfinite().all()))
+    raise TrainingError(
+        f"{title}: the update of step {step}, at learning rate {rate:g}, left "
+        f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} numbers in {what} not finite; the last good "
+        f"state is in {folder / 'state'}; lower optim.learning_rate, or set optim.max_grad_norm"
+    )
+
+
+def refuse_broken(
+    done: int,
+    pair: ModelPair,
+    batch: Batch,
+    tokens: TokenDivergence,
+    config: ExperimentConfig,
+    folder: Path,
+    title: str,
+) -> None:
+    """Raises TrainingError where the student, after `done` steps, gives a log-prob that is no longer finite.
+
+    Of the step's first micro-batch, whose `tokens` are known: what the next step's loss would find, for weights
+    that are kept before there is one.
+    """
+    mask, chunk = batch.completions.mask, config.loss.chunk_tokens
+    logprobs = pair.student_logprobs(batch.prompts, batch.completions, chunk)
+    fine = torch.ones_like(mask)
+    fine[mask] = logprobs.isfinite() | ~tokens.student_logprobs.isfinite()
+    bad = [e.id for e, ok in zip(batch.examples, fine.all(1).tolist(), strict=True) if not ok]
+    if bad:
+        raise TrainingError(
+            f"{title}: after {done} steps the student's log-probs of {', '.join(bad[:5])} are not finite, so these "
+            f"weights are not kept; the last good state is in {folder / 'state'}; lower optim.learning_rate"
+        )
 
 
 def log_samples(

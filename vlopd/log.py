@@ -13,19 +13,28 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from tqdm import tqdm
 
-from vlopd.checkpoint import json_lines, write_jsonl
+from vlopd.checkpoint import json_lines, without_nan, write_jsonl
 from vlopd.config import ConfigError, ExperimentConfig
 from vlopd.types import Example
 
-FIRST_STALE = {"metrics.jsonl": 0, "samples.jsonl": 0, "optimizer.jsonl": 0, "heldout.jsonl": 1}
-"""What grows while an arm trains, and the first step after the resumed one that is not to be in it. Held-out
-scores are of the weights after `step` steps; everything else is of what step `step` did."""
+GROWING = ("metrics.jsonl", "samples.jsonl", "optimizer.jsonl", "heldout.jsonl")
+"""What grows while an arm trains."""
+
+
+def first_stale(name: str, start: int) -> int:
+    """The first step that is not to be in a file where training goes on from `start`, as it comes again.
+
+    Held-out scores are of the weights after `step` steps, so those of the state that is gone on from are there
+    already; those of the source come again where there is no state. All else is of what step `step` did.
+    """
+    return start + 1 if name == "heldout.jsonl" and start > 0 else start
 
 
 class TrainingLog:
     """Appends one line a step; on resume, lines after the resumed step are dropped first.
 
-    Only one of several processes is `active`; the others' logs do nothing. `trackers` get the same numbers.
+    Only one of several processes is `active`; the others' logs do nothing. `trackers` get the same numbers, those
+    of earlier steps too.
     """
 
     def __init__(
@@ -42,9 +51,15 @@ class TrainingLog:
             total=steps, initial=start, desc=title, unit="step", disable=not active, smoothing=0.1
         )
         if active:
-            for name, first in FIRST_STALE.items():
+            kept: dict[str, list[dict[str, Any]]] = {}
+            for name in GROWING:
                 if (folder / name).exists() or name == "metrics.jsonl":
-                    write_jsonl(folder / name, rows_before(folder / name, start + first))
+                    kept[name] = rows_before(folder / name, first_stale(name, start))
+                    write_jsonl(folder / name, kept[name])
+            again = [(row["step"], by_task(row)) for row in kept.get("heldout.jsonl", ())]
+            again += [(row["step"], row) for row in kept["metrics.jsonl"]]
+            for step, numbers in sorted(again, key=lambda pair: pair[0]):
+                self.track(step, numbers)
 
     def __enter__(self) -> TrainingLog:
         return self
@@ -78,15 +93,15 @@ class TrainingLog:
         self.bar.update()
 
     def held_out(self, step: int, scores: Mapping[str, Mapping[str, float]]) -> None:
-        """Scores after `step` steps, by task and metric."""
+        """Scores after `step` steps, by task and metric; null for one that is no number."""
         if not self.active:
             return
-        self.append(
-            "heldout.jsonl", [{"step": step, "task": task, **each} for task, each in scores.items()]
-        )
-        flat = {f"{task}/{name}": x for task, each in scores.items() for name, x in each.items()}
+        rows = [{"step": step, "task": task, **without_nan(each)} for task, each in scores.items()]
+        self.append("heldout.jsonl", rows)
+        flat = {name: x for row in rows for name, x in by_task(row).items()}
         self.track(step, flat)
-        self.note(f"step {step}: " + ", ".join(f"{name} {x:.3f}" for name, x in flat.items()))
+        told = (f"{name} {'none' if x is None else format(x, '.3f')}" for name, x in flat.items())
+        self.note(f"step {step}: {', '.join(told)}")
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Lines at the end of one of the arm's files."""
@@ -123,6 +138,11 @@ class TrainingLog:
         self.append("samples.jsonl", lines)
 
 
+def by_task(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of heldout.jsonl as trackers name its scores, {task/metric: score}."""
+    return {f"{row['task']}/{name}": x for name, x in row.items() if name not in ("step", "task")}
+
+
 def rows_before(path: Path, step: int) -> list[dict[str, Any]]:
     """The rows of earlier steps. A last line that a kill cut short is of a later one, and goes too."""
     rows = []
@@ -150,7 +170,9 @@ def open_trackers(config: ExperimentConfig, folder: Path, arm: str) -> list[Gene
             os.environ.setdefault("WANDB_DIR", str(folder / "trackers"))
         kind = LOGGER_TYPE_TO_CLASS[name]
         where = [str(folder / "trackers")] if kind.requires_logging_directory else []
-        trackers.append(kind(f"{config.name}-{arm}", *where))
+        # what a killed run left is logged again; tensorboard is told that it no longer counts
+        again = {"purge_step": 0} if name == "tensorboard" else {}
+        trackers.append(kind(f"{config.name}-{arm}", *where, **again))
     for tracker in trackers:
         tracker.start()
         tracker.store_init_configuration(flat(config.model_dump(mode="json")))

@@ -187,7 +187,8 @@ def on_support(loss: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
     The tail, which is V without S: `bucket` counts it as one more token, of mass 1 - sum_S q and 1 - sum_S p (a
     divergence again, at most the full one); `renormalise` divides q and p by their masses on S; `none` leaves it
     out (no divergence: the KLs can be negative). Gradients flow through q on S and in its tail, not through
-    the choice of S. Where an intersection is empty, `bucket`, `renormalise` and `none` are all 0.
+    the choice of S. Where an intersection is empty, `bucket`, `renormalise` and `none` are all 0. So is
+    `renormalise` where one model bans all of S: there is nothing of it to compare.
     """
     support = loss.support
     if isinstance(support, FullSupport):
@@ -195,8 +196,10 @@ def on_support(loss: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
     chosen = choose(support, student.detach(), teacher)
     inside = [logprobs.masked_fill(~chosen, -torch.inf) for logprobs in (student, teacher)]
     if support.tail == "renormalise":
-        empty = ~chosen.any(-1, keepdim=True)
-        inside = [torch.log_softmax(part.masked_fill(empty, 0.0), -1) for part in inside]
+        nothing = torch.stack([(part == -torch.inf).all(-1, keepdim=True) for part in inside]).any(
+            0
+        )
+        inside = [torch.log_softmax(part.masked_fill(nothing, 0.0), -1) for part in inside]
     total = divergence(loss, *inside)
     if support.tail == "bucket":
         total = total + divergence(loss, log_mass(student, ~chosen), log_mass(teacher, ~chosen))
@@ -204,11 +207,14 @@ def on_support(loss: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def choose(support: TopK, student: Tensor, teacher: Tensor) -> Tensor:
-    """The support's columns as [N, V] bool, from log-probs [N, V]; all of them where k is V or more."""
+    """The support's columns as [N, V] bool, from log-probs [N, V]; all that a model does not ban where k is more.
+
+    (Which of the banned columns, all -inf, a top-k takes, is left to chance.)
+    """
     ours, theirs = (
-        torch.zeros_like(logprobs, dtype=torch.bool).scatter_(
-            1, logprobs.topk(min(support.k, logprobs.shape[1])).indices, True
-        )
+        torch.zeros_like(logprobs, dtype=torch.bool)
+        .scatter_(1, logprobs.topk(min(support.k, logprobs.shape[1])).indices, True)
+        .logical_and_(logprobs > -torch.inf)
         for logprobs in (student, teacher)
     )
     if isinstance(support, TeacherTopK):
@@ -301,7 +307,9 @@ def token_divergence(
     if reward is not None:
         advantages, alpha = sampled.advantages.to(wide), reward.alpha
         if isinstance(loss, K1):
-            both = alpha * (p - q).detach() + (1 - alpha) * advantages
+            both = (1 - alpha) * advantages
+            if alpha > 0:  # a teacher that only looks on may ban the token: 0 times infinity
+                both = alpha * (p - q).detach() + both
             value = policy_gradient(both, q, old, reward.clip)
         else:
             rewarded = policy_gradient(advantages, q, old, reward.clip)

@@ -186,11 +186,17 @@ class ModelPair:
                 teacher.render([examples[i] for i in rows])
 
     @torch.no_grad()
-    def student_logprobs(self, prompts: Prompts, completions: Completions) -> Tensor:
-        """The student's log-probability of every completion token, [N] nats."""
+    def student_logprobs(
+        self, prompts: Prompts, completions: Completions, chunk: int | None = None
+    ) -> Tensor:
+        """The student's log-probability of every completion token, [N] nats; logits of `chunk` tokens at once."""
         hidden = self.student.completion_hidden(prompts, completions)
-        logits = self.student.logits(hidden, self.vocabulary.student)
-        return logprobs_at(logits, self.vocabulary.targets(completions))
+        targets, size = self.vocabulary.targets(completions), chunk or len(hidden)
+        pieces = [
+            logprobs_at(self.student.logits(part, self.vocabulary.student), at)
+            for part, at in zip(hidden.split(size), targets.split(size), strict=True)
+        ]
+        return torch.cat(pieces)
 
     @torch.no_grad()
     def teacher_logits(self, examples: Sequence[Example], completions: Completions) -> Tensor:

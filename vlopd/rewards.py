@@ -84,6 +84,7 @@ def group_advantages(rewards: Tensor, group: int, scale: str) -> Tensor:
     groups = rewards.view(-1, group)
     centred = groups - groups.mean(1, keepdim=True)
     if scale == "std":
-        deviation = groups.std(1, keepdim=True, correction=0)
-        centred = torch.where(deviation > 0, centred / deviation, 0.0)
-    return centred.flatten()
+        centred = centred / groups.std(1, keepdim=True, correction=0)
+    # rounding would leave a mean beside its equals, and a deviation that is not quite 0
+    mixed = (groups != groups[:, :1]).any(1, keepdim=True)
+    return torch.where(mixed, centred, 0.0).flatten()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, uint8
 
 from vlopd.checkpoint import RunError, whole_file
 from vlopd.optimizers import Optimizers
@@ -27,21 +29,31 @@ def save_state(
     identity: str,
 ) -> None:
     """One safetensors file: values, the optimizer's state, averages and the step, whole or not at all."""
-    tensors = {f"values/{n}": values.contiguous() for n, values in trainable.state().items()}
+    tensors = {f"values/{n}": values for n, values in trainable.state().items()}
     plain: dict[str, dict[str, Any]] = {}  # what is no tensor goes to the header, as JSON
     for name, entries in optimizer.state().items():
         for key, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{key}/{name}"] = value.contiguous()
+                tensors[f"optimizer.{key}/{name}"] = value
             else:
                 plain.setdefault(name, {})[key] = value
     for k, (average, _) in enumerate(averages):
-        tensors |= {
-            f"average-{k}/{n}": values.contiguous() for n, values in average.state().items()
-        }
+        tensors |= {f"average-{k}/{n}": values for n, values in average.state().items()}
+    tensors = {label: tensor.contiguous() for label, tensor in tensors.items()}
     about = {"step": str(step), "identity": identity, "optimizer": json.dumps(plain)}
+    about["digest"] = digest(about, tensors)
     with whole_file(folder / "state.safetensors") as temporary:
         save_file(tensors, temporary, about)
+
+
+def digest(about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """A sha256 over all that a state says: its header's entries, and every tensor's name, shape and bits."""
+    total = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
+    for label in sorted(tensors):
+        tensor = tensors[label].detach().cpu()
+        total.update(f"{label} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.reshape(-1).view(uint8).numpy().data)
+    return total.hexdigest()
 
 
 def resume(
@@ -66,6 +78,12 @@ def resume(
         raise RunError(
             f"{path} is damaged ({error}); delete it to train this arm from its start"
         ) from None
+    said = about.pop("digest", None)
+    if said != digest(about, tensors):
+        raise RunError(
+            f"{path} is damaged (its content is not what its digest says); delete it to train this arm from "
+            "its start"
+        )
     if about.get("identity") != identity:
         raise RunError(
             f"{path} is of another configuration; delete it to train this arm from its start"

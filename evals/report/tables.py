@@ -140,6 +140,8 @@ def held_out(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
         for task, part in looks.groupby("task", sort=False):
             metric = next(c for c in part.columns if c not in ("step", "task", "limit", "seconds"))
             part = part.dropna(subset=[metric]).sort_values("step")
+            if part.empty:
+                continue
             peak = part.loc[part[metric].idxmax()]
             last = part.tail(LAST)
             found = {"final": part[metric].iloc[-1], "last": last[metric].mean()}

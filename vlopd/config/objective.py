@@ -96,7 +96,8 @@ class TopK(Section):
     k: int = Field(64, gt=0)
     tail: Literal["bucket", "renormalise", "none"] = "bucket"
     """Of the tokens outside: `bucket` counts them together as one more token (a divergence again), `renormalise`
-    divides by the mass inside, `none` leaves them out (no divergence: the KLs can be negative)."""
+    divides by the mass inside (a token at which one model bans all that are inside counts 0), `none` leaves them
+    out (no divergence: the KLs can be negative)."""
 
 
 class TeacherTopK(TopK):

@@ -116,7 +116,8 @@ class TrainConfig(Section):
     prompts_per_step: int = Field(gt=0)
     """Prompts of one step over all processes, each with rollout.completions_per_prompt completions."""
     updates_per_rollout: int = Field(1, gt=0)
-    """Optimizer updates on the same completions; above 1, k1 and rewards weigh them by importance ratios."""
+    """Optimizer updates on the same completions, at the step's rate; above 1, k1 and rewards weigh them by importance
+    ratios. Teachers grade them once; one that averages the student moves once a step, after the last."""
     micro_batch: int | None = Field(None, gt=0)
     """Completions of one forward and backward; null for all of the process's at once."""
     freeze: tuple[Literal["vision", "projector", "language", "embedding", "head"], ...] = ()

@@ -226,8 +226,8 @@ def train_arm(
         keep,
         how.evaluate,
     )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+
+    def write() -> None:
         merged = trainable.merged(before)
         with whole_folder(run.checkpoint(name)) as checkpoint:
             text = card(config, name, describe(config, arm), inputs)
@@ -257,7 +257,8 @@ def train_arm(
             identity=identities(run, config, name, before, mask),
         )
         shutil.rmtree(folder / "state", ignore_errors=True)
-    accelerator.wait_for_everyone()
+
+    processes.main_process_alone(accelerator, write)
     return True
 
 

@@ -1,0 +1,122 @@
+"""What test_processes.py has two processes do, one thing after another: `-m tests.together MODELS OUT`.
+
+Each writes what it raised to OUT/process-<k>.json. That it gets to the end at all shows that after a failure the
+processes are still in step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from vlopd import processes
+from vlopd.config import DistillArm, ExperimentConfig, UserError
+from vlopd.data.shapes import ShapesWorld
+from vlopd.distill import distill
+from vlopd.pair import load_pair
+from vlopd.types import Example
+
+ARM = DistillArm(seed=7)
+NAN = float("nan")
+
+
+def examples(kind: str, n: int) -> list[Example]:
+    return list(ShapesWorld("train", n, seed=3, modality="image" if kind == "vlm" else "text"))
+
+
+def without_picture(example: Example) -> Example:
+    return replace(Example.ask(example.id, example.question, answer=example.answer))
+
+
+def every_other_with_picture() -> list[Example]:
+    """Of 4 rows the first and the last have a picture: of two a step, both have one, or one, or none."""
+    return [e if k in (0, 3) else without_picture(e) for k, e in enumerate(examples("vlm", 4))]
+
+
+def make_config(models: Path, kind: str, **sections) -> ExperimentConfig:
+    base = {
+        "name": "mini",
+        "student": str(models / f"{kind}-student"),
+        "teacher": str(models / f"{kind}-teacher"),
+        "precision": {"compute": "fp32"},
+        "data": {"type": "shapes", "modality": "image" if kind == "vlm" else "text"},
+        "rollout": {"max_new_tokens": 4},
+        "train": {"steps": 2, "prompts_per_step": 2, "save_every": 10},
+        "arms": {"full": {"type": "distill", "seed": 1}},
+    }
+    return ExperimentConfig.model_validate({**base, **sections})
+
+
+def train_with_few_pictures(models: Path, folder: Path, which: str) -> dict[str, torch.Tensor]:
+    """The student's weights after 6 steps with decay and momentum; "both" trains all, "eyes" the tower alone."""
+    freeze = ["language", "embedding", "head", "projector"] if which == "eyes" else []
+    config = make_config(
+        models,
+        "vlm",
+        optim={"learning_rate": 1e-2, "weight_decay": 0.5, "eps": 1e-3},
+        train={"steps": 6, "prompts_per_step": 2, "freeze": freeze},
+    )
+    pair = load_pair(config, "cpu")
+    distill(pair, every_other_with_picture(), config, ARM, folder, which)
+    return {name: p.detach().clone() for name, p in pair.student.model.named_parameters()}
+
+
+def fail(models: Path, folder: Path, what: str, kind: str) -> None:
+    """Trains where one process alone meets something that it cannot go on from."""
+    first = processes.accelerator().is_main_process
+    sections, rows, more = {}, examples(kind, 2), {}
+    if what == "row":
+        rows = [replace(rows[0], answer=None), rows[1]]
+        sections["rollout"] = {"source": "data"}
+    if what == "disk":
+        sections["train"] = {"steps": 2, "prompts_per_step": 2, "save_every": 1}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "state").write_text("where a folder should be")
+    if what == "held-out":
+        sections["eval"] = {"during": {"every": 1, "tasks": ["shapes_text_validation"]}}
+        more["evaluate"] = lambda student: 1 / 0
+    config = make_config(models, kind, **sections)
+    pair = load_pair(config, "cpu")
+
+    def spoil(module, inputs, output):
+        if what == "loss" or not torch.is_grad_enabled():  # sampling has no gradients
+            output[0] = NAN
+
+    if what in ("loss", "sampler") and not first:
+        loaded = pair.teachers[0].loaded if what == "loss" else pair.student
+        loaded.model.get_output_embeddings().register_forward_hook(spoil)
+    distill(pair, rows, config, ARM, folder, what, **more)
+
+
+FAILURES = [
+    ("row", "llm"),
+    ("row", "vlm"),
+    ("loss", "llm"),
+    ("loss", "vlm"),
+    ("sampler", "llm"),
+    ("disk", "llm"),
+    ("held-out", "llm"),
+]
+
+
+def main(models: Path, out: Path) -> None:
+    state = processes.accelerator()
+    raised = {}
+    for what, kind in FAILURES:
+        try:
+            fail(models, out / f"{what}-{kind}", what, kind)
+            raised[f"{what} {kind}"] = None
+        except (UserError, OSError, ZeroDivisionError) as error:
+            raised[f"{what} {kind}"] = f"{type(error).__name__}: {error}"
+    for which in ("both", "eyes"):
+        trained = train_with_few_pictures(models, out / which, which)
+        torch.save(trained, out / f"{which}-{state.process_index}.pt")
+    (out / f"process-{state.process_index}.json").write_text(json.dumps(raised))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
