@@ -35,6 +35,8 @@ from vlopd.models.load import (
     DTYPES,
     LoadedModel,
     ModelUnreadable,
+    check_tokens,
+    load_generation_config,
     load_model_config,
     load_processor,
 )
@@ -139,20 +141,43 @@ def meta_prompts(
     config: ExperimentConfig, wanted: Sequence[ModelConfig], models: Sequence[PreTrainedModel]
 ) -> tuple[list[int], list[CheckRow]]:
     """(prompt tokens of each model, rows): of real examples where data and tokenizers can be read, else assumed."""
+    assumed = [ASSUMED_PROMPT_TOKENS] * len(models)
+    assumption = assumed, [CheckRow("prompt tokens, assumed", tuple(map(str, assumed)))]
+    loaded = []
+    try:
+        for each, model in zip(wanted, models, strict=True):
+            where = (each.model, each.revision, each.trust_remote_code)
+            processor = load_processor(*where, each.template)
+            model.generation_config = load_generation_config(
+                each.model, model.config, each.revision
+            )
+            loaded.append(LoadedModel(each.model, model, processor))
+    except ModelUnreadable:
+        return assumption
+    for own in loaded:
+        check_tokens(own)
     try:
         examples = first_examples(config)
-        loaded = [
-            LoadedModel(
-                each.model,
-                model,
-                load_processor(each.model, each.revision, each.trust_remote_code, each.template),
-            )
-            for each, model in zip(wanted, models, strict=True)
-        ]
     except UserError:
-        assumed = [ASSUMED_PROMPT_TOKENS] * len(models)
-        return assumed, [CheckRow("prompt tokens, assumed", tuple(map(str, assumed)))]
+        return assumption
     return prompt_rows(loaded, views_of(config, examples))
+
+
+def turn_row(models: Sequence[LoadedModel]) -> CheckRow:
+    """Does a completion end where the chat template ends a turn? Else it runs on, into turns of its own making."""
+    ends = [model.turn_end for model in models]
+    open_ended = [
+        f"{model.name} closes a turn with {tokens_of(model, [end])}, but its completions end at "
+        f"{tokens_of(model, model.end_ids)}: add {end} to eos_token_id in its generation_config.json"
+        for model, end in zip(models, ends, strict=True)
+        if end is not None and end not in model.end_ids
+    ]
+    return CheckRow(
+        "end of turn in the template",
+        tuple("-" if i is None else tokens_of(m, [i]) for m, i in zip(models, ends, strict=True)),
+        None if not any(end is not None for end in ends) else not open_ended,
+        "; ".join(open_ended),
+    )
 
 
 def first_examples(config: ExperimentConfig) -> list[Example]:
@@ -171,13 +196,8 @@ def prompt_rows(
     models: Sequence[LoadedModel], views: Sequence[Sequence[Example]]
 ) -> tuple[list[int], list[CheckRow]]:
     """(the longest prompt of each model, rows on prompts), without using the models' weights."""
-    texts = [
-        [model.render_text(each) for each in own] for model, own in zip(models, views, strict=True)
-    ]
-    encoded = [
-        families.encode(m.processor, text, [each.images for each in own], m.sees_images)
-        for m, text, own in zip(models, texts, views, strict=True)
-    ]
+    encoded = [model.read(own) for model, own in zip(models, views, strict=True)]
+    texts = [model.render_text(own[0]) for model, own in zip(models, views, strict=True)]
     lengths = [prompts.input_ids.shape[1] for prompts in encoded]
     placeholders = [torch.tensor(list(model.placeholders.values())) for model in models]
     images = [
@@ -185,7 +205,8 @@ def prompt_rows(
         for prompts, ids in zip(encoded, placeholders, strict=True)
     ]
     return lengths, [
-        CheckRow("prompt", tuple(repr(each[0]) for each in texts)),
+        turn_row(models),
+        CheckRow("prompt", tuple(map(repr, texts))),
         CheckRow("prompt tokens", tuple(str(int(p.attention_mask[0].sum())) for p in encoded)),
         CheckRow("prompt tokens, longest", tuple(map(str, lengths))),
         CheckRow("image tokens and markers", tuple(map(str, images))),

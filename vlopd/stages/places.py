@@ -14,6 +14,7 @@ from vlopd import delta, masks
 from vlopd.checkpoint import RunError, RunFolder, digest_checkpoint, read_json
 from vlopd.config import ExperimentConfig, Reference, SourceArm, TeacherArm, TeacherConfig
 from vlopd.models import atlas
+from vlopd.models.about import first_line
 from vlopd.models.load import resolve
 
 
@@ -38,7 +39,12 @@ def hub_folder(model: str, revision: str | None) -> Path:
     if Path(model).is_dir():
         return Path(model)
     wanted = ["*.safetensors", "*.json"]
-    return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # no such folder, no such id, no network
+        raise RunError(
+            f"no folder {model!r}, and no such model on the hub: {first_line(error)}"
+        ) from None
 
 
 def teacher_folder(run: RunFolder, config: ExperimentConfig, teacher: TeacherConfig) -> Path:
