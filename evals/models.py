@@ -13,7 +13,7 @@ from evals.harness import Subject, evaluate, import_scores
 from evals.roles import Role, Roles
 from vlopd.checkpoint import digest_checkpoint, digest_files, names_apart
 from vlopd.config import EvalConfig, ModelConfig
-from vlopd.models.load import DTYPES, load_configured, resolve
+from vlopd.models.load import DTYPES, check_unloaded, load_configured, resolve
 from vlopd.stages import hub_folder, scores_of
 
 
@@ -26,6 +26,9 @@ def compare_models(
     and out/compare.json, whose path it returns. What was evaluated before is not evaluated again.
     """
     names = names_of(models)
+    for model in models:
+        if not is_scores(model):
+            check_unloaded(ModelConfig(model=model))  # of all, before hours go into the first
     for name, model in names.items():
         folder = out / "evals" / name
         if is_scores(model):

@@ -120,7 +120,7 @@ class Weights:
         shards = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(shards, dict):
             raise RunError(f"{self.folder / INDEX} has no weight_map; save the checkpoint again")
-        for shard in set(shards.values()):
+        for shard in set(map(str, shards.values())):
             if Path(shard).name != shard or not shard.endswith(".safetensors"):
                 raise RunError(
                     f"{self.folder / INDEX} names {shard!r}; only *.safetensors beside it are read"

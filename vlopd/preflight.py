@@ -8,6 +8,7 @@ disagree, logits that are not the model's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from vlopd import resources, seeding
 from vlopd.config import (
+    CheckpointArm,
     ConfigError,
     ExperimentConfig,
     ModelConfig,
@@ -36,6 +38,7 @@ from vlopd.models.load import (
     LoadedModel,
     ModelUnreadable,
     check_tokens,
+    check_unloaded,
     load_generation_config,
     load_model_config,
     load_processor,
@@ -67,6 +70,8 @@ def preflight(
     pair: ModelPair, config: ExperimentConfig, examples: Sequence[Example]
 ) -> list[CheckRow]:
     """The table for a loaded pair, on a few examples; one column for the student, one a teacher."""
+    for arm in checkpoint_arms(config):
+        check_unloaded(arm)
     models = (pair.student, *(teacher.loaded for teacher in pair.teachers))
     lengths, prompt_facts = prompt_rows(models, views_of(config, examples))
 
@@ -112,6 +117,9 @@ def preflight_meta(
     wanted = (config.student, *map(config.loaded_as, config.teachers.values()))
     found = [model_config(model, architectures) for model in wanted]
     refuse_blind_models(config, dict(zip(["student", *config.teachers], found, strict=True)))
+    for arm in checkpoint_arms(config):
+        with suppress(ModelUnreadable):  # its files need not be here
+            load_processor(arm.model, arm.revision, arm.trust_remote_code, arm.template)
     models = [resources.meta_model(about) for about in found]
     rows = [
         CheckRow(
@@ -135,6 +143,12 @@ def preflight_meta(
         for model, length, each in zip(models, lengths, wanted, strict=True)
     ]
     return rows + prompts + estimate_rows(config, readers, device)
+
+
+def checkpoint_arms(config: ExperimentConfig) -> list[ModelConfig]:
+    """The models that are neither student nor teacher, as evaluation loads them."""
+    arms = [arm for arm in config.arms.values() if isinstance(arm, CheckpointArm)]
+    return [config.student.model_copy(update={"model": arm.model}) for arm in arms]
 
 
 def meta_prompts(

@@ -30,8 +30,9 @@ def config_of(folder: Path) -> PretrainedConfig | None:
 
 def first_line(error: BaseException) -> str:
     """What a library says, as the end of one of our lines."""
-    said = (str(error).strip().splitlines() or [""])[0]
-    # "'foo'" alone says nothing
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    # a KeyError's text is the key alone
     return (
         f"{type(error).__name__} {said}".strip()
         if isinstance(error, KeyError) or not said

@@ -71,6 +71,9 @@ CAUSAL = ("gpt_neox", "gpt_neox_japanese")
 PLACEHOLDER = re.compile(r"image|img|video|vision|audio|row_\d+_col_\d+", re.IGNORECASE)
 """Special tokens that stand for something seen or heard."""
 
+PRINTED_PART = re.compile(r"""\{['"]type['"]: ?['"]""", re.IGNORECASE)
+"""How Python or JSON prints a part of a message."""
+
 PLAIN_TEMPLATE = (
     "{{ first_token }}{% for message in messages %}"
     "{% if message.content is string %}{{ message.content }}{% else %}"
@@ -289,7 +292,7 @@ def prints_parts(processor: Any) -> bool:
 
 def is_printed_part(text: str) -> bool:
     """Whether a text looks like Python's print of a message's parts."""
-    return "[{'type': " in text
+    return PRINTED_PART.search(text) is not None
 
 
 def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:

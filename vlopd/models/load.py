@@ -25,8 +25,13 @@ from vlopd.types import Completions, Example, Prompts
 BUILTIN = Path(__file__).parents[1] / "builtin"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-PROBE, ANSWER = "question", "reply"
-"""What a chat template is tried with."""
+TOKENIZER_FILES = (
+    "; copy tokenizer.json, tokenizer_config.json and what lies beside them (a processor_config.json, for images) "
+    "from the model's own folder"
+)
+
+PROBE, ANSWER = "zyzzyva", "quokka"
+"""What a chat template is tried with: words that no template has of its own."""
 
 
 class ModelUnreadable(ConfigError):
@@ -78,15 +83,17 @@ class LoadedModel:
 
     @cached_property
     def turn_end(self) -> int | None:
-        """The token that the chat template puts after the model's own turn; None where that is no added token."""
+        """The added token that the chat template closes the model's own turn with, an end if any is; else None."""
         turns = [("user", PROBE), ("assistant", ANSWER)]
         try:
             text = self.apply_template([self.text_turn(*turn) for turn in turns], False)
         except Exception:  # a template that takes no such turns
             return None
-        after = self.tokenizer(text.rpartition(ANSWER)[2], add_special_tokens=False)["input_ids"]
-        added = set(self.tokenizer.get_added_vocab().values())
-        return next((i for i in after if i in added), None) if ANSWER in text else None
+        after = text.rpartition(ANSWER)[2] if ANSWER in text else ""
+        added = {i: word for word, i in self.tokenizer.get_added_vocab().items() if word in after}
+        ids = self.tokenizer(after, add_special_tokens=False)["input_ids"]
+        closing = [i for i in ids if i in added]
+        return next((i for i in closing if i in self.end_ids), next(iter(closing), None))
 
     @cached_property
     def pad_id(self) -> int:
@@ -249,17 +256,17 @@ def load_model_config(
         raise unreadable(f"read the configuration of {name!r}", error) from None
     if config is None:
         raise ConfigError(
-            f"{name!r} is an adapter (it has {whole.ADAPTER}), not a model; merge it into its base (PEFT's "
+            f"{name} is an adapter (it has {whole.ADAPTER}), not a model; merge it into its base (PEFT's "
             "merge_and_unload, then save_pretrained) and give the merged folder"
         )
     if packed := whole.quantisation(config.to_dict()):
-        raise ConfigError(f"{name!r} is quantised: {packed}")
+        raise ConfigError(f"{name} is quantised: {packed}")
     return config
 
 
-def unreadable(what: str, error: Exception) -> ModelUnreadable:
-    """What a library raised over a user's file, as one line of ours with a remedy where there is one."""
-    said, remedy = str(error), ""
+def unreadable(what: str, error: Exception, remedy: str = "") -> ModelUnreadable:
+    """What a library raised over a user's file, as one line of ours with its remedy where there is one."""
+    said = str(error)
     if "trust_remote_code" in said:
         remedy = "; set trust_remote_code = true beside its `model` if you trust its code"
     elif "sdpa" in said:
@@ -286,11 +293,12 @@ def load_processor(
             resolve(name), revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # processors raise what they like
-        raise unreadable(f"read the tokenizer or processor of {name!r}", error) from None
+        raise unreadable(
+            f"read the tokenizer or processor of {name!r}", error, TOKENIZER_FILES
+        ) from None
     if lacks := families.lacking(processor, families.sees_images(config)):
         raise ModelUnreadable(
-            f"cannot read the tokenizer or processor of {name!r}: its files hold {lacks}; copy them from the "
-            "model's own folder"
+            f"cannot read the tokenizer or processor of {name!r}: its files hold {lacks}{TOKENIZER_FILES}"
         )
     if template is not None:
         families.set_template(processor, read_template(template))
@@ -339,7 +347,7 @@ def end_ids(name: str, generation: Any, tokenizer: Any, rows: int) -> list[int]:
     ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
     wrong = [i for i in ends if type(i) is not int or not 0 <= i < rows]
     if wrong or not ends:
-        what = "no eos_token_id" if wrong == [None] or not ends else f"eos_token_id {wrong[0]!r}"
+        what = "no eos_token_id" if ends in ([], [None]) else f"eos_token_id {wrong[0]!r}"
         raise ConfigError(
             f"{name} has {what}, and ids are 0 to {rows - 1}: no completion would end; set eos_token_id in its "
             "generation_config.json to the ids of the tokens that end a turn"
@@ -373,6 +381,10 @@ def load(
     check_builtin(name)
     config = load_model_config(name, revision, trust_remote_code)
     model_class, _ = families.auto_classes(config)
+    processor = load_processor(name, revision, trust_remote_code, template)
+    load_generation_config(
+        name, config, revision
+    )  # transformers passes over one that it cannot read
     where = resolve(name)
     is_folder = Path(where).is_dir()
     if is_folder:
@@ -395,10 +407,6 @@ def load(
     if not is_folder:
         check_files(name, Path(where))
     whole.refuse_partial(name, loading, model)
-    processor = load_processor(name, revision, trust_remote_code, template)
-    load_generation_config(
-        name, config, revision
-    )  # transformers passes over one that it cannot read
     model = model.to(device).eval()
     whole.refuse_not_finite(name, model)
     families.check_logits(model)
@@ -407,13 +415,21 @@ def load(
     return loaded
 
 
+def check_unloaded(config: ModelConfig) -> None:
+    """Refuses what can be seen of a model without reading its weights."""
+    load_processor(config.model, config.revision, config.trust_remote_code, config.template)
+    where = Path(resolve(config.model))
+    if where.is_dir():
+        check_files(config.model, where)
+
+
 def check_files(name: str, folder: Path) -> None:
     """Refuses weights that are damaged, packed, or short of a part of an expert; reads headers only."""
     stored = whole.stored_tensors(folder)
     if packed := whole.packing(stored):
-        raise ConfigError(f"{name!r} is quantised: {packed}")
+        raise ConfigError(f"{name} is quantised: {packed}")
     if short := whole.ragged(stored):
-        raise ConfigError(f"{name!r} is not whole: {short}")
+        raise ConfigError(f"{name} is not whole: {short}")
 
 
 def check_tokens(loaded: LoadedModel) -> None:
@@ -423,6 +439,13 @@ def check_tokens(loaded: LoadedModel) -> None:
         raise ConfigError(
             f"{name}: none of its end tokens {loaded.end_ids} can be sampled (padding, images and ids without "
             "a token never are), so no completion would end; set eos_token_id in its generation_config.json"
+        )
+    added = tokenizer.get_added_vocab()
+    ordinary = {i for word, i in tokenizer.get_vocab().items() if word not in added}
+    if ordinary and max(ordinary) >= rows:
+        lost = sum(i >= rows for i in ordinary)
+        raise ConfigError(
+            f"{no_row(name, tokenizer, max(ordinary), rows)} ({lost} of {len(ordinary)} ordinary tokens have none)"
         )
     if not 0 <= loaded.pad_id < rows:
         raise ConfigError(f"padding: {no_row(name, tokenizer, loaded.pad_id, rows)}")

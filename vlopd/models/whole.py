@@ -110,10 +110,11 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     Raises ConfigError with the file's name where one is missing or not whole, or there are only pickles.
     """
     if (folder / SINGLE).exists():
-        names = [SINGLE]
+        paths = [folder / SINGLE]
     elif (folder / INDEX).exists():
         try:
             names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+            paths = [folder / name for name in names]
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise ConfigError(
                 f"{folder / INDEX} is no index of shards; save the model again"
@@ -123,17 +124,16 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         why = f"only pickled weights ({pickled[0]}), which are refused" if pickled else "no weights"
         raise ConfigError(f"{folder} holds {why}; it needs {SINGLE} or {INDEX}")
     found: dict[str, Stored] = {}
-    for name in names:
+    for path in paths:
         try:
-            with safe_open(folder / name, framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 held = set(file.keys())
                 for tensor in held:
                     header = file.get_slice(tensor)
                     found[tensor] = Stored(header.get_dtype(), tuple(header.get_shape()))
-        except (SafetensorError, OSError, TypeError) as error:
-            there = (folder / name).exists()
-            why = f"not a whole safetensors file ({error})" if there else "missing"
-            raise ConfigError(f"{folder / name} is {why}; copy or save the model again") from None
+        except (SafetensorError, OSError) as error:
+            why = f"not a whole safetensors file ({error})" if path.exists() else "missing"
+            raise ConfigError(f"{path} is {why}; copy or save the model again") from None
     return found
 
 
