@@ -129,6 +129,14 @@ def test_a_file_with_more_than_the_model_is_refused(folders, tmp_path):
     assert bias in refusal(biased)
 
 
+def test_constants_of_earlier_versions_are_passed_over(tmp_path):
+    """Causal masks and rotary tables that old checkpoints hold are no parameters; the model makes its own."""
+    build("gpt2", tmp_path)
+    old = {"attn.bias": torch.ones(1, 1, 8, 8), "attn.masked_bias": torch.tensor(-1e4)}
+    edit_weights(tmp_path, lambda t: t.update({f"transformer.h.0.{n}": x for n, x in old.items()}))
+    load(str(tmp_path), torch.float32)
+
+
 def test_another_shape_is_refused_with_both(copied):
     """A tensor of another shape than config.json says: its name, the shape in the file, the shape wanted."""
     name = named(copied, "mlp.up_proj.weight")
@@ -185,7 +193,7 @@ def test_integer_and_fp8_weights_are_refused(kind, folders, copied, dtype):
 BESIDE = (
     ".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".input_scale", ".weight_zero_point", ".SCB",
     ".weight.absmax", ".weight.quant_state.bitsandbytes__nf4", ".qweight", ".qzeros", ".scales", ".g_idx",
-    ".weight_packed", ".weight_blocks_proj_blocks", "_proj_scales", ".W_q",
+    ".weight_packed", ".gate_up_proj_blocks", ".gate_up_proj_scales", ".W_q",
 )  # fmt: skip
 
 
@@ -212,6 +220,7 @@ def test_plain_checkpoints_are_not_taken_for_packed():
         "layers.0.layer_scale.lambda1": whole.Stored("F32", (8,)),
         "logit_scale": whole.Stored("F32", ()),
         "layers.0.layer_scalar": whole.Stored("BF16", (1,)),
+        "layers.0.altup.correct_output_scale": whole.Stored("BF16", (8,)),  # Gemma 3n's
         "layers.0.mlp.gate_up_proj": whole.Stored("F64", (2, 4)),
     }
     assert whole.packing(stored) is None
@@ -526,10 +535,10 @@ def test_students_and_teachers_are_refused_alike(
     assert not (tmp_path / "run" / "arms" / "full" / "checkpoint").exists()
 
 
-def test_an_adapter_is_refused_without_weights(
+def test_checkpoint_arms_are_refused_before_they_are_evaluated(
     kind, folders, copied, tmp_path, monkeypatch, capsys
 ):
-    """check --meta knows an adapter, and a checkpoint arm that is one is refused by check and by its arm."""
+    """check --meta knows an adapter; a checkpoint arm that is one, or has a NaN, is refused by check and by run."""
     (copied / whole.ADAPTER).write_text(json.dumps({"peft_type": "LORA"}))
     student, teacher = folders[kind, "student"], folders[kind, "teacher"]
     path = experiment(tmp_path, kind, copied, teacher)
@@ -541,8 +550,12 @@ def test_an_adapter_is_refused_without_weights(
     for flags in ((), ("--meta",)):
         code, out = call(monkeypatch, capsys, "check", path, *flags)
         assert code == 1 and "is an adapter" in out
+    (copied / whole.ADAPTER).unlink()
+    nan(copied)
+    code, out = call(monkeypatch, capsys, "check", path)
+    assert code == 1 and "not finite" in out
     code, out = call(monkeypatch, capsys, "run", path, "--out", tmp_path / "run", "--arm", "other")
-    assert code == 2 and "is an adapter" in out
+    assert code == 2 and "not finite" in out
 
 
 def test_a_turn_that_ends_elsewhere_is_not_ready(

@@ -38,7 +38,7 @@ from vlopd.models.load import (
     LoadedModel,
     ModelUnreadable,
     check_tokens,
-    check_unloaded,
+    load_configured,
     load_generation_config,
     load_model_config,
     load_processor,
@@ -71,7 +71,9 @@ def preflight(
 ) -> list[CheckRow]:
     """The table for a loaded pair, on a few examples; one column for the student, one a teacher."""
     for arm in checkpoint_arms(config):
-        check_unloaded(arm)
+        load_configured(
+            arm, DTYPES[config.precision.compute]
+        )  # refused here rather than after training
     models = (pair.student, *(teacher.loaded for teacher in pair.teachers))
     lengths, prompt_facts = prompt_rows(models, views_of(config, examples))
 

@@ -27,18 +27,22 @@ PLAIN = ("F64", "F32", "F16", "BF16")
 """safetensors' names of the types whose numbers are the weights themselves; fp8 and narrower go with scales."""
 
 PACKING = re.compile(
-    r"(^|[._])("
-    r"qweight|qzeros|scales|g_idx|weight_g_idx"  # GPTQ, AWQ
-    r"|SCB|absmax|quant_map|weight_format|quant_state\.\w+"  # bitsandbytes
-    r"|(weight|input|output|activation|global|proj)_(scale|scales|zero_point)(_\w+)?"  # compressed-tensors, fp8
-    r"|weight_packed|weight_shape|proj_blocks"  # compressed-tensors, mxfp4
-    r"|W_q|qdata|Qidxs|codes|codebooks"  # HQQ, torchao, QuIP#, AQLM
+    r"(^|\.)("
+    r"qweight|qzeros|scales|(weight_)?g_idx"  # GPTQ, AWQ
+    r"|SCB|(nested_)?absmax|(nested_)?quant_map|weight_format|quant_state\.\w+"  # bitsandbytes
+    r"|(weight|input|output|activation)_(global_)?(scale|scales|zero_point)(_\w+)?"  # compressed-tensors, fp8
+    r"|weight_packed|weight_shape"  # compressed-tensors
+    r"|\w+_(blocks|scales|scale_inv)"  # mxfp4's and fp8's experts
+    r"|W_q|\w*qdata|Qidxs|codebooks"  # HQQ, torchao, QuIP#, AQLM
     r")$"
 )
 """Names of tensors that only packed checkpoints have, beside their weights or in their place."""
 
 INTEGER_BUFFER = re.compile(r"(^|[._])(ids?|index|indices|positions?|mask|bias)$")
 """Names of integer tensors of several dimensions that are no weights: position ids, causal masks."""
+
+CONSTANT = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|inv_freq|position_ids)$")
+"""Causal masks and position tables that earlier versions stored and that models work out by themselves."""
 
 EXPERT = re.compile(r"^(?P<layer>.*\bexperts)\.(?P<number>\d+)\.(?P<rest>.+)$")
 
@@ -151,7 +155,8 @@ def refuse_partial(name: str, loading: Mapping[str, Any], model: nn.Module) -> N
             f"{name}: {tensor} is {tuple(held)} in its file and {tuple(wanted)} in config.json{more}; give "
             "the config.json that its weights were saved with"
         )
-    missing, extra = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+    missing = sorted(loading["missing_keys"])
+    extra = sorted(key for key in loading["unexpected_keys"] if not CONSTANT.search(key))
     if missing:
         instead = f", which has {few(extra)} instead" if extra else ""
         raise ConfigError(

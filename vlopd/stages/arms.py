@@ -37,7 +37,7 @@ from vlopd.config import (
 from vlopd.data import open_data
 from vlopd.distill import Evaluate, distill
 from vlopd.masks.apply import delta_norm, extrapolated, transplanted
-from vlopd.models.load import check_unloaded, load_configured, resolve, save
+from vlopd.models.load import DTYPES, load_configured, resolve, save
 from vlopd.pair import load_pair
 from vlopd.stages.places import (
     arm_digest,
@@ -141,7 +141,10 @@ def note_foreign(
     if up_to_date(run.arm_record(name), inputs):
         return False
     if isinstance(arm, CheckpointArm):
-        check_unloaded(config.student.model_copy(update={"model": arm.model}))
+        model = config.student.model_copy(update={"model": arm.model})
+        load_configured(
+            model, DTYPES[config.precision.compute]
+        )  # refused here, not when it is evaluated
     about = {"arm": name, "type": arm.type, "checkpoint_digest": inputs["digest"], "inputs": inputs}
     write_json(run.arm_record(name), {**about, "precision": precision(config)})
     return True
