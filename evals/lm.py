@@ -261,9 +261,10 @@ class ArmLM(LM):
 
     def prompts(self, rows: Sequence[Sequence[int]]) -> Prompts:
         """Token ids -> model inputs, padded on the left."""
-        ids = [torch.tensor([row]) for row in rows]
+        ids = [torch.tensor([row], dtype=torch.long) for row in rows]
         masks = [torch.ones_like(row) for row in ids]
         padded = Prompts(pad_left(ids, self.loaded.pad_id), pad_left(masks, 0))
+        self.loaded.check_prompts(padded)
         return padded.to(self.loaded.device, self.loaded.model.dtype)
 
     def pair_ids(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -292,6 +293,7 @@ class ArmLM(LM):
         for k, row in enumerate(rows):
             ids[k, : len(row)] = torch.tensor(row)
             mask[k, : len(row)] = True
+        self.loaded.check_ids(ids[mask])
         ids, mask = ids.to(self.device), mask.to(self.device)
         given = Completions(
             ids, mask, torch.zeros(ids.shape), torch.ones(len(rows), dtype=torch.bool)

@@ -13,7 +13,7 @@ from evals.harness import Subject, evaluate, import_scores
 from evals.roles import Role, Roles
 from vlopd.checkpoint import Checksums, digest_checkpoint, names_apart
 from vlopd.config import EvalConfig, ModelConfig
-from vlopd.models.load import DTYPES, load_configured, resolve
+from vlopd.models.load import DTYPES, check_unloaded, load_configured, resolve
 from vlopd.stages import hub_folder, model_content
 
 
@@ -26,6 +26,9 @@ def compare_models(
     and out/compare.json, whose path it returns. What was evaluated before is not evaluated again.
     """
     names, sums = names_of(models), Checksums(out)
+    for model in models:
+        if not is_scores(model):
+            check_unloaded(ModelConfig(model=model))  # of all, before hours go into the first
     for name, model in names.items():
         if is_scores(model):
             import_scores(sums, Path(model), name, config)

@@ -31,7 +31,9 @@ from torch import Tensor
 from vlopd import adapter
 from vlopd.bits import holds
 from vlopd.checkpoint import RunError, digest_checkpoint, read_json
+from vlopd.models import whole
 from vlopd.models.atlas import unwrapped_name
+from vlopd.models.whole import INDEX, SINGLE
 from vlopd.types import TensorName
 
 if TYPE_CHECKING:  # transformers' models load with it, and only layouts that differ need them
@@ -39,8 +41,6 @@ if TYPE_CHECKING:  # transformers' models load with it, and only layouts that di
 
     from vlopd.models.layouts import Pieces, Region
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 """A head that is tied to the embedding is stored once or twice, as the writer pleased."""
@@ -153,8 +153,10 @@ class Weights:
 
     A folder has `model.safetensors`, or an index and its shards; where it has both, the single file
     is read, as transformers does. Raises RunError for pickles, damaged files, and shards that lack
-    a tensor the index promises.
+    a tensor the index promises, and for weights that are packed (fp8, integers with scales beside them).
     """
+
+    FILE = SINGLE
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -162,15 +164,20 @@ class Weights:
         self._files: dict[Path, Any] = {}
         try:
             self._where = self._open()
+            self._refuse_packed()
         except BaseException:
             self._stack.close()
             raise
 
     def _open(self) -> dict[str, Path]:
         """Opens all files; the path of the one that holds each tensor."""
-        for single in (SINGLE, adapter.WEIGHTS):
-            if (self.folder / single).exists():
-                return dict.fromkeys(self._open_file(self.folder / single), self.folder / single)
+        if adapter.is_adapter(self.folder) and not isinstance(self, Adapted):
+            raise RunError(
+                f"{self.folder} is an adapter ({adapter.CONFIG}); give it as the trained checkpoint, beside its "
+                "base, or merge it into its base with PEFT"
+            )
+        if (single := self.folder / self.FILE).exists():
+            return dict.fromkeys(self._open_file(single), single)
         if not (self.folder / INDEX).exists():
             digest_checkpoint(self.folder)  # says so where there are no weights, or only pickles
             raise RunError(f"{self.folder} has neither {SINGLE} nor {INDEX}")
@@ -178,7 +185,7 @@ class Weights:
         shards = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(shards, dict):
             raise RunError(f"{self.folder / INDEX} has no weight_map; save the checkpoint again")
-        for shard in set(shards.values()):
+        for shard in set(map(str, shards.values())):
             if Path(shard).name != shard or not shard.endswith(".safetensors"):
                 raise RunError(
                     f"{self.folder / INDEX} names {shard!r}; only *.safetensors beside it are read"
@@ -205,6 +212,14 @@ class Weights:
             raise RunError(f"{path} is {why}{lost}; copy or save the checkpoint again") from None
         self._files[path] = file
         return set(file.keys())
+
+    def _refuse_packed(self) -> None:
+        about = self.folder / "config.json"
+        why = whole.quantisation(read_json(about)) if about.is_file() else None
+        slices = {name: self._slice(name) for name in self._where}
+        stored = {n: whole.Stored(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+        if why := why or whole.packing(stored):
+            raise RunError(f"{self.folder} is quantised: {why}")
 
     def _slice(self, name: str) -> Any:
         return self._files[self._where[name]].get_slice(name)
@@ -275,6 +290,8 @@ def first_cut(path: Path) -> str | None:
 
 class Adapted(Weights):
     """A source checkpoint with a LoRA adapter merged into it, tensor by tensor, under the source's names."""
+
+    FILE = adapter.WEIGHTS
 
     def __init__(self, folder: Path, source: Weights):
         refuse_both(folder)

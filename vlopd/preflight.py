@@ -8,6 +8,7 @@ disagree, logits that are not the model's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from vlopd import resources, seeding
 from vlopd.config import (
+    CheckpointArm,
     ConfigError,
     DistillArm,
     ExperimentConfig,
@@ -36,6 +38,9 @@ from vlopd.models.load import (
     DTYPES,
     LoadedModel,
     ModelUnreadable,
+    check_tokens,
+    load_configured,
+    load_generation_config,
     load_model_config,
     load_processor,
 )
@@ -66,6 +71,10 @@ def preflight(
     pair: ModelPair, config: ExperimentConfig, examples: Sequence[Example]
 ) -> list[CheckRow]:
     """The table for a loaded pair, on a few examples; one column for the student, one a teacher."""
+    for arm in checkpoint_arms(config):
+        load_configured(
+            arm, DTYPES[config.precision.compute]
+        )  # refused here rather than after training
     models = (pair.student, *(teacher.loaded for teacher in pair.teachers))
     views = views_of(config, examples)
     lengths, prompt_facts = prompt_rows(models, views)
@@ -114,6 +123,9 @@ def preflight_meta(
     wanted = (config.student, *map(config.loaded_as, config.teachers.values()))
     found = [model_config(model, architectures) for model in wanted]
     refuse_blind_models(config, dict(zip(["student", *config.teachers], found, strict=True)))
+    for arm in checkpoint_arms(config):
+        with suppress(ModelUnreadable):  # its files need not be here
+            load_processor(arm.model, arm.revision, arm.trust_remote_code, arm.template)
     models = [resources.meta_model(about) for about in found]
     rows = [
         CheckRow(
@@ -139,33 +151,55 @@ def preflight_meta(
     return rows + prompts + estimate_rows(config, readers, device)
 
 
+def checkpoint_arms(config: ExperimentConfig) -> list[ModelConfig]:
+    """The models that are neither student nor teacher, as evaluation loads them."""
+    arms = [arm for arm in config.arms.values() if isinstance(arm, CheckpointArm)]
+    return [config.student.model_copy(update={"model": arm.model}) for arm in arms]
+
+
 def meta_prompts(
     config: ExperimentConfig, wanted: Sequence[ModelConfig], models: Sequence[PreTrainedModel]
 ) -> tuple[list[int], list[CheckRow]]:
     """(prompt tokens of each model, rows): of real examples where data and tokenizers can be read, else assumed."""
+    assumed = [ASSUMED_PROMPT_TOKENS] * len(models)
+    assumption = assumed, [CheckRow("prompt tokens, assumed", tuple(map(str, assumed)))]
+    loaded = []
+    try:
+        for each, model in zip(wanted, models, strict=True):
+            where = (each.model, each.revision, each.trust_remote_code)
+            processor = load_processor(*where, each.template, each.template_arguments)
+            model.generation_config = load_generation_config(
+                each.model, model.config, each.revision
+            )
+            loaded.append(LoadedModel(each.model, model, processor, each.template_arguments))
+    except ModelUnreadable:
+        return assumption
+    for own in loaded:
+        check_tokens(own)
     try:
         examples = first_examples(config)
-        loaded = [
-            LoadedModel(
-                each.model,
-                model,
-                load_processor(
-                    each.model,
-                    each.revision,
-                    each.trust_remote_code,
-                    each.template,
-                    each.template_arguments,
-                ),
-                each.template_arguments,
-            )
-            for each, model in zip(wanted, models, strict=True)
-        ]
     except UserError:
-        assumed = [ASSUMED_PROMPT_TOKENS] * len(models)
-        return assumed, [CheckRow("prompt tokens, assumed", tuple(map(str, assumed)))]
+        return assumption
     views = views_of(config, examples)
     lengths, rows = prompt_rows(loaded, views)
     return lengths, rows + thought_rows(config, loaded, views)
+
+
+def turn_row(models: Sequence[LoadedModel]) -> CheckRow:
+    """Does a completion end where the chat template ends a turn? Else it runs on, into turns of its own making."""
+    ends = [model.turn_end for model in models]
+    open_ended = [
+        f"{model.name} closes a turn with {tokens_of(model, [end])}, but its completions end at "
+        f"{tokens_of(model, model.end_ids)}: add {end} to eos_token_id in its generation_config.json"
+        for model, end in zip(models, ends, strict=True)
+        if end is not None and end not in model.end_ids
+    ]
+    return CheckRow(
+        "end of turn in the template",
+        tuple("-" if i is None else tokens_of(m, [i]) for m, i in zip(models, ends, strict=True)),
+        None if not any(end is not None for end in ends) else not open_ended,
+        "; ".join(open_ended),
+    )
 
 
 def first_examples(config: ExperimentConfig) -> list[Example]:
@@ -184,13 +218,8 @@ def prompt_rows(
     models: Sequence[LoadedModel], views: Sequence[Sequence[Example]]
 ) -> tuple[list[int], list[CheckRow]]:
     """(the longest prompt of each model, rows on prompts), without using the models' weights."""
-    texts = [
-        [model.render_text(each) for each in own] for model, own in zip(models, views, strict=True)
-    ]
-    encoded = [
-        families.encode(m.processor, text, [each.images for each in own], m.sees_images)
-        for m, text, own in zip(models, texts, views, strict=True)
-    ]
+    encoded = [model.prompts_of(own) for model, own in zip(models, views, strict=True)]
+    texts = [model.render_text(own[0]) for model, own in zip(models, views, strict=True)]
     lengths = [prompts.input_ids.shape[1] for prompts in encoded]
     placeholders = [torch.tensor(list(model.placeholders.values())) for model in models]
     images = [
@@ -198,7 +227,8 @@ def prompt_rows(
         for prompts, ids in zip(encoded, placeholders, strict=True)
     ]
     return lengths, [
-        CheckRow("prompt", tuple(repr(each[0]) for each in texts)),
+        turn_row(models),
+        CheckRow("prompt", tuple(map(repr, texts))),
         CheckRow("prompt tokens", tuple(str(int(p.attention_mask[0].sum())) for p in encoded)),
         CheckRow("prompt tokens, longest", tuple(map(str, lengths))),
         CheckRow("image tokens and markers", tuple(map(str, images))),

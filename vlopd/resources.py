@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
-from vlopd.config import UserError
+from vlopd.config import ConfigError, UserError
 from vlopd.models import atlas, families
+from vlopd.models.about import first_line
 
 SAMPLER_BYTES = 32
 """Of a vocabulary entry and sequence, rollout.draw: logits and a copy in fp32, three arrays in fp64."""
@@ -111,9 +112,17 @@ class Estimate:
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The configuration's model on the meta device: names, shapes, and no memory. Leaves `config` as it is."""
+    """The configuration's model on the meta device: names, shapes, and no memory. Leaves `config` as it is.
+
+    Raises ConfigError where no model can be built of it.
+    """
     model_class, _ = families.auto_classes(config)
-    return on_meta(model_class, config)
+    try:
+        return on_meta(model_class, config)
+    except Exception as error:  # a family's own code, given the user's config.json
+        raise ConfigError(
+            f"no model can be built of the config.json of {config.name_or_path}: {first_line(error)}"
+        ) from None
 
 
 def on_meta(model_class: Any, config: PretrainedConfig) -> PreTrainedModel:

@@ -105,13 +105,21 @@ def read_vocabulary(model: ModelConfig) -> Vocabulary:
     tokenizer = families.tokenizer_of(
         load_processor(*where, model.template, model.template_arguments)
     )
-    ends = end_ids(load_generation_config(model.model, config, model.revision), tokenizer)
+    rows = config.get_text_config().vocab_size
+    generation = load_generation_config(model.model, config, model.revision)
+    ends = end_ids(model.model, generation, tokenizer, rows)
+    words = [word for word in tokenizer.convert_ids_to_tokens(ends) if word]
+    if not words:
+        raise ConfigError(
+            f"{model.model}: its end tokens {ends} are no tokens of its tokenizer; set eos_token_id in its "
+            "generation_config.json"
+        )
     return Vocabulary(
         model.model,
         tokenizer.get_vocab(),
         frozenset(tokenizer.get_added_vocab()),
-        tuple(tokenizer.convert_ids_to_tokens(ends)),
-        config.get_text_config().vocab_size,
+        tuple(words),
+        rows,
     )
 
 

@@ -17,16 +17,24 @@ def config_of(folder: Path) -> PretrainedConfig | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
-    if read_json(path).get("model_type") == OPENCLIP:
+    about = read_json(path)
+    if isinstance(about, dict) and about.get("model_type") == OPENCLIP:
         from vlopd.models import openclip_vlm  # loads transformers' models
 
         openclip_vlm.register()
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # configurations check themselves, and raise what they like
         raise RunError(f"cannot read {path}: {first_line(error)}") from None
 
 
 def first_line(error: BaseException) -> str:
     """What a library says, as the end of one of our lines."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    # a KeyError's text is the key alone
+    return (
+        f"{type(error).__name__} {said}".strip()
+        if isinstance(error, KeyError) or not said
+        else said
+    )

@@ -65,8 +65,14 @@ AFTER_HEAD = (
 )
 """Config fields that change the output layer's logits, and how."""
 
+CAUSAL = ("gpt_neox", "gpt_neox_japanese")
+"""Families whose configuration says `is_decoder = False` by default and which read left to right all the same."""
+
 PLACEHOLDER = re.compile(r"image|img|video|vision|audio|row_\d+_col_\d+", re.IGNORECASE)
 """Special tokens that stand for something seen or heard."""
+
+PRINTED_PART = re.compile(r"""\{['"]type['"]: ?['"]""", re.IGNORECASE)
+"""How Python or JSON prints a part of a message."""
 
 PLAIN_TEMPLATE = (
     "{{ first_token }}{% for message in messages %}"
@@ -92,6 +98,12 @@ def sees_images(config: PretrainedConfig) -> bool:
             f"model type {config.model_type!r} is an encoder-decoder; vlopd/models/families.py reads "
             "prompt and completion as one sequence and needs a decoder-only model"
         )
+    own_default = getattr(type(config), "is_decoder", None)
+    if own_default is False and not config.is_decoder and config.model_type not in CAUSAL:
+        raise ConfigError(
+            f"model type {config.model_type!r} is an encoder (is_decoder is false): each token sees those after "
+            "it; vlopd/models/families.py needs a decoder-only model"
+        )
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return True
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -112,6 +124,17 @@ def auto_classes(config: PretrainedConfig) -> tuple[Any, Any]:
 def tokenizer_of(processor: Any) -> Any:
     """The tokenizer inside a processor, or the tokenizer itself."""
     return getattr(processor, "tokenizer", processor)
+
+
+def lacking(processor: Any, with_images: bool) -> str | None:
+    """What a processor has not, though transformers made one up: words of a tokenizer, an image processor."""
+    tokenizer = tokenizer_of(processor)
+    made_up = {*tokenizer.get_added_vocab(), *map(str, tokenizer.all_special_tokens)}
+    if not tokenizer.get_vocab().keys() - made_up:
+        return "no tokens but added ones"
+    if with_images and getattr(processor, "image_processor", None) is None:
+        return "no image processor"
+    return None
 
 
 def placeholders(config: PretrainedConfig, tokenizer: Any) -> dict[str, int]:
@@ -157,10 +180,20 @@ def set_template(processor: Any, template: str) -> None:
     tokenizer.chat_template = processor.chat_template = head + template
 
 
+def as_parts(text: str) -> list[dict[str, str]]:
+    """A text as the parts of a message."""
+    return [{"type": "text", "text": text}]
+
+
 def chat_messages(
-    example: Example, with_images: bool, placeholders: Iterable[str] = ()
+    example: Example,
+    with_images: bool,
+    placeholders: Iterable[str] = (),
+    wants_parts: bool = False,
 ) -> list[Any]:
     """The example's messages as a chat template wants them: parts, or plain strings for a language model.
+
+    With `wants_parts`, a plain string becomes a part too: the template would leave it out.
 
     Where there are images, a placeholder's string within a text (`what does <image> mean`) is broken by a
     space (`< image>`): it is the user's word, not an image. Whether a system message is allowed is for the
@@ -185,6 +218,8 @@ def chat_messages(
                 {**part, "text": clean(part["text"])} if part["type"] == "text" else part
                 for part in content
             ]
+        if wants_parts and isinstance(content, str):
+            content = as_parts(content)
         messages.append({**message, "content": content})
     return messages
 
@@ -207,7 +242,7 @@ def encode(
         rows = [
             {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]} for text in texts
         ]
-        rows = [{k: torch.tensor([v]) for k, v in row.items()} for row in rows]
+        rows = [{k: torch.tensor([v], dtype=torch.long) for k, v in row.items()} for row in rows]
         rows = [{**row, "attention_mask": torch.ones_like(row["input_ids"])} for row in rows]
     return Prompts(
         pad_left([row["input_ids"] for row in rows], pad_id),
@@ -229,7 +264,7 @@ def process(
     processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]
 ) -> dict[str, Tensor]:
     """Model inputs of prompts whose images are alike, padded on the left."""
-    if any("[{'type': " in text for text in texts) and prints_parts(processor):
+    if any(map(is_printed_part, texts)) and prints_parts(processor):
         raise ConfigError(
             "its chat template prints message parts as they are, it wants plain strings; "
             "set `template` to a .jinja file that takes parts"
@@ -251,8 +286,13 @@ def process(
 
 def prints_parts(processor: Any) -> bool:
     """Whether the chat template takes a message's parts for a string."""
-    message = {"role": "user", "content": [{"type": "text", "text": "x"}]}
-    return "[{'type': " in processor.apply_chat_template([message], tokenize=False)
+    message = {"role": "user", "content": as_parts("x")}
+    return is_printed_part(processor.apply_chat_template([message], tokenize=False))
+
+
+def is_printed_part(text: str) -> bool:
+    """Whether a text looks like Python's print of a message's parts."""
+    return PRINTED_PART.search(text) is not None
 
 
 def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
@@ -341,16 +381,33 @@ def logits_of(model: PreTrainedModel, hidden: Tensor, columns: int | Tensor) -> 
 
 @torch.no_grad()
 def check_logits(model: PreTrainedModel) -> None:
-    """Compares `logits_of` with the model's own logits on three tokens.
+    """Compares `logits_of` with the model's own logits on three tokens, and looks whether later ones matter.
 
-    Raises ConfigError where a family treats its logits in a way that no table here knows.
+    Raises ConfigError where a family treats its logits in a way that no table here knows, where they are not
+    finite, and where a token's state depends on the token after it.
     """
-    ids = torch.arange(3, device=model.device)[None] + 5
-    ours = logits_of(model, body(model)(input_ids=ids).last_hidden_state, 10**9)
-    own = model(input_ids=ids).logits
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = torch.tensor([[5, 6, 7], [5, 6, 8]], device=model.device) % rows
+    kind = model.config.model_type
+    # a family that sees its prompt both ways is told that these are a completion
+    types = {"token_type_ids": torch.ones_like(ids)} if kind in COMPLETION_TYPE else {}
+    hidden = body(model)(input_ids=ids, **types).last_hidden_state
+    ours = logits_of(model, hidden, 10**9)
+    own = model(input_ids=ids, **types).logits
+    if not bool(torch.isfinite(own).all()):
+        raise ConfigError(
+            f"model type {kind!r} gives logits that are not finite in {str(own.dtype).removeprefix('torch.')}, "
+            'from finite weights: its activations overflow; try precision.compute = "fp32"'
+        )
     if not torch.allclose(ours.float(), own.float(), rtol=1e-2, atol=1e-3):
         raise ConfigError(
-            f"model type {model.config.model_type!r} changes its logits after the output layer by up to "
+            f"model type {kind!r} changes its logits after the output layer by up to "
             f"{float((ours - own).abs().max()):.3g}; add the config's field to AFTER_HEAD in "
             "vlopd/models/families.py"
+        )
+    first, second = hidden[:, :2].float()
+    if float((first - second).abs().max()) > 1e-2 * float(first.abs().max()):
+        raise ConfigError(
+            f"model type {kind!r} is no causal language model: a token's state changes with the token after it; "
+            "vlopd/models/families.py needs a decoder-only model"
         )

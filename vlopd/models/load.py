@@ -13,22 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from jinja2 import Environment, TemplateSyntaxError, meta
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from vlopd.bits import holds, widest
 from vlopd.config import TEMPLATE_NAMES, ConfigError, ModelConfig, UserError
-from vlopd.models import families, gguf, openclip_vlm, smollm2, thoughts
+from vlopd.models import families, gguf, openclip_vlm, smollm2, thoughts, whole
 from vlopd.models.about import first_line
 from vlopd.types import Completions, Example, Prompts
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+TOKENIZER_FILES = (
+    "; copy tokenizer.json, tokenizer_config.json and what lies beside them (a processor_config.json, for images) "
+    "from the model's own folder"
+)
+
+PROBE, ANSWER = "zyzzyva", "quokka"
+"""What a chat template is tried with: words that no template has of its own."""
 
 
 class ModelUnreadable(ConfigError):
@@ -76,8 +85,24 @@ class LoadedModel:
 
     @cached_property
     def end_ids(self) -> list[int]:
-        """Tokens that end a completion, from the generation config."""
-        return end_ids(self.model.generation_config, self.tokenizer)
+        """Tokens that end a completion, from the generation config. Raises ConfigError where they are none."""
+        return end_ids(
+            self.name, self.model.generation_config, self.tokenizer, self.vocabulary_rows
+        )
+
+    @cached_property
+    def turn_end(self) -> int | None:
+        """The added token that the chat template closes the model's own turn with, an end if any is; else None."""
+        turns = [("user", PROBE), ("assistant", ANSWER)]
+        try:
+            text = self.apply_template([self.text_turn(*turn) for turn in turns], False)
+        except Exception:  # a template that takes no such turns
+            return None
+        after = text.rpartition(ANSWER)[2] if ANSWER in text else ""
+        added = {i: word for word, i in self.tokenizer.get_added_vocab().items() if word in after}
+        ids = self.tokenizer(after, add_special_tokens=False)["input_ids"]
+        closing = [i for i in ids if i in added]
+        return next((i for i in closing if i in self.end_ids), next(iter(closing), None))
 
     @cached_property
     def pad_id(self) -> int:
@@ -96,13 +121,37 @@ class LoadedModel:
         """Tokens that stand for images, video or audio, with their ids."""
         return families.placeholders(self.model.config, self.tokenizer)
 
-    def render_text(self, example: Example, add_generation_prompt: bool = True) -> str:
-        """The example's prompt in this model's own chat template, as text."""
+    def apply_template(self, messages: list[Any], add_generation_prompt: bool = True) -> str:
+        """Messages in this model's own chat template, as text. Raises what the template raises."""
         return self.processor.apply_chat_template(
-            families.chat_messages(example, self.sees_images, self.placeholders),
+            messages,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             **self.template_arguments,
+        )
+
+    def text_turn(self, role: str, text: str) -> dict[str, Any]:
+        """A turn without images, as the chat template takes it."""
+        return {"role": role, "content": families.as_parts(text) if self.wants_parts else text}
+
+    def shows(self, content: Any) -> bool | None:
+        """Whether the chat template prints a user's words given as `content`; None where it raises."""
+        try:
+            text = self.apply_template([{"role": "user", "content": content}])
+        except Exception:
+            return None
+        return PROBE in text.lower() and not families.is_printed_part(text)
+
+    @cached_property
+    def wants_parts(self) -> bool:
+        """Whether the chat template leaves out a turn that is a plain string, and prints one of parts."""
+        return not self.shows(PROBE) and bool(self.shows(families.as_parts(PROBE)))
+
+    def render_text(self, example: Example, add_generation_prompt: bool = True) -> str:
+        """The example's prompt in this model's own chat template, as text."""
+        return self.apply_template(
+            families.chat_messages(example, self.sees_images, self.placeholders, self.wants_parts),
+            add_generation_prompt,
         )
 
     @cached_property
@@ -126,9 +175,14 @@ class LoadedModel:
         return tuple(dict.fromkeys([*thoughts.MARKS, *self.own_marks]))
 
     def encode(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Prompts:
-        """Rendered prompts with their images -> model inputs, on the model's device.
+        """Rendered prompts with their images -> model inputs, on the model's device. Raises as `tokenize`."""
+        return self.tokenize(texts, images).to(self.device, self.model.dtype)
 
-        Raises ConfigError when images are given to a model without eyes.
+    def tokenize(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Prompts:
+        """Rendered prompts with their images -> model inputs, on the CPU.
+
+        Raises ConfigError when images are given to a text-only model, UserError for an empty prompt and for
+        a token that the model has no row for.
         """
         if any(images) and not self.sees_images:
             raise ConfigError(
@@ -136,23 +190,43 @@ class LoadedModel:
                 'teacher.context = {type = "caption", column = ...}, a field that says what is in it'
             )
         prompts = families.encode(self.processor, texts, images, self.sees_images)
-        return prompts.to(self.device, self.model.dtype)
+        self.check_prompts(prompts)
+        return prompts
+
+    def check_prompts(self, prompts: Prompts) -> None:
+        """Raises UserError for a prompt of no tokens, and for a token without a row in the embedding."""
+        if not bool(prompts.attention_mask.any(1).all()):
+            raise UserError("the prompt came out empty: it has no tokens")
+        self.check_ids(prompts.input_ids[prompts.attention_mask.bool()])
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Raises UserError for a token id that the model has no row for."""
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        # some models read their image's features in place of a token that has no row
+        own = set(self.placeholders.values()) if self.sees_images else set()
+        for i in ids.unique().tolist():
+            if not 0 <= i < rows and i not in own:
+                raise UserError(no_row(self.name, self.tokenizer, i, rows))
 
     def render(self, examples: Sequence[Example]) -> Prompts:
-        """Examples -> model inputs, in this model's template, resolution and padding.
+        """Examples -> model inputs, in this model's template, resolution and padding. Raises as `prompts_of`."""
+        return self.prompts_of(examples).to(self.device, self.model.dtype)
+
+    def prompts_of(self, examples: Sequence[Example]) -> Prompts:
+        """As `render`, on the CPU.
 
         Raises UserError with the example's id where the template or the processor cannot take it.
         """
         try:
-            return self.encode(
+            return self.tokenize(
                 [self.render_text(e) for e in examples], [e.images for e in examples]
             )
-        except UserError:
+        except ConfigError:
             raise
         except Exception as error:  # templates and processors raise what they like
             if len(examples) > 1:
                 for example in examples:
-                    self.render([example])
+                    self.prompts_of([example])
             raise UserError(
                 f"example {examples[0].id!r}: {self.name} cannot read its prompt: {first_line(error)}; "
                 "if its chat template is at fault, set `template` beside its `model`"
@@ -252,16 +326,39 @@ def resolve(name: str) -> str:
 def load_model_config(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
-    """The model's configuration, without weights. Raises ConfigError when it cannot be had."""
+    """The model's configuration, without weights.
+
+    Raises ModelUnreadable when it cannot be read, ConfigError where it is of an adapter or of packed weights.
+    """
     openclip_vlm.register()
+    where = resolve(name)
     try:
-        return AutoConfig.from_pretrained(
-            resolve(name), revision=revision, trust_remote_code=trust_remote_code
+        adapter = find_adapter_config_file(where, revision=revision)
+        config = None
+        if adapter is None:
+            config = AutoConfig.from_pretrained(
+                where, revision=revision, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # configurations check themselves, and raise what they like
+        raise unreadable(f"read the configuration of {name!r}", error) from None
+    if config is None:
+        raise ConfigError(
+            f"{name} is an adapter (it has {whole.ADAPTER}), not a model; merge it into its base (PEFT's "
+            "merge_and_unload, then save_pretrained) and give the merged folder"
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelUnreadable(
-            f"cannot read the configuration of {name!r}: {first_line(error)}"
-        ) from None
+    if packed := whole.quantisation(config.to_dict()):
+        raise ConfigError(f"{name} is quantised: {packed}")
+    return config
+
+
+def unreadable(what: str, error: Exception, remedy: str = "") -> ModelUnreadable:
+    """What a library raised over a user's file, as one line of ours with its remedy where there is one."""
+    said = str(error)
+    if "trust_remote_code" in said:
+        remedy = "; set trust_remote_code = true beside its `model` if you trust its code"
+    elif "sdpa" in said:
+        remedy = '; set attention = "eager" beside its `model`'
+    return ModelUnreadable(f"cannot {what}: {first_line(error)}{remedy}")
 
 
 def load_processor(
@@ -283,10 +380,14 @@ def load_processor(
         processor = processor_class.from_pretrained(
             resolve(name), revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelUnreadable(
-            f"cannot read the tokenizer or processor of {name!r}: {first_line(error)}"
+    except Exception as error:  # processors raise what they like
+        raise unreadable(
+            f"read the tokenizer or processor of {name!r}", error, TOKENIZER_FILES
         ) from None
+    if lacks := families.lacking(processor, families.sees_images(config)):
+        raise ModelUnreadable(
+            f"cannot read the tokenizer or processor of {name!r}: its files hold {lacks}{TOKENIZER_FILES}"
+        )
     if template is not None:
         families.set_template(processor, read_template(template))
     if (
@@ -345,17 +446,39 @@ def read_template(template: str) -> str:
 
 def load_generation_config(name: str, config: PretrainedConfig, revision: str | None = None) -> Any:
     """The model's generation config, without weights; made from its configuration where it has none."""
+    where = resolve(name)
     try:
-        return GenerationConfig.from_pretrained(resolve(name), revision=revision)
-    except OSError:
-        return GenerationConfig.from_model_config(config)
+        return GenerationConfig.from_pretrained(where, revision=revision)
+    except Exception as error:
+        if isinstance(error, OSError) and not (Path(where) / "generation_config.json").exists():
+            return GenerationConfig.from_model_config(config)
+        raise unreadable(f"read the generation_config.json of {name!r}", error) from None
 
 
-def end_ids(generation: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a completion: the generation config's, or the tokenizer's."""
+def end_ids(name: str, generation: Any, tokenizer: Any, rows: int) -> list[int]:
+    """Tokens that end a completion: the generation config's, or the tokenizer's.
+
+    Raises ConfigError where there are none, or one is outside the vocabulary of `rows`.
+    """
     ends = generation.eos_token_id
     ends = tokenizer.eos_token_id if ends is None else ends
-    return list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    wrong = [i for i in ends if type(i) is not int or not 0 <= i < rows]
+    if wrong or not ends:
+        what = "no eos_token_id" if ends in ([], [None]) else f"eos_token_id {wrong[0]!r}"
+        raise ConfigError(
+            f"{name} has {what}, and ids are 0 to {rows - 1}: no completion would end; set eos_token_id in its "
+            "generation_config.json to the ids of the tokens that end a turn"
+        )
+    return ends
+
+
+def no_row(name: str, tokenizer: Any, i: int, rows: int) -> str:
+    """Says that a token has no row in the model's embedding, and what to do."""
+    return (
+        f"token {tokenizer.convert_ids_to_tokens(i)!r} {i} has no row in the {rows} of {name}; give the "
+        "tokenizer that the model was trained with, or resize the model (resize_token_embeddings)"
+    )
 
 
 def load(
@@ -370,30 +493,46 @@ def load(
 ) -> LoadedModel:
     """Loads weights from safetensors only, in `dtype`, in evaluation mode (no dropout).
 
-    Raises ConfigError naming the model when a file is missing, truncated or pickled.
+    Raises ConfigError naming the model, and the tensor or token, where it is not whole: a file that is missing,
+    truncated or pickled, tensors that are missing, packed, not finite or another model's, an adapter, no
+    tokenizer, end tokens that are none, a chat template that leaves out the user's words.
     """
     check_builtin(name)
     config = load_model_config(name, revision, trust_remote_code)
     model_class, _ = families.auto_classes(config)
+    processor = load_processor(name, revision, trust_remote_code, template)
+    load_generation_config(
+        name, config, revision
+    )  # transformers passes over one that it cannot read
+    where = resolve(name)
+    is_folder = Path(where).is_dir()
+    if is_folder:
+        check_files(name, Path(where))
     try:
-        model = model_class.from_pretrained(
-            resolve(name),
+        model, loading = model_class.from_pretrained(
+            where,
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # whole.refuse_partial names them
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        remedy = '; set attention = "eager" beside its `model`' if "sdpa" in str(error) else ""
-        raise ModelUnreadable(
-            f"cannot load the weights of {name!r}: {first_line(error)}{remedy}"
-        ) from None
-    processor = load_processor(name, revision, trust_remote_code, template, template_arguments)
+        if not is_folder:
+            where = snapshot_download(where, revision=revision, local_files_only=True)
+    except Exception as error:  # loaders raise what they like
+        raise unreadable(f"load the weights of {name!r}", error) from None
+    if not is_folder:
+        check_files(name, Path(where))
+    whole.refuse_partial(name, loading, model)
     model = model.to(device).eval()
+    whole.refuse_not_finite(name, model)
     families.check_logits(model)
     folder = weights_folder(name, revision)
-    return LoadedModel(name, model, processor, template_arguments or {}, folder)
+    loaded = LoadedModel(name, model, processor, template_arguments or {}, folder)
+    check_tokens(loaded)
+    return loaded
 
 
 def weights_folder(name: str, revision: str | None = None) -> Path:
@@ -401,6 +540,52 @@ def weights_folder(name: str, revision: str | None = None) -> Path:
     config = cached_file(resolve(name), "config.json", revision=revision)
     assert config is not None
     return Path(config).parent
+
+
+def check_unloaded(config: ModelConfig) -> None:
+    """Refuses what can be seen of a model without reading its weights."""
+    where_from = (config.model, config.revision, config.trust_remote_code)
+    load_processor(*where_from, config.template, config.template_arguments)
+    where = Path(resolve(config.model))
+    if where.is_dir():
+        check_files(config.model, where)
+
+
+def check_files(name: str, folder: Path) -> None:
+    """Refuses weights that are damaged, packed, or short of a part of an expert; reads headers only."""
+    stored = whole.stored_tensors(folder)
+    if packed := whole.packing(stored):
+        raise ConfigError(f"{name} is quantised: {packed}")
+    if short := whole.ragged(stored):
+        raise ConfigError(f"{name} is not whole: {short}")
+
+
+def check_tokens(loaded: LoadedModel) -> None:
+    """Refuses a model whose tokenizer and template are not of its vocabulary, or say nothing of the user's words."""
+    name, tokenizer, rows = loaded.name, loaded.tokenizer, loaded.vocabulary_rows
+    if set(loaded.end_ids) <= set(loaded.unsampleable_ids):
+        raise ConfigError(
+            f"{name}: none of its end tokens {loaded.end_ids} can be sampled (padding, images and ids without "
+            "a token never are), so no completion would end; set eos_token_id in its generation_config.json"
+        )
+    added = tokenizer.get_added_vocab()
+    ordinary = {i for word, i in tokenizer.get_vocab().items() if word not in added}
+    if ordinary and max(ordinary) >= rows:
+        lost = sum(i >= rows for i in ordinary)
+        raise ConfigError(
+            f"{no_row(name, tokenizer, max(ordinary), rows)} ({lost} of {len(ordinary)} ordinary tokens have none)"
+        )
+    if not 0 <= loaded.pad_id < rows:
+        raise ConfigError(f"padding: {no_row(name, tokenizer, loaded.pad_id, rows)}")
+    shown = [loaded.shows(content) for content in (PROBE, families.as_parts(PROBE))]
+    if not any(shown) and False in shown:
+        raise ConfigError(
+            f"the chat template of {name} leaves out what the user says; set `template` beside its `model` to a "
+            '.jinja file, or "plain"'
+        )
+    if any(shown):
+        text = loaded.apply_template([loaded.text_turn("user", PROBE)])
+        loaded.check_ids(torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
 def load_configured(

@@ -142,7 +142,11 @@ def note_foreign(
     inputs = due(run, name, made_from)
     if inputs is None:
         return False
-    folder = hub_folder(resolve(arm.model), None) if isinstance(arm, CheckpointArm) else None
+    folder = None
+    if isinstance(arm, CheckpointArm):
+        folder = hub_folder(resolve(arm.model), None)
+        model = config.student.model_copy(update={"model": arm.model})
+        load_configured(model, DTYPES[config.precision.compute])  # refused here, not when evaluated
     digest = digest_json(inputs["files"]) if folder is None else digest_checkpoint(folder)
     note(run, config, name, arm.type, inputs, digest, folder)
     return True

@@ -32,6 +32,7 @@ from vlopd.config import (
 from vlopd.data import files_of
 from vlopd.digests import file_digest
 from vlopd.models import atlas
+from vlopd.models.about import first_line
 from vlopd.models.load import read_template, resolve
 
 MODEL_FILES = (
@@ -63,7 +64,12 @@ def hub_folder(model: str, revision: str | None) -> Path:
     if Path(model).is_dir():
         return Path(model)
     wanted = [f"*{ending}" for ending in MODEL_FILES]
-    return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # no such folder, no such id, no network
+        raise RunError(
+            f"no folder {model!r}, and no such model on the hub: {first_line(error)}"
+        ) from None
 
 
 def folder_content(folder: Path, whole: bool = False) -> dict[str, str]:
