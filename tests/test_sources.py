@@ -153,6 +153,9 @@ def test_advantages_compare_completions_of_one_prompt():
     torch.testing.assert_close(scaled, torch.tensor(expected, dtype=torch.float64))
     plain = group_advantages(rewards, 4, "none")
     assert plain.tolist() == [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0, 0.5, 0.5, -0.5, -0.5]
+    thirds = torch.tensor([0.1, 0.1, 0.1], dtype=torch.float64)
+    assert float(thirds.std(correction=0)) > 0  # by rounding, which is not to be divided by
+    assert group_advantages(thirds, 3, "std").tolist() == [0, 0, 0]
 
 
 def test_groups_may_span_micro_batches(kind, make_pair, make_config, make_data):

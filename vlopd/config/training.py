@@ -34,7 +34,8 @@ class OptimizerBase(Section):
     component_rates: ComponentRates = ComponentRates()
     """`{vision = 0.1}` trains the vision tower at a tenth of the rate. To not train it at all: train.freeze."""
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW, Lion and Muon: values *= 1 - rate * decay. SGD and RMSProp add decay * values to the gradient."""
+    """AdamW, Lion and Muon: values *= 1 - rate * decay. SGD and RMSProp add decay * values to the gradient. A step
+    whose rows do not reach a parameter (a tower, without a picture) leaves it as it is, decay and momentum too."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Clips the norm over trained coordinates; null for none."""
     warmup_steps: int = Field(0, ge=0)
