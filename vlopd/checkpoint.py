@@ -26,7 +26,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vlopd.config import ConfigError, ExperimentConfig, UserError
+from vlopd.config import ConfigError, ExperimentConfig, UserError, config_of
 
 PACKAGES = [
     "vlopd",
@@ -280,7 +280,7 @@ class RunFolder:
                 f"{root} is not a run folder (no run.json); make one with `vlopd run CONFIG`"
             )
         run.lock()
-        return run, ExperimentConfig.model_validate(read_json(path)["config"])
+        return run, config_of(read_json(path).get("config"), path)
 
     def lock(self) -> None:
         """Notes that this process works in the folder, beside any others, until it ends.

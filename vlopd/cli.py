@@ -23,6 +23,7 @@ from vlopd.config import (
     ExperimentConfig,
     UserError,
     checkpoints_of,
+    config_of,
     load_config,
     mask_of,
 )
@@ -407,7 +408,7 @@ def report(run: RunPath) -> None:
 def show(run: RunPath) -> None:
     """What a run holds, and its verdict if there is one. Reads only: works while the run is in use."""
     folder = RunFolder(run)
-    config = ExperimentConfig.model_validate(read_json(run / "run.json")["config"])
+    config = config_of(read_json(run / "run.json").get("config"), run / "run.json")
     table = Table("arm", "type", "mask", "density", "steps", "evaluated", title=config.name)
     for name in config.arms:
         path = folder.arm_record(name)
