@@ -6,7 +6,7 @@ is the completion's tokens. The loss sees logits over the shared vocabulary at t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -85,9 +85,12 @@ class ModelPair:
         banned = unsampleable[self.vocabulary.has(unsampleable)]
         for grader, rows in self.assign(examples):
             assert isinstance(grader, Teacher), "the config refuses to sample from a mixture"
+            asked = [examples[i] for i in rows]
+            prompts = grader.render(asked)
+            grader.loaded.refuse_too_long(asked, prompts, rollout.max_new_tokens)
             theirs = sample(
                 grader.loaded,
-                grader.render([examples[i] for i in rows]),
+                prompts,
                 rollout.max_new_tokens,
                 rollout.temperature,
                 uniforms[rows],
@@ -259,7 +262,10 @@ def refuse_blind_models(
 
 
 def load_pair(
-    config: ExperimentConfig, device: torch.device | str, student_folder: Path | str | None = None
+    config: ExperimentConfig,
+    device: torch.device | str,
+    student_folder: Path | str | None = None,
+    load: Callable[..., LoadedModel] = load_configured,
 ) -> ModelPair:
     """Loads all models in the compute precision; `student_folder` takes the place of the configured student.
 
@@ -272,14 +278,14 @@ def load_pair(
 
     def teacher(index: int, about: TeacherConfig) -> Teacher:
         folder = student_folder if about.is_student else None
-        loaded = load_configured(config.loaded_as(about), dtype, device, folder)
+        loaded = load(config.loaded_as(about), dtype, device, folder)
         loaded.model.requires_grad_(False)
         return Teacher(loaded, vocabulary, index, about.context, about.ema)
 
     teachers = {
         name: teacher(index, about) for index, (name, about) in enumerate(config.teachers.items())
     }
-    student = load_configured(config.student, dtype, device, student_folder)
+    student = load(config.student, dtype, device, student_folder)
     plan = config.teacher
     if isinstance(plan, RoutedTeachers):
         return ModelPair(student, teachers, vocabulary, plan.field)

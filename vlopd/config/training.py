@@ -151,6 +151,9 @@ class TrainConfig(Section):
             raise ValueError(
                 f"freeze names all of {', '.join(self.freeze)}: nothing is left to train; leave one out"
             )
+        prompts = self.steps * self.prompts_per_step
+        if prompts >= 2**31:
+            raise ValueError(f"steps times prompts_per_step are {prompts} prompts; at most 2**31 - 1")
         late = [step for step in self.keep_steps if step > self.steps]
         if late:
             raise ValueError(

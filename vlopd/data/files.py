@@ -6,6 +6,7 @@ picture column of a row, and say nothing of the row when one is broken.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from datasets import Audio, Dataset, Features, LargeList, List, Video, load_data
 from PIL import Image
 
 from vlopd.config import ConfigError, DataError, FileData
-from vlopd.data.pictures import open_picture, shorten
+from vlopd.data.pictures import open_picture, peek, shorten
 from vlopd.types import Example, parts_at_marks
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -50,8 +51,15 @@ class FileSource(Sequence[Example]):
             raise ConfigError(f"{config.path} has no rows")
         if config.id is not None:
             refuse_repeated_ids(config.path, rows.data.column(config.id))
+        self.open = open_picture
         self.features = Features({name: undecoded(f) for name, f in rows.features.items()})
         self.rows = rows.with_format("arrow")  # nothing is decoded behind our back
+
+    def unopened(self) -> FileSource:
+        """The same rows with pictures of which only the header is read: sizes, and whether they are there."""
+        other = copy.copy(self)
+        other.open = peek
+        return other
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -124,7 +132,7 @@ class FileSource(Sequence[Example]):
         images = []
         for place, each in enumerate(values, 1):
             try:
-                images.append(open_picture(each, self.folder))
+                images.append(self.open(each, self.folder))
             except DataError as error:
                 which = "picture" if len(values) == 1 else f"picture {place} of {len(values)}"
                 raise DataError(f"{where}, {which} {describe(each)} {error}") from None

@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from vlopd.config import ConfigError, ModelConfig, UserError
+from vlopd.config import ConfigError, DataError, ModelConfig, UserError
 from vlopd.models import families, gguf, openclip_vlm, smollm2
 from vlopd.models.about import first_line
+from vlopd.models.length import context_length
 from vlopd.types import Completions, Example, Prompts
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
@@ -64,6 +65,11 @@ class LoadedModel:
     def hidden_size(self) -> int:
         """H, of the states that the output layer reads."""
         return self.model.get_output_embeddings().weight.shape[1]
+
+    @cached_property
+    def context_length(self) -> int | None:
+        """Tokens of prompt and completion together; None where there is no limit."""
+        return context_length(self.model.config)
 
     @cached_property
     def end_ids(self) -> list[int]:
@@ -128,6 +134,15 @@ class LoadedModel:
                 "if its chat template is at fault, set `template` beside its `model`"
             ) from error
 
+    def refuse_too_long(
+        self, examples: Sequence[Example], prompts: Prompts, new_tokens: int
+    ) -> None:
+        """Raises DataError for the first example whose prompt leaves no room for so many more tokens."""
+        lengths = prompts.attention_mask.sum(1).tolist()
+        for example, length in zip(examples, lengths, strict=True):
+            if self.context_length is not None and length + new_tokens > self.context_length:
+                raise too_long(example.id, length, new_tokens, self)
+
     def completion_hidden(self, prompts: Prompts, completions: Completions) -> Tensor:
         """[N, H] hidden states that predict each completion token."""
         return families.completion_hidden(self.model, prompts, completions)
@@ -143,6 +158,15 @@ class LoadedModel:
         ]
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+
+def too_long(example: str, prompt_tokens: int, new_tokens: int, model: LoadedModel) -> DataError:
+    """The error of an example that a model has no room for."""
+    return DataError(
+        f"example {example!r}: {prompt_tokens} prompt tokens and up to {new_tokens} of completion "
+        f"(rollout.max_new_tokens) are {prompt_tokens + new_tokens}, and {model.name} has "
+        f"{model.context_length} positions; shorten or drop the row, or lower rollout.max_new_tokens"
+    )
 
 
 def resolve(name: str) -> str:

@@ -1,0 +1,354 @@
+"""What can be known of a run before its first step, and is refused then: `vlopd run`, `vlopd check`.
+
+No weights are read. Every finding is one line that names the thing and the remedy; evals/ready.py has those of the
+tasks. What is found here would otherwise stop a run when the arms before it are trained.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from vlopd import masks, resources
+from vlopd.checkpoint import RunError, RunFolder
+from vlopd.config import (
+    CheckpointArm,
+    ConfigError,
+    DataError,
+    DistillArm,
+    ExperimentConfig,
+    FileMask,
+    ImageContext,
+    ImportedArm,
+    ModelConfig,
+    Reference,
+    UserError,
+    WholeMask,
+    checkpoints_of,
+    mask_of,
+)
+from vlopd.context import field_of
+from vlopd.data import open_data, pick
+from vlopd.data.files import FileSource
+from vlopd.delta import TensorDelta
+from vlopd.log import refuse_missing_trackers
+from vlopd.masks.rules import whole
+from vlopd.models import atlas, families
+from vlopd.models.about import first_line
+from vlopd.models.load import (
+    LoadedModel,
+    load_generation_config,
+    load_model_config,
+    load_processor,
+    too_long,
+)
+from vlopd.pair import ModelPair, load_pair
+from vlopd.rewards import RULES, answer_of
+from vlopd.sources import from_data
+from vlopd.stages import scores_of
+from vlopd.stages.places import checkpoint_folder
+from vlopd.types import Example
+
+FEW = 8
+"""Rows whose prompts are made in full, pictures and all."""
+BUILT_IN_ROWS = 64
+"""Of a built-in world, whose rows are alike."""
+CLOSE_ROWS = 64
+"""Of the rows that may be too long, those with pictures that are made in full, longest first."""
+
+
+class Findings:
+    """Lines of what is wrong, each once."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    @contextmanager
+    def catch(self, where: str = ""):
+        """Keeps a UserError as a line and goes on."""
+        try:
+            yield
+        except UserError as error:
+            line = " ".join(f"{where}{error}".split())
+            if line not in self.lines:
+                self.lines.append(line)
+
+
+def findings(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
+    """What would stop these arms or what they are made from; empty where nothing would."""
+    found = Findings()
+    needed = list(dict.fromkeys(a for name in names for a in (name, *config.ancestors(name))))
+    with found.catch():
+        refuse_missing_trackers(config)
+    for name in needed:
+        with found.catch(f"arms.{name}: "):
+            refuse_missing_files(config, name)
+    trained = {n: arm for n in needed if isinstance(arm := config.arms[n], DistillArm)}
+    pairs: dict[str, ModelPair] = {}
+    looked: set[str] = set()
+    for name, arm in trained.items():
+        its = config.of_arm(arm)
+        where = f"arms.{name}: " if arm.own else ""
+        with found.catch(where):
+            split_among_processes(its)
+        key = its.model_dump_json(include={"teacher", "data", "rollout", "reward", "train"})
+        with found.catch(where):
+            teacher = its.model_dump_json(include={"teacher", "data"})
+            if teacher not in pairs:
+                pairs[teacher] = load_pair(its, "meta", load=without_weights)
+            pair = pairs[teacher]
+            with found.catch(where):
+                refuse_nothing_to_train(config, its, name, pair.student)
+            if key not in looked:
+                looked.add(key)
+                refuse_rows(its, pair, arm.seed)
+    return found.lines
+
+
+# -------------------------------------------------------------------------------- files and masks
+
+
+def refuse_missing_files(config: ExperimentConfig, name: str) -> None:
+    """Raises UserError where checkpoints, masks or scores that an arm names are not there."""
+    arm = config.arms[name]
+    texts = [*checkpoints_of(arm).values()]
+    mask = mask_of(arm)
+    for each in [] if mask is None else masks_under(config, mask):
+        rule = config.masks[each]
+        texts += [] if rule.reads is None else [rule.reads]
+        if isinstance(rule, FileMask):
+            masks.load_mask(Path(rule.path))
+    for text in texts:
+        if Reference.parse(text).path is not None:
+            refuse_no_weights(checkpoint_folder(RunFolder(""), config, text))
+    if isinstance(arm, ImportedArm):
+        scores_of(Path(arm.results))
+    if isinstance(arm, CheckpointArm):
+        load_model_config(arm.model)
+        if Path(arm.model).is_dir():
+            refuse_no_weights(Path(arm.model))
+
+
+def refuse_no_weights(folder: Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        raise RunError(f"{folder} has no *.safetensors; name a checkpoint folder")
+
+
+def masks_under(config: ExperimentConfig, mask: str) -> Iterable[str]:
+    """A mask and those that it is made from."""
+    yield mask
+    for other in config.masks[mask].combines:
+        yield from masks_under(config, other)
+
+
+def refuse_nothing_to_train(
+    config: ExperimentConfig, its: ExperimentConfig, name: str, student: LoadedModel
+) -> None:
+    """Raises UserError for a mask that is of another model, and for an arm without a coordinate to train."""
+    model = student.model
+    parameters = dict(model.named_parameters())
+    arm = config.arms[name]
+    marked: dict[str, bool] = dict.fromkeys(parameters, True)
+    mask = mask_of(arm)
+    for each in [] if mask is None else masks_under(config, mask):
+        rule = config.masks[each]
+        found: dict[str, bool] | None = None
+        if isinstance(rule, WholeMask):
+            one = torch.ones(1)
+            pairs = [TensorDelta(atlas.classify(n), one, one) for n in parameters]
+            try:
+                found = {n: bool(m.any()) for n, m in whole(pairs, rule).items()}
+            except ConfigError as error:
+                raise ConfigError(f"masks.{each}: {error}") from None
+        elif isinstance(rule, FileMask):
+            held, _ = masks.load_mask(Path(rule.path))
+            others = set(model.state_dict()) - set(parameters)  # running means, tied names
+            held = {n: m for n, m in held.items() if n not in others}
+            try:
+                masks.check_shapes(held, {n: p.shape for n, p in parameters.items()})
+            except RunError as error:
+                raise RunError(f"masks.{each}: {rule.path}: {error}") from None
+            found = {n: bool(m.any()) for n, m in held.items()}
+        if each == mask and found is not None:
+            marked = found
+    try:
+        atlas.freeze(model, its.train.freeze)
+        trains = [n for n, p in parameters.items() if p.requires_grad and marked[n]]
+    finally:
+        model.requires_grad_(True)
+    if not trains:
+        raise ConfigError(
+            f"arms.{name}: train.freeze = {list(its.train.freeze)} leaves nothing of mask {mask!r} to train"
+        )
+
+
+def split_among_processes(config: ExperimentConfig) -> None:
+    """Raises ConfigError where a step's prompts do not divide among a launcher's processes."""
+    processes, prompts = int(os.environ.get("WORLD_SIZE", "1")), config.train.prompts_per_step
+    if prompts % processes:
+        raise ConfigError(
+            f"train.prompts_per_step = {prompts} does not divide among {processes} processes"
+        )
+
+
+# ------------------------------------------------------------------------------- models and data
+
+
+def without_weights(
+    config: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    device: Any = "meta",
+    folder: Path | str | None = None,
+) -> LoadedModel:
+    """A model's tokenizer or processor with its parameters' names and shapes, in the place of `load_configured`."""
+    name, revision = str(folder or config.model), None if folder else config.revision
+    about = load_model_config(name, revision, config.trust_remote_code)
+    model = resources.meta_model(about)
+    model.generation_config = load_generation_config(name, about, revision)
+    return LoadedModel(
+        name, model, load_processor(name, revision, config.trust_remote_code, config.template)
+    )
+
+
+class Reader(NamedTuple):
+    """A model that reads the data, with what it makes of an example."""
+
+    loaded: LoadedModel
+    view: Callable[[Example], Example]
+    quick_view: Callable[[Example], Example]
+    """Of an example whose pictures are not decoded."""
+
+
+def refuse_rows(config: ExperimentConfig, pair: ModelPair, seed: int) -> None:
+    """Raises UserError for the first row, of those that training uses, that cannot be used, with the count of its like.
+
+    Of a file all rows are read, with the headers of their pictures. Prompts are counted in bytes, which are never
+    fewer than tokens, and tokenized where that is too many; those with pictures that may not fit are made in full.
+    """
+    train, rollout = config.train, config.rollout
+    data = open_data(config, train.steps * train.prompts_per_step, seed)
+    count = min(len(data), train.steps * train.prompts_per_step)
+    is_file = isinstance(data, FileSource)
+    used = pick(range(len(data)), 0, count, seed) if is_file else range(min(count, BUILT_IN_ROWS))  # type: ignore[arg-type]
+    quick = data.unopened() if isinstance(data, FileSource) else data
+    only_data = set(rollout.source.shares) == {"data"}
+    measured = [Measured() for _ in range(1 + len(pair.teachers))]
+    for i in used[:FEW]:
+        for reader, so_far in zip(readers_of(pair, data[i]), measured, strict=False):
+            view = reader.view(data[i])
+            so_far.add(view.images, tokens_of(reader.loaded, view))
+    close: list[tuple[float, int]] = []
+    long: list[DataError] = []
+    for i in used:
+        example = quick[i]
+        new_tokens = refuse_row(config, pair, example)
+        new_tokens = new_tokens if only_data else rollout.max_new_tokens
+        for reader, so_far in zip(readers_of(pair, example), measured, strict=False):
+            limit = reader.loaded.context_length
+            if limit is None:
+                continue
+            view = reader.quick_view(example)
+            most = so_far.at_most(view, text_of(reader.loaded, view)) + new_tokens
+            if most <= limit:
+                continue
+            if view.images:
+                close.append((most - limit, i))
+            elif (length := tokens_of(reader.loaded, view)) + new_tokens > limit:
+                long.append(too_long(example.id, length, new_tokens, reader.loaded))
+                break
+    for i in list(dict.fromkeys(i for _, i in sorted(close, reverse=True)))[:CLOSE_ROWS]:
+        example = data[i]
+        for reader in readers_of(pair, example):
+            limit, length = reader.loaded.context_length, tokens_of(reader.loaded, reader.view(example))
+            if limit is not None and length + rollout.max_new_tokens > limit:
+                long.append(too_long(example.id, length, rollout.max_new_tokens, reader.loaded))
+                break
+    if long:
+        more = f"; {len(long) - 1} more of {len(used)} rows are too long as well"
+        raise DataError(f"{long[0]}{more if len(long) > 1 else ''}")
+
+
+def refuse_row(config: ExperimentConfig, pair: ModelPair, example: Example) -> int:
+    """Raises UserError where a row lacks what routes, rewards or completions from the data need.
+
+    Returns the tokens of its answer as a completion, 0 where the data writes none.
+    """
+    pair.assign([example])
+    if config.reward is not None:
+        answer_of(example)
+        RULES[config.reward.rule](example, "")
+    if "data" not in config.rollout.source.shares:
+        return 0
+    return from_data(pair, [example], config.rollout.max_new_tokens).ids.shape[1]
+
+
+def readers_of(pair: ModelPair, example: Example) -> list[Reader]:
+    """The student and the teachers that grade an example."""
+    ((grader, _),) = pair.assign([example])
+    found = [Reader(pair.student, lambda e: e, lambda e: e)]
+    for teacher in grader.members:
+        quick = teacher.view
+        if isinstance(context := teacher.context, ImageContext):
+            # a crop would decode the picture
+            quick = lambda e, column=context.column: field_of(e, column) and e  # noqa: E731
+        found.append(Reader(teacher.loaded, teacher.view, quick))
+    return found
+
+
+class Measured:
+    """What pictures cost a model in tokens, from prompts made in full."""
+
+    def __init__(self) -> None:
+        self.tokens, self.pixels = 0.0, 1
+
+    def add(self, images: Sequence[Image.Image], tokens: int) -> None:
+        if images:
+            self.tokens = max(self.tokens, tokens / len(images))
+            self.pixels = max(self.pixels, max(pixels(image) for image in images))
+
+    def at_most(self, example: Example, text: str) -> float:
+        """An upper bound on the tokens of a prompt; infinite where no picture was measured."""
+        of_pictures = sum(
+            self.tokens * max(1.0, pixels(image) / self.pixels) if self.tokens else float("inf")
+            for image in example.images
+        )
+        return len(text.encode()) + of_pictures
+
+
+def pixels(image: Image.Image) -> int:
+    return image.size[0] * image.size[1]
+
+
+def text_of(loaded: LoadedModel, example: Example) -> str:
+    """The prompt before its pictures are put in. Raises UserError with the example's id where there is none."""
+    try:
+        return loaded.render_text(example)
+    except UserError:
+        raise
+    except Exception as error:  # templates raise what they like
+        raise unreadable(loaded, example, error) from None
+
+
+def tokens_of(loaded: LoadedModel, example: Example) -> int:
+    """The length of a prompt. Raises UserError with the example's id where it cannot be made."""
+    text = text_of(loaded, example)
+    try:
+        prompts = families.encode(loaded.processor, [text], [example.images], loaded.sees_images)
+    except UserError:
+        raise
+    except Exception as error:  # so do processors
+        raise unreadable(loaded, example, error) from None
+    return prompts.input_ids.shape[1]
+
+
+def unreadable(loaded: LoadedModel, example: Example, error: Exception) -> UserError:
+    return UserError(
+        f"example {example.id!r}: {loaded.name} cannot read its prompt: {first_line(error)}; "
+        "if its chat template is at fault, set `template` beside its `model`"
+    )
