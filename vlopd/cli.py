@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from vlopd.checkpoint import RunFolder, names_apart, read_json
 from vlopd.config import (
     ConfigError,
     ExperimentConfig,
+    ImportedArm,
     UserError,
     checkpoints_of,
     config_of,
@@ -84,14 +86,51 @@ def is_main_process() -> bool:
 
 
 def make_arms(
-    run: RunFolder, config: ExperimentConfig, names: list[str], allow_other_source: bool = False
+    run: RunFolder,
+    config: ExperimentConfig,
+    names: list[str],
+    allow_other_source: bool = False,
+    evaluated: bool = False,
 ) -> None:
+    """Makes arms; what is known to fail, then or when they are `evaluated`, is refused before anything is made."""
     from vlopd import stages
 
-    how = stages.Making(allow_other_source, held_out(config))
+    @cache
+    def refuse_unready() -> None:
+        if lines := unready(config, names, evaluated):
+            raise ConfigError("; ".join(lines))
+
+    if not all(run.arm_record(name).exists() for name in names):
+        refuse_unready()
+    how = stages.Making(allow_other_source, held_out(config), refuse_unready)
     for name in names:
         made = stages.make_arm(run, config, name, how)
         say(f"arm {name}", run.arm_record(name), made)
+
+
+def unready(config: ExperimentConfig, names: list[str], evaluated: bool) -> list[str]:
+    """What would stop these arms, a line each; with `evaluated`, also what would stop their evaluation."""
+    from vlopd import ready
+
+    lines = ready.findings(config, names)
+    during = config.eval.during
+    if not evaluated and during is None:
+        return lines
+    from evals import ready as tasks
+
+    try:
+        models = ready.evaluated(config, names if evaluated else names[:1])
+    except UserError as error:
+        return list(dict.fromkeys([*lines, str(error)]))
+    if evaluated:
+        lines += tasks.findings(config.eval, models)
+        for name in names:
+            if isinstance(arm := config.arms[name], ImportedArm):
+                lines += tasks.imported_findings(config.eval.tasks, Path(arm.results))
+    elif during is not None:
+        only = {"tasks": during.tasks, "limit": during.limit, "during": None}
+        lines += tasks.findings(config.eval.model_copy(update=only), models)
+    return list(dict.fromkeys(lines))
 
 
 def held_out(config: ExperimentConfig):
@@ -161,7 +200,7 @@ def run(
     """The whole experiment, stage by stage, skipping what is done; with --arm, that arm alone."""
     folder, config = open_new(config_file, overrides, out)
     names = chosen(config, arm, list(config.arms))
-    make_arms(folder, config, names, allow_other_source)
+    make_arms(folder, config, names, allow_other_source, evaluated=True)
     if not is_main_process():
         return  # only training is spread over processes
     make_geometry(folder, config, [name for name in config.geometry.arms if name in names])
@@ -180,7 +219,8 @@ def check(
         bool, typer.Option("--meta", help="no weights: from the models' config.json alone")
     ] = False,
 ) -> None:
-    """The pre-flight: do the models share a vocabulary, does the teacher see, do they agree, does it fit?"""
+    """The pre-flight: is everything there that a run needs, do the models share a vocabulary, does the teacher see, do
+    they agree, does it fit?"""
     from vlopd.pair import load_pair
     from vlopd.preflight import first_examples, preflight, preflight_meta
     from vlopd.processes import accelerator
@@ -191,6 +231,11 @@ def check(
         if meta:
             rows = preflight_meta(config, device, config_file.parent / "architectures")
         else:
+            lines = unready(config, list(config.arms), evaluated=True)
+            for line in lines:
+                console.print(f"[red]not ready[/]: {escape(line)}", soft_wrap=True)
+            if lines:
+                raise typer.Exit(1)
             examples = first_examples(config)
             rows = preflight(load_pair(config, device), config, examples)
     except UserError as error:
@@ -331,6 +376,10 @@ def vision(
     pictures: Annotated[int, typer.Option(help="of the visual world's test split")] = 500,
 ) -> None:
     """What training did to the vision tower: linear probes, drift, alignment of descriptions."""
+    if pictures < 1:
+        raise ConfigError(f"--pictures {pictures}: at least 1")
+    if scorer and scorer.startswith("local-dir:") and not Path(scorer[10:]).is_dir():
+        raise ConfigError(f"--scorer {scorer}: no such folder")
     from evals.vision import look
 
     folder, config = RunFolder.open(run)

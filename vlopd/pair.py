@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from vlopd import resources
 from vlopd.config import (
     CaptionContext,
     ConfigError,
     ExperimentConfig,
     LossConfig,
     MixedTeachers,
+    ModelConfig,
     RewardConfig,
     RolloutConfig,
     RoutedTeachers,
@@ -29,7 +31,14 @@ from vlopd.config import (
 )
 from vlopd.losses import Sampled, TokenDivergence, chunked_divergence, logprobs_at
 from vlopd.models import families
-from vlopd.models.load import DTYPES, LoadedModel, load_configured, load_model_config
+from vlopd.models.load import (
+    DTYPES,
+    LoadedModel,
+    load_configured,
+    load_generation_config,
+    load_model_config,
+    load_processor,
+)
 from vlopd.rollout import sample
 from vlopd.teacher import Grader, Mixture, Teacher
 from vlopd.types import Completions, Example, Prompts
@@ -259,6 +268,22 @@ def refuse_blind_models(
             raise ConfigError(
                 f"the data has images, but {name} {model.model} is text-only; {remedy}"
             )
+
+
+def without_weights(
+    config: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    device: Any = "meta",
+    folder: Path | str | None = None,
+) -> LoadedModel:
+    """A model's tokenizer or processor with its parameters' names and shapes, in the place of `load_configured`."""
+    name, revision = str(folder or config.model), None if folder else config.revision
+    about = load_model_config(name, revision, config.trust_remote_code)
+    model = resources.meta_model(about)
+    model.generation_config = load_generation_config(name, about, revision)
+    return LoadedModel(
+        name, model, load_processor(name, revision, config.trust_remote_code, config.template)
+    )
 
 
 def load_pair(

@@ -10,12 +10,12 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 
-from vlopd import masks, resources
+from vlopd import masks
 from vlopd.checkpoint import RunError, RunFolder
 from vlopd.config import (
     CheckpointArm,
@@ -26,8 +26,8 @@ from vlopd.config import (
     FileMask,
     ImageContext,
     ImportedArm,
-    ModelConfig,
     Reference,
+    TeacherArm,
     UserError,
     WholeMask,
     checkpoints_of,
@@ -41,14 +41,8 @@ from vlopd.log import refuse_missing_trackers
 from vlopd.masks.rules import whole
 from vlopd.models import atlas, families
 from vlopd.models.about import first_line
-from vlopd.models.load import (
-    LoadedModel,
-    load_generation_config,
-    load_model_config,
-    load_processor,
-    too_long,
-)
-from vlopd.pair import ModelPair, load_pair
+from vlopd.models.load import LoadedModel, load_model_config, too_long
+from vlopd.pair import ModelPair, load_pair, without_weights
 from vlopd.rewards import RULES, answer_of
 from vlopd.sources import from_data
 from vlopd.stages import scores_of
@@ -91,24 +85,65 @@ def findings(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
             refuse_missing_files(config, name)
     trained = {n: arm for n in needed if isinstance(arm := config.arms[n], DistillArm)}
     pairs: dict[str, ModelPair] = {}
-    looked: set[str] = set()
+    seeds: dict[str, list[int]] = {}
+    recipes: dict[str, tuple[str, ExperimentConfig, ModelPair]] = {}
     for name, arm in trained.items():
         its = config.of_arm(arm)
         where = f"arms.{name}: " if arm.own else ""
         with found.catch(where):
             split_among_processes(its)
-        key = its.model_dump_json(include={"teacher", "data", "rollout", "reward", "train"})
         with found.catch(where):
-            teacher = its.model_dump_json(include={"teacher", "data"})
-            if teacher not in pairs:
-                pairs[teacher] = load_pair(its, "meta", load=without_weights)
-            pair = pairs[teacher]
-            with found.catch(where):
-                refuse_nothing_to_train(config, its, name, pair.student)
-            if key not in looked:
-                looked.add(key)
-                refuse_rows(its, pair, arm.seed)
+            models = its.model_dump_json(include={"teacher", "data"})
+            if models not in pairs:
+                pairs[models] = load_pair(its, "meta", load=without_weights)
+            key = its.model_dump_json(include={"teacher", "data", "rollout", "reward", "train"})
+            recipes.setdefault(key, (where, its, pairs[models]))
+            seeds.setdefault(key, []).append(arm.seed)
+            refuse_nothing_to_train(config, its, name, pairs[models].student)
+    for key, (where, its, pair) in recipes.items():
+        with found.catch(where):
+            refuse_rows(its, pair, sorted(set(seeds[key])))
+    for name in config.geometry.arms:
+        with found.catch("geometry.arms: "):
+            if name in names and isinstance(config.arms[name], TeacherArm):
+                refuse_another_shape(config, name)
     return found.lines
+
+
+def evaluated(config: ExperimentConfig, names: Sequence[str]) -> dict[str, LoadedModel]:
+    """The models that arms are evaluated with, without weights, by what the config calls them.
+
+    Raises UserError where a configuration or a tokenizer cannot be read.
+    """
+    found: dict[str, LoadedModel] = {}
+    for name in names:
+        arm = config.arms[name]
+        if isinstance(arm, TeacherArm):
+            model = config.loaded_as(config.teacher_of(arm))
+            found[f"arms.{name}"] = without_weights(model)
+        elif isinstance(arm, CheckpointArm):
+            model = config.student.model_copy(update={"model": arm.model})
+            found[f"arms.{name}"] = without_weights(model)
+        elif not isinstance(arm, ImportedArm) and "student" not in found:
+            found["student"] = without_weights(config.student)
+    return found
+
+
+def refuse_another_shape(config: ExperimentConfig, name: str) -> None:
+    """Raises ConfigError where a teacher is of another architecture than the student: there is no delta."""
+    arm = config.arms[name]
+    assert isinstance(arm, TeacherArm)
+    ours, theirs = (
+        {n: p.shape for n, p in without_weights(model).model.named_parameters()}
+        for model in (config.student, config.loaded_as(config.teacher_of(arm)))
+    )
+    for parameter, shape in ours.items():
+        if theirs.get(parameter) != shape:
+            there = tuple(theirs[parameter]) if parameter in theirs else "not there"
+            raise ConfigError(
+                f"{name} is of another shape than the student ({parameter} is {tuple(shape)}, there {there}): it has "
+                "no delta; leave it out"
+            )
 
 
 # -------------------------------------------------------------------------------- files and masks
@@ -200,22 +235,6 @@ def split_among_processes(config: ExperimentConfig) -> None:
 # ------------------------------------------------------------------------------- models and data
 
 
-def without_weights(
-    config: ModelConfig,
-    dtype: torch.dtype = torch.float32,
-    device: Any = "meta",
-    folder: Path | str | None = None,
-) -> LoadedModel:
-    """A model's tokenizer or processor with its parameters' names and shapes, in the place of `load_configured`."""
-    name, revision = str(folder or config.model), None if folder else config.revision
-    about = load_model_config(name, revision, config.trust_remote_code)
-    model = resources.meta_model(about)
-    model.generation_config = load_generation_config(name, about, revision)
-    return LoadedModel(
-        name, model, load_processor(name, revision, config.trust_remote_code, config.template)
-    )
-
-
 class Reader(NamedTuple):
     """A model that reads the data, with what it makes of an example."""
 
@@ -225,18 +244,21 @@ class Reader(NamedTuple):
     """Of an example whose pictures are not decoded."""
 
 
-def refuse_rows(config: ExperimentConfig, pair: ModelPair, seed: int) -> None:
+def refuse_rows(config: ExperimentConfig, pair: ModelPair, seeds: Sequence[int]) -> None:
     """Raises UserError for the first row, of those that training uses, that cannot be used, with the count of its like.
 
     Of a file all rows are read, with the headers of their pictures. Prompts are counted in bytes, which are never
     fewer than tokens, and tokenized where that is too many; those with pictures that may not fit are made in full.
     """
     train, rollout = config.train, config.rollout
-    data = open_data(config, train.steps * train.prompts_per_step, seed)
+    data = open_data(config, train.steps * train.prompts_per_step, seeds[0])
     count = min(len(data), train.steps * train.prompts_per_step)
-    is_file = isinstance(data, FileSource)
-    used = pick(range(len(data)), 0, count, seed) if is_file else range(min(count, BUILT_IN_ROWS))  # type: ignore[arg-type]
-    quick = data.unopened() if isinstance(data, FileSource) else data
+    used: Sequence[int] = range(min(count, BUILT_IN_ROWS))
+    quick = data
+    if isinstance(data, FileSource):
+        every = range(len(data))
+        used = sorted({i for seed in seeds for i in pick(every, 0, count, seed)})
+        quick = data.unopened()
     only_data = set(rollout.source.shares) == {"data"}
     measured = [Measured() for _ in range(1 + len(pair.teachers))]
     for i in used[:FEW]:
@@ -265,7 +287,10 @@ def refuse_rows(config: ExperimentConfig, pair: ModelPair, seed: int) -> None:
     for i in list(dict.fromkeys(i for _, i in sorted(close, reverse=True)))[:CLOSE_ROWS]:
         example = data[i]
         for reader in readers_of(pair, example):
-            limit, length = reader.loaded.context_length, tokens_of(reader.loaded, reader.view(example))
+            limit, length = (
+                reader.loaded.context_length,
+                tokens_of(reader.loaded, reader.view(example)),
+            )
             if limit is not None and length + rollout.max_new_tokens > limit:
                 long.append(too_long(example.id, length, rollout.max_new_tokens, reader.loaded))
                 break

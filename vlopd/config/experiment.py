@@ -16,6 +16,7 @@ from vlopd.config.arms import (
     CheckpointArm,
     DistillArm,
     ImportedArm,
+    SourceArm,
     TeacherArm,
     checkpoints_of,
     expand_seeds,
@@ -144,6 +145,8 @@ class ExperimentConfig(Recipe):
                 raise ValueError(
                     f"geometry.arms: {name} is no arm of this student; use `vlopd geometry SOURCE TRAINED`"
                 )
+            if isinstance(self.arms[name], SourceArm):
+                raise ValueError(f"geometry.arms: {name} is the source itself and has no delta")
         for contrast in self.eval.contrasts or ():
             a, dash, b = contrast.partition(" - ")
             if not dash:

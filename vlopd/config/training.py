@@ -153,7 +153,9 @@ class TrainConfig(Section):
             )
         prompts = self.steps * self.prompts_per_step
         if prompts >= 2**31:
-            raise ValueError(f"steps times prompts_per_step are {prompts} prompts; at most 2**31 - 1")
+            raise ValueError(
+                f"steps times prompts_per_step are {prompts} prompts; at most 2**31 - 1"
+            )
         late = [step for step in self.keep_steps if step > self.steps]
         if late:
             raise ValueError(

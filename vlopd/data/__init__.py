@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +23,8 @@ from vlopd.data.files import FileSource
 from vlopd.data.reasoning import ReasoningWorld
 from vlopd.data.shapes import ShapesWorld
 from vlopd.types import Example
+
+Item = TypeVar("Item")
 
 
 def open_data(config: ExperimentConfig, size: int, seed: int) -> Sequence[Example]:
@@ -43,8 +46,8 @@ def open_data(config: ExperimentConfig, size: int, seed: int) -> Sequence[Exampl
             return FileSource(data, [c.column for c in contexts if isinstance(c, ImageContext)])
 
 
-def pick(data: Sequence[Example], start: int, count: int, seed: int) -> list[Example]:
-    """Examples `start` to `start + count` of an endless, epoch-wise shuffled stream over `data`.
+def pick(data: Sequence[Item], start: int, count: int, seed: int) -> list[Item]:
+    """Examples `start` to `start + count` of an endless, epoch-wise shuffled stream over `data` (places, of a range).
 
     A function of its arguments alone, so that a resumed run needs no saved position.
     """

@@ -30,7 +30,7 @@ ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (
 
 
 def peek(value: Any, folder: Path) -> Image.Image:
-    """As `open_picture`, but nothing is decoded: right size (before rotation), wrong mode. Raises DataError as it does."""
+    """As `open_picture`, but nothing is decoded: its size is before rotation. Raises DataError as that does."""
     inside = value.get("bytes") or value.get("path") if isinstance(value, Mapping) else value
     try:
         where = BytesIO(inside) if isinstance(inside, bytes) else folder / inside

@@ -75,6 +75,8 @@ class Making(NamedTuple):
     """Masks and checkpoints from another source may be used, and every record says so."""
     evaluate: Evaluate | None = None
     """Scores a student while it trains (eval.during)."""
+    before_training: Callable[[], None] = lambda: None
+    """Raises UserError where it is known that a later stage would fail; called when there is something to train."""
 
 
 PLAIN = Making()
@@ -160,6 +162,7 @@ def train_arm(
     }
     if up_to_date(run.arm_record(name), inputs):
         return False
+    how.before_training()
     refuse_other_source(
         own_other_source(run, config, arm), inputs["source"], how.allow_other_source
     )
