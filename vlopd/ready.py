@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,8 +158,8 @@ def refuse_missing_files(config: ExperimentConfig, name: str) -> None:
     for each in [] if mask is None else masks_under(config, mask):
         rule = config.masks[each]
         texts += [] if rule.reads is None else [rule.reads]
-        if isinstance(rule, FileMask):
-            masks.load_mask(Path(rule.path))
+        if isinstance(rule, FileMask) and not isinstance(arm, DistillArm):
+            masks.load_mask(Path(rule.path))  # of a trained arm, with its shapes below
     for text in texts:
         if Reference.parse(text).path is not None:
             refuse_no_weights(checkpoint_folder(RunFolder(""), config, text))
@@ -265,38 +266,37 @@ def refuse_rows(config: ExperimentConfig, pair: ModelPair, seeds: Sequence[int])
         for reader, so_far in zip(readers_of(pair, data[i]), measured, strict=False):
             view = reader.view(data[i])
             so_far.add(view.images, tokens_of(reader.loaded, view))
-    close: list[tuple[float, int]] = []
-    long: list[DataError] = []
+    close: dict[int, tuple[float, int]] = {}  # by how much it may be too long, its new tokens
+    long: dict[int, DataError] = {}
     for i in used:
         example = quick[i]
-        new_tokens = refuse_row(config, pair, example)
-        new_tokens = new_tokens if only_data else rollout.max_new_tokens
+        answer_tokens = refuse_row(config, pair, example)
+        new_tokens = answer_tokens if only_data else rollout.max_new_tokens
         for reader, so_far in zip(readers_of(pair, example), measured, strict=False):
-            limit = reader.loaded.context_length
-            if limit is None:
-                continue
-            view = reader.quick_view(example)
-            most = so_far.at_most(view, text_of(reader.loaded, view)) + new_tokens
-            if most <= limit:
+            view, limit = reader.quick_view(example), reader.loaded.context_length
+            text = text_of(reader.loaded, view)
+            if limit is None or (over := so_far.at_most(view, text) + new_tokens - limit) <= 0:
                 continue
             if view.images:
-                close.append((most - limit, i))
-            elif (length := tokens_of(reader.loaded, view)) + new_tokens > limit:
-                long.append(too_long(example.id, length, new_tokens, reader.loaded))
-                break
-    for i in list(dict.fromkeys(i for _, i in sorted(close, reverse=True)))[:CLOSE_ROWS]:
+                close[i] = max(close.get(i, (0.0, 0)), (over, new_tokens))
+            elif error := beyond(reader.loaded, view, new_tokens):
+                long[i] = error
+    for i in sorted(close, key=lambda i: close[i], reverse=True)[:CLOSE_ROWS]:
         example = data[i]
         for reader in readers_of(pair, example):
-            limit, length = (
-                reader.loaded.context_length,
-                tokens_of(reader.loaded, reader.view(example)),
-            )
-            if limit is not None and length + rollout.max_new_tokens > limit:
-                long.append(too_long(example.id, length, rollout.max_new_tokens, reader.loaded))
-                break
+            if error := beyond(reader.loaded, reader.view(example), close[i][1]):
+                long.setdefault(i, error)
     if long:
         more = f"; {len(long) - 1} more of {len(used)} rows are too long as well"
-        raise DataError(f"{long[0]}{more if len(long) > 1 else ''}")
+        raise DataError(f"{long[min(long)]}{more if len(long) > 1 else ''}")
+
+
+def beyond(loaded: LoadedModel, example: Example, new_tokens: int) -> DataError | None:
+    """The error of a prompt that leaves no room for so many tokens; None where it does."""
+    length, limit = tokens_of(loaded, example), loaded.context_length
+    if limit is None or length + new_tokens <= limit:
+        return None
+    return too_long(example.id, length, new_tokens, loaded)
 
 
 def refuse_row(config: ExperimentConfig, pair: ModelPair, example: Example) -> int:
@@ -316,14 +316,23 @@ def refuse_row(config: ExperimentConfig, pair: ModelPair, example: Example) -> i
 def readers_of(pair: ModelPair, example: Example) -> list[Reader]:
     """The student and the teachers that grade an example."""
     ((grader, _),) = pair.assign([example])
-    found = [Reader(pair.student, lambda e: e, lambda e: e)]
+    found = [Reader(pair.student, as_it_is, as_it_is)]
     for teacher in grader.members:
         quick = teacher.view
-        if isinstance(context := teacher.context, ImageContext):
-            # a crop would decode the picture
-            quick = lambda e, column=context.column: field_of(e, column) and e  # noqa: E731
+        if isinstance(teacher.context, ImageContext):  # a crop would decode the picture
+            quick = partial(with_field, teacher.context.column)
         found.append(Reader(teacher.loaded, teacher.view, quick))
     return found
+
+
+def as_it_is(example: Example) -> Example:
+    return example
+
+
+def with_field(column: str, example: Example) -> Example:
+    """The example, if it has the field. Raises UserError where not."""
+    field_of(example, column)
+    return example
 
 
 class Measured:

@@ -33,7 +33,7 @@ def peek(value: Any, folder: Path) -> Image.Image:
     """As `open_picture`, but nothing is decoded: its size is before rotation. Raises DataError as that does."""
     inside = value.get("bytes") or value.get("path") if isinstance(value, Mapping) else value
     try:
-        where = BytesIO(inside) if isinstance(inside, bytes) else folder / inside
+        where = BytesIO(inside) if isinstance(inside, bytes) else folder / str(inside)
         return Image.open(where, formats=FORMATS)
     except Exception:  # the reason, in our words
         return open_picture(value, folder)
