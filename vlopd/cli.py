@@ -231,7 +231,8 @@ def check(
         if meta:
             rows = preflight_meta(config, device, config_file.parent / "architectures")
         else:
-            lines = unready(config, list(config.arms), evaluated=True)
+            # a config that names no tasks may be meant for `distill` alone; `run` asks the default one
+            lines = unready(config, list(config.arms), "tasks" in config.eval.model_fields_set)
             for line in lines:
                 console.print(f"[red]not ready[/]: {escape(line)}", soft_wrap=True)
             if lines:
@@ -326,23 +327,28 @@ def compare_folders(
     from vlopd.geometry.trajectory import step_of
     from vlopd.geometry.trajectory import trajectory as over_steps
 
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device}: cpu or cuda")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers {workers}: at least 1")
     if preset not in (None, "paper"):
         raise ConfigError(f"no preset {preset!r}; there is paper")
     tree = paper.preset().model_dump() if preset else {"arms": ()}
     config = section_of(GeometryConfig, tree, settings)
     labels = names_apart([path.resolve().parts for path in trained])
     folders = {label: out if len(trained) == 1 else out / label for label in labels}
+    steps = [step_of(path, i) for i, path in enumerate(trained)]
+    if as_trajectory and len(set(steps)) < len(steps):
+        raise ConfigError(f"the checkpoints' names end in the steps {steps}; they must differ")
+    every = {path: digest_checkpoint(path) for path in (source, *trained)}
     for path, (label, folder) in zip(trained, folders.items(), strict=True):
-        digests = {"source": digest_checkpoint(source), "trained": digest_checkpoint(path)}
+        digests = {"source": every[source], "trained": every[path]}
         inputs = {**digests, "settings": config.model_dump(mode="json")}
         analyse(source, path, folder, config, inputs, workers=workers, device=device)
         say(f"geometry of {label}", folder / "geometry.csv", True)
         if preset:
             show_paper(label, paper.table(read_rows(folder)), [c.title for c in paper.COLUMNS])
     if as_trajectory:
-        steps = [step_of(path, i) for i, path in enumerate(trained)]
-        if len(set(steps)) < len(steps):
-            raise ConfigError(f"the checkpoints' names end in the steps {steps}; they must differ")
         tables = dict(zip(steps, folders.values(), strict=True))
         by_step = dict(zip(steps, trained, strict=True))
         say("trajectory", over_steps(source, by_step, out, config, tables=tables), True)

@@ -38,6 +38,7 @@ from vlopd.models.load import (
     load_model_config,
     load_processor,
 )
+from vlopd.models.length import context_length
 from vlopd.pair import ModelPair, refuse_blind_models, shared_vocabulary
 from vlopd.types import Completions, Example, Prompts
 from vlopd.vocabulary import SharedVocabulary
@@ -81,6 +82,7 @@ def preflight(
         row("end tokens", lambda m: tokens_of(m, m.end_ids)),
         row("never sampled", lambda m: tokens_of(m, m.unsampleable_ids)),
         *prompt_facts,
+        context_row(models, lengths, config.rollout.max_new_tokens),
     ]
     prompts = pair.student.render(examples)
     uniforms = seeding.uniforms(len(examples), config.rollout.max_new_tokens, "check")
@@ -132,7 +134,8 @@ def preflight_meta(
         resources.Reader(model, length, each.attention or "sdpa")
         for model, length, each in zip(models, lengths, wanted, strict=True)
     ]
-    return rows + prompts + estimate_rows(config, readers, device)
+    context = context_row(models, lengths, config.rollout.max_new_tokens)
+    return [*rows, *prompts, context, *estimate_rows(config, readers, device)]
 
 
 def meta_prompts(
@@ -190,6 +193,27 @@ def prompt_rows(
         CheckRow("prompt tokens, longest", tuple(map(str, lengths))),
         CheckRow("image tokens and markers", tuple(map(str, images))),
     ]
+
+
+def context_row(
+    models: Sequence[LoadedModel | PreTrainedModel], lengths: Sequence[int], new_tokens: int
+) -> CheckRow:
+    """Does the longest prompt leave room for a completion?"""
+    limits = [
+        context_length(m.model.config if isinstance(m, LoadedModel) else m.config) for m in models
+    ]
+    fits = [
+        limit is None or n + new_tokens <= limit for n, limit in zip(lengths, limits, strict=True)
+    ]
+    return CheckRow(
+        "prompt and completion, of context",
+        tuple(
+            f"{n} + {new_tokens} of {'any' if limit is None else format(limit, ',')}"
+            for n, limit in zip(lengths, limits, strict=True)
+        ),
+        all(fits),
+        "lower rollout.max_new_tokens, shorten the prompts, or use a model with a longer context",
+    )
 
 
 def model_config(model: ModelConfig, architectures: Path) -> PretrainedConfig:
