@@ -64,11 +64,15 @@ def read_answers(
         tables[arm] = {(row["doc_id"], row["doc_hash"]): row for row in rows}
         if len(tables[arm]) < len(rows):
             raise RunError(f"{path} has several rows a question; evaluate {arm} again")
-        values = [row.get(metric) for row in rows]
-        if not values or not all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in values):
-            raise RunError(
-                f"{path} needs rows, each with {metric!r} in [0, 1]; evaluate {arm} again"
-            )
+        if not rows:
+            raise RunError(f"{path} has no rows; evaluate {arm} again")
+        for row in rows:
+            value = row.get(metric)
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise RunError(
+                    f"{path}: question {row['doc_id']} has {metric} = {value}, and scores that are compared lie in "
+                    "[0, 1]; list such a metric first in the task's metric_list"
+                )
         if tables[arm].keys() != tables[arms[0]].keys():
             apart = len(tables[arm].keys() ^ tables[arms[0]].keys())
             raise RunError(

@@ -20,6 +20,7 @@ from evals.roles import Role, Roles, roles_of
 from evals.stats import Scores
 from vlopd.checkpoint import (
     Checksums,
+    RunError,
     RunFolder,
     digest_files,
     digest_json,
@@ -82,6 +83,9 @@ def compare_arms(
     if up_to_date(out, inputs) and not any(sums.problems("compare", whole=False)):
         return out
     first = results[arms[0]]
+    if not first["primary_metric"]:
+        why = "; ".join(f"{task}: {reason}" for task, reason in first["not_compared"].items())
+        raise RunError(f"nothing can be compared ({why}); add a task with a score a question")
     tasks = {}
     for task, metric in first["primary_metric"].items():
         further = first.get("pass_at", {}).get(task, [])

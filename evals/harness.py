@@ -143,17 +143,12 @@ def import_scores(sums: Checksums, folder: Path, name: str, config: EvalConfig) 
     inputs = {"checkpoint": files, "tasks": list(config.tasks)}
     if sums.is_done(artifact, out / "results.json", inputs):
         return False
-    last, *samples = scores_of(folder)
+    last, *_ = scores_of(folder)
     merged: dict[str, Any] = {**read_json(last), "arm": name}
     merged["checkpoint_digest"] = digest_json(files)
     merged |= {key: {} for key in PER_TASK}
-    by_task = {task_of(path): path for path in samples}
-    for task in config.tasks:
-        if task not in by_task:
-            raise RunError(
-                f"{folder} has no samples of task {task}; it has {', '.join(sorted(by_task))}"
-            )
-        rows = one_row_a_question(task, read_jsonl(by_task[task]))
+    for task, path in samples_of(folder, config.tasks).items():
+        rows = one_row_a_question(task, read_jsonl(path))
         write_jsonl(out / f"samples_{task}.jsonl", [tidy(row, {}) for row in rows])
         for key, value in about_rows(rows).items():
             merged[key][task] = value
@@ -161,6 +156,18 @@ def import_scores(sums: Checksums, folder: Path, name: str, config: EvalConfig) 
     content = without_nan({**merged, "inputs": inputs})
     sums.finish(artifact, out / "results.json", content, rows_written)
     return True
+
+
+def samples_of(folder: Path, tasks: Sequence[str]) -> dict[str, Path]:
+    """The samples of each task in an lm-eval output folder. Raises RunError where one is not there."""
+    _, *samples = scores_of(folder)
+    by_task = {task_of(path): path for path in samples}
+    for task in tasks:
+        if task not in by_task:
+            raise RunError(
+                f"{folder} has no samples of task {task}; it has {', '.join(sorted(by_task))}"
+            )
+    return {task: by_task[task] for task in tasks}
 
 
 def task_of(samples: Path) -> str:

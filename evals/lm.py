@@ -72,8 +72,9 @@ class ArmLM(LM):
 
     @property
     def max_length(self) -> int:
-        """The model's context in tokens."""
-        return resolve_max_length(self.loaded.model.config, self.loaded.tokenizer)
+        """The model's context in tokens; without a limit of its own, what lm-eval takes."""
+        own = self.loaded.context_length
+        return own or resolve_max_length(self.loaded.model.config, self.loaded.tokenizer)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template's text, for lm-eval's record."""

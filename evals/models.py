@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from evals import ready
 from evals.compare import compare_arms
 from evals.harness import Subject, evaluate, import_scores
 from evals.roles import Role, Roles
 from vlopd.checkpoint import Checksums, digest_checkpoint, names_apart
-from vlopd.config import EvalConfig, ModelConfig
-from vlopd.models.load import DTYPES, check_unloaded, load_configured, resolve
+from vlopd.config import ConfigError, EvalConfig, ModelConfig
+from vlopd.models.load import DTYPES, LoadedModel, check_unloaded, load_configured, resolve
+from vlopd.pair import without_weights
 from vlopd.stages import hub_folder, model_content
 
 
@@ -29,6 +31,8 @@ def compare_models(
     for model in models:
         if not is_scores(model):
             check_unloaded(ModelConfig(model=model))  # of all, before hours go into the first
+    if not all((out / "evals" / name / "results.json").exists() for name in names):
+        refuse_unready(names, config)
     for name, model in names.items():
         if is_scores(model):
             import_scores(sums, Path(model), name, config)
@@ -47,6 +51,20 @@ def compare_models(
     first, *others = names
     of: dict[str, Role] = {first: "base", **dict.fromkeys(others, "other")}
     return compare_arms(out / "evals", Roles(of), config, out / "compare.json", {}, {})
+
+
+def refuse_unready(names: Mapping[str, str], config: EvalConfig) -> None:
+    """Raises ConfigError, before any weights are read, for tasks, models and scores that cannot be used."""
+    loaded: dict[str, LoadedModel] = {}
+    lines: list[str] = []
+    for name, model in names.items():
+        if is_scores(model):
+            lines += ready.imported_findings(config.tasks, Path(model))
+        else:
+            loaded[name] = without_weights(ModelConfig(model=model))
+    lines += ready.findings(config, loaded)
+    if lines:
+        raise ConfigError("; ".join(lines))
 
 
 def is_scores(model: str) -> bool:

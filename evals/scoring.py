@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from evals.definition import files_of_task
 from evals.lm import ArmLM
 from vlopd.checkpoint import RunError, digest_json
 from vlopd.config import ConfigError, EvalConfig, UserError
+from vlopd.data.pictures import shorten
 from vlopd.digests import file_digest
 from vlopd.models.about import first_line
 
@@ -176,16 +178,47 @@ def load_task(manager: Tasks, task: str, fewshot: int | None) -> Any:
 
 
 def one_row_a_question(task: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """lm-eval's rows, a filter each, joined: the first filter's metrics as they are, others as `metric,filter`."""
+    """lm-eval's rows, a filter each, joined: the first filter's metrics as they are, others as `metric,filter`.
+
+    Raises RunError with the question for a metric that is NaN, infinite or missing there.
+    """
     found: dict[int, dict[str, Any]] = {}
     for row in rows:
-        metrics = {m: row[m] for m in row["metrics"] if is_number(row[m])}
+        metrics = numbers_of(task, row)
         first = found.get(row["doc_id"])
         if first is None:
             found[row["doc_id"]] = {**row, "completion": completion_of(row), "numbers": metrics}
         else:
             first["numbers"] |= {f"{m},{row['filter']}": v for m, v in metrics.items()}
-    return [found[doc_id] for doc_id in sorted(found)]
+    joined = [found[doc_id] for doc_id in sorted(found)]
+    every = dict.fromkeys(metric for row in joined for metric in row["numbers"])
+    for row in joined:
+        for metric in every:
+            if metric not in row["numbers"]:
+                raise RunError(
+                    f"task {task}, {which(row)}: no {metric}, which other questions have"
+                )
+    return joined
+
+
+def numbers_of(task: str, row: Mapping[str, Any]) -> dict[str, float]:
+    """A row's metrics that are numbers. Raises RunError with the question for one that is NaN or infinite."""
+    numbers = {
+        metric: row[metric] for metric in row["metrics"] if not is_corpus_metric(row[metric])
+    }
+    for metric, value in numbers.items():
+        if not math.isfinite(value):
+            raise RunError(
+                f"task {task}, {which(row)}: its {metric} is {value}; mend how the task scores it "
+                "(its process_results), or leave the question out"
+            )
+    return numbers
+
+
+def which(row: Mapping[str, Any]) -> str:
+    """A question by its number and its first words."""
+    asked = row["doc"].get("question") if isinstance(row["doc"], Mapping) else None
+    return f"question {row['doc_id']} (from 0{f', {shorten(str(asked), 60)!r}' if asked else ''})"
 
 
 def over_samples(passes: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -215,8 +248,9 @@ def powers_of_two(n: int) -> list[int]:
     return sorted({n, *(2**i for i in range(1, n.bit_length()) if 2**i <= n)})
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, np.number)) and bool(np.isfinite(value))
+def is_corpus_metric(value: Any) -> bool:
+    """Whether a row's metric is no number: a part of one that is worked out of all questions at once."""
+    return not isinstance(value, (bool, int, float, np.number))
 
 
 def completion_of(row: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ RANK = {
     "vlopd.resources": 3, "vlopd.optimizers": 3, "vlopd.rewards": 3, "vlopd.masks": 4, "vlopd.teacher": 4,
     "vlopd.state": 4, "vlopd.stored": 4, "vlopd.evidence": 4, "vlopd.geometry": 5, "vlopd.pair": 5,
     "vlopd.preflight": 6, "vlopd.sources": 6, "vlopd.diagnostics": 7, "vlopd.distill": 8,
-    "vlopd.stages": 9, "vlopd.mask_cli": 10, "evals": 10, "vlopd.cli": 11,
+    "vlopd.stages": 9, "vlopd.mask_cli": 10, "vlopd.ready": 10, "evals": 10, "vlopd.cli": 11,
 }  # fmt: skip
 """A room may import rooms of a lower rank, or itself."""
 

@@ -1,11 +1,12 @@
 """Configs: strict, with errors that name the key and the nearest known one."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from vlopd.checkpoint import RunFolder
-from vlopd.config import ConfigError, load_config
+from vlopd.checkpoint import RunFolder, read_json
+from vlopd.config import ConfigError, ExperimentConfig, load_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.toml"))
 QUICKSTART = CONFIGS[[p.name for p in CONFIGS].index("quickstart.toml")]
@@ -64,3 +65,138 @@ def test_a_run_folder_refuses_another_config(tmp_path):
     assert not list(tmp_path.rglob(".unfinished-*"))
     with pytest.raises(ConfigError, match=r"train\.steps: \d+ -> 3"):
         RunFolder.create(tmp_path, load_config(QUICKSTART, ["train.steps=3"]))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_config_comes_back_from_json(path):
+    """run.json's lists and numbers give the same config again."""
+    config = load_config(path)
+    assert ExperimentConfig.model_validate(json.loads(config.model_dump_json())) == config
+
+
+CONTEXT = "teacher={model='student', context={type='system', text='x'}, ema=0.5}"
+MIXED = "teacher={type='mixed', teachers={a='A', b='B'}, weights={a=1, b=1}}"
+REWARD = ["reward={rule='exact_match'}", "rollout.completions_per_prompt=8"]
+MUON = ["optim={type='muon'}", "masks={}", "arms={full={type='distill'}}"]
+NUMBERS: dict[str, list[str]] = {
+    "optim.learning_rate": [], "optim.weight_decay": [], "optim.max_grad_norm": [],
+    "optim.eps": [], "optim.component_rates.vision": [], "optim.betas": [],
+    "optim.momentum": ["optim={type='sgd'}"], "optim.alpha": ["optim={type='rmsprop'}"],
+    "optim.adamw_learning_rate": MUON, "optim.adamw_eps": MUON,
+    "rollout.temperature": [], "rollout.top_p": [],
+    "rollout.source.data": ["rollout.source={type='mixture', student=0.5}"],
+    "loss.student_temperature": [], "loss.teacher_temperature": [],
+    "loss.beta": ["loss={type='jsd'}"], "loss.alpha": ["loss={type='skew_forward_kl'}"],
+    "loss.clip": ["loss={type='k1'}"], "reward.alpha": REWARD, "reward.clip": REWARD,
+    "teacher.ema": [CONTEXT], "teacher.weights.b": [MIXED],
+    "arms.e.factor": ["arms.e={type='extrapolate', of='full'}"],
+    "masks.top.fraction": [], "masks.e.share": ["masks.e={type='energy'}"],
+    "masks.v.atol": ["masks.v={type='visible'}"], "masks.v.rtol": ["masks.v={type='visible'}"],
+    "masks.p.rank_fraction": ["masks.p={type='principal', fraction=0.1}"],
+    "geometry.ratios": [], "geometry.max_exact_cost": [],
+    "eval.confidence": [], "eval.margin": [], "eval.sampled.temperature": [], "eval.sampled.top_p": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "value", ["inf", "-inf", "nan", "1e-300", "1e300", "5e-324", "true", "'3'"]
+)
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_number_is_finite_and_sensible(key, value):
+    """No setting takes NaN, infinity, what vanishes or overflows where it is used, a truth value or a text."""
+    written = {"optim.betas": f"[0.9, {value}]", "geometry.ratios": f"[0.1, {value}]"}
+    with pytest.raises(ConfigError) as error:
+        load_config(QUICKSTART, [*NUMBERS[key], f"{key}={written.get(key, value)}"])
+    assert f": {key}" in str(error.value) or f"with {key.partition('.')[2]} = " in str(error.value)
+
+
+def test_all_numbers_are_tried():
+    """The table above has every float of the configuration."""
+
+    def floats(cls):
+        for name, field in cls.model_fields.items():
+            if "float" in str(field.annotation):
+                yield name
+            for section in sections(field.annotation):
+                yield from floats(section)
+
+    def sections(annotation):
+        if isinstance(annotation, type):
+            return [annotation] if hasattr(annotation, "model_fields") else []
+        return [each for part in getattr(annotation, "__args__", ()) for each in sections(part)]
+
+    tried = {key.split(".")[-1] for key in NUMBERS} | {
+        "projector", "language", "embedding", "head", "adamw_betas", "student", "teacher", "weights",
+    }  # fmt: skip
+    assert set(floats(ExperimentConfig)) <= tried
+
+
+@pytest.mark.parametrize("value", ["true", "1.5", "2.0", "'3'", "-1", str(10**30), "[1]", "inf"])
+@pytest.mark.parametrize(
+    "key",
+    ["train.steps", "arms.full.seed", "masks.random-0.seed", "eval.limit", "optim.warmup_steps"],
+)
+def test_a_whole_number_is_one(key, value):
+    """Counts and seeds are integers of a sensible size, not what could be converted to one."""
+    with pytest.raises(ConfigError, match=f": {key}: "):
+        load_config(QUICKSTART, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["geometry.ratios=[0.1, 0.1]"], "geometry.ratios: 0.1 is given twice"),
+        (["geometry.ratios=[0]"], r"geometry.ratios.0: 0.0 is not between"),
+        (["geometry.ratios=[1]"], r"geometry.ratios.0: 1.0 is not between"),
+        (["geometry.arms=['full', 'full']"], "geometry.arms: 'full' is given twice"),
+        (["eval.tasks=['shapes', 'shapes']"], "eval.tasks: 'shapes' is given twice"),
+        (["eval.tasks=['']"], "eval.tasks.0: String should have at least 1"),
+        (["student=''"], "student.model: String should have at least 1"),
+        (["masks.a={type='complement', mask='a'}"], "masks.a: leads back to itself"),
+        (
+            ["masks.a={type='union', masks=['b', 'top']}", "masks.b={type='complement', mask='a'}"],
+            "masks.a: leads back to itself by a <- b",
+        ),
+        (
+            ["train.freeze=['vision', 'projector', 'language', 'embedding', 'head']"],
+            "train: freeze names all of .*: nothing is left to train",
+        ),
+        (["train.keep_steps=[121]"], "keep_steps has 121, but there are steps = 120"),
+        (
+            ["arms.less={type='distill', train={steps=5}}", "train.keep_steps=[20]"],
+            "arms.less: train",
+        ),
+        (["masks.r={type='random', like='top', seeds=[7, 7]}"], "seeds = .7, 7. has a seed twice"),
+        (["masks.r={type='random', like='top', seed=100}"], "masks.r is masks.random-0 again"),
+        (["masks.TOP={type='magnitude', fraction=0.1}"], "'top' and 'TOP' differ only by case"),
+        (["arms.FULL={type='source'}"], "'full' and 'FULL' differ only by case"),
+        (["arms.con={type='source'}"], "arms.con.*no file name on every system"),
+        (["arms.images={type='source'}"], "arms.images"),
+        (['arms.".."={type="source"}'], "String should match pattern"),
+        (["arms.x={type='distill', loss={student_temperature=inf}}"], "arms.x: loss.student_temp"),
+        (["eval.chat_template=1"], "eval.chat_template: .* valid boolean, not 1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(overrides, message):
+    """Values that repeat, name themselves, leave nothing to do or cannot be files are refused with the key."""
+    with pytest.raises(ConfigError, match=message):
+        load_config(QUICKSTART, overrides)
+
+
+def test_a_warm_up_beyond_the_end_is_said():
+    """A rate that never reaches what the config says is noted, in the log and the arm's record."""
+    assert not load_config(QUICKSTART).notes
+    (note,) = load_config(QUICKSTART, ["train.steps=5"]).notes
+    assert "optim.warmup_steps = 10 of train.steps = 5" in note
+
+
+def test_a_run_of_refused_settings_is_one_clear_line(tmp_path):
+    """A run.json that an older version took, with what is now refused, is an error with file and key."""
+    RunFolder.create(tmp_path, load_config(QUICKSTART)).unlock()
+    written = read_json(tmp_path / "run.json")
+    written["config"]["rollout"]["temperature"] = 1e-300
+    (tmp_path / "run.json").write_text(json.dumps(written))
+    with pytest.raises(
+        ConfigError, match=r"run\.json: rollout\.temperature: 1e-300 is not between"
+    ):
+        RunFolder.open(tmp_path)

@@ -716,10 +716,10 @@ def test_losses_that_are_always_zero_are_refused(table, message):
     ("override", "message"),
     [
         ('loss={type="jsd", betta=0.5}', "did you mean 'beta'"),
-        ('loss={type="k1", support={type="full"}}', "unknown key 'loss.k1.support'"),
+        ('loss={type="k1", support={type="full"}}', "unknown key 'loss.support'"),
         ('loss.support={type="teacher_top_k", kk=3}', "did you mean 'k'"),
         ('loss.support={type="top"}', "teacher_top_k"),
-        ("loss.teacher_temperature=0", "greater than 0"),
+        ("loss.teacher_temperature=0", "not between 0.01 and 100"),
     ],
 )
 def test_config_errors_name_the_key(override, message):

@@ -235,7 +235,7 @@ def test_an_arm_has_sections_of_its_own(make_config):
     assert (a.loss.type, a.train.steps, a.train.prompts_per_step) == ("k1", 9, 4)
     assert (b.loss.beta, b.loss.normalised, b.train) == (0.3, True, config.train)
     assert c == config
-    with pytest.raises(ValueError, match=r"arms\.a: unknown key 'loss\.jsd\.betta'.*'beta'"):
+    with pytest.raises(ValueError, match=r"arms\.a: unknown key 'loss\.betta'.*'beta'"):
         make_config("llm", arms={"a": {"type": "distill", "seed": 1, "loss": {"type": "jsd", "betta": 1}}})  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from vlopd.config import ConfigError, ExperimentConfig, UserError
+from vlopd.config import ConfigError, ExperimentConfig, UserError, config_of
 from vlopd.digests import file_digest
 
 PACKAGES = [
@@ -463,7 +463,7 @@ class RunFolder:
         run.lock()
         if run.checksums.path("run").exists():
             run.checksums.check("run")
-        return run, ExperimentConfig.model_validate(read_json(path)["config"])
+        return run, config_of(read_json(path).get("config"), path)
 
     def lock(self) -> None:
         """Notes that this process works in the folder, beside any others, until it ends.

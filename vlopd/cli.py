@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -22,8 +23,10 @@ from vlopd.checkpoint import RunFolder, names_apart, read_json
 from vlopd.config import (
     ConfigError,
     ExperimentConfig,
+    ImportedArm,
     UserError,
     checkpoints_of,
+    config_of,
     load_config,
     mask_of,
 )
@@ -84,14 +87,51 @@ def is_main_process() -> bool:
 
 
 def make_arms(
-    run: RunFolder, config: ExperimentConfig, names: list[str], allow_other_source: bool = False
+    run: RunFolder,
+    config: ExperimentConfig,
+    names: list[str],
+    allow_other_source: bool = False,
+    evaluated: bool = False,
 ) -> None:
+    """Makes arms; what is known to fail, then or when they are `evaluated`, is refused before anything is made."""
     from vlopd import stages
 
-    how = stages.Making(allow_other_source, held_out(config))
+    @cache
+    def refuse_unready() -> None:
+        if lines := unready(config, names, evaluated):
+            raise ConfigError("; ".join(lines))
+
+    if not all(run.arm_record(name).exists() for name in names):
+        refuse_unready()
+    how = stages.Making(allow_other_source, held_out(config), refuse_unready)
     for name in names:
         made = stages.make_arm(run, config, name, how)
         say(f"arm {name}", run.arm_record(name), made)
+
+
+def unready(config: ExperimentConfig, names: list[str], evaluated: bool) -> list[str]:
+    """What would stop these arms, a line each; with `evaluated`, also what would stop their evaluation."""
+    from vlopd import ready
+
+    lines = ready.findings(config, names)
+    during = config.eval.during
+    if not evaluated and during is None:
+        return lines
+    from evals import ready as tasks
+
+    try:
+        models = ready.evaluated(config, names if evaluated else names[:1])
+    except UserError as error:
+        return list(dict.fromkeys([*lines, str(error)]))
+    if evaluated:
+        lines += tasks.findings(config.eval, models)
+        for name in names:
+            if isinstance(arm := config.arms[name], ImportedArm):
+                lines += tasks.imported_findings(config.eval.tasks, Path(arm.results))
+    elif during is not None:
+        only = {"tasks": during.tasks, "limit": during.limit, "during": None}
+        lines += tasks.findings(config.eval.model_copy(update=only), models)
+    return list(dict.fromkeys(lines))
 
 
 def held_out(config: ExperimentConfig):
@@ -169,7 +209,7 @@ def run(
     """The whole experiment, stage by stage, skipping what is done; with --arm, that arm alone."""
     folder, config = open_new(config_file, overrides, out)
     names = chosen(config, arm, list(config.arms))
-    make_arms(folder, config, names, allow_other_source)
+    make_arms(folder, config, names, allow_other_source, evaluated=True)
     if not is_main_process():
         return  # only training is spread over processes
     make_geometry(folder, config, [name for name in config.geometry.arms if name in names])
@@ -188,7 +228,8 @@ def check(
         bool, typer.Option("--meta", help="no weights: from the models' config.json alone")
     ] = False,
 ) -> None:
-    """The pre-flight: do the models share a vocabulary, does the teacher see, do they agree, does it fit?"""
+    """The pre-flight: is everything there that a run needs, do the models share a vocabulary, does the teacher see, do
+    they agree, does it fit?"""
     from vlopd.pair import load_pair
     from vlopd.preflight import first_examples, preflight, preflight_meta
     from vlopd.processes import accelerator
@@ -199,6 +240,12 @@ def check(
         if meta:
             rows = preflight_meta(config, device, config_file.parent / "architectures")
         else:
+            # a config that names no tasks may be meant for `distill` alone; `run` asks the default one
+            lines = unready(config, list(config.arms), "tasks" in config.eval.model_fields_set)
+            for line in lines:
+                console.print(f"[red]not ready[/]: {escape(line)}", soft_wrap=True)
+            if lines:
+                raise typer.Exit(1)
             examples = first_examples(config)
             rows = preflight(load_pair(config, device), config, examples)
     except UserError as error:
@@ -289,14 +336,22 @@ def compare_folders(
     from vlopd.geometry.trajectory import step_of
     from vlopd.geometry.trajectory import trajectory as over_steps
 
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device}: cpu or cuda")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers {workers}: at least 1")
     if preset not in (None, "paper"):
         raise ConfigError(f"no preset {preset!r}; there is paper")
     tree = paper.preset().model_dump() if preset else {"arms": ()}
     config = section_of(GeometryConfig, tree, settings)
     labels = names_apart([path.resolve().parts for path in trained])
     folders = {label: out if len(trained) == 1 else out / label for label in labels}
+    steps = [step_of(path, i) for i, path in enumerate(trained)]
+    if as_trajectory and len(set(steps)) < len(steps):
+        raise ConfigError(f"the checkpoints' names end in the steps {steps}; they must differ")
+    every = {path: digest_checkpoint(path) for path in (source, *trained)}
     for path, (label, folder) in zip(trained, folders.items(), strict=True):
-        digests = {"source": digest_checkpoint(source), "trained": digest_checkpoint(path)}
+        digests = {"source": every[source], "trained": every[path]}
         inputs = {**digests, "settings": config.model_dump(mode="json")}
         analyse(source, path, folder, config, inputs, workers=workers, device=device)
         say(f"geometry of {label}", folder / "geometry.csv", True)
@@ -310,9 +365,6 @@ def compare_folders(
         if preset:
             show_paper(label, paper.table(read_rows(folder)), [c.title for c in paper.COLUMNS])
     if as_trajectory:
-        steps = [step_of(path, i) for i, path in enumerate(trained)]
-        if len(set(steps)) < len(steps):
-            raise ConfigError(f"the checkpoints' names end in the steps {steps}; they must differ")
         tables = dict(zip(steps, folders.values(), strict=True))
         by_step = dict(zip(steps, trained, strict=True))
         say("trajectory", over_steps(source, by_step, out, config, tables=tables), True)
@@ -346,6 +398,10 @@ def vision(
     pictures: Annotated[int, typer.Option(help="of the visual world's test split")] = 500,
 ) -> None:
     """What training did to the vision tower: linear probes, drift, alignment of descriptions."""
+    if pictures < 1:
+        raise ConfigError(f"--pictures {pictures}: at least 1")
+    if scorer and scorer.startswith("local-dir:") and not Path(scorer[10:]).is_dir():
+        raise ConfigError(f"--scorer {scorer}: no such folder")
     from evals.vision import look
 
     folder, config = RunFolder.open(run)
@@ -423,7 +479,7 @@ def report(run: RunPath) -> None:
 def show(run: RunPath) -> None:
     """What a run holds, and its verdict if there is one. Reads only: works while the run is in use."""
     folder = RunFolder(run)
-    config = ExperimentConfig.model_validate(read_json(run / "run.json")["config"])
+    config = config_of(read_json(run / "run.json").get("config"), run / "run.json")
     table = Table("arm", "type", "mask", "density", "steps", "evaluated", title=config.name)
     for name in config.arms:
         path = folder.arm_record(name)

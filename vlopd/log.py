@@ -157,13 +157,9 @@ def open_trackers(config: ExperimentConfig, folder: Path, arm: str) -> list[Gene
 
     Raises ConfigError for one that is not installed.
     """
-    available = {str(name) for name in get_available_trackers()}
+    refuse_missing_trackers(config)
     trackers: list[GeneralTracker] = []
     for name in config.tracking.trackers:
-        if name not in available:
-            raise ConfigError(
-                f"tracking.trackers names {name!r}, which is not installed: pip install {name}"
-            )
         if name == "wandb":
             (folder / "trackers").mkdir(parents=True, exist_ok=True)
             os.environ.setdefault("WANDB_MODE", "offline")
@@ -177,6 +173,16 @@ def open_trackers(config: ExperimentConfig, folder: Path, arm: str) -> list[Gene
         tracker.start()
         tracker.store_init_configuration(flat(config.model_dump(mode="json")))
     return trackers
+
+
+def refuse_missing_trackers(config: ExperimentConfig) -> None:
+    """Raises ConfigError for a configured tracker that is not installed."""
+    available = {str(name) for name in get_available_trackers()}
+    for name in config.tracking.trackers:
+        if name not in available:
+            raise ConfigError(
+                f"tracking.trackers names {name!r}, which is not installed: pip install {name}"
+            )
 
 
 def flat(table: Mapping[str, Any], where: str = "") -> dict[str, str | int | float | bool]:

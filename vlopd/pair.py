@@ -6,15 +6,16 @@ is the completion's tokens. The loss sees logits over the shared vocabulary at t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from vlopd import resources
 from vlopd.config import (
     CaptionContext,
     ConfigError,
@@ -22,6 +23,7 @@ from vlopd.config import (
     ExperimentConfig,
     LossConfig,
     MixedTeachers,
+    ModelConfig,
     RewardConfig,
     RolloutConfig,
     RoutedTeachers,
@@ -31,7 +33,14 @@ from vlopd.config import (
 from vlopd.data.written import in_words, value_at
 from vlopd.losses import Sampled, TokenDivergence, chunked_divergence, logprobs_at
 from vlopd.models import families
-from vlopd.models.load import DTYPES, LoadedModel, load_configured, load_model_config
+from vlopd.models.load import (
+    DTYPES,
+    LoadedModel,
+    load_configured,
+    load_generation_config,
+    load_model_config,
+    load_processor,
+)
 from vlopd.rollout import sample
 from vlopd.teacher import Grader, Mixture, Teacher
 from vlopd.types import Completions, Example, Prompts
@@ -87,9 +96,12 @@ class ModelPair:
         banned = unsampleable[self.vocabulary.has(unsampleable)]
         for grader, rows in self.assign(examples):
             assert isinstance(grader, Teacher), "the config refuses to sample from a mixture"
+            asked = [examples[i] for i in rows]
+            prompts = grader.render(asked)
+            grader.loaded.refuse_too_long(asked, prompts, rollout.max_new_tokens)
             theirs = sample(
                 grader.loaded,
-                grader.render([examples[i] for i in rows]),
+                prompts,
                 rollout.max_new_tokens,
                 rollout.temperature,
                 uniforms[rows],
@@ -271,8 +283,27 @@ def refuse_blind_models(
             )
 
 
+def without_weights(
+    config: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    device: Any = "meta",
+    folder: Path | str | None = None,
+) -> LoadedModel:
+    """A model's tokenizer or processor with its parameters' names and shapes, in the place of `load_configured`."""
+    name, revision = str(folder or config.model), None if folder else config.revision
+    about = load_model_config(name, revision, config.trust_remote_code)
+    model = resources.meta_model(about)
+    model.generation_config = load_generation_config(name, about, revision)
+    return LoadedModel(
+        name, model, load_processor(name, revision, config.trust_remote_code, config.template)
+    )
+
+
 def load_pair(
-    config: ExperimentConfig, device: torch.device | str, student_folder: Path | str | None = None
+    config: ExperimentConfig,
+    device: torch.device | str,
+    student_folder: Path | str | None = None,
+    load: Callable[..., LoadedModel] = load_configured,
 ) -> ModelPair:
     """Loads all models in the compute precision; `student_folder` takes the place of the configured student.
 
@@ -285,14 +316,14 @@ def load_pair(
 
     def teacher(index: int, about: TeacherConfig) -> Teacher:
         folder = student_folder if about.is_student else None
-        loaded = load_configured(config.loaded_as(about), dtype, device, folder)
+        loaded = load(config.loaded_as(about), dtype, device, folder)
         loaded.model.requires_grad_(False)
         return Teacher(loaded, vocabulary, index, about.context, about.ema)
 
     teachers = {
         name: teacher(index, about) for index, (name, about) in enumerate(config.teachers.items())
     }
-    student = load_configured(config.student, dtype, device, student_folder)
+    student = load(config.student, dtype, device, student_folder)
     plan = config.teacher
     if isinstance(plan, RoutedTeachers):
         return ModelPair(student, teachers, vocabulary, plan.field)

@@ -34,6 +34,7 @@ from vlopd.context import teacher_view
 from vlopd.data import open_data
 from vlopd.losses import TOP_K, Sampled, token_divergence
 from vlopd.models import families
+from vlopd.models.length import context_length
 from vlopd.models.load import (
     DTYPES,
     LoadedModel,
@@ -92,6 +93,7 @@ def preflight(
         row("end tokens", lambda m: tokens_of(m, m.end_ids)),
         row("never sampled", lambda m: tokens_of(m, m.unsampleable_ids)),
         *prompt_facts,
+        context_row(models, lengths, config.rollout.max_new_tokens),
         *thought_rows(config, models, views),
     ]
     prompts = pair.student.render(examples)
@@ -148,7 +150,8 @@ def preflight_meta(
         resources.Reader(model, length, each.attention or "sdpa")
         for model, length, each in zip(models, lengths, wanted, strict=True)
     ]
-    return rows + prompts + estimate_rows(config, readers, device)
+    context = context_row(models, lengths, config.rollout.max_new_tokens)
+    return [*rows, *prompts, context, *estimate_rows(config, readers, device)]
 
 
 def checkpoint_arms(config: ExperimentConfig) -> list[ModelConfig]:
@@ -270,6 +273,27 @@ def thought_rows(
         )
         rows.append(CheckRow("thoughts of the data", (note,)))
     return rows
+
+
+def context_row(
+    models: Sequence[LoadedModel | PreTrainedModel], lengths: Sequence[int], new_tokens: int
+) -> CheckRow:
+    """Does the longest prompt leave room for a completion?"""
+    limits = [
+        context_length(m.model.config if isinstance(m, LoadedModel) else m.config) for m in models
+    ]
+    fits = [
+        limit is None or n + new_tokens <= limit for n, limit in zip(lengths, limits, strict=True)
+    ]
+    return CheckRow(
+        "prompt and completion, of context",
+        tuple(
+            f"{n} + {new_tokens} of {'any' if limit is None else format(limit, ',')}"
+            for n, limit in zip(lengths, limits, strict=True)
+        ),
+        all(fits),
+        "lower rollout.max_new_tokens, shorten the prompts, or use a model with a longer context",
+    )
 
 
 def model_config(model: ModelConfig, architectures: Path) -> PretrainedConfig:

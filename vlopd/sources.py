@@ -93,6 +93,8 @@ def write(
 ) -> Batch:
     """One micro-batch. Its prompts are the student's view of all its examples, whoever writes."""
     prompts = pair.student.render(examples)
+    if set(writers) != {"data"}:
+        pair.student.refuse_too_long(examples, prompts, config.rollout.max_new_tokens)
     parts: list[tuple[Sequence[int], Completions]] = []
     for writer in sorted(set(writers)):
         rows = [i for i, each in enumerate(writers) if each == writer]
@@ -105,7 +107,9 @@ def write(
             own = prompts if len(rows) == len(examples) else pair.student.render(asked)
             part = pair.sample(own, config.rollout, uniforms[rows])
         parts.append((rows, part))
-    return Batch(examples, prompts, Completions.joined(parts, pair.student.pad_id), writers)
+    completions = Completions.joined(parts, pair.student.pad_id)
+    pair.student.refuse_too_long(examples, prompts, completions.ids.shape[1])
+    return Batch(examples, prompts, completions, writers)
 
 
 def from_data(pair: ModelPair, examples: Sequence[Example], longest: int) -> Completions:

@@ -49,7 +49,9 @@ class Teacher:
     @torch.no_grad()
     def hidden(self, examples: Sequence[Example], completions: Completions) -> Tensor:
         """[N, H'] hidden states that predict each token of the student's completions."""
-        return self.loaded.completion_hidden(self.render(examples), self.translate(completions))
+        prompts = self.render(examples)
+        self.loaded.refuse_too_long(examples, prompts, completions.ids.shape[1])
+        return self.loaded.completion_hidden(prompts, self.translate(completions))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, H'] -> [N, V] over the shared vocabulary, in the student's order."""

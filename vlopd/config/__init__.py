@@ -33,7 +33,7 @@ from vlopd.config.arms import (
 from vlopd.config.base import ConfigError, DataError, UserError
 from vlopd.config.data import CapitalsData, EmojiData, FileData, ReasoningData, ShapesData
 from vlopd.config.experiment import ExperimentConfig, explain
-from vlopd.config.input import load_config, parse_override, section_of
+from vlopd.config.input import config_of, load_config, parse_override, section_of
 from vlopd.config.masks import (
     ComplementMask,
     DifferenceMask,
@@ -101,6 +101,6 @@ __all__ = [
     "ShapesData", "SignFlippedNull", "SkewForwardKL", "SkewReverseKL", "SourceArm", "StudentTopK",
     "Subspace", "SystemContext", "TeacherArm", "TeacherConfig", "TeacherTopK", "TemplateContext",
     "TopFractionMask", "TopK", "TransplantArm", "UlpNull", "UnionMask", "UserError",
-    "VisibleMask", "WholeMask", "Writer", "checkpoints_of", "explain", "load_config", "mask_of",
+    "VisibleMask", "WholeMask", "Writer", "checkpoints_of", "config_of", "explain", "load_config", "mask_of",
     "parse_override", "section_of",
 ]  # fmt: skip

@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vlopd.config.base import Section
+from vlopd.config.base import (
+    Count,
+    Number,
+    Part,
+    Section,
+    Seed,
+    Share,
+    Temperature,
+    Unique,
+    between,
+)
 
 
 class GaussianNull(Section):
@@ -37,7 +47,7 @@ class LowRankNull(Section):
     """The product of two Gaussian matrices of this rank."""
 
     type: Literal["low_rank"] = "low_rank"
-    rank: int = Field(8, gt=0)
+    rank: Count = 8
 
 
 class UlpNull(Section):
@@ -53,18 +63,20 @@ NullConfig = Annotated[
 
 
 class GeometryConfig(Section):
-    arms: tuple[str, ...] = ("full",)
+    arms: Annotated[tuple[str, ...], Unique] = ("full",)
     nulls: tuple[NullConfig, ...] = (GaussianNull(),)
     """Each has the observed norm, tensor by tensor, after rounding to the stored precision."""
-    null_draws: int = Field(3, ge=0)
+    null_draws: Number = 3
     """Draws of each null."""
-    seed: int = 0
-    ratios: tuple[float, ...] = Field((0.01, 0.05, 0.1, 0.2), min_length=1, max_length=7)
+    seed: Seed = 0
+    ratios: Annotated[tuple[Part, ...], Unique] = Field(
+        (0.01, 0.05, 0.1, 0.2), min_length=1, max_length=7
+    )
     """Fractions for principal subspaces, magnitude masks and energy shares."""
     factorisation: Literal["gram", "svd"] = "gram"
     """`gram`: singular values down to 1e-7 of the largest; `svd`: all of them, several times slower."""
-    max_exact_side: int = Field(4096, gt=0)
-    max_exact_cost: float = Field(1e12, gt=0)
+    max_exact_side: Count = 4096
+    max_exact_cost: Annotated[float, between(1, 1e30)] = 1e12
     """Matrices with a longer shorter side, or m n min(m, n) above this, are factorised approximately."""
     max_left_out: float = Field(0.01, ge=0, lt=1)
     """The largest part of either checkpoint that may have no partner in the other; more is refused."""
@@ -73,11 +85,11 @@ class GeometryConfig(Section):
 class HeldOutConfig(Section):
     """Scores a small fixed set every so many steps, by the code of the final evaluation (heldout.jsonl)."""
 
-    every: int = Field(gt=0)
+    every: Count
     """Steps; the source and the last step are scored too."""
-    tasks: tuple[str, ...] = Field(min_length=1)
+    tasks: Annotated[tuple[str, ...], Unique] = Field(min_length=1)
     """lm-eval task names. Use a validation task: what is looked at while training is no longer held out."""
-    limit: int = Field(200, gt=0)
+    limit: Count = 200
     """The first so many questions of each task."""
 
 
@@ -85,34 +97,34 @@ class SampledConfig(Section):
     """Several sampled answers a question in place of a greedy one: scores are means over them (mean@n), and
     pass@k stands beside them."""
 
-    n: int = Field(8, gt=1)
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int | None = Field(None, gt=0)
+    n: int = Field(8, gt=1, lt=2**31)
+    temperature: Temperature = 1.0
+    top_p: Share = 1.0
+    top_k: Count | None = None
 
 
 class EvalConfig(Section):
-    tasks: tuple[str, ...] = Field(("shapes",), min_length=1)
+    tasks: Annotated[tuple[str, ...], Unique] = Field(("shapes",), min_length=1)
     """lm-eval task names: ours (evals/tasks/), any that lm-eval knows, and those in `include`."""
     include: str | None = None
     """A folder with more task files, as lm-eval's --include_path."""
-    limit: int | None = Field(None, gt=0)
+    limit: Count | None = None
     """Questions a task; null for all."""
-    batch_size: int = Field(64, gt=0)
-    fewshot: int | None = Field(None, ge=0)
+    batch_size: Count = 64
+    fewshot: Number | None = None
     """Solved examples before each question, with their pictures; null for what the task says."""
     chat_template: bool | None = None
     """Whether prompts go through the model's chat template; null: where it has one."""
     sampled: SampledConfig | None = None
     """Null: greedy, or what the task says."""
-    confidence: float = Field(0.95, gt=0, lt=1)
-    bootstrap_draws: int = Field(10_000, gt=0)
-    margin: float = Field(0.02, gt=0, lt=1)
+    confidence: Part = 0.95
+    bootstrap_draws: Count = 10_000
+    margin: Part = 0.02
     """How much worse than full, in units of the score, a subnetwork may be and still count as no worse."""
-    contrasts: tuple[str, ...] | None = None
+    contrasts: Annotated[tuple[str, ...], Unique, Field(min_length=1)] | None = None
     """The contrasts that the experiment is about, each "arm - arm" ("subnetwork - random" is the mean of its random
     controls): Holm's adjustment is over these. Null: over all that are reported."""
-    keep_images: int = Field(32, ge=0)
+    keep_images: Number = 32
     """Pictures of the first questions that are kept for the report's examples."""
     during: HeldOutConfig | None = None
     """A look at held-out questions while an arm trains; it decides nothing."""

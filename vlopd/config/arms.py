@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from vlopd.config.base import Section
+from vlopd.config.base import Count, Section, Seed, Weight
 from vlopd.config.recipe import Recipe
 
 
@@ -40,7 +40,7 @@ class Subspace(Section):
 
     of: str
     """The checkpoint whose delta from the source gives the subspace, e.g. `full@12`; see masks."""
-    rank: int = Field(16, gt=0)
+    rank: Count = 16
     side: Literal["right", "left", "both"] = "right"
     """G V V^T, U U^T G, or both."""
 
@@ -52,7 +52,7 @@ class DistillArm(Section):
     """
 
     type: Literal["distill"] = "distill"
-    seed: int
+    seed: Seed
     """Seeds the data and the sampling. 1 unless given, and 2 under a mask: one that is tested on the data that
     chose it flatters itself."""
     mask: str | None = None
@@ -96,7 +96,7 @@ class ExtrapolateArm(Section):
     type: Literal["extrapolate"] = "extrapolate"
     of: str
     """The early checkpoint, e.g. `full@12`; see masks."""
-    factor: float | None = Field(None, gt=0)
+    factor: Annotated[Weight, Field(gt=0)] | None = None
     """Of the early delta."""
     norm_of: str | None = None
     """In place of a factor: the arm whose delta's norm, over the whole model, is taken on."""
@@ -162,6 +162,8 @@ def expanded(
         else:
             if seeds is not None and (not isinstance(seeds, list | tuple) or not seeds):
                 raise ValueError(f"{name}.seeds = {seeds!r} must be a list of seeds")
+            if seeds is not None and any(seed in seeds[:i] for i, seed in enumerate(seeds)):
+                raise ValueError(f"{name}.seeds = {list(seeds)} has a seed twice")
             if seeds is not None and count is not None and len(seeds) != count:
                 raise ValueError(
                     f"{name} has {len(seeds)} seeds, and its mask {mask!r} has {count}; give as many"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -16,12 +16,13 @@ from vlopd.config.arms import (
     CheckpointArm,
     DistillArm,
     ImportedArm,
+    SourceArm,
     TeacherArm,
     checkpoints_of,
     expand_seeds,
     mask_of,
 )
-from vlopd.config.base import NAME, ConfigError, Section
+from vlopd.config.base import ConfigError, Name, Section, Unique, distinct_names
 from vlopd.config.masks import (
     FileMask,
     MaskConfig,
@@ -38,18 +39,15 @@ from vlopd.config.training import Muon
 class TrackingConfig(Section):
     """Where the training curves go besides metrics.jsonl, through accelerate."""
 
-    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    trackers: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], Unique] = ()
     """wandb runs offline unless WANDB_MODE says otherwise."""
-
-
-Name = Annotated[str, Field(pattern=NAME)]
 
 
 class ExperimentConfig(Recipe):
     """One experiment: everything that decides its numbers."""
 
-    name: str = Field(pattern=NAME)
-    title: str = ""
+    name: Name
+    title: str = Field("", min_length=0)
     student: Annotated[ModelConfig, BeforeValidator(as_table)]
     precision: PrecisionConfig = PrecisionConfig()
     masks: dict[Name, MaskConfig] = Field(default_factory=dict)
@@ -108,12 +106,19 @@ class ExperimentConfig(Recipe):
             if name not in names:
                 raise ValueError(f"{where} names {name!r}, which is not among {sorted(names)}")
 
+        distinct_names(self.arms, "arms")
+        distinct_names(self.masks, "masks")
+        if "images" in self.arms:
+            raise ValueError("arms.images: evals/images/ is for the questions' pictures; rename it")
+        self._refuse_equal_draws()
         for name, mask in self.masks.items():
             for other in mask.combines:
                 key = "like" if isinstance(mask, RandomMask) else "mask(s)"
                 need(self.masks, other, f"masks.{name}.{key}")
             if mask.reads is not None:
                 self._check_checkpoint(mask.reads, f"masks.{name}.of")
+        for name in self.masks:
+            self.read_by(name)
         for name, arm in self.arms.items():
             if isinstance(arm, DistillArm):
                 try:
@@ -146,6 +151,8 @@ class ExperimentConfig(Recipe):
                 raise ValueError(
                     f"geometry.arms: {name} is no arm of this student; use `vlopd geometry SOURCE TRAINED`"
                 )
+            if isinstance(self.arms[name], SourceArm):
+                raise ValueError(f"geometry.arms: {name} is the source itself and has no delta")
         for contrast in self.eval.contrasts or ():
             a, dash, b = contrast.partition(" - ")
             if not dash:
@@ -153,6 +160,18 @@ class ExperimentConfig(Recipe):
             need(self.arms, a, "eval.contrasts")
             need({**self.arms, RANDOM: None}, b, "eval.contrasts")
         return self
+
+    def _refuse_equal_draws(self) -> None:
+        """Two random masks of one seed are one mask, and no two controls."""
+        drawn: dict[RandomMask, str] = {}
+        for name, mask in self.masks.items():
+            if isinstance(mask, RandomMask):
+                other = drawn.setdefault(mask, name)
+                if other != name:
+                    raise ValueError(
+                        f"masks.{name} is masks.{other} again: seed = {mask.seed}, like = {mask.like!r}; "
+                        "give it another seed"
+                    )
 
     def _check_checkpoint(self, text: str, where: str) -> None:
         reference = Reference.parse(text)
@@ -240,28 +259,55 @@ def merge(tree: dict[str, Any], change: Mapping[str, Any]) -> None:
 
 
 def explain(error: ErrorDetails) -> str:
-    """One pydantic error as one line, with the nearest known key where a key is unknown."""
-    where = ".".join(str(part) for part in error["loc"])
+    """One pydantic error as one line: the key, what is wrong, the value; the nearest known key of an unknown one."""
+    where, known = key_of(error["loc"])
+    value = error["input"]
     if error["type"] != "extra_forbidden":
-        return f"{where}: {error['msg']}" if where else error["msg"]
-    known = known_keys(error["loc"][:-1])
+        said = error["msg"].removeprefix("Value error, ")
+        if error["type"] not in ("value_error", "too_short") and isinstance(
+            value, (str, int, float)
+        ):
+            said += f", not {value!r}"
+        return f"{where}: {said}" if where else said
     near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.4)
     hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
     return f"unknown key {where!r}{hint}"
 
 
-def known_keys(location: Sequence[int | str]) -> list[str]:
-    """The keys of the config class at a location of pydantic's error path."""
-    classes: list[Any] = [ExperimentConfig]
+def key_of(location: Sequence[int | str]) -> tuple[str, list[str]]:
+    """A pydantic error path as the key that a user writes, and the keys that are known beside its last part.
+
+    pydantic puts the `type` of a section into the path; the user does not.
+    """
+    here: Any = ExperimentConfig
+    keys: list[str] = []
+    known: list[str] = []
     for part in location:
-        following: list[Any] = []
-        for cls in classes:
-            if cls.model_fields.get(str(part)) is not None:
-                following += sections_in(cls.model_fields[str(part)].annotation)
-        # union tags and dict keys appear in the path too: they narrow nothing but the variants
-        tagged = [c for c in classes if part in variant_tags(c)]
-        classes = following or tagged or classes
-    return sorted({key for cls in classes for key in cls.model_fields})
+        variants = sections_in(here)
+        tagged = [cls for cls in variants if part in variant_tags(cls)]
+        if get_origin(bare(here)) is dict:
+            here = get_args(bare(here))[1]
+        elif len(variants) > 1 and tagged:
+            here = tagged[0]
+            continue
+        elif get_origin(bare(here)) is tuple:
+            here = get_args(bare(here))[0]
+        else:
+            known = sorted({key for cls in variants for key in cls.model_fields})
+            fields = [cls.model_fields[part] for cls in variants if part in cls.model_fields]
+            here = fields[0].annotation if fields else None
+        keys.append(str(part))
+    return ".".join(keys), known
+
+
+def bare(annotation: Any) -> Any:
+    """A type without `Annotated` and `| None`."""
+    if get_origin(annotation) is Annotated:
+        return bare(get_args(annotation)[0])
+    others = [each for each in get_args(annotation) if each is not type(None)]
+    if type(None) in get_args(annotation) and len(others) == 1:
+        return bare(others[0])
+    return annotation
 
 
 def variant_tags(cls: type[BaseModel]) -> tuple[str, ...]:
@@ -270,6 +316,9 @@ def variant_tags(cls: type[BaseModel]) -> tuple[str, ...]:
 
 
 def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The classes of a section, or of the variants of one; none of a table or list of them."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
+    if get_origin(annotation) in (dict, tuple):
+        return []
     return [cls for part in get_args(annotation) for cls in sections_in(part)]

@@ -27,10 +27,15 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentCo
         raise ConfigError(f"{path}: not TOML: {error}") from None
     for line in overrides:
         merge(tree, parse_override(line))
+    return config_of(tree, path)
+
+
+def config_of(tree: Any, where: Path | str) -> ExperimentConfig:
+    """A config from its table, of a TOML file or a run.json. Raises ConfigError with the file and the key."""
     try:
         return ExperimentConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{path}: " + "; ".join(map(explain, error.errors()))) from None
+        raise ConfigError(f"{where}: " + "; ".join(map(explain, error.errors()))) from None
 
 
 AnySection = TypeVar("AnySection", bound=Section)

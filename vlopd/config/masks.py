@@ -6,7 +6,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from vlopd.config.base import Section
+from vlopd.config.base import Count, NonNegative, Number, Section, Seed, Share, Unique
 
 
 class Reference(NamedTuple):
@@ -64,9 +64,6 @@ Scope = Literal["tensor", "global"]
 """Whether a share is taken of every tensor, or of the whole model."""
 
 
-Share = Annotated[float, Field(gt=0, le=1)]
-
-
 class VisibleMask(DeltaRule):
     """Coordinates whose value changed by more than a tolerance, in the stated precision.
 
@@ -74,9 +71,9 @@ class VisibleMask(DeltaRule):
     """
 
     type: Literal["visible"] = "visible"
-    atol: float = Field(0.0, ge=0)
-    rtol: float = Field(0.0, ge=0)
-    ulps: int | None = Field(None, ge=0)
+    atol: NonNegative = 0.0
+    rtol: NonNegative = 0.0
+    ulps: Number | None = None
     precision: Literal["stored", "fp32", "bf16", "fp16"] = "stored"
     """Both values are rounded to it first."""
 
@@ -116,8 +113,8 @@ class PrincipalMask(MaskRule):
     type: Literal["principal"] = "principal"
     which: Literal["principal", "off_principal"] = "principal"
     fraction: Share
-    rank: int | None = Field(None, gt=0)
-    rank_fraction: float | None = Field(None, gt=0, le=1)
+    rank: Count | None = None
+    rank_fraction: Share | None = None
     """Of the smaller side, rounded down, at least 1."""
 
     @model_validator(mode="after")
@@ -132,7 +129,7 @@ class RandomMask(MaskRule):
 
     type: Literal["random"] = "random"
     like: str
-    seed: int
+    seed: Seed
     match: Literal["global", "module", "tensor", "magnitude", "visibility"] = "tensor"
     """The classes: the whole model; the tensors of one component and module; each tensor; in each tensor the
     sixteen quantiles of |w|, or the binades of |w|, within which every step of a float (ulp) is equally long,
@@ -151,7 +148,7 @@ class WholeMask(MaskRule):
 
     type: Literal["whole"] = "whole"
     components: tuple[str, ...] = ()
-    layers: tuple[int, ...] = ()
+    layers: tuple[Number, ...] = ()
     modules: tuple[str, ...] = ()
     """`ffn` and `attention` stand for their matrices."""
 
@@ -163,7 +160,7 @@ class WholeMask(MaskRule):
 
 
 class Combination(MaskRule):
-    masks: tuple[str, ...] = Field(min_length=2)
+    masks: Annotated[tuple[str, ...], Unique] = Field(min_length=2)
 
     @property
     def combines(self) -> tuple[str, ...]:

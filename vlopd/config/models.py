@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
 
-from vlopd.config.base import Section
+from vlopd.config.base import Part, Section, Weight
 
 
 def as_table(value: Any) -> Any:
@@ -112,7 +112,7 @@ class TeacherConfig(ModelConfig):
 
     type: Literal["model"] = "model"
     context: ContextConfig | None = None
-    ema: float | None = Field(None, gt=0, lt=1)
+    ema: Part | None = None
     """Decay a step of the average of the student's weights, for `model = "student"`; null keeps them fixed."""
 
     @model_validator(mode="after")
@@ -142,7 +142,7 @@ class MixedTeachers(Section):
 
     type: Literal["mixed"] = "mixed"
     teachers: Named = Field(min_length=1)
-    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    weights: dict[str, Annotated[Weight, Field(gt=0)]] = Field(default_factory=dict)
     """By teacher, relative to each other; equal unless given."""
 
     @model_validator(mode="after")

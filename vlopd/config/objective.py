@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from vlopd.config.base import Section
+from vlopd.config.base import Count, Part, PartOrZero, Section, Share, Temperature, Weight
 
 Writer = Literal["student", "teacher", "data"]
 
@@ -28,9 +28,9 @@ class MixedSource(Section):
     """Each completion is drawn from one of several (GKD, arXiv 2306.13649: lambda is the student's share)."""
 
     type: Literal["mixture"] = "mixture"
-    student: float = Field(0.0, ge=0)
-    teacher: float = Field(0.0, ge=0)
-    data: float = Field(0.0, ge=0)
+    student: Weight = 0.0
+    teacher: Weight = 0.0
+    data: Weight = 0.0
 
     @property
     def shares(self) -> dict[Writer, float]:
@@ -63,14 +63,14 @@ class RolloutConfig(Section):
     """Where completions come from, and how the models that write them sample."""
 
     source: SourceConfig = OneSource()
-    max_new_tokens: int = Field(16, gt=0)
+    max_new_tokens: Count = 16
     """Longer answers of the data are cut there."""
-    completions_per_prompt: int = Field(1, gt=0)
-    temperature: float = Field(1.0, gt=0)
+    completions_per_prompt: Count = 1
+    temperature: Temperature = 1.0
     """Of the sampling alone; the loss has temperatures of its own."""
-    top_k: int | None = Field(None, gt=0)
+    top_k: Count | None = None
     """Samples among the likeliest so many tokens, after the temperature."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: Share = 1.0
     """Samples among the fewest likeliest tokens whose probabilities reach this, after top_k."""
 
     @property
@@ -93,7 +93,7 @@ class FullSupport(Section):
 class TopK(Section):
     """The likeliest tokens at each position; which they are is not differentiated."""
 
-    k: int = Field(64, gt=0)
+    k: Count = 64
     tail: Literal["bucket", "renormalise", "none"] = "bucket"
     """Of the tokens outside: `bucket` counts them together as one more token (a divergence again), `renormalise`
     divides by the mass inside (a token at which one model bans all that are inside counts 0), `none` leaves them
@@ -133,7 +133,7 @@ SupportConfig = Annotated[
 class Loss(Section):
     """What all losses share. Computed in chunks of tokens; the result does not depend on them."""
 
-    chunk_tokens: int = Field(1024, gt=0)
+    chunk_tokens: Count = 1024
     """Completion tokens whose [*, V] logits are held at once, forward and backward."""
     normalisation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
     """Of a step's summed token losses, over all micro-batches and processes. `token_mean` divides by the step's
@@ -145,9 +145,9 @@ class Divergence(Loss):
     """A sum over a support at every completion token. Below, q is the student and p the teacher."""
 
     support: SupportConfig = FullSupport()
-    student_temperature: float = Field(1.0, gt=0)
+    student_temperature: Temperature = 1.0
     """Divides the student's logits in the loss (the sampling has its own, rollout.temperature)."""
-    teacher_temperature: float = Field(1.0, gt=0)
+    teacher_temperature: Temperature = 1.0
     """Divides the teacher's logits in the loss. The loss is not multiplied by its square."""
 
     @model_validator(mode="after")
@@ -181,7 +181,7 @@ class JSD(Divergence):
     """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, arXiv 2306.13649)."""
 
     type: Literal["jsd"] = "jsd"
-    beta: float = Field(0.5, ge=0, le=1)
+    beta: Weight = Field(0.5, le=1)
     normalised: bool = False
     """Divides by beta (1 - beta): forward KL at 0, reverse KL at 1, continuous, and as steep near p for all beta."""
 
@@ -199,14 +199,14 @@ class SkewReverseKL(Divergence):
     """KL(q || alpha q + (1 - alpha) p), at most -log(alpha) (DistiLLM, arXiv 2402.03898)."""
 
     type: Literal["skew_reverse_kl"] = "skew_reverse_kl"
-    alpha: float = Field(0.1, ge=0, lt=1)
+    alpha: PartOrZero = 0.1
 
 
 class SkewForwardKL(Divergence):
     """KL(p || alpha p + (1 - alpha) q), at most -log(alpha) (DistiLLM, arXiv 2402.03898)."""
 
     type: Literal["skew_forward_kl"] = "skew_forward_kl"
-    alpha: float = Field(0.1, ge=0, lt=1)
+    alpha: PartOrZero = 0.1
 
 
 class SampledToken(Loss):
@@ -230,7 +230,7 @@ class K1(Estimator):
     """Policy gradient with the advantage -d: its mean is the reverse KL's gradient."""
 
     type: Literal["k1"] = "k1"
-    clip: float | None = Field(0.2, gt=0, lt=1)
+    clip: Part | None = 0.2
     """PPO's bound on how far the ratio of the student's to the sampler's probability pays; null for none."""
 
 
@@ -261,9 +261,9 @@ class RewardConfig(Section):
 
     rule: Literal["exact_match", "verdict_match", "answer_named", "capital_named"]
     """1 for a right completion, 0 for another, by a rule of vlopd/rewards.py."""
-    alpha: float = Field(0.0, ge=0, lt=1)
+    alpha: PartOrZero = 0.0
     """The teacher's share; 0 is reinforcement learning alone (RLVR), with the teacher only looking on."""
     scale: Literal["std", "none"] = "std"
     """Whether advantages are divided by their group's standard deviation (GRPO) or left (arXiv 2503.20783)."""
-    clip: float | None = Field(0.2, gt=0, lt=1)
+    clip: Part | None = 0.2
     """PPO's bound on how far the importance ratio pays, also of k1's part; null for none."""

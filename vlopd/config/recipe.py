@@ -57,6 +57,12 @@ class Recipe(Section):
     def notes(self) -> list[str]:
         """What the settings make untrue or meaningless, for the log and the arm's record."""
         found = []
+        warmup, steps = self.optim.warmup_steps, self.train.steps
+        if warmup >= steps:
+            found.append(
+                f"optim.warmup_steps = {warmup} of train.steps = {steps}: the rate is still rising when training "
+                "ends and never reaches optim.learning_rate"
+            )
         if isinstance(self.loss, Estimator) and not self.rollout.is_students_distribution:
             found.append(
                 f"loss {self.loss.type} is no longer unbiased: rollout.temperature, top_k or top_p sample "

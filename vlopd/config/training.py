@@ -3,42 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from vlopd.config.base import Section
+from vlopd.config.base import (
+    Count,
+    NonNegative,
+    Number,
+    PartOrZero,
+    Positive,
+    Section,
+    Unique,
+    between,
+)
 
 
 class ComponentRates(Section):
     """Factors of the learning rate by component; what the atlas calls "other" has the rate itself."""
 
-    vision: float = Field(1.0, gt=0)
-    projector: float = Field(1.0, gt=0)
-    language: float = Field(1.0, gt=0)
-    embedding: float = Field(1.0, gt=0)
+    vision: Positive = 1.0
+    projector: Positive = 1.0
+    language: Positive = 1.0
+    embedding: Positive = 1.0
     """A head that is tied to the embedding counts as embedding."""
-    head: float = Field(1.0, gt=0)
+    head: Positive = 1.0
 
 
-Decay = Annotated[float, Field(ge=0, lt=1)]
+Decay = PartOrZero
 
 
 """What a running average keeps of itself a step."""
+
+Epsilon = Annotated[float, between(1e-30, 1)]
+"""Added to the root of a second moment: with 0, a coordinate without gradients is 0 / 0."""
 
 
 class OptimizerBase(Section):
     """What all optimizers share. They move the fp32 values of the trained coordinates and nothing else."""
 
-    learning_rate: float = Field(1e-6, gt=0)
+    learning_rate: Positive = 1e-6
     component_rates: ComponentRates = ComponentRates()
     """`{vision = 0.1}` trains the vision tower at a tenth of the rate. To not train it at all: train.freeze."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: NonNegative = 0.0
     """AdamW, Lion and Muon: values *= 1 - rate * decay. SGD and RMSProp add decay * values to the gradient. A step
     whose rows do not reach a parameter (a tower, without a picture) leaves it as it is, decay and momentum too."""
-    max_grad_norm: float | None = Field(1.0, gt=0)
+    max_grad_norm: Positive | None = 1.0
     """Clips the norm over trained coordinates; null for none."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: Number = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
 
 
@@ -47,7 +59,7 @@ class AdamW(OptimizerBase):
 
     type: Literal["adamw"] = "adamw"
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: float = Field(1e-8, ge=0)
+    eps: Epsilon = 1e-8
 
 
 class SGD(OptimizerBase):
@@ -71,7 +83,7 @@ class RMSProp(OptimizerBase):
     type: Literal["rmsprop"] = "rmsprop"
     alpha: Decay = 0.99
     """Of the average of squared gradients."""
-    eps: float = Field(1e-8, ge=0)
+    eps: Epsilon = 1e-8
     momentum: Decay = 0.0
 
 
@@ -95,10 +107,10 @@ class Muon(OptimizerBase):
     scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """Factor of a matrix's rate: 0.2 sqrt(max(m, n)), so that AdamW's rates serve (arXiv 2502.16982), or
     sqrt(max(1, m / n)), its first author's."""
-    adamw_learning_rate: float | None = Field(None, gt=0)
+    adamw_learning_rate: Positive | None = None
     """Of what AdamW moves; null for `learning_rate`."""
     adamw_betas: tuple[Decay, Decay] = (0.9, 0.999)
-    adamw_eps: float = Field(1e-8, ge=0)
+    adamw_eps: Epsilon = 1e-8
 
 
 def as_optimizer(value: Any) -> Any:
@@ -112,22 +124,43 @@ OptimConfig = Annotated[
 ]
 
 
+Component = Literal["vision", "projector", "language", "embedding", "head"]
+
+
 class TrainConfig(Section):
-    steps: int = Field(gt=0)
-    prompts_per_step: int = Field(gt=0)
+    steps: Count
+    prompts_per_step: Count
     """Prompts of one step over all processes, each with rollout.completions_per_prompt completions."""
-    updates_per_rollout: int = Field(1, gt=0)
+    updates_per_rollout: Count = 1
     """Optimizer updates on the same completions, at the step's rate; above 1, k1 and rewards weigh them by importance
     ratios. Teachers grade them once; one that averages the student moves once a step, after the last."""
-    micro_batch: int | None = Field(None, gt=0)
+    micro_batch: Count | None = None
     """Completions of one forward and backward; null for all of the process's at once."""
-    freeze: tuple[Literal["vision", "projector", "language", "embedding", "head"], ...] = ()
+    freeze: Annotated[tuple[Component, ...], Unique] = ()
     """Components of the student that do not train."""
-    save_every: int = Field(50, gt=0)
+    save_every: Count = 50
     """Steps between resumable states; a killed run goes on from the last."""
-    sample_every: int = Field(25, gt=0)
+    sample_every: Count = 25
     """Steps between sample generations written to samples.jsonl."""
-    evidence_every: int | None = Field(None, gt=0)
+    evidence_every: Count | None = None
     """Steps between looks at the optimizer (optimizer.jsonl), which copy the trained values once; null for none."""
-    keep_steps: tuple[Annotated[int, Field(gt=0)], ...] = ()
+    keep_steps: Annotated[tuple[Count, ...], Unique] = ()
     """Steps after which every trained arm keeps a checkpoint, for masks and arms to name, as in `full@12`."""
+
+    @model_validator(mode="after")
+    def check_anything_trains(self) -> TrainConfig:
+        if set(self.freeze) == set(get_args(Component)):
+            raise ValueError(
+                f"freeze names all of {', '.join(self.freeze)}: nothing is left to train; leave one out"
+            )
+        prompts = self.steps * self.prompts_per_step
+        if prompts >= 2**31:
+            raise ValueError(
+                f"steps times prompts_per_step are {prompts} prompts; at most 2**31 - 1"
+            )
+        late = [step for step in self.keep_steps if step > self.steps]
+        if late:
+            raise ValueError(
+                f"keep_steps has {late[0]}, but there are steps = {self.steps}; keep an earlier step"
+            )
+        return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +25,8 @@ from vlopd.data.files import FileSource
 from vlopd.data.reasoning import ReasoningWorld
 from vlopd.data.shapes import ShapesWorld
 from vlopd.types import Example
+
+Item = TypeVar("Item")
 
 
 def open_data(config: ExperimentConfig, size: int, seed: int) -> Sequence[Example]:
@@ -60,8 +63,8 @@ def files_of(config: ExperimentConfig) -> list[Path]:
     return []
 
 
-def pick(data: Sequence[Example], start: int, count: int, seed: int) -> list[Example]:
-    """Examples `start` to `start + count` of an endless, epoch-wise shuffled stream over `data`.
+def pick(data: Sequence[Item], start: int, count: int, seed: int) -> list[Item]:
+    """Examples `start` to `start + count` of an endless, epoch-wise shuffled stream over `data` (places, of a range).
 
     A function of its arguments alone, so that a resumed run needs no saved position.
     """

@@ -5,6 +5,7 @@ Rows are read and pictures decoded when they are asked for.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 
 from vlopd.config import ConfigError, DataError, FileData
 from vlopd.data import turns as chat
-from vlopd.data.pictures import open_picture, shorten
+from vlopd.data.pictures import open_picture, peek, shorten
 from vlopd.data.tables import open_table
 from vlopd.data.written import check_characters, in_words, value_at
 from vlopd.types import Example
@@ -53,6 +54,13 @@ class FileSource(Sequence[Example]):
                     raise ConfigError(f"{config.path}: column {column!r} {error}") from None
         if config.id is not None:
             refuse_repeated_ids(config.path, self.table.values(config.id))
+        self.open = open_picture
+
+    def unopened(self) -> FileSource:
+        """The same rows with pictures of which only the header is read: sizes, and whether they are there."""
+        other = copy.copy(self)
+        other.open = peek
+        return other
 
     def __len__(self) -> int:
         return len(self.table)
@@ -116,7 +124,7 @@ class FileSource(Sequence[Example]):
         images = []
         for place, each in enumerate(values, 1):
             try:
-                images.append(open_picture(each, self.folder))
+                images.append(self.open(each, self.folder))
             except DataError as error:
                 which = "picture" if len(values) == 1 else f"picture {place} of {len(values)}"
                 raise DataError(f"{where}, {which} {describe(each)} {error}") from None

@@ -29,6 +29,16 @@ ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (
 """First column and row, and the steps between columns and rows, of the passes of an interlaced PNG."""
 
 
+def peek(value: Any, folder: Path) -> Image.Image:
+    """As `open_picture`, but nothing is decoded: its size is before rotation. Raises DataError as that does."""
+    inside = value.get("bytes") or value.get("path") if isinstance(value, Mapping) else value
+    try:
+        where = BytesIO(inside) if isinstance(inside, bytes) else folder / str(inside)
+        return Image.open(where, formats=FORMATS)
+    except Exception:  # the reason, in our words
+        return open_picture(value, folder)
+
+
 def open_picture(value: Any, folder: Path) -> Image.Image:
     """A file name (relative to `folder`), bytes, or `datasets`' {"bytes", "path"} -> RGB picture.
 

@@ -230,3 +230,8 @@ def freeze(model: nn.Module, components: Sequence[str]) -> None:
     for component, parameter in parameters:
         if component in components:
             parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for _, parameter in parameters):
+        raise ConfigError(
+            f"train.freeze = {list(components)} leaves nothing to train: the model has "
+            f"{', '.join(sorted(known))}; leave one out"
+        )

@@ -23,9 +23,10 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from vlopd.bits import holds, widest
-from vlopd.config import TEMPLATE_NAMES, ConfigError, ModelConfig, UserError
+from vlopd.config import TEMPLATE_NAMES, ConfigError, DataError, ModelConfig, UserError
 from vlopd.models import families, gguf, openclip_vlm, smollm2, thoughts, whole
 from vlopd.models.about import first_line
+from vlopd.models.length import context_length
 from vlopd.types import Completions, Example, Prompts
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
@@ -82,6 +83,11 @@ class LoadedModel:
     def hidden_size(self) -> int:
         """H, of the states that the output layer reads."""
         return self.model.get_output_embeddings().weight.shape[1]
+
+    @cached_property
+    def context_length(self) -> int | None:
+        """Tokens of prompt and completion together; None where there is no limit."""
+        return context_length(self.model.config)
 
     @cached_property
     def end_ids(self) -> list[int]:
@@ -232,6 +238,15 @@ class LoadedModel:
                 "if its chat template is at fault, set `template` beside its `model`"
             ) from error
 
+    def refuse_too_long(
+        self, examples: Sequence[Example], prompts: Prompts, new_tokens: int
+    ) -> None:
+        """Raises DataError for the first example whose prompt leaves no room for so many more tokens."""
+        lengths = prompts.attention_mask.sum(1).tolist()
+        for example, length in zip(examples, lengths, strict=True):
+            if self.context_length is not None and length + new_tokens > self.context_length:
+                raise too_long(example.id, length, new_tokens, self)
+
     def completion_hidden(self, prompts: Prompts, completions: Completions) -> Tensor:
         """[N, H] hidden states that predict each completion token."""
         return families.completion_hidden(self.model, prompts, completions)
@@ -302,6 +317,15 @@ class LoadedModel:
         special = {i: str(token) for i, token in added.items() if token.special}
         kept = thoughts.kept_tokens(special.values(), self.marks)
         return {i: token for i, token in special.items() if token in kept}
+
+
+def too_long(example: str, prompt_tokens: int, new_tokens: int, model: LoadedModel) -> DataError:
+    """The error of an example that a model has no room for."""
+    return DataError(
+        f"example {example!r}: {prompt_tokens} prompt tokens and up to {new_tokens} of completion "
+        f"(rollout.max_new_tokens) are {prompt_tokens + new_tokens}, and {model.name} has "
+        f"{model.context_length} positions; shorten or drop the row, or lower rollout.max_new_tokens"
+    )
 
 
 def resolve(name: str) -> str:

@@ -77,6 +77,8 @@ class Making(NamedTuple):
     """Masks and checkpoints from another source may be used, and every record says so."""
     evaluate: Evaluate | None = None
     """Scores a student while it trains (eval.during)."""
+    before_training: Callable[[], None] = lambda: None
+    """Raises UserError where it is known that a later stage would fail; called when there is something to train."""
 
 
 PLAIN = Making()
@@ -192,6 +194,7 @@ def train_arm(
     inputs = due(run, name, made_from)
     if inputs is None:
         return False
+    how.before_training()
     refuse_other_source(
         own_other_source(run, config, arm), inputs["source"], how.allow_other_source
     )
