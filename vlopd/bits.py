@@ -56,5 +56,5 @@ def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
 
 
 def widest(*dtypes: torch.dtype) -> torch.dtype:
-    """The narrowest dtype that holds all of them: float32 for float16 and bfloat16."""
-    return reduce(torch.promote_types, dtypes)
+    """The narrowest dtype that holds all of them: float32 for float16 and bfloat16, and for none."""
+    return reduce(torch.promote_types, dtypes) if dtypes else torch.float32

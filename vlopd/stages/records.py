@@ -14,8 +14,14 @@ from vlopd.checkpoint import RunFolder, digest_checkpoint
 from vlopd.config import DistillArm, ExperimentConfig
 from vlopd.delta import Weights
 from vlopd.masks.apply import identity, moved_off_mask, moved_on_mask
-from vlopd.models.load import DTYPES, LoadedModel, load_configured, weights_folder
-from vlopd.stages.places import read_tensors
+from vlopd.models.load import (
+    DTYPES,
+    LoadedModel,
+    load_configured,
+    load_model_config,
+    resolve,
+)
+from vlopd.stages.places import hub_folder, read_tensors
 from vlopd.stored import stored_tensors
 
 
@@ -23,10 +29,19 @@ def keeps_source(config: ExperimentConfig) -> bool:
     """Whether the source arm holds the student's weights as its own checkpoint does, or a rounding of them."""
     if config.precision.stored == "source":
         return True
+    return all(holds(DTYPES[config.precision.stored], own) for own in student_dtypes(config))
+
+
+def student_dtypes(config: ExperimentConfig) -> set[torch.dtype]:
+    """Of the floating-point tensors in the student's own checkpoint. Raises UserError where it cannot be read."""
     student = config.student
-    with Weights(weights_folder(student.model, student.revision)) as weights:
-        own = {tensor.dtype for tensor in weights.header().values()}
-    return all(holds(DTYPES[config.precision.stored], dtype) for dtype in own)
+    load_model_config(student.model, student.revision, student.trust_remote_code)
+    return dtypes_in(hub_folder(resolve(student.model), student.revision))
+
+
+def dtypes_in(folder: Path) -> set[torch.dtype]:
+    with Weights(folder) as weights:
+        return {tensor.dtype for tensor in weights.header().values()}
 
 
 def load_source(config: ExperimentConfig) -> tuple[LoadedModel, dict[str, Tensor]]:
@@ -35,12 +50,8 @@ def load_source(config: ExperimentConfig) -> tuple[LoadedModel, dict[str, Tensor
     Loaded in the narrowest dtype that holds all of them, or straight in the configured one; where tensors are stored
     in several dtypes each goes back to its own.
     """
-    student = config.student
-    folder = weights_folder(student.model, student.revision)
-    with Weights(folder) as weights:
-        own = {tensor.dtype for tensor in weights.header().values()}
     fixed = None if config.precision.stored == "source" else DTYPES[config.precision.stored]
-    loaded = load_configured(student, fixed or widest(*own))
+    loaded = load_configured(config.student, fixed or widest(*student_dtypes(config)))
     state = loaded.model.state_dict()
     if fixed is None:
         with stored_tensors(loaded) as tensors:
@@ -59,9 +70,7 @@ def precision(config: ExperimentConfig, folder: Path | None) -> dict[str, str | 
     """Of an arm: what it was computed in, its values while it trained, and the dtypes in its checkpoint's files."""
     stored = None
     if folder is not None:
-        with Weights(folder) as weights:
-            own = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.header().values()}
-        stored = "+".join(sorted(own))
+        stored = "+".join(sorted(str(own).removeprefix("torch.") for own in dtypes_in(folder)))
     return {"compute": config.precision.compute, "stored": stored, "values": "fp32"}
 
 
