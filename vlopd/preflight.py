@@ -31,6 +31,7 @@ from vlopd.context import teacher_view
 from vlopd.data import open_data
 from vlopd.losses import TOP_K, Sampled, token_divergence
 from vlopd.models import families
+from vlopd.models.length import context_length
 from vlopd.models.load import (
     DTYPES,
     LoadedModel,
@@ -38,7 +39,6 @@ from vlopd.models.load import (
     load_model_config,
     load_processor,
 )
-from vlopd.models.length import context_length
 from vlopd.pair import ModelPair, refuse_blind_models, shared_vocabulary
 from vlopd.types import Completions, Example, Prompts
 from vlopd.vocabulary import SharedVocabulary
@@ -134,7 +134,8 @@ def preflight_meta(
         resources.Reader(model, length, each.attention or "sdpa")
         for model, length, each in zip(models, lengths, wanted, strict=True)
     ]
-    context = context_row(models, lengths, config.rollout.max_new_tokens)
+    known = [1] * len(models) if "assumed" in prompts[0].what else lengths  # a prompt has a token
+    context = context_row(models, known, config.rollout.max_new_tokens)
     return [*rows, *prompts, context, *estimate_rows(config, readers, device)]
 
 
