@@ -69,8 +69,8 @@ def test_a_good_pair(kind, check, folders):
     """The table has prompts, tokens, agreement, memory dense and masked, and time; exit code 0."""
     code, out = check(folders[kind, "student"], folders[kind, "teacher"], kind)
     assert code == 0
-    for row in ("prompt tokens", "prompt and completion, of context", "end tokens", "shared tokens",
-                 "mean reverse KL", "top-1 agreement",
+    for row in ("prompt tokens", "prompt and completion, of context",
+                "end tokens", "shared tokens", "mean reverse KL", "top-1 agreement",
                 "top-16 overlap", "memory, all coordinates", "memory, mask top", "seconds a step"):  # fmt: skip
         assert row in out, row
     assert ("sees the image" in out) == (kind == "vlm")

@@ -150,7 +150,8 @@ def preflight_meta(
         resources.Reader(model, length, each.attention or "sdpa")
         for model, length, each in zip(models, lengths, wanted, strict=True)
     ]
-    context = context_row(models, lengths, config.rollout.max_new_tokens)
+    known = [1] * len(models) if "assumed" in prompts[0].what else lengths  # a prompt has a token
+    context = context_row(models, known, config.rollout.max_new_tokens)
     return [*rows, *prompts, context, *estimate_rows(config, readers, device)]
 
 

@@ -153,8 +153,8 @@ def split(text: str, opened: Mark | None = None, marks: Sequence[Mark] = MARKS) 
 
     The answer is what follows the last thought. A thought that opens within another needs an end of its own, except
     right after the first (a template's `<think>`, repeated by the model). A closing mark without an opening one ends a
-    thought that began with the completion. What only mentions a mark is no mark: in quotes or backticks, or an
-    opening one in the middle of a line with a space or punctuation after it.
+    thought that began with the completion. What only mentions a mark is no mark: in quotes or backticks or, within a
+    thought, an opening one in the middle of a line with a space or punctuation after it.
     """
     pattern, of = table(tuple(marks))
     inside, depth = opened, int(opened is not None)
@@ -164,7 +164,8 @@ def split(text: str, opened: Mark | None = None, marks: Sequence[Mark] = MARKS) 
         mark, opens = of[re.sub(r">\s+", ">", match[0])]
         if inside is not None and mark != inside:
             continue
-        if is_mention(text, match.start(), match.end(), previous, opens):
+        # in doubt an opening mark opens: a number in a thought must not be graded
+        if is_mention(text, match.start(), match.end(), previous, opens and inside is not None):
             continue
         end = match.end()
         if mark.header:
@@ -193,11 +194,14 @@ def split(text: str, opened: Mark | None = None, marks: Sequence[Mark] = MARKS) 
     return Reading(text[:answer].strip(), said.lstrip(), True, last)
 
 
-def is_mention(text: str, start: int, end: int, previous: int, opens: bool) -> bool:
-    """Whether text[start:end] is spoken of rather than used; `previous` is where the mark before it ends."""
+def is_mention(text: str, start: int, end: int, previous: int, nested: bool) -> bool:
+    """Whether text[start:end] is spoken of rather than used; `previous` is where the mark before it ends.
+
+    nested: it is an opening mark within a thought.
+    """
     if QUOTED.fullmatch(text[max(0, start - 2) : start] + text[end : end + 1]):
         return True
-    if not opens or not re.match(r"[ \t.,;:!?)\]'\"`]", text[end : end + 1]):
+    if not nested or not re.match(r"[ \t.,;:!?)\]'\"`]", text[end : end + 1]):
         return False
     line = max(previous, text.rfind("\n", previous, start) + 1)
     return bool(text[line:start].strip())
