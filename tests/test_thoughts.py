@@ -59,7 +59,9 @@ def test_every_family_is_read(mark):
         ("<think>1</think>23</think>4", "4"),
         ("<think>so <reasoning> 5</think>4", "4"),
         # mentions
-        ("The <think> tag opens a thought. 4", "The <think> tag opens a thought. 4"),
+        ("The `<think>` tag opens a thought. 4", "The `<think>` tag opens a thought. 4"),
+        ("The <think> tag opens a thought. 4", None),  # in doubt it does
+        ("Sure. <think> 23", None),
         ("I close with `</think>`: 4", "I close with `</think>`: 4"),
         ('the "<think>" of 23', 'the "<think>" of 23'),
         ("<think>they ask about <think> tags, 23</think>4", "4"),

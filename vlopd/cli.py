@@ -328,8 +328,9 @@ def compare_folders(
     device: str,
 ) -> None:
     from evals.report.geometry import write_figures
-    from vlopd.checkpoint import digest_checkpoint
+    from vlopd.checkpoint import digest_checkpoint, digest_json
     from vlopd.config import GeometryConfig, section_of
+    from vlopd.digests import file_digest
     from vlopd.geometry import paper
     from vlopd.geometry.analyse import analyse, read_rows
     from vlopd.geometry.overlap import overlap
@@ -349,9 +350,11 @@ def compare_folders(
     steps = [step_of(path, i) for i, path in enumerate(trained)]
     if as_trajectory and len(set(steps)) < len(steps):
         raise ConfigError(f"the checkpoints' names end in the steps {steps}; they must differ")
-    every = {path: digest_checkpoint(path) for path in (source, *trained)}
+    every = {path: digest_checkpoint(path, whole=True) for path in (source, *trained)}
     for path, (label, folder) in zip(trained, folders.items(), strict=True):
+        layouts = [its / "config.json" for its in (source, path) if (its / "config.json").is_file()]
         digests = {"source": every[source], "trained": every[path]}
+        digests["configs"] = digest_json([file_digest(each) for each in layouts])
         inputs = {**digests, "settings": config.model_dump(mode="json")}
         analyse(source, path, folder, config, inputs, workers=workers, device=device)
         say(f"geometry of {label}", folder / "geometry.csv", True)

@@ -80,9 +80,9 @@ def make(
         )
     if parsed.reads is not None and trained is None:
         raise ConfigError(f"{parsed.type!r} looks at what changed: give SOURCE and TRAINED")
-    inputs["source"] = digest_checkpoint(source)
+    inputs["source"] = digest_checkpoint(source, whole=True)
     if trained is not None:
-        inputs["of"] = digest_checkpoint(trained)
+        inputs["of"] = digest_checkpoint(trained, whole=True)
     deltas = stream(source, trained or source, classify)
     said = deltas.report.said() if parsed.reads is not None else ""
     if said:
