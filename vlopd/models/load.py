@@ -525,9 +525,8 @@ def load(
     config = load_model_config(name, revision, trust_remote_code)
     model_class, _ = families.auto_classes(config)
     processor = load_processor(name, revision, trust_remote_code, template)
-    load_generation_config(
-        name, config, revision
-    )  # transformers passes over one that it cannot read
+    # for its errors: transformers passes over a file that it cannot read
+    load_generation_config(name, config, revision)
     where = resolve(name)
     is_folder = Path(where).is_dir()
     if is_folder:
