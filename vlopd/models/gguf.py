@@ -2,8 +2,9 @@
 
 transformers reads the file and takes its blocks apart; every weight of the result is an ordinary tensor
 that can be trained and saved. What comes out is what the file holds, rounded to bf16: a four-bit model
-dequantised, not the checkpoint that was once quantised. The folder is the student: deltas are measured from it. The tokenizer is transformers' reading of the file too, which
-takes the plain byte-level splitting for families whose own splits numbers or white space otherwise.
+dequantised, not the checkpoint that was once quantised. The folder is the student: deltas are measured from
+it. The tokenizer is transformers' reading of the file too, which takes the plain byte-level splitting for
+families whose own splits numbers or white space otherwise.
 """
 
 from __future__ import annotations
