@@ -71,7 +71,7 @@ def read_answers(
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise RunError(
                     f"{path}: question {row['doc_id']} has {metric} = {value}, and scores that are compared lie in "
-                    "[0, 1]; list such a metric first in the task's metric_list"
+                    f"[0, 1]; list such a metric first in the task's metric_list, and evaluate {arm} again"
                 )
         if tables[arm].keys() != tables[arms[0]].keys():
             apart = len(tables[arm].keys() ^ tables[arms[0]].keys())

@@ -410,6 +410,7 @@ base = {{type = "source"}}
 full = {{type = "distill"}}
 [eval]
 tasks = ["{task}"]
+include = "gone"
 limit = 3
 """
 
@@ -424,27 +425,35 @@ def called(monkeypatch, capsys, *words) -> tuple[int, str]:
 
 
 def test_a_run_is_refused_before_anything_is_made(kind, folders, monkeypatch, capsys, tmp_path):
-    """An unknown task, one for pictures under a text-only student and a long completion stop `run`, with no arm made;
+    """Tasks of a folder that is not there, one for pictures under a text-only student and a long completion
+    stop `run`, with no arm made;
     `check` says the same, and `distill`, which asks no task, says what concerns it."""
     path, out = tmp_path / "early.toml", tmp_path / "run"
     modality = "image" if kind == "vlm" else "text"
     student, teacher = folders[kind, "student"], folders[kind, "teacher"]
-    path.write_text(CONFIG.format(student=student, teacher=teacher, modality=modality, task="nope"))
+    path.write_text(CONFIG.format(student=student, teacher=teacher, modality=modality, task="mine"))
     code, said = called(
         monkeypatch, capsys, "run", path, "rollout.max_new_tokens=256", "--out", out
     )
-    assert code == 2 and "no task 'nope'" in said and "256 of completion" in said
+    assert code == 2 and "no folder 'gone'" in said and "256 of completion" in said
     assert len(said.strip().splitlines()) == 1 and not (out / "arms").exists()
     code, said = called(monkeypatch, capsys, "check", path, "rollout.max_new_tokens=256")
     lines = [line for line in said.splitlines() if line.startswith("not ready: ")]
-    assert code == 1 and "256 of completion" in lines[0] and "no task 'nope'" in lines[1]
+    assert code == 1 and "256 of completion" in lines[0] and "no folder 'gone'" in lines[1]
     code, said = called(
         monkeypatch, capsys, "distill", path, "rollout.max_new_tokens=256", "--out", tmp_path / "d"
     )
-    assert code == 2 and "256 of completion" in said and "nope" not in said
+    assert code == 2 and "256 of completion" in said and "gone" not in said
     if kind == "llm":
         code, said = called(
-            monkeypatch, capsys, "run", path, "eval.tasks=['shapes']", "--out", tmp_path / "e"
+            monkeypatch,
+            capsys,
+            "run",
+            path,
+            "eval.tasks=['shapes']",
+            f"eval.include='{tmp_path}'",
+            "--out",
+            tmp_path / "e",
         )
         assert code == 2 and "task shapes shows pictures, and student" in said
 
@@ -452,11 +461,15 @@ def test_a_run_is_refused_before_anything_is_made(kind, folders, monkeypatch, ca
 def test_a_comparison_of_models_is_refused_before_they_are_loaded(
     folders, monkeypatch, capsys, tmp_path
 ):
-    """A task that does not exist, settings that make no sense and a folder that is none: one line, nothing written."""
+    """Tasks of a folder that is not there, settings that make no sense and a folder that is none: one line,
+    nothing written."""
     model, out = folders["llm", "student"], tmp_path / "out"
     for words, message in (
         ((model, model, "--tasks", "shapes_text"), "is named twice"),
-        ((model, folders["llm", "teacher"], "--tasks", "nope"), "no task 'nope'"),
+        (
+            (model, folders["llm", "teacher"], "--tasks", "mine", "--set", "include=gone"),
+            "no folder 'gone'",
+        ),
         ((model, folders["llm", "teacher"], "--tasks", "shapes"), "is text-only"),
         ((model, folders["llm", "teacher"], "--tasks", "shapes_text,"), "eval.tasks.1|tasks.1"),
         ((model, folders["llm", "teacher"], "--tasks", "shapes_text", "--set", "limit=0"), "limit"),

@@ -114,24 +114,28 @@ def unready(config: ExperimentConfig, names: list[str], evaluated: bool) -> list
     from vlopd import ready
 
     lines = ready.findings(config, names)
-    during = config.eval.during
-    if not evaluated and during is None:
-        return lines
+    if evaluated:
+        lines += unready_tasks(config, names)
+    elif (during := config.eval.during) is not None:
+        only = {"tasks": during.tasks, "limit": during.limit, "during": None}
+        asked = config.eval.model_copy(update=only)
+        lines += unready_tasks(config.model_copy(update={"eval": asked}), names[:1])
+    return list(dict.fromkeys(lines))
+
+
+def unready_tasks(config: ExperimentConfig, names: list[str]) -> list[str]:
+    """What would stop these arms' evaluation, a line each."""
     from evals import ready as tasks
+    from vlopd import ready
 
     try:
-        models = ready.evaluated(config, names if evaluated else names[:1])
+        lines = tasks.findings(config.eval, ready.evaluated(config, names))
     except UserError as error:
-        return list(dict.fromkeys([*lines, str(error)]))
-    if evaluated:
-        lines += tasks.findings(config.eval, models)
-        for name in names:
-            if isinstance(arm := config.arms[name], ImportedArm):
-                lines += tasks.imported_findings(config.eval.tasks, Path(arm.results))
-    elif during is not None:
-        only = {"tasks": during.tasks, "limit": during.limit, "during": None}
-        lines += tasks.findings(config.eval.model_copy(update=only), models)
-    return list(dict.fromkeys(lines))
+        return [str(error)]
+    for name in names:
+        if isinstance(arm := config.arms[name], ImportedArm):
+            lines += tasks.imported_findings(config.eval.tasks, Path(arm.results))
+    return lines
 
 
 def held_out(config: ExperimentConfig):
@@ -387,7 +391,11 @@ def show_paper(label: str, lines: list, titles: list[str]) -> None:
 def evaluate(run: RunPath, arm: Arms = None) -> None:
     """Scores arms through lm-eval."""
     folder, config = RunFolder.open(run)
-    make_evals(folder, config, chosen(config, arm, list(config.arms)))
+    names = chosen(config, arm, list(config.arms))
+    scored = all((folder.eval(name) / "results.json").exists() for name in names)
+    if not scored and (lines := unready_tasks(config, names)):
+        raise ConfigError("; ".join(lines))
+    make_evals(folder, config, names)
 
 
 @app.command()
