@@ -294,9 +294,9 @@ def without_weights(
     about = load_model_config(name, revision, config.trust_remote_code)
     model = resources.meta_model(about)
     model.generation_config = load_generation_config(name, about, revision)
-    return LoadedModel(
-        name, model, load_processor(name, revision, config.trust_remote_code, config.template)
-    )
+    arguments = config.template_arguments
+    processor = load_processor(name, revision, config.trust_remote_code, config.template, arguments)
+    return LoadedModel(name, model, processor, arguments)
 
 
 def load_pair(
