@@ -148,12 +148,8 @@ class ArmLM(LM):
 
         Raises ConfigError where the prompt opens a thought, which the continuation would be read as.
         """
-        if opening := [r for r in requests if self.loaded.opened_by(r.args[0])]:
-            raise ConfigError(
-                f"task {opening[0].task_name}: {self.loaded.name}'s prompt opens a thought, in which a choice would be "
-                "scored; close it (template_arguments = {enable_thinking = false}, where its template has "
-                "that), set eval.chat_template = false, or take a task that generates"
-            )
+        for request in requests:
+            self.refuse_open_thought(str(request.task_name), request.args[0])
 
         def score(indices: Sequence[int]) -> list[tuple[float, bool]]:
             batch = [requests[i] for i in indices]
@@ -166,6 +162,15 @@ class ArmLM(LM):
             return self.score(self.prompts(contexts), [row for _, row in pairs])
 
         return self.in_batches(requests, score, disable_tqdm)
+
+    def refuse_open_thought(self, task: str, prompt: str) -> None:
+        """Raises ConfigError where a prompt, after which choices are to be scored, opens a thought."""
+        if self.loaded.opened_by(prompt):
+            raise ConfigError(
+                f"task {task}: {self.loaded.name}'s prompt opens a thought, in which a choice would be "
+                "scored; close it (template_arguments = {enable_thinking = false}, where its template has "
+                "that), set eval.chat_template = false, or take a task that generates"
+            )
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False

@@ -233,6 +233,8 @@ class Look:
         overhead = 0
         for i in sample:
             prompt = self.prompt(i, lm, templated)
+            if self.task.OUTPUT_TYPE in ("loglikelihood", "multiple_choice"):
+                lm.refuse_open_thought(self.name, prompt_text(prompt))
             length = self.tokens(i, prompt, lm, images[i])
             self.refuse_too_long(i, length, name, loaded)
             overhead = max(overhead, length - len(lm.text_ids(prompt_text(self.texts[i]))))
