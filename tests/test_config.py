@@ -60,7 +60,7 @@ def test_a_run_folder_refuses_another_config(tmp_path):
     config = load_config(QUICKSTART)
     RunFolder.create(tmp_path, config).unlock()
     RunFolder.create(tmp_path, config).unlock()
-    (tmp_path / "arms" / ".unfinished-x").mkdir(parents=True)  # as a kill leaves it
+    (tmp_path / "arms" / ".unfinished-0123456789abcdef").mkdir(parents=True)  # as a kill leaves it
     RunFolder.create(tmp_path, config).unlock()
     assert not list(tmp_path.rglob(".unfinished-*"))
     with pytest.raises(ConfigError, match=r"train\.steps: \d+ -> 3"):
@@ -93,7 +93,7 @@ NUMBERS: dict[str, list[str]] = {
     "masks.top.fraction": [], "masks.e.share": ["masks.e={type='energy'}"],
     "masks.v.atol": ["masks.v={type='visible'}"], "masks.v.rtol": ["masks.v={type='visible'}"],
     "masks.p.rank_fraction": ["masks.p={type='principal', fraction=0.1}"],
-    "geometry.ratios": [], "geometry.max_exact_cost": [],
+    "geometry.ratios": [], "geometry.max_exact_cost": [], "geometry.max_left_out": [],
     "eval.confidence": [], "eval.margin": [], "eval.sampled.temperature": [], "eval.sampled.top_p": [],
 }  # fmt: skip
 
@@ -196,6 +196,7 @@ def test_a_run_of_refused_settings_is_one_clear_line(tmp_path):
     written = read_json(tmp_path / "run.json")
     written["config"]["rollout"]["temperature"] = 1e-300
     (tmp_path / "run.json").write_text(json.dumps(written))
+    (tmp_path / "checksums" / "run.sha256").unlink()  # older versions wrote none
     with pytest.raises(
         ConfigError, match=r"run\.json: rollout\.temperature: 1e-300 is not between"
     ):

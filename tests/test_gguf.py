@@ -229,7 +229,7 @@ def test_two_at_once_make_one(own_cache):
 
 def test_a_killed_conversion_leaves_nothing(own_cache):
     """What an earlier process left unfinished is removed, and the folder is made anew."""
-    (own_cache / "key" / ".unfinished-x").mkdir(parents=True)
+    (own_cache / "key" / ".unfinished-0123456789abcdef").mkdir(parents=True)
     folder = gguf.made_once("key", lambda path: (path / "weights").write_text("whole"))
     assert [path.name for path in folder.iterdir()] == ["weights"]
     assert sorted(path.name for path in folder.parent.iterdir()) == [".lock", "model"]

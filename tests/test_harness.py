@@ -66,8 +66,12 @@ def test_nothing_is_evaluated_twice(kind, make_config, tmp_path, monkeypatch):
     assert results["chat_template_digest"] and len(results["prompt_digest"]) == 2
     assert bool(results["processor_digest"]) == (kind == "vlm")
     assert evaluate_arm(run, with_eval(more, limit=2), "base") and len(found) == 4
-    record = read_json(run.arm_record("base"))
-    run.arm_record("base").write_text(json.dumps({**record, "checkpoint_digest": "other"}))
+    # another checkpoint in its place, as if it had been written so
+    tokenizer = run.checkpoint("base") / "tokenizer_config.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    run.checksums.write(
+        "arms/base", [path for path in run.arm("base").rglob("*") if path.is_file()]
+    )
     assert evaluate_arm(run, with_eval(more, limit=2), "base") and len(found) == 6
 
 

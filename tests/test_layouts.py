@@ -410,14 +410,6 @@ LARGE: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         lambda t: {n: v for n, v in t.items() if "vision_tower" not in n},
         r"vision_tower\.\S+ \(.*\) \(in the (source|trained checkpoint) only\)",
     ),
-    "integers": (
-        lambda t: {n: (v * 50).to(torch.int8) if "mlp" in n else v for n, v in t.items()},
-        r"stored as (F32 and I8|I8 and F32)\).*dequantised",
-    ),
-    "unscaled fp8": (
-        lambda t: {n: v.to(torch.float8_e4m3fn) if "mlp" in n else v for n, v in t.items()},
-        r"stored as (F32 and F8_E4M3|F8_E4M3 and F32)\)",
-    ),
     "a tensor split over names": (
         lambda t: {
             m: p

@@ -182,9 +182,10 @@ def replacements(kind: str):
         "task module": (lambda: edit("tasks/rule.py", "% 2", "% 3"), scored),
     }
     if kind == "vlm":
-        few = ("data", "teacher weights", "student weights", "task")
+        few = ("student weights", "task module")
         return {"picture": (picture, trained)} | {name: found[name] for name in few}
-    return found
+    few = ("data", "teacher weights", "student template", "tokenizer", "task", "task data")
+    return {name: found[name] for name in few}
 
 
 def test_what_is_replaced_is_made_again_and_nothing_else(kind, project, monkeypatch, capsys):

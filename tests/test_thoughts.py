@@ -15,6 +15,7 @@ from evals.lm import ArmLM
 from evals.tasks.extraction import conclusion, number_answer
 from tests.conftest import tiny_language
 from tests.test_check import call
+from vlopd.checkpoint import Checksums
 from vlopd.config import ConfigError, EvalConfig, ModelConfig
 from vlopd.models.load import LoadedModel, load, load_configured
 from vlopd.models.thoughts import HARMONY, MARKS, marks_of, opened_by, split
@@ -365,14 +366,15 @@ def test_a_task_grades_the_answer_alone(template, added, said, tmp_path):
     loaded = load(str(byte_level(tmp_path / "model", template, added)), torch.float32)
     teach(loaded, Example.ask("", "how many"), said)
     config = EvalConfig(tasks=("whole", "cut"), include=str(tmp_path))
-    subject = Subject("arm", "digest", "fp32", lambda: loaded, {})
-    evaluate(subject, config, tmp_path / "out", tmp_path / "images")
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    subject = Subject("arm", lambda whole: {"weights": "x"}, "fp32", lambda: loaded, {})
+    evaluate(Checksums(tmp_path), subject, config)
+    results = json.loads((tmp_path / "evals" / "arm" / "results.json").read_text())
+    out = tmp_path / "evals" / "arm"
     assert results["results"]["whole"]["exact_match,none"] == 1
     assert results["results"]["cut"]["exact_match,none"] == 0
     assert results["thought_truncated_fraction"] == {"whole": 0, "cut": 1}
-    (whole,) = map(json.loads, (tmp_path / "out" / "samples_whole.jsonl").read_text().splitlines())
-    (cut,) = map(json.loads, (tmp_path / "out" / "samples_cut.jsonl").read_text().splitlines())
+    (whole,) = map(json.loads, (out / "samples_whole.jsonl").read_text().splitlines())
+    (cut,) = map(json.loads, (out / "samples_cut.jsonl").read_text().splitlines())
     assert whole["completion"] == "4" and "2\n\n3" in whole["thought"]
     assert cut["completion"] == "" and cut["thought"] and cut["thought_truncated"] == 1
 
@@ -410,9 +412,9 @@ def test_results_record_template_arguments(kind, folders, tmp_path):
             loaded = thinking(folders[kind, "student"], kind, opens=True)
             return replace(loaded, template_arguments=arguments)
 
-        subject = Subject("arm", "digest", "fp32", opened, {}, arguments)
-        evaluate(subject, config, tmp_path, tmp_path / "images")
-        results = json.loads((tmp_path / "results.json").read_text())
+        subject = Subject("arm", lambda whole: {"weights": "x"}, "fp32", opened, {}, arguments)
+        evaluate(Checksums(tmp_path), subject, config)
+        results = json.loads((tmp_path / "evals" / "arm" / "results.json").read_text())
         assert results["template_arguments"] == arguments
     assert asked == [{"enable_thinking": True}, {"enable_thinking": False}]
 

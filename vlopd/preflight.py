@@ -127,7 +127,8 @@ def preflight_meta(
     refuse_blind_models(config, dict(zip(["student", *config.teachers], found, strict=True)))
     for arm in checkpoint_arms(config):
         with suppress(ModelUnreadable):  # its files need not be here
-            load_processor(arm.model, arm.revision, arm.trust_remote_code, arm.template)
+            where = (arm.model, arm.revision, arm.trust_remote_code)
+            load_processor(*where, arm.template, arm.template_arguments)
     models = [resources.meta_model(about) for about in found]
     rows = [
         CheckRow(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vlopd.config.base import (
+from vlopd.config.base import PartOrZero, (
     Count,
     Number,
     Part,
@@ -78,7 +78,7 @@ class GeometryConfig(Section):
     max_exact_side: Count = 4096
     max_exact_cost: Annotated[float, between(1, 1e30)] = 1e12
     """Matrices with a longer shorter side, or m n min(m, n) above this, are factorised approximately."""
-    max_left_out: float = Field(0.01, ge=0, lt=1)
+    max_left_out: PartOrZero = 0.01
     """The largest part of either checkpoint that may have no partner in the other; more is refused."""
 
 

@@ -524,7 +524,7 @@ def load(
     check_builtin(name)
     config = load_model_config(name, revision, trust_remote_code)
     model_class, _ = families.auto_classes(config)
-    processor = load_processor(name, revision, trust_remote_code, template)
+    processor = load_processor(name, revision, trust_remote_code, template, template_arguments)
     # for its errors: transformers passes over a file that it cannot read
     load_generation_config(name, config, revision)
     where = resolve(name)

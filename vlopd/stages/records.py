@@ -47,11 +47,11 @@ def dtypes_in(folder: Path) -> set[torch.dtype]:
 def load_source(config: ExperimentConfig) -> tuple[LoadedModel, dict[str, Tensor]]:
     """(the student, {name: tensor as the source arm stores it}): its weights, each rounded once at most.
 
-    Loaded in the narrowest dtype that holds all of them, or straight in the configured one; where tensors are stored
-    in several dtypes each goes back to its own.
+    Loaded in the narrowest dtype that holds all of them; each is then rounded to the configured one or, where tensors
+    are stored in several dtypes, goes back to its own.
     """
     fixed = None if config.precision.stored == "source" else DTYPES[config.precision.stored]
-    loaded = load_configured(config.student, fixed or widest(*student_dtypes(config)))
+    loaded = load_configured(config.student, widest(*student_dtypes(config)))
     state = loaded.model.state_dict()
     if fixed is None:
         with stored_tensors(loaded) as tensors:
