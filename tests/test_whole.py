@@ -297,7 +297,7 @@ def test_adapters_are_no_models(kind, folders, copied):
     """An adapter's folder, with or without a model in it, is refused as a model and as the source of a delta."""
     (copied / whole.ADAPTER).write_text(json.dumps({"peft_type": "LORA"}))
     assert "merge it into its base" in refusal(copied)
-    with pytest.raises(RunError, match="is an adapter|and an adapter"):
+    with pytest.raises(RunError, match=r"is an adapter|and an adapter"):
         match_report(copied, folders[kind, "student"])
     (copied / "config.json").unlink()
     assert "merge it into its base" in refusal(copied)

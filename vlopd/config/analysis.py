@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vlopd.config.base import PartOrZero, (
+from vlopd.config.base import (
     Count,
     Number,
     Part,
+    PartOrZero,
     Section,
     Seed,
     Share,
