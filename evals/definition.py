@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import glob
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import HF_HUB_CACHE
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from evals.tasks.benchmarks import source
 from vlopd.data import emoji
 
-INCLUDE = re.compile(r"^include:\s*(\S+)", re.MULTILINE)
-FUNCTION = re.compile(r"!function\s+([\w.]+)\.\w+")
+FUNCTION = re.compile(r"!function\s+['\"]?([\w.]+)\.\w+")
+PICTURE = re.compile(
+    rb"[^\"',;\n\r]+\.(?:png|jpe?g|webp|gif|bmp|tiff?)(?=[\"',;\n\r])", re.IGNORECASE
+)
 ROOT = Path(__file__).parents[1]
 OURS = ("evals.tasks", "vlopd.data")
 """Packages whose modules decide what our tasks ask and how they are scored; the rest of the library is machinery."""
@@ -67,16 +71,21 @@ def definition(path: Path, files: set[Path]) -> None:
         for module in imported(path):
             definition(module, files)
         return
-    text = path.read_text()
-    for name in INCLUDE.findall(text):
+    included = load_yaml(path, resolve_func=False, recursive=False).get("include") or ()
+    for name in [included] if isinstance(included, str) else included:
         definition(path.parent / name, files)
-    for name in FUNCTION.findall(text):
-        definition(path.parent / f"{name.replace('.', '/')}.py", files)
+    for name in FUNCTION.findall(path.read_text()):
+        for module in modules(path.parent, name):
+            definition(module, files)
 
 
 def imported(path: Path) -> Iterator[Path]:
     """The files of modules that a module imports from beside it, or from our tasks and data."""
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return  # whoever imports it says so
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -85,27 +94,48 @@ def imported(path: Path) -> Iterator[Path]:
         else:
             continue
         for name in filter(None, names):
-            folder = ROOT if name.startswith(OURS) else path.parent
-            yield folder / f"{name.replace('.', '/')}.py"
+            yield from modules(ROOT if name.startswith(OURS) else path.parent, name)
 
 
-def local_data(settings: Mapping[str, Any], modules: Iterable[Path]) -> Iterator[Path]:
-    """The data files of a task that are on this disk."""
+def modules(folder: Path, name: str) -> Iterator[Path]:
+    """The files that `import name` may read in a folder: a module, or a package and what leads to it."""
+    parts = name.split(".")
+    for depth in range(1, len(parts) + 1):
+        path = folder.joinpath(*parts[:depth])
+        yield path / "__init__.py"
+        yield path.parent / f"{path.name}.py"
+
+
+def local_data(settings: Mapping[str, Any], files: Iterable[Path]) -> Iterator[Path]:
+    """The data files of a task that are on this disk, and the pictures that they name. `files` are its modules."""
     named = [settings.get("dataset_path"), settings.get("dataset_kwargs")]
     root = os.environ.get(source.FOLDER)
     benchmark = (settings.get("metadata") or {}).get("benchmark")
     if root and benchmark:
         named.append(str(Path(root) / benchmark))
-    if Path(emoji.__file__) in modules:
+    if Path(emoji.__file__) in files:
         named.append(os.environ.get(emoji.FOLDER, emoji.DEFAULT))
     for text in strings(named):
         # of a hub data set, which commit the cache holds
         yield from hub_cache(text).glob("refs/*")
-        path = Path(text)
-        if path.is_file():
-            yield path
-        elif path.is_dir():
-            yield from (each for each in path.rglob("*") if each.is_file())
+        for path in map(Path, glob.glob(text, recursive=True) if glob.has_magic(text) else [text]):
+            if path.is_dir():
+                yield from (each for each in path.rglob("*") if each.is_file())
+            elif path.is_file():
+                yield path
+                yield from named_pictures(path)
+
+
+def named_pictures(path: Path) -> Iterator[Path]:
+    """Pictures on this disk that a data file of text names, relative to its folder or to where we are."""
+    if path.suffix.lower() not in (".json", ".jsonl", ".csv"):
+        return
+    names = {name.decode("utf-8", "ignore") for name in PICTURE.findall(path.read_bytes())}
+    for name in sorted(names):
+        for place in (path.parent / name, Path(name)):
+            if place.is_file():
+                yield place
+                break
 
 
 def hub_cache(data_set: str) -> Path:

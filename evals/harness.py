@@ -23,8 +23,10 @@ from vlopd.checkpoint import (
     RunFolder,
     digest_json,
     digest_text,
+    digest_weights,
     read_json,
     read_jsonl,
+    whole_file,
     without_nan,
     write_jsonl,
 )
@@ -75,7 +77,6 @@ def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
         folder = Path(its.results)
         return import_scores(run.checksums, folder, arm, config.eval)
     about = {"mask": record.get("mask"), "other_source": record.get("other_source")}
-    about["checkpoint_digest"] = record["checkpoint_digest"]
     subject = Subject(
         arm,
         lambda whole: arm_content(run, config, arm, whole),
@@ -94,43 +95,57 @@ def evaluate(sums: Checksums, subject: Subject, config: EvalConfig) -> bool:
     ConfigError for an unknown task and RunError for one that nothing can be scored on.
     """
     artifact = f"evals/{subject.name}"
-    out, images = sums.root / artifact, sums.root / "evals" / "images"
+    out = sums.root / artifact
     manager = Tasks.of(config.tasks, config.include)
     wanted = {task: inputs_of(manager, task, config, subject) for task in config.tasks}
-    inputs = {"checkpoint": dict(subject.content(False)), "tasks": wanted}
+    inputs: dict[str, Any] = {"checkpoint": dict(subject.content(False)), "tasks": wanted}
     record = out / "results.json"
-    if sums.is_done(artifact, record, inputs):
+    if sums.is_done(artifact, record, inputs) and pictures_are_there(sums, read_json(record)):
         return False
     inputs["checkpoint"] = dict(subject.content(True))
     if record.exists() and sums.path(artifact).exists():
         sums.check(artifact)  # some of it may be kept
-    merged = kept_results(record, inputs)
+    merged = kept_results(sums, record, inputs)
+    sums.start(artifact, record)
     lm = None
     for task, own in wanted.items():
         if task in merged["inputs"]["tasks"]:
             continue
         if lm is None:
+            if merged["inputs"]["tasks"]:  # what is kept survives a kill
+                write_results(sums, artifact, merged)
             title = f"eval {subject.name}"
             lm = ArmLM(subject.open(), config.batch_size, title, sampled=config.sampled)
             merged |= {**subject.about, "arm": subject.name}
+            merged["checkpoint_digest"] = digest_weights(inputs["checkpoint"])
             merged |= {"precision": subject.compute, **digests_of(lm.loaded)}
         results = score(lm, task, manager, config, config.limit, subject.name)
         for leaf, rows in results.pop("samples").items():
-            add_task(merged, results, leaf, rows, manager, config, out, images)
+            add_task(merged, results, leaf, rows, manager, config, sums, out)
         for key in MERGED:
             merged.setdefault(key, {}).update(results.pop(key))
         merged |= results
         merged["inputs"]["tasks"][task] = {**own}
-        plain = json.loads(json.dumps(merged, default=handle_non_serializable))
-        files = [path for leaf in merged["results"] for path in files_of_task(out, images, leaf)]
-        sums.finish(artifact, record, without_nan(plain), files)
+        write_results(sums, artifact, merged)
     return True
 
 
-def files_of_task(out: Path, images: Path, task: str) -> list[Path]:
-    """A task's rows and the pictures that they show; none for a group of tasks."""
-    rows = out / f"samples_{task}.jsonl"
-    return [rows, *sorted((images / task).glob("*.png"))] if rows.exists() else []
+def write_results(sums: Checksums, artifact: str, merged: Mapping[str, Any]) -> None:
+    """results.json of the tasks evaluated so far, and first the checksums of it and of their rows."""
+    out = sums.root / artifact
+    plain = json.loads(json.dumps(merged, default=handle_non_serializable))
+    rows = [out / f"samples_{leaf}.jsonl" for leaf in merged["results"]]
+    present = [path for path in rows if path.exists()]  # a group of tasks has none
+    sums.finish(artifact, out / "results.json", without_nan(plain), present)
+
+
+def pictures_are_there(sums: Checksums, results: Mapping[str, Any]) -> bool:
+    """Whether the pictures that rows show were not deleted. Raises RunError where one is not as it was written."""
+    for leaf in results.get("pictures", ()):
+        if not (sums.root / "evals" / "images" / leaf).is_dir():
+            return False
+        sums.check(f"images/{leaf}", whole=False)
+    return True
 
 
 def import_scores(sums: Checksums, folder: Path, name: str, config: EvalConfig) -> bool:
@@ -175,12 +190,14 @@ def task_of(samples: Path) -> str:
     return samples.stem.removeprefix("samples_").rpartition("_")[0]
 
 
-def kept_results(record: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def kept_results(sums: Checksums, record: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Earlier results of the same checkpoint, without the tasks that are to be evaluated again."""
     fresh: dict[str, Any] = {"inputs": {**inputs, "tasks": {}}}
     if not record.exists():
         return fresh
     old = read_json(record)
+    if not pictures_are_there(sums, old):
+        return fresh
     if old["inputs"].get("checkpoint") != inputs["checkpoint"]:
         return fresh
     same = {t: i for t, i in old["inputs"].get("tasks", {}).items() if inputs["tasks"].get(t) == i}
@@ -269,13 +286,15 @@ def add_task(
     rows: list[dict[str, Any]],
     manager: Tasks,
     config: EvalConfig,
+    sums: Checksums,
     out: Path,
-    images: Path,
 ) -> None:
     """Writes a task's rows, and what results.json says of them beyond lm-eval's own."""
     declared = results["configs"][task].get("metadata") or {}
     chance = declared.pop("chance", None)  # a function that the YAML names
-    kept = keep_images(manager.loaded[task], images / task, config.keep_images, rows)
+    kept = keep_images(manager.loaded[task], sums, task, config.keep_images, rows)
+    pictures = [name for name in merged.get("pictures", ()) if name != task]
+    merged["pictures"] = [*pictures, task] if kept else pictures
     about = about_rows(rows)
     if chance:
         about["chance"] = chance([row["doc"] for row in rows])
@@ -345,19 +364,18 @@ def question_of(row: Mapping[str, Any]) -> str:
 
 
 def keep_images(
-    task: Any, folder: Path, count: int, rows: Sequence[Mapping[str, Any]]
+    task: Any, sums: Checksums, name: str, count: int, rows: Sequence[Mapping[str, Any]]
 ) -> dict[int, str]:
-    """Saves the first picture of the first questions, once for all arms; {doc_id: path inside the run folder}."""
+    """Saves the first picture of the first questions, for all arms; {doc_id: path inside the run folder}."""
     if task.config.doc_to_image is None:
         return {}
-    kept = {}
-    folder.mkdir(parents=True, exist_ok=True)
+    kept: dict[int, Path] = {}
     for row in rows[:count]:
-        path = folder / f"{row['doc_id']}.png"
-        if not path.exists():
-            own = as_list(task.own_image(row["doc"]))
-            if not own:
-                continue
-            own[0].convert("RGB").save(path)
-        kept[row["doc_id"]] = str(path.relative_to(folder.parents[2]))
-    return kept
+        if own := as_list(task.own_image(row["doc"])):
+            path = sums.root / "evals" / "images" / name / f"{row['doc_id']}.png"
+            with whole_file(path) as temporary:
+                own[0].convert("RGB").save(temporary, "PNG")
+            kept[row["doc_id"]] = path
+    if kept:
+        sums.write(f"images/{name}", kept.values())
+    return {doc_id: sums.name(path) for doc_id, path in kept.items()}

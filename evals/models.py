@@ -12,11 +12,11 @@ from evals import ready
 from evals.compare import compare_arms
 from evals.harness import Subject, evaluate, import_scores
 from evals.roles import Role, Roles
-from vlopd.checkpoint import Checksums, digest_checkpoint, names_apart
+from vlopd.checkpoint import Checksums, names_apart
 from vlopd.config import ConfigError, EvalConfig, ModelConfig
-from vlopd.models.load import DTYPES, LoadedModel, check_unloaded, load_configured, resolve
+from vlopd.models.load import DTYPES, LoadedModel, check_unloaded, load_configured
 from vlopd.pair import without_weights
-from vlopd.stages import hub_folder, model_content
+from vlopd.stages import model_content
 
 
 def compare_models(
@@ -45,9 +45,7 @@ def compare_models(
         def content(whole: bool, about: ModelConfig = about):
             return model_content(about, whole)
 
-        digest = digest_checkpoint(hub_folder(resolve(model), None))
-        known = {"model": model, "checkpoint_digest": digest}
-        evaluate(sums, Subject(name, content, compute, open_model, known), config)
+        evaluate(sums, Subject(name, content, compute, open_model, {"model": model}), config)
     first, *others = names
     of: dict[str, Role] = {first: "base", **dict.fromkeys(others, "other")}
     return compare_arms(out / "evals", Roles(of), config, out / "compare.json", {}, {})

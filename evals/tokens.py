@@ -61,7 +61,7 @@ def grade_answers(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     artifact, record = f"tokens/{arm}", out / "tokens.json"
     if run.checksums.is_done(artifact, record, inputs):
         return False
-    record.unlink(missing_ok=True)
+    run.checksums.start(artifact, record)
     asked: dict[str, list[Example]] = {}
     for task in config.eval.tasks:
         asked |= questions(task, config.eval)

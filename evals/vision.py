@@ -35,7 +35,7 @@ def look(
     if run.checksums.is_done("evals/vision", out, made_from(False)):
         return out
     inputs = made_from(True)
-    out.unlink(missing_ok=True)
+    run.checksums.start("evals/vision", out)
     base = open_arm(run, config, source)
     if not base.sees_images:
         raise ConfigError(

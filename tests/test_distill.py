@@ -232,16 +232,20 @@ def test_an_arm_that_nothing_trains_is_refused(make_pair, make_config, tmp_path)
         distill(make_pair("vlm"), rows, config, ARM, tmp_path, "test")
 
 
-def test_damaged_or_foreign_state_is_refused(make_pair, make_config, tmp_path):
-    """A truncated state, or one of another configuration, raises one line that names the file."""
+def test_a_foreign_state_is_passed_over_and_a_damaged_one_refused(
+    make_pair, make_config, tmp_path, capsys
+):
+    """A state made from other inputs is not gone on from, and a line says so; a truncated one is an error."""
     config = make_config("llm", train={"steps": 2, "prompts_per_step": 2, "save_every": 1})
     run(make_pair("llm"), config, tmp_path)
-    with pytest.raises(RunError, match="another configuration"):
-        run(make_pair("llm"), config, tmp_path, identity="y")
+    run(make_pair("llm"), config, tmp_path, identity="y")
+    assert "made from other inputs" in capsys.readouterr().err
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [0, 1]
     path = tmp_path / "state" / "state.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(RunError, match=r"state\.safetensors is damaged"):
-        run(make_pair("llm"), config, tmp_path)
+        run(make_pair("llm"), config, tmp_path, identity="y")
 
 
 def test_kl_goes_down_on_one_batch(kind, make_pair, make_config, tmp_path):

@@ -49,6 +49,8 @@ TEMPORARY = re.compile(r"\.unfinished-[0-9a-f]{16}")
 """Names of files and folders that are still being written; a killed process leaves some behind."""
 
 
+WRITTEN = ("arms", "masks", "geometry", "evals", "report", "checksums")
+"""Folders of a run that stages write into."""
 LOCK = ".lock"
 """What marks a run folder that processes work in."""
 
@@ -192,10 +194,22 @@ def digest_json(value: Any) -> str:
 
 def digest_files(paths: list[Path], whole: bool = False) -> str:
     """One sha256 over names and contents; `whole` as in digests.file_digest."""
-    total = hashlib.sha256()
-    for path in sorted(paths, key=lambda p: p.name):
-        total.update(f"{path.name} {file_digest(path, whole)}\n".encode())
-    return total.hexdigest()
+    return digest_content({path.name: file_digest(path, whole) for path in paths})
+
+
+def digest_content(content: Mapping[str, str]) -> str:
+    """One sha256 over {file: sha256}."""
+    return digest_text("".join(f"{name} {content[name]}\n" for name in sorted(content)))
+
+
+def digest_weights(content: Mapping[str, str]) -> str:
+    """`digest_checkpoint` of a folder whose {file: sha256} are known."""
+    return digest_content({n: its for n, its in content.items() if is_weights(n)})
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of a checkpoint folder holds weights, or says how an adapter's are merged."""
+    return "/" not in name and (name.endswith(".safetensors") or name == "adapter_config.json")
 
 
 def digest_checkpoint(folder: Path, whole: bool = False) -> str:
@@ -280,6 +294,11 @@ class Checksums:
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         write_text(self.path(artifact), f"{lines}# {digest_text(lines)}\n")
 
+    def start(self, artifact: str, record: Path) -> None:
+        """Before an artifact is made again: what vouched for the old one goes first, so that a kill leaves no claim."""
+        record.unlink(missing_ok=True)
+        self.path(artifact).unlink(missing_ok=True)
+
     def finish(self, artifact: str, record: Path, content: Any, files: Iterable[Path]) -> None:
         """The end of a stage: the files' checksums, and then its record, which says that it is done."""
         text = json_text(content)
@@ -303,13 +322,17 @@ class Checksums:
 
     def remedy(self, artifact: str) -> str:
         """How to get an artifact anew."""
-        made = [
-            self.root / artifact,
-            *(self.root / artifact).parent.glob(f"{Path(artifact).name}.*"),
-        ]
-        named = " and ".join(str(path) for path in made if path.exists()) or str(
-            self.root / artifact
-        )
+        kind, _, name = artifact.partition("/")
+        parts = {
+            "masks": [f"masks/{name}.safetensors", f"masks/{name}.json"],
+            "tokens": [f"evals/{name}/tokens.json"],
+            "images": [f"evals/images/{name}"],
+            "run": ["run.json"],
+            "compare": ["compare.json"],
+        }
+        if artifact in ("geometry/overlap", "evals/vision"):
+            parts[kind] = [f"{artifact}.json"]
+        named = " and ".join(str(self.root / part) for part in parts.get(kind, [artifact]))
         return f"restore it, or delete {named} and run again"
 
     def problems(self, artifact: str, whole: bool = True) -> Iterator[Problem]:
@@ -479,18 +502,22 @@ class RunFolder:
         fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def _sweep(self) -> None:
-        """Removes what killed processes left unfinished here; not in a run of its own further down."""
+        """Removes what killed processes left unfinished where stages write; not in a run of its own further down."""
         for folder, folders, files in os.walk(self.root):
             here = Path(folder)
             if here != self.root and LOCK in files:
                 folders.clear()
                 continue
             for name in filter(TEMPORARY.fullmatch, [*folders, *files]):
-                if (here / name).is_dir():
-                    shutil.rmtree(here / name)
+                path = here / name
+                if path.is_symlink():
+                    continue  # we make none
+                if path.is_dir():
+                    shutil.rmtree(path)
                 else:
-                    (here / name).unlink(missing_ok=True)
-            folders[:] = [name for name in folders if not TEMPORARY.fullmatch(name)]
+                    path.unlink(missing_ok=True)
+            ours = WRITTEN if here == self.root else folders
+            folders[:] = [n for n in folders if n in ours and not TEMPORARY.fullmatch(n)]
 
     def unlock(self) -> None:
         if self._lock is not None:

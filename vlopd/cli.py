@@ -518,8 +518,7 @@ def verify(run: RunPath) -> None:
     """Hashes every file of a run, and what it was made from: is everything as it was written?"""
     from vlopd.stages import verify_run
 
-    folder, config = RunFolder.open(run)
-    found = verify_run(folder, config)
+    found = verify_run(RunFolder(run))
     for problem in found.problems:
         console.print(f"[red]altered[/]: {escape(str(problem))}", soft_wrap=True)
     for path in found.unknown:

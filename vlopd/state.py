@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, uint8
 
-from vlopd.checkpoint import RunError, whole_file
+from vlopd.checkpoint import RunError, is_first_process, whole_file
 from vlopd.optimizers import Optimizers
 from vlopd.trainable import Trainable
 
@@ -65,7 +66,7 @@ def resume(
 ) -> int:
     """Loads the state, if there is one, and returns the step to go on from.
 
-    Raises RunError for a damaged state or one of another configuration.
+    A state that was made from other inputs is passed over, with a line that says so. Raises RunError for a damaged one.
     """
     path = folder / "state.safetensors"
     if not path.exists():
@@ -85,9 +86,11 @@ def resume(
             "its start"
         )
     if about.get("identity") != identity:
-        raise RunError(
-            f"{path} is of another configuration; delete it to train this arm from its start"
-        )
+        # a killed run whose data or models have changed since, under the same names
+        if is_first_process():
+            why = "was made from other inputs than are there now: training from the start"
+            print(f"vlopd: {path} {why}", file=sys.stderr)
+        return 0
     trainable.load_state({name: tensors[f"values/{name}"] for name in trainable.slots})
     state: dict[str, dict[str, Any]] = json.loads(about["optimizer"])
     for label, tensor in tensors.items():

@@ -80,6 +80,7 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
         "generations": examples.generations(run, shown),
         "figures": drawn,
     }
+    run.checksums.start("report", run.report / "record.json")
     with whole_folder(run.report) as folder:
         (folder / "figures").mkdir()
         (folder / "tables").mkdir()

@@ -140,11 +140,11 @@ def data_uri(root: Path, name: str | None) -> str | None:
     """
     if not isinstance(name, str):
         return None
-    path = (root / name).resolve()
-    if not path.is_relative_to(root.resolve()) or not path.is_file():
-        return None
-    content = path.read_bytes()
     try:
+        path = (root / name).resolve()
+        if not path.is_relative_to(root.resolve()) or not path.is_file():
+            return None
+        content = path.read_bytes()
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             kind = str(picture.format).lower()
             if len(content) > LARGEST_BYTES:

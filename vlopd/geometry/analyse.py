@@ -6,7 +6,7 @@ import csv
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -60,6 +60,7 @@ def analyse(
     progress: bool = True,
     workers: int | None = None,
     device: str = "cpu",
+    write_record: Callable[[Path, Any], None] = write_json,
 ) -> Path:
     """Measures what training did to every tensor, beside nulls, and writes the tables into `out`.
 
@@ -84,7 +85,7 @@ def analyse(
     write_table(out, "geometry", rows)
     write_json(out / "match.json", asdict(deltas.report))
     counts = {s: sum(s in statuses_of(f) for f in findings) for s in ("approximate", "failed")}
-    write_json(
+    write_record(
         record,
         {
             "inputs": inputs,

@@ -28,8 +28,9 @@ def save_mask(
     mask: Mapping[str, Tensor],
     inputs: Mapping[str, Any],
     classify: Callable[[str], TensorName],
+    write_record: Callable[[Path, Any], None] = write_json,
 ) -> None:
-    """Writes NAME.safetensors (packed bits) and then its readable record NAME.json.
+    """Writes NAME.safetensors (packed bits) and then, by `write_record`, its readable record NAME.json.
 
     `inputs` is JSON: `rule`, and the digests of what the mask was made from, of which `source`, the
     checkpoint that it may train, is checked on use. Both files hold them with shapes, counts and
@@ -52,7 +53,7 @@ def save_mask(
     with whole_file(path) as temporary:
         # one header entry: safetensors shuffles several
         save_file(packed, temporary, {HEADER: json.dumps(metadata, sort_keys=True)})
-    write_json(record, metadata)
+    write_record(record, metadata)
 
 
 def load_mask(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

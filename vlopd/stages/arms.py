@@ -26,11 +26,13 @@ from vlopd.config import (
     ExtrapolateArm,
     ImportedArm,
     Recipe,
+    SourceArm,
     Subspace,
     TeacherArm,
     TransplantArm,
     checkpoints_of,
 )
+from vlopd.config.arms import ArmConfig
 from vlopd.data import open_data
 from vlopd.distill import Evaluate, distill
 from vlopd.masks.apply import delta_norm, extrapolated, transplanted
@@ -86,15 +88,7 @@ PLAIN = Making()
 
 def write_source(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
     """Writes the student as it is loaded, in the stored precision: what every delta is measured from."""
-
-    def made_from(whole: bool) -> dict[str, Any]:
-        return {
-            "student": config.student.model_dump(mode="json", exclude={"attention"}),
-            "files": model_content(config.student, whole),
-            "stored": config.precision.stored,
-        }
-
-    inputs = due(run, name, made_from)
+    inputs = due(run, config, name)
     if inputs is None:
         return False
     student, state = load_source(config)
@@ -117,12 +111,7 @@ def write_source(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
 def note_teacher(run: RunFolder, config: ExperimentConfig, name: str, arm: TeacherArm) -> bool:
     """A teacher is not copied into the run; its record says where it is."""
     teacher = config.teacher_of(arm)
-
-    def made_from(whole: bool) -> dict[str, Any]:
-        about = {"teacher": teacher.model, "revision": teacher.revision}
-        return {**about, "files": teacher_content(run, config, teacher, whole)}
-
-    inputs = due(run, name, made_from)
+    inputs = due(run, config, name)
     if inputs is None:
         return False
     folder = hub_folder(str(teacher_folder(run, config, teacher)), teacher.revision)
@@ -136,12 +125,7 @@ def note_foreign(
     run: RunFolder, config: ExperimentConfig, name: str, arm: CheckpointArm | ImportedArm
 ) -> bool:
     """A model or scores from elsewhere are not copied into the run; the record says where they are."""
-
-    def made_from(whole: bool) -> dict[str, Any]:
-        files = arm_content(run, config, name, whole)
-        return {**arm.model_dump(mode="json"), "files": files}
-
-    inputs = due(run, name, made_from)
+    inputs = due(run, config, name)
     if inputs is None:
         return False
     folder = None
@@ -154,20 +138,57 @@ def note_foreign(
     return True
 
 
-def due(
-    run: RunFolder, name: str, made_from: Callable[[bool], dict[str, Any]]
-) -> dict[str, Any] | None:
+def due(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str, Any] | None:
     """What an arm is to be made from, or None where it was made from just that.
 
-    `made_from` tells it by size and time or, given true, with every file read: the work that follows is on
-    what these digests say. The record of an arm that is to be made again goes first.
+    Every file is read: the work that follows is on what these digests say. What vouched for an arm that is to be
+    made again goes first.
     """
-    if run.checksums.is_done(f"arms/{name}", run.arm_record(name), made_from(False)):
+    if run.checksums.is_done(f"arms/{name}", run.arm_record(name), made_from(run, config, name)):
         return None
-    inputs = made_from(is_first_process())
+    inputs = made_from(run, config, name, is_first_process())
     if is_first_process():
-        run.arm_record(name).unlink(missing_ok=True)
+        run.checksums.start(f"arms/{name}", run.arm_record(name))
     return inputs
+
+
+def made_from(
+    run: RunFolder, config: ExperimentConfig, name: str, whole: bool = False
+) -> dict[str, Any]:
+    """The digests of all that decides an arm; `whole` as in digests.file_digest."""
+    arm = config.arms.get(name, SourceArm())
+    if isinstance(arm, SourceArm):
+        return {
+            "student": config.student.model_dump(mode="json", exclude={"attention"}),
+            "files": model_content(config.student, whole),
+            "stored": config.precision.stored,
+        }
+    files = arm_content(run, config, source_arm(config) if is_made(arm) else name, whole)
+    if isinstance(arm, TeacherArm):
+        teacher = config.teacher_of(arm)
+        return {"teacher": teacher.model, "revision": teacher.revision, "files": files}
+    if isinstance(arm, (CheckpointArm, ImportedArm)):
+        return {**arm.model_dump(mode="json"), "files": files}
+    inputs = {"source": arm_digest(run, source_arm(config)), "files": files}
+    if isinstance(arm, DistillArm):
+        its = config.of_arm(arm)
+        resolved = its.model_dump(mode="json")
+        teachers = its.teachers.items()
+        inputs |= {
+            "student": read_json(run.arm_record(source_arm(config)))["inputs"],
+            "teachers": {n: teacher_content(run, its, each, whole) for n, each in teachers},
+            "data": data_content(its, whole),
+            "arm": resolved["arms"][name],
+            "settings": digest_json({key: resolved[key] for key in RUN_WIDE}),
+        }
+    else:
+        inputs["arm"] = arm.model_dump(mode="json")
+    return inputs | read_inputs(run, config, arm, whole)
+
+
+def is_made(arm: ArmConfig) -> bool:
+    """Whether an arm is a checkpoint of this run, made from its source."""
+    return isinstance(arm, (DistillArm, TransplantArm, ExtrapolateArm))
 
 
 def train_arm(
@@ -176,22 +197,7 @@ def train_arm(
     """Distils the student from the source, under the arm's mask if it has one, and proves the mask held."""
     config = config.of_arm(arm)
     source = run.checkpoint(source_arm(config))
-    resolved = config.model_dump(mode="json")
-
-    def made_from(whole: bool) -> dict[str, Any]:
-        teachers = config.teachers.items()
-        return {
-            "source": arm_digest(run, source_arm(config)),
-            "student": read_json(run.arm_record(source_arm(config)))["inputs"],
-            "files": arm_content(run, config, source_arm(config), whole),
-            "teachers": {n: teacher_content(run, config, its, whole) for n, its in teachers},
-            "data": data_content(config, whole),
-            "arm": resolved["arms"][name],
-            "settings": digest_json({key: resolved[key] for key in RUN_WIDE}),
-            **read_inputs(run, config, arm, whole),
-        }
-
-    inputs = due(run, name, made_from)
+    inputs = due(run, config, name)
     if inputs is None:
         return False
     how.before_training()
@@ -337,16 +343,7 @@ def write_untrained(
     how: Making,
 ) -> bool:
     """An arm that is the source with some of its tensors changed, given the arm's mask."""
-
-    def made_from(whole: bool) -> dict[str, Any]:
-        return {
-            "source": arm_digest(run, source_arm(config)),
-            "files": arm_content(run, config, source_arm(config), whole),
-            "arm": arm.model_dump(mode="json"),
-            **read_inputs(run, config, arm, whole),
-        }
-
-    inputs = due(run, name, made_from)
+    inputs = due(run, config, name)
     if inputs is None:
         return False
     refuse_other_source(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from vlopd.checkpoint import RunFolder, digest_checkpoint, read_json, up_to_date
 from vlopd.config import ExperimentConfig, TeacherArm
 from vlopd.digests import file_digest
-from vlopd.geometry.analyse import analyse
+from vlopd.geometry.analyse import PARTIAL, analyse
 from vlopd.geometry.overlap import overlap
 from vlopd.geometry.trajectory import step_of, trajectory
 from vlopd.stages.places import arm_digest, arm_folder, source_arm
@@ -21,7 +22,7 @@ def make_geometry(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
     steps = {step_of(folder, i): folder for i, folder in enumerate(kept)}
     inputs: dict[str, Any] = {
         "source": arm_digest(run, source),
-        "trained": arm_digest(run, name),
+        "trained": digest_checkpoint(arm_folder(run, config, name)),
         "config": file_digest(base / "config.json"),  # says how fused tensors are split
         "settings": config.geometry.model_dump(mode="json"),
     }
@@ -33,7 +34,7 @@ def make_geometry(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
     if run.checksums.is_done(artifact, record, inputs):
         return False
     check_arms(run, config, [source, name])
-    record.unlink(missing_ok=True)
+    run.checksums.start(artifact, record)
     tables = {}
     for step, folder in steps.items():
         tables[step] = out / "steps" / str(step)
@@ -42,8 +43,13 @@ def make_geometry(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
             analyse(base, folder, tables[step], config.geometry, own)
     if len(steps) > 1:
         trajectory(base, steps, out, config.geometry, tables=tables)
-    analyse(base, arm_folder(run, config, name), out, config.geometry, inputs)
-    run.checksums.write(artifact, [path for path in out.rglob("*") if path.is_file()])
+
+    def finish(summary: Path, content: Any) -> None:
+        tables = [p for p in out.rglob("*") if p.is_file() and p.parent.name != PARTIAL]
+        run.checksums.finish(artifact, summary, content, tables)
+
+    folder = arm_folder(run, config, name)
+    analyse(base, folder, out, config.geometry, inputs, write_record=finish)
     return True
 
 
@@ -60,13 +66,13 @@ def make_overlap(run: RunFolder, config: ExperimentConfig, names: list[str]) -> 
     tables = [record.with_suffix(f".{ending}") for ending in ("csv", "parquet")]
     inputs: dict[str, Any] = {
         "source": arm_digest(run, source),
-        "arms": {name: arm_digest(run, name) for name in names},
+        "arms": {name: digest_checkpoint(arm_folder(run, config, name)) for name in names},
         "settings": config.geometry.model_dump(mode="json"),
     }
     if run.checksums.is_done("geometry/overlap", record, inputs):
         return False
     check_arms(run, config, [source, *names])
-    record.unlink(missing_ok=True)
+    run.checksums.start("geometry/overlap", record)
     runs = {name: arm_folder(run, config, name) for name in names}
     overlap(run.checkpoint(source), runs, record.parent, config.geometry)
     run.checksums.finish("geometry/overlap", record, {"inputs": inputs}, tables)

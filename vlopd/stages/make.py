@@ -13,6 +13,7 @@ from vlopd.config import (
     ExperimentConfig,
     FileMask,
     ImportedArm,
+    MaskConfig,
     Reference,
     SourceArm,
     TeacherArm,
@@ -94,40 +95,64 @@ def make_mask(run: RunFolder, config: ExperimentConfig, name: str, how: Making =
     if rule.reads is not None:
         make_checkpoint(run, config, rule.reads, how)
     with processes.main_process_first(), run.making(run.mask(name)):
-        ours = arm_digest(run, source)
-        inputs: dict[str, Any] = {"rule": rule.model_dump(mode="json"), "source": ours}
-        own: dict[str, str] = {}
-        inherited: dict[str, str] = {}
-        named: dict[str, masks.Mask] = {}
-        if rule.reads is not None:
-            inputs["of"] = checkpoint_digest(run, config, rule.reads, whole=True)
-            own = other_source(run, config, rule.reads)
-        if rule.combines:
-            for other in rule.combines:
-                run.checksums.check(f"masks/{other}")
-            records = {other: read_json(run.mask_record(other)) for other in rule.combines}
-            inputs["masks"] = {other: about["digest"] for other, about in records.items()}
-            for about in records.values():
-                inherited |= about["inputs"].get("other_source", {})
-        if isinstance(rule, FileMask):
-            named[rule.path], about = masks.load_mask(Path(rule.path))
-            inputs["file"] = about["digest"]
-            inherited = about["inputs"].get("other_source", {})
-            if about["inputs"]["source"] != ours:
-                own = {rule.path: about["inputs"]["source"]}
-        if own or inherited:
-            inputs["other_source"] = {**inherited, **own}
+        inputs = mask_inputs(run, config, name)
         if run.checksums.is_done(f"masks/{name}", run.mask_record(name), inputs):
             return False
         run.checksums.check(f"arms/{source}")
-        for path, mask in named.items():
-            check_here(mask, run, source, path)
-        refuse_other_source(own, ours, how.allow_other_source)
+        named: dict[str, masks.Mask] = {}
+        if isinstance(rule, FileMask):
+            named[rule.path], _ = masks.load_mask(Path(rule.path))
+            check_here(named[rule.path], run, source, rule.path)
+        # what a combined mask inherits was allowed when that was made
+        refuse_other_source(foreign(run, config, rule), inputs["source"], how.allow_other_source)
         named |= {other: read_mask(run, config, other) for other in rule.combines}
         folder = run.checkpoint(source)
         trained = folder if rule.reads is None else checkpoint_folder(run, config, rule.reads)
         mask = masks.build_mask(rule, delta.stream_whole(folder, trained, atlas.classify), named)
         check_here(mask, run, source, f"masks.{name}")
-        masks.save_mask(run.mask(name), mask, inputs, atlas.classify)
-        run.checksums.write(f"masks/{name}", [run.mask(name), run.mask_record(name)])
+
+        def finish(record: Path, content: Any) -> None:
+            run.checksums.finish(f"masks/{name}", record, content, [run.mask(name)])
+
+        run.checksums.start(f"masks/{name}", run.mask_record(name))
+        masks.save_mask(run.mask(name), mask, inputs, atlas.classify, finish)
         return True
+
+
+def mask_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str, Any]:
+    """The digests of all that decides a mask.
+
+    Raises RunError where an arm or mask that it is made from is not as it was written.
+    """
+    rule = config.masks[name]
+    inputs: dict[str, Any] = {
+        "rule": rule.model_dump(mode="json"),
+        "source": arm_digest(run, source_arm(config)),
+    }
+    other_sources: dict[str, str] = {}
+    if rule.reads is not None:
+        inputs["of"] = checkpoint_digest(run, config, rule.reads, whole=True)
+    if rule.combines:
+        for other in rule.combines:
+            run.checksums.check(f"masks/{other}")
+        records = {other: read_json(run.mask_record(other)) for other in rule.combines}
+        inputs["masks"] = {other: about["digest"] for other, about in records.items()}
+        for about in records.values():
+            other_sources |= about["inputs"].get("other_source", {})
+    if isinstance(rule, FileMask):
+        _, about = masks.load_mask(Path(rule.path))
+        inputs["file"] = about["digest"]
+        other_sources = about["inputs"].get("other_source", {})
+    other_sources |= foreign(run, config, rule)
+    return inputs | ({"other_source": other_sources} if other_sources else {})
+
+
+def foreign(run: RunFolder, config: ExperimentConfig, rule: MaskConfig) -> dict[str, str]:
+    """{what: digest of its source} of what a mask itself reads from another source."""
+    if rule.reads is not None:
+        return other_source(run, config, rule.reads)
+    if isinstance(rule, FileMask):
+        _, about = masks.load_mask(Path(rule.path))
+        if about["inputs"]["source"] != arm_digest(run, source_arm(config)):
+            return {rule.path: about["inputs"]["source"]}
+    return {}

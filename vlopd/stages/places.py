@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,6 +40,11 @@ MODEL_FILES = (
     *(".safetensors", ".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".spm", ".vocab"),
 )
 """Endings of what a checkpoint folder is loaded from: weights, configurations, tokenizer, templates, code."""
+NO_MODEL_FILES = re.compile(
+    r"(\w+_)?results\.json|trainer_\w+\.jsonl?|requirements.*\.txt|(license|notice|readme).*",
+    re.IGNORECASE,
+)
+"""What trainers and people leave beside a model, and nothing loads."""
 MOST_NAMED = 16
 """Data files of one ending that a record names one by one."""
 
@@ -75,7 +81,11 @@ def hub_folder(model: str, revision: str | None) -> Path:
 def folder_content(folder: Path, whole: bool = False) -> dict[str, str]:
     """{file: sha256} of what a checkpoint folder is loaded from; `whole` as in digests.file_digest."""
     paths = [path for part in ("*", "additional_chat_templates/*") for path in folder.glob(part)]
-    paths = sorted(path for path in paths if path.suffix in MODEL_FILES)
+    paths = sorted(
+        path
+        for path in paths
+        if path.suffix in MODEL_FILES and not NO_MODEL_FILES.fullmatch(path.name)
+    )
     return {str(path.relative_to(folder)): file_digest(path, whole) for path in paths}
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from vlopd.checkpoint import LOCK, Problem, RunFolder, UserError, differences, read_json
-from vlopd.config import DistillArm, ExperimentConfig, ImportedArm, SourceArm, TeacherArm
-from vlopd.stages.places import (
-    arm_content,
-    data_content,
-    model_content,
-    teacher_content,
-)
+from vlopd.checkpoint import LOCK, Problem, RunError, RunFolder, differences, read_json
+from vlopd.config import ExperimentConfig, UserError, config_of
+from vlopd.stages.arms import made_from
+from vlopd.stages.make import mask_inputs
+from vlopd.stages.places import source_arm
 
 
 class Verified(NamedTuple):
@@ -28,8 +26,14 @@ class Verified(NamedTuple):
     n_bytes: int
 
 
-def verify_run(run: RunFolder, config: ExperimentConfig) -> Verified:
-    """Compares every file of a run with its checksums, and what arms were made from with what is there now."""
+def verify_run(run: RunFolder) -> Verified:
+    """Compares every file of a run with its checksums, and what arms were made from with what is there now.
+
+    Reads only. Raises RunError where the folder is no run's.
+    """
+    written = run.root / "run.json"
+    if not written.exists():
+        raise RunError(f"{run.root} is not a run folder (no run.json)")
     problems: list[Problem] = []
     known: set[str] = set()
     artifacts = run.checksums.artifacts()
@@ -42,8 +46,38 @@ def verify_run(run: RunFolder, config: ExperimentConfig) -> Verified:
     present = [path for path in run.root.rglob("*") if path.is_file() and not is_working(run, path)]
     unknown = [path for path in present if run.checksums.name(path) not in known]
     n_bytes = sum(path.stat().st_size for path in present)
+    problems += [
+        Problem(record, "has no checksums", run.checksums.remedy(artifact))
+        for artifact, record in records(run)
+        if artifact not in artifacts
+    ]
     problems = list(dict.fromkeys(problems))
-    return Verified(problems, sorted(unknown), changed_inputs(run, config), len(present), n_bytes)
+    inputs: list[str] = []
+    if not any(problem.file == written for problem in problems):
+        config = config_of(read_json(written).get("config"), written)
+        inputs = changed_inputs(run, config)
+    return Verified(problems, sorted(unknown), inputs, len(present), n_bytes)
+
+
+def records(run: RunFolder) -> list[tuple[str, Path]]:
+    """(artifact, its record) of all stages that say that they are done."""
+    found = []
+    for kind, name in (
+        *(("arms", "record.json"), ("geometry", "summary.json")),
+        *(("evals", "results.json"), ("tokens", "tokens.json")),
+    ):
+        folder = run.root / ("evals" if kind == "tokens" else kind)
+        found += [(f"{kind}/{path.parent.name}", path) for path in folder.glob(f"*/{name}")]
+    found += [(f"masks/{path.stem}", path) for path in (run.root / "masks").glob("*.json")]
+    single = {
+        "run": "run.json",
+        "compare": "compare.json",
+        "report": "report/record.json",
+        "geometry/overlap": "geometry/overlap.json",
+        "evals/vision": "evals/vision.json",
+    }
+    found += [(artifact, run.root / path) for artifact, path in single.items()]
+    return [(artifact, path) for artifact, path in found if path.exists()]
 
 
 def is_working(run: RunFolder, path: Path) -> bool:
@@ -53,25 +87,22 @@ def is_working(run: RunFolder, path: Path) -> bool:
 
 
 def changed_inputs(run: RunFolder, config: ExperimentConfig) -> list[str]:
-    """A line an arm that was made from other data or models than are there now."""
+    """A line a file that an arm or mask was made from and that is now another."""
     lines = []
-    for name, arm in config.arms.items():
-        if not run.arm_record(name).exists():
+    arms = {name: run.arm_record(name) for name in (source_arm(config), *config.arms)}
+    made: dict[Path, Callable[[], dict[str, Any]]] = {
+        record: partial(made_from, run, config, name, True) for name, record in arms.items()
+    }
+    made |= {
+        run.mask_record(name): partial(mask_inputs, run, config, name) for name in config.masks
+    }
+    for record, inputs in made.items():
+        if not record.exists():
             continue
+        name = run.checksums.name(record)
         try:
-            before: Mapping[str, Any] = read_json(run.arm_record(name))["inputs"]
-            now: dict[str, Any] = {}
-            if isinstance(arm, SourceArm):
-                now["files"] = model_content(config.student, whole=True)
-            elif isinstance(arm, DistillArm):
-                its = config.of_arm(arm)
-                teachers = its.teachers.items()
-                now["teachers"] = {n: teacher_content(run, its, t, True) for n, t in teachers}
-                now["data"] = data_content(its, whole=True)
-            elif isinstance(arm, (TeacherArm, ImportedArm)):
-                now["files"] = arm_content(run, config, name, whole=True)
-            old = {key: before.get(key) for key in now}
-            lines += [f"{name}: {line.split(': ')[0]}" for line in differences(old, now)]
+            before = read_json(record)["inputs"]
+            lines += [f"{name}: {line.split(': ')[0]}" for line in differences(before, inputs())]
         except (UserError, OSError) as error:
             lines.append(f"{name}: {error}")
     return lines
