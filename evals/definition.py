@@ -45,7 +45,8 @@ def files_of_task(index: Mapping[str, Any], task: str) -> set[Path]:
         if entry.yaml_path is None:
             queue += sorted(entry.tags)  # of a tag, its members
             continue
-        definition(Path(entry.yaml_path), files)
+        path = Path(entry.yaml_path)
+        definition(path, path.parent, files)
         files.update(local_data(settings, files))
     return files
 
@@ -62,25 +63,25 @@ def members(task: Any) -> list[str]:
     return found
 
 
-def definition(path: Path, files: set[Path]) -> None:
-    """Adds a YAML or module, and what it is made of, to `files`."""
+def definition(path: Path, beside: Path, files: set[Path]) -> None:
+    """Adds a YAML or module, and what it is made of, to `files`; `beside` is the folder of the task's YAML."""
     if path in files or not path.is_file():
         return
     files.add(path)
     if path.suffix == ".py":
-        for module in imported(path):
-            definition(module, files)
+        for module in imported(path, beside):
+            definition(module, beside, files)
         return
     included = load_yaml(path, resolve_func=False, recursive=False).get("include") or ()
     for name in [included] if isinstance(included, str) else included:
-        definition(path.parent / name, files)
+        definition(path.parent / name, beside, files)
     for name in FUNCTION.findall(path.read_text()):
         for module in modules(path.parent, name):
-            definition(module, files)
+            definition(module, beside, files)
 
 
-def imported(path: Path) -> Iterator[Path]:
-    """The files of modules that a module imports from beside it, or from our tasks and data."""
+def imported(path: Path, beside: Path) -> Iterator[Path]:
+    """The files of modules that a module imports from its folder or the task's, or from our tasks and data."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
@@ -94,7 +95,8 @@ def imported(path: Path) -> Iterator[Path]:
         else:
             continue
         for name in filter(None, names):
-            yield from modules(ROOT if name.startswith(OURS) else path.parent, name)
+            for folder in {ROOT} if name.startswith(OURS) else {path.parent, beside}:
+                yield from modules(folder, name)
 
 
 def modules(folder: Path, name: str) -> Iterator[Path]:

@@ -11,9 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evals.definition import files_of_task
+from evals.scoring import Tasks
 from tests.test_pipeline import vlopd
-from vlopd.checkpoint import Checksums, RunFolder, whole_file, whole_folder
+from vlopd.checkpoint import Checksums, RunFolder, whole_file, whole_folder, write_json
 from vlopd.digests import file_digest
+from vlopd.stages.verify import lost_checksums
 
 CONFIG = """
 name = "mini"
@@ -44,12 +47,12 @@ full = {{type = "distill", seed = 1}}
 subnetwork = {{type = "distill", seed = 2, mask = "top"}}
 random-0 = {{type = "transplant", of = "full", mask = "random-0"}}
 [geometry]
-null_draws = 2
+null_draws = 1
 [eval]
 include = "tasks"
 tasks = ["demo"]
 keep_images = 2
-bootstrap_draws = 200
+bootstrap_draws = 50
 """
 TASK = """
 task: demo
@@ -243,14 +246,23 @@ def test_every_flipped_bit_is_named(project, monkeypatch, capsys):
 
     weights = run / "arms" / "full" / "checkpoint" / "model.safetensors"
     tokenizer = run / "arms" / "full" / "checkpoint" / "tokenizer.json"
-    for path in (weights, tokenizer, run / "masks" / "top.safetensors"):
+    for verb, path in (
+        ("run mini.toml --out run", weights),
+        ("eval run", tokenizer),
+        ("retrain run", run / "masks" / "top.safetensors"),
+    ):
         held = flip(path, 8 * path.stat().st_size - 9)
-        for verb in ("run mini.toml --out run", "retrain run") + (
-            ("eval run",) if "full" in path.parts else ()
-        ):
-            assert vlopd(monkeypatch, *verb.split()) == 2
-            assert path.relative_to(project).as_posix() in capsys.readouterr().err
+        assert vlopd(monkeypatch, *verb.split()) == 2
+        assert path.relative_to(project).as_posix() in capsys.readouterr().err
         path.write_bytes(held)
+    # the remedy that is named is one
+    path = run / "evals" / "full" / "tokens_demo.jsonl"
+    flip(path, 9)
+    assert vlopd(monkeypatch, "run", "mini.toml", "--out", "run") == 2
+    assert f"delete {run.relative_to(project)}/evals/full/tokens.json" in capsys.readouterr().err
+    (run / "evals" / "full" / "tokens.json").unlink()
+    assert vlopd(monkeypatch, "run", "mini.toml", "--out", "run") == 0
+    assert vlopd(monkeypatch, "verify", "run") == 0
     nudge(project / "teacher" / "model.safetensors")
     capsys.readouterr()
     assert vlopd(monkeypatch, "verify", "run") == 0
@@ -289,6 +301,11 @@ def test_the_sweep_takes_only_its_own(tmp_path, make_config):
     live.mkdir(parents=True)
     own = tmp_path / "outer" / "arms" / ".unfinished-0123456789abcdef"
     own.mkdir(parents=True)
+    mine = tmp_path / "outer" / "mine"
+    mine.mkdir()
+    (mine / ".unfinished-fedcba9876543210").write_text("mine")
+    link = tmp_path / "outer" / "arms" / ".unfinished-00000000deadbeef"
+    link.symlink_to(mine)
     users = [
         tmp_path / "outer" / name
         for name in (".unfinished-notes.txt", ".unfinished-0123456789abcdefg")
@@ -296,6 +313,7 @@ def test_the_sweep_takes_only_its_own(tmp_path, make_config):
     for path in users:
         path.write_text("mine")
     RunFolder.create(tmp_path / "outer", config).unlock()
+    assert link.is_symlink() and len(list(mine.iterdir())) == 1
     assert live.exists() and all(path.exists() for path in users) and not own.exists()
     inner.unlock()
 
@@ -314,6 +332,55 @@ def test_a_digest_follows_content_not_times(tmp_path, monkeypatch):
     (tmp_path / "taken").write_text("")
     monkeypatch.setenv("VLOPD_CACHE", str(tmp_path / "taken"))
     assert file_digest(path) == second == file_digest(path, whole=True)
+
+
+def test_a_tasks_files_are_all_known(tmp_path, monkeypatch):
+    """Quoted and listed includes, packages, data by a pattern, and the pictures that rows name decide a task."""
+    monkeypatch.chdir(tmp_path)
+    Path("tasks/kit").mkdir(parents=True)
+    for name in ("one", "two"):
+        Path(f"tasks/{name}.yaml").write_text("output_type: generate_until\n")
+    Path("tasks/kit/__init__.py").write_text("from kit import inner\n")
+    Path("tasks/kit/inner.py").write_text("def score(doc, results): return {}\n")
+    Path("tasks/grade.py").write_text("import kit\ndef score(doc, results): return {}\n")
+    Path("data").mkdir()
+    write_rows("data/rows-0.jsonl", [{"question": "q", "answer": "a", "picture": "p/0.png"}])
+    Path("data/p").mkdir()
+    Path("data/p/0.png").write_bytes(b"picture")
+    Path("tasks/t.yaml").write_text(
+        'task: t\ninclude: ["one.yaml", "two.yaml"]\ndataset_path: json\ntest_split: test\n'
+        'dataset_kwargs: {data_files: {test: "data/rows-*.jsonl"}}\n'
+        'process_results: !function "grade.score"\ndoc_to_text: question\ndoc_to_target: answer\n'
+    )
+    found = files_of_task(Tasks(include_path="tasks", include_defaults=False).task_index, "t")
+    names = {str(path.resolve().relative_to(tmp_path)) for path in found}
+    assert names == {
+        *("tasks/t.yaml", "tasks/one.yaml", "tasks/two.yaml", "tasks/grade.py"),
+        *("tasks/kit/__init__.py", "tasks/kit/inner.py", "data/rows-0.jsonl", "data/p/0.png"),
+    }
+
+
+def test_what_vouches_goes_before_what_is_made_again(tmp_path):
+    """From the start of making an artifact again to its end nothing claims it; a record without checksums is named."""
+    run, record = RunFolder(tmp_path), tmp_path / "arms" / "full" / "record.json"
+    record.parent.mkdir(parents=True)
+    rows = record.parent / "metrics.jsonl"
+    rows.write_text("{}\n")
+    write_json(tmp_path / "run.json", {})
+    run.checksums.write("run", [tmp_path / "run.json"])
+    run.checksums.finish("arms/full", record, {"inputs": {"a": 1}}, [rows])
+    assert run.checksums.is_done("arms/full", record, {"a": 1})
+    assert not run.checksums.is_done("arms/full", record, {"a": 2})
+    sums = run.checksums.path("arms/full")
+    held = sums.read_bytes()
+    sums.unlink()
+    (problem,) = lost_checksums(run)
+    assert problem.file == record and "arms/full" in problem.remedy
+    sums.write_bytes(held)
+    assert not lost_checksums(run)
+    run.checksums.start("arms/full", record)
+    rows.write_text("half a li")
+    assert not record.exists() and not sums.exists() and not lost_checksums(run)
 
 
 def test_checksums_are_sha256sums(tmp_path):

@@ -46,17 +46,22 @@ def verify_run(run: RunFolder) -> Verified:
     present = [path for path in run.root.rglob("*") if path.is_file() and not is_working(run, path)]
     unknown = [path for path in present if run.checksums.name(path) not in known]
     n_bytes = sum(path.stat().st_size for path in present)
-    problems += [
-        Problem(record, "has no checksums", run.checksums.remedy(artifact))
-        for artifact, record in records(run)
-        if artifact not in artifacts
-    ]
+    problems += lost_checksums(run)
     problems = list(dict.fromkeys(problems))
     inputs: list[str] = []
     if not any(problem.file == written for problem in problems):
         config = config_of(read_json(written).get("config"), written)
         inputs = changed_inputs(run, config)
     return Verified(problems, sorted(unknown), inputs, len(present), n_bytes)
+
+
+def lost_checksums(run: RunFolder) -> list[Problem]:
+    """The records that say that a stage is done, and have no checksums to be held against."""
+    return [
+        Problem(record, "has no checksums", run.checksums.remedy(artifact))
+        for artifact, record in records(run)
+        if not run.checksums.path(artifact).exists()
+    ]
 
 
 def records(run: RunFolder) -> list[tuple[str, Path]]:
