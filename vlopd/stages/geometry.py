@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def make_geometry(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
         inputs["steps"] = {str(step): digest_checkpoint(steps[step]) for step in sorted(steps)}
     artifact, record = f"geometry/{name}", out / "summary.json"
     if run.checksums.is_done(artifact, record, inputs):
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)  # of a process that was killed at its end
         return False
     check_arms(run, config, [source, name])
     run.checksums.start(artifact, record)

@@ -38,6 +38,9 @@ def verify_run(run: RunFolder) -> Verified:
     known: set[str] = set()
     artifacts = run.checksums.artifacts()
     for artifact in tqdm(artifacts, desc="verify", unit="artifact"):
+        record = record_of(run, artifact)
+        if record is not None and not record.exists():
+            continue  # a stage that was killed at its last step: not done, and made again
         found = list(run.checksums.problems(artifact))
         problems += found
         known.add(run.checksums.name(run.checksums.path(artifact)))
@@ -64,24 +67,40 @@ def lost_checksums(run: RunFolder) -> list[Problem]:
     ]
 
 
+SINGLE = {
+    "run": "run.json",
+    "compare": "compare.json",
+    "report": "report/record.json",
+    "geometry/overlap": "geometry/overlap.json",
+    "evals/vision": "evals/vision.json",
+}
+RECORDS = {
+    "arms": "arms/{}/record.json",
+    "masks": "masks/{}.json",
+    "geometry": "geometry/{}/summary.json",
+    "evals": "evals/{}/results.json",
+    "tokens": "evals/{}/tokens.json",
+}
+"""Where the record of an artifact is, which says that it is done; pictures have none."""
+
+
+def record_of(run: RunFolder, artifact: str) -> Path | None:
+    """The record of an artifact, whether it is there or not."""
+    kind, _, name = artifact.partition("/")
+    path = SINGLE.get(artifact) or RECORDS.get(kind, "").format(name)
+    return run.root / path if path else None
+
+
 def records(run: RunFolder) -> list[tuple[str, Path]]:
     """(artifact, its record) of all stages that say that they are done."""
-    found = []
-    for kind, name in (
-        *(("arms", "record.json"), ("geometry", "summary.json")),
-        *(("evals", "results.json"), ("tokens", "tokens.json")),
-    ):
-        folder = run.root / ("evals" if kind == "tokens" else kind)
-        found += [(f"{kind}/{path.parent.name}", path) for path in folder.glob(f"*/{name}")]
-    found += [(f"masks/{path.stem}", path) for path in (run.root / "masks").glob("*.json")]
-    single = {
-        "run": "run.json",
-        "compare": "compare.json",
-        "report": "report/record.json",
-        "geometry/overlap": "geometry/overlap.json",
-        "evals/vision": "evals/vision.json",
-    }
-    found += [(artifact, run.root / path) for artifact, path in single.items()]
+    found = [(artifact, run.root / path) for artifact, path in SINGLE.items()]
+    taken = set(SINGLE.values())
+    for kind, pattern in RECORDS.items():
+        before, after = pattern.split("{}")
+        for path in run.root.glob(pattern.format("*")):
+            name = run.checksums.name(path)
+            if name not in taken:
+                found.append((f"{kind}/{name.removeprefix(before).removesuffix(after)}", path))
     return [(artifact, path) for artifact, path in found if path.exists()]
 
 
