@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from vlopd.checkpoint import RunError
 from vlopd.config import ConfigError
 
 SINGLE = "model.safetensors"
@@ -77,13 +78,29 @@ def packing(tensors: Mapping[str, Stored]) -> str | None:
     for name, (dtype, shape) in sorted(tensors.items()):
         if PACKING.search(name):
             return f"it holds {name}, which only quantised weights have; {DEQUANTISED}"
-        if dtype in PLAIN:
-            continue
+        if dtype in PLAIN or dtype.startswith("C"):
+            continue  # complex ones are no packed weights either: `not_real`
         integer = dtype == "BOOL" or dtype.startswith(("I", "U"))
         weight = name.rpartition(".")[2].endswith("weight")
         if not integer or weight or (len(shape) > 1 and not INTEGER_BUFFER.search(name)):
             return f"{name} is stored as {dtype}; {DEQUANTISED}"
     return None
+
+
+def not_real(tensors: Mapping[str, Stored]) -> str | None:
+    """Which of a checkpoint's tensors is complex; None where none is."""
+    for name, (dtype, _) in sorted(tensors.items()):
+        if dtype.startswith("C"):
+            return f"{name} is stored as {dtype}, complex numbers; weights are real: save it again in bf16 or fp32"
+    return None
+
+
+def read_settings(path: Path) -> Any:
+    """A JSON file of a model. Raises RunError where it is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is not JSON ({error}); copy it again from the model") from None
 
 
 def ragged(tensors: Mapping[str, Stored]) -> str | None:
