@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlopd.checkpoint import RunError
-from vlopd.models.whole import read_settings
+from vlopd.checkpoint import RunError, read_settings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -139,7 +139,9 @@ def distill(
                     is_due = train.evidence_every and step % train.evidence_every == 0
                     look = Look(trainable) if is_due and len(rows) == 1 else None
                     optimizer.step(rate)
-                    refuse_overflow(step, rate, config, trainable, optimizer, folder, title)
+                    refuse_overflow(
+                        step, rate, trainable, optimizer, folder, title, config.optim.weight_decay
+                    )
                     if look is not None:
                         log.append("optimizer.jsonl", look.rows(step, trainable, optimizer))
                     trainable.write_back()
@@ -376,11 +378,11 @@ def refuse_not_finite(
 def refuse_overflow(
     step: int,
     rate: float,
-    config: ExperimentConfig,
     trainable: Trainable,
     optimizer: Optimizers,
     folder: Path,
     title: str,
+    decay: float = 0.0,
 ) -> None:
     """Raises TrainingError where an update left a value, or what the optimizer keeps of it, not finite.
 
@@ -399,14 +401,14 @@ def refuse_overflow(
     raise TrainingError(
         f"{title}: the update of step {step}, at learning rate {rate:g}, left "
         f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} numbers in {what} not finite; the last good "
-        f"state is in {folder / 'state'}; {lower(config, rate)}, or set optim.max_grad_norm"
+        f"state is in {folder / 'state'}; {lower(rate, decay)}, or set optim.max_grad_norm"
     )
 
 
-def lower(config: ExperimentConfig, rate: float) -> str:
-    """Which setting moves the values too far: decay, where it alone turns them about and makes them grow."""
-    if rate * config.optim.weight_decay > 2:
-        return f"lower optim.weight_decay, which multiplies values by 1 - {rate:g} * {config.optim.weight_decay:g}"
+def lower(rate: float, decay: float) -> str:
+    """Which setting to lower: decay, where it alone makes values grow with every update (|1 - rate * decay| > 1)."""
+    if rate * decay > 2:
+        return f"lower optim.weight_decay, under which values are multiplied by 1 - {rate:g} * {decay:g}"
     return "lower optim.learning_rate"
 
 
@@ -433,7 +435,7 @@ def refuse_broken(
         raise TrainingError(
             f"{title}: after {done} steps the student's log-probs of {', '.join(bad[:5])} are not finite, so these "
             f"weights are not kept; the last good state is in {folder / 'state'}; "
-            f"{lower(config, config.optim.learning_rate)}"
+            f"{lower(config.optim.learning_rate, config.optim.weight_decay)}"
         )
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
-from vlopd.checkpoint import RunError
-from vlopd.models.whole import read_settings
+from vlopd.checkpoint import RunError, read_settings
 
 OPENCLIP = "openclip_vlm"
 """The model type of vlopd.models.openclip_vlm, which transformers does not know by itself."""

@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from vlopd.checkpoint import RunError
 from vlopd.config import ConfigError
 
 SINGLE = "model.safetensors"
@@ -93,14 +92,6 @@ def not_real(tensors: Mapping[str, Stored]) -> str | None:
         if dtype.startswith("C"):
             return f"{name} is stored as {dtype}, complex numbers; weights are real: save it again in bf16 or fp32"
     return None
-
-
-def read_settings(path: Path) -> Any:
-    """A JSON file of a model. Raises RunError where it is none."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} is not JSON ({error}); copy it again from the model") from None
 
 
 def ragged(tensors: Mapping[str, Stored]) -> str | None:
