@@ -521,7 +521,8 @@ def lose(tensors):
 
 
 def spoil(tensors):
-    tensors[next(n for n in sorted(tensors) if n.endswith("layers.1.mlp.up_proj.weight"))][0, 0] = float("nan")  # fmt: skip
+    name = next(n for n in sorted(tensors) if n.endswith("layers.1.mlp.up_proj.weight"))
+    tensors[name][0, 0] = float("nan")
 
 
 @pytest.mark.parametrize(
@@ -561,6 +562,7 @@ def test_models_of_other_arms_are_loaded_before_training(
     folder = changed(folders[kind, "student"], tmp_path / "broken", change)
     arms = {"full": {"type": "distill"}, "x": {"type": "checkpoint", "model": str(folder)}}
     run, config = RunFolder(tmp_path / "run"), make_config(kind, arms=arms)
+    run.root.mkdir()
     with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight"):
         cli.make_arms(run, config, ["full", "x"])
     assert not run.arm_record("full").exists()
