@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from vlopd.checkpoint import RunFolder, read_json
-from vlopd.config import ConfigError, ExperimentConfig, load_config
+from vlopd.config import ConfigError, ExperimentConfig, explain, load_config
+from vlopd.distill import lower
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.toml"))
 QUICKSTART = CONFIGS[[p.name for p in CONFIGS].index("quickstart.toml")]
@@ -201,3 +203,28 @@ def test_a_run_of_refused_settings_is_one_clear_line(tmp_path):
         ConfigError, match=r"run\.json: rollout\.temperature: 1e-300 is not between"
     ):
         RunFolder.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"eval": {"contrasts": ["full - random"]}}, "'full - random' needs an arm whose mask is of type \"random\""),
+        ({"optim": {"weight_decay": 1e38}}, "optim.weight_decay: 1e+38"),
+        ({"optim": {"component_rates": {"language": 1e38}}}, "optim.component_rates.language: 1e+38"),
+        ({"loss": {"student_temperature": 2.0}}, "loss.type is missing; it is one of reverse_kl, forward_kl"),
+        ({"masks": {"m": {"fraction": 0.1}}}, "masks.m.type is missing; it is one of visible"),
+        ({"geometry": {"arms": [], "nulls": [{"rank": 3}]}}, "geometry.nulls.0.type is missing; it is one of gaussian"),
+    ],
+)  # fmt: skip
+def test_settings_that_would_come_to_nothing(sections, message, make_config):
+    """Contrasts without their arms, rates that only overflow, sections without a type: the key and the remedy."""
+    with pytest.raises(ValidationError) as error:
+        make_config("llm", **sections)
+    assert message in "; ".join(map(explain, error.value.errors()))
+
+
+def test_a_very_high_rate_is_left_to_the_loop(make_config):
+    """A learning rate is as wide as float32; the loop says what it led to."""
+    assert make_config("llm", optim={"learning_rate": 1e38}).optim.learning_rate == 1e38
+    assert "weight_decay" in lower(1e-3, 1e6)
+    assert "learning_rate" in lower(1e38, 0.0)

@@ -1,11 +1,13 @@
 """Refused before training, not after: what a run needs of files, rows, models and tasks is looked at first."""
 
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from evals import ready as tasks
@@ -14,10 +16,13 @@ from evals.harness import evaluate_arm
 from evals.scoring import one_row_a_question
 from vlopd import cli, ready, stages
 from vlopd.checkpoint import RunError, RunFolder, write_jsonl
-from vlopd.config import DataError, EvalConfig, ModelConfig, RolloutConfig
+from vlopd.config import ConfigError, DataError, EvalConfig, ModelConfig, RolloutConfig
+from vlopd.delta import match_report
+from vlopd.distill import distill
 from vlopd.masks import save_mask
 from vlopd.models.atlas import classify
 from vlopd.models.length import context_length
+from vlopd.models.load import load
 from vlopd.pair import load_pair, without_weights
 from vlopd.sources import write
 from vlopd.types import Example
@@ -478,3 +483,160 @@ def test_a_comparison_of_models_is_refused_before_they_are_loaded(
         code, said = called(monkeypatch, capsys, "compare", *words, "--out", out)
         assert code == 2 and any(m in said for m in message.split("|")), said
         assert len(said.strip().splitlines()) == 1 and not (out / "evals").exists(), said
+
+
+WHOLE = {"type": "whole", "components": ["language"]}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"w": {"type": "whole", "modules": ["nonesuch"]}}, "masks.w: modules: the model has no 'nonesuch'"),
+        ({"w": {"type": "whole", "layers": [99]}}, "masks.w: layers: the model has no '99'"),
+        ({"w": {"type": "random", "like": "v", "seed": 1}, "v": {"type": "whole", "layers": [99]}}, "masks.v: layers"),
+        ({"w": {"type": "union", "masks": ["u", "v"]}, "u": WHOLE, "v": {"type": "file", "path": "gone.safetensors"}},
+         "masks.v: no mask gone.safetensors"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("arm", ["transplant", "extrapolate"])
+def test_masks_of_arms_that_do_not_train(kind, arm, wrong, named, make_config):
+    """A mask of another model is found before the arm that it is put over is trained, once and by its name."""
+    x = {"type": arm, "of": "full", "mask": "w"} | ({"factor": 2.0} if arm == "extrapolate" else {})
+    arms = {"full": {"type": "distill"}, "x": x, "y": x}
+    (line,) = ready.findings(make_config(kind, masks=wrong, arms=arms), ["full", "x", "y"])
+    assert line.startswith(named)
+
+
+def changed(folder, out, change):
+    """A copy of a model with its tensors changed."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    change(tensors)
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def lose(tensors):
+    del tensors[next(n for n in sorted(tensors) if n.endswith("layers.1.mlp.up_proj.weight"))]
+
+
+def spoil(tensors):
+    name = next(n for n in sorted(tensors) if n.endswith("layers.1.mlp.up_proj.weight"))
+    tensors[name][0, 0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        {"type": "transplant", "of": "FOLDER", "mask": "w"},
+        {"type": "extrapolate", "of": "FOLDER", "factor": 2.0},
+        {"type": "extrapolate", "of": "full", "norm_of": "FOLDER"},
+        {"type": "distill", "subspace": {"of": "FOLDER"}},
+        {"type": "distill", "mask": "v"},
+        {"type": "distill", "teacher": {"model": "FOLDER"}},
+    ],
+    ids=lambda arm: " ".join([arm["type"], *(k for k, v in arm.items() if v != arm["type"])]),
+)
+def test_folders_that_later_arms_read(kind, arm, folders, make_config, tmp_path):
+    """A folder that lacks a tensor or holds a NaN is found before the first arm is trained; a whole one passes."""
+    for change in (lose, spoil, lambda tensors: None):
+        name = {lose: "lost", spoil: "spoilt"}.get(change, "whole")
+        folder = changed(folders[kind, "student"], tmp_path / name, change)
+        x = json.loads(json.dumps(arm).replace("FOLDER", str(folder)))
+        masks = {"w": WHOLE, "v": {"type": "visible", "of": str(folder)}}
+        config = make_config(kind, masks=masks, arms={"full": {"type": "distill"}, "x": x})
+        lines = ready.findings(config, ["full", "x"])
+        if name == "whole":
+            assert lines == []
+            continue
+        (line,) = lines
+        assert "layers.1.mlp.up_proj.weight" in line and name in line
+        assert ("finite" in line) == (name == "spoilt")
+
+
+@pytest.mark.parametrize("change", [lose, spoil])
+def test_models_of_other_arms_are_loaded_before_training(
+    kind, change, folders, make_config, tmp_path
+):
+    """A model to be scored that is not whole stops the run while no arm is trained yet."""
+    folder = changed(folders[kind, "student"], tmp_path / "broken", change)
+    arms = {"full": {"type": "distill"}, "x": {"type": "checkpoint", "model": str(folder)}}
+    run, config = RunFolder(tmp_path / "run"), make_config(kind, arms=arms)
+    run.root.mkdir()
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        cli.make_arms(run, config, ["full", "x"])
+    assert not run.arm_record("full").exists()
+
+
+BOTH = {"type": "intersection", "masks": ["p", "q"]}
+
+
+@pytest.mark.parametrize(
+    ("masks", "freeze", "left"),
+    [
+        ({"m": BOTH, "p": {"type": "whole", "layers": [0]}, "q": {"type": "whole", "layers": [1]}}, [], False),
+        ({"m": BOTH, "p": WHOLE, "q": {"type": "magnitude", "fraction": 0.5}}, [], True),
+        ({"m": BOTH, "p": {"type": "whole", "components": ["head"]}, "q": {"type": "magnitude", "fraction": 0.5}},
+         ["head"], False),
+        ({"m": {"type": "complement", "mask": "p"}, "p": {"type": "magnitude", "fraction": 1.0}}, [], False),
+        ({"m": {"type": "complement", "mask": "p"}, "p": WHOLE}, [], True),
+        ({"m": {"type": "complement", "mask": "p"}, "p": {"type": "complement", "mask": "q"},
+          "q": {"type": "whole", "components": ["head"]}}, ["head"], False),
+        ({"m": {"type": "difference", "masks": ["p", "q"]}, "p": {"type": "whole", "layers": [0]}, "q": WHOLE},
+         ["vision"], False),
+        ({"m": {"type": "union", "masks": ["p", "q"]}, "p": {"type": "whole", "layers": [0]}, "q": WHOLE},
+         ["language"], False),
+        ({"m": {"type": "random", "like": "p", "seed": 1}, "p": {"type": "whole", "components": ["head"]}},
+         ["head"], False),
+        ({"m": {"type": "random", "like": "p", "seed": 1, "match": "global"},
+          "p": {"type": "whole", "components": ["head"]}}, ["head"], True),
+    ],
+)  # fmt: skip
+def test_masks_that_leave_nothing_to_train(masks, freeze, left, make_config):
+    """Combinations are judged as far as their rules tell: an arm that could only be the source is refused."""
+    train = {"steps": 1, "prompts_per_step": 2, "freeze": freeze}
+    arms = {"x": {"type": "distill", "mask": "m"}}
+    lines = ready.findings(make_config("llm", masks=masks, arms=arms, train=train), ["x"])
+    assert bool(lines) != left
+    assert all("arms.x: " in line and "'m'" in line for line in lines)
+
+
+def test_training_refuses_an_empty_mask(kind, make_pair, make_config, make_data, tmp_path):
+    """An empty mask, known only when it is drawn, is an error and no finished arm."""
+    pair = make_pair(kind)
+    config = make_config(kind, masks={"m": WHOLE}, arms={"x": {"type": "distill", "mask": "m"}})
+    empty = {n: torch.zeros_like(p).bool() for n, p in pair.student.model.named_parameters()}
+    with pytest.raises(ConfigError, match=r"x: nothing is left to train: mask 'm'"):
+        distill(pair, make_data(kind, 4), config, config.arms["x"], tmp_path, "x", empty)
+
+
+def test_one_line_of_what_is_missing(make_config, monkeypatch, capsys, folders, tmp_path):
+    """A missing model or imported results are one finding each; a folder that is none is said to be none."""
+    path = tmp_path / "c.toml"
+    student, teacher = folders["llm", "student"], folders["llm", "teacher"]
+    text = CONFIG.format(student=student, teacher=teacher, modality="text", task="shapes_text")
+    path.write_text(text.replace('include = "gone"\n', ""))
+    for arm, said in (
+        ("{type='checkpoint', model='nofolder'}", "there is no such folder"),
+        ("{type='imported', results='nofolder'}", "no results_"),
+    ):
+        code, out = called(monkeypatch, capsys, "check", path, f"arms.x={arm}")
+        lines = [line for line in out.splitlines() if line.startswith("not ready: ")]
+        assert code == 1 and sum("nofolder" in line for line in lines) == 1, lines
+        assert any(said in line and "arms.x: " in line for line in lines)
+
+
+def test_a_broken_config_and_complex_weights_of_a_users_model(folders, tmp_path):
+    """The remedy for a model's own file is another copy; complex weights are called complex, not quantised."""
+    student = folders["llm", "student"]
+    shutil.copytree(student, tmp_path / "cut")
+    (tmp_path / "cut" / "config.json").write_text("{")
+    with pytest.raises(RunError, match=r"config\.json is not JSON .*; copy it again"):
+        match_report(student, tmp_path / "cut")
+
+    def turn(tensors):
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.complex64)
+
+    folder = changed(student, tmp_path / "complex", turn)
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight is stored as C64, complex"):
+        load(str(folder), torch.float32)

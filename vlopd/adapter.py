@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlopd.checkpoint import RunError, read_json
+from vlopd.checkpoint import RunError, read_settings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -98,7 +98,7 @@ def read_adapter(
     shapes: those of every tensor in its file. Raises RunError for an adapter that is no plain LoRA, naming
     the setting or tensor.
     """
-    config = read_json(folder / CONFIG)
+    config = read_settings(folder / CONFIG)
     if not isinstance(config, dict):
         raise RunError(f"{folder / CONFIG} holds no settings; save the adapter again")
     check(folder, config)

@@ -156,6 +156,14 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} is not JSON ({error}); delete it and run its stage again") from None
 
 
+def read_settings(path: Path) -> Any:
+    """A JSON file that came with a model. Raises RunError where it is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is not JSON ({error}); copy it again from the model") from None
+
+
 def json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines of a JSON-lines file, with their numbers and line ends.
 

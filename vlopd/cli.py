@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from vlopd import mask_cli
 from vlopd.checkpoint import RunFolder, names_apart, read_json
 from vlopd.config import (
+    CheckpointArm,
     ConfigError,
     ExperimentConfig,
     ImportedArm,
@@ -104,7 +105,8 @@ def make_arms(
     if not all(run.arm_record(name).exists() for name in names):
         refuse_unready()
     how = stages.Making(allow_other_source, held_out(config), refuse_unready)
-    for name in names:
+    # arms that are only noted first: what is wrong with their models is said before anything is trained
+    for name in sorted(names, key=lambda n: not isinstance(config.arms.get(n), CheckpointArm)):
         made = stages.make_arm(run, config, name, how)
         say(f"arm {name}", run.arm_record(name), made)
 
@@ -134,7 +136,8 @@ def unready_tasks(config: ExperimentConfig, names: list[str]) -> list[str]:
         return [str(error)]
     for name in names:
         if isinstance(arm := config.arms[name], ImportedArm):
-            lines += tasks.imported_findings(config.eval.tasks, Path(arm.results))
+            its = tasks.imported_findings(config.eval.tasks, Path(arm.results))
+            lines += [f"arms.{name}: {line}" for line in its]
     return lines
 
 

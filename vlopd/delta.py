@@ -30,7 +30,7 @@ from torch import Tensor
 
 from vlopd import adapter
 from vlopd.bits import holds
-from vlopd.checkpoint import RunError, digest_checkpoint, read_json
+from vlopd.checkpoint import RunError, digest_checkpoint, read_settings
 from vlopd.models import whole
 from vlopd.models.atlas import unwrapped_name
 from vlopd.models.whole import INDEX, SINGLE
@@ -181,7 +181,7 @@ class Weights:
         if not (self.folder / INDEX).exists():
             digest_checkpoint(self.folder)  # says so where there are no weights, or only pickles
             raise RunError(f"{self.folder} has neither {SINGLE} nor {INDEX}")
-        index = read_json(self.folder / INDEX)
+        index = read_settings(self.folder / INDEX)
         shards = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(shards, dict):
             raise RunError(f"{self.folder / INDEX} has no weight_map; save the checkpoint again")
@@ -215,7 +215,7 @@ class Weights:
 
     def _refuse_packed(self) -> None:
         about = self.folder / "config.json"
-        why = whole.quantisation(read_json(about)) if about.is_file() else None
+        why = whole.quantisation(read_settings(about)) if about.is_file() else None
         slices = {name: self._slice(name) for name in self._where}
         stored = {n: whole.Stored(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
         if why := why or whole.packing(stored):

@@ -89,7 +89,10 @@ def distill(
         with unrounded(pair.student) as stored:
             trainable = Trainable(pair.student.model, mask, projections, stored=stored)
         if trainable.count == 0:
-            return trainable  # an empty mask trains nothing: the source, as it is
+            raise ConfigError(
+                f"{title}: nothing is left to train: mask {arm.mask!r} has no coordinate outside of train.freeze = "
+                f"{list(train.freeze)}; the arm would be the source under another name"
+            )
         optimizer = build_optimizer(config.optim, trainable)
         averages = follow_student(pair, mask)
         start = resume(folder / "state", trainable, optimizer, averages, identity)
@@ -136,7 +139,9 @@ def distill(
                     is_due = train.evidence_every and step % train.evidence_every == 0
                     look = Look(trainable) if is_due and len(rows) == 1 else None
                     optimizer.step(rate)
-                    refuse_overflow(step, rate, trainable, optimizer, folder, title)
+                    refuse_overflow(
+                        step, rate, trainable, optimizer, folder, title, config.optim.weight_decay
+                    )
                     if look is not None:
                         log.append("optimizer.jsonl", look.rows(step, trainable, optimizer))
                     trainable.write_back()
@@ -377,6 +382,7 @@ def refuse_overflow(
     optimizer: Optimizers,
     folder: Path,
     title: str,
+    decay: float = 0.0,
 ) -> None:
     """Raises TrainingError where an update left a value, or what the optimizer keeps of it, not finite.
 
@@ -395,8 +401,15 @@ def refuse_overflow(
     raise TrainingError(
         f"{title}: the update of step {step}, at learning rate {rate:g}, left "
         f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} numbers in {what} not finite; the last good "
-        f"state is in {folder / 'state'}; lower optim.learning_rate, or set optim.max_grad_norm"
+        f"state is in {folder / 'state'}; {lower(rate, decay)}, or set optim.max_grad_norm"
     )
+
+
+def lower(rate: float, decay: float) -> str:
+    """Which setting to lower: decay, where it alone makes values grow with every update (|1 - rate * decay| > 1)."""
+    if rate * decay > 2:
+        return f"lower optim.weight_decay, under which values are multiplied by 1 - {rate:g} * {decay:g}"
+    return "lower optim.learning_rate"
 
 
 def refuse_broken(
@@ -421,7 +434,8 @@ def refuse_broken(
     if bad:
         raise TrainingError(
             f"{title}: after {done} steps the student's log-probs of {', '.join(bad[:5])} are not finite, so these "
-            f"weights are not kept; the last good state is in {folder / 'state'}; lower optim.learning_rate"
+            f"weights are not kept; the last good state is in {folder / 'state'}; "
+            f"{lower(config.optim.learning_rate, config.optim.weight_decay)}"
         )
 
 

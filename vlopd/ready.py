@@ -1,14 +1,15 @@
 """What can be known of a run before its first step, and is refused then: `vlopd run`, `vlopd check`.
 
-No weights are read. Every finding is one line that names the thing and the remedy; evals/ready.py has those of the
-tasks. What is found here would otherwise stop a run when the arms before it are trained.
+Headers tell most of it. Values are read only of what would be read when other arms are trained: checkpoints in
+folders, teachers of single arms. Every finding is one line that names the thing and the remedy; evals/ready.py has
+those of the tasks. What is found here would otherwise stop a run when the arms before it are trained.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,19 +17,29 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from vlopd import masks
+from vlopd import delta, masks
 from vlopd.checkpoint import RunError, RunFolder
 from vlopd.config import (
     CheckpointArm,
+    ComplementMask,
     ConfigError,
     DataError,
+    DifferenceMask,
     DistillArm,
     ExperimentConfig,
     FileMask,
     ImageContext,
     ImportedArm,
+    IntersectionMask,
+    MagnitudeMask,
+    MaskConfig,
+    ModelConfig,
+    PrincipalMask,
+    RandomMask,
     Reference,
     TeacherArm,
+    TopFractionMask,
+    UnionMask,
     UserError,
     WholeMask,
     checkpoints_of,
@@ -42,7 +53,14 @@ from vlopd.log import refuse_missing_trackers
 from vlopd.masks.rules import whole
 from vlopd.models import atlas, families
 from vlopd.models.about import first_line
-from vlopd.models.load import LoadedModel, load_model_config, too_long
+from vlopd.models.load import (
+    DTYPES,
+    LoadedModel,
+    load_configured,
+    load_model_config,
+    too_long,
+    weights_folder,
+)
 from vlopd.pair import ModelPair, load_pair, without_weights
 from vlopd.rewards import RULES, answer_of
 from vlopd.sources import from_data
@@ -85,6 +103,18 @@ def findings(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
         with found.catch(f"arms.{name}: "):
             refuse_missing_files(config, name)
     trained = {n: arm for n in needed if isinstance(arm := config.arms[n], DistillArm)}
+    for name, arm in trained.items():
+        with found.catch(f"arms.{name}: " if arm.own else ""):
+            split_among_processes(config.of_arm(arm))
+    extents: dict[str, Extents] = {}
+    with suppress(UserError):  # a student that cannot be read is found below, with its teachers
+        student = without_weights(config.student)
+        for mask in dict.fromkeys(m for n in needed if (m := mask_of(config.arms[n])) is not None):
+            with found.catch():
+                add_extents(extents, config, mask, student)
+    for text in dict.fromkeys(t for n in needed for t in references_of(config, n)):
+        with found.catch(), suppress(NotThere):
+            refuse_another_model(config, text)
     pairs: dict[str, ModelPair] = {}
     seeds: dict[str, list[int]] = {}
     recipes: dict[str, tuple[str, ExperimentConfig, ModelPair]] = {}
@@ -92,18 +122,22 @@ def findings(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
         its = config.of_arm(arm)
         where = f"arms.{name}: " if arm.own else ""
         with found.catch(where):
-            split_among_processes(its)
-        with found.catch(where):
             models = its.model_dump_json(include={"teacher", "data"})
             if models not in pairs:
                 pairs[models] = load_pair(its, "meta", load=without_weights)
             key = its.model_dump_json(include={"teacher", "data", "rollout", "reward", "train"})
             recipes.setdefault(key, (where, its, pairs[models]))
             seeds.setdefault(key, []).append(arm.seed)
-            refuse_nothing_to_train(config, its, name, pairs[models].student)
+            if arm.mask is None or arm.mask in extents:
+                marked = None if arm.mask is None else extents[arm.mask]
+                refuse_nothing_to_train(its, name, arm.mask, marked, pairs[models].student)
     for key, (where, its, pair) in recipes.items():
         with found.catch(where):
             refuse_rows(its, pair, sorted(set(seeds[key])))
+    if not found.lines:  # what costs as much as loading comes last
+        for model in teachers_loaded_late(config, needed):
+            with found.catch():
+                load_configured(model, DTYPES[config.precision.compute])
     for name in config.geometry.arms:
         with found.catch("geometry.arms: "):
             if name in names and isinstance(config.arms[name], TeacherArm):
@@ -124,7 +158,10 @@ def evaluated(config: ExperimentConfig, names: Sequence[str]) -> dict[str, Loade
             found[f"arms.{name}"] = without_weights(model)
         elif isinstance(arm, CheckpointArm):
             model = config.student.model_copy(update={"model": arm.model})
-            found[f"arms.{name}"] = without_weights(model)
+            try:
+                found[f"arms.{name}"] = without_weights(model)
+            except UserError as error:
+                raise type(error)(f"arms.{name}: {error}") from None  # as `findings` has it
         elif not isinstance(arm, ImportedArm) and "student" not in found:
             found["student"] = without_weights(config.student)
     return found
@@ -151,18 +188,10 @@ def refuse_another_shape(config: ExperimentConfig, name: str) -> None:
 
 
 def refuse_missing_files(config: ExperimentConfig, name: str) -> None:
-    """Raises UserError where checkpoints, masks or scores that an arm names are not there."""
+    """Raises UserError where checkpoints or scores that an arm names are not there."""
     arm = config.arms[name]
-    texts = [*checkpoints_of(arm).values()]
-    mask = mask_of(arm)
-    for each in [] if mask is None else masks_under(config, mask):
-        rule = config.masks[each]
-        texts += [] if rule.reads is None else [rule.reads]
-        if isinstance(rule, FileMask) and not isinstance(arm, DistillArm):
-            masks.load_mask(Path(rule.path))  # of a trained arm, with its shapes below
-    for text in texts:
-        if Reference.parse(text).path is not None:
-            refuse_no_weights(checkpoint_folder(RunFolder(""), config, text))
+    for text in references_of(config, name):
+        folder_of(config, text)
     if isinstance(arm, ImportedArm):
         scores_of(Path(arm.results))
     if isinstance(arm, CheckpointArm):
@@ -171,56 +200,164 @@ def refuse_missing_files(config: ExperimentConfig, name: str) -> None:
             refuse_no_weights(Path(arm.model))
 
 
+def references_of(config: ExperimentConfig, name: str) -> list[str]:
+    """The folders outside of the run that an arm reads, itself or through its mask, as the config names them."""
+    arm = config.arms[name]
+    mask = mask_of(arm)
+    texts = [*checkpoints_of(arm).values(), *([] if mask is None else config.read_by(mask))]
+    return [text for text in texts if Reference.parse(text).path is not None]
+
+
+class NotThere(RunError):
+    """A folder that is named is not there, or has no weights."""
+
+
+def folder_of(config: ExperimentConfig, text: str) -> Path:
+    """The folder of a checkpoint outside of the run. Raises NotThere."""
+    try:
+        folder = checkpoint_folder(RunFolder(""), config, text)
+        refuse_no_weights(folder)
+    except RunError as error:
+        raise NotThere(str(error)) from None
+    return folder
+
+
 def refuse_no_weights(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         raise RunError(f"{folder} has no *.safetensors; name a checkpoint folder")
 
 
-def masks_under(config: ExperimentConfig, mask: str) -> Iterable[str]:
-    """A mask and those that it is made from."""
-    yield mask
-    for other in config.masks[mask].combines:
-        yield from masks_under(config, other)
+def refuse_another_model(config: ExperimentConfig, text: str) -> None:
+    """Raises UserError where a folder's checkpoint lacks a parameter of the student, or has one that is not finite.
+
+    Reads both, tensor by tensor, as the arms and masks that are made from it will.
+    """
+    folder = folder_of(config, text)
+    source = weights_folder(config.student.model, config.student.revision)
+    for _ in delta.stream_whole(source, folder, atlas.classify):
+        pass
+
+
+def teachers_loaded_late(config: ExperimentConfig, names: Sequence[str]) -> list[ModelConfig]:
+    """The teachers that are first loaded when another arm is trained; those of the first arm are loaded at once."""
+    arms = [config.arms[name] for name in names]
+    trained = [config.of_arm(arm) for arm in arms if isinstance(arm, DistillArm)]
+    if not trained:
+        return []
+    at_once = {where(t) for t in trained[0].teachers.values() if t in config.teachers.values()}
+    late = [teacher for its in trained for teacher in its.teachers.values()]
+    late += [config.teacher_of(arm) for arm in arms if isinstance(arm, TeacherArm)]
+    found = {where(teacher): teacher for teacher in late if not teacher.is_student}
+    return [teacher for key, teacher in found.items() if key not in at_once]
+
+
+def where(model: ModelConfig) -> tuple[str, str | None]:
+    return model.model, model.revision
+
+
+class Extent(NamedTuple):
+    """How much of a parameter is in a mask, as far as its rule tells."""
+
+    some: bool
+    """There may be coordinates in it."""
+    all: bool
+    """Every coordinate is sure to be in it."""
+
+
+Extents = dict[str, Extent]
+"""By parameter."""
+
+
+def add_extents(
+    known: dict[str, Extents], config: ExperimentConfig, mask: str, student: LoadedModel
+) -> Extents:
+    """Adds to `known`, by name, the extents of a mask and of those that it is made from; returns its own.
+
+    Raises UserError, with the name of the mask, for one that is of another model.
+    """
+    if mask in known:
+        return known[mask]
+    rule = config.masks[mask]
+    parts = [add_extents(known, config, other, student) for other in rule.combines]
+    parameters = dict(student.model.named_parameters())
+    try:
+        match rule:
+            case WholeMask():
+                one = torch.ones(1)
+                pairs = [TensorDelta(atlas.classify(n), one, one) for n in parameters]
+                taken = {n: bool(m.any()) for n, m in whole(pairs, rule).items()}
+                known[mask] = {n: Extent(taken[n], taken[n]) for n in parameters}
+            case FileMask():
+                held = mask_of_file(Path(rule.path), student)
+                known[mask] = {n: Extent(bool(m.any()), bool(m.all())) for n, m in held.items()}
+            case _:
+                columns = {n: [part[n] for part in parts] for n in parameters}
+                if isinstance(rule, RandomMask) and rule.match in ("global", "module"):
+                    everywhere = [part[n] for part in parts for n in parameters]
+                    drawn = Extent(any(e.some for e in everywhere), all(e.all for e in everywhere))
+                    columns = {n: [drawn] for n in parameters}
+                known[mask] = {n: extent(rule, columns[n]) for n in parameters}
+    except UserError as error:
+        raise type(error)(f"masks.{mask}: {error}") from None
+    return known[mask]
+
+
+def extent(rule: MaskConfig, parts: Sequence[Extent]) -> Extent:
+    """Of one parameter in a mask, from its extents in those that the mask is made from."""
+    match rule:
+        case ComplementMask():
+            return Extent(not parts[0].all, not parts[0].some)
+        case UnionMask():
+            return Extent(any(e.some for e in parts), any(e.all for e in parts))
+        case IntersectionMask():
+            return Extent(all(e.some for e in parts), all(e.all for e in parts))
+        case DifferenceMask():
+            first, *others = parts
+            return Extent(
+                first.some and not any(e.all for e in others),
+                first.all and not any(e.some for e in others),
+            )
+        case RandomMask():
+            return parts[0]
+        case MagnitudeMask() | TopFractionMask() | PrincipalMask():
+            return Extent(True, rule.fraction == 1)
+        case _:  # by an update that is not known yet
+            return Extent(True, False)
+
+
+def mask_of_file(path: Path, student: LoadedModel) -> masks.Mask:
+    """A mask file's parameters. Raises RunError where it is damaged, or of another model."""
+    parameters = dict(student.model.named_parameters())
+    others = set(student.model.state_dict()) - set(parameters)  # running means, tied names
+    held = {n: m for n, m in masks.load_mask(path)[0].items() if n not in others}
+    try:
+        masks.check_shapes(held, {n: p.shape for n, p in parameters.items()})
+    except RunError as error:
+        raise RunError(f"{path}: {error}") from None
+    return held
 
 
 def refuse_nothing_to_train(
-    config: ExperimentConfig, its: ExperimentConfig, name: str, student: LoadedModel
+    its: ExperimentConfig,
+    name: str,
+    mask: str | None,
+    marked: Extents | None,
+    student: LoadedModel,
 ) -> None:
-    """Raises UserError for a mask that is of another model, and for an arm without a coordinate to train."""
-    model = student.model
-    parameters = dict(model.named_parameters())
-    arm = config.arms[name]
-    marked: dict[str, bool] = dict.fromkeys(parameters, True)
-    mask = mask_of(arm)
-    for each in [] if mask is None else masks_under(config, mask):
-        rule = config.masks[each]
-        found: dict[str, bool] | None = None
-        if isinstance(rule, WholeMask):
-            one = torch.ones(1)
-            pairs = [TensorDelta(atlas.classify(n), one, one) for n in parameters]
-            try:
-                found = {n: bool(m.any()) for n, m in whole(pairs, rule).items()}
-            except ConfigError as error:
-                raise ConfigError(f"masks.{each}: {error}") from None
-        elif isinstance(rule, FileMask):
-            held, _ = masks.load_mask(Path(rule.path))
-            others = set(model.state_dict()) - set(parameters)  # running means, tied names
-            held = {n: m for n, m in held.items() if n not in others}
-            try:
-                masks.check_shapes(held, {n: p.shape for n, p in parameters.items()})
-            except RunError as error:
-                raise RunError(f"masks.{each}: {rule.path}: {error}") from None
-            found = {n: bool(m.any()) for n, m in held.items()}
-        if each == mask and found is not None:
-            marked = found
+    """Raises ConfigError for an arm without a coordinate to train; `marked` are its mask's extents."""
+    model, freeze = student.model, list(its.train.freeze)
+    if marked is not None and not any(e.some for e in marked.values()):
+        raise ConfigError(
+            f"arms.{name}: mask {mask!r} has no coordinate, so nothing is left to train; mend masks.{mask}"
+        )
     try:
         atlas.freeze(model, its.train.freeze)
-        trains = [n for n, p in parameters.items() if p.requires_grad and marked[n]]
+        left = [n for n, p in model.named_parameters() if p.requires_grad]
     finally:
         model.requires_grad_(True)
-    if not trains:
+    if not any(marked is None or marked[n].some for n in left):
         raise ConfigError(
-            f"arms.{name}: train.freeze = {list(its.train.freeze)} leaves nothing of mask {mask!r} to train"
+            f"arms.{name}: train.freeze = {freeze} leaves nothing of mask {mask!r} to train"
         )
 
 

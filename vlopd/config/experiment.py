@@ -159,7 +159,15 @@ class ExperimentConfig(Recipe):
                 raise ValueError(f'eval.contrasts: {contrast!r} is not "arm - arm"')
             need(self.arms, a, "eval.contrasts")
             need({**self.arms, RANDOM: None}, b, "eval.contrasts")
+            if b == RANDOM and b not in self.arms and not self._has_random_arm():
+                raise ValueError(
+                    f'eval.contrasts: {contrast!r} needs an arm whose mask is of type "random"; there is none'
+                )
         return self
+
+    def _has_random_arm(self) -> bool:
+        names = [mask_of(arm) for arm in self.arms.values()]
+        return any(isinstance(self.masks[n], RandomMask) for n in names if n is not None)
 
     def _refuse_equal_draws(self) -> None:
         """Two random masks of one seed are one mask, and no two controls."""
@@ -262,6 +270,8 @@ def explain(error: ErrorDetails) -> str:
     """One pydantic error as one line: the key, what is wrong, the value; the nearest known key of an unknown one."""
     where, known = key_of(error["loc"])
     value = error["input"]
+    if error["type"] == "union_tag_not_found":
+        return f"{where}.type is missing; it is one of {', '.join(tags_at(error['loc']))}"
     if error["type"] != "extra_forbidden":
         said = error["msg"].removeprefix("Value error, ")
         if error["type"] not in ("value_error", "too_short") and isinstance(
@@ -279,6 +289,18 @@ def key_of(location: Sequence[int | str]) -> tuple[str, list[str]]:
 
     pydantic puts the `type` of a section into the path; the user does not.
     """
+    keys, known, _ = walk(location)
+    return ".".join(keys), known
+
+
+def tags_at(location: Sequence[int | str]) -> list[str]:
+    """The values of `type` that a section may have, by a pydantic error's path to it."""
+    _, _, there = walk(location)
+    return [tag for cls in sections_in(there) for tag in variant_tags(cls)]
+
+
+def walk(location: Sequence[int | str]) -> tuple[list[str], list[str], Any]:
+    """(the keys of a pydantic error's path, those known beside the last, the annotation there)."""
     here: Any = ExperimentConfig
     keys: list[str] = []
     known: list[str] = []
@@ -297,7 +319,7 @@ def key_of(location: Sequence[int | str]) -> tuple[str, list[str]]:
             fields = [cls.model_fields[part] for cls in variants if part in cls.model_fields]
             here = fields[0].annotation if fields else None
         keys.append(str(part))
-    return ".".join(keys), known
+    return keys, known, here
 
 
 def bare(annotation: Any) -> Any:

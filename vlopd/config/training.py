@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from vlopd.config.base import (
+    SMALLEST,
     Count,
-    NonNegative,
     Number,
     PartOrZero,
     Positive,
@@ -18,16 +18,19 @@ from vlopd.config.base import (
     between,
 )
 
+Factor = Annotated[float, between(SMALLEST, 1e6)]
+WeightDecay = Annotated[float, between(SMALLEST, 1e6, or_zero=True)]
+
 
 class ComponentRates(Section):
     """Factors of the learning rate by component; what the atlas calls "other" has the rate itself."""
 
-    vision: Positive = 1.0
-    projector: Positive = 1.0
-    language: Positive = 1.0
-    embedding: Positive = 1.0
+    vision: Factor = 1.0
+    projector: Factor = 1.0
+    language: Factor = 1.0
+    embedding: Factor = 1.0
     """A head that is tied to the embedding counts as embedding."""
-    head: Positive = 1.0
+    head: Factor = 1.0
 
 
 Decay = PartOrZero
@@ -45,7 +48,7 @@ class OptimizerBase(Section):
     learning_rate: Positive = 1e-6
     component_rates: ComponentRates = ComponentRates()
     """`{vision = 0.1}` trains the vision tower at a tenth of the rate. To not train it at all: train.freeze."""
-    weight_decay: NonNegative = 0.0
+    weight_decay: WeightDecay = 0.0
     """AdamW, Lion and Muon: values *= 1 - rate * decay. SGD and RMSProp add decay * values to the gradient. A step
     whose rows do not reach a parameter (a tower, without a picture) leaves it as it is, decay and momentum too."""
     max_grad_norm: Positive | None = 1.0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
-from vlopd.checkpoint import RunError, read_json
+from vlopd.checkpoint import RunError, read_settings
 
 OPENCLIP = "openclip_vlm"
 """The model type of vlopd.models.openclip_vlm, which transformers does not know by itself."""
@@ -17,7 +17,7 @@ def config_of(folder: Path) -> PretrainedConfig | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
-    about = read_json(path)
+    about = read_settings(path)
     if isinstance(about, dict) and about.get("model_type") == OPENCLIP:
         from vlopd.models import openclip_vlm  # loads transformers' models
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from jinja2 import Environment, TemplateSyntaxError, meta
 from PIL import Image
 from torch import Tensor
@@ -364,6 +365,11 @@ def load_model_config(
                 where, revision=revision, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # configurations check themselves, and raise what they like
+        if is_nowhere(where, revision):
+            raise ModelUnreadable(
+                f"cannot read the configuration of {name!r}: there is no such folder, and as a model id of the hub "
+                "it is not in the cache and could not be fetched"
+            ) from None
         raise unreadable(f"read the configuration of {name!r}", error) from None
     if config is None:
         raise ConfigError(
@@ -373,6 +379,16 @@ def load_model_config(
     if packed := whole.quantisation(config.to_dict()):
         raise ConfigError(f"{name} is quantised: {packed}")
     return config
+
+
+def is_nowhere(where: str, revision: str | None) -> bool:
+    """Whether there is neither a folder or file of that name nor a hub's model in the cache."""
+    if Path(where).exists():
+        return False
+    try:
+        return try_to_load_from_cache(where, "config.json", revision=revision) is None
+    except HFValidationError:  # no name of a hub's model
+        return True
 
 
 def unreadable(what: str, error: Exception, remedy: str = "") -> ModelUnreadable:
@@ -579,6 +595,8 @@ def check_files(name: str, folder: Path) -> None:
     stored = whole.stored_tensors(folder)
     if packed := whole.packing(stored):
         raise ConfigError(f"{name} is quantised: {packed}")
+    if odd := whole.not_real(stored):
+        raise ConfigError(f"{name}: {odd}")
     if short := whole.ragged(stored):
         raise ConfigError(f"{name} is not whole: {short}")
 

@@ -77,12 +77,20 @@ def packing(tensors: Mapping[str, Stored]) -> str | None:
     for name, (dtype, shape) in sorted(tensors.items()):
         if PACKING.search(name):
             return f"it holds {name}, which only quantised weights have; {DEQUANTISED}"
-        if dtype in PLAIN:
-            continue
+        if dtype in PLAIN or dtype.startswith("C"):
+            continue  # complex ones are no packed weights either: `not_real`
         integer = dtype == "BOOL" or dtype.startswith(("I", "U"))
         weight = name.rpartition(".")[2].endswith("weight")
         if not integer or weight or (len(shape) > 1 and not INTEGER_BUFFER.search(name)):
             return f"{name} is stored as {dtype}; {DEQUANTISED}"
+    return None
+
+
+def not_real(tensors: Mapping[str, Stored]) -> str | None:
+    """Which of a checkpoint's tensors is complex; None where none is."""
+    for name, (dtype, _) in sorted(tensors.items()):
+        if dtype.startswith("C"):
+            return f"{name} is stored as {dtype}, complex numbers; weights are real: save it again in bf16 or fp32"
     return None
 
 
