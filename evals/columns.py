@@ -43,8 +43,12 @@ def empty_cell(task: Any, template: Any, doc: Mapping[str, Any]) -> str | None:
     if found is not None and next(tree.find_all(DECIDES), None) is None:
         return found
     printed: list[Any] = []
-    environment = utils.env.overlay(finalize=lambda value: printed.append(value) or value)
-    environment.from_string(template).render(**doc)
+
+    def keep(value: Any) -> Any:
+        printed.append(value)
+        return value
+
+    utils.env.overlay(finalize=keep).from_string(template).render(**doc)
     return found or ", ".join(names) if any(map(is_null, printed)) else None
 
 
@@ -59,7 +63,7 @@ class Written:
         self.table: Table | None = None
         config = task.config
         guessed = config.dataset_path in ("json", "csv") or Path(config.dataset_path or "").is_dir()
-        if config.custom_dataset or config.process_docs or not guessed:
+        if config.custom_dataset or not guessed:
             return
         kwargs = {k: v for k, v in (config.dataset_kwargs or {}).items() if k.startswith("data_")}
         try:
@@ -67,18 +71,20 @@ class Written:
             paths = [Path(name) for name in (builder.config.data_files or {}).get(split, ())]
             if paths and all(path.is_file() for path in paths):
                 table = open_files(paths)
+                self.read = task.dataset[split]
                 self.table = table if len(table) == len(task.eval_docs) else None
         except (UserError, ValueError, OSError):
             return  # a file that only `datasets` reads
 
-    def row(self, index: int, doc: Mapping[str, Any]) -> dict[str, Any]:
-        """The question with its cells that are no text as the file has them."""
+    def row(self, index: int, doc: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The question with its cells that are no text, unless process_docs changed them, as the file has them."""
         if self.table is None:
-            return dict(doc)
-        row = self.table[index]
-        return {
-            k: natural(row[k]) if k in row and not isinstance(v, str) else v for k, v in doc.items()
+            return doc
+        own, read = self.table[index], self.read[index]
+        kept = {
+            k for k, v in doc.items() if not isinstance(v, str) and k in own and read.get(k) == v
         }
+        return {k: natural(own[k]) if k in kept else v for k, v in doc.items()}
 
 
 def natural(word: Any) -> Any:

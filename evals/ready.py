@@ -169,8 +169,8 @@ class Look:
                 raise self.error(
                     index,
                     f"its {setting} is {pair[0]!r} where the data file says {pair[1]!r}: `datasets` guesses the type "
-                    "of a column; write its values as text: in quotes in a JSON-lines file, or, if they look like dates, "
-                    "in a parquet file",
+                    "of a column; write its values as text: in quotes in a JSON-lines file, or, if they look like "
+                    "dates, in a parquet file",
                 )
             if (column := empty_cell(self.task, config[setting], doc)) is not None:
                 raise self.error(

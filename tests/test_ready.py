@@ -309,7 +309,7 @@ WRONG = [
     ([row({"x": "1"}), row({"x": None})], ["doc_to_target: '{{answer.x}}'"], "question 1 (from 0): its doc_to_target"),
     ([row("1"), row(None)], ["doc_to_target: \"{{answer or 'x'}}\""], None),
     ([row(3), row(2.5)], [], "question 0 (from 0): its doc_to_target is '3.0' where the data file says '3'"),
-    ([row(3), row(2.5)], ["doc_to_target: answer"], "question 0 (from 0): its doc_to_target is 3.0 where the"),
+    ([row(3), row(2.5)], ["doc_to_target: answer"], "question 0 (from 0): its doc_to_target is '3.0' where the"),
     ([row({"x": 3}), row({"x": 2.5})], ["doc_to_target: '{{answer.x}}'"], "'3.0' where the data file says '3'"),
     ([row(3), row(2.5)], ["doc_to_target: '{{answer|int}}'"], None),
     ([row(3), row(4)], [], None),
@@ -379,6 +379,17 @@ def test_golds_of_a_csv_keep_their_words(cells, message, task, tmp_path):
     data = f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.csv'}}}}}"
     lines = tasks.findings(task(ROWS, ["dataset_path: csv", data]), {})
     assert [message in line for line in lines] == ([] if message is None else [True]), lines
+
+
+def test_golds_that_a_task_passes_on(task):
+    """A task's process_docs that leaves the guessed golds alone is refused too; one that mends them passes."""
+    process = ["process_docs: !function module.process"]
+    code = "def process(d):\n    return d.map(lambda r: {'more': r['question'] + '?'})"
+    (line,) = tasks.findings(task([row(3), row(2.5)], process, code), {})
+    assert "its doc_to_target is '3.0' where the data file says '3'" in line
+    code = "def process(d):\n    return d.map(lambda r: {'gold': f\"{r['answer']:g}\"}, remove_columns=['answer'])"
+    mended = [*process, "doc_to_target: gold"]
+    assert tasks.findings(task([row(3), row(2.5)], mended, code), {}) == []
 
 
 def test_a_task_file_that_is_no_yaml(tmp_path):
