@@ -141,6 +141,12 @@ class Look:
                 )
         if self.is_in(LM_EVAL):
             return
+        for setting, least in (("repeats", 1), ("num_fewshot", 0)):
+            value = config[setting]
+            if value is not None and (type(value) is not int or value < least):
+                raise RunError(
+                    f"task {self.name}: {setting} is {value!r}; it is a whole number from {least} up: {where}"
+                )
         if self.is_graded and config.doc_to_target in (None, "", []):
             raise RunError(
                 f"task {self.name}: its doc_to_target is empty, and answers are compared with it; name the column "
@@ -301,6 +307,8 @@ class Look:
                         index,
                         f"{where}; scores that are compared lie in [0, 1]: list such a metric first in {self.yaml}",
                     )
+            if not self.is_in(LM_EVAL):
+                self.refuse_no_sum(numbers)
             best += list(numbers.values())[:1]
             if 1 in best:
                 break
@@ -310,6 +318,17 @@ class Look:
                 f"its target {target!r} is graded 0 as an answer: no answer would be right; mend the row",
             )
         return bool(best)
+
+    def refuse_no_sum(self, numbers: Mapping[str, float]) -> None:
+        """Raises RunError for a metric that cannot be aggregated."""
+        for metric, value in numbers.items():
+            try:
+                self.task.aggregation()[metric]([value])
+            except Exception as error:  # a task's own functions raise what they like
+                raise RunError(
+                    f"task {self.name}: {metric} is a number a question, and its aggregation fails on it "
+                    f"({type(error).__name__}: {first_line(error)}); mend metric_list in {self.yaml}"
+                ) from None
 
     # ---- by model
 

@@ -207,8 +207,8 @@ def load_task(manager: Tasks, task: str, fewshot: int | None) -> Any:
             if isinstance(error, KeyError) and name not in metric_registry:
                 raise RunError(unknown_metric(task, name, entry.yaml_path)) from None
         raise RunError(
-            f"task {task} cannot be had: {first_line(error)}; {manager.task_index[task].yaml_path} says where "
-            "its data are, and names their columns"
+            f"task {task} cannot be had: {first_line(error)}; its data, columns and settings are in "
+            f"{manager.task_index[task].yaml_path}"
         ) from None
     for its in loaded["tasks"].values():
         own = its.get_config("num_fewshot")

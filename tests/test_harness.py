@@ -3,15 +3,17 @@
 import json
 
 import lm_eval
+import numpy as np
 import pytest
 import torch
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
-from evals import harness
-from evals.compare import compare
+from evals import harness, stats
+from evals.compare import compare, plain
 from evals.harness import evaluate_arm
 from evals.lm import ArmLM, Asked
+from evals.report.verdict import Teller, no_worse, p_value, points
 from evals.scoring import TASKS, Tasks, score
 from vlopd import stages
 from vlopd.checkpoint import RunError, RunFolder, read_json, read_jsonl
@@ -258,17 +260,19 @@ def test_groups_and_tasks_from_a_folder(make_config, tmp_path):
         Tasks.of(["mine"], "nowhere")
 
 
-def test_one_question_has_no_interval(make_config, folders, tmp_path):
-    """Where there is no interval the verdict gives none: no nan in its sentences."""
-    arms = {"twin": {"type": "checkpoint", "model": str(folders["llm", "student"])}}
-    run, config = source_run(
-        make_config, "llm", tmp_path, arms=arms, eval={"tasks": ["shapes_text"], "limit": 1}
-    )
-    for arm in ("base", "twin"):
-        evaluate_arm(run, config, arm)
-    said = read_json(compare(run, config))["verdict"]
-    assert any("twin minus base: +0.0 pp, not distinguishable" in line for line in said), said
-    assert not any("nan" in line for line in said)
+def test_an_interval_that_is_not_there():
+    """Two tied questions with graded scores have a difference and no interval: the verdict says no nan."""
+    found = stats.paired_difference(np.array([0.5, 0.25]), np.array([0.5, 0.25]))
+    entry = plain(found)
+    assert np.isnan(entry["interval"]).all()
+    for bounds in (entry["interval"], [None, None]):
+        its = {**entry, "interval": bounds, "non_inferiority": {"margin": 0.05, "holds": False, "p": None,
+                                                                "low": bounds[0]}}  # fmt: skip
+        assert points(its) == "+0.0 pp" and "nan" not in no_worse(its)
+        task = {"arms": {}, "contrasts": [], "n": 2, "minimum_detectable_effect": bounds[0],
+                "minimum_detectable_effect_of": "a - b"}  # fmt: skip
+        assert Teller(task, {}, {}).limits() == []
+    assert p_value(float("nan")) == p_value(None) == "-"
 
 
 def test_a_task_that_fails_while_it_is_scored(make_config, folders, tmp_path):

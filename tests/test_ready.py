@@ -345,6 +345,10 @@ WRONG = [
     (ROWS, ["metric_list: [{metric: exact_mach}]"], "no metric 'exact_mach', did you mean 'exact_match'?"),
     (ROWS, ["metric_list: [{metric: exact_mach, aggregation: mean, higher_is_better: true}]"],
      "no metric 'exact_mach', did you mean 'exact_match'?"),
+    (ROWS, ["metric_list: [{metric: exact_match, aggregation: f1, higher_is_better: true}]"],
+     "exact_match is a number a question, and its aggregation fails on it"),
+    (ROWS, ["repeats: many"], "repeats is 'many'"),
+    (ROWS, ["num_fewshot: -1"], "num_fewshot is -1"),
     (ROWS, ["num_fewshot: 5"], "lower eval.fewshot, or the task's num_fewshot"),
 ]  # fmt: skip
 
