@@ -261,8 +261,8 @@ def test_groups_and_tasks_from_a_folder(make_config, tmp_path):
 
 
 def test_an_interval_that_is_not_there():
-    """Two tied questions with graded scores have a difference and no interval: the verdict says no nan."""
-    found = stats.paired_difference(np.array([0.5, 0.25]), np.array([0.5, 0.25]))
+    """Two tied questions of one cluster have a difference and no interval: the verdict says no nan."""
+    found = stats.paired_difference(np.array([0.5, 0.25]), np.array([0.5, 0.25]), ["one", "one"])
     entry = plain(found)
     assert np.isnan(entry["interval"]).all()
     for bounds in (entry["interval"], [None, None]):
