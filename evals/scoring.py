@@ -206,6 +206,11 @@ def load_task(manager: Tasks, task: str, fewshot: int | None) -> Any:
         for name in metrics_of(entry.cfg or {}):
             if isinstance(error, KeyError) and name not in metric_registry:
                 raise RunError(unknown_metric(task, name, entry.yaml_path)) from None
+        choices = (entry.cfg or {}).get("doc_to_choice")
+        if isinstance(error, ValueError) and isinstance(choices, str) and choices.isidentifier():
+            raise RunError(
+                f"task {task}: doc_to_choice names a column {choices!r}, which the rows lack; mend {entry.yaml_path}"
+            ) from None
         raise RunError(
             f"task {task} cannot be had: {first_line(error)}; its data, columns and settings are in "
             f"{manager.task_index[task].yaml_path}"

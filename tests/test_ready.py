@@ -324,6 +324,7 @@ WRONG = [
     ([row("4"), row("5")], [*CHOICE, 'doc_to_choice: ["4", "5"]'], "its target 4 is read as a choice's place"),
     ([row("1"), row("2")], [*CHOICE, 'doc_to_choice: ["1", "2", "3"]'], "its target 1 is read as a choice's place"),
     ([row("1"), row("2")], [*CHOICE, 'doc_to_choice: ["1", "2"]', "doc_to_target: answer"], None),
+    (ROWS, [*CHOICE, "doc_to_choice: options"], "doc_to_choice names a column 'options', which the rows lack"),
     # filters, metrics and settings
     (ROWS, filters('{function: regex, regex_pattern: "("}'), "its filter 'f' (filter_list) fails on the answer '0'"),
     (ROWS, filters("{function: lowercase, nonesuch: 3}"), "its filter 'f' (filter_list) fails"),
