@@ -6,9 +6,10 @@ goes through the sampler that training uses. Text and image requests may come in
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lm_eval.api.instance import Instance
@@ -16,6 +17,15 @@ from lm_eval.api.model import LM
 from lm_eval.models.utils import resolve_max_length
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from PIL import Image
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
 from tqdm import tqdm
 
 from vlopd.config import ConfigError, SampledConfig
@@ -32,6 +42,49 @@ PLACEHOLDER = "<image>"
 
 DEFAULT_MAX_GEN_TOKS = 256
 """lm-eval's, where a task says nothing."""
+
+
+class Asked(BaseModel):
+    """A task's `generation_kwargs`: those that mean something here, under the names that lm-eval knows."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    until: str | list[str] | None = None
+    max_gen_toks: PositiveInt | None = None
+    max_new_tokens: PositiveInt | None = None
+    max_tokens: PositiveInt | None = None
+    max_completion_tokens: PositiveInt | None = None
+    do_sample: bool | None = None
+    temperature: NonNegativeFloat | None = None
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: NonNegativeInt | None = None
+    num_beams: Literal[1] = 1
+
+    @classmethod
+    def by(cls, task: str, settings: Mapping[str, Any] | None) -> Asked:
+        """Raises ConfigError with the task and the setting."""
+        try:
+            return cls.model_validate(settings or {})
+        except ValidationError as error:
+            first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, cls.model_fields, 1)
+            known = (
+                f"did you mean {near[0]!r}?" if near else f"known are {', '.join(cls.model_fields)}"
+            )
+            raise ConfigError(f"task {task}: unknown generation_kwargs.{name}; {known}")
+        said = first["msg"].removeprefix("Input should be ")
+        raise ConfigError(
+            f"task {task}: generation_kwargs.{name} is {first['input']!r}; it should be {said}"
+        )
+
+    @property
+    def tokens(self) -> int:
+        """The most new tokens, in lm-eval's order of their names."""
+        names = (self.max_gen_toks, self.max_new_tokens, self.max_tokens)
+        return next(
+            (n for n in (*names, self.max_completion_tokens) if n is not None), DEFAULT_MAX_GEN_TOKS
+        )
 
 
 class Decoding(NamedTuple):
@@ -217,19 +270,18 @@ class ArmLM(LM):
 
     def decoding(self, request: Instance) -> Decoding:
         """What a request asks for, or `sampled` in its place."""
-        asked = request.args[1]
-        tokens = int(asked.get("max_gen_toks", DEFAULT_MAX_GEN_TOKS))
+        asked = Asked.by(str(request.task_name), request.args[1])
+        tokens = asked.tokens
         if self.sampled is not None:
             return Decoding(
                 tokens, self.sampled.temperature, self.sampled.top_p, self.sampled.top_k
             )
-        temperature = float(asked.get("temperature") or 0.0)
-        if asked.get("do_sample") is False:
+        temperature = asked.temperature or 0.0
+        if asked.do_sample is False:
             temperature = 0.0
-        elif asked.get("do_sample") and not asked.get("temperature"):
+        elif asked.do_sample and not temperature:
             temperature = 1.0
-        top_k = asked.get("top_k")
-        return Decoding(tokens, temperature, float(asked.get("top_p") or 1.0), top_k or None)
+        return Decoding(tokens, temperature, asked.top_p or 1.0, asked.top_k or None)
 
     @property
     def prefix_id(self) -> int:

@@ -14,16 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import aggregation_registry
 
+from evals.columns import Written, changed, empty_cell, unknown_column
 from evals.harness import samples_of
-from evals.lm import DEFAULT_MAX_GEN_TOKS, PLACEHOLDER, ArmLM
+from evals.lm import PLACEHOLDER, ArmLM, Asked
 from evals.scoring import (
     TASKS,
     Tasks,
     as_list,
+    digits,
     is_corpus_metric,
     load_task,
+    near,
     one_row_a_question,
+    unknown_metric,
     untouched_randomness,
 )
 from vlopd.checkpoint import RunError, read_jsonl
@@ -90,7 +96,11 @@ class Look:
     def __init__(self, name: str, task: Any, config: EvalConfig, limit: int | None, yaml: Any):
         self.name, self.task, self.config = name, task, config
         self.yaml = yaml
+        self.refuse_bad_settings()
         self.docs: list[Any] = list(islice(task.eval_docs, limit))
+        split = task.config.test_split or task.config.validation_split
+        text = all(isinstance(value, str) for doc in self.docs for value in doc.values())
+        self.written = None if text else Written(task, split)
         self.texts: list[Any] = [self.of(i, task.doc_to_text) for i in range(len(self.docs))]
 
     def is_in(self, folder: Path) -> bool:
@@ -101,9 +111,78 @@ class Look:
         """The most tokens of an answer, 0 where none is generated."""
         if self.task.OUTPUT_TYPE != "generate_until":
             return 0
-        return int(
-            (self.task.config.generation_kwargs or {}).get("max_gen_toks", DEFAULT_MAX_GEN_TOKS)
-        )
+        return Asked.by(self.name, self.task.config.generation_kwargs).tokens
+
+    @property
+    def is_graded(self) -> bool:
+        """Whether lm-eval compares answers with the target; else the task's own function scores."""
+        kind = self.task.OUTPUT_TYPE
+        return self.task.config.process_results is None and kind != "loglikelihood_rolling"
+
+    def refuse_bad_settings(self) -> None:
+        """Raises RunError or ConfigError for settings that would fail, or mean nothing, whatever the rows."""
+        task, config = self.task, self.task.config
+        where = f"mend {self.yaml}"
+        if task.OUTPUT_TYPE == "generate_until":
+            Asked.by(self.name, config.generation_kwargs)
+        if config.process_results is None:
+            for metric, function in task._metric_fn_list.items():
+                if function is None:
+                    raise RunError(unknown_metric(self.name, metric, self.yaml))
+        for metric, function in task.aggregation().items():
+            if function is None:
+                named = [
+                    m.get("aggregation") for m in config.metric_list or () if m["metric"] == metric
+                ]
+                said = str(named[0] if named else None)
+                raise RunError(
+                    f"task {self.name}: {metric}'s aggregation {said!r} is none that lm-eval knows"
+                    f"{near(said, aggregation_registry)}; {where}"
+                )
+        if self.is_in(LM_EVAL):
+            return
+        for setting, least in (("repeats", 1), ("num_fewshot", 0)):
+            value = config[setting]
+            if value is not None and (type(value) is not int or value < least):
+                raise RunError(
+                    f"task {self.name}: {setting} is {value!r}; it is a whole number from {least} up: {where}"
+                )
+        if self.is_graded and config.doc_to_target in (None, "", []):
+            raise RunError(
+                f"task {self.name}: its doc_to_target is empty, and answers are compared with it; name the column "
+                f"of the right answers in {self.yaml}"
+            )
+        settings = ["doc_to_text", "doc_to_image"]
+        settings += ["doc_to_target"] if self.is_graded and config.doc_to_choice is None else []
+        for setting in settings:
+            if (name := unknown_column(task, setting)) is not None:
+                raise RunError(
+                    f"task {self.name}: {setting} names a column {name!r}, and the rows have "
+                    f"{', '.join(task.features)}; {where}"
+                )
+
+    def refuse_unwritten(self, index: int) -> None:
+        """Raises RunError where what is asked, or right, is not what the file says, or is an empty cell's."""
+        config, doc = self.task.config, self.docs[index]
+        makes = {"doc_to_text": self.task.doc_to_text}
+        if self.is_graded:
+            makes["doc_to_target"] = self.task.doc_to_target
+        if config.doc_to_choice is not None:
+            makes["doc_to_choice"] = self.task.doc_to_choice
+        own = doc if self.written is None else self.written.row(index, doc)
+        for setting, make in makes.items():
+            if own is not doc and (pair := changed(make, doc, own)):
+                raise self.error(
+                    index,
+                    f"its {setting} is {pair[0]!r} where the data file says {pair[1]!r}: `datasets` guesses the type "
+                    "of a column; write its values as text: in quotes in a JSON-lines file, or, if they look like "
+                    "dates, in a parquet file",
+                )
+            if (column := empty_cell(self.task, config[setting], doc)) is not None:
+                raise self.error(
+                    index,
+                    f"its {setting} reads {column}, which is empty (null or NaN); fill it in or leave the row out",
+                )
 
     def of(self, index: int, make: Any, *args: Any) -> Any:
         """What one of the task's functions makes of a question. Raises RunError with its number."""
@@ -130,11 +209,15 @@ class Look:
                 self.refuse_unmarked_pictures(i, text)
             if self.task.OUTPUT_TYPE == "loglikelihood_rolling":
                 continue
+            if not self.is_in(LM_EVAL):
+                self.refuse_unwritten(i)
             target = self.of(i, self.task.doc_to_target)
             if self.task.OUTPUT_TYPE == "multiple_choice":
                 self.refuse_no_choice(i, target)
             elif self.task.config.doc_to_target not in (None, "") and not readable(target):
                 raise self.error(i, f"its target is {target!r}; fill it in or leave the row out")
+            if self.task.config.filter_list and self.task.OUTPUT_TYPE == "generate_until":
+                self.refuse_bad_filters(i, target)
             if self.is_scored(i):
                 comparable &= self.refuse_bad_scores(i, target)
         return comparable
@@ -159,6 +242,25 @@ class Look:
                 f"{len(images)}; mend {self.yaml}",
             )
 
+    def refuse_bad_filters(self, index: int, target: Any) -> None:
+        """Raises RunError where a filter fails on the target as an answer, or on an answer that says nothing."""
+        config = self.task.config
+        graded = self.is_scored(0) or not self.is_in(LM_EVAL)
+        for answer in (str(target[0] if isinstance(target, list) and target else target), ""):
+            asked = Instance("generate_until", self.docs[index], ("", {}), 0)
+            asked.resps = [answer] * (config.repeats or 1)
+            for ensemble in self.task._filters:
+                try:
+                    ensemble.apply([asked])
+                    if graded and (config.repeats or 1) == 1:
+                        said = asked.filtered_resps[ensemble.name]
+                        self.task.process_results(self.docs[index], [said])
+                except Exception as error:  # filters raise what they like
+                    raise RunError(
+                        f"task {self.name}: its filter {ensemble.name!r} (filter_list) fails on the answer "
+                        f"{answer!r}: {type(error).__name__}: {first_line(error)}; mend {self.yaml}"
+                    ) from None
+
     def refuse_no_choice(self, index: int, target: Any) -> None:
         """Raises RunError where the target is none of the choices."""
         choices = self.of(index, self.task.doc_to_choice)
@@ -166,6 +268,11 @@ class Look:
             target = self.texts[index]
         for gold in target if isinstance(target, list) else [target]:
             is_place = isinstance(gold, int) and not isinstance(gold, bool)
+            column = self.task.config.doc_to_target
+            word = self.docs[index].get(str(column).strip("{} "))
+            is_word = isinstance(word, str) and is_place and word in choices
+            if is_word and (gold >= len(choices) or choices[gold] != word):
+                raise self.error(index, digits(gold, choices))
             if not (0 <= gold < len(choices) if is_place else gold in choices):
                 raise self.error(
                     index,
@@ -200,6 +307,8 @@ class Look:
                         index,
                         f"{where}; scores that are compared lie in [0, 1]: list such a metric first in {self.yaml}",
                     )
+            if not self.is_in(LM_EVAL):
+                self.refuse_no_sum(numbers)
             best += list(numbers.values())[:1]
             if 1 in best:
                 break
@@ -209,6 +318,20 @@ class Look:
                 f"its target {target!r} is graded 0 as an answer: no answer would be right; mend the row",
             )
         return bool(best)
+
+    def refuse_no_sum(self, numbers: Mapping[str, float]) -> None:
+        """Raises RunError for a metric that cannot be aggregated."""
+        for metric, value in numbers.items():
+            total = self.task.aggregation().get(metric)
+            if total is None:  # one that is not listed: lm-eval takes its mean
+                continue
+            try:
+                total([value])
+            except Exception as error:  # a task's own functions raise what they like
+                raise RunError(
+                    f"task {self.name}: {metric} is a number a question, and its aggregation fails on it "
+                    f"({type(error).__name__}: {first_line(error)}); mend metric_list in {self.yaml}"
+                ) from None
 
     # ---- by model
 
@@ -252,17 +375,28 @@ class Look:
 
     def prompt(self, index: int, lm: ArmLM, templated: bool) -> Any:
         """The question as lm-eval would ask it, few-shot examples included."""
-        return self.of(
-            index,
-            lambda doc: self.task.fewshot_context(
-                doc,
-                num_fewshot=self.task.config.num_fewshot or 0,
-                apply_chat_template=templated,
-                fewshot_as_multiturn=templated,
-                chat_template=lm.apply_chat_template if templated else None,
-                gen_prefix=self.task.doc_to_prefix(doc),
-            ),
-        )
+        shots = self.task.config.num_fewshot or 0
+
+        def ask(doc: Any) -> Any:
+            try:
+                return self.task.fewshot_context(
+                    doc,
+                    num_fewshot=shots,
+                    apply_chat_template=templated,
+                    fewshot_as_multiturn=templated,
+                    chat_template=lm.apply_chat_template if templated else None,
+                    gen_prefix=self.task.doc_to_prefix(doc),
+                )
+            except (ValueError, AssertionError) as error:
+                if shots == 0 or shots < len(self.task.sampler.df):
+                    raise
+                raise self.error(
+                    index,
+                    f"there are {len(self.task.sampler.df)} rows to draw {shots} examples and a spare from "
+                    f"({first_line(error)}); lower eval.fewshot, or the task's num_fewshot",
+                ) from None
+
+        return self.of(index, ask)
 
     def tokens(self, index: int, prompt: Any, lm: ArmLM, images: Sequence[Any]) -> int:
         loaded = lm.loaded

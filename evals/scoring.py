@@ -5,21 +5,26 @@ lm-eval's own cache is keyed by request alone and would hand one model another's
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import lm_eval
 import numpy as np
 import torch
+from lm_eval.api.registry import metric_registry
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
+from evals import lm as models
 from evals import stats
 from evals.definition import files_of_task
 from evals.lm import ArmLM
@@ -30,6 +35,7 @@ from vlopd.digests import file_digest
 from vlopd.models.about import first_line
 
 TASKS = Path(__file__).parent / "tasks"
+LM = models.__file__
 
 
 class Tasks(TaskManager):
@@ -49,6 +55,7 @@ class Tasks(TaskManager):
         ours = cls(include_path=folders(include), include_defaults=False)
         if all(ours.has(task) for task in tasks):
             return ours
+        refuse_broken([task for task in tasks if not ours.has(task)], include)
         every = every_task(include)
         for task in tasks:
             if not every.has(task):
@@ -79,6 +86,21 @@ class Tasks(TaskManager):
 
 def folders(include: str | None) -> list[str]:
     return [str(TASKS), *([include] if include else [])]
+
+
+def refuse_broken(tasks: Sequence[str], include: str | None) -> None:
+    """Raises ConfigError where a YAML file of the user's that names such a task is broken: lm-eval passes over it."""
+    for path in sorted(Path(include).rglob("*.yaml")) if include else ():
+        text = path.read_text(errors="replace")
+        for task in tasks:
+            if task != path.stem and task not in text:
+                continue
+            try:
+                load_yaml(path, resolve_func=False)
+            except Exception as error:  # what it includes may be missing too
+                raise ConfigError(
+                    f"eval.tasks: {path}, which names task {task!r}, cannot be read as YAML: {first_line(error)}"
+                ) from None
 
 
 @cache
@@ -128,15 +150,25 @@ def score(
         with untouched_randomness():
             loaded = load_task(manager, task, config.fewshot)
             # not simple_evaluate, which also asks pip for every package's version, a second each time
-            results = lm_eval.evaluate(
-                lm,
-                loaded,
-                limit=limit,
-                apply_chat_template=templated,
-                fewshot_as_multiturn=templated,
-                bootstrap_iters=1,  # closed-form errors only; ours are in compare.json
-                log_samples=True,
-            )
+            try:
+                results = lm_eval.evaluate(
+                    lm,
+                    loaded,
+                    limit=limit,
+                    apply_chat_template=templated,
+                    fewshot_as_multiturn=templated,
+                    bootstrap_iters=1,  # closed-form errors only; ours are in compare.json
+                    log_samples=True,
+                )
+            except UserError:
+                raise
+            except Exception as error:  # filters, metrics and task files raise what they like
+                if any(f.f_code.co_filename == LM for f, _ in walk_tb(error.__traceback__)):
+                    raise  # the model's: not the task's fault
+                raise RunError(
+                    f"task {task} cannot be scored: {type(error).__name__}: {first_line(error)}; mend "
+                    f"{manager.task_index[task].yaml_path}"
+                ) from None
         assert results is not None
         results["config"] = {"model": name, "limit": limit, "batch_size": lm.batch_size}
         if any(reading.thought is not None for own in lm.readings.values() for reading in own):
@@ -162,12 +194,26 @@ def load_task(manager: Tasks, task: str, fewshot: int | None) -> Any:
         loaded = manager.load([task])
     except UserError:
         raise
-    except IndexError:  # lm-eval looks at the first
+    except IndexError as error:  # lm-eval looks at the first
+        seen = {k: v for f, _ in walk_tb(error.__traceback__) for k, v in f.f_locals.items()}
+        if "test_target" in seen:
+            raise RunError(
+                f"task {task}, question 0 (from 0): {digits(seen['test_target'], seen['test_choice'])}"
+            ) from None
         raise RunError(f"task {task} has no questions: its split is empty") from None
     except Exception as error:  # datasets, templates and task files raise what they like
+        entry = manager.task_index[task]
+        for name in metrics_of(entry.cfg or {}):
+            if isinstance(error, KeyError) and name not in metric_registry:
+                raise RunError(unknown_metric(task, name, entry.yaml_path)) from None
+        choices = (entry.cfg or {}).get("doc_to_choice")
+        if isinstance(error, ValueError) and isinstance(choices, str) and choices.isidentifier():
+            raise RunError(
+                f"task {task}: doc_to_choice names a column {choices!r}, which the rows lack; mend {entry.yaml_path}"
+            ) from None
         raise RunError(
-            f"task {task} cannot be had: {first_line(error)}; {manager.task_index[task].yaml_path} says where "
-            "its data are, and names their columns"
+            f"task {task} cannot be had: {first_line(error)}; its data, columns and settings are in "
+            f"{manager.task_index[task].yaml_path}"
         ) from None
     for its in loaded["tasks"].values():
         own = its.get_config("num_fewshot")
@@ -175,6 +221,32 @@ def load_task(manager: Tasks, task: str, fewshot: int | None) -> Any:
             its.set_config("num_fewshot", fewshot or 0)
         its.set_fewshot_seed(1234)
     return loaded
+
+
+def digits(target: Any, choices: Any) -> str:
+    """What is wrong with a target of digits, which lm-eval takes for a choice's place."""
+    return (
+        f"its target {target!r} is read as a choice's place (from 0) among its {len(choices)} choices {choices}; "
+        "where a choice is meant, name the column itself (doc_to_target: COLUMN, text and no template)"
+    )
+
+
+def metrics_of(settings: Mapping[str, Any]) -> list[str]:
+    listed = settings.get("metric_list") or []
+    return [
+        str(each["metric"]) for each in listed if isinstance(each, Mapping) and "metric" in each
+    ]
+
+
+def unknown_metric(task: str, name: str, yaml: Any) -> str:
+    return (
+        f"task {task}: no metric {name!r}{near(name, metric_registry)}; mend metric_list in {yaml}"
+    )
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(known), 1)
+    return f", did you mean {found[0]!r}?" if found else f"; there are {', '.join(sorted(known))}"
 
 
 def one_row_a_question(task: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,15 +3,17 @@
 import json
 
 import lm_eval
+import numpy as np
 import pytest
 import torch
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
-from evals import harness
-from evals.compare import compare
+from evals import harness, stats
+from evals.compare import compare, plain
 from evals.harness import evaluate_arm
-from evals.lm import ArmLM
+from evals.lm import ArmLM, Asked
+from evals.report.verdict import Teller, no_worse, p_value, points
 from evals.scoring import TASKS, Tasks, score
 from vlopd import stages
 from vlopd.checkpoint import RunError, RunFolder, read_json, read_jsonl
@@ -256,3 +258,51 @@ def test_groups_and_tasks_from_a_folder(make_config, tmp_path):
     assert {row["completion"] for row in rows} <= {"yes", "2"}
     with pytest.raises(ConfigError, match="no folder 'nowhere'"):
         Tasks.of(["mine"], "nowhere")
+
+
+def test_an_interval_that_is_not_there():
+    """Two tied questions of one cluster have a difference and no interval: the verdict says no nan."""
+    found = stats.paired_difference(np.array([0.5, 0.25]), np.array([0.5, 0.25]), ["one", "one"])
+    entry = plain(found)
+    assert np.isnan(entry["interval"]).all()
+    for bounds in (entry["interval"], [None, None]):
+        its = {**entry, "interval": bounds, "non_inferiority": {"margin": 0.05, "holds": False, "p": None,
+                                                                "low": bounds[0]}}  # fmt: skip
+        assert points(its) == "+0.0 pp" and "nan" not in no_worse(its)
+        task = {"arms": {}, "contrasts": [], "n": 2, "minimum_detectable_effect": bounds[0],
+                "minimum_detectable_effect_of": "a - b"}  # fmt: skip
+        assert Teller(task, {}, {}).limits() == []
+    assert p_value(float("nan")) == p_value(None) == "-"
+
+
+def test_a_task_that_fails_while_it_is_scored(make_config, folders, tmp_path):
+    """What a task's code raises on an answer is one line with the task; what our model class raises is not hidden."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "how many", "answer": "2"}) + "\n")
+    (tmp_path / "module.py").write_text("def score(doc, results):\n    return {'score': 1 / 0}\n")
+    (tmp_path / "mine.yaml").write_text(
+        f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: question\ndoc_to_target: answer\n"
+        "generation_kwargs: {until: [], max_gen_toks: 2}\nprocess_results: !function module.score\n"
+        "metric_list: [{metric: score, aggregation: mean, higher_is_better: true}]\n"
+    )
+    config = EvalConfig(tasks=("mine",), include=str(tmp_path))
+    model = load_configured(
+        ModelConfig(model=str(folders["llm", "student"])), torch.float32, torch.device("cpu")
+    )
+    manager = Tasks.of(["mine"], str(tmp_path))
+    lm = ArmLM(model, quiet=True)
+    with pytest.raises(
+        RunError, match=r"task mine cannot be scored: ZeroDivisionError: division by zero; mend"
+    ):
+        score(lm, "mine", manager, config, None, "student")
+    lm.batch_size = None
+    with pytest.raises(TypeError):
+        score(lm, "mine", manager, config, None, "student")
+
+
+def test_new_tokens_under_lm_evals_other_names():
+    """A limit on new tokens counts under each name that lm-eval knows, in its order."""
+    assert Asked.by("t", {"max_new_tokens": 3, "max_tokens": 5}).tokens == 3
+    assert Asked.by("t", {"max_completion_tokens": 5}).tokens == 5
+    assert Asked.by("t", {"max_new_tokens": 3, "max_gen_toks": 9}).tokens == 9
+    assert Asked.by("t", None).tokens == 256

@@ -265,7 +265,7 @@ SCORED = [
         (ROWS, ["doc_to_text: '{{asked}}'"], "", "'asked'"),
         (ROWS, ["test_split: nope"], "", "task mine"),
         ([*ROWS, {"question": "how many", "answer": None}], ["doc_to_target: answer"], "",
-         "question 2 (from 0): its target is None"),
+         "question 2 (from 0): its doc_to_target reads answer, which is empty"),
         ([*ROWS, {"question": "how many", "answer": ""}], [], "", "question 2 (from 0): its target is ''"),
         ([{"question": "is it", "answer": i} for i in (1, 2)], [*CHOICE, "doc_to_target: answer"], "",
          "question 1 (from 0): its target is 2, which is none of its 2 choices"),
@@ -293,6 +293,120 @@ def test_a_task_that_cannot_be_asked(kind, rows, changes, code, message, task, f
         assert lines == []
     else:
         assert len(lines) == 1 and message in lines[0] and "\n" not in lines[0], lines
+
+
+def row(answer, **more):
+    return {"question": "how many", "answer": answer, **more}
+
+
+def filters(*steps):
+    return [f"filter_list: [{{name: f, filter: [{', '.join(steps)}, {{function: take_first}}]}}]"]
+
+
+def settings(**generation):
+    return [f"generation_kwargs: {json.dumps({'until': [], 'max_gen_toks': 4, **generation})}"]
+
+
+WRONG = [
+    # what is right is what the file says
+    ([row("1"), row(None)], [], "question 1 (from 0): its doc_to_target reads answer, which is empty"),
+    ([row("1"), row(None)], ["doc_to_target: '{{answer|trim}}'"], "question 1 (from 0): its doc_to_target reads"),
+    ([row({"x": "1"}), row({"x": None})], ["doc_to_target: '{{answer.x}}'"], "question 1 (from 0): its doc_to_target"),
+    ([row("1"), row(None)], ["doc_to_target: \"{{answer or 'x'}}\""], None),
+    ([row(3), row(2.5)], [], "question 0 (from 0): its doc_to_target is '3.0' where the data file says '3'"),
+    ([row(3), row(2.5)], ["doc_to_target: answer"], "question 0 (from 0): its doc_to_target is '3.0' where the"),
+    ([row({"x": 3}), row({"x": 2.5})], ["doc_to_target: '{{answer.x}}'"], "'3.0' where the data file says '3'"),
+    ([row(3), row(2.5)], ["doc_to_target: '{{answer|int}}'"], None),
+    ([row(3), row(4)], [], None),
+    ([row("2024-01-31"), row("2024-02-01")], [], "is '2024-01-31 00:00:00' where the data file says '2024-01-31'"),
+    ([row("1", n=3), row("1", n=2.5)], [], None),
+    ([row("1", n=3), row("1", n=2.5)], ["doc_to_text: '{{n}} and'"], "its doc_to_text is '3.0 and' where"),
+    (ROWS, ["doc_to_target: ''"], "its doc_to_target is empty"),
+    (ROWS, ["doc_to_target: anwser"], "doc_to_target names a column 'anwser', and the rows have question, answer"),
+    (ROWS, ["doc_to_text: asked"], "doc_to_text names a column 'asked'"),
+    (ROWS, ["doc_to_image: [picture]"], "doc_to_image names a column 'picture'"),
+    # a choice of digits is no place
+    ([row("4"), row("5")], [*CHOICE, 'doc_to_choice: ["4", "5"]'], "its target 4 is read as a choice's place"),
+    ([row("1"), row("2")], [*CHOICE, 'doc_to_choice: ["1", "2", "3"]'], "its target 1 is read as a choice's place"),
+    ([row("1"), row("2")], [*CHOICE, 'doc_to_choice: ["1", "2"]', "doc_to_target: answer"], None),
+    (ROWS, [*CHOICE, "doc_to_choice: options"], "doc_to_choice names a column 'options', which the rows lack"),
+    # filters, metrics and settings
+    (ROWS, filters('{function: regex, regex_pattern: "("}'), "its filter 'f' (filter_list) fails on the answer '0'"),
+    (ROWS, filters("{function: lowercase, nonesuch: 3}"), "its filter 'f' (filter_list) fails"),
+    (ROWS, filters("{function: take_first_k}"), "its filter 'f' (filter_list) fails"),
+    (ROWS, filters("{function: nonesuch}"), "nonesuch"),
+    (ROWS, filters('{function: regex, regex_pattern: "([0-9])"}'), None),
+    (ROWS, settings(until=3), "generation_kwargs.until is 3"),
+    (ROWS, settings(until=[3]), "generation_kwargs.until"),
+    (ROWS, settings(max_gen_toks=0), "generation_kwargs.max_gen_toks is 0; it should be greater than 0"),
+    (ROWS, settings(max_gen_toks=-1), "generation_kwargs.max_gen_toks is -1"),
+    (ROWS, settings(max_gen_toks="many"), "generation_kwargs.max_gen_toks is 'many'"),
+    (ROWS, settings(do_sample=True, temperature=-1.0), "generation_kwargs.temperature is -1.0"),
+    (ROWS, settings(temperature="hot"), "hot"),
+    (ROWS, settings(top_p=2), "generation_kwargs.top_p is 2"),
+    (ROWS, settings(max_new_token=3), "generation_kwargs.max_new_token; did you mean 'max_new_tokens'?"),
+    (ROWS, settings(num_beams=4), "generation_kwargs.num_beams is 4"),
+    (ROWS, ["metric_list: [{metric: exact_match, aggregation: maen, higher_is_better: true}]"],
+     "exact_match's aggregation 'maen' is none that lm-eval knows, did you mean 'mean'?"),
+    (ROWS, ["metric_list: [{metric: exact_mach}]"], "no metric 'exact_mach', did you mean 'exact_match'?"),
+    (ROWS, ["metric_list: [{metric: exact_mach, aggregation: mean, higher_is_better: true}]"],
+     "no metric 'exact_mach', did you mean 'exact_match'?"),
+    (ROWS, ["metric_list: [{metric: exact_match, aggregation: f1, higher_is_better: true}]"],
+     "exact_match is a number a question, and its aggregation fails on it"),
+    (ROWS, ["repeats: many"], "repeats is 'many'"),
+    (ROWS, ["num_fewshot: -1"], "num_fewshot is -1"),
+    (ROWS, ["num_fewshot: 5"], "lower eval.fewshot, or the task's num_fewshot"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "changes", "message"), WRONG)
+def test_a_task_that_says_what_is_not_so(rows, changes, message, task, folders):
+    """Guessed and empty cells, digits for choices, and filters, metrics and settings that would fail after training:
+    one line; what is right passes."""
+    changes = list({c.partition(":")[0]: c for c in changes}.values())
+    student = without_weights(ModelConfig(model=str(folders["llm", "student"])))
+    lines = tasks.findings(task(rows, changes), {"student": student})
+    if message is None:
+        assert lines == []
+    else:
+        assert len(lines) == 1 and message in lines[0] and "\n" not in lines[0], lines
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (("007", "8"), "question 0 (from 0): its doc_to_target is '7' where the data file says '007'"),
+        (("7", "NA"), "question 0 (from 0): its doc_to_target is '7.0' where the data file says '7'"),
+        (("yes", "NA"), "question 1 (from 0): its doc_to_target is 'None' where the data file says 'NA'"),
+        (("2.50", "3.5"), "question 0 (from 0): its doc_to_target is '2.5' where the data file says '2.50'"),
+        (("7", "8"), None),
+        (("2.5", "True"), None),
+    ],
+)  # fmt: skip
+def test_golds_of_a_csv_keep_their_words(cells, message, task, tmp_path):
+    """`datasets` makes 7 of 007 and nothing of NA in a CSV file: refused with the question and both words."""
+    (tmp_path / "rows.csv").write_text("question,answer\n" + "".join(f"how,{c}\n" for c in cells))
+    data = f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.csv'}}}}}"
+    lines = tasks.findings(task(ROWS, ["dataset_path: csv", data]), {})
+    assert [message in line for line in lines] == ([] if message is None else [True]), lines
+
+
+def test_golds_that_a_task_passes_on(task):
+    """A task's process_docs that leaves the guessed golds alone is refused too; one that mends them passes."""
+    process = ["process_docs: !function module.process"]
+    code = "def process(d):\n    return d.map(lambda r: {'more': r['question'] + '?'})"
+    (line,) = tasks.findings(task([row(3), row(2.5)], process, code), {})
+    assert "its doc_to_target is '3.0' where the data file says '3'" in line
+    code = "def process(d):\n    return d.map(lambda r: {'gold': f\"{r['answer']:g}\"}, remove_columns=['answer'])"
+    mended = [*process, "doc_to_target: gold"]
+    assert tasks.findings(task([row(3), row(2.5)], mended, code), {}) == []
+
+
+def test_a_task_file_that_is_no_yaml(tmp_path):
+    """A broken file of the task's name is named, instead of a task that is not there."""
+    (tmp_path / "broken.yaml").write_text("task: broken\ndoc_to_text: '{{question")
+    (line,) = tasks.findings(EvalConfig(tasks=("broken",), include=str(tmp_path)), {})
+    assert f"{tmp_path / 'broken.yaml'}, which names task 'broken', cannot be read as YAML" in line
 
 
 def test_marks_are_as_many_as_pictures(task, folders):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 Entry = Mapping[str, Any]
 UNREADABLE = 0.5
@@ -183,7 +184,7 @@ class Teller:
             self.task["minimum_detectable_effect"],
             self.task["minimum_detectable_effect_of"],
         )
-        if not effect:
+        if not effect or math.isnan(effect):
             return lines
         return [
             *lines,
@@ -233,7 +234,7 @@ def share(recovered: Entry) -> str:
 def interval(entry: Entry, scale: float, form: str) -> str:
     """The entry's interval in brackets after a space; nothing where it has none."""
     bounds = entry["interval"]
-    if bounds is None or None in bounds:
+    if bounds is None or not all(map(is_known, bounds)):
         return ""
     return f" [{scale * bounds[0]:{form}}, {scale * bounds[1]:{form}}]"
 
@@ -255,16 +256,21 @@ def no_worse(difference: Entry) -> str:
     if tested["holds"]:
         return f"no worse by {margin} or more (non-inferior, p {equals(tested['p'])})"
     low = tested["low"]
-    worst = "" if low is None else f"; it may be {-100 * low:.1f} pp worse"
+    worst = "" if not is_known(low) else f"; it may be {-100 * low:.1f} pp worse"
     return f"not shown to be within {margin} (non-inferiority p {equals(tested['p'])}){worst}"
 
 
+def is_known(value: float | None) -> TypeGuard[float]:
+    """Whether there is such a number: nan, and null in a file, stand where questions were too few."""
+    return value is not None and not math.isnan(value)
+
+
 def p_value(p: float | None) -> str:
-    return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
+    return "-" if not is_known(p) else "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
-def equals(p: float) -> str:
-    return p_value(p) if p < 0.001 else f"= {p_value(p)}"
+def equals(p: float | None) -> str:
+    return p_value(p) if is_known(p) and p < 0.001 else f"= {p_value(p)}"
 
 
 def mean_of(arms: Sequence[str]) -> str:
