@@ -173,6 +173,21 @@ def compare_task(answers: Answers, roles: Roles, config: EvalConfig) -> dict[str
     }
 
 
+def lost_contrasts(config: ExperimentConfig) -> list[str]:
+    """The declared contrasts that no comparison of these arms' roles gives, a line each."""
+    roles = roles_of(config)
+    given = [
+        f"{a} - {b}" for above, below in PAIRS for a in roles.arms(above) for b in roles.arms(below)
+    ]
+    for arm, randoms in roles.controls.items():
+        given += [f"{arm} - {other}" for other in (RANDOM, *randoms)]
+    return [
+        f"eval.contrasts: {name!r} is no comparison of these arms' roles; there are {', '.join(given)}"
+        for name in config.eval.contrasts or ()
+        if name not in given
+    ]
+
+
 def adjust(contrasts: Sequence[dict[str, Any]], declared: Sequence[str] | None) -> None:
     """Holm's p over the declared contrasts, or over all where none are declared; null for the others."""
 

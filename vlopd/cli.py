@@ -128,10 +128,12 @@ def unready(config: ExperimentConfig, names: list[str], evaluated: bool) -> list
 def unready_tasks(config: ExperimentConfig, names: list[str]) -> list[str]:
     """What would stop these arms' evaluation, a line each."""
     from evals import ready as tasks
+    from evals.compare import lost_contrasts
     from vlopd import ready
 
     try:
-        lines = tasks.findings(config.eval, ready.evaluated(config, names))
+        lines = lost_contrasts(config)
+        lines += tasks.findings(config.eval, ready.evaluated(config, names))
     except UserError as error:
         return [str(error)]
     for name in names:
