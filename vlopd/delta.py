@@ -7,7 +7,8 @@ merged, tensor by tensor, in the source's stored precision.
 
 Parameters are paired where that is sure: by name; by name without wrappers; under another prefix; and through
 transformers' own conversions between layouts (vlopd.models.layouts). What has no partner is counted, and above a
-share of either checkpoint refused.
+share of either checkpoint refused. Buffers are no parameters: causal masks, position tables and integers that only
+some versions store are counted and named, but never compared, and no share of anything.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ ADAPTER = re.compile(
 SAME_MODEL = 0.5
 """Checkpoints that share less than this part of either's entries are not of one architecture."""
 LEFT_OUT = 0.01
-"""The largest part of either checkpoint's entries that may be left out; above it is a refusal. An embedding, a head, a
-vision tower or the experts are more than that; a value head, rotary tables and position ids are less, and counted."""
+"""The largest part of either checkpoint's parameters that may be left out; above it is a refusal. An embedding, a head, a
+vision tower or the experts are more than that; a value head is less, and counted. Constants (causal masks, rotary
+tables) and integers (position ids) are named, whatever their size, and are part of neither share."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,10 @@ def difference(source: Tensor, trained: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A tensor that is not compared. Its shares are of each checkpoint's entries, 0 where it has no such tensor."""
+    """A tensor that is not compared.
+
+    Its shares are of each checkpoint's parameters, 0 where it has no such tensor or the tensor is no parameter.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -111,7 +116,7 @@ class MatchReport:
     matched: tuple[str, ...]  # by the source's names, or a head's own
     missing: tuple[str, ...]  # in the source only
     extra: tuple[str, ...]  # in the trained checkpoint only
-    skipped: tuple[str, ...]  # in both, but in a format that is not compared
+    skipped: tuple[str, ...]  # in both, but a constant, or in a format that is not compared
     aliased: Mapping[
         str, tuple[str, str]
     ]  # matched: (name in the source, in the trained checkpoint)
@@ -128,7 +133,7 @@ class MatchReport:
 
     @property
     def source_share(self) -> float:
-        """The part of the source's entries that is not compared."""
+        """The part of the source's parameters that is not compared."""
         return math.fsum(its.source_share for its in self.left_out)
 
     @property
@@ -238,6 +243,10 @@ class Weights:
 
     def is_floating_point(self, name: str) -> bool:
         return self._slice(name).get_dtype().startswith(("F", "BF"))
+
+    def is_parameter(self, name: str) -> bool:
+        """False for integers and for constants such as causal masks."""
+        return self.is_floating_point(name) and not whole.is_constant(name, self.shape(name))
 
     def header(self) -> dict[str, Tensor]:
         """The floating-point tensors on the meta device: shapes and dtypes without values."""
@@ -360,8 +369,10 @@ def match(source: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchRe
     Raises RunError for a parameter whose shapes differ, for adapters that are not merged, and where more than `limit`
     of either checkpoint's entries would not be compared.
     """
-    ours = {name: tuple(source.shape(name)) for name in source.names()}
-    theirs = {name: tuple(trained.shape(name)) for name in trained.names()}
+    sides = (source, trained)
+    shapes = [{name: tuple(side.shape(name)) for name in side.names()} for side in sides]
+    buffers = {n for n in shapes[0] | shapes[1] if is_buffer(n, sides)}
+    ours, theirs = ({n: shape for n, shape in own.items() if n not in buffers} for own in shapes)
     names, changes = paired(ours, theirs)
     unlike = {name: other for name, other in names.items() if ours[name] != theirs[other]}
     names = {name: other for name, other in names.items() if name not in unlike}
@@ -395,8 +406,8 @@ def match(source: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchRe
         stored[name] = (source.stored(name), *formats)
     skipped = {name: its for name, its in stored.items() if not set(its) <= FLOATS.keys()}
     totals = [
-        max(1, sum(math.prod(shape) for name, shape in shapes.items() if name not in tied))
-        for shapes in (ours, theirs)
+        max(1, sum(math.prod(shape) for name, shape in own.items() if name not in tied))
+        for own in (ours, theirs)
     ]
 
     def left(name: str, side: int | None, reason: str) -> LeftOut:
@@ -410,7 +421,17 @@ def match(source: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchRe
             name, shape, reason, here, there, side != 1 and source.is_floating_point(own)
         )
 
+    def aside(name: str) -> LeftOut:
+        held = [side for side in sides if name in side.names()]
+        formats = " and ".join(dict.fromkeys(side.stored(name) for side in held))
+        constant = whole.is_constant(name, held[0].shape(name))
+        kind = "a constant" if constant else f"stored as {formats}"
+        only = "the source" if held[0] is source else "the trained checkpoint"
+        where = f", in {only} only" if len(held) == 1 else ""
+        return LeftOut(name, tuple(held[0].shape(name)), f"{kind}{where}", 0.0, 0.0, False)
+
     left_out = [
+        *map(aside, buffers),
         *(left(name, 0, "in the source only") for name in missing),
         *(left(name, 1, "in the trained checkpoint only") for name in extra),
         *(left(n, None, f"stored as {' and '.join(dict.fromkeys(f))}") for n, f in skipped.items()),
@@ -419,9 +440,9 @@ def match(source: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchRe
     matched = tuple(sorted(stored.keys() - skipped.keys()))
     report = MatchReport(
         matched=matched,
-        missing=tuple(sorted(missing)),
-        extra=tuple(sorted(extra)),
-        skipped=tuple(sorted(skipped)),
+        missing=tuple(sorted({*missing, *(buffers - shapes[1].keys())})),
+        extra=tuple(sorted({*extra, *(buffers - shapes[0].keys())})),
+        skipped=tuple(sorted({*skipped, *(buffers & shapes[0].keys() & shapes[1].keys())})),
         aliased={n: pairs[n] for n in matched if n in pairs and pairs[n] != (n, n)},
         converted={n: converted[n] for n in matched if n in converted},
         tied=tuple(sorted(tied)),
@@ -431,6 +452,11 @@ def match(source: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchRe
     )
     refuse_left_out(source, trained, report, limit)
     return report
+
+
+def is_buffer(name: str, sides: Iterable[Weights]) -> bool:
+    """Whether a tensor is a parameter of none of the checkpoints that hold it."""
+    return not any(side.is_parameter(name) for side in sides if name in side.names())
 
 
 def loses(own: str, *others: str) -> bool:

@@ -261,8 +261,7 @@ def check_source(source: Path, mask: Mask) -> None:
     from vlopd.masks import check_shapes
 
     with Weights(source) as weights:
-        floats = [name for name in weights.names() if weights.is_floating_point(name)]
-        shapes = {name: weights.shape(name) for name in floats}
+        shapes = {n: weights.shape(n) for n in weights.names() if weights.is_parameter(n)}
     try:
         check_shapes(mask, shapes)
     except RunError as error:
