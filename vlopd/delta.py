@@ -678,6 +678,65 @@ def refuse_unmerged(weights: Weights, names: set[str]) -> None:
             )
 
 
+def refuse_partial(folder: Path) -> None:
+    """Raises RunError where a folder's weights are not those of its config.json: the first that is missing or unlike.
+
+    Reads headers alone. Adapters, folders without a config.json and those of models that transformers does not know
+    are accepted, as are tensors that the model has no place for: the pairing counts them.
+    """
+    path = folder / "config.json"
+    if not path.is_file() or adapter.is_adapter(folder):
+        return
+    try:
+        about = read_json(path)
+    except RunError:  # its remedy is for files of a run
+        about = None
+    if not isinstance(about, dict):
+        raise RunError(f"{path} is no JSON object; give the config.json of the model, or remove it")
+    from vlopd.models.about import config_of, is_known
+
+    if not is_known(about):
+        return
+    from vlopd.models.layouts import fit
+
+    config = config_of(folder)
+    assert config is not None
+    with Weights(folder) as weights:
+        tensors = {name: weights.stored(name) for name in weights.names()}
+        why = whole.ragged(
+            {n: whole.Stored(d, tuple(weights.shape(n))) for n, d in tensors.items()}
+        )
+        if why is not None:
+            raise RunError(f"{folder}: {why}")
+        header, named = weights.header(), unwrapped(weights.header())
+    try:
+        found = fit(config, {bare: header[name] for bare, name in named.items()})
+        if found is not None:  # once more with what is under another prefix
+            _, changes = paired(found.lacking, found.unused)
+            back = [(new, old) for old, new in changes]
+            moved = renamed_by(back, {bare: named[bare] for bare in found.unused})
+            named = moved | {bare: its for bare, its in named.items() if bare not in found.unused}
+            found = fit(config, {n: header[its] for n, its in named.items()}) if back else found
+    except ValueError as error:
+        said = " ".join(str(error).split())
+        raise RunError(f"{path} describes no model ({said}); give the model's own") from None
+    if found is None:
+        return
+    for name, (held, wanted) in sorted(found.unlike.items()):
+        raise RunError(
+            f"{folder}: {name} is {held} in its file and {wanted} in config.json; give the config.json that its "
+            "weights were saved with"
+        )
+    lacking, unused = (sum(map(math.prod, its.values())) for its in (found.lacking, found.unused))
+    if not lacking or (unused >= lacking and 2 * len(found.lacking) > len(header)):
+        return  # in the second case they are there under names of a layout that we do not know
+    raise RunError(
+        f"{folder} is not whole: {whole.few(sorted(found.lacking))} of config.json's model "
+        f"{'are' if len(found.lacking) > 1 else 'is'} not in its file; save the whole model again, or give the config.json "
+        "that its weights were saved with"
+    )
+
+
 def refuse_both(folder: Path) -> None:
     """Raises RunError for a folder that holds a model and an adapter: which of the two is meant cannot be told."""
     for name in (SINGLE, INDEX):
