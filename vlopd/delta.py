@@ -61,9 +61,9 @@ ADAPTER = re.compile(
 SAME_MODEL = 0.5
 """Checkpoints that share less than this part of either's entries are not of one architecture."""
 LEFT_OUT = 0.01
-"""The largest part of either checkpoint's parameters that may be left out; above it is a refusal. An embedding, a head, a
-vision tower or the experts are more than that; a value head is less, and counted. Constants (causal masks, rotary
-tables) and integers (position ids) are named, whatever their size, and are part of neither share."""
+"""The largest part of either checkpoint's parameters that may be left out; above it is a refusal. An embedding, a
+head, a vision tower or the experts are more than that; a value head is less, and counted. Constants (causal masks,
+rotary tables) and integers (position ids) are named, whatever their size, and are part of neither share."""
 
 
 @dataclass(frozen=True)
@@ -712,11 +712,13 @@ def refuse_partial(folder: Path) -> None:
     try:
         found = fit(config, {bare: header[name] for bare, name in named.items()})
         if found is not None:  # once more with what is under another prefix
-            _, changes = paired(found.lacking, found.unused)
+            pairs, changes = paired(found.lacking, found.unused)
             back = [(new, old) for old, new in changes]
-            moved = renamed_by(back, {bare: named[bare] for bare in found.unused})
-            named = moved | {bare: its for bare, its in named.items() if bare not in found.unused}
-            found = fit(config, {n: header[its] for n, its in named.items()}) if back else found
+            placed = {bare: its for bare, its in named.items() if bare not in found.unused}
+            placed |= {own: named[other] for own, other in pairs.items()}
+            others = found.unused.keys() - set(pairs.values())
+            moved = renamed_by(back, {bare: named[bare] for bare in others})
+            found = fit(config, {n: header[its] for n, its in (moved | placed).items()})
     except ValueError as error:
         said = " ".join(str(error).split())
         raise RunError(f"{path} describes no model ({said}); give the model's own") from None
@@ -732,8 +734,8 @@ def refuse_partial(folder: Path) -> None:
         return  # in the second case they are there under names of a layout that we do not know
     raise RunError(
         f"{folder} is not whole: {whole.few(sorted(found.lacking))} of config.json's model "
-        f"{'are' if len(found.lacking) > 1 else 'is'} not in its file; save the whole model again, or give the config.json "
-        "that its weights were saved with"
+        f"{'are' if len(found.lacking) > 1 else 'is'} not in its file; save the whole model again, or give the "
+        "config.json that its weights were saved with"
     )
 
 

@@ -8,11 +8,13 @@ A prompt ends with a user turn; an assistant turn after it is the answer.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlopd.config import DataError
 from vlopd.data.pictures import shorten
+from vlopd.data.written import read_json
 from vlopd.types import parts_at_marks
 
 Turn = dict[str, Any]
@@ -35,6 +37,28 @@ def is_turns(value: Any) -> bool:
         and len(value) > 0
         and all(isinstance(each, Mapping) and ("role" in each or "from" in each) for each in value)
     )
+
+
+def refuse_encoded(text: str) -> None:
+    """Raises DataError, without row and column, for turns that were written into a text, as CSV exports do.
+
+    They would be asked as they stand, marks of JSON included.
+    """
+    if not text.lstrip().startswith(("[", "{")):
+        return
+    for parse in (
+        read_json,
+        ast.literal_eval,
+    ):  # and as Python prints them, which pandas writes into CSV
+        try:
+            found = parse(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if is_turns(found) or is_turns([found]):
+            raise DataError(
+                "holds a text that is a list of turns, of which we read no texts; store the column as a list of "
+                "{role, content} (in JSONL or parquet), or put words before it if that text is the question"
+            )
 
 
 def read_turns(value: Any) -> list[Turn]:

@@ -170,10 +170,11 @@ def described(config: PretrainedConfig) -> PreTrainedModel:
     head, a classifier)."""
     for name in config.architectures or ():
         kind = getattr(transformers, name, None)
-        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
-            if kind.config_class is type(config):
-                with torch.device("meta"):
-                    return kind(copy.deepcopy(config))
+        if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
+            continue
+        if kind.config_class is type(config):
+            with torch.device("meta"):
+                return kind(copy.deepcopy(config))
     return on_meta(config)
 
 
