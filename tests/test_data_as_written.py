@@ -9,6 +9,7 @@ import os
 import pickle
 
 import datasets
+import numpy
 import pandas
 import pyarrow
 import pyarrow.parquet
@@ -628,10 +629,10 @@ def test_turns_that_are_no_prompt_are_refused(tmp_path, kind):
 
 
 @pytest.mark.parametrize("column", ["prompt", "answer"])
-@pytest.mark.parametrize("write", [json.dumps, repr])
+@pytest.mark.parametrize("write", [json.dumps, repr, lambda turns: str(numpy.array(turns * 2))])
 @pytest.mark.parametrize("end", ["jsonl", "csv", "parquet"])
 def test_turns_written_into_a_text_are_refused(tmp_path, column, write, end):
-    """As JSON or as Python prints them: asked as they stand they are another question. Other lists are texts."""
+    """As JSON, Python or numpy print them: asked as they stand they are another question. Other lists are texts."""
     row = {"prompt": "[1, 2] is what?", "answer": '["a"]'}
     said = [turn("assistant" if column == "answer" else "user", "q?")]
     rows = [row, {**row, column: write(said)}]
