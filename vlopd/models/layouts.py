@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -169,7 +169,7 @@ def described(config: PretrainedConfig) -> PreTrainedModel:
     """As `on_meta`, of the class that the configuration itself names, where transformers has it (a model without a
     head, a classifier)."""
     for name in config.architectures or ():
-        kind = getattr(transformers, name, None)
+        kind: Any = getattr(transformers, name, None)
         if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
             continue
         if kind.config_class is type(config):
