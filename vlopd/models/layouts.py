@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -169,12 +169,12 @@ def described(config: PretrainedConfig) -> PreTrainedModel:
     """As `on_meta`, of the class that the configuration itself names, where transformers has it (a model without a
     head, a classifier)."""
     for name in config.architectures or ():
-        kind: Any = getattr(transformers, name, None)
-        if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
-            continue
-        if kind.config_class is type(config):
-            with torch.device("meta"):
-                return kind(copy.deepcopy(config))
+        kind = getattr(transformers, name, None)
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+            found: type[PreTrainedModel] = kind
+            if found.config_class is type(config):
+                with torch.device("meta"):
+                    return found(copy.deepcopy(config))
     return on_meta(config)
 
 
