@@ -9,6 +9,7 @@ import os
 import pickle
 
 import datasets
+import numpy
 import pandas
 import pyarrow
 import pyarrow.parquet
@@ -252,7 +253,7 @@ def test_parquet_keeps_its_declared_types(tmp_path):
     columns = {
         "int": (pyarrow.array([2**53 + 1, None]), [str(2**53 + 1), None]),
         "uint": (pyarrow.array([2**64 - 1, 0], "uint64"), [str(2**64 - 1), "0"]),
-        "float": (pyarrow.array([2.5, 3.0]), ["2.5", "3.0"]),
+        "float": (pyarrow.array([2.5, 3.1]), ["2.5", "3.1"]),
         "single": (pyarrow.array([0.1, 1e-3], "float32"), ["0.1", "0.001"]),
         "half": (pyarrow.array([0.1, 2.5], "float32").cast("float16"), ["0.1", "2.5"]),
         "text": (pyarrow.array(["007", "NA"]), ["007", "NA"]),
@@ -277,11 +278,19 @@ def test_whole_numbers_that_became_floats_are_refused(tmp_path):
     """pandas stores integers beside an empty cell as floats, as answers and as ids: 3.0 is not what was written."""
     frame = pandas.DataFrame({"question": ["a", "b"], "answer": [3, None], "text": ["3", None]})
     frame.to_parquet(tmp_path / "q.parquet")
-    with pytest.raises(ConfigError, match=r"column 'answer' stores 3\.0 .* store it as text"):
+    with pytest.raises(
+        ConfigError, match=r"column 'answer' stores 3\.0 .* store the column as text"
+    ):
         opened(tmp_path / "q.parquet")
     with pytest.raises(ConfigError, match=r"column 'answer' stores 3\.0"):
         opened(tmp_path / "q.parquet", answer=None, id="answer")
     assert answers(opened(tmp_path / "q.parquet", answer="text")) == ["3", None]
+    beside = pandas.DataFrame({"question": ["a", "b"], "answer": [2.5, 3]})  # one is enough
+    beside.to_parquet(tmp_path / "d.parquet")
+    with pytest.raises(
+        ConfigError, match=r"column 'answer' stores 3\.0 .* store the column as text"
+    ):
+        opened(tmp_path / "d.parquet")
     moments = pandas.DataFrame({"question": ["a"], "answer": pandas.to_datetime(["2024-01-02"])})
     moments.to_parquet(tmp_path / "m.parquet")
     with pytest.raises(DataError, match=r"column 'answer' holds a datetime; .*store it as text"):
@@ -617,6 +626,26 @@ def test_turns_that_are_no_prompt_are_refused(tmp_path, kind):
     with pytest.raises(DataError, match=f"row q-1: column 'prompt' {message}") as caught:
         data[1]
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("column", ["prompt", "answer"])
+@pytest.mark.parametrize("write", [json.dumps, repr, lambda turns: str(numpy.array(turns * 2))])
+@pytest.mark.parametrize("end", ["jsonl", "csv", "parquet"])
+def test_turns_written_into_a_text_are_refused(tmp_path, column, write, end):
+    """As JSON, Python or numpy print them: asked as they stand they are another question. Other lists are texts."""
+    row = {"prompt": "[1, 2] is what?", "answer": '["a"]'}
+    said = [turn("assistant" if column == "answer" else "user", "q?")]
+    rows = [row, {**row, column: write(said)}]
+    if end == "csv":
+        pandas.DataFrame(rows).to_csv(tmp_path / "q.csv", index=False)
+        data = opened(tmp_path / "q.csv", question="prompt")
+    else:
+        data = rows_in(tmp_path, rows, end, question="prompt", answer="answer")
+    assert (data[0].question, data[0].answer) == ("[1, 2] is what?", '["a"]')
+    with pytest.raises(
+        DataError, match=f"row q-1: column '{column}' .* a list of turns.*as a list"
+    ):
+        data[1]
 
 
 def test_two_system_turns_are_refused(tmp_path):

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from vlopd.checkpoint import RunError
-from vlopd.delta import TensorDelta, Weights, match_report, stream
+from vlopd.delta import TensorDelta, Weights, match_report, stream, stream_whole
 from vlopd.models.atlas import classify
 
 TEXT = LlamaConfig(
@@ -153,8 +153,8 @@ def test_match_report_names_what_differs(tmp_path):
     assert (report.matched, report.missing, report.extra) == (("a",), ("old.b",), ("new.c",))
     assert report.skipped == ("ids",)
     assert [its.name for its in report.left_out] == ["new.c", "old.b", "ids"]
-    assert report.source_share == pytest.approx(3 / 403)
-    assert report.trained_share == pytest.approx(4 / 404)
+    assert report.source_share == pytest.approx(2 / 402)  # ids are no parameter
+    assert report.trained_share == pytest.approx(3 / 403)
     assert [pair.name for pair in stream(before, after, classify)] == ["a"]
 
 
@@ -209,3 +209,31 @@ def test_values_that_are_not_finite_are_refused(tmp_path, value):
     after = folder_of({"a": torch.ones(4), "b": broken}, tmp_path / "after")
     with pytest.raises(RunError, match="b has 1 values that are not finite"):
         list(stream(before, after, classify))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("others", [{}, {"h.0.attn.bias": torch.ones(1, 1, 16, 16)}])
+def test_constants_are_named_and_are_no_parameters(dtype, others, tmp_path):
+    """A causal mask that old GPT-2 files store is larger than the model here; it is named, has no part in the shares,
+    is not compared even where both have one, and a mask of the update may be made, in both directions."""
+    weight = {"h.0.attn.c_attn.weight": torch.randn(4, 12), "h.0.attn.c_attn.bias": torch.zeros(12)}
+    plain = folder_of(weight | others, tmp_path / "plain")
+    mask = torch.ones(1, 1, 32, 32).to(dtype)
+    old = folder_of(weight | {"h.0.attn.bias": mask}, tmp_path / "old")
+    for source, trained in ((plain, old), (old, plain)):
+        report = stream_whole(source, trained, classify).report
+        assert report.matched == tuple(sorted(weight))
+        (left,) = report.left_out
+        assert left.name == "h.0.attn.bias" and "a constant" in left.reason
+        assert report.source_share == report.trained_share == 0.0
+        assert "h.0.attn.bias" in report.said()
+
+
+def test_a_bias_of_a_constants_name_is_a_parameter(tmp_path):
+    """attn.bias with a value per unit is compared, and its loss is refused."""
+    weights = {"attn.weight": torch.randn(4, 4), "attn.bias": torch.randn(4)}
+    source = folder_of(weights, tmp_path / "source")
+    assert match_report(source, source).matched == ("attn.bias", "attn.weight")
+    lost = folder_of({"attn.weight": weights["attn.weight"]}, tmp_path / "lost")
+    with pytest.raises(RunError, match=r"attn\.bias"):
+        match_report(source, lost)

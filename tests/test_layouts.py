@@ -350,13 +350,12 @@ def test_what_is_left_out_is_said_everywhere(kind, tmp_path):
         out = tmp_path / f"{folder.name}-out"
         analyse(tmp_path / "before", folder, out, QUICK, {}, progress=False, workers=1)
         tables[folder.name] = list(read_rows(out))
-    source = sum(t.numel() for t in before.values()) + 3 + 4
-    trained = sum(t.numel() for t in before.values()) + 3 + 32
+    trained = sum(t.numel() for t in before.values()) + 32
     own = {r["name"]: r for r in tables["step-2"] if r["metric"] == "left_out"}
     assert {n: (r["status"], r["reason"], r["value"]) for n, r in own.items()} == {
         "v_head.weight": ("skipped", "in the trained checkpoint only", ""),
-        "rotary.inv_freq": ("skipped", "in the source only", ""),
-        "position_ids": ("skipped", "stored as I64", ""),
+        "rotary.inv_freq": ("skipped", "a constant, in the source only", ""),
+        "position_ids": ("skipped", "a constant", ""),
     }
     shares = {
         r["parameter"]: float(r["value"])
@@ -364,8 +363,8 @@ def test_what_is_left_out_is_said_everywhere(kind, tmp_path):
         if r["metric"] == "left_out_share"
     }
     assert shares == {
-        "of=source": pytest.approx(7 / source),
-        "of=trained": pytest.approx(35 / trained),
+        "of=source": 0.0,  # constants are no parameters
+        "of=trained": pytest.approx(32 / trained),
     }
     summary = read_json(tmp_path / "step-2-out/summary.json")["left_out"]
     assert summary["tensors"] == 3 and summary["largest"][0] == "v_head.weight"

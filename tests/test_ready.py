@@ -131,6 +131,9 @@ def test_a_teachers_context_counts(kind, make_config, folders, tmp_path):
     ("sections", "more", "message"),
     [
         ({"rollout": {"source": "data"}, "loss": {"type": "nll"}}, {"answer": None}, "'row-0' has no answer"),
+        ({"rollout": {"source": "data"}, "loss": {"type": "nll"}}, {"answer": " "}, "'row-0' has an empty answer"),
+        ({"reward": {"rule": "exact_match"}, "rollout": {"completions_per_prompt": 2}}, {"answer": ""},
+         "'row-0' has an empty answer"),
         ({"rollout": {"source": "data"}, "loss": {"type": "nll"}}, {"answer": "<image>"}, "its answer has the token"),
         ({"reward": {"rule": "exact_match"}, "rollout": {"completions_per_prompt": 2}}, {"answer": None},
          "'row-0' has no answer"),

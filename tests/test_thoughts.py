@@ -18,7 +18,7 @@ from tests.test_check import call
 from vlopd.checkpoint import Checksums
 from vlopd.config import ConfigError, EvalConfig, ModelConfig
 from vlopd.models.load import LoadedModel, load, load_configured
-from vlopd.models.thoughts import HARMONY, MARKS, marks_of, opened_by, split
+from vlopd.models.thoughts import HARMONY, MARKS, kept_tokens, marks_of, opened_by, pair, split
 from vlopd.sources import collect
 from vlopd.types import Completions, Example
 
@@ -59,6 +59,10 @@ def test_every_family_is_read(mark):
         ("Let me see. <think>1 or 23", None),
         ("<think>1</think>23</think>4", "4"),
         ("<think>so <reasoning> 5</think>4", "4"),
+        # tags in any case
+        ("<Think>23</THINK>4", "4"),
+        ("<THINK>23", None),
+        ("23</Reflection>4", "4"),
         # mentions
         ("The `<think>` tag opens a thought. 4", "The `<think>` tag opens a thought. 4"),
         ("The <think> tag opens a thought. 4", None),  # in doubt it does
@@ -127,6 +131,10 @@ def test_marks_of_a_model():
     """Known marks by tokens or template, unknown ones by their names, prose only where the template has it."""
     assert marks_of(["<think>", "</think>", "<|im_end|>"], "") == (THINK,)
     assert marks_of([], "{{ message.content.split('</think>')[-1] }}") == (THINK,)
+    assert marks_of(["<Think>", "</Think>"], "") == (THINK,)
+    assert marks_of(["<|think|>", "<|end_think|>"], "") == (pair("<|think|>", "<|end_think|>"),)
+    assert kept_tokens(["<Think>", "</Think>", "<|im_end|>"], MARKS) == {"<Think>", "</Think>"}
+    assert opened_by("assistant\n<Think>\n", "", MARKS) == THINK
     assert marks_of(["<|channel|>", "<|message|>", "<|end|>"], "") == (HARMONY,)
     assert [m.opening for m in marks_of(["<|channel>", "<channel|>"], "")] == [
         ("<|channel>thought",)

@@ -1,6 +1,7 @@
 """A model is whole or it is refused: one line that names the tensor, the token or the file, whoever reads it."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from tests.families.llms import build
 from vlopd import cli
 from vlopd.checkpoint import RunError
 from vlopd.config import ConfigError, UserError
-from vlopd.delta import Weights, match_report, stream
+from vlopd.delta import Weights, match_report, refuse_partial, stream
 from vlopd.models import families, whole
 from vlopd.models.atlas import classify
 from vlopd.models.load import BUILTIN, end_ids, load, load_model_config
@@ -595,3 +596,79 @@ def test_compare_and_geometry_refuse_in_one_line(
     assert not (tmp_path / "compared").exists()
     code, out = call(monkeypatch, capsys, "compare", source, tmp_path / "nothing", *words)
     assert code == 2 and str(tmp_path / "nothing") in out
+
+
+# ------------------------------------------------------------------------- two folders that lack the same
+
+
+def without_the_norm(folder: Path) -> str:
+    edit_weights(folder, lambda tensors: tensors.pop(norm_of(tensors)))
+    return "not whole: .*norm.weight"
+
+
+def norm_of(tensors: dict[str, Tensor]) -> str:
+    return next(name for name in tensors if name.endswith("model.norm.weight"))
+
+
+def with_a_narrower_norm(folder: Path) -> str:
+    edit_weights(folder, lambda tensors: tensors.update({norm_of(tensors): torch.ones(8)}))
+    return r"norm.weight is \(8,\) in its file and \(32,\) in config.json"
+
+
+def described_as(**keys) -> Callable[[Path], str]:
+    def change(folder: Path) -> str:
+        about = json.loads((folder / "config.json").read_text())
+        about.get("text_config", about).update(keys)
+        (folder / "config.json").write_text(json.dumps(about))
+        return "config.json"
+
+    return change
+
+
+def with_a_list_for_config(folder: Path) -> str:
+    (folder / "config.json").write_text("[]")
+    return "no JSON object"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        without_the_norm,
+        with_a_narrower_norm,
+        described_as(num_hidden_layers=3),
+        described_as(num_attention_heads=0),
+        described_as(intermediate_size=80),
+        with_a_list_for_config,
+    ],
+)
+def test_checkpoints_that_lack_the_same_are_refused(damage, copied, monkeypatch, capsys, tmp_path):
+    """What both sides lack shows against config.json: geometry and masks refuse it, in one line and before work."""
+    refuse_partial(copied)
+    message = damage(copied)
+    out = str(tmp_path / "out")
+    rule = ["--rule", "{type='visible'}", "--out", out]
+    for words in (["geometry"], ["mask", "make"]):
+        arguments = [*words, str(copied), str(copied)]
+        arguments += ["--out", out] if words == ["geometry"] else rule
+        monkeypatch.setattr(sys, "argv", ["vlopd", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err.strip()
+        assert re.search(message, " ".join(error.split())), error
+        assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_say_nothing_of_their_weights_are_accepted(copied):
+    """Without a config.json, of an unknown model, with a value head, or under another prefix."""
+    edit_weights(copied, lambda tensors: tensors.update({"v_head.weight": torch.ones(1, 32)}))
+    refuse_partial(copied)
+    edit_weights(copied, lambda ts: [ts.update({f"policy.{n}": ts.pop(n)}) for n in list(ts)])
+    refuse_partial(copied)
+    edit_weights(copied, lambda tensors: tensors.pop(next(n for n in tensors if "norm" in n)))
+    with pytest.raises(RunError, match="not whole"):
+        refuse_partial(copied)
+    edit_json(copied / "config.json", model_type="nonesuch")
+    refuse_partial(copied)
+    (copied / "config.json").unlink()
+    refuse_partial(copied)

@@ -7,7 +7,8 @@ merged, tensor by tensor, in the source's stored precision.
 
 Parameters are paired where that is sure: by name; by name without wrappers; under another prefix; and through
 transformers' own conversions between layouts (vlopd.models.layouts). What has no partner is counted, and above a
-share of either checkpoint refused.
+share of either checkpoint refused. Buffers are no parameters: causal masks, position tables and integers that only
+some versions store are counted and named, but never compared, and no share of anything.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ ADAPTER = re.compile(
 SAME_MODEL = 0.5
 """Checkpoints that share less than this part of either's entries are not of one architecture."""
 LEFT_OUT = 0.01
-"""The largest part of either checkpoint's entries that may be left out; above it is a refusal. An embedding, a head, a
-vision tower or the experts are more than that; a value head, rotary tables and position ids are less, and counted."""
+"""The largest part of either checkpoint's parameters that may be left out; above it is a refusal. An embedding, a
+head, a vision tower or the experts are more than that; a value head is less, and counted. Constants (causal masks,
+rotary tables) and integers (position ids) are named, whatever their size, and are part of neither share."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,10 @@ def difference(source: Tensor, trained: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A tensor that is not compared. Its shares are of each checkpoint's entries, 0 where it has no such tensor."""
+    """A tensor that is not compared.
+
+    Its shares are of each checkpoint's parameters, 0 where it has no such tensor or the tensor is no parameter.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -111,7 +116,7 @@ class MatchReport:
     matched: tuple[str, ...]  # by the source's names, or a head's own
     missing: tuple[str, ...]  # in the source only
     extra: tuple[str, ...]  # in the trained checkpoint only
-    skipped: tuple[str, ...]  # in both, but in a format that is not compared
+    skipped: tuple[str, ...]  # in both, but a constant, or in a format that is not compared
     aliased: Mapping[
         str, tuple[str, str]
     ]  # matched: (name in the source, in the trained checkpoint)
@@ -128,7 +133,7 @@ class MatchReport:
 
     @property
     def source_share(self) -> float:
-        """The part of the source's entries that is not compared."""
+        """The part of the source's parameters that is not compared."""
         return math.fsum(its.source_share for its in self.left_out)
 
     @property
@@ -238,6 +243,10 @@ class Weights:
 
     def is_floating_point(self, name: str) -> bool:
         return self._slice(name).get_dtype().startswith(("F", "BF"))
+
+    def is_parameter(self, name: str) -> bool:
+        """False for integers and for constants such as causal masks."""
+        return self.is_floating_point(name) and not whole.is_constant(name, self.shape(name))
 
     def header(self) -> dict[str, Tensor]:
         """The floating-point tensors on the meta device: shapes and dtypes without values."""
@@ -360,8 +369,10 @@ def match(source: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchRe
     Raises RunError for a parameter whose shapes differ, for adapters that are not merged, and where more than `limit`
     of either checkpoint's entries would not be compared.
     """
-    ours = {name: tuple(source.shape(name)) for name in source.names()}
-    theirs = {name: tuple(trained.shape(name)) for name in trained.names()}
+    sides = (source, trained)
+    shapes = [{name: tuple(side.shape(name)) for name in side.names()} for side in sides]
+    buffers = {n for n in shapes[0] | shapes[1] if is_buffer(n, sides)}
+    ours, theirs = ({n: shape for n, shape in own.items() if n not in buffers} for own in shapes)
     names, changes = paired(ours, theirs)
     unlike = {name: other for name, other in names.items() if ours[name] != theirs[other]}
     names = {name: other for name, other in names.items() if name not in unlike}
@@ -395,8 +406,8 @@ def match(source: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchRe
         stored[name] = (source.stored(name), *formats)
     skipped = {name: its for name, its in stored.items() if not set(its) <= FLOATS.keys()}
     totals = [
-        max(1, sum(math.prod(shape) for name, shape in shapes.items() if name not in tied))
-        for shapes in (ours, theirs)
+        max(1, sum(math.prod(shape) for name, shape in own.items() if name not in tied))
+        for own in (ours, theirs)
     ]
 
     def left(name: str, side: int | None, reason: str) -> LeftOut:
@@ -410,7 +421,17 @@ def match(source: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchRe
             name, shape, reason, here, there, side != 1 and source.is_floating_point(own)
         )
 
+    def aside(name: str) -> LeftOut:
+        held = [side for side in sides if name in side.names()]
+        formats = " and ".join(dict.fromkeys(side.stored(name) for side in held))
+        constant = whole.is_constant(name, held[0].shape(name))
+        kind = "a constant" if constant else f"stored as {formats}"
+        only = "the source" if held[0] is source else "the trained checkpoint"
+        where = f", in {only} only" if len(held) == 1 else ""
+        return LeftOut(name, tuple(held[0].shape(name)), f"{kind}{where}", 0.0, 0.0, False)
+
     left_out = [
+        *map(aside, buffers),
         *(left(name, 0, "in the source only") for name in missing),
         *(left(name, 1, "in the trained checkpoint only") for name in extra),
         *(left(n, None, f"stored as {' and '.join(dict.fromkeys(f))}") for n, f in skipped.items()),
@@ -419,9 +440,9 @@ def match(source: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchRe
     matched = tuple(sorted(stored.keys() - skipped.keys()))
     report = MatchReport(
         matched=matched,
-        missing=tuple(sorted(missing)),
-        extra=tuple(sorted(extra)),
-        skipped=tuple(sorted(skipped)),
+        missing=tuple(sorted({*missing, *(buffers - shapes[1].keys())})),
+        extra=tuple(sorted({*extra, *(buffers - shapes[0].keys())})),
+        skipped=tuple(sorted({*skipped, *(buffers & shapes[0].keys() & shapes[1].keys())})),
         aliased={n: pairs[n] for n in matched if n in pairs and pairs[n] != (n, n)},
         converted={n: converted[n] for n in matched if n in converted},
         tied=tuple(sorted(tied)),
@@ -431,6 +452,11 @@ def match(source: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchRe
     )
     refuse_left_out(source, trained, report, limit)
     return report
+
+
+def is_buffer(name: str, sides: Iterable[Weights]) -> bool:
+    """Whether a tensor is a parameter of none of the checkpoints that hold it."""
+    return not any(side.is_parameter(name) for side in sides if name in side.names())
 
 
 def loses(own: str, *others: str) -> bool:
@@ -650,6 +676,67 @@ def refuse_unmerged(weights: Weights, names: set[str]) -> None:
                 f"{weights.folder} holds {name}, part of an adapter that is not merged; save the model after "
                 "merge_and_unload(), or give the folder that the adapter was saved in"
             )
+
+
+def refuse_partial(folder: Path) -> None:
+    """Raises RunError where a folder's weights are not those of its config.json: the first that is missing or unlike.
+
+    Reads headers alone. Adapters, folders without a config.json and those of models that transformers does not know
+    are accepted, as are tensors that the model has no place for: the pairing counts them.
+    """
+    path = folder / "config.json"
+    if not path.is_file() or adapter.is_adapter(folder):
+        return
+    try:
+        about = read_json(path)
+    except RunError:  # its remedy is for files of a run
+        about = None
+    if not isinstance(about, dict):
+        raise RunError(f"{path} is no JSON object; give the config.json of the model, or remove it")
+    from vlopd.models.about import config_of, is_known
+
+    if not is_known(about):
+        return
+    from vlopd.models.layouts import fit
+
+    config = config_of(folder)
+    assert config is not None
+    with Weights(folder) as weights:
+        tensors = {name: weights.stored(name) for name in weights.names()}
+        why = whole.ragged(
+            {n: whole.Stored(d, tuple(weights.shape(n))) for n, d in tensors.items()}
+        )
+        if why is not None:
+            raise RunError(f"{folder}: {why}")
+        header, named = weights.header(), unwrapped(weights.header())
+    try:
+        found = fit(config, {bare: header[name] for bare, name in named.items()})
+        if found is not None:  # once more with what is under another prefix
+            pairs, changes = paired(found.lacking, found.unused)
+            back = [(new, old) for old, new in changes]
+            placed = {bare: its for bare, its in named.items() if bare not in found.unused}
+            placed |= {own: named[other] for own, other in pairs.items()}
+            others = found.unused.keys() - set(pairs.values())
+            moved = renamed_by(back, {bare: named[bare] for bare in others})
+            found = fit(config, {n: header[its] for n, its in (moved | placed).items()})
+    except ValueError as error:
+        said = " ".join(str(error).split())
+        raise RunError(f"{path} describes no model ({said}); give the model's own") from None
+    if found is None:
+        return
+    for name, (held, wanted) in sorted(found.unlike.items()):
+        raise RunError(
+            f"{folder}: {name} is {held} in its file and {wanted} in config.json; give the config.json that its "
+            "weights were saved with"
+        )
+    lacking, unused = (sum(map(math.prod, its.values())) for its in (found.lacking, found.unused))
+    if not lacking or (unused >= lacking and 2 * len(found.lacking) > len(header)):
+        return  # in the second case they are there under names of a layout that we do not know
+    raise RunError(
+        f"{folder} is not whole: {whole.few(sorted(found.lacking))} of config.json's model "
+        f"{'are' if len(found.lacking) > 1 else 'is'} not in its file; save the whole model again, or give the "
+        "config.json that its weights were saved with"
+    )
 
 
 def refuse_both(folder: Path) -> None:

@@ -64,7 +64,7 @@ def make(
     if rule is None or out is None:
         raise ConfigError('two checkpoints need --rule "{type=...}" and --out FILE')
     from vlopd import masks
-    from vlopd.delta import stream
+    from vlopd.delta import refuse_partial, stream
     from vlopd.models.atlas import classify
 
     parsed = parse_rule(rule)
@@ -80,6 +80,8 @@ def make(
         )
     if parsed.reads is not None and trained is None:
         raise ConfigError(f"{parsed.type!r} looks at what changed: give SOURCE and TRAINED")
+    for path in (source, *([trained] if trained is not None else [])):
+        refuse_partial(path)
     inputs["source"] = digest_checkpoint(source, whole=True)
     if trained is not None:
         inputs["of"] = digest_checkpoint(trained, whole=True)
@@ -261,8 +263,7 @@ def check_source(source: Path, mask: Mask) -> None:
     from vlopd.masks import check_shapes
 
     with Weights(source) as weights:
-        floats = [name for name in weights.names() if weights.is_floating_point(name)]
-        shapes = {name: weights.shape(name) for name in floats}
+        shapes = {n: weights.shape(n) for n in weights.names() if weights.is_parameter(n)}
     try:
         check_shapes(mask, shapes)
     except RunError as error:

@@ -59,11 +59,16 @@ RULES: Mapping[str, Rule] = {
 
 
 def answer_of(example: Example) -> str:
-    """Raises DataError where the example has none."""
+    """Raises DataError where the example has none, or one without a character: an empty completion would be right."""
     if example.answer is None:
         raise DataError(
             f"example {example.id!r} has no answer, which rewards and completions from the data need; "
             "name its column: data.answer"
+        )
+    if not example.answer.strip():
+        raise DataError(
+            f"example {example.id!r} has an empty answer, {example.answer!r}, which rewards and completions from the "
+            "data cannot use; fill it in or remove the row"
         )
     return example.answer
 

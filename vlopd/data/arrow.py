@@ -61,7 +61,7 @@ class ArrowTable:
         return (as_stored(scalar) for scalar in self.column(column))
 
     def check_words(self, column: str) -> None:
-        """Refuses what was guessed from text, and whole numbers that became floats beside an empty cell."""
+        """Refuses what was guessed from text, and floats of which one is whole: whether 3.0 was 3, nobody knows."""
         values = self.column(column)
         floats = pyarrow.types.is_floating(values.type)
         if self.origin == "csv" and (not is_text(values.type) or values.null_count):
@@ -72,12 +72,13 @@ class ArrowTable:
         if floats:
             known = values.drop_null().cast(pyarrow.float64())
             known = known.filter(pyarrow.compute.is_finite(known))
-            whole = pyarrow.compute.all(pyarrow.compute.equal(pyarrow.compute.floor(known), known))
-            if len(known) and (whole.as_py() or self.origin in GUESSING):
+            whole = known.filter(pyarrow.compute.equal(pyarrow.compute.floor(known), known))
+            lost = known if self.origin in GUESSING else whole
+            if len(lost):
                 raise DataError(
-                    f"stores {known[0].as_py()} and so on as floating point, which is what becomes of whole "
-                    "numbers beside an empty cell or a decimal; store it as text or as integers, or give "
-                    "data.path the JSON or CSV file that it came from"
+                    f"stores {lost[0].as_py()} as floating point, which is what becomes of whole numbers beside an "
+                    "empty cell or a decimal, so how it was written is lost; store the column as text or as "
+                    "integers, or give data.path the JSON or CSV file that it came from"
                 )
 
     def files(self) -> list[Path]:

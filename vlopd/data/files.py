@@ -83,6 +83,8 @@ class FileSource(Sequence[Example]):
         if config.answer is not None:
             with placed(f"{where}: column {config.answer!r}"):
                 value = value_at(row, config.answer)
+                if isinstance(value, str):
+                    chat.refuse_encoded(value)
                 turned = chat.is_turns(value)
                 answer = chat.completion(value) if turned else in_words(value, config.answer)
         images = self.open_images(config.image, row, where) if config.image else ()
@@ -107,6 +109,7 @@ class FileSource(Sequence[Example]):
             raise DataError(
                 f"holds no text but {describe(value)}{kinds}; fill it in or remove the row"
             )
+        chat.refuse_encoded(value)
         return [{"role": "user", "content": [{"type": "text", "text": value}]}], None
 
     def open_images(

@@ -8,6 +8,7 @@ A prompt ends with a user turn; an assistant turn after it is the answer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ Turn = dict[str, Any]
 
 KEYS = (("role", "content"), ("from", "value"))
 ROLES = {r: r for r in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
+WRITTEN = re.compile(r"\s*\[?\s*\{.*\}\s*\]?\s*", re.DOTALL)
 SAYS_MORE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """Keys of a turn that would be lost, and are part of what was said."""
 
@@ -35,6 +37,20 @@ def is_turns(value: Any) -> bool:
         and len(value) > 0
         and all(isinstance(each, Mapping) and ("role" in each or "from" in each) for each in value)
     )
+
+
+def refuse_encoded(text: str) -> None:
+    """Raises DataError, without row and column, for turns that were written into a text, as CSV exports do.
+
+    They would be asked as they stand, marks of JSON included. As JSON has them, or as Python or numpy print them.
+    """
+    if WRITTEN.fullmatch(text) and any(
+        all(re.search(rf"""['"]{key}['"]\s*:""", text) for key in keys) for keys in KEYS
+    ):
+        raise DataError(
+            "holds a text that is a list of turns, which would be asked as it stands; store the column as a list of "
+            "{role, content} (in JSONL or parquet), or put words before it if that text is meant"
+        )
 
 
 def read_turns(value: Any) -> list[Turn]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from vlopd.checkpoint import RunError, read_settings
 
@@ -26,6 +26,13 @@ def config_of(folder: Path) -> PretrainedConfig | None:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # configurations check themselves, and raise what they like
         raise RunError(f"cannot read {path}: {first_line(error)}") from None
+
+
+def is_known(about: object) -> bool:
+    """Whether a config.json's content is of a model whose code is at hand, so that it says which weights there are."""
+    kind = about.get("model_type") if isinstance(about, dict) else None
+    ours = isinstance(kind, str) and (kind == OPENCLIP or kind in CONFIG_MAPPING)
+    return ours and isinstance(about, dict) and not about.get("auto_map")
 
 
 def first_line(error: BaseException) -> str:

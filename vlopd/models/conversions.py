@@ -57,7 +57,8 @@ def origins(model: PreTrainedModel, header: Mapping[str, Tensor]) -> dict[str, O
     """{name in the model: where it comes from} for every tensor of `header` that the model takes.
 
     `header`: tensors on the meta device by their names in the checkpoint, shapes and dtypes as stored. A tied
-    parameter that is stored once is found under all of its names.
+    parameter that is stored once is found under all of its names, but not in a model on the meta device, where nothing
+    has a place.
     """
     state = model.state_dict()
     used = getattr(model, "_weight_conversions", None) or []
@@ -86,6 +87,8 @@ def origins(model: PreTrainedModel, header: Mapping[str, Tensor]) -> dict[str, O
                 found[name] = Origin(name, whole.stored, dtype, converter, first, model)
     by_place = {state[name].data_ptr(): origin for name, origin in found.items()}
     for name, tensor in state.items():
-        if name not in found and tensor.data_ptr() in by_place and tensor.numel():
+        if name in found or tensor.is_meta:
+            continue
+        if tensor.data_ptr() in by_place and tensor.numel():
             found[name] = by_place[tensor.data_ptr()]
     return found

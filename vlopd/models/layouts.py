@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+import transformers
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -31,6 +35,7 @@ from transformers.core_model_loading import (
 
 from vlopd.models import families
 from vlopd.models.atlas import classify, parts
+from vlopd.models.conversions import origins
 
 Shape = tuple[int, ...]
 Region = tuple[tuple[int, int], ...]
@@ -158,6 +163,64 @@ def on_meta(config: PretrainedConfig) -> PreTrainedModel:
     model_class, _ = families.auto_classes(config)
     with torch.device("meta"):
         return model_class.from_config(copy.deepcopy(config))
+
+
+def described(config: PretrainedConfig) -> PreTrainedModel:
+    """As `on_meta`, of the class that the configuration itself names, where transformers has it (a model without a
+    head, a classifier)."""
+    for name in config.architectures or ():
+        kind = getattr(transformers, name, None)
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+            found: type[PreTrainedModel] = kind
+            if found.config_class is type(config):
+                with torch.device("meta"):
+                    return found(copy.deepcopy(config))
+    return on_meta(config)
+
+
+class Fit(NamedTuple):
+    """How a checkpoint's tensors fill the parameters of the model that its config.json describes."""
+
+    lacking: dict[str, Shape]
+    """Parameters that nothing fills, with their shapes."""
+    unlike: dict[str, tuple[Shape, Shape]]
+    """{parameter: (shape in the file, shape in the model)} where the two differ."""
+    unused: dict[str, Shape]
+    """Stored tensors that the model has no place for."""
+
+
+def fit(config: PretrainedConfig, header: Mapping[str, Tensor]) -> Fit | None:
+    """The fit of tensors on the meta device, None where the model or a conversion cannot be had without weights.
+
+    Raises ValueError where the configuration describes no model.
+    """
+    try:
+        model = described(config)
+        if not isinstance(model, PreTrainedModel):
+            return None
+        model._weight_conversions = get_model_conversion_mapping(model)  # as loading would set it
+        found = origins(model, header)
+        held = {name: tuple(its.read(header.__getitem__).shape) for name, its in found.items()}
+    except (AssertionError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(str(error) or type(error).__name__) from None
+    except Exception:  # whatever a model's own code raises
+        return None
+    copies: dict[int, list[str]] = {}  # tied parameters are one
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        copies.setdefault(id(parameter), []).append(name)
+    fine = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_missing", None) or ["$^"]))
+    result = Fit({}, {}, {})
+    for names in copies.values():
+        wanted = tuple(model.get_parameter(names[0]).shape)
+        filled = [name for name in names if name in held]
+        if not filled and not any(map(fine.search, names)):
+            result.lacking[names[0]] = wanted
+        for name in filled:
+            if held[name] != wanted:
+                result.unlike[name] = (held[name], wanted)
+    used = {name for its in found.values() for name, _ in its.stored}
+    result.unused.update((n, tuple(t.shape)) for n, t in header.items() if n not in used)
+    return result
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,12 @@ MARKS = (
     pair("<think>", "</think>"),  # DeepSeek-R1, Qwen3, QwQ, GLM-4.5, SmolLM3, Phi-4-reasoning, ...
     pair("<thinking>", "</thinking>"),
     pair("<thought>", "</thought>"),  # EXAONE Deep
+    pair("<thoughts>", "</thoughts>"),
     pair("<reasoning>", "</reasoning>"),
+    pair("<analysis>", "</analysis>"),
+    pair("<reflection>", "</reflection>"),
+    pair("<scratchpad>", "</scratchpad>"),
+    pair("<mm:think>", "</mm:think>"),
     pair("[THINK]", "[/THINK]"),  # Magistral
     pair("◁think▷", "◁/think▷"),  # Kimi-VL
     pair("<seed:think>", "</seed:think>"),  # Seed-OSS
@@ -89,6 +94,8 @@ PROSE = (
 )
 """Ordinary words, read only in the text of models whose template asks for them."""
 
+TAG = re.compile(r"</?[a-z_:]+>", re.IGNORECASE)
+"""Marks that are read in any case: `<Think>`, `<THINK>`."""
 NAMED = re.compile(r"think|thought|reason", re.IGNORECASE)
 BRACKETED = re.compile(r"<[^<>\s'\"]{1,40}>|\[[^\[\]\s'\"]{1,40}\]|◁[^◁▷\s]{1,40}▷")
 QUOTED = re.compile(r"[\s(>:]?[`'\"“][`'\"”]")
@@ -114,9 +121,10 @@ def marks_of(added_tokens: Iterable[str], template: str) -> tuple[Mark, ...]:
         mark
         for mark in every
         for string in (mark.opening[0], mark.closing[0])
-        if string in template or any(string.startswith(word) for word in words)
+        if string in template or any(string.startswith(folded(word)) for word in words)
     ]
-    unknown = words - {string for mark in every for string in mark.strings}
+    of_known = {string for mark in every for string in mark.strings}
+    unknown = {word for word in words if not {word, folded(word)} & of_known}
     own = [
         pair(word, closing)
         for word in sorted(unknown)
@@ -127,24 +135,38 @@ def marks_of(added_tokens: Iterable[str], template: str) -> tuple[Mark, ...]:
     return tuple(dict.fromkeys([*known, *own]))
 
 
+def folded(string: str) -> str:
+    """A tag in lower case, any other string as it is."""
+    return string.lower() if TAG.fullmatch(string) else string
+
+
 def closings_of(opening: str) -> list[str]:
-    """What may close a mark, going by its name: `</x>`, `<|/x|>`, and `end` for `begin` or `start`."""
+    """What may close a mark, going by its name: `</x>`, `<|/x|>`, `<|end_x|>`, and `end` for `begin` or `start`."""
     found = [opening[:1] + "/" + opening[1:], opening[:2] + "/" + opening[2:]]
     for first, last in CLOSERS:
         for case in (str, str.upper, str.capitalize):
             if case(first) in opening:
                 found.append(opening.replace(case(first), case(last)))
+    if named := re.fullmatch(r"(\W+)(\w(?:.*\w)?)(\W+)", opening):
+        before, name, after = named.groups()
+        ends = (f"end_{name}", f"end_of_{name}", f"{name}_end")
+        found += [f"{before}{e.upper() if name.isupper() else e}{after}" for e in ends]
     return found
 
 
 @cache
 def table(marks: tuple[Mark, ...]) -> tuple[re.Pattern[str], dict[str, tuple[Mark, bool]]]:
-    """(a pattern of all marks, {string: (its mark, whether it opens)})."""
-    of = {string: (mark, False) for mark in marks for string in mark.closing}
-    of |= {string: (mark, True) for mark in marks for string in mark.opening}
-    longest_first = map(re.escape, sorted(of, key=len, reverse=True))
+    """(a pattern of all marks, {string, tags in lower case: (its mark, whether it opens)})."""
+    of = {folded(string): (mark, False) for mark in marks for string in mark.closing}
+    of |= {folded(string): (mark, True) for mark in marks for string in mark.opening}
+    longest_first = sorted(of, key=len, reverse=True)
     # some tokenizers decode a space after a special token
-    spaced = [re.sub(r">(?=\w)", r">\\s*", string) for string in longest_first]
+    spaced = [
+        f"(?i:{string})"
+        if TAG.fullmatch(string)
+        else re.sub(r">(?=\w)", r">\\s*", re.escape(string))
+        for string in longest_first
+    ]
     return re.compile("|".join(spaced)), of
 
 
@@ -161,7 +183,7 @@ def split(text: str, opened: Mark | None = None, marks: Sequence[Mark] = MARKS) 
     answer, last = 0, opened  # where the answer begins, and the mark that it follows
     previous, was_opening = 0, opened is not None  # of the last mark: where it ends, what it did
     for match in pattern.finditer(text):
-        mark, opens = of[re.sub(r">\s+", ">", match[0])]
+        mark, opens = of[folded(re.sub(r">\s+", ">", match[0]))]
         if inside is not None and mark != inside:
             continue
         # in doubt an opening mark opens: a number in a thought must not be graded
@@ -215,7 +237,8 @@ def opened_by(prompt: str, generation_prompt: str, marks: Sequence[Mark]) -> Mar
     """
     tail = "".join(prompt[-len(generation_prompt) - LONGEST :].split())
     for mark in marks:
-        if any(tail.endswith("".join(f"{each}{mark.header}".split())) for each in mark.opening):
+        heads = ["".join(f"{each}{mark.header}".split()) for each in mark.opening]
+        if any(folded(tail[-len(head) :]) == folded(head) for head in heads):
             return mark
     own = split(generation_prompt, None, marks)
     begun = not own.closed and tail.endswith("".join(generation_prompt.split()))
@@ -228,6 +251,10 @@ def kept_tokens(special: Iterable[str], marks: Sequence[Mark]) -> set[str]:
     spoken = [
         mark
         for mark in marks
-        if any(token in string for token in tokens for string in (*mark.opening, *mark.closing))
+        if any(is_part(t, string) for t in tokens for string in (*mark.opening, *mark.closing))
     ]
-    return {t for t in tokens for mark in spoken if any(t in string for string in mark.strings)}
+    return {t for t in tokens for mark in spoken if any(is_part(t, s) for s in mark.strings)}
+
+
+def is_part(token: str, string: str) -> bool:
+    return token in string or folded(token) == folded(string)

@@ -41,12 +41,21 @@ PACKING = re.compile(
 INTEGER_BUFFER = re.compile(r"(^|[._])(ids?|index|indices|positions?|mask|bias)$")
 """Names of integer tensors of several dimensions that are no weights: position ids, causal masks."""
 
-CONSTANT = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|inv_freq|position_ids)$")
+CONSTANT = re.compile(
+    r"(^|\.)((attn|attention)\.(masked_)?bias|inv_freq|position_ids|(cos|sin)_cached)$"
+)
 """Causal masks and position tables that earlier versions stored and that models work out by themselves."""
 
 EXPERT = re.compile(r"^(?P<layer>.*\bexperts)\.(?P<number>\d+)\.(?P<rest>.+)$")
 
 DEQUANTISED = "packed weights are not read: give the dequantised model, saved in bf16 or fp32"
+
+
+def is_constant(name: str, shape: Sequence[int]) -> bool:
+    """Whether a stored tensor is one of those; a bias of that name with a value per unit is a parameter."""
+    if not CONSTANT.search(name):
+        return False
+    return not name.endswith("bias") or len(shape) == 0 or tuple(shape[:2]) == (1, 1)
 
 
 class Stored(NamedTuple):

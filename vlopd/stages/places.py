@@ -32,7 +32,7 @@ from vlopd.config import (
 )
 from vlopd.data import files_of
 from vlopd.digests import file_digest
-from vlopd.models import atlas
+from vlopd.models import atlas, whole
 from vlopd.models.about import first_line
 from vlopd.models.load import read_template, resolve
 
@@ -230,7 +230,11 @@ def scores_of(folder: Path) -> list[Path]:
 
 def mask_shapes(run: RunFolder, source: str) -> dict[str, torch.Size]:
     tensors = read_tensors(run.checkpoint(source))
-    return {name: t.shape for name, t in tensors.items() if t.is_floating_point()}
+    return {
+        name: t.shape
+        for name, t in tensors.items()
+        if t.is_floating_point() and not whole.is_constant(name, t.shape)
+    }
 
 
 def check_here(mask: masks.Mask, run: RunFolder, source: str, what: str | Path) -> None:
