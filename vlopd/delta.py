@@ -687,10 +687,7 @@ def refuse_partial(folder: Path) -> None:
     path = folder / "config.json"
     if not path.is_file() or adapter.is_adapter(folder):
         return
-    try:
-        about = read_json(path)
-    except RunError:  # its remedy is for files of a run
-        about = None
+    about = read_settings(path)
     if not isinstance(about, dict):
         raise RunError(f"{path} is no JSON object; give the config.json of the model, or remove it")
     from vlopd.models.about import config_of, is_known
