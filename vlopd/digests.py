@@ -22,6 +22,8 @@ Stamp = tuple[int, int, int, int]
 
 _hashed: dict[Path, tuple[Stamp, str]] = {}
 """What this process hashed itself."""
+_recalled: dict[Path, tuple[Stamp, str]] = {}
+"""What it found in the cache."""
 
 
 def cache() -> Path:
@@ -40,7 +42,7 @@ def file_digest(path: Path, whole: bool = False) -> str:
     stamp = stamp_of(path)
     known = _hashed.get(path)
     if known is None and not whole:
-        known = recall(path)
+        known = _recalled.get(path) or recall(path)
     if known is not None and known[0] == stamp:
         return known[1]
     started = time.time_ns()
@@ -63,8 +65,9 @@ def recall(path: Path) -> tuple[Stamp, str] | None:
         row = known.execute(
             "SELECT inode, size, modified, changed, digest FROM files WHERE path = ?", (str(path),)
         ).fetchone()
-        return None if row is None else ((row[0], row[1], row[2], row[3]), row[4])
-    return None
+        if row is not None:
+            _recalled[path] = ((row[0], row[1], row[2], row[3]), row[4])
+    return _recalled.get(path)
 
 
 def remember(path: Path, stamp: Stamp, digest: str) -> None:
@@ -84,6 +87,7 @@ def database() -> sqlite3.Connection:
     folder = cache()
     folder.mkdir(parents=True, exist_ok=True)
     known = sqlite3.connect(folder / "digests.sqlite", timeout=5)
+    known.execute("PRAGMA synchronous = OFF")  # what a crash loses is hashed again
     known.execute(
         "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, inode INTEGER, size INTEGER, "
         "modified INTEGER, changed INTEGER, digest TEXT)"
