@@ -58,13 +58,13 @@ from vlopd.models.load import (
     LoadedModel,
     load_configured,
     load_model_config,
+    resolve,
     too_long,
-    weights_folder,
 )
 from vlopd.pair import ModelPair, load_pair, without_weights
 from vlopd.rewards import RULES, answer_of
 from vlopd.sources import from_data
-from vlopd.stages import scores_of
+from vlopd.stages import hub_folder, scores_of
 from vlopd.stages.places import checkpoint_folder
 from vlopd.types import Example
 
@@ -233,7 +233,7 @@ def refuse_another_model(config: ExperimentConfig, text: str) -> None:
     Reads both, tensor by tensor, as the arms and masks that are made from it will.
     """
     folder = folder_of(config, text)
-    source = weights_folder(config.student.model, config.student.revision)
+    source = hub_folder(resolve(config.student.model), config.student.revision)
     for _ in delta.stream_whole(source, folder, atlas.classify):
         pass
 

@@ -20,7 +20,6 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
-from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from vlopd.bits import holds, widest
@@ -568,17 +567,9 @@ def load(
     model = model.to(device).eval()
     whole.refuse_not_finite(name, model)
     families.check_logits(model)
-    folder = weights_folder(name, revision)
-    loaded = LoadedModel(name, model, processor, template_arguments or {}, folder)
+    loaded = LoadedModel(name, model, processor, template_arguments or {}, Path(where))
     check_tokens(loaded)
     return loaded
-
-
-def weights_folder(name: str, revision: str | None = None) -> Path:
-    """The folder that `load` reads: a local one, or the snapshot in the hub's cache."""
-    config = cached_file(resolve(name), "config.json", revision=revision)
-    assert config is not None
-    return Path(config).parent
 
 
 def check_unloaded(config: ModelConfig) -> None:
