@@ -250,7 +250,7 @@ def configured(config: ExperimentConfig, name: str) -> ModelConfig:
     if isinstance(arm, TeacherArm):
         return config.loaded_as(config.teacher_of(arm))
     if isinstance(arm, CheckpointArm):
-        return config.student.model_copy(update={"model": arm.model})
+        return config.checkpoint_of(arm)
     return config.student
 
 

@@ -17,7 +17,7 @@ from tests.families.llms import build
 from vlopd import cli
 from vlopd.checkpoint import RunError
 from vlopd.config import ConfigError, UserError
-from vlopd.delta import Weights, match_report, refuse_partial, stream
+from vlopd.delta import Weights, match_report, refuse_unlike_config, stream
 from vlopd.models import families, whole
 from vlopd.models.atlas import classify
 from vlopd.models.load import BUILTIN, end_ids, load, load_model_config
@@ -643,7 +643,7 @@ def with_a_list_for_config(folder: Path) -> str:
 )
 def test_checkpoints_that_lack_the_same_are_refused(damage, copied, monkeypatch, capsys, tmp_path):
     """What both sides lack shows against config.json: geometry and masks refuse it, in one line and before work."""
-    refuse_partial(copied)
+    refuse_unlike_config(copied)
     message = damage(copied)
     out = str(tmp_path / "out")
     rule = ["--rule", "{type='visible'}", "--out", out]
@@ -662,13 +662,13 @@ def test_checkpoints_that_lack_the_same_are_refused(damage, copied, monkeypatch,
 def test_folders_that_say_nothing_of_their_weights_are_accepted(copied):
     """Without a config.json, of an unknown model, with a value head, or under another prefix."""
     edit_weights(copied, lambda tensors: tensors.update({"v_head.weight": torch.ones(1, 32)}))
-    refuse_partial(copied)
+    refuse_unlike_config(copied)
     edit_weights(copied, lambda ts: [ts.update({f"policy.{n}": ts.pop(n)}) for n in list(ts)])
-    refuse_partial(copied)
+    refuse_unlike_config(copied)
     edit_weights(copied, lambda tensors: tensors.pop(next(n for n in tensors if "norm" in n)))
     with pytest.raises(RunError, match="not whole"):
-        refuse_partial(copied)
+        refuse_unlike_config(copied)
     edit_json(copied / "config.json", model_type="nonesuch")
-    refuse_partial(copied)
+    refuse_unlike_config(copied)
     (copied / "config.json").unlink()
-    refuse_partial(copied)
+    refuse_unlike_config(copied)

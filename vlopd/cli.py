@@ -339,7 +339,7 @@ def compare_folders(
     from evals.report.geometry import write_figures
     from vlopd.checkpoint import digest_checkpoint, digest_json
     from vlopd.config import GeometryConfig, section_of
-    from vlopd.delta import refuse_partial
+    from vlopd.delta import refuse_unlike_config
     from vlopd.digests import file_digest
     from vlopd.geometry import paper
     from vlopd.geometry.analyse import analyse, read_rows
@@ -361,7 +361,7 @@ def compare_folders(
     if as_trajectory and len(set(steps)) < len(steps):
         raise ConfigError(f"the checkpoints' names end in the steps {steps}; they must differ")
     for path in (source, *trained):
-        refuse_partial(path)
+        refuse_unlike_config(path)
     every = {path: digest_checkpoint(path, whole=True) for path in (source, *trained)}
     for path, (label, folder) in zip(trained, folders.items(), strict=True):
         layouts = [its / "config.json" for its in (source, path) if (its / "config.json").is_file()]

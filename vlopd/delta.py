@@ -678,7 +678,7 @@ def refuse_unmerged(weights: Weights, names: set[str]) -> None:
             )
 
 
-def refuse_partial(folder: Path) -> None:
+def refuse_unlike_config(folder: Path) -> None:
     """Raises RunError where a folder's weights are not those of its config.json: the first that is missing or unlike.
 
     Reads headers alone. Adapters, folders without a config.json and those of models that transformers does not know
@@ -705,7 +705,8 @@ def refuse_partial(folder: Path) -> None:
         )
         if why is not None:
             raise RunError(f"{folder}: {why}")
-        header, named = weights.header(), unwrapped(weights.header())
+        header = weights.header()
+        named = unwrapped(header)
     try:
         found = fit(config, {bare: header[name] for bare, name in named.items()})
         if found is not None:  # once more with what is under another prefix

@@ -64,7 +64,7 @@ def make(
     if rule is None or out is None:
         raise ConfigError('two checkpoints need --rule "{type=...}" and --out FILE')
     from vlopd import masks
-    from vlopd.delta import refuse_partial, stream
+    from vlopd.delta import refuse_unlike_config, stream
     from vlopd.models.atlas import classify
 
     parsed = parse_rule(rule)
@@ -81,7 +81,7 @@ def make(
     if parsed.reads is not None and trained is None:
         raise ConfigError(f"{parsed.type!r} looks at what changed: give SOURCE and TRAINED")
     for path in (source, *([trained] if trained is not None else [])):
-        refuse_partial(path)
+        refuse_unlike_config(path)
     inputs["source"] = digest_checkpoint(source, whole=True)
     if trained is not None:
         inputs["of"] = digest_checkpoint(trained, whole=True)

@@ -158,8 +158,8 @@ def preflight_meta(
 
 def checkpoint_arms(config: ExperimentConfig) -> list[ModelConfig]:
     """The models that are neither student nor teacher, as evaluation loads them."""
-    arms = [arm for arm in config.arms.values() if isinstance(arm, CheckpointArm)]
-    return [config.student.model_copy(update={"model": arm.model}) for arm in arms]
+    arms = config.arms.values()
+    return [config.checkpoint_of(arm) for arm in arms if isinstance(arm, CheckpointArm)]
 
 
 def meta_prompts(

@@ -157,7 +157,7 @@ def evaluated(config: ExperimentConfig, names: Sequence[str]) -> dict[str, Loade
             model = config.loaded_as(config.teacher_of(arm))
             found[f"arms.{name}"] = without_weights(model)
         elif isinstance(arm, CheckpointArm):
-            model = config.student.model_copy(update={"model": arm.model})
+            model = config.checkpoint_of(arm)
             try:
                 found[f"arms.{name}"] = without_weights(model)
             except UserError as error:

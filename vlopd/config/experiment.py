@@ -79,6 +79,10 @@ class ExperimentConfig(Recipe):
             return {"teacher": self.teacher}
         return self.teacher.teachers
 
+    def checkpoint_of(self, arm: CheckpointArm) -> ModelConfig:
+        """A foreign checkpoint, to be loaded as the student is."""
+        return self.student.model_copy(update={"model": arm.model})
+
     def teacher_of(self, arm: TeacherArm) -> TeacherConfig:
         """The teacher that an arm is: the one it names, or the only one."""
         return self.teachers[arm.teacher or next(iter(self.teachers))]

@@ -44,8 +44,13 @@ def open_data(config: ExperimentConfig, size: int, seed: int) -> Sequence[Exampl
         case EmojiData():
             return EmojiWorld(data.split, size, seed)
         case FileData():
-            contexts = [teacher.context for teacher in config.teachers.values()]
-            return FileSource(data, [c.column for c in contexts if isinstance(c, ImageContext)])
+            return FileSource(data, teachers_pictures(config))
+
+
+def teachers_pictures(config: ExperimentConfig) -> list[str]:
+    """The columns with pictures that teachers alone are shown."""
+    contexts = [teacher.context for teacher in config.teachers.values()]
+    return [context.column for context in contexts if isinstance(context, ImageContext)]
 
 
 def files_of(config: ExperimentConfig) -> list[Path]:
@@ -53,8 +58,11 @@ def files_of(config: ExperimentConfig) -> list[Path]:
 
     Raises UserError as `open_data` does.
     """
-    match config.data:
+    match data := config.data:
         case FileData():
+            path = Path(data.path)
+            if path.is_file() and not data.has_images and not teachers_pictures(config):
+                return [path]  # without reading its rows, for every arm anew
             source = open_data(config, 0, 0)
             assert isinstance(source, FileSource)
             return source.files()

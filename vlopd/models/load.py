@@ -583,7 +583,7 @@ def check_unloaded(config: ModelConfig) -> None:
 
 def check_files(name: str, folder: Path) -> None:
     """Refuses weights that are damaged, packed, or short of a part of an expert; reads headers only."""
-    stored = whole.stored_tensors(folder)
+    stored = whole.read_headers(folder)
     if packed := whole.packing(stored):
         raise ConfigError(f"{name} is quantised: {packed}")
     if odd := whole.not_real(stored):

@@ -125,7 +125,7 @@ def ragged(tensors: Mapping[str, Stored]) -> str | None:
     return None
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
+def read_headers(folder: Path) -> dict[str, Stored]:
     """The tensors that transformers reads from a folder (one file, or an index's shards), from their headers.
 
     Raises ConfigError with the file's name where one is missing or not whole, or there are only pickles.

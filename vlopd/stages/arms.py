@@ -131,7 +131,7 @@ def note_foreign(
     folder = None
     if isinstance(arm, CheckpointArm):
         folder = hub_folder(resolve(arm.model), None)
-        model = config.student.model_copy(update={"model": arm.model})
+        model = config.checkpoint_of(arm)
         load_configured(model, DTYPES[config.precision.compute])  # refused here, not when evaluated
     digest = digest_json(inputs["files"]) if folder is None else digest_checkpoint(folder)
     note(run, config, name, arm.type, inputs, digest, folder)

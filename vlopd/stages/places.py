@@ -131,7 +131,7 @@ def arm_content(
     if isinstance(arm, TeacherArm):
         return teacher_content(run, config, config.teacher_of(arm), whole)
     if isinstance(arm, CheckpointArm):
-        return model_content(config.student.model_copy(update={"model": arm.model}), whole)
+        return model_content(config.checkpoint_of(arm), whole)
     if isinstance(arm, ImportedArm):
         return {path.name: file_digest(path, whole) for path in scores_of(Path(arm.results))}
     run.checksums.check(f"arms/{name}", whole)
