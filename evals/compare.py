@@ -14,21 +14,18 @@ from typing import Any
 import numpy as np
 
 from evals import stats
-from evals.answers import Answers, read_answers, read_results
+from evals.pairing import Answers, read_answers, read_results
 from evals.report.verdict import verdict
 from evals.roles import Role, Roles, roles_of
 from evals.stats import Scores
-from vlopd.checkpoint import (
-    Checksums,
-    RunError,
-    RunFolder,
-    digest_files,
-    digest_json,
-    read_json,
-    up_to_date,
-    without_nan,
-)
-from vlopd.config import RANDOM, EvalConfig, ExperimentConfig
+from vlopd.config.analysis import EvalConfig
+from vlopd.config.arms import RANDOM
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.digests import digest_files, digest_json
+from vlopd.errors import RunError
+from vlopd.files import read_json, without_nan
+from vlopd.run.checksums import Checksums
+from vlopd.run.folder import RunFolder, up_to_date
 
 POWER = 0.8
 PAIRS: tuple[tuple[Role, Role], ...] = (

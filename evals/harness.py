@@ -17,33 +17,21 @@ from lm_eval.utils import handle_non_serializable
 
 from evals.lm import PLACEHOLDER, ArmLM
 from evals.scoring import Tasks, argument, as_list, one_row_a_question, score
-from vlopd.checkpoint import (
-    Checksums,
-    RunError,
-    RunFolder,
-    digest_json,
-    digest_text,
-    digest_weights,
-    read_json,
-    read_jsonl,
-    whole_file,
-    without_nan,
-    write_jsonl,
-)
-from vlopd.config import (
-    CheckpointArm,
-    EvalConfig,
-    ExperimentConfig,
-    ImportedArm,
-    ModelConfig,
-    TeacherArm,
-)
-from vlopd.digests import file_digest
+from vlopd.config.analysis import EvalConfig
+from vlopd.config.arms import CheckpointArm, ImportedArm, TeacherArm
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.models import ModelConfig
+from vlopd.digests import digest_json, digest_text, digest_weights, file_digest
 from vlopd.distill import Evaluate
-from vlopd.models.load import DTYPES, LoadedModel, load_configured
-from vlopd.models.thoughts import Reading
-from vlopd.processes import accelerator
-from vlopd.stages import arm_content, scores_of, teacher_folder
+from vlopd.distributed import accelerator
+from vlopd.errors import RunError
+from vlopd.files import read_json, read_jsonl, whole_file, without_nan, write_jsonl
+from vlopd.models.load import DTYPES, load_configured
+from vlopd.models.loaded import LoadedModel
+from vlopd.models.thinking import Reading
+from vlopd.run.checksums import Checksums
+from vlopd.run.folder import RunFolder
+from vlopd.run.resolve import arm_content, scores_of, teacher_folder
 
 MERGED = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 """Of lm-eval's results, what has an entry a task."""

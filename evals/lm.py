@@ -28,13 +28,14 @@ from pydantic import (
 )
 from tqdm import tqdm
 
-from vlopd.config import ConfigError, SampledConfig
-from vlopd.losses import logprobs_at
+from vlopd.config.analysis import SampledConfig
+from vlopd.errors import ConfigError
 from vlopd.models.families import pad_left
-from vlopd.models.load import LoadedModel
-from vlopd.models.thoughts import Reading
-from vlopd.rollout import sample
+from vlopd.models.loaded import LoadedModel
+from vlopd.models.thinking import Reading
 from vlopd.seeding import uniforms
+from vlopd.train.losses import logprobs_at
+from vlopd.train.sampler import sample
 from vlopd.types import Completions, Example, Prompts, parts_at_marks
 
 PLACEHOLDER = "<image>"

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vlopd.config import (
+from vlopd.config.arms import (
     CheckpointArm,
     DistillArm,
-    ExperimentConfig,
     ExtrapolateArm,
     ImportedArm,
-    RandomMask,
     SourceArm,
     TeacherArm,
     TransplantArm,
     mask_of,
 )
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.masks import RandomMask
 
 Role = Literal[
     "base",

@@ -26,13 +26,12 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from evals import lm as models
 from evals import stats
-from evals.definition import files_of_task
 from evals.lm import ArmLM
-from vlopd.checkpoint import RunError, digest_json
-from vlopd.config import ConfigError, EvalConfig, UserError
-from vlopd.data.pictures import shorten
-from vlopd.digests import file_digest
-from vlopd.models.about import first_line
+from evals.task_files import files_of_task
+from vlopd.config.analysis import EvalConfig
+from vlopd.data.images import shorten
+from vlopd.digests import digest_json, file_digest
+from vlopd.errors import ConfigError, RunError, UserError, first_line
 
 TASKS = Path(__file__).parent / "tasks"
 LM = models.__file__

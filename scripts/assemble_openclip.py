@@ -16,10 +16,11 @@ from typing import Annotated
 
 import typer
 
-from vlopd.checkpoint import whole_folder
-from vlopd.config import UserError
-from vlopd.models.load import LoadedModel, save
-from vlopd.models.openclip_assemble import assemble
+from vlopd.errors import UserError
+from vlopd.files import whole_folder
+from vlopd.models.loaded import LoadedModel
+from vlopd.models.openclip.assemble import assemble
+from vlopd.models.save import save
 
 
 def main(

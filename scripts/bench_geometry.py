@@ -30,11 +30,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlopd.config import GeometryConfig
-from vlopd.delta import difference, stream
-from vlopd.geometry.analyse import analyse, pool
+from vlopd.config.analysis import GeometryConfig
+from vlopd.geometry.checkpoint import analyse, pool
 from vlopd.geometry.projection import matrix_measures, source_factors
-from vlopd.models.atlas import classify
+from vlopd.models.names import classify
+from vlopd.weights.delta import difference, stream
 
 RATIOS = (0.01, 0.05, 0.1, 0.2)
 ATOLS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
@@ -43,9 +43,9 @@ WAYS = ("baseline", "ours", "ours, 3 null seeds", "ours, spectral rows only")
 
 def make_pair(root: Path, layers: int) -> tuple[Path, Path]:
     """SmolLM2-135M, and itself plus Gaussian noise of 7e-4 of each tensor's r.m.s., rounded back to bf16."""
-    from vlopd.models.smollm2 import (
-        folder as builtin,
-    )  # loads transformers' models, which no way needs
+    from vlopd.models.gguf.smollm2 import (
+        folder as builtin,  # loads transformers' models, which no way needs
+    )
 
     source, trained = root / "source", root / "trained"
     tensors: dict[str, Tensor] = {}

@@ -18,8 +18,9 @@ import torch
 from pydantic import TypeAdapter
 from resident import resident
 
-from vlopd.config import LossConfig, parse_override
-from vlopd.losses import Sampled, chunked_divergence
+from vlopd.config.input import parse_override
+from vlopd.config.objective import LossConfig
+from vlopd.train.losses import Sampled, chunked_divergence
 
 
 def peak_bytes(loss: LossConfig, tokens: int, vocabulary: int, width: int, device: str) -> int:

@@ -120,7 +120,7 @@ def measure_memory(mode: str, args: argparse.Namespace) -> dict[str, float | int
     from transformers import LlamaForCausalLM  # noqa: F401 - so that their size is not the model's
 
     import vlopd.masks
-    import vlopd.optimizers  # noqa: F401
+    import vlopd.train.optimizers  # noqa: F401
 
     if mode == "shira":
         import peft  # noqa: F401
@@ -181,9 +181,9 @@ def trainer(mode: str, model, ids):
     """(trained values, a function that makes one step)."""
     import torch
 
-    from vlopd.config import AdamW
-    from vlopd.optimizers import build_optimizer
-    from vlopd.trainable import Trainable
+    from vlopd.config.training import AdamW
+    from vlopd.train.optimizers import build_optimizer
+    from vlopd.train.sparse import Trainable
 
     rank = rank_of_shira(model.num_parameters())
     if mode == "shira":
@@ -228,7 +228,7 @@ def mask_of(mode: str, model, rank: int):
     """None, a random fifth of every tensor, or as many as SHiRA has in linear layers."""
     import torch
 
-    from vlopd.masks import largest
+    from vlopd.masks.select import largest
 
     if mode == "dense":
         return None

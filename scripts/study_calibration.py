@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlopd.config import (
+from vlopd.config.analysis import (
     GaussianNull,
     GeometryConfig,
     LowRankNull,
@@ -36,13 +36,13 @@ from vlopd.config import (
     SignFlippedNull,
     UlpNull,
 )
-from vlopd.delta import TensorDelta
 from vlopd.geometry.aggregate import tensor_rows
-from vlopd.geometry.examine import examine, keys_of
+from vlopd.geometry.matrix import examine, keys_of
 from vlopd.geometry.nulls import null_delta, null_name
-from vlopd.geometry.rows import EQUAL
+from vlopd.geometry.schema import EQUAL
 from vlopd.seeding import generator
 from vlopd.types import TensorName
+from vlopd.weights.delta import TensorDelta
 
 NULLS: tuple[NullConfig, ...] = (
     GaussianNull(),

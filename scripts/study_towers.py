@@ -14,11 +14,11 @@ from itertools import product
 from pathlib import Path
 
 from evals import stats
-from evals.alignment import told_by_rows
 from evals.harness import open_arm
-from vlopd.checkpoint import RunFolder
+from evals.vision.alignment import told_by_rows
 from vlopd.data.shapes import ShapesWorld
-from vlopd.models.atlas import classify
+from vlopd.models.names import classify
+from vlopd.run.folder import RunFolder
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python scripts/train_scorer.py          # about eight minutes -> runs/scorer
 
-`evals.alignment.load_scorer("local-dir:runs/scorer")` reads it back.
+`evals.vision.stage.alignment.load_scorer("local-dir:runs/scorer")` reads it back.
 
 Scenes are of the train split, which no model is evaluated on. Every picture comes with a neighbour: one object has
 another colour, shape or place, or two have swapped theirs, so that a scorer must know what is where. It begins with
@@ -31,10 +31,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from evals.alignment import PREFIX, Scorer, clip_score, load_scorer, retrieval
 from evals.stats import mean_with_error
-from vlopd.checkpoint import whole_folder, write_json, write_text
+from evals.vision.alignment import PREFIX, Scorer, clip_score, load_scorer, retrieval
 from vlopd.data import shapes
+from vlopd.files import whole_folder, write_json, write_text
 
 ALONE = 0.25
 """Share of the steps with scenes of one object."""

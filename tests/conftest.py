@@ -27,10 +27,11 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vlopd.config import ExperimentConfig, RolloutConfig
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.objective import RolloutConfig
 from vlopd.models.load import BUILTIN
-from vlopd.pair import ModelPair, load_pair
 from vlopd.seeding import uniforms
+from vlopd.train.pair import ModelPair, load_pair
 from vlopd.types import Completions, Prompts
 
 KINDS = ("llm", "vlm")

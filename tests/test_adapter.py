@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from tests.families import llms, vlms
-from vlopd.checkpoint import RunError
-from vlopd.config import GeometryConfig
-from vlopd.delta import match_report, stream
-from vlopd.geometry.analyse import analyse, read_rows
-from vlopd.models.atlas import classify
+from vlopd.config.analysis import GeometryConfig
+from vlopd.errors import RunError
+from vlopd.geometry.checkpoint import analyse, read_rows
+from vlopd.models.names import classify
+from vlopd.weights.delta import match_report, stream
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -16,8 +16,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from evals import probe, stats
-from evals.alignment import (
+from evals import stats
+from evals.vision import probes
+from evals.vision.alignment import (
     Captioned,
     answers,
     clip_score,
@@ -33,11 +34,11 @@ from evals.alignment import (
 from tests.conftest import tiny_language
 from tests.families.openclip import build_language
 from tests.families.vlms import VLMS
-from vlopd.checkpoint import RunError
-from vlopd.config import ConfigError
 from vlopd.data import shapes
-from vlopd.models.load import LoadedModel, load
-from vlopd.models.openclip_assemble import assemble
+from vlopd.errors import ConfigError, RunError
+from vlopd.models.load import load
+from vlopd.models.loaded import LoadedModel
+from vlopd.models.openclip.assemble import assemble
 from vlopd.types import Example
 
 CLIP = {
@@ -340,36 +341,36 @@ def test_cka_is_one_for_features_turned_and_zero_for_nothing_shared():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(400, 6)), rng.normal(size=(400, 4))
     turn, _ = np.linalg.qr(rng.normal(size=(6, 6)))
-    assert probe.linear_cka(x, x) == pytest.approx(1)
-    assert probe.linear_cka(x, 3 * x @ turn + 7) == pytest.approx(1)
+    assert probes.linear_cka(x, x) == pytest.approx(1)
+    assert probes.linear_cka(x, 3 * x @ turn + 7) == pytest.approx(1)
     mixed = np.column_stack([x[:, :2], y])
     centre = np.eye(400) - 1 / 400
     k, m = (centre @ (f @ f.T) @ centre for f in (x, mixed))
     by_hand = np.trace(k @ m) / np.sqrt(np.trace(k @ k) * np.trace(m @ m))
-    assert probe.linear_cka(x, mixed) == pytest.approx(by_hand)
-    assert probe.linear_cka(x, y) < 0.05 < 0.2 < by_hand < 0.8
-    assert np.isnan(probe.linear_cka(x, np.ones((400, 2)) / 3))
-    found = probe.drift(x, 3 * x @ turn)
+    assert probes.linear_cka(x, mixed) == pytest.approx(by_hand)
+    assert probes.linear_cka(x, y) < 0.05 < 0.2 < by_hand < 0.8
+    assert np.isnan(probes.linear_cka(x, np.ones((400, 2)) / 3))
+    found = probes.drift(x, 3 * x @ turn)
     assert found["linear_cka_shuffled"] < 0.05 and abs(found["cosine_shuffled"]) < 0.1
-    assert probe.drift(x, y)["cosine"] is None
+    assert probes.drift(x, y)["cosine"] is None
 
 
 def test_features_are_what_the_projector_reads(student, assembled):
     """The mean of the tower's last hidden states (LLaVA) or tokens (OpenCLIP), for any batch size."""
-    images = list(probe.shapes_pictures("test", 5).images)
+    images = list(probes.shapes_pictures("test", 5).images)
     with torch.no_grad():
         pixels = student.render([Example.ask("", "x", [i]) for i in images]).per_image
         out = student.model.model.vision_tower(**pixels, output_hidden_states=True)
     expected = out.hidden_states[-1].double().mean(1).numpy()
     for batch_size in (1, 2, 32):
-        found = probe.tower_features(student, images, batch_size)
+        found = probes.tower_features(student, images, batch_size)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     tower = assembled.model.model.vision_tower
     with torch.no_grad():
         pixels = assembled.render([Example.ask("", "x", [images[0]])]).per_image["pixel_values"]
         tokens = tower.forward_intermediates(pixels, indices=[-1], normalize_intermediates=True)
     mean = tokens["image_intermediates"][0].flatten(2).double().mean(2).numpy()
-    np.testing.assert_allclose(probe.tower_features(assembled, images[:1]), mean, atol=0.02)
+    np.testing.assert_allclose(probes.tower_features(assembled, images[:1]), mean, atol=0.02)
     assert not student.model.model.multi_modal_projector._forward_pre_hooks
 
 
@@ -377,23 +378,23 @@ def test_features_of_pictures_of_several_sizes(tmp_path):
     """Where the tower's tokens lie flat and a larger picture has more of them (Qwen2-VL), each is its own mean."""
     VLMS["qwen2_vl"](tmp_path)
     model = load(str(tmp_path), torch.float32)
-    images = [*probe.shapes_pictures("test", 2).images]
+    images = [*probes.shapes_pictures("test", 2).images]
     images.insert(1, images[1].resize((192, 120)))
-    together = probe.tower_features(model, images)
-    alone = [probe.tower_features(model, [image])[0] for image in images]
+    together = probes.tower_features(model, images)
+    alone = [probes.tower_features(model, [image])[0] for image in images]
     np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
     assert np.abs(together[0] - together[2]).max() > 1e-2
 
 
 def test_probes_tell_a_blind_tower_from_the_same_tower(student, blind):
     """Nothing differs between identical towers; a tower that sees nothing is at chance, and significantly worse."""
-    train, test = probe.shapes_pictures("train", 150), probe.shapes_pictures("test", 160)
-    same, rows = probe.probe_towers(student, student, train, test)
+    train, test = probes.shapes_pictures("train", 150), probes.shapes_pictures("test", 160)
+    same, rows = probes.probe_towers(student, student, train, test)
     assert same["drift"]["linear_cka"] == pytest.approx(1)
     assert same["drift"]["cosine"] == pytest.approx(1)
     assert same["drift"]["linear_cka_shuffled"] < 0.5
     assert all(row["source"] == row["trained"] for row in rows)
-    worse, _ = probe.probe_towers(student, blind, train, test)
+    worse, _ = probes.probe_towers(student, blind, train, test)
     for name, found in same["probes"].items():
         assert found["difference"]["mean"] == 0 and found["source"] == found["trained"]
         assert found["source"]["interval"][0] > found["chance"], name
@@ -408,30 +409,30 @@ def test_what_cannot_be_probed_is_refused(student, scorer, folders):
     """Models without eyes, labels of one value, and towers of another library: one line each."""
     image = Image.new("RGB", (96, 96))
     with pytest.raises(RunError, match="no projector"):
-        probe.tower_features(load(str(folders["llm", "student"]), torch.float32), [image])
+        probes.tower_features(load(str(folders["llm", "student"]), torch.float32), [image])
     with pytest.raises(RunError, match="'red'"):
-        probe.linear_probe(np.eye(3), ["red"] * 3, np.eye(3))
+        probes.linear_probe(np.eye(3), ["red"] * 3, np.eye(3))
     with pytest.raises(ConfigError, match="shapes-student has no open_clip tower"):
-        probe.with_tower_of(scorer, student)
+        probes.with_tower_of(scorer, student)
 
 
 @torch.no_grad()
 def test_zero_shot_by_hand_and_before_and_after(scorer, assembled):
     """The nearest class name's; a student's unmoved tower gives the CLIP's own answers, a moved one others."""
-    images = probe.shapes_pictures("test", 40).images
+    images = probes.shapes_pictures("test", 40).images
     names = [f"{colour} {shape}" for colour in shapes.COLOURS for shape in shapes.SHAPES]
     texts = scorer.captions(names)
     guess = (scorer.images(images) @ texts.T).argmax(1).tolist()
     labels = names + [names[g] for g in guess[len(names) :]]
     expected = np.mean([names[g] == label for g, label in zip(guess, labels, strict=True)])
     exact = dataclasses.replace(scorer, clip=copy.deepcopy(scorer.clip).bfloat16().float())
-    same = probe.with_tower_of(exact, assembled)  # which is stored in bf16
+    same = probes.with_tower_of(exact, assembled)  # which is stored in bf16
     other = copy.deepcopy(assembled.model)
     torch.nn.init.zeros_(other.model.vision_tower.conv1.weight)
-    moved = probe.with_tower_of(exact, dataclasses.replace(assembled, model=other))
-    found = probe.zero_shot([scorer], images, labels)
+    moved = probes.with_tower_of(exact, dataclasses.replace(assembled, model=other))
+    found = probes.zero_shot([scorer], images, labels)
     assert found[0]["accuracy"]["mean"] == expected and found[0]["chance"] == 1 / len(names)
-    found = probe.zero_shot([exact, same, moved], images, labels)
+    found = probes.zero_shot([exact, same, moved], images, labels)
     assert found[1]["difference"]["mean"] == 0 == found[1]["difference"]["standard_error"]
     assert len(set((moved.images(images) @ texts.T).argmax(1).tolist())) == 1 < len({*guess})
     assert found[2]["difference"]["interval"][1] < 0

@@ -1,6 +1,7 @@
 """The house's rules that a reader should be able to rely on."""
 
 import ast
+import graphlib
 import re
 import tomllib
 from pathlib import Path
@@ -10,15 +11,23 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("vlopd/**/*.py"), *ROOT.glob("evals/**/*.py")])
 
+GROUND = {
+    "__init__", "bits", "digests", "distill", "distributed", "errors", "files", "pipeline", "seeding", "types",
+}  # fmt: skip
+"""The doors of the ground floor: the loop, the pipeline, and what every room may use."""
+
 RANK = {
-    "vlopd.config": 0, "vlopd.types": 0, "vlopd.seeding": 0, "vlopd.bits": 0, "vlopd.digests": 0,
-    "vlopd.processes": 1, "vlopd.checkpoint": 1, "vlopd.losses": 1, "vlopd.trainable": 1,
-    "vlopd.models": 2, "vlopd.data": 2, "vlopd.log": 2, "vlopd.adapter": 2,
-    "vlopd.subspace": 2, "vlopd.context": 3, "vlopd.rollout": 3, "vlopd.vocabulary": 3, "vlopd.delta": 3,
-    "vlopd.resources": 3, "vlopd.optimizers": 3, "vlopd.rewards": 3, "vlopd.masks": 4, "vlopd.teacher": 4,
-    "vlopd.state": 4, "vlopd.stored": 4, "vlopd.evidence": 4, "vlopd.geometry": 5, "vlopd.pair": 5,
-    "vlopd.preflight": 6, "vlopd.sources": 6, "vlopd.diagnostics": 7, "vlopd.distill": 8,
-    "vlopd.stages": 9, "vlopd.mask_cli": 10, "vlopd.ready": 10, "evals": 10, "vlopd.cli": 11,
+    "vlopd.errors": 0, "vlopd.types": 0, "vlopd.seeding": 0, "vlopd.bits": 0,
+    "vlopd.config": 1, "vlopd.digests": 1, "vlopd.files": 1, "vlopd.distributed": 1,
+    "vlopd.models": 2, "vlopd.data": 2,
+    "vlopd.weights": 3,
+    "vlopd.masks": 4, "vlopd.train": 4,
+    "vlopd.geometry": 5, "vlopd.distill": 5,
+    "vlopd.run": 6,
+    "vlopd.preflight": 7,
+    "evals": 8,
+    "vlopd.pipeline": 9,
+    "vlopd.cli": 10,
 }  # fmt: skip
 """A room may import rooms of a lower rank, or itself."""
 
@@ -30,29 +39,66 @@ def room_of(module: str) -> str | None:
     return ".".join(parts[:2]) if parts[0] == "vlopd" and len(parts) > 1 else None
 
 
+def name_of(path: Path) -> str:
+    """vlopd/run/folder.py -> vlopd.run.folder; a package's __init__.py is the package."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for path in SOURCES}
+
+
 def imports_of(path: Path) -> set[str]:
+    """All modules that are imported anywhere in a file, also within functions and for types alone."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {
-                f"{node.module}.{alias.name}" if node.module == "vlopd" else node.module
-                for alias in node.names
-            }
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in MODULES else node.module)
     return found
+
+
+def test_the_ground_floor_has_a_handful_of_doors():
+    """Outside of the rooms lie the loop, the pipeline, and what every room may use; a new file has its room."""
+    assert {path.stem for path in (ROOT / "vlopd").glob("*.py")} <= GROUND
+    rooms = {f"vlopd.{path.parent.name}" for path in (ROOT / "vlopd").glob("*/__init__.py")}
+    assert rooms <= set(RANK)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_one_way(path):
-    """No room imports one that is built on it: types <- models <- pair <- distill; evals -> vlopd, never back."""
-    here = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    """No room imports one that is built on it: config <- models <- weights <- train <- distill <- run <- evals."""
+    here = room_of(name_of(path))
     if here is None:
         return
     for module in imports_of(path):
         there = room_of(module)
         if there is not None and there != here:
             assert RANK[there] < RANK[here], f"{path.name} imports {module}"
+
+
+def test_no_cycles_between_modules():
+    """Within rooms, too, no module leads back to itself, whatever way its imports are written."""
+    order = graphlib.TopologicalSorter(
+        {name: imports_of(path) & (MODULES.keys() - {name}) for name, path in MODULES.items()}
+    )
+    order.prepare()  # raises CycleError with the cycle
+
+
+def test_packages_do_not_export_again():
+    """A name has one place that it is imported from: no __init__.py imports, but for the front door."""
+    for path in SOURCES:
+        if path.name == "__init__.py" and name_of(path) != "vlopd":
+            assert not imports_of(path), path
+
+
+def test_training_does_not_know_the_built_in_worlds():
+    """A reward or loss that needs a built-in data set would not be one for any other."""
+    worlds = {"capitals", "emoji", "reasoning", "shapes", "shapes_choice"}
+    for path in (ROOT / "vlopd" / "train").glob("*.py"):
+        assert not imports_of(path) & {f"vlopd.data.{world}" for world in worlds}, path
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -89,7 +135,7 @@ def test_the_readmes_commands_exist():
     text = (ROOT / "README.md").read_text()
     for path in set(re.findall(r"(?:scripts|configs|docs)/[\w./-]*\w", text)):
         assert (ROOT / path).exists(), path
-    cli = (ROOT / "vlopd" / "cli.py").read_text()
+    cli = "".join(p.read_text() for p in (ROOT / "vlopd" / "cli").glob("*.py"))
     for verb in set(
         re.findall(
             r"vlopd (run|check|distill|retrain|mask|geometry|eval|compare|report|show)\b", text

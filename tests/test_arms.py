@@ -11,13 +11,20 @@ import torch
 
 from tests.conftest import build
 from tests.test_pipeline import vlopd
-from vlopd import stages
-from vlopd.checkpoint import RunError, RunFolder, digest_checkpoint, read_json
-from vlopd.config import ConfigError, ExperimentConfig, UserError, load_config
-from vlopd.delta import stream
-from vlopd.masks import load_mask, save_mask
-from vlopd.models.atlas import classify
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.input import load_config
+from vlopd.digests import digest_checkpoint
+from vlopd.errors import ConfigError, RunError, UserError
+from vlopd.files import read_json
+from vlopd.masks.files import load_mask, save_mask
 from vlopd.models.load import load_configured
+from vlopd.models.names import classify
+from vlopd.run.arms import Making
+from vlopd.run.folder import RunFolder
+from vlopd.run.geometry import make_geometry
+from vlopd.run.make import make_arm, make_mask
+from vlopd.run.resolve import arm_digest, read_tensors
+from vlopd.weights.delta import stream
 
 SECTIONS = {
     "precision": {"compute": "bf16"},
@@ -44,7 +51,7 @@ SECTIONS = {
 
 
 def tensors(run, arm):
-    return stages.read_tensors(run.checkpoint(arm))
+    return read_tensors(run.checkpoint(arm))
 
 
 def test_arms_of_every_kind(kind, make_config, tmp_path):
@@ -52,7 +59,7 @@ def test_arms_of_every_kind(kind, make_config, tmp_path):
     config = make_config(kind, **SECTIONS)
     run = RunFolder.create(tmp_path / "run", config)
     for name in config.arms:
-        assert stages.make_arm(run, config, name)
+        assert make_arm(run, config, name)
     records = {name: read_json(run.arm_record(name)) for name in config.arms}
     base, full = tensors(run, "base"), tensors(run, "full")
 
@@ -90,7 +97,7 @@ def test_arms_of_every_kind(kind, make_config, tmp_path):
             assert row[f"{prefix}on_mask"] == pytest.approx(float(on_mask.double().mean()))
 
     # the early checkpoint, its mask, what is extrapolated from it and transplanted
-    early = stages.read_tensors(run.kept("full", 2))
+    early = read_tensors(run.kept("full", 2))
     assert any(not torch.equal(early[n], full[n]) for n in full)
     assert load_mask(run.mask("early"))[1]["inputs"]["of"] == digest_checkpoint(run.kept("full", 2))
     norms = [
@@ -115,7 +122,7 @@ def test_arms_of_every_kind(kind, make_config, tmp_path):
 
     # done is done
     for name in config.arms:
-        assert stages.make_arm(run, config, name) is False
+        assert make_arm(run, config, name) is False
     for random in ("random-0", "random-1"):
         counts = load_mask(run.mask(random))[1]["counts"]
         assert counts == load_mask(run.mask("early"))[1]["counts"]
@@ -137,7 +144,7 @@ def test_a_locked_arm_moves_inside_the_subspace(kind, make_config, tmp_path):
         },
     )
     run = RunFolder.create(tmp_path / "run", config)
-    stages.make_arm(run, config, "locked")
+    make_arm(run, config, "locked")
     early = stream(run.checkpoint("base"), run.kept("full", 1), classify)
     bases = {}
     for pair in early:
@@ -241,7 +248,7 @@ def test_another_sources_mask_needs_a_word_and_leaves_a_mark(
         masks={"top": {"type": "magnitude", "fraction": 0.2}},
     )
     other = RunFolder.create(tmp_path / "other", theirs)
-    stages.make_mask(other, theirs, "top")
+    make_mask(other, theirs, "top")
     ours = make_config(
         kind,
         precision={
@@ -260,17 +267,15 @@ def test_another_sources_mask_needs_a_word_and_leaves_a_mark(
     with pytest.raises(
         RunError, match=r"top\.safetensors is from source checkpoint .* --allow-other-source"
     ):
-        stages.make_arm(run, ours, "full")
+        make_arm(run, ours, "full")
     assert not run.mask("theirs").exists()
-    stages.make_arm(run, ours, "full", stages.Making(allow_other_source=True))
-    mark = {str(other.mask("top")): stages.arm_digest(other, "base")}
+    make_arm(run, ours, "full", Making(allow_other_source=True))
+    mark = {str(other.mask("top")): arm_digest(other, "base")}
     assert read_json(run.mask_record("rest"))["inputs"]["other_source"] == mark
     assert read_json(run.arm_record("full"))["other_source"] == mark
     assert "another source" in (run.checkpoint("full") / "README.md").read_text()
-    assert (
-        stages.make_arm(run, ours, "full") is False
-    )  # done is done, and was allowed when it was made
-    stages.make_geometry(run, ours, "full")
+    assert make_arm(run, ours, "full") is False  # done is done, and was allowed when it was made
+    make_geometry(run, ours, "full")
     assert read_json(run.geometry("full") / "summary.json")["inputs"]["other_source"] == mark
     from evals.harness import evaluate_arm
 
@@ -286,7 +291,7 @@ def test_another_sources_mask_needs_a_word_and_leaves_a_mark(
     same = RunFolder.create(
         tmp_path / "same", config := theirs.model_copy(update={"masks": ours.masks})
     )
-    assert stages.make_mask(same, config, "rest")
+    assert make_mask(same, config, "rest")
     assert "other_source" not in read_json(same.mask_record("rest"))["inputs"]
 
     wide = make_config(
@@ -296,7 +301,7 @@ def test_another_sources_mask_needs_a_word_and_leaves_a_mark(
     )
     foreign = RunFolder.create(tmp_path / "foreign", wide)
     with pytest.raises(RunError, match=r"top\.safetensors: the mask is of another model"):
-        stages.make_mask(foreign, wide, "theirs", stages.Making(allow_other_source=True))
+        make_mask(foreign, wide, "theirs", Making(allow_other_source=True))
 
 
 @pytest.mark.parametrize("kind", ["llm"], indirect=True)
@@ -438,7 +443,7 @@ full = {{type = "distill", seeds = [1, 2]}}
         words = [
             sys.executable,
             "-m",
-            "vlopd.cli",
+            "vlopd.cli.main",
             "distill",
             str(config),
             "--arm",
@@ -503,13 +508,13 @@ def test_what_the_stored_precision_does_not_hold_is_refused(kind, make_config, t
     }
     config = make_config(kind, **sections)
     run = RunFolder.create(tmp_path / "run", config)
-    assert stages.make_arm(run, config, "full")
+    assert make_arm(run, config, "full")
     for arm in ("far", "kept", "further"):
         message = (
             r"weight: \d+ of \d+ values are not finite in float16, in which it is to be stored"
         )
         with pytest.raises(UserError, match=message):
-            stages.make_arm(run, config, arm)
+            make_arm(run, config, arm)
         left = {path.name for path in run.arm(arm).rglob("*")} if run.arm(arm).exists() else set()
         assert not left & {"checkpoint", "record.json", "step-1", "model.safetensors"}, left
         assert not any(name.startswith(".unfinished") for name in left)

@@ -7,6 +7,7 @@ from lm_eval.tasks import TaskManager, get_task_dict
 from evals.scoring import TASKS
 from evals.tasks import capitals as task
 from vlopd.data import capitals
+from vlopd.data.answers import words
 from vlopd.data.capitals import CapitalsWorld
 
 SPLITS = ("train", "validation", "test")
@@ -44,7 +45,7 @@ def test_every_overlap_of_name_and_capital_is_removed():
         entry.name()
         for entry in all_countries()
         if isinstance(entry.capital(), str)
-        and set(capitals.words(entry.capital()).split()) & set(capitals.words(entry.name()).split())
+        and set(words(entry.capital()).split()) & set(words(entry.name()).split())
     }
     assert {"Djibouti", "Singapore", "Guatemala", "Kuwait", "Luxembourg", "Monaco"} <= overlapping
     assert len(overlapping) == 16 and not overlapping & asked
@@ -88,7 +89,7 @@ def test_aliases_are_of_capitals_that_are_asked_for():
     known = {country.capital for country in capitals.countries()}
     assert capitals.ALIASES.keys() <= known
     others = {alias for aliases in capitals.ALIASES.values() for alias in aliases}
-    assert not {capitals.words(a) for a in others} & {capitals.words(c) for c in known}
+    assert not {words(a) for a in others} & {words(c) for c in known}
 
 
 def test_examples_depend_on_split_seed_and_index_alone():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vlopd import cli
+from vlopd.cli import main
 
 PAIRS = Path(__file__).parents[1] / "configs" / "pairs"
 PUBLISHED = sorted(PAIRS.glob("qwen*.toml")) + sorted(PAIRS.glob("[dm]*.toml"))
@@ -50,9 +50,9 @@ def check(monkeypatch, capsys, tmp_path):
 
 def call(monkeypatch, capsys, path, *flags) -> tuple[int, str]:
     monkeypatch.setattr(sys, "argv", ["vlopd", "check", str(path), *flags])
-    monkeypatch.setattr(cli.console, "_width", 220)
+    monkeypatch.setattr(main.console, "_width", 220)
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main.main()
     return stop.value.code or 0, capsys.readouterr().out
 
 

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from vlopd.checkpoint import RunFolder, read_json
-from vlopd.config import ConfigError, ExperimentConfig, explain, load_config
+from vlopd.config.experiment import ExperimentConfig, explain
+from vlopd.config.input import load_config
 from vlopd.distill import lower
+from vlopd.errors import ConfigError
+from vlopd.files import read_json
+from vlopd.run.folder import RunFolder
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.toml"))
 QUICKSTART = CONFIGS[[p.name for p in CONFIGS].index("quickstart.toml")]

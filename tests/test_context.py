@@ -4,17 +4,17 @@ import pytest
 import torch
 from PIL import Image
 
-from vlopd.config import (
-    CaptionContext,
-    ConfigError,
-    ImageContext,
-    SystemContext,
-    TemplateContext,
-    UserError,
-)
-from vlopd.context import teacher_view, with_caption, with_images, with_system, with_template
+from vlopd.config.models import CaptionContext, ImageContext, SystemContext, TemplateContext
 from vlopd.data.shapes import ShapesWorld
+from vlopd.errors import ConfigError, UserError
 from vlopd.models.load import load, load_processor
+from vlopd.train.teacher_context import (
+    teacher_view,
+    with_caption,
+    with_images,
+    with_system,
+    with_template,
+)
 from vlopd.types import Example
 
 PICTURE = Image.linear_gradient("L").resize((20, 10)).convert("RGB")

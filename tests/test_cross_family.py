@@ -7,10 +7,11 @@ from tests.conftest import sampled
 from tests.families.llms import LLMS
 from tests.families.vlms import VLMS
 from tests.test_families import by_hand, row
-from vlopd.config import ExperimentConfig, ReverseKL
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.objective import ReverseKL
 from vlopd.data.shapes import ShapesWorld
 from vlopd.models import families
-from vlopd.pair import ModelPair, load_pair
+from vlopd.train.pair import ModelPair, load_pair
 
 PAIRS = (
     ("qwen2_5_vl", "internvl"),

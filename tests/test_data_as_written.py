@@ -16,22 +16,17 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from evals.tasks.benchmarks import mathematics, source
-from vlopd.checkpoint import read_jsonl
-from vlopd.config import (
-    CaptionContext,
-    ConfigError,
-    DataError,
-    FileData,
-    ReverseKL,
-    TemplateContext,
-    UserError,
-)
-from vlopd.context import teacher_view
-from vlopd.data.files import FileSource
-from vlopd.log import rows_before
-from vlopd.rewards import answer_named, exact_match
-from vlopd.sources import from_data
+from evals.tasks.benchmarks import documents, mathematics
+from vlopd.config.data import FileData
+from vlopd.config.models import CaptionContext, TemplateContext
+from vlopd.config.objective import ReverseKL
+from vlopd.data.dataset import FileSource
+from vlopd.errors import ConfigError, DataError, UserError
+from vlopd.files import read_jsonl
+from vlopd.train.log import rows_before
+from vlopd.train.rewards import answer_named, exact_match
+from vlopd.train.rollouts import from_data
+from vlopd.train.teacher_context import teacher_view
 
 NUMBERS = ["3", "2.5", "3.0", "3.10", "-0", "-0.0", "1e5", "1E-3", "9007199254740993",
            "12345678901234567", "18446744073709551617", "0.1", "1e400", "100000000000000000000.0",
@@ -727,8 +722,8 @@ def test_benchmarks_answers_are_as_written(tmp_path, monkeypatch):
     docs = mathematics.dataset("aime25")["test"]
     assert docs["answer"] == ["3", "2.5", "007", "9007199254740993", "3.10"]
     assert docs[0]["question"] == "What\u2028is it?"
-    source.read.cache_clear()
+    documents.read.cache_clear()
     path.write_text('{"problem": "q", "answer": NaN}')
     with pytest.raises(DataError, match=r"row 0 .*'answer' holds the number NaN"):
         mathematics.dataset("aime25")
-    source.read.cache_clear()
+    documents.read.cache_clear()

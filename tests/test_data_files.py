@@ -13,9 +13,10 @@ import pandas
 import pytest
 from PIL import Image, ImageOps
 
-from vlopd.config import ConfigError, DataError, FileData
-from vlopd.data.files import FileSource
-from vlopd.data.pictures import open_picture
+from vlopd.config.data import FileData
+from vlopd.data.dataset import FileSource
+from vlopd.data.images import open_picture
+from vlopd.errors import ConfigError, DataError
 
 QUESTIONS = [
     {"q": "first?", "a": "one", "pic": "good.png", "key": "r1"},

@@ -15,9 +15,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from vlopd.checkpoint import RunError
-from vlopd.delta import TensorDelta, Weights, match_report, stream, stream_whole
-from vlopd.models.atlas import classify
+from vlopd.errors import RunError
+from vlopd.models.names import classify
+from vlopd.weights.delta import TensorDelta, match_report, stream, stream_whole
+from vlopd.weights.reader import Weights
 
 TEXT = LlamaConfig(
     vocab_size=64,

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from vlopd import processes
-from vlopd.config import AdamW, ReverseKL, RMSProp
-from vlopd.data import open_data, pick
-from vlopd.diagnostics import quarters, repeated, summarise
-from vlopd.evidence import Look
-from vlopd.optimizers import build_optimizer
-from vlopd.sources import collect
-from vlopd.trainable import Trainable
+from vlopd import distributed
+from vlopd.config.objective import ReverseKL
+from vlopd.config.training import AdamW, RMSProp
+from vlopd.data.load import open_data, pick
+from vlopd.train.metrics import quarters, repeated, summarise
+from vlopd.train.optimizer_statistics import Look
+from vlopd.train.optimizers import build_optimizer
+from vlopd.train.rollouts import collect
+from vlopd.train.sparse import Trainable
 
 
 def test_quarters_are_of_each_completion():
@@ -48,7 +49,7 @@ def test_a_steps_numbers(writer, kind, make_pair, make_config):
             graded = [
                 pair.divergence(ReverseKL(), b.examples, b.prompts, b.completions) for b in batches
             ]
-        rows.append(summarise(7, 0.5, 2.0, batches, graded, 1, processes.accelerator()))
+        rows.append(summarise(7, 0.5, 2.0, batches, graded, 1, distributed.accelerator()))
     assert rows[0].keys() == rows[1].keys()
     for key, value in rows[0].items():
         close = None if value is None else pytest.approx(value, rel=1e-4, abs=1e-5)
@@ -95,7 +96,7 @@ def test_what_is_infinite_where_the_loss_does_not_look_is_null(make_pair, make_c
         graded = [
             pair.divergence(ReverseKL(), b.examples, b.prompts, b.completions) for b in batches
         ]
-    row = summarise(0, 1.0, 1.0, batches, graded, 1, processes.accelerator())
+    row = summarise(0, 1.0, 1.0, batches, graded, 1, distributed.accelerator())
     assert row["kl"] is None
     assert row["student_entropy"] > 0
 

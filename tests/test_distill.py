@@ -8,15 +8,15 @@ import torch
 from safetensors.torch import load_file
 
 from evals.harness import held_out_scores
-from vlopd import processes
-from vlopd.checkpoint import RunError
-from vlopd.config import ConfigError, DistillArm
-from vlopd.data import open_data, pick
+from vlopd import distributed
+from vlopd.config.arms import DistillArm
+from vlopd.data.load import open_data, pick
 from vlopd.distill import Stopwatch, TrainingError, backward, distill
-from vlopd.log import TrainingLog, open_trackers
-from vlopd.models.atlas import classify
-from vlopd.sources import collect
-from vlopd.trainable import Trainable
+from vlopd.errors import ConfigError, RunError
+from vlopd.models.names import classify
+from vlopd.train.log import TrainingLog, open_trackers
+from vlopd.train.rollouts import collect
+from vlopd.train.sparse import Trainable
 from vlopd.types import Example
 
 ARM = DistillArm(seed=1)
@@ -72,7 +72,7 @@ def test_splitting_or_permuting_a_step_changes_no_gradient(
 
     def gradient(pair, batches):
         trainable = Trainable(pair.student.model)
-        backward(pair, config, batches, processes.accelerator(), Stopwatch())
+        backward(pair, config, batches, distributed.accelerator(), Stopwatch())
         found = [v.grad.flatten() for v in trainable.parameters() if v.grad is not None]
         return torch.cat(found).double()
 
@@ -349,7 +349,7 @@ def test_updates_on_the_same_completions(kind, make_pair, make_config, tmp_path)
     losses = []
     for _ in range(2):
         trainable.zero_grad()
-        losses.append(backward(other, config, batches, processes.accelerator(), Stopwatch())[0])
+        losses.append(backward(other, config, batches, distributed.accelerator(), Stopwatch())[0])
         for value in trainable.parameters():
             if value.grad is not None:
                 value.data -= 0.05 * value.grad
@@ -556,7 +556,7 @@ def test_the_last_update_is_checked_as_the_others_are(
 def test_a_moment_that_overflows_is_named(make_pair, make_config, tmp_path):
     """A second moment that is infinite, whose coordinate would never move again, is refused by its name."""
     from vlopd.distill import refuse_overflow
-    from vlopd.optimizers import build_optimizer
+    from vlopd.train.optimizers import build_optimizer
 
     pair, config = make_pair("llm"), make_config("llm")
     trainable = Trainable(pair.student.model)

@@ -25,14 +25,17 @@ from transformers import (
 from tests.families.llms import LLMS
 from tests.families.openclip import build_tiny
 from tests.families.vlms import VLMS
-from vlopd.config import ConfigError, ReverseKL, UserError
+from vlopd.config.objective import ReverseKL
 from vlopd.data.shapes import ShapesWorld
-from vlopd.losses import Sampled, chunked_divergence
-from vlopd.models import atlas, families
-from vlopd.models.load import LoadedModel, load, save
-from vlopd.rollout import sample
+from vlopd.errors import ConfigError, UserError
+from vlopd.models import families, names
+from vlopd.models.load import load
+from vlopd.models.loaded import LoadedModel
+from vlopd.models.save import save
 from vlopd.seeding import uniforms
-from vlopd.trainable import Trainable
+from vlopd.train.losses import Sampled, chunked_divergence
+from vlopd.train.sampler import sample
+from vlopd.train.sparse import Trainable
 from vlopd.types import Completions, Example, Prompts
 
 VLMS = {**VLMS, "openclip_vlm": build_tiny}
@@ -548,7 +551,7 @@ def test_models_of_no_language_are_refused():
 def test_every_parameter_is_classified(family, make):
     """No parameter is "other", and both components of a decoder's layers are told apart by number."""
     model = make(family).model
-    found = [atlas.classify(name) for name, _ in model.named_parameters()]
+    found = [names.classify(name) for name, _ in model.named_parameters()]
     unknown = [each for each in found if "other" in (each.component, each.module)]
     assert not unknown
     components = {each.component for each in found}
@@ -609,7 +612,7 @@ EXACT = {
 @pytest.mark.parametrize("name", EXACT)
 def test_classification_is_exact(name):
     """Component, layer and module of a parameter of each kind."""
-    where = atlas.classify(name)
+    where = names.classify(name)
     assert (where.component, where.layer, where.module) == EXACT[name]
 
 
@@ -618,7 +621,7 @@ def test_parts_tile_every_tensor(family, make):
     model = make(family).model
     for name, parameter in model.named_parameters():
         covered = torch.zeros(parameter.shape, dtype=torch.int)
-        for part in atlas.parts(atlas.classify(name), parameter.shape, model.config):
+        for part in names.parts(names.classify(name), parameter.shape, model.config):
             covered[part.index] += 1
             assert covered[part.index].ndim == parameter.ndim - (part.expert is not None)
         assert bool((covered == 1).all()), name
@@ -630,7 +633,7 @@ def parts_of(model, name: str) -> dict[str, Tensor]:
         part.module if part.expert is None else f"{part.module} {part.expert}": (
             tensor[part.index].T if part.transposed else tensor[part.index]
         )
-        for part in atlas.parts(atlas.classify(name), tensor.shape, model.config)
+        for part in names.parts(names.classify(name), tensor.shape, model.config)
     }
 
 

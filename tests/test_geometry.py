@@ -18,8 +18,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from vlopd.checkpoint import RunError, read_json, up_to_date
-from vlopd.config import (
+from vlopd.config.analysis import (
     GaussianNull,
     GeometryConfig,
     LowRankNull,
@@ -28,15 +27,18 @@ from vlopd.config import (
     SignFlippedNull,
     UlpNull,
 )
+from vlopd.errors import RunError
+from vlopd.files import read_json
 from vlopd.geometry.aggregate import PARTS
-from vlopd.geometry.analyse import analyse
+from vlopd.geometry.base_masks import SourceMasks
+from vlopd.geometry.checkpoint import analyse
 from vlopd.geometry.coordinates import coordinate_terms
+from vlopd.geometry.magnitudes import norm
 from vlopd.geometry.nulls import direction, null_delta, null_name
 from vlopd.geometry.projection import matrix_measures, skipped_measures, source_factors
-from vlopd.geometry.rows import DETAIL, Measure, Place, Row, beside_nulls
-from vlopd.geometry.sizes import norm
-from vlopd.geometry.source_masks import SourceMasks
+from vlopd.geometry.schema import DETAIL, Measure, Place, Row, beside_nulls
 from vlopd.geometry.spectrum import Sum, as_matrix, rank_at, singular_values
+from vlopd.run.folder import up_to_date
 
 RATIOS = (0.01, 0.1, 0.25)
 CONFIG = GeometryConfig(ratios=RATIOS)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vlopd.config import GaussianNull
+from vlopd.config.analysis import GaussianNull
 from vlopd.geometry.nulls import null_name
 
 spec = importlib.util.spec_from_file_location(

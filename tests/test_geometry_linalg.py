@@ -9,7 +9,7 @@ import torch
 
 from vlopd.geometry.coordinates import look, thresholds
 from vlopd.geometry.linalg import by_inverse_iteration, leading_eigenvectors, product
-from vlopd.geometry.sizes import (
+from vlopd.geometry.magnitudes import (
     SAMPLE,
     SPARSE,
     Cut,

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from tests.families import llms, vlms
 from tests.test_geometry import RATIOS, reference
-from vlopd.config import DistillArm, GeometryConfig
-from vlopd.data import open_data
+from vlopd.config.analysis import GeometryConfig
+from vlopd.config.arms import DistillArm
+from vlopd.data.load import open_data
 from vlopd.distill import distill
-from vlopd.geometry.analyse import analyse, read_rows
+from vlopd.geometry.checkpoint import analyse, read_rows
 
 CONFIG = GeometryConfig(null_draws=0, ratios=RATIOS)
 Values = dict[tuple[str, str], float | None]

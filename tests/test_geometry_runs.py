@@ -16,14 +16,15 @@ from torch import Tensor
 
 from tests.families import llms
 from tests.test_geometry import RATIOS, orthogonal, reference
-from vlopd.checkpoint import RunError, read_json
-from vlopd.config import GaussianNull, GeometryConfig, SignFlippedNull
-from vlopd.delta import stream
+from vlopd.config.analysis import GaussianNull, GeometryConfig, SignFlippedNull
+from vlopd.errors import RunError
+from vlopd.files import read_json
 from vlopd.geometry import paper
-from vlopd.geometry.analyse import analyse, read_rows
+from vlopd.geometry.checkpoint import analyse, read_rows
 from vlopd.geometry.overlap import overlap
 from vlopd.geometry.trajectory import trajectory
-from vlopd.models.atlas import classify
+from vlopd.models.names import classify
+from vlopd.weights.delta import stream
 
 QUICK = GeometryConfig(null_draws=0, ratios=RATIOS)
 Tensors = dict[str, Tensor]

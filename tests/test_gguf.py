@@ -18,8 +18,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from vlopd.config import ConfigError
-from vlopd.models import gguf, smollm2
+from vlopd.errors import ConfigError
+from vlopd.models.gguf import convert, smollm2
 
 HIDDEN, LAYERS, VOCABULARY = (
     64,
@@ -97,7 +97,7 @@ def load(folder, dtype=torch.bfloat16):
 
 def test_weights_are_the_files_dequantised(file, weights):
     """A tensor of the folder is the file's blocks taken apart by the format's own code, rounded to bf16."""
-    model = load(gguf.converted(file))
+    model = load(convert.converted(file))
     type_ = format.GGMLQuantizationType.Q4_1
     for name, ours in {
         "token_embd.weight": model.model.embed_tokens.weight,
@@ -118,12 +118,12 @@ def test_logits_are_those_of_transformers_own_reading(file):
     )
     ids = torch.tensor([[1, 50, 99, 200, 258]])
     with torch.no_grad():
-        assert torch.equal(load(gguf.converted(file))(ids).logits, direct(ids).logits)
+        assert torch.equal(load(convert.converted(file))(ids).logits, direct(ids).logits)
 
 
 def test_the_folder_is_a_plain_trainable_model(file):
     """Ordinary linear layers of bf16 tensors, all trainable, head and embedding one tensor, no quantisation left."""
-    folder = gguf.converted(file)
+    folder = convert.converted(file)
     model = load(folder)
     assert not any("quantization" in path.read_text() for path in folder.glob("*.json"))
     assert {type(layer) for layer in model.model.layers[0].mlp.children()} >= {torch.nn.Linear}
@@ -135,7 +135,7 @@ def test_the_folder_is_a_plain_trainable_model(file):
 
 def test_fp32_is_to_be_had(file):
     """With dtype fp32 nothing is rounded, and the folder is another one."""
-    exact, rounded = gguf.converted(file, "fp32"), gguf.converted(file)
+    exact, rounded = convert.converted(file, "fp32"), convert.converted(file)
     assert exact != rounded
     ours = load(exact, torch.float32).model.layers[0].mlp.up_proj.weight
     assert not torch.equal(ours, load(rounded, torch.float32).model.layers[0].mlp.up_proj.weight)
@@ -144,7 +144,7 @@ def test_fp32_is_to_be_had(file):
 
 def test_tokenizer_template_and_end_tokens_come_along(file):
     """Text is tokenized as the file says, its chat template is kept, and both of its end tokens end."""
-    folder = gguf.converted(file)
+    folder = convert.converted(file)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("ab", add_special_tokens=False)["input_ids"]
     assert ids == [VOCABULARY.index("ab")]
@@ -156,7 +156,7 @@ def test_tokenizer_template_and_end_tokens_come_along(file):
 
 def test_the_card_states_what_the_file_says(file):
     """The model card has the file's name, its digest, its name and the quantisation that its header states."""
-    card = (gguf.converted(file) / "README.md").read_text()
+    card = (convert.converted(file) / "README.md").read_text()
     assert card.startswith("# Tiny (Q4_1, dequantised)")
     for word in (file.name, hashlib.sha256(file.read_bytes()).hexdigest(), "mit", "llama"):
         assert word in card
@@ -164,17 +164,17 @@ def test_the_card_states_what_the_file_says(file):
 
 def test_a_file_is_converted_once(file, tmp_path):
     """The second call writes nothing; a copy elsewhere is the same folder; other content is another one."""
-    folder = gguf.converted(file)
+    folder = convert.converted(file)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     copy = tmp_path / "elsewhere" / file.name
     copy.parent.mkdir()
     copy.write_bytes(file.read_bytes())
-    assert gguf.converted(copy) == gguf.converted(file) == folder
+    assert convert.converted(copy) == convert.converted(file) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     changed = bytearray(file.read_bytes())
     changed[-1] ^= 1
     file.write_bytes(changed)
-    assert gguf.converted(file) != folder
+    assert convert.converted(file) != folder
 
 
 @pytest.mark.parametrize("left", [0.0, 0.001, 0.05, 0.5, 0.99])
@@ -183,7 +183,7 @@ def test_a_truncated_file_is_refused_by_name(file, own_cache, left):
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * left)])
     with pytest.raises(ConfigError, match=file.name) as caught:
-        gguf.converted(file)
+        convert.converted(file)
     assert "\n" not in str(caught.value)
     assert not list(own_cache.rglob("*.safetensors"))
 
@@ -193,18 +193,18 @@ def test_other_files_are_refused_by_name(tmp_path):
     fake = tmp_path / "fake.gguf"
     fake.write_text("not a model " * 100)
     with pytest.raises(ConfigError, match=r"fake\.gguf"):
-        gguf.converted(fake)
+        convert.converted(fake)
     with pytest.raises(ConfigError, match=r"no GGUF file .*absent\.gguf"):
-        gguf.converted(tmp_path / "absent.gguf")
+        convert.converted(tmp_path / "absent.gguf")
 
 
 def test_a_file_without_some_weights_is_refused(tmp_path, weights):
     """No layer is left at random values: the missing tensor is named, and so is a file that has none at all."""
     del weights["blk.1.ffn_up.weight"]
     with pytest.raises(ConfigError, match=r"holes\.gguf .*layers\.1\.mlp\.up_proj"):
-        gguf.converted(write(tmp_path / "holes.gguf", weights))
+        convert.converted(write(tmp_path / "holes.gguf", weights))
     with pytest.raises(ConfigError, match=r"empty\.gguf .*no tensors"):
-        gguf.converted(write(tmp_path / "empty.gguf", {}))
+        convert.converted(write(tmp_path / "empty.gguf", {}))
 
 
 def test_two_at_once_make_one(own_cache):
@@ -217,7 +217,7 @@ def test_two_at_once_make_one(own_cache):
         (folder / "weights").write_text("whole")
 
     def want():
-        found.append((gguf.made_once("key", make) / "weights").read_text())
+        found.append((convert.made_once("key", make) / "weights").read_text())
 
     threads = [threading.Thread(target=want) for _ in range(2)]
     for thread in threads:
@@ -230,20 +230,20 @@ def test_two_at_once_make_one(own_cache):
 def test_a_killed_conversion_leaves_nothing(own_cache):
     """What an earlier process left unfinished is removed, and the folder is made anew."""
     (own_cache / "key" / ".unfinished-0123456789abcdef").mkdir(parents=True)
-    folder = gguf.made_once("key", lambda path: (path / "weights").write_text("whole"))
+    folder = convert.made_once("key", lambda path: (path / "weights").write_text("whole"))
     assert [path.name for path in folder.iterdir()] == ["weights"]
     assert sorted(path.name for path in folder.parent.iterdir()) == [".lock", "model"]
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     """VLOPD_CACHE goes before XDG_CACHE_HOME, which goes before the home folder."""
-    assert gguf.cache() == tmp_path / "cache"
+    assert convert.cache() == tmp_path / "cache"
     monkeypatch.delenv("VLOPD_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert gguf.cache() == tmp_path / "xdg" / "vlopd"
+    assert convert.cache() == tmp_path / "xdg" / "vlopd"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert gguf.cache() == tmp_path / "home" / ".cache" / "vlopd"
+    assert convert.cache() == tmp_path / "home" / ".cache" / "vlopd"
 
 
 def test_a_cache_that_cannot_be_written_is_said(monkeypatch, tmp_path, file):
@@ -251,7 +251,7 @@ def test_a_cache_that_cannot_be_written_is_said(monkeypatch, tmp_path, file):
     (tmp_path / "taken").write_text("")
     monkeypatch.setenv("VLOPD_CACHE", str(tmp_path / "taken"))
     with pytest.raises(ConfigError, match="set VLOPD_CACHE"):
-        gguf.converted(file)
+        convert.converted(file)
 
 
 # -------------------------------------------------------------------------------------- fewer layers

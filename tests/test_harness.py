@@ -15,10 +15,14 @@ from evals.harness import evaluate_arm
 from evals.lm import ArmLM, Asked
 from evals.report.verdict import Teller, no_worse, p_value, points
 from evals.scoring import TASKS, Tasks, score
-from vlopd import stages
-from vlopd.checkpoint import RunError, RunFolder, read_json, read_jsonl
-from vlopd.config import ConfigError, EvalConfig, ModelConfig
+from vlopd.config.analysis import EvalConfig
+from vlopd.config.models import ModelConfig
+from vlopd.errors import ConfigError, RunError
+from vlopd.files import read_json, read_jsonl
 from vlopd.models.load import BUILTIN, load_configured
+from vlopd.run.folder import RunFolder
+from vlopd.run.make import make_arm
+from vlopd.run.resolve import scores_of
 
 TEXT = {"llm": "shapes_text", "vlm": "shapes"}
 
@@ -30,7 +34,7 @@ def source_run(make_config, kind, tmp_path, **sections):
     )
     run = RunFolder.create(tmp_path / "run", config)
     for arm in config.arms:
-        stages.make_arm(run, config, arm)
+        make_arm(run, config, arm)
     return run, config
 
 
@@ -200,7 +204,7 @@ def test_scores_and_models_from_elsewhere_are_arms(make_config, tmp_path):
     with pytest.raises(RunError, match="no samples of task capitals; it has shapes_text"):
         evaluate_arm(run, lacking, "theirs")
     with pytest.raises(RunError, match=r"no results_\*\.json"):
-        stages.scores_of(tmp_path / "run")
+        scores_of(tmp_path / "run")
     with pytest.raises(RunError, match="different data_digest on shapes_text"):
         evaluate_arm(run, with_eval(config, limit=4), "base")
         compare(run, config)

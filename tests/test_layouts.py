@@ -16,15 +16,19 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.families import llms, vlms
-from vlopd import cli, masks
-from vlopd.checkpoint import RunError, read_json
-from vlopd.config import GeometryConfig, VisibleMask
-from vlopd.delta import stream, stream_whole
-from vlopd.geometry.analyse import analyse, read_rows
+from vlopd.cli import main
+from vlopd.config.analysis import GeometryConfig
+from vlopd.config.masks import VisibleMask
+from vlopd.errors import RunError
+from vlopd.files import read_json
+from vlopd.geometry.checkpoint import analyse, read_rows
 from vlopd.geometry.overlap import overlap
 from vlopd.geometry.trajectory import trajectory
 from vlopd.masks.apply import transplanted
-from vlopd.models.atlas import classify
+from vlopd.masks.files import check_shapes
+from vlopd.masks.rules import build_mask
+from vlopd.models.names import classify
+from vlopd.weights.delta import stream, stream_whole
 
 Tensors = dict[str, Tensor]
 QUICK = GeometryConfig(null_draws=0, ratios=(0.1,))
@@ -172,9 +176,9 @@ def test_masks_and_transplants_across_layouts_are_in_the_sources_naming(directio
     moved = save(noisy, tmp_path / "moved", fused)
     source, trained = (hub, moved) if direction == "hub first" else (moved, hub)
     deltas = stream_whole(source, trained, classify)
-    mask = masks.build_mask(VisibleMask(of="x"), deltas)
-    masks.check_shapes(mask, {name: tensor.shape for name, tensor in load(source).items()})
-    plain = masks.build_mask(VisibleMask(of="x"), stream(fused, moved, classify))
+    mask = build_mask(VisibleMask(of="x"), deltas)
+    check_shapes(mask, {name: tensor.shape for name, tensor in load(source).items()})
+    plain = build_mask(VisibleMask(of="x"), stream(fused, moved, classify))
     assert sum(map(Tensor.sum, mask.values())) == sum(map(Tensor.sum, plain.values()))
     whole = {p.name: transplanted(p, torch.ones_like(p.source).bool()) for p in deltas}
     back = stream(save(whole, tmp_path / "whole", source), trained, classify)
@@ -458,7 +462,7 @@ def command(monkeypatch, capsys, *words) -> tuple[int, str]:
     """Exit code and output of a command, run in this process."""
     monkeypatch.setattr(sys, "argv", ["vlopd", *map(str, words)])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main.main()
     found = capsys.readouterr()
     return stop.value.code or 0, found.out + found.err
 

@@ -9,7 +9,8 @@ from lm_eval.tasks import TaskManager
 
 from evals.lm import ArmLM
 from evals.scoring import TASKS, Tasks, score
-from vlopd.config import EvalConfig, ModelConfig
+from vlopd.config.analysis import EvalConfig
+from vlopd.config.models import ModelConfig
 from vlopd.models.load import BUILTIN, load_configured
 
 TEXT_TASKS = ("shapes_text", "shapes_choice_text")

@@ -4,20 +4,11 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from vlopd import losses
-from vlopd.config import (
-    JSD,
-    K1,
-    K2,
-    K3,
-    NLL,
-    ConfigError,
-    LossConfig,
-    ReverseKL,
-    RewardConfig,
-    load_config,
-)
-from vlopd.losses import Sampled, TokenDivergence, chunked_divergence
+from vlopd.config.input import load_config
+from vlopd.config.objective import JSD, K1, K2, K3, NLL, LossConfig, ReverseKL, RewardConfig
+from vlopd.errors import ConfigError
+from vlopd.train import losses
+from vlopd.train.losses import Sampled, TokenDivergence, chunked_divergence
 
 INF = float("inf")
 

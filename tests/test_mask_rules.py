@@ -7,13 +7,20 @@ import torch
 from pydantic import TypeAdapter
 
 from tests.test_masks import NAMES, pairs
-from vlopd.config import ConfigError, MaskConfig
-from vlopd.delta import TensorDelta
-from vlopd.masks import build_mask, density, jaccard, quota
-from vlopd.masks.compare import added, overlap, overlap_by_class, overlap_by_tensor
-from vlopd.masks.rules import binades, quantiles, steps_between
-from vlopd.masks.select import order_keys, select_energy
-from vlopd.models.atlas import classify
+from vlopd.config.masks import MaskConfig
+from vlopd.errors import ConfigError
+from vlopd.masks.compare import (
+    added,
+    density,
+    jaccard,
+    overlap,
+    overlap_by_class,
+    overlap_by_tensor,
+)
+from vlopd.masks.rules import binades, build_mask, quantiles, steps_between
+from vlopd.masks.select import order_keys, quota, select_energy
+from vlopd.models.names import classify
+from vlopd.weights.delta import TensorDelta
 
 
 def rule(**settings):

@@ -8,24 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlopd.checkpoint import RunError, read_json, up_to_date
-from vlopd.config import RandomMask, TopFractionMask, VisibleMask
-from vlopd.delta import TensorDelta
-from vlopd.masks import (
-    build_mask,
-    check_mask,
-    density,
-    jaccard,
-    largest,
-    load_mask,
-    quota,
-    random_like,
-    save_mask,
-    smallest,
-    transplanted,
-    visible,
-)
-from vlopd.models.atlas import classify
+from vlopd.config.masks import RandomMask, TopFractionMask, VisibleMask
+from vlopd.errors import RunError
+from vlopd.files import read_json
+from vlopd.masks.apply import transplanted
+from vlopd.masks.compare import density, jaccard
+from vlopd.masks.files import check_mask, load_mask, save_mask
+from vlopd.masks.rules import build_mask, random_like, visible
+from vlopd.masks.select import largest, quota, smallest
+from vlopd.models.names import classify
+from vlopd.run.folder import up_to_date
+from vlopd.weights.delta import TensorDelta
 
 NAMES = (
     "model.language_model.layers.0.mlp.up_proj.weight",

@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from tests.families.openclip import TOWERS, build_language, build_tiny, build_tower
-from vlopd.config import ConfigError
-from vlopd.models import openclip_vlm
-from vlopd.models.atlas import freeze
-from vlopd.models.openclip_assemble import assemble
-from vlopd.models.openclip_vlm import OpenClipImageProcessor, image_tokens
+from vlopd.errors import ConfigError
+from vlopd.models.names import freeze
+from vlopd.models.openclip import vlm
+from vlopd.models.openclip.assemble import assemble
+from vlopd.models.openclip.vlm import OpenClipImageProcessor, image_tokens
 
 ASK = [
     {
@@ -54,7 +54,7 @@ def encode(processor, *images: Image.Image):
 
 
 def load(folder: Path, **options):
-    openclip_vlm.register()
+    vlm.register()
     model = AutoModelForImageTextToText.from_pretrained(
         folder, use_safetensors=True, **{"dtype": torch.float32, **options}
     )
@@ -208,14 +208,14 @@ def test_tokens_are_the_towers_own():
     torch.manual_seed(0)
     for changes in ({}, {"final_ln_after_pool": True}, {"attentional_pool": True}):
         vision_cfg = {**TOWERS["vit"], **changes, "attn_pooler_queries": 5, "attn_pooler_heads": 2}
-        tower = openclip_vlm.build_tower({"embed_dim": 16, "vision_cfg": vision_cfg}).eval()
+        tower = vlm.build_tower({"embed_dim": 16, "vision_cfg": vision_cfg}).eval()
         pixels = torch.randn(2, 3, 32, 32)
         tokens = image_tokens(tower, pixels, None, False)
         tower.output_tokens = True
         assert torch.equal(tokens, tower(pixels)[1])
         if "attentional_pool" in changes:
             with pytest.raises(ConfigError, match="class token"):
-                openclip_vlm.check_tower(tower, None, True)
+                vlm.check_tower(tower, None, True)
         else:
             with_class = image_tokens(tower, pixels, None, True)
             assert torch.equal(with_class[:, 1:], tokens)
@@ -225,7 +225,7 @@ def test_tokens_are_the_towers_own():
 def test_inner_layer():
     """A vision layer gives that block's output without the final norm, in the order of the tokens."""
     torch.manual_seed(0)
-    tower = openclip_vlm.build_tower({"embed_dim": 16, "vision_cfg": TOWERS["vit"]}).eval()
+    tower = vlm.build_tower({"embed_dim": 16, "vision_cfg": TOWERS["vit"]}).eval()
     pixels = torch.randn(2, 3, 32, 32)
     seen = []
     tower.transformer.resblocks[0].register_forward_hook(lambda *args: seen.append(args[-1]))
@@ -246,7 +246,7 @@ def test_missing_layer_refused(parts):
 def test_timm_tokens(name):
     """A timm trunk's tokens run along the rows of the picture, whatever the layout of its features."""
     torch.manual_seed(0)
-    tower = openclip_vlm.build_tower({"embed_dim": 16, "vision_cfg": {"timm_model_name": name}})
+    tower = vlm.build_tower({"embed_dim": 16, "vision_cfg": {"timm_model_name": name}})
     pixels = torch.randn(1, 3, 160, 160)
     features = tower.eval().trunk.forward_features(pixels)[0]
     tokens = image_tokens(tower, pixels, None, False)[0]

@@ -8,11 +8,14 @@ import torch
 from tests.conftest import sampled
 from tests.test_config import QUICKSTART
 from tests.test_trainable import random_mask, train
-from vlopd.config import ConfigError, ExperimentConfig, ReverseKL, load_config
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.input import load_config
+from vlopd.config.objective import ReverseKL
 from vlopd.distill import resume, save_state
-from vlopd.models.atlas import classify
-from vlopd.optimizers import build_optimizer, is_hidden_matrix, learning_rate
-from vlopd.trainable import Trainable
+from vlopd.errors import ConfigError
+from vlopd.models.names import classify
+from vlopd.train.optimizers import build_optimizer, is_hidden_matrix, learning_rate
+from vlopd.train.sparse import Trainable
 
 RATE = 1e-2
 ADAMW = {"type": "adamw"}

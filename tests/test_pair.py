@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 from tests.conftest import sampled
-from vlopd.config import K1, K2, ConfigError, ReverseKL, UserError
-from vlopd.preflight import preflight
+from vlopd.config.objective import K1, K2, ReverseKL
+from vlopd.errors import ConfigError, UserError
+from vlopd.preflight.pair import preflight
 
 KL = ReverseKL()
 

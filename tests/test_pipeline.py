@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from vlopd import cli
+from vlopd.cli import main
 
 MINIATURE = """
 name = "mini"
@@ -57,7 +57,7 @@ def vlopd(monkeypatch, *words) -> int:
     """Runs the command line in this process and returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["vlopd", *map(str, words)])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main.main()
     code = stop.value.code or 0
     del stop
     gc.collect()  # a command's process would have ended here, and its lock on the run folder with it
@@ -126,7 +126,7 @@ def test_every_verb_in_order(kind, miniature, tmp_path, monkeypatch, capsys):
         for a in ARMS
         if a != "teacher"
     }
-    from vlopd.masks import load_mask
+    from vlopd.masks.files import load_mask
 
     mask, _ = load_mask(run / "masks" / "top.safetensors")
     for name, base in tensors["base"].items():

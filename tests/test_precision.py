@@ -11,19 +11,25 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.conftest import build, sampled
 from tests.families.llms import LLMS
-from vlopd import stages
 from vlopd.bits import different, holds
-from vlopd.checkpoint import RunFolder, read_json
-from vlopd.config import ReverseKL, UserError, VisibleMask
-from vlopd.delta import stream
+from vlopd.config.masks import VisibleMask
+from vlopd.config.objective import ReverseKL
 from vlopd.distill import follow_student
+from vlopd.errors import UserError
+from vlopd.files import read_json
 from vlopd.masks.rules import build_mask
-from vlopd.models.atlas import classify
-from vlopd.models.load import load, save
-from vlopd.optimizers import build_optimizer
-from vlopd.pair import load_pair
-from vlopd.stored import stored_tensors, unrounded
-from vlopd.trainable import Trainable
+from vlopd.models.load import load
+from vlopd.models.names import classify
+from vlopd.models.save import save
+from vlopd.run.arms import Making
+from vlopd.run.folder import RunFolder
+from vlopd.run.make import make_arm
+from vlopd.run.resolve import read_tensors
+from vlopd.train.optimizers import build_optimizer
+from vlopd.train.pair import load_pair
+from vlopd.train.sparse import Trainable
+from vlopd.weights.delta import stream
+from vlopd.weights.stored import stored_tensors, unrounded
 
 SOURCES = ("fp32", "fp16", "bf16", "mixed")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -111,8 +117,8 @@ def test_an_arm_that_does_not_move_is_the_source(
         n: t.to(own[n] if stored == "source" else DTYPES[stored]) for n, t in values.items()
     }
     for arm in config.arms:
-        stages.make_arm(run, config, arm)
-        found = stages.read_tensors(run.checkpoint(arm))
+        make_arm(run, config, arm)
+        found = read_tensors(run.checkpoint(arm))
         assert all(same_bits(found[n], expected[n]) for n in found), arm
         assert found.keys() == expected.keys()
         for pair in stream(run.checkpoint("base"), run.checkpoint(arm), classify):
@@ -302,14 +308,14 @@ def test_arms_of_arms_keep_each_tensors_dtype(kind, students, make_config, tmp_p
     )
     run = RunFolder.create(tmp_path / "run", config)
     for arm in config.arms:
-        stages.make_arm(run, config, arm)
-    base = stages.read_tensors(run.checkpoint("base"))
-    early = stages.read_tensors(run.kept("full", 1))
+        make_arm(run, config, arm)
+    base = read_tensors(run.checkpoint("base"))
+    early = read_tensors(run.kept("full", 1))
     for folder in (run.kept("full", 1), *(run.checkpoint(arm) for arm in config.arms)):
-        found = stages.read_tensors(folder)
+        found = read_tensors(folder)
         assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in base.items()}
         assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
-    one = stages.read_tensors(run.checkpoint("one"))
+    one = read_tensors(run.checkpoint("one"))
     assert all(torch.equal(one[n], early[n]) for n in early)  # once the delta is the checkpoint
     assert read_json(run.arm_record("moved"))["on_mask"]["moved"] > 0
 
@@ -324,7 +330,7 @@ def test_arms_of_arms_keep_each_tensors_dtype(kind, students, make_config, tmp_p
         },
     )
     narrow = RunFolder.create(tmp_path / "narrow", other)
-    stages.make_arm(narrow, other, "moved", stages.Making(allow_other_source=True))
+    make_arm(narrow, other, "moved", Making(allow_other_source=True))
     record = read_json(narrow.arm_record("moved"))
     assert record["off_mask_unmoved"] is True and record["on_mask"]["moved"] > 0
     own = {str(torch.promote_types(t.dtype, torch.bfloat16)) for t in base.values()}
@@ -338,9 +344,9 @@ def test_stored_in_fp16_and_refused_where_that_overflows(students, make_config, 
         "llm", student=str(student), precision={"stored": "fp16"}, arms={"base": {"type": "source"}}
     )
     run = RunFolder.create(tmp_path / "run", config)
-    stages.make_arm(run, config, "base")
+    make_arm(run, config, "base")
     values = exact("llm", student)
-    for name, tensor in stages.read_tensors(run.checkpoint("base")).items():
+    for name, tensor in read_tensors(run.checkpoint("base")).items():
         assert same_bits(tensor, values[name].half())
     large = shutil.copytree(student, tmp_path / "large")
     tensors = load_file(large / "model.safetensors")
@@ -351,7 +357,7 @@ def test_stored_in_fp16_and_refused_where_that_overflows(students, make_config, 
     )
     run = RunFolder.create(tmp_path / "other", config)
     with pytest.raises(UserError, match=r"model\.norm\.weight: 1 of 32 values.*float16.*\"fp32\""):
-        stages.make_arm(run, config, "base")
+        make_arm(run, config, "base")
     assert not run.checkpoint("base").exists()
 
 

@@ -11,7 +11,7 @@ import torch
 
 from tests import together
 from tests.test_pipeline import MINIATURE
-from vlopd.data import pick
+from vlopd.data.load import pick
 
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
@@ -29,7 +29,15 @@ def test_two_processes_make_the_step_of_one(kind, folders, tmp_path):
         )
     )
     # fp32, to compare closely
-    words = ["-m", "vlopd.cli", "run", str(config), "precision.compute=fp32", "--arm", "subnetwork"]
+    words = [
+        "-m",
+        "vlopd.cli.main",
+        "run",
+        str(config),
+        "precision.compute=fp32",
+        "--arm",
+        "subnetwork",
+    ]
     words += ["eval.limit=1", "eval.keep_images=0", "geometry.arms=[]"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = {}

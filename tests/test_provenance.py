@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evals.definition import files_of_task
 from evals.scoring import Tasks
+from evals.task_files import files_of_task
 from tests.test_pipeline import vlopd
-from vlopd.checkpoint import Checksums, RunFolder, whole_file, whole_folder, write_json
 from vlopd.digests import file_digest
-from vlopd.stages.verify import lost_checksums, verify_run
+from vlopd.files import whole_file, whole_folder, write_json
+from vlopd.run.checksums import Checksums
+from vlopd.run.folder import RunFolder
+from vlopd.run.verify import lost_checksums, verify_run
 
 CONFIG = """
 name = "mini"

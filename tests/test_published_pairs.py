@@ -8,7 +8,7 @@ import torch
 from lm_eval.tasks import TaskManager
 from transformers import AutoConfig
 
-from vlopd.config import load_config
+from vlopd.config.input import load_config
 from vlopd.models import families
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -10,22 +10,28 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from evals import ready as tasks
+from evals import preflight as tasks
 from evals.compare import compare
 from evals.harness import evaluate_arm
 from evals.scoring import one_row_a_question
-from vlopd import cli, ready, stages
-from vlopd.checkpoint import RunError, RunFolder, write_jsonl
-from vlopd.config import ConfigError, DataError, EvalConfig, ModelConfig, RolloutConfig
-from vlopd.delta import match_report
+from vlopd.cli import main
+from vlopd.config.analysis import EvalConfig
+from vlopd.config.models import ModelConfig
+from vlopd.config.objective import RolloutConfig
 from vlopd.distill import distill
-from vlopd.masks import save_mask
-from vlopd.models.atlas import classify
-from vlopd.models.length import context_length
+from vlopd.errors import ConfigError, DataError, RunError
+from vlopd.files import write_jsonl
+from vlopd.masks.files import save_mask
+from vlopd.models.context_length import context_length
 from vlopd.models.load import load
-from vlopd.pair import load_pair, without_weights
-from vlopd.sources import write
+from vlopd.models.names import classify
+from vlopd.preflight import inputs
+from vlopd.run.folder import RunFolder
+from vlopd.run.make import make_arm
+from vlopd.train.pair import load_pair, without_weights
+from vlopd.train.rollouts import write
 from vlopd.types import Example
+from vlopd.weights.delta import match_report
 
 TASK = {"llm": "shapes_text", "vlm": "shapes"}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -72,16 +78,16 @@ def test_a_row_beyond_the_context(kind, make_config, tmp_path):
     questions = ["how many red"] * 5 + ["red " * 300] + ["how many blue"] * 3 + ["blue " * 400]
     data = rows_file(tmp_path / "data.jsonl", kind, questions)
     config = make_config(kind, data=data)
-    (line,) = ready.findings(config, ["full"])
+    (line,) = inputs.findings(config, ["full"])
     tokens = int(line.split(": ")[1].split()[0])
     assert line.startswith("example 'row-5'") and tokens >= 300
     assert f"up to 6 of completion (rollout.max_new_tokens) are {tokens + 6}" in line
     assert "has 256 positions" in line and "1 more of 10 rows" in line
     data = rows_file(tmp_path / "data.jsonl", kind, questions[:5])
     config = make_config(kind, data=data)
-    assert ready.findings(config, ["full"]) == []
+    assert inputs.findings(config, ["full"]) == []
     far = config.rollout.model_copy(update={"max_new_tokens": 256})
-    (line,) = ready.findings(config.model_copy(update={"rollout": far}), ["full"])
+    (line,) = inputs.findings(config.model_copy(update={"rollout": far}), ["full"])
     assert "row-0" in line and "4 more of 5 rows" in line
 
 
@@ -99,7 +105,7 @@ def test_the_count_of_tokens_is_the_models_own(kind, make_config, tmp_path):
     most = 256 - max(lengths)
     for new, fits in ((most, True), (most + 1, False)):
         its = config.model_copy(update={"rollout": RolloutConfig(max_new_tokens=new)})
-        assert (ready.findings(its, ["full"]) == []) == fits
+        assert (inputs.findings(its, ["full"]) == []) == fits
         uniforms = torch.rand(1, new, dtype=torch.float64)
         if lengths[0] == max(lengths):
             if fits:
@@ -114,7 +120,7 @@ def test_a_teachers_context_counts(kind, make_config, folders, tmp_path):
     data = rows_file(tmp_path / "data.jsonl", kind, ["how many red"])
     context = {"type": "system", "text": "look at all of the red objects " * 40}
     teacher = {"model": str(folders[kind, "teacher"]), "context": context}
-    (line,) = ready.findings(make_config(kind, data=data, teacher=teacher), ["full"])
+    (line,) = inputs.findings(make_config(kind, data=data, teacher=teacher), ["full"])
     assert str(folders[kind, "teacher"]) in line and "256 positions" in line
     pair = load_pair(make_config(kind, data=data, teacher=teacher), "cpu")
     example = Example.ask(
@@ -157,7 +163,7 @@ def test_a_teachers_context_counts(kind, make_config, folders, tmp_path):
 def test_what_would_stop_an_arm_later(kind, sections, more, message, make_config, tmp_path):
     """Answers, rewards, masks, freezing, checkpoints and trackers that cannot be: one line before anything is made."""
     data = rows_file(tmp_path / "data.jsonl", kind, ["how many red"] * 3, **more)
-    lines = ready.findings(make_config(kind, data=data, **sections), ["full"])
+    lines = inputs.findings(make_config(kind, data=data, **sections), ["full"])
     assert len(lines) == 1 and "\n" not in lines[0]
     assert message in lines[0], lines
 
@@ -165,7 +171,7 @@ def test_what_would_stop_an_arm_later(kind, sections, more, message, make_config
 def test_freezing_all_that_a_model_has(kind, make_config):
     """A language model without its language, embedding and head has nothing to train; a vision-language model has."""
     train = {"steps": 1, "prompts_per_step": 2, "freeze": ["language", "embedding", "head"]}
-    lines = ready.findings(make_config(kind, train=train), ["full"])
+    lines = inputs.findings(make_config(kind, train=train), ["full"])
     if kind == "vlm":
         assert lines == []
     else:
@@ -185,12 +191,12 @@ def test_rows_that_no_teacher_is_for_and_pictures_that_are_gone(folders, make_co
         train={"steps": 30, "prompts_per_step": 4},
     )
     write_jsonl(tmp_path / "data.jsonl", rows)
-    assert ready.findings(config, ["full"]) == []
+    assert inputs.findings(config, ["full"]) == []
     write_jsonl(tmp_path / "data.jsonl", [*rows, rows[0] | {"id": "last", "who": "c"}])
-    (line,) = ready.findings(config, ["full"])
+    (line,) = inputs.findings(config, ["full"])
     assert "'last'" in line and "'c'" in line
     write_jsonl(tmp_path / "data.jsonl", [*rows, rows[0] | {"id": "last", "image": "gone.png"}])
-    (line,) = ready.findings(config, ["full"])
+    (line,) = inputs.findings(config, ["full"])
     assert "row last" in line and "gone.png" in line
 
 
@@ -206,7 +212,7 @@ def test_a_mask_file_of_another_model(folders, make_config, tmp_path, monkeypatc
     masks = {"m": {"type": "file", "path": str(tmp_path / "m.safetensors")}}
     config = make_config("llm", masks=masks, arms={"full": {"type": "distill", "mask": "m"}})
     monkeypatch.setenv("WORLD_SIZE", "3")
-    divides, other = ready.findings(config, ["full"])
+    divides, other = inputs.findings(config, ["full"])
     assert divides == "train.prompts_per_step = 4 does not divide among 3 processes"
     assert (
         other.startswith("masks.m: ") and "lm_head.weight is (58, 48) there, (58, 32) here" in other
@@ -217,7 +223,7 @@ def test_a_teacher_of_another_shape_has_no_geometry(kind, make_config):
     """geometry.arms takes no arm whose tensors are not the student's, and the source has no delta."""
     arms = {"teacher": {"type": "teacher"}}
     config = make_config(kind, arms=arms, geometry={"arms": ["teacher"]})
-    (line,) = ready.findings(config, ["teacher"])
+    (line,) = inputs.findings(config, ["teacher"])
     assert "geometry.arms: teacher is of another shape" in line
     with pytest.raises(ValueError, match="base is the source itself"):
         make_config(kind, arms={"base": {"type": "source"}}, geometry={"arms": ["base"]})
@@ -460,7 +466,7 @@ def test_a_score_that_depends_on_the_answer(kind, make_config, task, tmp_path):
     config = make_config(kind, arms={"base": {"type": "source"}})
     config = config.model_copy(update={"eval": task(ROWS, SCORED, code)})
     run = RunFolder.create(tmp_path / "run", config)
-    stages.make_arm(run, config, "base")
+    make_arm(run, config, "base")
     with pytest.raises(
         RunError, match=r"task mine, question 0 \(from 0, 'how many red'\): its score is nan"
     ):
@@ -495,7 +501,7 @@ def test_a_comparison_of_nothing_is_refused(make_config, task, tmp_path):
     eval_config = eval_config.model_copy(update={"tasks": ("mine",)})
     config = config.model_copy(update={"eval": eval_config})
     run = RunFolder.create(tmp_path / "run", config)
-    stages.make_arm(run, config, "base")
+    make_arm(run, config, "base")
     (tmp_path / "mine.yaml").write_text(
         (tmp_path / "mine.yaml")
         .read_text()
@@ -539,9 +545,9 @@ limit = 3
 
 def called(monkeypatch, capsys, *words) -> tuple[int, str]:
     monkeypatch.setattr(sys, "argv", ["vlopd", *map(str, words)])
-    monkeypatch.setattr(cli.console, "_width", 220)
+    monkeypatch.setattr(main.console, "_width", 220)
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main.main()
     said = capsys.readouterr()
     return stop.value.code or 0, said.out + said.err
 
@@ -620,7 +626,7 @@ def test_masks_of_arms_that_do_not_train(kind, arm, wrong, named, make_config):
     """A mask of another model is found before the arm that it is put over is trained, once and by its name."""
     x = {"type": arm, "of": "full", "mask": "w"} | ({"factor": 2.0} if arm == "extrapolate" else {})
     arms = {"full": {"type": "distill"}, "x": x, "y": x}
-    (line,) = ready.findings(make_config(kind, masks=wrong, arms=arms), ["full", "x", "y"])
+    (line,) = inputs.findings(make_config(kind, masks=wrong, arms=arms), ["full", "x", "y"])
     assert line.startswith(named)
 
 
@@ -662,7 +668,7 @@ def test_folders_that_later_arms_read(kind, arm, folders, make_config, tmp_path)
         x = json.loads(json.dumps(arm).replace("FOLDER", str(folder)))
         masks = {"w": WHOLE, "v": {"type": "visible", "of": str(folder)}}
         config = make_config(kind, masks=masks, arms={"full": {"type": "distill"}, "x": x})
-        lines = ready.findings(config, ["full", "x"])
+        lines = inputs.findings(config, ["full", "x"])
         if name == "whole":
             assert lines == []
             continue
@@ -681,7 +687,7 @@ def test_models_of_other_arms_are_loaded_before_training(
     run, config = RunFolder(tmp_path / "run"), make_config(kind, arms=arms)
     run.root.mkdir()
     with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight"):
-        cli.make_arms(run, config, ["full", "x"])
+        main.make_arms(run, config, ["full", "x"])
     assert not run.arm_record("full").exists()
 
 
@@ -713,7 +719,7 @@ def test_masks_that_leave_nothing_to_train(masks, freeze, left, make_config):
     """Combinations are judged as far as their rules tell: an arm that could only be the source is refused."""
     train = {"steps": 1, "prompts_per_step": 2, "freeze": freeze}
     arms = {"x": {"type": "distill", "mask": "m"}}
-    lines = ready.findings(make_config("llm", masks=masks, arms=arms, train=train), ["x"])
+    lines = inputs.findings(make_config("llm", masks=masks, arms=arms, train=train), ["x"])
     assert bool(lines) != left
     assert all("arms.x: " in line and "'m'" in line for line in lines)
 

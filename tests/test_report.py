@@ -16,8 +16,10 @@ from PIL import Image, ImageDraw
 
 from evals.compare import compare
 from evals.report.build import build_report
-from vlopd.checkpoint import RunError, RunFolder, read_json, read_jsonl, write_json, write_jsonl
-from vlopd.config import ExperimentConfig
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.errors import RunError
+from vlopd.files import read_json, read_jsonl, write_json, write_jsonl
+from vlopd.run.folder import RunFolder
 
 KINDS = ("attribute", "row", "count", "exist")
 SKILL = {

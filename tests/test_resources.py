@@ -18,20 +18,20 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vlopd.config import UserError
+from vlopd.errors import UserError
 from vlopd.models import families
-from vlopd.resources import (
+from vlopd.models.meta import meta_model
+from vlopd.preflight.memory import (
     DeviceSpeed,
     Reader,
     cache_bytes,
     estimate,
     language_cost,
     measure_device,
-    meta_model,
     parameter_counts,
     tower_cost,
 )
-from vlopd.trainable import CompactSlot, Trainable
+from vlopd.train.sparse import CompactSlot, Trainable
 
 SPEED = DeviceSpeed(1e12, 1e11, 10**10, 1e-5)
 TEXT = dict(

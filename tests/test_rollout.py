@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.conftest import sampled
-from vlopd.config import RolloutConfig
+from vlopd.config.objective import RolloutConfig
 from vlopd.models.load import load
-from vlopd.rollout import draw, sample
 from vlopd.seeding import uniforms
+from vlopd.train.sampler import draw, sample
 
 
 def test_samplers_logprobs_equal_rescored_ones(kind, make_pair, make_data):

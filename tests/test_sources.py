@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from vlopd.config import DataError, ExperimentConfig, RewardConfig
-from vlopd.rewards import RULES, group_advantages, reward
-from vlopd.sources import choose_writers, collect, from_data
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.objective import RewardConfig
+from vlopd.errors import DataError
+from vlopd.train.rewards import RULES, group_advantages, reward
+from vlopd.train.rollouts import choose_writers, collect, from_data
 from vlopd.types import Example
 
 

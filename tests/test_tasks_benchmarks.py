@@ -13,8 +13,8 @@ from PIL import Image as Pictures
 
 from evals.lm import ArmLM
 from evals.scoring import TASKS
-from evals.tasks.benchmarks import mathematics, source, vision
-from vlopd.config import ConfigError, DataError
+from evals.tasks.benchmarks import documents, mathematics, vision
+from vlopd.errors import ConfigError, DataError
 from vlopd.models.load import load
 
 BENCHMARKS = {**mathematics.BENCHMARKS, **vision.BENCHMARKS}
@@ -254,8 +254,8 @@ def test_groups_clusters_and_chance(scored):
     clusters = [doc["cluster"] for doc in samples["pope"]]
     assert len(set(clusters[:3])) == len(set(clusters[3:])) == 1 and len(set(clusters)) == 2
     assert samples["gsm8k"][0]["cluster"] is None
-    assert source.chance(samples["pope"])["all"] == 0.5
-    levels = source.chance(samples["mmmu"])
+    assert documents.chance(samples["pope"])["all"] == 0.5
+    levels = documents.chance(samples["mmmu"])
     assert levels["all"] == pytest.approx((1 / 3 + 1 / 2) / 4) and levels["Art_Theory"] == 0
 
 
@@ -282,7 +282,7 @@ def test_pictures_may_be_files_beside_the_rows(tmp_path, monkeypatch):
     rows.write_text(json.dumps(row) + "\n")
     (doc,) = vision.dataset("ai2d")["test"]
     assert vision.doc_to_image(doc)[0].size == (40, 32)
-    source.read.cache_clear()
+    documents.read.cache_clear()
     rows.write_text(json.dumps({**row, "image": "gone.png"}) + "\n")
     with pytest.raises(DataError, match=r"test\.jsonl, row 0 .* 'image' names 'gone.png'"):
         vision.dataset("ai2d")
@@ -330,7 +330,7 @@ def test_an_empty_split_and_a_missing_one(tmp_path, monkeypatch):
     (tmp_path / "gsm8k").mkdir()
     with pytest.raises(ConfigError, match=r"gsm8k has no test\*\.parquet and no test\*\.jsonl"):
         mathematics.dataset("gsm8k")
-    source.read.cache_clear()
+    documents.read.cache_clear()
     (tmp_path / "gsm8k" / "test.jsonl").write_text("")
     with pytest.raises(ConfigError, match=r"vlopd_gsm8k, split test: .*test\.jsonl has no rows"):
         mathematics.dataset("gsm8k")

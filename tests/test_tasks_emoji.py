@@ -14,9 +14,9 @@ from PIL import Image
 
 from evals.scoring import TASKS
 from evals.tasks import emoji as task
-from vlopd.config import ConfigError, DataError
 from vlopd.data import emoji
 from vlopd.data.emoji import Emoji, EmojiWorld
+from vlopd.errors import ConfigError, DataError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "download_emoji.py"
 CATEGORY = {word: category for category, word in emoji.GROUPS.items()}

@@ -7,9 +7,9 @@ from lm_eval.tasks import TaskManager, get_task_dict
 
 from evals.scoring import TASKS
 from evals.tasks import reasoning as task
-from vlopd.config import ConfigError
 from vlopd.data import reasoning
 from vlopd.data.reasoning import SUBJECTS, ReasoningWorld, split_of, unique_questions
+from vlopd.errors import ConfigError
 
 
 @pytest.fixture

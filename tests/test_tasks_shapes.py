@@ -10,12 +10,13 @@ from evals.harness import evaluate_arm
 from evals.lm import ArmLM
 from evals.scoring import Tasks, score
 from evals.tasks import shapes_choice as task
-from vlopd import stages
-from vlopd.checkpoint import RunFolder, read_json, read_jsonl
-from vlopd.config import EvalConfig
+from vlopd.config.analysis import EvalConfig
 from vlopd.data import shapes, shapes_choice
 from vlopd.data.shapes import ShapesWorld, scene_from_json, scene_in_words
+from vlopd.files import read_json, read_jsonl
 from vlopd.models.load import load
+from vlopd.run.folder import RunFolder
+from vlopd.run.make import make_arm
 
 ROWS = shapes_choice.choice_rows(1200, 7, "test")
 
@@ -156,7 +157,7 @@ def test_a_task_declares_its_chance_and_pictures(make_config, tmp_path):
         eval={"tasks": tasks, "limit": 3, "keep_images": 2},
     )
     run = RunFolder.create(tmp_path / "run", config)
-    stages.make_arm(run, config, "base")
+    make_arm(run, config, "base")
     evaluate_arm(run, config, "base")
     results = read_json(run.eval("base") / "results.json")
     assert results["primary_metric"] == {"shapes_choice": "acc", "capitals": "capital_named"}

@@ -15,11 +15,14 @@ from evals.lm import ArmLM
 from evals.tasks.extraction import conclusion, number_answer
 from tests.conftest import tiny_language
 from tests.test_check import call
-from vlopd.checkpoint import Checksums
-from vlopd.config import ConfigError, EvalConfig, ModelConfig
-from vlopd.models.load import LoadedModel, load, load_configured
-from vlopd.models.thoughts import HARMONY, MARKS, kept_tokens, marks_of, opened_by, pair, split
-from vlopd.sources import collect
+from vlopd.config.analysis import EvalConfig
+from vlopd.config.models import ModelConfig
+from vlopd.errors import ConfigError
+from vlopd.models.load import load, load_configured
+from vlopd.models.loaded import LoadedModel
+from vlopd.models.thinking import HARMONY, MARKS, kept_tokens, marks_of, opened_by, pair, split
+from vlopd.run.checksums import Checksums
+from vlopd.train.rollouts import collect
 from vlopd.types import Completions, Example
 
 THINK = MARKS[0]

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from tests.conftest import sampled
-from vlopd.config import ReverseKL
-from vlopd.optimizers import build_optimizer
-from vlopd.rollout import sample
-from vlopd.subspace import update_projection
-from vlopd.trainable import CompactSlot, DenseSlot, Trainable, cheapest
+from vlopd.config.objective import ReverseKL
+from vlopd.train.optimizers import build_optimizer
+from vlopd.train.sampler import sample
+from vlopd.train.sparse import CompactSlot, DenseSlot, Trainable, cheapest
+from vlopd.weights.subspace import update_projection
 
 COMPUTE = ("fp32", "bf16")
 

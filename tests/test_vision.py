@@ -4,10 +4,11 @@ import pytest
 
 from evals.harness import evaluate_arm
 from evals.report.build import build_report
-from evals.vision import look
-from vlopd import stages
-from vlopd.checkpoint import RunFolder, read_json
-from vlopd.config import ConfigError
+from evals.vision.stage import look
+from vlopd.errors import ConfigError
+from vlopd.files import read_json
+from vlopd.run.folder import RunFolder
+from vlopd.run.make import make_arm
 
 
 def test_towers_are_probed_and_reported(make_config, tmp_path):
@@ -24,7 +25,7 @@ def test_towers_are_probed_and_reported(make_config, tmp_path):
     )
     run = RunFolder.create(tmp_path / "run", config)
     for arm in config.arms:
-        stages.make_arm(run, config, arm)
+        make_arm(run, config, arm)
     path = look(run, config, list(config.arms), None, 40)
     written = path.stat().st_mtime_ns
     assert look(run, config, list(config.arms), None, 40).stat().st_mtime_ns == written
@@ -43,6 +44,6 @@ def test_a_blind_student_has_no_tower(make_config, tmp_path):
     """Asked for a language model, it says so in one line."""
     config = make_config("llm", arms={"base": {"type": "source"}})
     run = RunFolder.create(tmp_path / "run", config)
-    stages.make_arm(run, config, "base")
+    make_arm(run, config, "base")
     with pytest.raises(ConfigError, match="sees no pictures"):
         look(run, config, ["base"], None, 10)

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from tests.conftest import sampled
-from vlopd.config import ConfigError, ReverseKL, RolloutConfig
+from vlopd.config.objective import ReverseKL, RolloutConfig
+from vlopd.errors import ConfigError
 from vlopd.models.load import load
-from vlopd.pair import load_pair, shared_vocabulary
+from vlopd.models.vocabulary import Vocabulary, share
 from vlopd.seeding import uniforms
-from vlopd.vocabulary import Vocabulary, share
+from vlopd.train.pair import load_pair, shared_vocabulary
 
 WORDS = ("<s>", "</s>", "red", "blue", "left", "right")
 

@@ -14,14 +14,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.families.llms import build
-from vlopd import cli
-from vlopd.checkpoint import RunError
-from vlopd.config import ConfigError, UserError
-from vlopd.delta import Weights, match_report, refuse_unlike_config, stream
-from vlopd.models import families, whole
-from vlopd.models.atlas import classify
-from vlopd.models.load import BUILTIN, end_ids, load, load_model_config
+from vlopd.cli import main
+from vlopd.errors import ConfigError, RunError, UserError
+from vlopd.models import families, integrity
+from vlopd.models.load import BUILTIN, load, load_model_config
+from vlopd.models.names import classify
+from vlopd.models.tokenizers import end_ids
 from vlopd.types import Example
+from vlopd.weights.checks import refuse_unlike_config
+from vlopd.weights.delta import match_report, stream
+from vlopd.weights.reader import Weights
 
 QUESTION = Example.ask("q1", "how many red")
 
@@ -33,9 +35,9 @@ def copied(folders, kind, tmp_path) -> Path:
 
 
 def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(folder / whole.SINGLE)
+    tensors = load_file(folder / integrity.SINGLE)
     change(tensors)
-    save_file(tensors, folder / whole.SINGLE, metadata={"format": "pt"})
+    save_file(tensors, folder / integrity.SINGLE, metadata={"format": "pt"})
 
 
 def edit_json(path: Path, **keys) -> None:
@@ -45,19 +47,19 @@ def edit_json(path: Path, **keys) -> None:
 
 def named(folder: Path, end: str) -> str:
     """A tensor of the file whose name ends so, in the last layer."""
-    return sorted(name for name in load_file(folder / whole.SINGLE) if name.endswith(end))[-1]
+    return sorted(name for name in load_file(folder / integrity.SINGLE) if name.endswith(end))[-1]
 
 
 def sharded(folder: Path) -> list[Path]:
     """Puts the weights into two shards with an index in place of the single file."""
-    tensors = load_file(folder / whole.SINGLE)
-    (folder / whole.SINGLE).unlink()
+    tensors = load_file(folder / integrity.SINGLE)
+    (folder / integrity.SINGLE).unlink()
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     places = {tensor: names[i % 2] for i, tensor in enumerate(sorted(tensors))}
     for name in names:
         held = {tensor: tensors[tensor] for tensor, place in places.items() if place == name}
         save_file(held, folder / name, metadata={"format": "pt"})
-    (folder / whole.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / integrity.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return [folder / name for name in names]
 
 
@@ -97,11 +99,11 @@ def test_a_tied_head_may_be_stored_once(kind, copied):
     about["tie_word_embeddings"] = True
     (about if kind == "llm" else about["text_config"])["tie_word_embeddings"] = True
     (copied / "config.json").write_text(json.dumps(about))
-    before = load_file(copied / whole.SINGLE)
+    before = load_file(copied / integrity.SINGLE)
     for gone, left in ((head, embedding), (embedding, head)):
         save_file(
             {n: t for n, t in before.items() if n != gone},
-            copied / whole.SINGLE,
+            copied / integrity.SINGLE,
             metadata={"format": "pt"},
         )
         model = load(str(copied), torch.bfloat16).model
@@ -168,10 +170,10 @@ def test_an_expert_without_a_matrix_is_named(family, tmp_path):
     model.save_pretrained(tmp_path, save_original_format=True)
     AutoTokenizer.from_pretrained(tmp_path / "fused").save_pretrained(tmp_path)
     load(str(tmp_path), torch.float32)
-    stored = load_file(tmp_path / whole.SINGLE)
+    stored = load_file(tmp_path / integrity.SINGLE)
     name = next(name for name in sorted(stored) if "experts.1." in name)
     for change in (lambda t: t.pop(name), lambda t: t.update({name: t[name][:3].clone()})):
-        save_file(stored, tmp_path / whole.SINGLE, metadata={"format": "pt"})
+        save_file(stored, tmp_path / integrity.SINGLE, metadata={"format": "pt"})
         edit_weights(tmp_path, change)
         assert name in refusal(tmp_path)
 
@@ -202,11 +204,11 @@ def test_scales_beside_the_weights_are_refused(kind, folders, copied):
     """The tensors that GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8 and mxfp4 add, with no word in config.json."""
     source = folders[kind, "student"]
     name = named(copied, "mlp.up_proj.weight")
-    plain = load_file(source / whole.SINGLE)
+    plain = load_file(source / integrity.SINGLE)
     for end in BESIDE:
         beside = name.removesuffix(".weight") + end
         tensors = {**plain, beside: torch.ones(4)}
-        save_file(tensors, copied / whole.SINGLE, metadata={"format": "pt"})
+        save_file(tensors, copied / integrity.SINGLE, metadata={"format": "pt"})
         for said in (refusal(copied), delta_refusal(source, copied)):
             assert beside in said and "quantised" in said
 
@@ -214,19 +216,19 @@ def test_scales_beside_the_weights_are_refused(kind, folders, copied):
 def test_plain_checkpoints_are_not_taken_for_packed():
     """Position ids, causal masks and counters are integers and no weights; names with a scale of their own pass."""
     stored = {
-        "vision.embeddings.position_ids": whole.Stored("I64", (1, 50)),
-        "h.0.attn.bias": whole.Stored("U8", (1, 1, 16, 16)),
-        "tower.norm.num_batches_tracked": whole.Stored("I64", ()),
-        "layers.0.relative_position_index": whole.Stored("I64", (49, 49)),
-        "layers.0.layer_scale.lambda1": whole.Stored("F32", (8,)),
-        "logit_scale": whole.Stored("F32", ()),
-        "layers.0.layer_scalar": whole.Stored("BF16", (1,)),
-        "layers.0.altup.correct_output_scale": whole.Stored("BF16", (8,)),  # Gemma 3n's
-        "layers.0.mlp.gate_up_proj": whole.Stored("F64", (2, 4)),
+        "vision.embeddings.position_ids": integrity.Stored("I64", (1, 50)),
+        "h.0.attn.bias": integrity.Stored("U8", (1, 1, 16, 16)),
+        "tower.norm.num_batches_tracked": integrity.Stored("I64", ()),
+        "layers.0.relative_position_index": integrity.Stored("I64", (49, 49)),
+        "layers.0.layer_scale.lambda1": integrity.Stored("F32", (8,)),
+        "logit_scale": integrity.Stored("F32", ()),
+        "layers.0.layer_scalar": integrity.Stored("BF16", (1,)),
+        "layers.0.altup.correct_output_scale": integrity.Stored("BF16", (8,)),  # Gemma 3n's
+        "layers.0.mlp.gate_up_proj": integrity.Stored("F64", (2, 4)),
     }
-    assert whole.packing(stored) is None
-    assert whole.packing({"experts.gate_up_proj": whole.Stored("I8", (2, 4, 4))})
-    assert whole.packing({"norm.weight": whole.Stored("I8", (4,))})
+    assert integrity.packing(stored) is None
+    assert integrity.packing({"experts.gate_up_proj": integrity.Stored("I8", (2, 4, 4))})
+    assert integrity.packing({"norm.weight": integrity.Stored("I8", (4,))})
 
 
 @pytest.mark.parametrize(
@@ -270,13 +272,13 @@ def test_a_buffer_that_is_not_finite_is_named(copied):
     model = load(str(copied), torch.float32).model
     model.register_buffer("running_mean", torch.tensor([1.0, float("nan")]))
     with pytest.raises(ConfigError, match="1 of the 2 values of running_mean are not finite"):
-        whole.refuse_not_finite("m", model)
+        integrity.refuse_not_finite("m", model)
 
 
 def test_values_beyond_the_compute_precision_are_named(copied):
     """A weight that float64 holds and bf16 does not is infinite for the run, and named."""
     name = named(copied, "mlp.up_proj.weight")
-    wide = load_file(copied / whole.SINGLE)[name].double()
+    wide = load_file(copied / integrity.SINGLE)[name].double()
     wide[0, 0] = 1e300
     edit_weights(copied, lambda tensors: tensors.update({name: wide}))
     assert "mlp.up_proj.weight are not finite in bfloat16" in refusal(copied, torch.bfloat16)
@@ -296,7 +298,7 @@ def test_logits_that_overflow_are_not_laid_on_the_family(copied):
 
 def test_adapters_are_no_models(kind, folders, copied):
     """An adapter's folder, with or without a model in it, is refused as a model and as the source of a delta."""
-    (copied / whole.ADAPTER).write_text(json.dumps({"peft_type": "LORA"}))
+    (copied / integrity.ADAPTER).write_text(json.dumps({"peft_type": "LORA"}))
     assert "merge it into its base" in refusal(copied)
     with pytest.raises(RunError, match=r"is an adapter|and an adapter"):
         match_report(copied, folders[kind, "student"])
@@ -324,15 +326,15 @@ def test_whatever_a_configuration_raises_is_one_line(copied, text):
 
 def test_weights_that_are_no_weights_are_one_line(copied):
     """A file of another kind, an index that is none, pickles alone and no weights at all are each said."""
-    (copied / whole.SINGLE).write_bytes(b"not weights" * 9)
-    assert whole.SINGLE in refusal(copied)
-    (copied / whole.SINGLE).unlink()
+    (copied / integrity.SINGLE).write_bytes(b"not weights" * 9)
+    assert integrity.SINGLE in refusal(copied)
+    (copied / integrity.SINGLE).unlink()
     for text in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}'):
-        (copied / whole.INDEX).write_text(text)
-        assert whole.INDEX in refusal(copied)
-        with pytest.raises(RunError, match=whole.INDEX):
+        (copied / integrity.INDEX).write_text(text)
+        assert integrity.INDEX in refusal(copied)
+        with pytest.raises(RunError, match=integrity.INDEX):
             Weights(copied)
-    (copied / whole.INDEX).unlink()
+    (copied / integrity.INDEX).unlink()
     assert "no weights" in refusal(copied)
     (copied / "pytorch_model.bin").write_bytes(b"pickle")
     assert "only pickled weights (pytorch_model.bin)" in refusal(copied)
@@ -501,7 +503,7 @@ def call(monkeypatch, capsys, *words) -> tuple[int, str]:
     """(exit code, all that was printed) of `vlopd WORDS`."""
     monkeypatch.setattr(sys, "argv", ["vlopd", *map(str, words)])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main.main()
     return stop.value.code or 0, "".join(capsys.readouterr())
 
 
@@ -540,7 +542,7 @@ def test_checkpoint_arms_are_refused_before_they_are_evaluated(
     kind, folders, copied, tmp_path, monkeypatch, capsys
 ):
     """check --meta knows an adapter; a checkpoint arm that is one, or has a NaN, is refused by check and by run."""
-    (copied / whole.ADAPTER).write_text(json.dumps({"peft_type": "LORA"}))
+    (copied / integrity.ADAPTER).write_text(json.dumps({"peft_type": "LORA"}))
     student, teacher = folders[kind, "student"], folders[kind, "teacher"]
     path = experiment(tmp_path, kind, copied, teacher)
     code, out = call(monkeypatch, capsys, "check", path, "--meta")
@@ -551,7 +553,7 @@ def test_checkpoint_arms_are_refused_before_they_are_evaluated(
     for flags in ((), ("--meta",)):
         code, out = call(monkeypatch, capsys, "check", path, *flags)
         assert code == 1 and "is an adapter" in out
-    (copied / whole.ADAPTER).unlink()
+    (copied / integrity.ADAPTER).unlink()
     nan(copied)
     code, out = call(monkeypatch, capsys, "check", path)
     assert code == 1 and "not finite" in out
@@ -652,7 +654,7 @@ def test_checkpoints_that_lack_the_same_are_refused(damage, copied, monkeypatch,
         arguments += ["--out", out] if words == ["geometry"] else rule
         monkeypatch.setattr(sys, "argv", ["vlopd", *arguments])
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            main.main()
         assert stopped.value.code == 2
         error = capsys.readouterr().err.strip()
         assert re.search(message, " ".join(error.split())), error

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 
-from vlopd import processes
-from vlopd.config import DistillArm, ExperimentConfig, UserError
+from vlopd import distributed
+from vlopd.config.arms import DistillArm
+from vlopd.config.experiment import ExperimentConfig
 from vlopd.data.shapes import ShapesWorld
 from vlopd.distill import distill
-from vlopd.pair import load_pair
+from vlopd.errors import UserError
+from vlopd.train.pair import load_pair
 from vlopd.types import Example
 
 ARM = DistillArm(seed=7)
@@ -67,7 +69,7 @@ def train_with_few_pictures(models: Path, folder: Path, which: str) -> dict[str,
 
 def fail(models: Path, folder: Path, what: str, kind: str) -> None:
     """Trains where one process alone meets something that it cannot go on from."""
-    first = processes.accelerator().is_main_process
+    first = distributed.accelerator().is_main_process
     sections, rows, more = {}, examples(kind, 2), {}
     if what == "row":
         rows = [replace(rows[0], answer=None), rows[1]]
@@ -104,7 +106,7 @@ FAILURES = [
 
 
 def main(models: Path, out: Path) -> None:
-    state = processes.accelerator()
+    state = distributed.accelerator()
     raised = {}
     for what, kind in FAILURES:
         try:

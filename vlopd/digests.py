@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import sqlite3
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from vlopd.errors import RunError
 
 RACY_NS = 50_000_000
 """A file that changed within this time before it was hashed may change again without its change time telling."""
@@ -93,3 +98,44 @@ def database() -> sqlite3.Connection:
         "modified INTEGER, changed INTEGER, digest TEXT)"
     )
     return known
+
+
+def digest_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    return digest_text(json.dumps(value, sort_keys=True))
+
+
+def digest_files(paths: list[Path], whole: bool = False) -> str:
+    """One sha256 over names and contents; `whole` as in digests.file_digest."""
+    return digest_content({path.name: file_digest(path, whole) for path in paths})
+
+
+def digest_content(content: Mapping[str, str]) -> str:
+    """One sha256 over {file: sha256}."""
+    return digest_text("".join(f"{name} {content[name]}\n" for name in sorted(content)))
+
+
+def digest_weights(content: Mapping[str, str]) -> str:
+    """`digest_checkpoint` of a folder whose {file: sha256} are known."""
+    return digest_content({n: its for n, its in content.items() if is_weights(n)})
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of a checkpoint folder holds weights, or says how an adapter's are merged."""
+    return "/" not in name and (name.endswith(".safetensors") or name == "adapter_config.json")
+
+
+def digest_checkpoint(folder: Path, whole: bool = False) -> str:
+    """Digest of a checkpoint's weights (its safetensors files, and what says how an adapter's are merged).
+
+    Raises RunError where there are none, or only pickles, which are refused.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(p.name for p in folder.glob("*.bin"))
+        why = f"only pickled weights ({pickled[0]}), which are refused" if pickled else "no weights"
+        raise RunError(f"{folder} holds {why}; a checkpoint needs *.safetensors")
+    return digest_files([*files, *folder.glob("adapter_config.json")], whole)

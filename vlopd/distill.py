@@ -27,23 +27,26 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlopd import processes
-from vlopd.checkpoint import RunError, whole_folder
-from vlopd.config import ConfigError, DistillArm, ExperimentConfig, UserError
-from vlopd.data import pick
-from vlopd.diagnostics import finite, summarise
-from vlopd.evidence import MOMENTS, Look
-from vlopd.log import TrainingLog, open_trackers
-from vlopd.losses import TokenDivergence, token_weights
-from vlopd.models import atlas
-from vlopd.models.load import LoadedModel
-from vlopd.optimizers import Optimizers, build_optimizer, learning_rate
-from vlopd.pair import Graded, ModelPair
-from vlopd.sources import Batch, collect
-from vlopd.state import Averages, resume, save_state
-from vlopd.stored import unrounded
-from vlopd.trainable import Projection, Trainable
+from vlopd import distributed
+from vlopd.config.arms import DistillArm
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.data.load import pick
+from vlopd.errors import ConfigError, RunError, UserError
+from vlopd.files import whole_folder
+from vlopd.models import names
+from vlopd.models.loaded import LoadedModel
+from vlopd.train.log import TrainingLog, open_trackers
+from vlopd.train.losses import TokenDivergence, token_weights
+from vlopd.train.metrics import finite, summarise
+from vlopd.train.optimizer_statistics import MOMENTS, Look
+from vlopd.train.optimizers import Optimizers, build_optimizer, learning_rate
+from vlopd.train.pair import Graded, ModelPair
+from vlopd.train.resume import Averages, resume, save_state
+from vlopd.train.rollouts import Batch, collect
+from vlopd.train.sparse import Trainable
 from vlopd.types import Example
+from vlopd.weights.stored import unrounded
+from vlopd.weights.subspace import Projection
 
 Evaluate = Callable[[LoadedModel], Mapping[str, Mapping[str, float]]]
 """Scores a model on the held-out questions of eval.during: {task: {metric: mean}}."""
@@ -81,11 +84,11 @@ def distill(
     Raises TrainingError when the loss, a gradient, a log-prob or an updated value is not finite. Of several
     processes all raise where one does.
     """
-    accelerator = accelerator or processes.accelerator()
+    accelerator = accelerator or distributed.accelerator()
     train, rollout = config.train, config.rollout
     main = accelerator.is_main_process
-    with processes.together(accelerator):
-        atlas.freeze(pair.student.model, train.freeze)
+    with distributed.together(accelerator):
+        names.freeze(pair.student.model, train.freeze)
         with unrounded(pair.student) as stored:
             trainable = Trainable(pair.student.model, mask, projections, stored=stored)
         if trainable.count == 0:
@@ -109,7 +112,7 @@ def distill(
             look_at_held_out(config, 0, pair, log, accelerator, evaluate)
         for step in range(start, train.steps):
             clock = Stopwatch()
-            with processes.together(accelerator):
+            with distributed.together(accelerator):
                 examples = pick(
                     data, step * train.prompts_per_step + share.start, len(share), arm.seed
                 )
@@ -133,7 +136,7 @@ def distill(
                 group = rollout.completions_per_prompt
                 rows.append(summarise(step, loss, norm, batches, graded, group, accelerator))
                 refuse_not_finite(rows[-1], batches, graded, folder, title, accelerator)
-                with processes.together(accelerator):
+                with distributed.together(accelerator):
                     if len(rows) == 1 and step % train.sample_every == 0:
                         log_samples(log, step, pair, batches[0], graded[0], group)
                     is_due = train.evidence_every and step % train.evidence_every == 0
@@ -153,7 +156,7 @@ def distill(
             done = step + 1
             keeps, saves = done in train.keep_steps, done % train.save_every == 0
             if keeps or saves or done == train.steps:
-                with processes.together(accelerator):
+                with distributed.together(accelerator):
                     refuse_broken(done, pair, batches[0], graded[0], config, folder, title)
                     if done == train.steps and not reached:
                         raise TrainingError(
@@ -162,10 +165,10 @@ def distill(
                             "the arm's mask and data.image"
                         )
             row = rows[0]  # of the weights that wrote the completions
-            with processes.together(accelerator):
+            with distributed.together(accelerator):
                 log.step({**row, "learning_rate": rate, **clock.seconds(row["completion_tokens"])})
             look_at_held_out(config, done, pair, log, accelerator, evaluate)
-            with processes.together(accelerator):
+            with distributed.together(accelerator):
                 if keep and keeps and main:
                     keep(done, trainable)
                 if saves and main:
@@ -190,7 +193,7 @@ def backward(
     longest = config.rollout.max_new_tokens
     graded: list[TokenDivergence] = []
     loss = 0.0
-    with processes.together(accelerator):
+    with distributed.together(accelerator):
         for k, batch in enumerate(batches):
             completions = batch.completions
             theirs = grades.get(k) if grades else None
@@ -277,7 +280,7 @@ def look_at_held_out(
         return
     if step % during.every and step != config.train.steps:
         return
-    with processes.together(accelerator):
+    with distributed.together(accelerator):
         if accelerator.is_main_process:
             log.held_out(step, evaluate(pair.student))
 
@@ -314,7 +317,7 @@ class Stopwatch:
 
 def refuse_other_starts(start: int, folder: Path, accelerator: Accelerator) -> None:
     """Raises RunError where the processes did not find the same state."""
-    starts = processes.gathered(accelerator, start)
+    starts = distributed.gathered(accelerator, start)
     if len(set(starts)) > 1:
         raise RunError(
             f"the processes would go on from steps {starts}: they do not see the same {folder / 'state'}; "
@@ -342,12 +345,12 @@ def refuse_not_finite(
         own += [e.id for e, ok in zip(batch.examples, fine.all(1).tolist(), strict=True) if not ok]
     # loss and norm are of all processes, and so the same on each
     sound = finite(row["loss"]) and finite(row["grad_norm"])
-    if sound and not processes.on_any(accelerator, bool(own)):
+    if sound and not distributed.on_any(accelerator, bool(own)):
         return
     every = [example for batch in batches for example in batch.examples]
     where = folder / "not-finite"
     with (
-        processes.together(accelerator),
+        distributed.together(accelerator),
         whole_folder(where / f"process-{accelerator.process_index}") as temporary,
     ):
         for k, (batch, tokens) in enumerate(zip(batches, graded, strict=True)):
@@ -363,7 +366,7 @@ def refuse_not_finite(
     several = accelerator.num_processes > 1
     bad = [
         f"{id} (process {k})" if several else id
-        for k, ids in enumerate(processes.gathered(accelerator, own))
+        for k, ids in enumerate(distributed.gathered(accelerator, own))
         for id in ids
     ]
     shown = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")

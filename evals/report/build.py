@@ -17,15 +17,10 @@ from matplotlib.figure import Figure
 from evals.report import examples, figures, geometry, tables
 from evals.report.verdict import interval, p_value, percent, points
 from evals.roles import roles_of
-from vlopd.checkpoint import (
-    RunFolder,
-    digest_files,
-    read_json,
-    up_to_date,
-    whole_folder,
-    write_json,
-)
-from vlopd.config import ExperimentConfig
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.digests import digest_files
+from vlopd.files import read_json, whole_folder, write_json
+from vlopd.run.folder import RunFolder, up_to_date
 
 Context = dict[str, Any]
 

@@ -12,7 +12,8 @@ from typing import Any
 from PIL import Image
 
 from evals.report.tables import ORDER
-from vlopd.checkpoint import RunFolder, read_jsonl
+from vlopd.files import read_jsonl
+from vlopd.run.folder import RunFolder
 
 EXAMPLES = 12
 SAMPLES_PER_ARM = 3

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from evals.report import figures, tables
-from vlopd.checkpoint import read_json, write_text
+from vlopd.files import read_json, write_text
 
 HEAT_MAPS = (("frac_delta_eq_0", ""), ("top_energy_ratio", "k=16"))
 """(metric, parameter) that get a map: what rounding explains, and what it does not."""

@@ -7,8 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from vlopd.checkpoint import RunFolder, read_json, read_jsonl
-from vlopd.config import ExperimentConfig
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.files import read_json, read_jsonl
+from vlopd.run.folder import RunFolder
 
 ORDER = (
     *("teacher", "full", "replicate", "variant", "subnetwork", "projection", "transplant", "other"),

@@ -1,6 +1,6 @@
 """The answer that a generated text gives, found by rules; None where there is none.
 
-Tasks report those as their `extraction_failure`. What a model thinks aloud is no answer (vlopd/models/thoughts.py).
+Tasks report those as their `extraction_failure`. What a model thinks aloud is no answer (vlopd/models/thinking.py).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from string import ascii_uppercase
 
-from vlopd.models.thoughts import split
+from vlopd.models.thinking import split
 
 NUMBER = r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?:(?<![\w)])-)?\.\d+"
 MARK = r"(?:\b(?:{words})\b(?:[^.,?:=\n]{{0,40}}?\bis\b|\W{{0,4}}?[:=])|####)[\s:*]*"

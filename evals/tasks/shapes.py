@@ -11,6 +11,7 @@ from PIL import Image
 
 from evals.tasks.kinds import mean_by_kind
 from vlopd.data import shapes
+from vlopd.data.answers import after_last_colon
 
 
 def dataset(size: int, seed: int, split: shapes.Split, **_: Any) -> dict[str, Dataset]:
@@ -39,7 +40,7 @@ def process_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, flo
     separator = shapes.VERDICT.strip()
     return {
         "exact_match": float(said == right),
-        "verdict_match": float(shapes.verdict(said) == shapes.verdict(right)),
+        "verdict_match": float(after_last_colon(said) == after_last_colon(right)),
         "extraction_failure": float(separator in right and separator not in said),
     }
 

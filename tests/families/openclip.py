@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from vlopd.models import openclip_assemble
 from vlopd.models.load import BUILTIN
+from vlopd.models.openclip import assemble
 
 TOWERS: dict[str, dict[str, Any]] = {
     "vit": dict(image_size=32, layers=2, width=32, head_width=16, patch_size=8),
@@ -65,7 +65,7 @@ def build_language(folder: Path, seed: int = 0, **changes: Any) -> str:
 def build_tiny(folder: Path, kind: str = "vit", seed: int = 0) -> None:
     """Writes a whole tiny student: random tower of this kind, projector, Llama, processor, generation config."""
     with tempfile.TemporaryDirectory() as parts:
-        model, processor = openclip_assemble.assemble(
+        model, processor = assemble.assemble(
             build_tower(Path(parts, "tower"), kind, seed),
             build_language(Path(parts, "language"), seed),
             seed=seed,

@@ -8,6 +8,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+
+
 RESERVED = {
     "con",
     "prn",
@@ -16,18 +18,6 @@ RESERVED = {
     *(f"{port}{n}" for port in ("com", "lpt") for n in range(10)),
 }
 """File names that some systems keep for devices, with any ending."""
-
-
-class UserError(ValueError):
-    """The user can mend this; the message is one line that names the thing and the remedy."""
-
-
-class ConfigError(UserError):
-    """The user's configuration is wrong; the message names the key and the remedy."""
-
-
-class DataError(UserError):
-    """A row of the user's data is broken; the message names the row and the remedy."""
 
 
 class Section(BaseModel):
@@ -47,9 +37,6 @@ class Section(BaseModel):
         return {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
 
 
-# ------------------------------------------------------------------------------- bounded numbers
-
-
 def between(low: float, high: float, or_zero: bool = False) -> AfterValidator:
     """Refuses numbers outside of [low, high], but for 0 where that is allowed."""
 
@@ -65,19 +52,39 @@ def between(low: float, high: float, or_zero: bool = False) -> AfterValidator:
 SMALLEST, LARGEST = 2.0**-149, (2 - 2.0**-23) * 2.0**127
 """Of the positive numbers of float32, which trained values and losses are held in."""
 
+
 Count = Annotated[int, Field(gt=0, lt=2**31)]
+
+
 Number = Annotated[int, Field(ge=0, lt=2**31)]
+
+
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 Positive = Annotated[float, between(SMALLEST, LARGEST)]
+
+
 NonNegative = Annotated[float, between(SMALLEST, LARGEST, or_zero=True)]
+
+
 Temperature = Annotated[float, between(0.01, 100)]
 """Logits divided by less overflow, and by more are all alike."""
+
+
 Weight = Annotated[float, between(1e-6, 1e6, or_zero=True)]
 """Relative to others of its kind."""
+
+
 Share = Annotated[float, between(1e-9, 1)]
+
+
 Part = Annotated[float, between(1e-6, 1 - 1e-6)]
 """A share that is neither nothing nor all."""
+
+
 PartOrZero = Annotated[float, between(1e-6, 1 - 1e-6, or_zero=True)]
+
 
 Item = TypeVar("Item", bound=Hashable)
 

@@ -22,7 +22,7 @@ from vlopd.config.arms import (
     expand_seeds,
     mask_of,
 )
-from vlopd.config.base import ConfigError, Name, Section, Unique, distinct_names
+from vlopd.config.base import Name, Section, Unique, distinct_names
 from vlopd.config.masks import (
     FileMask,
     MaskConfig,
@@ -34,6 +34,7 @@ from vlopd.config.masks import (
 from vlopd.config.models import ModelConfig, PrecisionConfig, TeacherConfig, as_table
 from vlopd.config.recipe import Recipe
 from vlopd.config.training import Muon
+from vlopd.errors import ConfigError
 
 
 class TrackingConfig(Section):

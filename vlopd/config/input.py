@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from vlopd.config.base import ConfigError, Section
+from vlopd.config.base import Section
 from vlopd.config.experiment import ExperimentConfig, explain, merge
+from vlopd.errors import ConfigError
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentConfig:

@@ -260,7 +260,7 @@ class RewardConfig(Section):
     """
 
     rule: Literal["exact_match", "verdict_match", "answer_named", "capital_named"]
-    """1 for a right completion, 0 for another, by a rule of vlopd/rewards.py."""
+    """1 for a right completion, 0 for another, by a rule of vlopd/train/rewards.py."""
     alpha: PartOrZero = 0.0
     """The teacher's share; 0 is reinforcement learning alone (RLVR), with the teacher only looking on."""
     scale: Literal["std", "none"] = "std"

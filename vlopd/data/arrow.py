@@ -13,10 +13,10 @@ import pyarrow.compute
 import pyarrow.parquet
 from datasets import Dataset, load_dataset
 
-from vlopd.checkpoint import digest_json
-from vlopd.config import ConfigError, DataError
-from vlopd.data.text import Row, state_of
-from vlopd.data.written import Number, as_text, read_json
+from vlopd.data.literals import Number, as_text, read_json
+from vlopd.data.text_files import Row, state_of
+from vlopd.digests import digest_json
+from vlopd.errors import ConfigError, DataError
 
 GUESSING = ("csv", "json", "imagefolder", "webdataset")
 """Builders of `datasets` that guess types from text."""

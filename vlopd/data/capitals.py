@@ -13,14 +13,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
-import re
-import unicodedata
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from countryinfo import all_countries
 
-from vlopd.data.world import Split, World
+from vlopd.data.answers import names_one_of, words
+from vlopd.data.synthetic import Split, World
 from vlopd.types import Example
 
 TEMPLATES = {
@@ -66,21 +65,9 @@ class Country(NamedTuple):
     continent: str
 
 
-def words(text: str) -> str:
-    """Lower case without accents, apostrophes and punctuation, single spaces; "saint" is "st".
-
-    >>> words("Saint George's, São Tomé!")
-    "st georges sao tome"
-    """
-    bare = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    bare = re.sub(r"['`\u2019\u02bb]", "", bare.lower())
-    return " ".join(re.findall(r"\w+", re.sub(r"\bsaint\b", "st", bare)))
-
-
 def names_capital(text: str, capital: str) -> bool:
     """Whether the capital, under any of its names, stands in the text as whole words."""
-    said = f" {words(text)} "
-    return any(f" {words(name)} " in said for name in (capital, *ALIASES.get(capital, ())))
+    return names_one_of(text, (capital, *ALIASES.get(capital, ())))
 
 
 @functools.lru_cache(maxsize=1)
@@ -142,5 +129,5 @@ class CapitalsWorld(World):
             id=f"capitals-{self.split}-{self.seed}-{index}",
             question=row["question"],
             answer=row["answer"],
-            fields=row,
+            fields={**row, "aliases": ALIASES.get(row["capital"], ())},
         )

@@ -18,9 +18,9 @@ from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
-from vlopd.config import ConfigError, DataError
-from vlopd.data.pictures import open_picture
-from vlopd.data.world import Split, World
+from vlopd.data.images import open_picture
+from vlopd.data.synthetic import Split, World
+from vlopd.errors import ConfigError, DataError
 from vlopd.types import Example
 
 Artist = Literal["twitter", "google"]

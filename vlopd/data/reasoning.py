@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from vlopd.config import ConfigError
-from vlopd.data.world import Split, World
+from vlopd.data.synthetic import Split, World
+from vlopd.errors import ConfigError
 from vlopd.types import Example
 
 Subject = Literal["arithmetic", "sorting", "spelling"]

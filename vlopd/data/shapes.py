@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 from PIL import Image, ImageDraw
 
-from vlopd.data.world import Split, World
+from vlopd.data.synthetic import Split, World
 from vlopd.types import Example
 
 Scene = Mapping[int, tuple[str, str]]
@@ -108,11 +108,6 @@ def render(
         else:
             pen.polygon([(x, y - r), (x + r, y + r - 1), (x - r, y + r - 1)], fill=fill)
     return image
-
-
-def verdict(answer: str) -> str:
-    """What stands after the evidence: the part after the last colon, or all of it where there is none."""
-    return answer.split(VERDICT.strip())[-1].strip()
 
 
 # ---------------------------------------------------------------------------------------- questions

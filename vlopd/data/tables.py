@@ -20,10 +20,11 @@ from datasets import (
     load_from_disk,
 )
 
-from vlopd.config import ConfigError, FileData
+from vlopd.config.data import FileData
 from vlopd.data.arrow import ArrowTable, open_parquet
-from vlopd.data.pictures import shorten
-from vlopd.data.text import Row, open_csv, open_json, open_lines
+from vlopd.data.images import shorten
+from vlopd.data.text_files import Row, open_csv, open_json, open_lines
+from vlopd.errors import ConfigError
 
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4", ".7z")
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from vlopd.delta import LeftOut, MatchReport
 from vlopd.geometry.coordinates import Term
-from vlopd.geometry.examine import OBSERVED, Finding, Keys
-from vlopd.geometry.rows import STATUSES, Measure, Place, Row, beside_nulls, parameters
-from vlopd.models.atlas import classify
+from vlopd.geometry.matrix import OBSERVED, Finding, Keys
+from vlopd.geometry.schema import STATUSES, Measure, Place, Row, beside_nulls, parameters
+from vlopd.models.names import classify
+from vlopd.weights.matching import LeftOut, MatchReport
 
 PARTS = {
     **dict.fromkeys(("gate", "up", "down", "gate_up", "expert_gate_up", "expert_down"), "ffn"),

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vlopd.geometry.base_masks import REASON, SourceMasks
 from vlopd.geometry.closed_forms import hypergeometric
-from vlopd.geometry.rows import Measure, parameters
-from vlopd.geometry.sizes import CHUNK, Test, count, marked, norm, top_energy, where_moved
-from vlopd.geometry.source_masks import REASON, SourceMasks
-from vlopd.masks import quota
+from vlopd.geometry.magnitudes import CHUNK, Test, count, marked, norm, top_energy, where_moved
+from vlopd.geometry.schema import Measure, parameters
+from vlopd.masks.select import quota
 
 ATOLS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 UPDATE_ATOLS = (0.0, 1e-5)

@@ -21,7 +21,7 @@ from operator import eq
 import torch
 from torch import Tensor
 
-from vlopd.config import (
+from vlopd.config.analysis import (
     GaussianNull,
     LowRankNull,
     NullConfig,
@@ -30,7 +30,7 @@ from vlopd.config import (
     SignFlippedNull,
     UlpNull,
 )
-from vlopd.geometry.sizes import CHUNK, marked, norm, places_of
+from vlopd.geometry.magnitudes import CHUNK, marked, norm, places_of
 from vlopd.seeding import generator
 
 TOLERANCE = 0.02

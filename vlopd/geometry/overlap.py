@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vlopd.config import GeometryConfig
-from vlopd.delta import difference, stream
+from vlopd.config.analysis import GeometryConfig
 from vlopd.geometry.aggregate import rows_of, unshared_rows
-from vlopd.geometry.analyse import write_table
+from vlopd.geometry.checkpoint import write_table
 from vlopd.geometry.coordinates import UPDATE_ATOLS, Term, not_above
-from vlopd.geometry.examine import OBSERVED
+from vlopd.geometry.magnitudes import cut, magnitudes, marked
+from vlopd.geometry.matrix import OBSERVED
 from vlopd.geometry.nulls import null_delta, null_name
-from vlopd.geometry.rows import Measure, Place, Row, parameters
-from vlopd.geometry.sizes import cut, magnitudes, marked
-from vlopd.models.atlas import classify
+from vlopd.geometry.schema import Measure, Place, Row, parameters
+from vlopd.models.names import classify
+from vlopd.weights.delta import difference, stream
 
 STRATA = 10
 """Groups of a tensor's coordinates by |w|, smallest first, as equal in size as ties allow."""

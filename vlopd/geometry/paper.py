@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from vlopd.config import GeometryConfig
+from vlopd.config.analysis import GeometryConfig
 
 
 class Column(NamedTuple):

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlopd.config import GeometryConfig
+from vlopd.config.analysis import GeometryConfig
 from vlopd.geometry.closed_forms import projected_share
 from vlopd.geometry.linalg import eigenvalues_of, product
-from vlopd.geometry.rows import Measure, parameters
-from vlopd.geometry.sizes import norm
+from vlopd.geometry.magnitudes import norm
+from vlopd.geometry.schema import Measure, parameters
 from vlopd.geometry.spectrum import (
     ROWS,
     TOP,

@@ -16,9 +16,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from vlopd.config import GeometryConfig
+from vlopd.config.analysis import GeometryConfig
 from vlopd.geometry.linalg import eigenvalues_of, leading_eigenvectors, product
-from vlopd.geometry.rows import Measure, parameters
+from vlopd.geometry.schema import Measure, parameters
 from vlopd.seeding import generator
 
 TOP = (1, 2, 4, 8, 16, 32, 64)

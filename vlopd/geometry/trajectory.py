@@ -20,19 +20,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vlopd.config import GeometryConfig
-from vlopd.delta import stream
+from vlopd.config.analysis import GeometryConfig
 from vlopd.geometry.aggregate import rows_of, unshared_rows
-from vlopd.geometry.analyse import write_table
+from vlopd.geometry.checkpoint import write_table
 from vlopd.geometry.coordinates import Term
-from vlopd.geometry.examine import OBSERVED, matrices
+from vlopd.geometry.magnitudes import norm
+from vlopd.geometry.matrix import OBSERVED, matrices
 from vlopd.geometry.nulls import matched_delta
-from vlopd.geometry.rows import Measure, Place, Row, parameters
-from vlopd.geometry.sizes import norm
+from vlopd.geometry.schema import Measure, Place, Row, parameters
 from vlopd.geometry.spectrum import Factors, Sum, as_matrix, factorise, too_large
-from vlopd.models.about import config_of
-from vlopd.models.atlas import classify
+from vlopd.models.config_files import config_of
+from vlopd.models.names import classify
 from vlopd.seeding import generator
+from vlopd.weights.delta import stream
 
 RANKS = (1, 4, 16)
 WALK = "random_walk"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlopd.bits import different
-from vlopd.delta import TensorDelta
+from vlopd.weights.delta import TensorDelta
 
 TOLERANCES = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 

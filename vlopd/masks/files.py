@@ -16,7 +16,8 @@ from safetensors.torch import safe_open, save_file
 from torch import Tensor
 
 from vlopd.bits import pack, unpack
-from vlopd.checkpoint import RunError, whole_file, write_json
+from vlopd.errors import RunError
+from vlopd.files import whole_file, write_json
 from vlopd.masks.compare import densities_by, density
 from vlopd.types import TensorName
 

@@ -13,9 +13,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from vlopd.config import (
+from vlopd.config.masks import (
     ComplementMask,
-    ConfigError,
     DifferenceMask,
     EnergyMask,
     FileMask,
@@ -29,7 +28,7 @@ from vlopd.config import (
     VisibleMask,
     WholeMask,
 )
-from vlopd.delta import TensorDelta
+from vlopd.errors import ConfigError
 from vlopd.masks.compare import refuse_unlike
 from vlopd.masks.select import (
     order_keys,
@@ -40,8 +39,9 @@ from vlopd.masks.select import (
     select_one,
 )
 from vlopd.seeding import generator
-from vlopd.subspace import low_rank
 from vlopd.types import TensorName
+from vlopd.weights.delta import TensorDelta
+from vlopd.weights.subspace import low_rank
 
 Mask = dict[str, Tensor]
 Pairs = Iterable[TensorDelta]

@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
-from vlopd.config import ConfigError
+from vlopd.errors import ConfigError
 from vlopd.types import Completions, Example, Prompts
 
 PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")

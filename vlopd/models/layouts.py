@@ -34,8 +34,8 @@ from transformers.core_model_loading import (
 )
 
 from vlopd.models import families
-from vlopd.models.atlas import classify, parts
 from vlopd.models.conversions import origins
+from vlopd.models.names import classify, parts
 
 Shape = tuple[int, ...]
 Region = tuple[tuple[int, int], ...]

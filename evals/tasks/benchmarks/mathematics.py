@@ -12,11 +12,11 @@ from datasets import Dataset
 from PIL import Image
 
 from evals.lm import PLACEHOLDER
-from evals.tasks.benchmarks import source
-from evals.tasks.benchmarks.source import Benchmark, Document, Row, document, text
+from evals.tasks.benchmarks import documents
+from evals.tasks.benchmarks.documents import Benchmark, Document, Row, document, text
 from evals.tasks.equality import same_math, same_number
 from evals.tasks.extraction import math_answer, number_answer
-from vlopd.config import DataError
+from vlopd.errors import DataError
 
 ASK = "{}\n\nWork it out step by step and put the final answer in \\boxed{{}}."
 
@@ -75,11 +75,11 @@ BENCHMARKS = {
 
 
 def dataset(benchmark: str, **_: Any) -> dict[str, Dataset]:
-    return source.documents(BENCHMARKS[benchmark])
+    return documents.documents(BENCHMARKS[benchmark])
 
 
 def doc_to_image(doc: Mapping[str, Any]) -> list[Image.Image]:
-    return source.pictures(BENCHMARKS[doc["benchmark"]], doc)
+    return documents.pictures(BENCHMARKS[doc["benchmark"]], doc)
 
 
 def score_number(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:

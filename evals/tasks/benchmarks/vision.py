@@ -17,8 +17,8 @@ from datasets import Dataset
 from PIL import Image
 
 from evals.lm import PLACEHOLDER
-from evals.tasks.benchmarks import source
-from evals.tasks.benchmarks.source import (
+from evals.tasks.benchmarks import documents
+from evals.tasks.benchmarks.documents import (
     Benchmark,
     Document,
     Row,
@@ -37,8 +37,8 @@ from evals.tasks.extraction import (
     short_answer,
     yes_or_no,
 )
-from vlopd.config import DataError
-from vlopd.data.written import in_words
+from vlopd.data.literals import in_words
+from vlopd.errors import DataError
 
 CHOOSE = "{}\n{}\nAnswer with the letter of the right choice."
 SHORTLY = "{}\nAnswer with one word, number or short phrase."
@@ -191,15 +191,15 @@ BENCHMARKS = {
 
 
 def dataset(benchmark: str, **_: Any) -> dict[str, Dataset]:
-    return source.documents(BENCHMARKS[benchmark])
+    return documents.documents(BENCHMARKS[benchmark])
 
 
 def doc_to_image(doc: Mapping[str, Any]) -> list[Image.Image]:
-    return source.pictures(BENCHMARKS[doc["benchmark"]], doc)
+    return documents.pictures(BENCHMARKS[doc["benchmark"]], doc)
 
 
 def chance(docs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    return source.chance(docs)
+    return documents.chance(docs)
 
 
 # ------------------------------------------------------------------------------------------ scoring

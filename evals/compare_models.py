@@ -1,0 +1,85 @@
+"""Models and scores that belong to no run, evaluated and compared: `vlopd compare A B --tasks ...`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from evals import preflight
+from evals.compare import compare_arms
+from evals.harness import Subject, evaluate, import_scores
+from evals.roles import Role, Roles
+from vlopd.config.analysis import EvalConfig
+from vlopd.config.models import ModelConfig
+from vlopd.errors import ConfigError
+from vlopd.files import names_apart
+from vlopd.models.load import DTYPES, check_unloaded, load_configured
+from vlopd.models.loaded import LoadedModel
+from vlopd.run.checksums import Checksums
+from vlopd.run.resolve import model_content
+from vlopd.train.pair import without_weights
+
+
+def compare_models(
+    models: Sequence[str], config: EvalConfig, out: Path, compute: str, device: torch.device
+) -> Path:
+    """Evaluates each model on the tasks and compares all others with the first, paired by question.
+
+    models: checkpoint folders, hub ids, `builtin:NAME`, or output folders of lm-eval. Writes out/evals/<name>/
+    and out/compare.json, whose path it returns. What was evaluated before is not evaluated again.
+    """
+    names, sums = names_of(models), Checksums(out)
+    for model in models:
+        if not is_scores(model):
+            check_unloaded(ModelConfig(model=model))  # of all, before hours go into the first
+    if not all((out / "evals" / name / "results.json").exists() for name in names):
+        refuse_unready(names, config)
+    for name, model in names.items():
+        if is_scores(model):
+            import_scores(sums, Path(model), name, config)
+            continue
+        about = ModelConfig(model=model)
+
+        def open_model(about: ModelConfig = about):
+            return load_configured(about, DTYPES[compute], device)
+
+        def content(whole: bool, about: ModelConfig = about):
+            return model_content(about, whole)
+
+        evaluate(sums, Subject(name, content, compute, open_model, {"model": model}), config)
+    first, *others = names
+    of: dict[str, Role] = {first: "base", **dict.fromkeys(others, "other")}
+    return compare_arms(out / "evals", Roles(of), config, out / "compare.json", {}, {})
+
+
+def refuse_unready(names: Mapping[str, str], config: EvalConfig) -> None:
+    """Raises ConfigError, before any weights are read, for tasks, models and scores that cannot be used."""
+    loaded: dict[str, LoadedModel] = {}
+    lines: list[str] = []
+    for name, model in names.items():
+        if is_scores(model):
+            lines += preflight.imported_findings(config.tasks, Path(model))
+        else:
+            loaded[name] = without_weights(ModelConfig(model=model))
+    lines += preflight.findings(config, loaded)
+    if lines:
+        raise ConfigError("; ".join(lines))
+
+
+def is_scores(model: str) -> bool:
+    """Whether it is an output folder of lm-eval rather than a model."""
+    folder = Path(model)
+    return (
+        folder.is_dir()
+        and not (folder / "config.json").exists()
+        and any(folder.rglob("results_*.json"))
+    )
+
+
+def names_of(models: Sequence[str]) -> dict[str, str]:
+    """A short name for each model. Raises ConfigError where one is given twice."""
+    parts = [re.sub(r"[^\w./-]", "-", model).strip("/").split("/") for model in models]
+    return dict(zip(names_apart(parts), models, strict=True))

@@ -1,0 +1,172 @@
+"""Where an arm's answers part from its teacher, token by token: evals/<arm>/tokens_<task>.jsonl.
+
+For the first questions of each task that asks for text: those whose pictures are kept for the report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import lm_eval
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+
+from evals.lm import images_of, parts
+from evals.scoring import Tasks, load_task, untouched_randomness
+from vlopd.config.analysis import EvalConfig
+from vlopd.config.arms import CheckpointArm, ImportedArm, TeacherArm
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.objective import ReverseKL
+from vlopd.distributed import accelerator
+from vlopd.errors import UserError
+from vlopd.files import write_jsonl
+from vlopd.run.folder import RunFolder
+from vlopd.run.resolve import arm_content, teacher_content
+from vlopd.train.pair import ModelPair, load_pair
+from vlopd.train.sampler import sample
+from vlopd.types import Completions, Example
+
+TOKENS = 256
+"""An answer's tokens that are looked at."""
+
+
+def grade_answers(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
+    """Writes KL(arm || teacher) at every token of the arm's greedy answers; whether there was anything to do.
+
+    Nothing is written for arms that are no student of this run, and where a teacher cannot read a task's questions
+    (its context is a field that they lack): tokens.json then says why.
+    """
+    about = config.arms.get(arm)
+    if isinstance(about, (TeacherArm, CheckpointArm, ImportedArm)) or not config.eval.keep_images:
+        return False
+    out, manager = run.eval(arm), Tasks.of(config.eval.tasks, config.eval.include)
+    teachers = {n: teacher_content(run, config, its) for n, its in config.teachers.items()}
+    inputs = {
+        "checkpoint": arm_content(run, config, arm),
+        "teacher": config.model_dump(mode="json", include={"teacher", "precision"}),
+        "files": teachers,
+        "template_arguments": config.student.template_arguments,
+        "tasks": {task: manager.digest(task) for task in config.eval.tasks},
+        "settings": config.eval.model_dump(
+            mode="json", include={"limit", "keep_images", "fewshot"}
+        ),
+    }
+    artifact, record = f"tokens/{arm}", out / "tokens.json"
+    if run.checksums.is_done(artifact, record, inputs):
+        return False
+    run.checksums.start(artifact, record)
+    asked: dict[str, list[Example]] = {}
+    for task in config.eval.tasks:
+        asked |= questions(task, config.eval)
+    skipped: dict[str, str] = {}
+    if any(asked.values()):
+        pair = load_pair(config, accelerator().device, run.checkpoint(arm))
+        for task, examples in asked.items():
+            try:
+                rows = graded(pair, examples, config.eval.batch_size)
+            except UserError as error:
+                skipped[task] = str(error)
+            else:
+                write_jsonl(out / f"tokens_{task}.jsonl", rows)
+    content = {"inputs": inputs, "skipped": skipped}
+    run.checksums.finish(artifact, record, content, sorted(out.glob("tokens_*.jsonl")))
+    return True
+
+
+def graded(pair: ModelPair, examples: Sequence[Example], batch_size: int) -> list[dict[str, Any]]:
+    """The pair's divergence on the student's greedy answers, a row a question."""
+    found = []
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        with torch.no_grad():
+            prompts = pair.student.render(batch)
+            longest = max(int(example.fields["tokens"]) for example in batch)
+            completions = sample(
+                pair.student, prompts, min(longest, TOKENS), 0, columns=pair.vocabulary.student
+            )
+            tokens = pair.divergence(ReverseKL(), batch, prompts, completions)
+        found += rows_of(pair, batch, completions, tokens.reverse_kl)
+    return found
+
+
+def rows_of(
+    pair: ModelPair, batch: Sequence[Example], completions: Completions, kl: torch.Tensor
+) -> list[dict[str, Any]]:
+    counts = completions.mask.sum(1).tolist()
+    rows = []
+    for k, (example, own) in enumerate(zip(batch, kl.split(counts), strict=True)):
+        ids = completions.ids[k][completions.mask[k]].tolist()
+        rows.append(
+            {
+                "doc_id": int(example.id),
+                "tokens": pair.student.tokenizer.convert_ids_to_tokens(ids),
+                "kl": [round(x, 4) for x in own.tolist()],
+            }
+        )
+    return rows
+
+
+class Questions(LM):
+    """A model that answers nothing and remembers what it was asked, as chat messages."""
+
+    MULTIMODAL = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[Instance] = []
+
+    @property
+    def tokenizer_name(self) -> str:
+        return "questions"
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
+        return json.dumps(chat_history)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        self.asked += requests
+        return [""] * len(requests)
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        return [(0.0, False)] * len(requests)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        return [0.0] * len(requests)
+
+
+@cache
+def questions(task: str, config: EvalConfig) -> Mapping[str, list[Example]]:
+    """{task or member of a group: its first questions as both models will render them}; of text answers only.
+
+    The same for every arm, so made once a process.
+    """
+    manager = Tasks.of([task], config.include)
+    lm = Questions()
+    limit = min(config.keep_images, config.limit or config.keep_images)
+    with untouched_randomness():
+        lm_eval.evaluate(
+            lm,
+            load_task(manager, task, config.fewshot),
+            limit=limit,
+            apply_chat_template=True,
+            fewshot_as_multiturn=True,
+            bootstrap_iters=1,
+            log_samples=False,
+        )
+    found: dict[str, list[Example]] = {}
+    for request in lm.asked:
+        turns = json.loads(request.args[0])
+        messages = tuple({**turn, "content": parts(turn["content"])} for turn in turns)
+        fields = {**request.doc, "tokens": request.args[1].get("max_gen_toks", TOKENS)}
+        example = Example(str(request.doc_id), messages, tuple(images_of(request)), fields=fields)
+        found.setdefault(str(request.task_name), []).append(example)
+    return found

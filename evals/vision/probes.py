@@ -1,0 +1,300 @@
+"""Did distillation move a vision tower? What its features say of a picture before and after, and how alike they are.
+
+Features are what the tower hands to the projector, averaged over an image's tokens, in whatever family: the
+language model sees nothing else of a picture. A linear probe asks what can still be read off them, linear CKA and
+cosines how far they turned, and a tower of open_clip can be put back into its CLIP and asked without training.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from evals import stats
+from evals.compare import plain
+from evals.vision.alignment import PREFIX, Rows, Scorer, batches, digest_tensors
+from vlopd.data import shapes
+from vlopd.errors import ConfigError, RunError, first_line
+from vlopd.files import without_nan
+from vlopd.models.loaded import LoadedModel
+from vlopd.models.names import classify
+from vlopd.models.openclip.vlm import OpenClipVlmForConditionalGeneration
+from vlopd.train.sampler import sample
+from vlopd.types import Example
+
+Features = NDArray[np.float64]
+Label = str | int
+SHUFFLES = 10
+
+
+class Pictures(NamedTuple):
+    """Images and, by name, labels of each: {"red": [0, 2, 1]}."""
+
+    images: Sequence[Image.Image]
+    labels: Mapping[str, Sequence[Label]]
+
+
+def shapes_pictures(split: shapes.Split, n: int, seed: int = 0) -> Pictures:
+    """Pictures of the visual world: how many objects, how many red, how many circles, is there a red circle.
+
+    Splits are by scene (`shapes.split_of`): no scene is in two of them.
+    """
+    rows = list(shapes.ShapesWorld(split, n, seed))
+    scenes = [[*shapes.scene_from_json(str(row.fields["scene"])).values()] for row in rows]
+    labels: dict[str, list[Label]] = {
+        "objects": [len(scene) for scene in scenes],
+        "red": [sum(colour == "red" for colour, _ in scene) for scene in scenes],
+        "circle": [sum(shape == "circle" for _, shape in scene) for scene in scenes],
+        "red circle": [int(("red", "circle") in scene) for scene in scenes],
+    }
+    return Pictures([row.images[0] for row in rows], labels)
+
+
+# ------------------------------------------------------------------------------------------- features
+
+
+def tower_features(
+    loaded: LoadedModel, images: Sequence[Image.Image], batch_size: int = 32
+) -> Features:
+    """What the vision tower hands to the projector, the mean over each image's tokens: [I, W] float64.
+
+    The model is shown each picture as a prompt, so that any family's own processor and forward pass do the work.
+    Pictures of one size go through together; others one by one. Raises RunError for a model without eyes, and
+    for one whose projector the atlas of names does not know.
+    """
+    projectors = projectors_of(loaded.model)
+    if not projectors:
+        raise RunError(
+            f"{loaded.name} has no projector that vlopd/models/names.py knows, so where its vision tower ends "
+            "cannot be told; name a vision-language model, or its projector there"
+        )
+    seen: list[Tensor] = []
+
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        values = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        seen.append(next(x for x in values if x.is_floating_point()))
+
+    hooks = [each.register_forward_pre_hook(look, with_kwargs=True) for each in projectors]
+    alike = len({image.size for image in images}) == 1
+    found = []
+    try:
+        for some in batches(images, batch_size if alike else 1):
+            seen.clear()
+            asked = [Example.ask("", "what is this", [image]) for image in some]
+            sample(loaded, loaded.render(asked), 1, temperature=0.0)
+            # image by image in every family, as [I, S, W] or flat
+            tokens = seen[0].reshape(len(some), -1, seen[0].shape[-1])
+            found.append(tokens.double().mean(1).cpu().numpy())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return np.concatenate(found)
+
+
+def projectors_of(model: nn.Module) -> list[nn.Module]:
+    """The outermost modules all of whose parameters are a projector's."""
+    components = defaultdict(set)
+    for name, _ in model.named_parameters():
+        pieces = name.split(".")
+        for depth in range(1, len(pieces)):
+            components[".".join(pieces[:depth])].add(classify(name).component)
+    own = {name for name, parts in components.items() if parts == {"projector"}}
+    return [model.get_submodule(name) for name in own if name.rpartition(".")[0] not in own]
+
+
+# -------------------------------------------------------------------------------------------- measures
+
+
+def linear_cka(x: Features, y: Features) -> float:
+    """Linear centred kernel alignment of features of the same n images, [n, W] and [n, W']: 0 to 1.
+
+    |Y'X|^2 / (|X'X| |Y'Y|), Frobenius norms, columns centred (arXiv 1905.00414, eq. 5). 1 where one is the
+    other turned and scaled; nan where either is constant. With few images for the width it is high by chance.
+    """
+    x, y = x - x[0], y - y[0]  # so that what is constant becomes exactly 0
+    x, y = x - x.mean(0), y - y.mean(0)
+    across = np.linalg.norm(y.T @ x) ** 2
+    within = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
+    return float(across / within) if within else float("nan")
+
+
+def mean_cosine(x: Features, y: Features) -> float:
+    """Mean over images of the cosine of their features, [n, W] both; nan where some are all 0."""
+    lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    return float(np.mean((x * y).sum(1) / lengths)) if lengths.all() else float("nan")
+
+
+def drift(x: Features, y: Features, seed: int = 0) -> dict[str, Any]:
+    """Linear CKA and mean cosine of two towers' features, and the mean of both over shuffles of the images.
+
+    The cosine is null where the widths differ.
+    """
+    same_width = x.shape[1] == y.shape[1]
+    rng = np.random.default_rng(seed)
+    shuffled = [y[rng.permutation(len(y))] for _ in range(SHUFFLES)]
+    return {
+        "n": len(x),
+        "width": [x.shape[1], y.shape[1]],
+        "linear_cka": linear_cka(x, y),
+        "linear_cka_shuffled": float(np.mean([linear_cka(x, s) for s in shuffled])),
+        "cosine": mean_cosine(x, y) if same_width else None,
+        "cosine_shuffled": float(np.mean([mean_cosine(x, s) for s in shuffled]))
+        if same_width
+        else None,
+    }
+
+
+def linear_probe(
+    train: Features, train_labels: Sequence[Label], test: Features
+) -> NDArray[np.generic]:
+    """The test images' labels by logistic regression on standardised features (L2, C = 1): [n_test].
+
+    Raises RunError where the training images have but one label.
+    """
+    if len(set(train_labels)) < 2:
+        raise RunError(f"every training picture has the label {train_labels[0]!r}; give others too")
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    return probe.fit(train, train_labels).predict(test)
+
+
+# ---------------------------------------------------------------------------------------------- probes
+
+
+def probe_towers(
+    source: LoadedModel,
+    trained: LoadedModel,
+    train: Pictures,
+    test: Pictures,
+    batch_size: int = 32,
+) -> tuple[dict[str, Any], Rows]:
+    """Drift of a model's vision tower between two checkpoints: (summary, a row a test picture and label).
+
+    For each label a linear probe is fitted on either tower's features of `train` and tested on `test`; `chance`
+    is the commonest training label's accuracy, `difference` is trained - source, paired by picture. `drift` is of
+    the features of `test`.
+    """
+    before, after = (both_features(loaded, train, test, batch_size) for loaded in (source, trained))
+    names = (source.name, trained.name)
+    return probe_features(before, after, train, test, names)
+
+
+def both_features(
+    loaded: LoadedModel, train: Pictures, test: Pictures, batch_size: int = 32
+) -> tuple[Features, Features]:
+    """A tower's features of the training and the test pictures."""
+    learned, asked = (tower_features(loaded, p.images, batch_size) for p in (train, test))
+    return learned, asked
+
+
+def probe_features(
+    before: tuple[Features, Features],
+    after: tuple[Features, Features],
+    train: Pictures,
+    test: Pictures,
+    names: tuple[str, str],
+) -> tuple[dict[str, Any], Rows]:
+    """`probe_towers` of features that are there, the source's and the trained model's; `names` are theirs."""
+    probes, rows = {}, []
+    for name, truth in test.labels.items():
+        learned = train.labels[name]
+        guesses = [linear_probe(side[0], learned, side[1]) for side in (before, after)]
+        right = [(guess == np.array(truth)).astype(float) for guess in guesses]
+        commonest = Counter(learned).most_common(1)[0][0]
+        probes[name] = {
+            "classes": len(set(learned)),
+            "chance": float(np.mean([value == commonest for value in truth])),
+            "source": plain(stats.mean_with_error(right[0])),
+            "trained": plain(stats.mean_with_error(right[1])),
+            "difference": plain(stats.paired_difference(right[1], right[0])),
+        }
+        rows += [
+            {"id": i, "label": name, "truth": t, "source": a, "trained": b}
+            for i, (t, a, b) in enumerate(
+                zip(truth, guesses[0].tolist(), guesses[1].tolist(), strict=True)
+            )
+        ]
+    summary = {
+        "source": names[0],
+        "trained": names[1],
+        "n_train": len(train.images),
+        "drift": drift(before[1], after[1]),
+        "probes": probes,
+    }
+    return without_nan(summary), rows
+
+
+def zero_shot(
+    scorers: Sequence[Scorer],
+    images: Sequence[Image.Image],
+    labels: Sequence[str],
+    templates: Sequence[str] = (f"{PREFIX}{{}}",),
+) -> list[dict[str, Any]]:
+    """Accuracy of each CLIP that names images by the nearest class name, without training; a dict a scorer.
+
+    Class names are the distinct labels, each in every template (open_clip's build_zero_shot_classifier).
+    `chance` is 1 / classes; `difference` is to the first scorer, paired by image.
+    """
+    from open_clip import build_zero_shot_classifier
+
+    names = sorted(set(labels))
+    truth = torch.tensor([names.index(label) for label in labels])
+    found: list[dict[str, Any]] = []
+    rights = []
+    for scorer in scorers:
+        weights = build_zero_shot_classifier(
+            scorer.clip, scorer.tokenizer, names, templates, device=scorer.device
+        )
+        guess = (scorer.images(images) @ weights.double().cpu()).argmax(1)
+        rights.append((guess == truth).double().numpy())
+        found.append(
+            {
+                "scorer": scorer.name,
+                "digest": scorer.digest,
+                "classes": len(names),
+                "chance": 1 / len(names),
+                "accuracy": plain(stats.mean_with_error(rights[-1])),
+                "difference": plain(stats.paired_difference(rights[-1], rights[0])),
+            }
+        )
+    return without_nan(found)
+
+
+def with_tower_of(scorer: Scorer, student: LoadedModel) -> Scorer:
+    """The CLIP with a student's vision tower in place of its own, for a zero-shot probe of that tower.
+
+    The student must be an OpenCLIP student (`openclip_assemble.assemble`) of the same tower. Raises ConfigError
+    where it is not.
+    """
+    model = student.model
+    if not isinstance(model, OpenClipVlmForConditionalGeneration):
+        raise ConfigError(
+            f"{student.name} has no open_clip tower, so it cannot be probed by class names; use probe_towers"
+        )
+    clip = copy.deepcopy(scorer.clip)
+    state = {
+        name: tensor.float().cpu() for name, tensor in model.model.vision_tower.state_dict().items()
+    }
+    try:
+        clip.visual.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{student.name}'s vision tower is not {scorer.name}'s: {first_line(error)}; name the CLIP that the "
+            "student was assembled from"
+        ) from None
+    name, digest = (
+        f"{scorer.name} with the tower of {student.name}",
+        digest_tensors(clip.state_dict()),
+    )
+    return dataclasses.replace(scorer, name=name, clip=clip, digest=digest)

@@ -1,0 +1,73 @@
+"""What training did to a run's sight: `vlopd vision RUN` -> evals/vision.json, and rows beside each arm's answers.
+
+Linear probes and drift of every arm's vision tower against the source's and, with a scorer, the alignment of what the
+arms say of the visual world's test pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evals.harness import open_arm
+from evals.vision import alignment, probes
+from vlopd.config.arms import ImportedArm, TeacherArm
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.errors import ConfigError
+from vlopd.files import write_jsonl
+from vlopd.run.folder import RunFolder
+from vlopd.run.resolve import arm_content, source_arm
+
+
+def look(
+    run: RunFolder, config: ExperimentConfig, arms: Sequence[str], scorer: str | None, pictures: int
+) -> Path:
+    """Probes every arm's tower against the source's; with a `scorer` (open_clip's name or `local-dir:FOLDER`), scores
+    their descriptions too, each compared with the source's.
+
+    Raises ConfigError where the student sees no pictures, and as `alignment.load_scorer` does.
+    """
+    source, out = source_arm(config), run.root / "evals" / "vision.json"
+    seeing = [arm for arm in arms if not isinstance(config.arms[arm], ImportedArm)]
+
+    def made_from(whole: bool) -> dict[str, Any]:
+        arms = {arm: arm_content(run, config, arm, whole) for arm in (source, *seeing)}
+        return {"checkpoints": arms, "scorer": scorer, "pictures": pictures}
+
+    if run.checksums.is_done("evals/vision", out, made_from(False)):
+        return out
+    inputs = made_from(True)
+    run.checksums.start("evals/vision", out)
+    base = open_arm(run, config, source)
+    if not base.sees_images:
+        raise ConfigError(
+            f"{config.student.model} sees no pictures: there is no vision tower to probe"
+        )
+    judge = None if scorer is None else alignment.load_scorer(scorer, device=base.device)
+    train, test = (probes.shapes_pictures(split, pictures) for split in ("train", "test"))
+    before = probes.both_features(base, train, test)
+    towers: dict[str, Any] = {}
+    aligned: dict[str, Any] = {}
+    told = None
+    if judge is not None:
+        aligned[source], told = alignment.score_shapes(base, judge, pictures)
+        write_jsonl(run.eval(source) / "alignment.jsonl", told)
+    for arm in seeing:
+        if arm == source:
+            continue
+        loaded = open_arm(run, config, arm)
+        if not loaded.sees_images:
+            continue
+        if not isinstance(config.arms[arm], TeacherArm):  # a tower of its own is no drift
+            after = probes.both_features(loaded, train, test)
+            names = (base.name, loaded.name)
+            towers[arm], _ = probes.probe_features(before, after, train, test, names)
+        if judge is not None and told is not None:
+            aligned[arm], rows = alignment.score_shapes(loaded, judge, pictures, sources=[base])
+            aligned[arm]["difference"] = alignment.difference(rows, told)
+            write_jsonl(run.eval(arm) / "alignment.jsonl", rows)
+    record = {"inputs": inputs, "source": source, "towers": towers, "alignment": aligned}
+    written = sorted((run.root / "evals").glob("*/alignment.jsonl"))
+    run.checksums.finish("evals/vision", out, record, written)
+    return out

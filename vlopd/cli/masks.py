@@ -1,0 +1,285 @@
+"""`vlopd mask`: makes, combines, shows and compares masks, of a run or of any checkpoints and files.
+
+Heavy imports sit inside the verbs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vlopd.config.input import parse_override
+from vlopd.config.masks import FileMask, MaskConfig, RandomMask
+from vlopd.digests import digest_checkpoint
+from vlopd.errors import ConfigError, RunError
+from vlopd.files import write_json
+from vlopd.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    from vlopd.masks.rules import Mask
+
+app = typer.Typer(no_args_is_help=True, help="Makes, combines, shows and compares masks.")
+console = Console()
+
+AllowOtherSource = Annotated[
+    bool,
+    typer.Option(
+        "--allow-other-source",
+        help="take masks and checkpoints of another source; every artifact after says so",
+    ),
+]
+MaskFile = Annotated[Path, typer.Argument(help="mask file (*.safetensors)")]
+Out = Annotated[Path, typer.Option(help="the mask file to write")]
+
+
+@app.command()
+def make(
+    source: Annotated[Path, typer.Argument(help="run folder, or the source checkpoint")],
+    trained: Annotated[Path | None, typer.Argument(help="trained checkpoint")] = None,
+    name: Annotated[
+        list[str] | None, typer.Option("--mask", help="only this mask of the run; may be repeated")
+    ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help="for checkpoints, as in a config: \"{type='visible', atol=1e-5}\"; `like` is a mask file"
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="the file to write, for two checkpoints")] = None,
+    allow_other_source: AllowOtherSource = False,
+) -> None:
+    """Makes a run's masks from their rules, or one mask of any two checkpoint folders."""
+    from vlopd.run.arms import Making
+    from vlopd.run.make import make_mask
+
+    if trained is None and rule is None:
+        folder, config = RunFolder.open(source)
+        for unknown in set(name or ()) - set(config.masks):
+            raise ConfigError(f"no mask {unknown!r} in the config; there are {[*config.masks]}")
+        for each in name or config.masks:
+            made = make_mask(folder, config, each, Making(allow_other_source))
+            say(f"mask {each}", folder.mask(each), made)
+        return
+    if rule is None or out is None:
+        raise ConfigError('two checkpoints need --rule "{type=...}" and --out FILE')
+    from vlopd.masks.files import load_mask, save_mask
+    from vlopd.masks.rules import build_mask
+    from vlopd.models.names import classify
+    from vlopd.weights.checks import refuse_unlike_config
+    from vlopd.weights.delta import stream
+
+    parsed = parse_rule(rule)
+    named: dict[str, Mask] = {}
+    inputs: dict[str, Any] = {"rule": parsed.model_dump(mode="json")}
+    if isinstance(parsed, RandomMask):
+        named[parsed.like], like = load_mask(Path(parsed.like))
+        check_source(source, named[parsed.like])
+        inputs["like"] = like["digest"]
+    elif parsed.combines or isinstance(parsed, FileMask):
+        raise ConfigError(
+            f"{parsed.type!r} is made of masks, not of checkpoints: vlopd mask combine"
+        )
+    if parsed.reads is not None and trained is None:
+        raise ConfigError(f"{parsed.type!r} looks at what changed: give SOURCE and TRAINED")
+    for path in (source, *([trained] if trained is not None else [])):
+        refuse_unlike_config(path)
+    inputs["source"] = digest_checkpoint(source, whole=True)
+    if trained is not None:
+        inputs["of"] = digest_checkpoint(trained, whole=True)
+    deltas = stream(source, trained or source, classify)
+    said = deltas.report.said() if parsed.reads is not None else ""
+    if said:
+        inputs["left_out"] = [its.name for its in deltas.report.left_out]
+    mask = build_mask(parsed, deltas, named)
+    save_mask(out, mask, inputs, classify)
+    say("mask", out, True)
+    if said:
+        console.print(f"[yellow]left out[/]: {escape(said)}", soft_wrap=True)
+
+
+def parse_rule(text: str) -> MaskConfig:
+    from pydantic import TypeAdapter, ValidationError
+
+    from vlopd.config.experiment import explain
+
+    try:
+        return TypeAdapter(MaskConfig).validate_python(parse_override(f"rule={text}")["rule"])
+    except ValidationError as error:
+        raise ConfigError("--rule: " + "; ".join(map(explain, error.errors()))) from None
+
+
+@app.command()
+def combine(
+    how: Annotated[
+        Literal["union", "intersection", "difference", "complement"],
+        typer.Argument(help="difference: the first without all others"),
+    ],
+    files: Annotated[list[Path], typer.Argument(help="mask files; one for complement")],
+    out: Out,
+    allow_other_source: AllowOtherSource = False,
+) -> None:
+    """Set algebra of mask files."""
+    from vlopd.config.masks import ComplementMask
+    from vlopd.masks.files import load_mask, save_mask
+    from vlopd.masks.rules import build_mask, combined
+    from vlopd.models.names import classify
+
+    if (how == "complement") != (len(files) == 1):
+        raise ConfigError(
+            f"{how} takes {'one file' if how == 'complement' else 'two files or more'}"
+        )
+    loaded = [load_mask(path) for path in files]
+    first = loaded[0][1]["inputs"]["source"]
+    foreign: dict[str, str] = {}
+    for path, (_, about) in zip(files, loaded, strict=True):
+        its = about["inputs"]["source"]
+        if its != first:
+            if not allow_other_source:
+                raise RunError(
+                    f"{path} was made from source checkpoint {its[:12]}, {files[0]} from {first[:12]}; "
+                    "say --allow-other-source, and every artifact after says so too"
+                )
+            foreign[str(path)] = its
+        foreign |= about["inputs"].get("other_source", {})
+    try:
+        if how == "complement":
+            rule = ComplementMask(mask="it")
+            mask = build_mask(rule, masks={"it": loaded[0][0]})
+        else:
+            mask = combined(how, [mask for mask, _ in loaded])
+    except ValueError as error:
+        raise RunError(f"{', '.join(map(str, files))}: {error}") from None
+    inputs: dict[str, Any] = {
+        "rule": {"type": how, "files": [str(path) for path in files]},
+        "source": first,
+        "masks": {str(p): about["digest"] for p, (_, about) in zip(files, loaded, strict=True)},
+    }
+    save_mask(out, mask, inputs | ({"other_source": foreign} if foreign else {}), classify)
+    say("mask", out, True)
+
+
+@app.command()
+def show(file: MaskFile) -> None:
+    """What a mask file holds: rule, where it comes from, density by component, module and layer."""
+    from vlopd.masks.compare import densities_by, density
+    from vlopd.masks.files import load_mask
+    from vlopd.models.names import classify
+
+    mask, about = load_mask(file)
+    inputs = about["inputs"]
+    rule = " ".join(f"{key}={value}" for key, value in inputs["rule"].items())
+    count, total = sum(about["counts"].values()), sum(m.numel() for m in mask.values())
+    lines = {
+        "rule": rule,
+        "coordinates": f"{count:,} of {total:,} ({density(mask):.4%})",
+        "source": inputs["source"][:12],
+        "of": inputs.get("of", "")[:12],
+        "other source": ", ".join(inputs.get("other_source", {})),
+        "digest": about["digest"][:12],
+    }
+    for key, value in lines.items():
+        if value:
+            console.print(f"[bold]{key}[/]: {value}", soft_wrap=True, highlight=False)
+
+    def layer(name: str) -> str:
+        where = classify(name)
+        return f"{where.component} {where.layer:3d}" if where.layer is not None else "none"
+
+    groups: dict[str, Callable[[str], str]] = {
+        "component": lambda name: classify(name).component,
+        "module": lambda name: classify(name).module,
+        "layer": layer,
+    }
+    for title, label in groups.items():
+        table = Table(title, "density")
+        for group, its_density in densities_by(mask, label).items():
+            table.add_row(group, f"{its_density:.4%}")
+        console.print(table)
+
+
+@app.command()
+def compare(
+    a: MaskFile,
+    b: MaskFile,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            help="source checkpoint, for chance within the quantiles of each tensor's |w|"
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON of all this, tensor by tensor too")] = None,
+) -> None:
+    """Jaccard index, coverage each way and enrichment over chance; globally, by tensor and by |w|."""
+    from vlopd.masks.compare import added, overlap, overlap_by_class, overlap_by_tensor
+    from vlopd.masks.files import load_mask
+    from vlopd.masks.rules import quantiles
+    from vlopd.models.names import classify
+    from vlopd.weights.delta import stream
+
+    (mask_a, about_a), (mask_b, about_b) = load_mask(a), load_mask(b)
+    try:
+        tensors = overlap_by_tensor(mask_a, mask_b)
+    except ValueError as error:
+        raise RunError(f"{a} and {b}: {error}") from None
+    rows = {
+        "the whole model": overlap(mask_a, mask_b),
+        "each tensor": added(tensors.values()),
+    }
+    if source is not None:
+        check_source(source, mask_a)
+        pairs = stream(source, source, classify)
+        classes = ((pair.name, quantiles(pair.source)) for pair in pairs)
+        rows["each tensor's quantiles of |w|"] = overlap_by_class(mask_a, mask_b, classes)
+    table = Table(
+        "chance is independence within", "Jaccard", "by chance", "A in B", "B in A", "enrichment"
+    )
+    for label, found in rows.items():
+        numbers = (
+            found.jaccard,
+            found.expected_jaccard,
+            found.coverage_of_a,
+            found.coverage_of_b,
+            found.enrichment,
+        )
+        table.add_row(label, *(f"{number:.4f}" for number in numbers))
+    console.print(table)
+    sources = {about["inputs"]["source"] for about in (about_a, about_b)}
+    if len(sources) > 1:
+        console.print("the two masks are of different source checkpoints")
+    if out is not None:
+        content = {
+            "a": {"file": str(a), "digest": about_a["digest"]},
+            "b": {"file": str(b), "digest": about_b["digest"]},
+            "same_source": len(sources) == 1,
+            "overall": {label: found.row() for label, found in rows.items()},
+            "tensors": {name: found.row() for name, found in tensors.items()},
+        }
+        write_json(out, content)
+        say("comparison", out, True)
+
+
+def check_source(source: Path, mask: Mask) -> None:
+    """Refuses a checkpoint whose tensors are not the mask's."""
+    from vlopd.masks.files import check_shapes
+    from vlopd.weights.reader import Weights
+
+    with Weights(source) as weights:
+        shapes = {n: weights.shape(n) for n in weights.names() if weights.is_parameter(n)}
+    try:
+        check_shapes(mask, shapes)
+    except RunError as error:
+        raise RunError(f"{source}: {error}") from None
+
+
+def say(what: str, where: Path, made: bool) -> None:
+    from vlopd.files import is_first_process
+
+    if is_first_process():
+        done = "" if made else " (was done)"
+        console.print(f"[bold]{what}[/]: {where}{done}", soft_wrap=True)

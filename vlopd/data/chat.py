@@ -1,0 +1,184 @@
+"""Chat-format columns: a list of turns, as TRL, verl, ShareGPT and LLaVA keep them.
+
+    [{"role": "user", "content": "..."}, {"role": "assistant", "content": [{"type": "text", "text": "..."}]}]
+    [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]
+
+A prompt ends with a user turn; an assistant turn after it is the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlopd.data.images import shorten
+from vlopd.errors import DataError
+from vlopd.types import parts_at_marks
+
+Turn = dict[str, Any]
+
+KEYS = (("role", "content"), ("from", "value"))
+ROLES = {r: r for r in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
+WRITTEN = re.compile(r"\s*\[?\s*\{.*\}\s*\]?\s*", re.DOTALL)
+SAYS_MORE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Keys of a turn that would be lost, and are part of what was said."""
+
+
+def is_turns(value: Any) -> bool:
+    """Whether a value is a list of turns, or a table of lists that makes one (`datasets`' older Sequence)."""
+    if isinstance(value, Mapping):
+        return any(
+            isinstance(value.get(who), list) and isinstance(value.get(what), list)
+            for who, what in KEYS
+        )
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(each, Mapping) and ("role" in each or "from" in each) for each in value)
+    )
+
+
+def refuse_encoded(text: str) -> None:
+    """Raises DataError, without row and column, for turns that were written into a text, as CSV exports do.
+
+    They would be asked as they stand, marks of JSON included. As JSON has them, or as Python or numpy print them.
+    """
+    if WRITTEN.fullmatch(text) and any(
+        all(re.search(rf"""['"]{key}['"]\s*:""", text) for key in keys) for keys in KEYS
+    ):
+        raise DataError(
+            "holds a text that is a list of turns, which would be asked as it stands; store the column as a list of "
+            "{role, content} (in JSONL or parquet), or put words before it if that text is meant"
+        )
+
+
+def read_turns(value: Any) -> list[Turn]:
+    """Turns as {"role", "content": parts}, which `is_turns`. Raises DataError, without row and column."""
+    if isinstance(value, Mapping):
+        names = [name for name, each in value.items() if isinstance(each, list)]
+        if len({len(value[name]) for name in names}) > 1:
+            raise DataError(f"has lists of different lengths under {names}; mend the row")
+        value = [
+            dict(zip(names, each, strict=True))
+            for each in zip(*(value[name] for name in names), strict=True)
+        ]
+    return [read_turn(turn, number) for number, turn in enumerate(value, 1)]
+
+
+def read_turn(turn: Mapping[str, Any], number: int) -> Turn:
+    who, what = KEYS[0] if turn.get("role") is not None else KEYS[1]
+    role = ROLES.get(str(turn.get(who)))
+    if role is None:
+        raise DataError(f"has turn {number} of {turn.get(who)!r}; we read {', '.join(ROLES)}")
+    for key in SAYS_MORE:
+        if turn.get(key):
+            raise DataError(
+                f"has {key!r} in turn {number}, which we do not read; put it into the turn's {what!r}, or remove "
+                "the row"
+            )
+    return {"role": role, "content": read_parts(turn.get(what), f"turn {number}")}
+
+
+def read_parts(content: Any, where: str) -> list[dict[str, str]]:
+    """A turn's text, or its list of parts: {"type": "text", "text": ...} and {"type": "image"}."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list) or not content:
+        kind = "nothing" if content is None or content == [] else f"a {type(content).__name__}"
+        raise DataError(f"has {kind} for the content of {where}; text or a list of parts is wanted")
+    parts = []
+    for part in content:
+        given = (
+            {k: v for k, v in part.items() if v is not None} if isinstance(part, Mapping) else {}
+        )
+        if given.get("type") == "text" and isinstance(given.get("text"), str):
+            parts.append({"type": "text", "text": given["text"]})
+        elif given.get("type") == "image" and len(given) == 1:
+            parts.append({"type": "image"})
+        elif str(given.get("type")).startswith("image"):
+            raise DataError(
+                f'has a picture inside {where}; leave {{"type": "image"}} in its place, and put the pictures '
+                "into a column of their own, which data.image names"
+            )
+        else:
+            raise DataError(
+                f"has a part of {where} that is neither text nor an image: {shorten(str(part))}"
+            )
+    return parts
+
+
+def split_answer(turns: Sequence[Turn]) -> tuple[list[Turn], str | None]:
+    """The prompt, which ends with a user turn, and the assistant turn after it, if any, as text.
+
+    Raises DataError, without row and column, where there is no such prompt.
+    """
+    answer = None
+    if turns and turns[-1]["role"] == "assistant":
+        *turns, last = turns
+        answer = text_alone(last)
+    if not turns or turns[-1]["role"] != "user":
+        raise DataError(
+            "has no user turn at its end, or before the assistant turn at its end; mend or remove the row"
+        )
+    if not any(part["type"] == "text" and part["text"].strip() for part in turns[-1]["content"]):
+        raise DataError("holds no text in its last user turn; fill it in or remove the row")
+    return list(turns), answer
+
+
+def completion(value: Any) -> str:
+    """The text of a column of one assistant turn (TRL's `completion`). Raises DataError."""
+    turns = read_turns(value)
+    if [turn["role"] for turn in turns] != ["assistant"]:
+        raise DataError(
+            f"holds {len(turns)} turns; an answer is text, a number or one assistant turn (leave data.answer out "
+            "where the answer is the last turn of the column that data.question names)"
+        )
+    return text_alone(turns[0])
+
+
+def text_alone(turn: Turn) -> str:
+    if any(part["type"] != "text" for part in turn["content"]):
+        raise DataError("has a picture in its last assistant turn; an answer is text")
+    return "\n".join(part["text"] for part in turn["content"])
+
+
+def with_images(turns: Sequence[Turn], images: int, mark: str | None) -> list[Turn]:
+    """The turns with an image part for each of so many images: where user turns mark them, or have parts for them,
+    or else before the first user turn's text.
+
+    Raises DataError, without the row, where the numbers differ.
+    """
+    placed = []
+    for turn in turns:
+        parts = turn["content"]
+        if mark is not None and turn["role"] == "user":
+            parts = [
+                new
+                for part in parts
+                for new in (
+                    parts_at_marks(part["text"], mark) if part["type"] == "text" else [part]
+                )
+            ]
+        placed.append({**turn, "content": parts})
+    marked = sum(part["type"] == "image" for turn in placed for part in turn["content"])
+    if mark is None and not marked:
+        first = next(i for i, turn in enumerate(placed) if turn["role"] == "user")
+        parts = [{"type": "image"} for _ in range(images)] + placed[first]["content"]
+        placed[first] = {**placed[first], "content": parts}
+    elif marked != images:
+        what = f"{mark!r}" if mark is not None else "image parts"
+        raise DataError(
+            f"the question has {marked} {what} and the row {images} images; mend the row or "
+            + ("data.image_mark" if mark is not None else "name its pictures: data.image")
+        )
+    return placed
+
+
+def with_system(turns: Sequence[Turn], text: str | None) -> list[Turn]:
+    """The turns after a system turn of `text`, if there is one. Raises DataError where they have their own."""
+    if text is None:
+        return list(turns)
+    if any(turn["role"] == "system" for turn in turns):
+        raise DataError("has a system turn of its own, beside data.system; leave one of them out")
+    return [{"role": "system", "content": [{"type": "text", "text": text}]}, *turns]

@@ -1,0 +1,183 @@
+"""One matrix: every measure of its update and of the nulls' draws, packed as arrays that are saved and added up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig
+
+from vlopd.config.analysis import GeometryConfig
+from vlopd.geometry.base_masks import SourceMasks
+from vlopd.geometry.coordinates import Term, coordinate_terms
+from vlopd.geometry.nulls import null_delta, null_name
+from vlopd.geometry.projection import matrix_measures, skipped_measures, source_factors
+from vlopd.geometry.schema import STATUSES, Measure, Place
+from vlopd.geometry.spectrum import as_matrix
+from vlopd.models.names import parts
+from vlopd.types import TensorName
+from vlopd.weights.delta import TensorDelta, difference
+
+OBSERVED = ""
+"""In a finding's list of draws: the update itself, always the first."""
+
+
+class TermKey(NamedTuple):
+    """What a term is, whatever the tensor."""
+
+    metric: str
+    parameter: str
+    fold: str
+    decided_by: str
+
+
+class MeasureKey(NamedTuple):
+    metric: str
+    parameter: str
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Names of the rows of `Finding.terms` and `Finding.measures`; the same for every tensor of a config."""
+
+    terms: tuple[TermKey, ...]
+    measures: tuple[MeasureKey, ...]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one matrix gave.
+
+    Worked example, one null of two draws, T terms and M measures:
+        draws     ("", "gaussian", "gaussian")
+        terms     [3, T, 4]  numerator, denominator, mean and variance of the numerator by chance (NaN: none)
+        measures  [3, M, 3]  value (NaN: none), mean and deviation by chance (NaN: none)
+        statuses  [3, M]     places in STATUSES
+    Reasons, by term or measure, are those of the observed update.
+    """
+
+    place: Place
+    draws: tuple[str, ...]
+    terms: np.ndarray
+    measures: np.ndarray
+    statuses: np.ndarray
+    term_reasons: dict[int, str]
+    measure_reasons: dict[int, str]
+
+    @property
+    def energy(self) -> np.ndarray:
+        """Squared norm of the update in each draw."""
+        return self.terms[:, 0, 0]
+
+    @property
+    def numel(self) -> float:
+        return float(self.terms[0, 1, 1])  # delta_rms divides by it
+
+
+def matrices(pair: TensorDelta, model: PretrainedConfig | None) -> Iterator[TensorDelta]:
+    """The matrices that one stored tensor holds, each [out, in]: q, k, v of a fused qkv, single experts.
+
+    Without the model's configuration a tensor is taken whole.
+    """
+    if model is None:
+        yield pair
+        return
+    for part in parts(pair.where, pair.source.shape, model):
+        where, name = pair.where, pair.name
+        if part.expert is not None:
+            name += f"[{part.expert}]"
+        if part.module != where.module.removeprefix("expert_"):
+            name += f"[{part.module}]"
+        source, trained = pair.source[part.index], pair.trained[part.index]
+        if part.transposed and source.ndim > 1:  # a stack of biases holds vectors
+            source, trained = source.T, trained.T
+        yield TensorDelta(
+            TensorName(name, where.component, where.layer, part.module),
+            source.contiguous(),
+            trained.contiguous(),
+        )
+
+
+def examine(pair: TensorDelta, config: GeometryConfig, device: str = "cpu") -> Finding:
+    """All measures of one matrix's update and its nulls; the source is factorised once.
+
+    In memory are the pair as stored and one fp32 update at a time, the observed one or a null's.
+    """
+    source, trained = pair.source.to(device), pair.trained.to(device)
+    matrix, reason = as_matrix(source)
+    factors, status = None, "skipped"
+    if matrix is not None:
+        try:
+            factors = source_factors(matrix, config)
+        except FAILURES as error:
+            status, reason = "failed", why(error)
+    masks = SourceMasks(source, factors, config.ratios)
+
+    names, terms, measures = [], [], []
+    plan = [(null, draw) for null in config.nulls for draw in range(config.null_draws)]
+    for null, draw in [(None, 0), *plan]:
+        change = difference(source, trained)
+        if null is not None:
+            names_of_stream = (config.seed, draw, pair.name)
+            change = null_delta(null, source, change, trained.dtype, *names_of_stream)
+        names.append(OBSERVED if null is None else null_name(null))
+        terms.append(coordinate_terms(source, change, masks, config.ratios))
+        if matrix is None or factors is None:
+            measures.append(skipped_measures(config, reason, status))
+            continue
+        try:
+            found = matrix_measures(matrix, factors, change.flatten(1), config)
+        except FAILURES as error:
+            found = skipped_measures(config, why(error), "failed")
+        measures.append(found)
+        del change
+    where = pair.where
+    shape = "x".join(map(str, source.shape))
+    place = Place(where.name, where.component, where.layer, where.module, shape)
+    return pack(place, names, terms, measures)
+
+
+FAILURES = (torch.linalg.LinAlgError, np.linalg.LinAlgError, torch.OutOfMemoryError, MemoryError)
+"""What a factorisation may die of; the tensor's rows then say so, and every aggregate counts it."""
+
+
+def why(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def pack(
+    place: Place, names: list[str], terms: list[list[Term]], measures: list[list[Measure]]
+) -> Finding:
+    none = (np.nan, np.nan)
+    return Finding(
+        place=place,
+        draws=tuple(names),
+        terms=np.array(
+            [[(t.numerator, t.denominator, *(t.chance or none)) for t in draw] for draw in terms],
+            dtype=float,
+        ),
+        measures=np.array(
+            [[(m.value, *(m.chance or none)) for m in draw] for draw in measures], dtype=float
+        ),
+        statuses=np.array(
+            [[STATUSES.index(m.status) for m in draw] for draw in measures], dtype=np.int8
+        ),
+        term_reasons={i: t.reason for i, t in enumerate(terms[0]) if t.reason},
+        measure_reasons={i: m.reason for i, m in enumerate(measures[0]) if m.reason},
+    )
+
+
+def keys_of(config: GeometryConfig) -> Keys:
+    """The names of everything that `examine` measures under a config."""
+    one = torch.ones(1, 1)
+    factors = source_factors(one, config)
+    masks = SourceMasks(one, factors, config.ratios)
+    terms = coordinate_terms(one, one, masks, config.ratios)
+    measures = matrix_measures(one, factors, one, config)
+    return Keys(
+        tuple(TermKey(t.metric, t.parameter, t.fold, t.decided_by) for t in terms),
+        tuple(MeasureKey(m.metric, m.parameter) for m in measures),
+    )

@@ -1,0 +1,35 @@
+"""A model's shapes without its weights, on the meta device."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from vlopd.errors import ConfigError, first_line
+from vlopd.models import families
+
+
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The configuration's model on the meta device: names, shapes, and no memory. Leaves `config` as it is.
+
+    Raises ConfigError where no model can be built of it.
+    """
+    model_class, _ = families.auto_classes(config)
+    try:
+        return on_meta(model_class, config)
+    except Exception as error:  # a family's own code, given the user's config.json
+        raise ConfigError(
+            f"no model can be built of the config.json of {config.name_or_path}: {first_line(error)}"
+        ) from None
+
+
+def on_meta(model_class: Any, config: PretrainedConfig) -> PreTrainedModel:
+    """In bf16 and with eager attention, which every family has."""
+    with torch.device("meta"):
+        model = model_class.from_config(
+            copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation="eager"
+        )
+    return model.eval()

@@ -1,0 +1,83 @@
+"""Writing a model as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
+
+from vlopd.bits import holds, widest
+from vlopd.errors import UserError
+from vlopd.models.loaded import LoadedModel
+
+
+def save(
+    loaded: LoadedModel, folder: Path, card: str, state: dict[str, Tensor] | None = None
+) -> None:
+    """Writes a Hugging Face folder: weights (`state` in place of the model's own), configs, processor, card.
+
+    `card` is the text of the model card. Tensor names are the model's own, so that masks, deltas and
+    checkpoints share one naming. config.json states the dtype that loads the weights as they are (`reload_dtype`),
+    whatever the dtype of the model in memory.
+
+    Raises UserError for a tensor of `state` with values that its dtype cannot hold.
+    """
+    refuse_overflow(state or {})
+    dtype = reload_dtype(loaded.model, state or loaded.model.state_dict())
+    before = loaded.model.config.dtype
+    try:
+        loaded.model.save_pretrained(folder, state_dict=state, save_original_format=False)
+    finally:
+        loaded.model.config.dtype = before
+    write_dtype(folder / "config.json", dtype)
+    loaded.processor.save_pretrained(folder)
+    (folder / "README.md").write_text(card)
+
+
+def refuse_overflow(state: Mapping[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{name}: {bad} of {tensor.numel()} values are not finite in {kind}, in which it is to be stored; "
+                'set precision.stored = "fp32", or lower the learning rate (or factor) that moved them'
+            )
+
+
+def reload_dtype(model: PreTrainedModel, state: Mapping[str, Tensor]) -> torch.dtype:
+    """The narrowest dtype under which transformers loads every tensor of `state` as it is stored, unrounded.
+
+    Of one dtype: that. Of several: the narrowest that holds them all, but for tensors that the model class keeps in
+    float32 anyway (a router's bias beside bfloat16 weights: bfloat16).
+    """
+    stored = {name: t.dtype for name, t in state.items() if t.is_floating_point()}
+    present = sorted(set(stored.values()), key=lambda dtype: (dtype.itemsize, str(dtype)))
+    for dtype in present:
+        plan = model._get_dtype_plan(dtype)
+        kept = build_glob_alternation(list(plan))[0] if plan else None
+        loaded = {n: torch.float32 if kept and kept.search(n) else dtype for n in stored}
+        if all(holds(loaded[n], own) for n, own in stored.items()):
+            return dtype
+    return widest(torch.float32, *present)
+
+
+def write_dtype(path: Path, dtype: torch.dtype) -> None:
+    """States `dtype` in a config.json and in the configs of its parts."""
+
+    def put(section: dict[str, Any], top: bool) -> None:
+        for key, value in section.items():
+            if isinstance(value, dict) and key.endswith("_config"):
+                put(value, False)
+        for key in {"dtype", "torch_dtype"} & section.keys() | ({"dtype"} if top else set()):
+            section[key] = str(dtype).removeprefix("torch.")
+
+    config = json.loads(path.read_text())
+    put(config, True)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

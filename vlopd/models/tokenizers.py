@@ -1,0 +1,86 @@
+"""Chat templates, end tokens and rows of the embedding: what a tokenizer must agree on with its model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, TemplateSyntaxError, meta
+
+from vlopd.config.models import TEMPLATE_NAMES
+from vlopd.errors import ConfigError, first_line
+from vlopd.models import families
+
+PROBE, ANSWER = "zyzzyva", "quokka"
+"""What a chat template is tried with: words that no template has of its own."""
+
+
+def template_text(processor: Any) -> str:
+    """The chat template that renders prompts; of several, the default one."""
+    template = getattr(processor, "chat_template", None)
+    template = template or families.tokenizer_of(processor).chat_template or ""
+    return template.get("default", "") if isinstance(template, dict) else str(template)
+
+
+def check_template_arguments(name: str, template: str, arguments: Mapping[str, Any]) -> None:
+    """Raises ConfigError for an argument that the model's chat template never mentions: it would change nothing."""
+    if not arguments:
+        return
+    # transformers' own tag, which says nothing of names
+    plain = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        known = meta.find_undeclared_variables(environment.parse(plain))
+    except TemplateSyntaxError:
+        return  # rendering says what is wrong with it
+    known -= {*TEMPLATE_NAMES}
+    for argument in arguments:
+        if argument in known:
+            continue
+        near = get_close_matches(argument, known, 3, 0.4) or sorted(known)
+        has = f"it has {', '.join(near)}" if near else "it has none"
+        raise ConfigError(
+            f"template_arguments: the chat template of {name!r} has no argument {argument!r}; {has}"
+        )
+
+
+def read_template(template: str) -> str:
+    """The text of a chat template: a file's, or our plain one."""
+    if template == "plain":
+        return families.PLAIN_TEMPLATE
+    try:
+        return Path(template).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the chat template {template!r} ({first_line(error)}); "
+            'give a .jinja file, or "plain"'
+        ) from None
+
+
+def end_ids(name: str, generation: Any, tokenizer: Any, rows: int) -> list[int]:
+    """Tokens that end a completion: the generation config's, or the tokenizer's.
+
+    Raises ConfigError where there are none, or one is outside the vocabulary of `rows`.
+    """
+    ends = generation.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    wrong = [i for i in ends if type(i) is not int or not 0 <= i < rows]
+    if wrong or not ends:
+        what = "no eos_token_id" if ends in ([], [None]) else f"eos_token_id {wrong[0]!r}"
+        raise ConfigError(
+            f"{name} has {what}, and ids are 0 to {rows - 1}: no completion would end; set eos_token_id in its "
+            "generation_config.json to the ids of the tokens that end a turn"
+        )
+    return ends
+
+
+def no_row(name: str, tokenizer: Any, i: int, rows: int) -> str:
+    """Says that a token has no row in the model's embedding, and what to do."""
+    return (
+        f"token {tokenizer.convert_ids_to_tokens(i)!r} {i} has no row in the {rows} of {name}; give the "
+        "tokenizer that the model was trained with, or resize the model (resize_token_embeddings)"
+    )

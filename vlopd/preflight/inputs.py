@@ -1,0 +1,517 @@
+"""What can be known of a run before its first step, and is refused then: `vlopd run`, `vlopd check`.
+
+Headers tell most of it. Values are read only of what would be read when other arms are trained: checkpoints in
+folders, teachers of single arms. Every finding is one line that names the thing and the remedy; evals/preflight.py has
+those of the tasks. What is found here would otherwise stop a run when the arms before it are trained.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+
+from vlopd.config.arms import (
+    CheckpointArm,
+    DistillArm,
+    ImportedArm,
+    TeacherArm,
+    checkpoints_of,
+    mask_of,
+)
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.masks import (
+    ComplementMask,
+    DifferenceMask,
+    FileMask,
+    IntersectionMask,
+    MagnitudeMask,
+    MaskConfig,
+    PrincipalMask,
+    RandomMask,
+    Reference,
+    TopFractionMask,
+    UnionMask,
+    WholeMask,
+)
+from vlopd.config.models import ImageContext, ModelConfig
+from vlopd.data.dataset import FileSource
+from vlopd.data.load import open_data, pick
+from vlopd.errors import ConfigError, DataError, RunError, UserError, first_line
+from vlopd.masks.files import check_shapes, load_mask
+from vlopd.masks.rules import Mask, whole
+from vlopd.models import families, names
+from vlopd.models.load import DTYPES, load_configured, load_model_config, resolve
+from vlopd.models.loaded import LoadedModel, too_long
+from vlopd.run.folder import RunFolder
+from vlopd.run.resolve import checkpoint_folder, hub_folder, scores_of
+from vlopd.train.log import refuse_missing_trackers
+from vlopd.train.pair import ModelPair, load_pair, without_weights
+from vlopd.train.rewards import RULES, answer_of
+from vlopd.train.rollouts import from_data
+from vlopd.train.teacher_context import field_of
+from vlopd.types import Example
+from vlopd.weights import delta
+from vlopd.weights.delta import TensorDelta
+
+FEW = 8
+"""Rows whose prompts are made in full, pictures and all."""
+BUILT_IN_ROWS = 64
+"""Of a built-in world, whose rows are alike."""
+CLOSE_ROWS = 64
+"""Of the rows that may be too long, those with pictures that are made in full, longest first."""
+
+
+class Findings:
+    """Lines of what is wrong, each once."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    @contextmanager
+    def catch(self, where: str = ""):
+        """Keeps a UserError as a line and goes on."""
+        try:
+            yield
+        except UserError as error:
+            line = " ".join(f"{where}{error}".split())
+            if line not in self.lines:
+                self.lines.append(line)
+
+
+def findings(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
+    """What would stop these arms or what they are made from; empty where nothing would."""
+    found = Findings()
+    needed = list(dict.fromkeys(a for name in names for a in (name, *config.ancestors(name))))
+    with found.catch():
+        refuse_missing_trackers(config)
+    for name in needed:
+        with found.catch(f"arms.{name}: "):
+            refuse_missing_files(config, name)
+    trained = {n: arm for n in needed if isinstance(arm := config.arms[n], DistillArm)}
+    for name, arm in trained.items():
+        with found.catch(f"arms.{name}: " if arm.own else ""):
+            split_among_processes(config.of_arm(arm))
+    extents: dict[str, Extents] = {}
+    with suppress(UserError):  # a student that cannot be read is found below, with its teachers
+        student = without_weights(config.student)
+        for mask in dict.fromkeys(m for n in needed if (m := mask_of(config.arms[n])) is not None):
+            with found.catch():
+                add_extents(extents, config, mask, student)
+    for text in dict.fromkeys(t for n in needed for t in references_of(config, n)):
+        with found.catch(), suppress(NotThere):
+            refuse_another_model(config, text)
+    pairs: dict[str, ModelPair] = {}
+    seeds: dict[str, list[int]] = {}
+    recipes: dict[str, tuple[str, ExperimentConfig, ModelPair]] = {}
+    for name, arm in trained.items():
+        its = config.of_arm(arm)
+        where = f"arms.{name}: " if arm.own else ""
+        with found.catch(where):
+            models = its.model_dump_json(include={"teacher", "data"})
+            if models not in pairs:
+                pairs[models] = load_pair(its, "meta", load=without_weights)
+            key = its.model_dump_json(include={"teacher", "data", "rollout", "reward", "train"})
+            recipes.setdefault(key, (where, its, pairs[models]))
+            seeds.setdefault(key, []).append(arm.seed)
+            if arm.mask is None or arm.mask in extents:
+                marked = None if arm.mask is None else extents[arm.mask]
+                refuse_nothing_to_train(its, name, arm.mask, marked, pairs[models].student)
+    for key, (where, its, pair) in recipes.items():
+        with found.catch(where):
+            refuse_rows(its, pair, sorted(set(seeds[key])))
+    if not found.lines:  # what costs as much as loading comes last
+        for model in teachers_loaded_late(config, needed):
+            with found.catch():
+                load_configured(model, DTYPES[config.precision.compute])
+    for name in config.geometry.arms:
+        with found.catch("geometry.arms: "):
+            if name in names and isinstance(config.arms[name], TeacherArm):
+                refuse_another_shape(config, name)
+    return found.lines
+
+
+def evaluated(config: ExperimentConfig, names: Sequence[str]) -> dict[str, LoadedModel]:
+    """The models that arms are evaluated with, without weights, by what the config calls them.
+
+    Raises UserError where a configuration or a tokenizer cannot be read.
+    """
+    found: dict[str, LoadedModel] = {}
+    for name in names:
+        arm = config.arms[name]
+        if isinstance(arm, TeacherArm):
+            model = config.loaded_as(config.teacher_of(arm))
+            found[f"arms.{name}"] = without_weights(model)
+        elif isinstance(arm, CheckpointArm):
+            model = config.checkpoint_of(arm)
+            try:
+                found[f"arms.{name}"] = without_weights(model)
+            except UserError as error:
+                raise type(error)(f"arms.{name}: {error}") from None  # as `findings` has it
+        elif not isinstance(arm, ImportedArm) and "student" not in found:
+            found["student"] = without_weights(config.student)
+    return found
+
+
+def refuse_another_shape(config: ExperimentConfig, name: str) -> None:
+    """Raises ConfigError where a teacher is of another architecture than the student: there is no delta."""
+    arm = config.arms[name]
+    assert isinstance(arm, TeacherArm)
+    ours, theirs = (
+        {n: p.shape for n, p in without_weights(model).model.named_parameters()}
+        for model in (config.student, config.loaded_as(config.teacher_of(arm)))
+    )
+    for parameter, shape in ours.items():
+        if theirs.get(parameter) != shape:
+            there = tuple(theirs[parameter]) if parameter in theirs else "not there"
+            raise ConfigError(
+                f"{name} is of another shape than the student ({parameter} is {tuple(shape)}, there {there}): it has "
+                "no delta; leave it out"
+            )
+
+
+# -------------------------------------------------------------------------------- files and masks
+
+
+def refuse_missing_files(config: ExperimentConfig, name: str) -> None:
+    """Raises UserError where checkpoints or scores that an arm names are not there."""
+    arm = config.arms[name]
+    for text in references_of(config, name):
+        folder_of(config, text)
+    if isinstance(arm, ImportedArm):
+        scores_of(Path(arm.results))
+    if isinstance(arm, CheckpointArm):
+        load_model_config(arm.model)
+        if Path(arm.model).is_dir():
+            refuse_no_weights(Path(arm.model))
+
+
+def references_of(config: ExperimentConfig, name: str) -> list[str]:
+    """The folders outside of the run that an arm reads, itself or through its mask, as the config names them."""
+    arm = config.arms[name]
+    mask = mask_of(arm)
+    texts = [*checkpoints_of(arm).values(), *([] if mask is None else config.read_by(mask))]
+    return [text for text in texts if Reference.parse(text).path is not None]
+
+
+class NotThere(RunError):
+    """A folder that is named is not there, or has no weights."""
+
+
+def folder_of(config: ExperimentConfig, text: str) -> Path:
+    """The folder of a checkpoint outside of the run. Raises NotThere."""
+    try:
+        folder = checkpoint_folder(RunFolder(""), config, text)
+        refuse_no_weights(folder)
+    except RunError as error:
+        raise NotThere(str(error)) from None
+    return folder
+
+
+def refuse_no_weights(folder: Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        raise RunError(f"{folder} has no *.safetensors; name a checkpoint folder")
+
+
+def refuse_another_model(config: ExperimentConfig, text: str) -> None:
+    """Raises UserError where a folder's checkpoint lacks a parameter of the student, or has one that is not finite.
+
+    Reads both, tensor by tensor, as the arms and masks that are made from it will.
+    """
+    folder = folder_of(config, text)
+    source = hub_folder(resolve(config.student.model), config.student.revision)
+    for _ in delta.stream_whole(source, folder, names.classify):
+        pass
+
+
+def teachers_loaded_late(config: ExperimentConfig, names: Sequence[str]) -> list[ModelConfig]:
+    """The teachers that are first loaded when another arm is trained; those of the first arm are loaded at once."""
+    arms = [config.arms[name] for name in names]
+    trained = [config.of_arm(arm) for arm in arms if isinstance(arm, DistillArm)]
+    if not trained:
+        return []
+    at_once = {where(t) for t in trained[0].teachers.values() if t in config.teachers.values()}
+    late = [teacher for its in trained for teacher in its.teachers.values()]
+    late += [config.teacher_of(arm) for arm in arms if isinstance(arm, TeacherArm)]
+    found = {where(teacher): teacher for teacher in late if not teacher.is_student}
+    return [teacher for key, teacher in found.items() if key not in at_once]
+
+
+def where(model: ModelConfig) -> tuple[str, str | None]:
+    return model.model, model.revision
+
+
+class Extent(NamedTuple):
+    """How much of a parameter is in a mask, as far as its rule tells."""
+
+    some: bool
+    """There may be coordinates in it."""
+    all: bool
+    """Every coordinate is sure to be in it."""
+
+
+Extents = dict[str, Extent]
+"""By parameter."""
+
+
+def add_extents(
+    known: dict[str, Extents], config: ExperimentConfig, mask: str, student: LoadedModel
+) -> Extents:
+    """Adds to `known`, by name, the extents of a mask and of those that it is made from; returns its own.
+
+    Raises UserError, with the name of the mask, for one that is of another model.
+    """
+    if mask in known:
+        return known[mask]
+    rule = config.masks[mask]
+    parts = [add_extents(known, config, other, student) for other in rule.combines]
+    parameters = dict(student.model.named_parameters())
+    try:
+        match rule:
+            case WholeMask():
+                one = torch.ones(1)
+                pairs = [TensorDelta(names.classify(n), one, one) for n in parameters]
+                taken = {n: bool(m.any()) for n, m in whole(pairs, rule).items()}
+                known[mask] = {n: Extent(taken[n], taken[n]) for n in parameters}
+            case FileMask():
+                held = mask_of_file(Path(rule.path), student)
+                known[mask] = {n: Extent(bool(m.any()), bool(m.all())) for n, m in held.items()}
+            case _:
+                columns = {n: [part[n] for part in parts] for n in parameters}
+                if isinstance(rule, RandomMask) and rule.match in ("global", "module"):
+                    everywhere = [part[n] for part in parts for n in parameters]
+                    drawn = Extent(any(e.some for e in everywhere), all(e.all for e in everywhere))
+                    columns = {n: [drawn] for n in parameters}
+                known[mask] = {n: extent(rule, columns[n]) for n in parameters}
+    except UserError as error:
+        raise type(error)(f"masks.{mask}: {error}") from None
+    return known[mask]
+
+
+def extent(rule: MaskConfig, parts: Sequence[Extent]) -> Extent:
+    """Of one parameter in a mask, from its extents in those that the mask is made from."""
+    match rule:
+        case ComplementMask():
+            return Extent(not parts[0].all, not parts[0].some)
+        case UnionMask():
+            return Extent(any(e.some for e in parts), any(e.all for e in parts))
+        case IntersectionMask():
+            return Extent(all(e.some for e in parts), all(e.all for e in parts))
+        case DifferenceMask():
+            first, *others = parts
+            return Extent(
+                first.some and not any(e.all for e in others),
+                first.all and not any(e.some for e in others),
+            )
+        case RandomMask():
+            return parts[0]
+        case MagnitudeMask() | TopFractionMask() | PrincipalMask():
+            return Extent(True, rule.fraction == 1)
+        case _:  # by an update that is not known yet
+            return Extent(True, False)
+
+
+def mask_of_file(path: Path, student: LoadedModel) -> Mask:
+    """A mask file's parameters. Raises RunError where it is damaged, or of another model."""
+    parameters = dict(student.model.named_parameters())
+    others = set(student.model.state_dict()) - set(parameters)  # running means, tied names
+    held = {n: m for n, m in load_mask(path)[0].items() if n not in others}
+    try:
+        check_shapes(held, {n: p.shape for n, p in parameters.items()})
+    except RunError as error:
+        raise RunError(f"{path}: {error}") from None
+    return held
+
+
+def refuse_nothing_to_train(
+    its: ExperimentConfig,
+    name: str,
+    mask: str | None,
+    marked: Extents | None,
+    student: LoadedModel,
+) -> None:
+    """Raises ConfigError for an arm without a coordinate to train; `marked` are its mask's extents."""
+    model, freeze = student.model, list(its.train.freeze)
+    if marked is not None and not any(e.some for e in marked.values()):
+        raise ConfigError(
+            f"arms.{name}: mask {mask!r} has no coordinate, so nothing is left to train; mend masks.{mask}"
+        )
+    try:
+        names.freeze(model, its.train.freeze)
+        left = [n for n, p in model.named_parameters() if p.requires_grad]
+    finally:
+        model.requires_grad_(True)
+    if not any(marked is None or marked[n].some for n in left):
+        raise ConfigError(
+            f"arms.{name}: train.freeze = {freeze} leaves nothing of mask {mask!r} to train"
+        )
+
+
+def split_among_processes(config: ExperimentConfig) -> None:
+    """Raises ConfigError where a step's prompts do not divide among a launcher's processes."""
+    processes, prompts = int(os.environ.get("WORLD_SIZE", "1")), config.train.prompts_per_step
+    if prompts % processes:
+        raise ConfigError(
+            f"train.prompts_per_step = {prompts} does not divide among {processes} processes"
+        )
+
+
+# ------------------------------------------------------------------------------- models and data
+
+
+class Reader(NamedTuple):
+    """A model that reads the data, with what it makes of an example."""
+
+    loaded: LoadedModel
+    view: Callable[[Example], Example]
+    quick_view: Callable[[Example], Example]
+    """Of an example whose pictures are not decoded."""
+
+
+def refuse_rows(config: ExperimentConfig, pair: ModelPair, seeds: Sequence[int]) -> None:
+    """Raises UserError for the first row, of those that training uses, that cannot be used, with the count of its like.
+
+    Of a file all rows are read, with the headers of their pictures. Prompts are counted in bytes, which are never
+    fewer than tokens, and tokenized where that is too many; those with pictures that may not fit are made in full.
+    """
+    train, rollout = config.train, config.rollout
+    data = open_data(config, train.steps * train.prompts_per_step, seeds[0])
+    count = min(len(data), train.steps * train.prompts_per_step)
+    used: Sequence[int] = range(min(count, BUILT_IN_ROWS))
+    quick = data
+    if isinstance(data, FileSource):
+        every = range(len(data))
+        used = sorted({i for seed in seeds for i in pick(every, 0, count, seed)})
+        quick = data.unopened()
+    only_data = set(rollout.source.shares) == {"data"}
+    measured = [Measured() for _ in range(1 + len(pair.teachers))]
+    for i in used[:FEW]:
+        for reader, so_far in zip(readers_of(pair, data[i]), measured, strict=False):
+            view = reader.view(data[i])
+            so_far.add(view.images, tokens_of(reader.loaded, view))
+    close: dict[int, tuple[float, int]] = {}  # by how much it may be too long, its new tokens
+    long: dict[int, DataError] = {}
+    for i in used:
+        example = quick[i]
+        answer_tokens = refuse_row(config, pair, example)
+        new_tokens = answer_tokens if only_data else rollout.max_new_tokens
+        for reader, so_far in zip(readers_of(pair, example), measured, strict=False):
+            view, limit = reader.quick_view(example), reader.loaded.context_length
+            text = text_of(reader.loaded, view)
+            if limit is None or (over := so_far.at_most(view, text) + new_tokens - limit) <= 0:
+                continue
+            if view.images:
+                close[i] = max(close.get(i, (0.0, 0)), (over, new_tokens))
+            elif error := beyond(reader.loaded, view, new_tokens):
+                long[i] = error
+    for i in sorted(close, key=lambda i: close[i], reverse=True)[:CLOSE_ROWS]:
+        example = data[i]
+        for reader in readers_of(pair, example):
+            if error := beyond(reader.loaded, reader.view(example), close[i][1]):
+                long.setdefault(i, error)
+    if long:
+        more = f"; {len(long) - 1} more of {len(used)} rows are too long as well"
+        raise DataError(f"{long[min(long)]}{more if len(long) > 1 else ''}")
+
+
+def beyond(loaded: LoadedModel, example: Example, new_tokens: int) -> DataError | None:
+    """The error of a prompt that leaves no room for so many tokens; None where it does."""
+    length, limit = tokens_of(loaded, example), loaded.context_length
+    if limit is None or length + new_tokens <= limit:
+        return None
+    return too_long(example.id, length, new_tokens, loaded)
+
+
+def refuse_row(config: ExperimentConfig, pair: ModelPair, example: Example) -> int:
+    """Raises UserError where a row lacks what routes, rewards or completions from the data need.
+
+    Returns the tokens of its answer as a completion, 0 where the data writes none.
+    """
+    pair.assign([example])
+    if config.reward is not None:
+        answer_of(example)
+        RULES[config.reward.rule](example, "")
+    if "data" not in config.rollout.source.shares:
+        return 0
+    return from_data(pair, [example], config.rollout.max_new_tokens).ids.shape[1]
+
+
+def readers_of(pair: ModelPair, example: Example) -> list[Reader]:
+    """The student and the teachers that grade an example."""
+    ((grader, _),) = pair.assign([example])
+    found = [Reader(pair.student, as_it_is, as_it_is)]
+    for teacher in grader.members:
+        quick = teacher.view
+        if isinstance(teacher.context, ImageContext):  # a crop would decode the picture
+            quick = partial(with_field, teacher.context.column)
+        found.append(Reader(teacher.loaded, teacher.view, quick))
+    return found
+
+
+def as_it_is(example: Example) -> Example:
+    return example
+
+
+def with_field(column: str, example: Example) -> Example:
+    """The example, if it has the field. Raises UserError where not."""
+    field_of(example, column)
+    return example
+
+
+class Measured:
+    """What pictures cost a model in tokens, from prompts made in full."""
+
+    def __init__(self) -> None:
+        self.tokens, self.pixels = 0.0, 1
+
+    def add(self, images: Sequence[Image.Image], tokens: int) -> None:
+        if images:
+            self.tokens = max(self.tokens, tokens / len(images))
+            self.pixels = max(self.pixels, max(pixels(image) for image in images))
+
+    def at_most(self, example: Example, text: str) -> float:
+        """An upper bound on the tokens of a prompt; infinite where no picture was measured."""
+        of_pictures = sum(
+            self.tokens * max(1.0, pixels(image) / self.pixels) if self.tokens else float("inf")
+            for image in example.images
+        )
+        return len(text.encode()) + of_pictures
+
+
+def pixels(image: Image.Image) -> int:
+    return image.size[0] * image.size[1]
+
+
+def text_of(loaded: LoadedModel, example: Example) -> str:
+    """The prompt before its pictures are put in. Raises UserError with the example's id where there is none."""
+    try:
+        return loaded.render_text(example)
+    except UserError:
+        raise
+    except Exception as error:  # templates raise what they like
+        raise unreadable(loaded, example, error) from None
+
+
+def tokens_of(loaded: LoadedModel, example: Example) -> int:
+    """The length of a prompt. Raises UserError with the example's id where it cannot be made."""
+    text = text_of(loaded, example)
+    try:
+        prompts = families.encode(loaded.processor, [text], [example.images], loaded.sees_images)
+    except UserError:
+        raise
+    except Exception as error:  # so do processors
+        raise unreadable(loaded, example, error) from None
+    return prompts.input_ids.shape[1]
+
+
+def unreadable(loaded: LoadedModel, example: Example, error: Exception) -> UserError:
+    return UserError(
+        f"example {example.id!r}: {loaded.name} cannot read its prompt: {first_line(error)}; "
+        "if its chat template is at fault, set `template` beside its `model`"
+    )

@@ -1,0 +1,488 @@
+"""What to know of a pair before training it: `vlopd check`.
+
+Each row of the table is one fact of every model side by side, and passes, fails, or only informs. Peers'
+users lose days to what these rows show: teachers that never get the image, templates that differ, ids that
+disagree, logits that are not the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from rich.filesize import decimal
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from vlopd import seeding
+from vlopd.config.arms import CheckpointArm, DistillArm
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.masks import TopFractionMask
+from vlopd.config.models import ModelConfig
+from vlopd.config.objective import ReverseKL
+from vlopd.data.load import open_data
+from vlopd.errors import ConfigError, UserError
+from vlopd.models import families
+from vlopd.models.context_length import context_length
+from vlopd.models.load import (
+    DTYPES,
+    check_tokens,
+    load_configured,
+    load_generation_config,
+    load_model_config,
+    load_processor,
+)
+from vlopd.models.loaded import LoadedModel, ModelUnreadable
+from vlopd.models.meta import meta_model
+from vlopd.models.vocabulary import SharedVocabulary
+from vlopd.preflight import memory
+from vlopd.train.losses import TOP_K, Sampled, token_divergence
+from vlopd.train.pair import ModelPair, refuse_blind_models, shared_vocabulary
+from vlopd.train.teacher_context import teacher_view
+from vlopd.types import Completions, Example, Prompts
+
+"""k of the top-k overlap."""
+
+FEW = 8
+"""Examples that a check looks at."""
+
+ASSUMED_PROMPT_TOKENS = 512
+"""Where there is no tokenizer to count with."""
+
+
+class CheckRow(NamedTuple):
+    """One line of the table: a value a model, or one for all; `ok` is None where nothing passes or fails."""
+
+    what: str
+    values: tuple[str, ...]
+    ok: bool | None = None
+    remedy: str = ""
+
+
+@torch.no_grad()
+def preflight(
+    pair: ModelPair, config: ExperimentConfig, examples: Sequence[Example]
+) -> list[CheckRow]:
+    """The table for a loaded pair, on a few examples; one column for the student, one a teacher."""
+    for arm in checkpoint_arms(config):
+        load_configured(
+            arm, DTYPES[config.precision.compute]
+        )  # refused here rather than after training
+    models = (pair.student, *(teacher.loaded for teacher in pair.teachers))
+    views = views_of(config, examples)
+    lengths, prompt_facts = prompt_rows(models, views)
+
+    def row(what: str, of: Callable[[LoadedModel], Any]) -> CheckRow:
+        return CheckRow(what, tuple(str(of(model)) for model in models))
+
+    rows = [
+        row("model", lambda m: f"{m.name} ({m.model.config.model_type})"),
+        row("parameters", lambda m: f"{m.model.num_parameters():,}"),
+        row("precision", lambda m: str(m.model.dtype).removeprefix("torch.")),
+        row("vocabulary rows", rows_and_tokens),
+        row("special tokens", special_tokens),
+        *shared_rows(pair.vocabulary),
+        row("end tokens", lambda m: tokens_of(m, m.end_ids)),
+        row("never sampled", lambda m: tokens_of(m, m.unsampleable_ids)),
+        *prompt_facts,
+        context_row(models, lengths, config.rollout.max_new_tokens),
+        *thought_rows(config, models, views),
+    ]
+    prompts = pair.student.render(examples)
+    uniforms = seeding.uniforms(len(examples), config.rollout.max_new_tokens, "check")
+    completions = pair.sample(prompts, config.rollout, uniforms)
+    if any(example.images for example in examples):
+        rows.append(sight_row(pair, examples, prompts, completions))
+    rows += agreement_rows(pair, examples, prompts, completions)
+    ids = completions.ids[0][completions.mask[0]].tolist()
+    rows.append(
+        CheckRow("completion", (repr(pair.student.transcript(ids)),)),
+    )
+    rows.append(CheckRow("reference", (repr(examples[0].answer),)))
+    readers = [
+        memory.Reader(m.model, length, m.model.config._attn_implementation)
+        for m, length in zip(models, lengths, strict=True)
+    ]
+    return rows + estimate_rows(config, readers, pair.student.device, must_fit=True)
+
+
+def preflight_meta(
+    config: ExperimentConfig, device: torch.device, architectures: Path
+) -> list[CheckRow]:
+    """The table without weights: everything that configurations and, where they are at hand, tokenizers tell.
+
+    A model's configuration is read from `architectures`/<its name>/config.json where that is kept, so that
+    no hub is needed.
+    """
+    wanted = (config.student, *map(config.loaded_as, config.teachers.values()))
+    found = [model_config(model, architectures) for model in wanted]
+    refuse_blind_models(config, dict(zip(["student", *config.teachers], found, strict=True)))
+    for arm in checkpoint_arms(config):
+        with suppress(ModelUnreadable):  # its files need not be here
+            where = (arm.model, arm.revision, arm.trust_remote_code)
+            load_processor(*where, arm.template, arm.template_arguments)
+    models = [meta_model(about) for about in found]
+    rows = [
+        CheckRow(
+            "model",
+            tuple(f"{m.model} ({c.model_type})" for m, c in zip(wanted, found, strict=True)),
+        ),
+        CheckRow("configuration", tuple(about.name_or_path for about in found)),
+        CheckRow("parameters", tuple(f"{model.num_parameters():,}" for model in models)),
+        CheckRow("by component", tuple(components(model) for model in models)),
+        CheckRow("precision", tuple([config.precision.compute] * len(models))),
+        CheckRow(
+            "vocabulary rows",
+            tuple(f"{m.get_output_embeddings().weight.shape[0]:,}" for m in models),
+        ),
+        CheckRow("sees images", tuple("yes" if families.sees_images(c) else "no" for c in found)),
+        *vocabulary_rows_of(config),
+    ]
+    lengths, prompts = meta_prompts(config, wanted, models)
+    readers = [
+        memory.Reader(model, length, each.attention or "sdpa")
+        for model, length, each in zip(models, lengths, wanted, strict=True)
+    ]
+    known = [1] * len(models) if "assumed" in prompts[0].what else lengths  # a prompt has a token
+    context = context_row(models, known, config.rollout.max_new_tokens)
+    return [*rows, *prompts, context, *estimate_rows(config, readers, device)]
+
+
+def checkpoint_arms(config: ExperimentConfig) -> list[ModelConfig]:
+    """The models that are neither student nor teacher, as evaluation loads them."""
+    arms = config.arms.values()
+    return [config.checkpoint_of(arm) for arm in arms if isinstance(arm, CheckpointArm)]
+
+
+def meta_prompts(
+    config: ExperimentConfig, wanted: Sequence[ModelConfig], models: Sequence[PreTrainedModel]
+) -> tuple[list[int], list[CheckRow]]:
+    """(prompt tokens of each model, rows): of real examples where data and tokenizers can be read, else assumed."""
+    assumed = [ASSUMED_PROMPT_TOKENS] * len(models)
+    assumption = assumed, [CheckRow("prompt tokens, assumed", tuple(map(str, assumed)))]
+    loaded = []
+    try:
+        for each, model in zip(wanted, models, strict=True):
+            where = (each.model, each.revision, each.trust_remote_code)
+            processor = load_processor(*where, each.template, each.template_arguments)
+            model.generation_config = load_generation_config(
+                each.model, model.config, each.revision
+            )
+            loaded.append(LoadedModel(each.model, model, processor, each.template_arguments))
+    except ModelUnreadable:
+        return assumption
+    for own in loaded:
+        check_tokens(own)
+    try:
+        examples = first_examples(config)
+    except UserError:
+        return assumption
+    views = views_of(config, examples)
+    lengths, rows = prompt_rows(loaded, views)
+    return lengths, rows + thought_rows(config, loaded, views)
+
+
+def turn_row(models: Sequence[LoadedModel]) -> CheckRow:
+    """Does a completion end where the chat template ends a turn? Else it runs on, into turns of its own making."""
+    ends = [model.turn_end for model in models]
+    open_ended = [
+        f"{model.name} closes a turn with {tokens_of(model, [end])}, but its completions end at "
+        f"{tokens_of(model, model.end_ids)}: add {end} to eos_token_id in its generation_config.json"
+        for model, end in zip(models, ends, strict=True)
+        if end is not None and end not in model.end_ids
+    ]
+    return CheckRow(
+        "end of turn in the template",
+        tuple("-" if i is None else tokens_of(m, [i]) for m, i in zip(models, ends, strict=True)),
+        None if not any(end is not None for end in ends) else not open_ended,
+        "; ".join(open_ended),
+    )
+
+
+def first_examples(config: ExperimentConfig) -> list[Example]:
+    """A few examples to look at. Raises UserError where the data cannot be read."""
+    data = open_data(config, FEW, seed=0)
+    return [data[i] for i in range(min(FEW, len(data)))]
+
+
+def views_of(config: ExperimentConfig, examples: Sequence[Example]) -> list[list[Example]]:
+    """The examples as the student and as each teacher, in its context, is given them."""
+    contexts = [None, *(teacher.context for teacher in config.teachers.values())]
+    return [[teacher_view(context, example) for example in examples] for context in contexts]
+
+
+def prompt_rows(
+    models: Sequence[LoadedModel], views: Sequence[Sequence[Example]]
+) -> tuple[list[int], list[CheckRow]]:
+    """(the longest prompt of each model, rows on prompts), without using the models' weights."""
+    encoded = [model.prompts_of(own) for model, own in zip(models, views, strict=True)]
+    texts = [model.render_text(own[0]) for model, own in zip(models, views, strict=True)]
+    lengths = [prompts.input_ids.shape[1] for prompts in encoded]
+    placeholders = [torch.tensor(list(model.placeholders.values())) for model in models]
+    images = [
+        int(torch.isin(prompts.input_ids[0], ids).sum())
+        for prompts, ids in zip(encoded, placeholders, strict=True)
+    ]
+    return lengths, [
+        turn_row(models),
+        CheckRow("prompt", tuple(map(repr, texts))),
+        CheckRow("prompt tokens", tuple(str(int(p.attention_mask[0].sum())) for p in encoded)),
+        CheckRow("prompt tokens, longest", tuple(map(str, lengths))),
+        CheckRow("image tokens and markers", tuple(map(str, images))),
+    ]
+
+
+def thought_rows(
+    config: ExperimentConfig,
+    models: Sequence[LoadedModel],
+    views: Sequence[Sequence[Example]],
+) -> list[CheckRow]:
+    """How each model marks its thoughts and whether its prompt opens one, and what does not go together there."""
+    names = ["student", *config.teachers]
+    opened = [
+        model.opened_by(model.render_text(own[0])) for model, own in zip(models, views, strict=True)
+    ]
+    marks = [
+        ", ".join(map(str, dict.fromkeys([*model.own_marks, *([mark] if mark else [])]))) or "none"
+        for model, mark in zip(models, opened, strict=True)
+    ]
+    values = [
+        f"{own}{'; its prompt opens one' if mark else ''}"
+        for own, mark in zip(marks, opened, strict=True)
+    ]
+    rows = [CheckRow("thoughts", tuple(values))]
+    for name, mark in zip(names[1:], opened[1:], strict=True):
+        if bool(mark) != bool(opened[0]):
+            inside, outside = (name, "student") if mark else ("student", name)
+            note = (
+                f"the prompt of {inside} opens a thought and that of {outside} does not: one reads the "
+                "completion as a thought, the other as an answer; see template_arguments"
+            )
+            rows.append(CheckRow("thoughts differ", (note,)))
+    arms = [config.of_arm(a) for a in config.arms.values() if isinstance(a, DistillArm)]
+    if opened[0] and any("data" in each.rollout.source.shares for each in arms):
+        note = (
+            "the student's prompt opens a thought: the data's answers are learnt as thoughts unless each begins "
+            "with one and closes it; see student.template_arguments"
+        )
+        rows.append(CheckRow("thoughts of the data", (note,)))
+    return rows
+
+
+def context_row(
+    models: Sequence[LoadedModel | PreTrainedModel], lengths: Sequence[int], new_tokens: int
+) -> CheckRow:
+    """Does the longest prompt leave room for a completion?"""
+    limits = [
+        context_length(m.model.config if isinstance(m, LoadedModel) else m.config) for m in models
+    ]
+    fits = [
+        limit is None or n + new_tokens <= limit for n, limit in zip(lengths, limits, strict=True)
+    ]
+    return CheckRow(
+        "prompt and completion, of context",
+        tuple(
+            f"{n} + {new_tokens} of {'any' if limit is None else format(limit, ',')}"
+            for n, limit in zip(lengths, limits, strict=True)
+        ),
+        all(fits),
+        "lower rollout.max_new_tokens, shorten the prompts, or use a model with a longer context",
+    )
+
+
+def model_config(model: ModelConfig, architectures: Path) -> PretrainedConfig:
+    """A model's configuration: the one kept in `architectures` or, where there is none, its own."""
+    folder = architectures / model.model
+    if (folder / "config.json").is_file():
+        return load_model_config(str(folder))
+    try:
+        return load_model_config(model.model, model.revision, model.trust_remote_code)
+    except ModelUnreadable as error:
+        raise ConfigError(f"{error}; put its config.json into {folder}") from None
+
+
+def components(model: PreTrainedModel) -> str:
+    counts = memory.parameter_counts(model)
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def vocabulary_rows_of(config: ExperimentConfig) -> list[CheckRow]:
+    """What the tokenizers share, where all can be read."""
+    try:
+        vocabulary = shared_vocabulary(config)
+    except ModelUnreadable as error:
+        return [CheckRow("shared tokens", (f"not checked: {error}",))]
+    return shared_rows(vocabulary)
+
+
+def shared_rows(vocabulary: SharedVocabulary) -> list[CheckRow]:
+    """How many tokens the models share, and what was mapped or left out."""
+    return [
+        CheckRow("shared tokens", (f"{vocabulary.size:,}",)),
+        *(CheckRow("vocabulary", (note,)) for note in vocabulary.notes),
+    ]
+
+
+def estimate_rows(
+    config: ExperimentConfig,
+    readers: Sequence[memory.Reader],
+    device: torch.device,
+    must_fit: bool = False,
+) -> list[CheckRow]:
+    """Memory and seconds of a step on the present device, dense and under each mask of known density."""
+    dtype = DTYPES[config.precision.compute]
+    speed = memory.measure_device(device, dtype)
+    densities = {"all coordinates": 1.0}
+    for name, mask in config.masks.items():
+        if isinstance(mask, TopFractionMask):
+            densities[f"mask {name}"] = mask.fraction
+    rows = [
+        CheckRow(
+            "device",
+            (
+                f"{device.type}: {decimal(speed.memory_bytes)} free, {speed.matmul_flops / 1e9:,.0f} "
+                f"GFLOP/s, {decimal(int(speed.memory_bytes_per_second))}/s",
+            ),
+        )
+    ]
+    new_tokens = config.rollout.max_new_tokens
+    try:
+        costs = [memory.forward_cost(reader, dtype, new_tokens) for reader in readers]
+    except UserError as error:
+        return [*rows, CheckRow("memory and time", (f"not estimated: {error}",))]
+    for coordinates, density in densities.items():
+        one = memory.estimate(
+            readers[0],
+            readers[1:],
+            speed,
+            dtype=dtype,
+            completions_per_step=(
+                config.train.prompts_per_step * config.rollout.completions_per_prompt
+            ),
+            max_new_tokens=new_tokens,
+            chunk_tokens=config.loss.chunk_tokens,
+            micro_batch=config.train.micro_batch,
+            trained_fraction=density,
+            costs=costs,
+        )
+        parts = one.memory._asdict().items()
+        needed = ", ".join(
+            f"{what.replace('_', ' ')} {decimal(size)}" for what, size in parts if size
+        )
+        loaded = one.memory.student_weights + one.memory.teacher_weights
+        fits = one.peak_bytes <= speed.memory_bytes + (loaded if must_fit else 0)
+        peak = f"{decimal(one.peak_bytes)}, {'fits' if fits else 'does not fit'} here"
+        rows.append(
+            CheckRow(
+                f"memory, {coordinates}",
+                (f"{peak} ({needed})",),
+                fits if must_fit else None,
+                "lower train.micro_batch or loss.chunk_tokens, or use a larger device",
+            )
+        )
+        laps = ", ".join(f"{name} {value:.2g}" for name, value in one.seconds._asdict().items())
+    rows.append(CheckRow("seconds a step", (f"about {one.seconds.total:.2g} ({laps})",)))
+    return rows
+
+
+def tokens_of(model: LoadedModel, ids: Sequence[int]) -> str:
+    """Token strings with their ids; of many, the first few and the count."""
+    words = model.tokenizer.convert_ids_to_tokens(list(ids[:4]))
+    named = [f"{word} {i}" for word, i in zip(words, ids, strict=False)]
+    return ", ".join(named) + (f", ... ({len(ids)} in all)" if len(ids) > len(named) else "")
+
+
+def special_tokens(model: LoadedModel) -> str:
+    """First, last and padding token, with their ids."""
+    own = model.tokenizer
+    named = {"first": own.bos_token_id, "last": own.eos_token_id, "padding": own.pad_token_id}
+    return ", ".join(
+        f"{what} {tokens_of(model, [i])}" for what, i in named.items() if i is not None
+    )
+
+
+def rows_and_tokens(model: LoadedModel) -> str:
+    """Rows of the output layer, and how many of them have no token."""
+    nameless = model.vocabulary_rows - len(set(model.tokenizer.get_vocab().values()))
+    return f"{model.vocabulary_rows:,}" + (f" ({nameless:,} padded)" if nameless > 0 else "")
+
+
+def sight_row(
+    pair: ModelPair, examples: Sequence[Example], prompts: Prompts, completions: Completions
+) -> CheckRow:
+    """Does each model see the image? Its mean log-prob change when every image is blanked must not be 0.
+
+    A teacher that reads a caption instead has no picture to be blanked.
+    """
+    blank = [blanked(example) for example in examples]
+    blind = pair.student_logprobs(pair.student.render(blank), completions)
+    changes = [mean_change(pair.student_logprobs(prompts, completions), blind)]
+    values = [f"{changes[0]:.4f} nats a token"]
+    for teacher in pair.teachers:
+        if not any(teacher.view(example).images for example in examples):
+            values.append("reads a caption")
+            continue
+        seen, blind = (teacher.logprobs(each, completions) for each in (examples, blank))
+        changes.append(mean_change(seen, blind))
+        values.append(f"{changes[-1]:.4f} nats a token")
+    return CheckRow(
+        "sees the image",
+        tuple(values),
+        min(changes) > 0,
+        "blanking the picture changes nothing: check the data's image column and the processors",
+    )
+
+
+def blanked(example: Example) -> Example:
+    """The example with black pictures of the same sizes, those in its fields included."""
+
+    def black(value: Any) -> Any:
+        if isinstance(value, Image.Image):
+            return Image.new("RGB", value.size)
+        return [black(each) for each in value] if isinstance(value, list) else value
+
+    fields = {name: black(value) for name, value in example.fields.items()}
+    return replace(example, images=tuple(map(black, example.images)), fields=fields)
+
+
+def mean_change(before: Tensor, after: Tensor) -> float:
+    return float((before - after).abs().mean())
+
+
+def agreement_rows(
+    pair: ModelPair, examples: Sequence[Example], prompts: Prompts, completions: Completions
+) -> list[CheckRow]:
+    """How far student and teacher are apart on the student's own completions."""
+    hidden = pair.student.completion_hidden(prompts, completions)
+    student = pair.student.logits(hidden, pair.vocabulary.student)
+    teacher = pair.teacher_logits(examples, completions)
+    sampled = Sampled(pair.vocabulary.targets(completions), completions.logprobs[completions.mask])
+    tokens = token_divergence(ReverseKL(), student, teacher, sampled)
+    top1 = (student.argmax(-1) == teacher.argmax(-1)).float().mean()
+    gap = float((tokens.student_logprobs - sampled.logprobs).abs().max())
+    bound = 1e-3 if pair.student.model.dtype == torch.float32 else 0.5
+    return [
+        CheckRow(
+            "sampler against trainer",
+            (f"{gap:.1e} nats at most",),
+            gap < bound,
+            "sampling and scoring disagree: check the family's positions in vlopd/models/families.py",
+        ),
+        CheckRow("mean reverse KL", (f"{tokens.loss.mean():.4f} nats a token",)),
+        CheckRow(
+            "mean entropy",
+            tuple(
+                f"{each.mean():.4f} nats"
+                for each in (tokens.student_entropy, tokens.teacher_entropy)
+            ),
+        ),
+        CheckRow("top-1 agreement", (f"{top1:.1%} of {completions.n_tokens} tokens",)),
+        CheckRow(
+            f"top-{min(TOP_K, pair.vocabulary.size)} overlap", (f"{tokens.top_overlap.mean():.1%}",)
+        ),
+    ]

@@ -1,0 +1,83 @@
+"""The geometry of arms, beside nulls, and the overlap of their updates."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from vlopd.config.arms import TeacherArm
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.digests import digest_checkpoint, file_digest
+from vlopd.files import read_json
+from vlopd.geometry.checkpoint import PARTIAL, analyse
+from vlopd.geometry.overlap import overlap
+from vlopd.geometry.trajectory import step_of, trajectory
+from vlopd.run.folder import RunFolder, up_to_date
+from vlopd.run.resolve import arm_digest, arm_folder, source_arm
+
+
+def make_geometry(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
+    """The geometry of an arm's delta, each number beside its nulls; and of its checkpoints, if it kept any."""
+    source = source_arm(config)
+    base, out = run.checkpoint(source), run.geometry(name)
+    kept = sorted(run.arm(name).glob("checkpoints/step-*"))
+    steps = {step_of(folder, i): folder for i, folder in enumerate(kept)}
+    inputs: dict[str, Any] = {
+        "source": arm_digest(run, source),
+        "trained": digest_checkpoint(arm_folder(run, config, name)),
+        "config": file_digest(base / "config.json"),  # says how fused tensors are split
+        "settings": config.geometry.model_dump(mode="json"),
+    }
+    if foreign := read_json(run.arm_record(name)).get("other_source"):
+        inputs["other_source"] = foreign
+    if steps:
+        inputs["steps"] = {str(step): digest_checkpoint(steps[step]) for step in sorted(steps)}
+    artifact, record = f"geometry/{name}", out / "summary.json"
+    if run.checksums.is_done(artifact, record, inputs):
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)  # of a process that was killed at its end
+        return False
+    check_arms(run, config, [source, name])
+    run.checksums.start(artifact, record)
+    tables = {}
+    for step, folder in steps.items():
+        tables[step] = out / "steps" / str(step)
+        own = {**inputs, "step": step}
+        if not up_to_date(tables[step] / "summary.json", own):
+            analyse(base, folder, tables[step], config.geometry, own)
+    if len(steps) > 1:
+        trajectory(base, steps, out, config.geometry, tables=tables)
+
+    def finish(summary: Path, content: Any) -> None:
+        tables = [p for p in out.rglob("*") if p.is_file() and p.parent.name != PARTIAL]
+        run.checksums.finish(artifact, summary, content, tables)
+
+    folder = arm_folder(run, config, name)
+    analyse(base, folder, out, config.geometry, inputs, write_record=finish)
+    return True
+
+
+def check_arms(run: RunFolder, config: ExperimentConfig, names: list[str]) -> None:
+    """Raises RunError where an arm of this run is not as it was written."""
+    for name in names:
+        if not isinstance(config.arms.get(name), TeacherArm):
+            run.checksums.check(f"arms/{name}")
+
+
+def make_overlap(run: RunFolder, config: ExperimentConfig, names: list[str]) -> bool:
+    """The overlap of the visible updates of several arms: RUN/geometry/overlap.csv and its record."""
+    source, record = source_arm(config), run.root / "geometry" / "overlap.json"
+    tables = [record.with_suffix(f".{ending}") for ending in ("csv", "parquet")]
+    inputs: dict[str, Any] = {
+        "source": arm_digest(run, source),
+        "arms": {name: digest_checkpoint(arm_folder(run, config, name)) for name in names},
+        "settings": config.geometry.model_dump(mode="json"),
+    }
+    if run.checksums.is_done("geometry/overlap", record, inputs):
+        return False
+    check_arms(run, config, [source, *names])
+    run.checksums.start("geometry/overlap", record)
+    runs = {name: arm_folder(run, config, name) for name in names}
+    overlap(run.checkpoint(source), runs, record.parent, config.geometry)
+    run.checksums.finish("geometry/overlap", record, {"inputs": inputs}, tables)
+    return True

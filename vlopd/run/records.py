@@ -1,0 +1,168 @@
+"""What is written down of an arm: its record, its card, the proof that its mask held."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlopd.bits import holds, widest
+from vlopd.config.arms import DistillArm
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.digests import digest_checkpoint
+from vlopd.masks.apply import identity, moved_off_mask, moved_on_mask
+from vlopd.models.load import DTYPES, load_configured, load_model_config, resolve
+from vlopd.models.loaded import LoadedModel
+from vlopd.run.folder import RunFolder
+from vlopd.run.resolve import hub_folder, read_tensors
+from vlopd.weights.reader import Weights
+from vlopd.weights.stored import stored_tensors
+
+
+def keeps_source(config: ExperimentConfig) -> bool:
+    """Whether the source arm holds the student's weights as its own checkpoint does, or a rounding of them."""
+    if config.precision.stored == "source":
+        return True
+    return all(holds(DTYPES[config.precision.stored], own) for own in student_dtypes(config))
+
+
+def student_dtypes(config: ExperimentConfig) -> set[torch.dtype]:
+    """Of the floating-point tensors in the student's own checkpoint. Raises UserError where it cannot be read."""
+    student = config.student
+    load_model_config(student.model, student.revision, student.trust_remote_code)
+    return dtypes_in(hub_folder(resolve(student.model), student.revision))
+
+
+def dtypes_in(folder: Path) -> set[torch.dtype]:
+    with Weights(folder) as weights:
+        return {tensor.dtype for tensor in weights.header().values()}
+
+
+def load_source(config: ExperimentConfig) -> tuple[LoadedModel, dict[str, Tensor]]:
+    """(the student, {name: tensor as the source arm stores it}): its weights, each rounded once at most.
+
+    Loaded in the narrowest dtype that holds all of them; each is then rounded to the configured one or, where tensors
+    are stored in several dtypes, goes back to its own.
+    """
+    fixed = None if config.precision.stored == "source" else DTYPES[config.precision.stored]
+    loaded = load_configured(config.student, widest(*student_dtypes(config)))
+    state = loaded.model.state_dict()
+    if fixed is None:
+        with stored_tensors(loaded) as tensors:
+            wanted: Mapping[str, torch.dtype] = tensors.dtypes
+    else:
+        wanted = {name: fixed for name, tensor in state.items() if tensor.is_floating_point()}
+    cast: dict[int, Tensor] = {}  # by place, so that tied parameters stay tied
+    for name, dtype in wanted.items():
+        if state[name].dtype != dtype:
+            place = state[name].data_ptr()
+            cast[place] = state[name] = cast.get(place, state[name].to(dtype))
+    return loaded, state
+
+
+def precision(config: ExperimentConfig, folder: Path | None) -> dict[str, str | None]:
+    """Of an arm: what it was computed in, its values while it trained, and the dtypes in its checkpoint's files."""
+    stored = None
+    if folder is not None:
+        stored = "+".join(sorted(str(own).removeprefix("torch.") for own in dtypes_in(folder)))
+    return {"compute": config.precision.compute, "stored": stored, "values": "fp32"}
+
+
+def record(
+    run: RunFolder,
+    config: ExperimentConfig,
+    name: str,
+    kind: str,
+    inputs: Mapping[str, Any],
+    **about: Any,
+) -> None:
+    folder = run.checkpoint(name)
+    digest = digest_checkpoint(folder, whole=True)
+    foreign = inputs.get("other_source")
+    note(run, config, name, kind, inputs, digest, folder, **about, other_source=foreign)
+
+
+def note(
+    run: RunFolder,
+    config: ExperimentConfig,
+    name: str,
+    kind: str,
+    inputs: Mapping[str, Any],
+    digest: str,
+    folder: Path | None,
+    **about: Any,
+) -> None:
+    """Writes an arm's record, and first the checksums of its files: it is done."""
+    content = {
+        "arm": name,
+        "type": kind,
+        **about,
+        "precision": precision(config, folder),
+        "checkpoint_digest": digest,
+        "inputs": dict(inputs),
+    }
+    state = run.arm(name) / "state"
+    files = [
+        path for path in run.arm(name).rglob("*") if path.is_file() and state not in path.parents
+    ]
+    run.checksums.finish(f"arms/{name}", run.arm_record(name), content, files)
+
+
+def card(
+    config: ExperimentConfig, name: str, what: str, inputs: Mapping[str, Any] | None = None
+) -> str:
+    """The text of an arm's model card."""
+    foreign = (inputs or {}).get("other_source")
+    note = (
+        f"Other source: {', '.join(foreign)} came from another source checkpoint.\n"
+        if foreign
+        else ""
+    )
+    return (
+        "---\nlibrary_name: transformers\ntags: [vlopd, on-policy-distillation]\n---\n"
+        f"# {config.name}: arm {name}\n\nMade by vlopd from {config.student.model}: {what}.\n{note}"
+        "Loads with `transformers`; ../record.json has its inputs, precision and digests.\n"
+    )
+
+
+def off_mask(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None
+) -> dict[str, Any]:
+    """Which coordinates of a checkpoint differ from the source's by any bit, on the mask and off it.
+
+    Without a mask all are on it, and there is nothing to say of those off it.
+    """
+    total = sum(tensor.numel() for tensor in before.values())
+    on = total if mask is None else sum(int(marked.sum()) for marked in mask.values())
+    proof: dict[str, Any] = {
+        "on_mask": {"coordinates": on, "moved": moved_on_mask(before, after, mask)}
+    }
+    if mask is None:
+        return proof | {"off_mask_unmoved": None, "off_mask": None}
+    moved = moved_off_mask(before, after, mask)
+    off = {"coordinates": total - on, "moved": moved}
+    return proof | {"off_mask_unmoved": moved == 0, "off_mask": off}
+
+
+def identities(
+    run: RunFolder,
+    config: ExperimentConfig,
+    name: str,
+    before: Mapping[str, Tensor],
+    mask: Mapping[str, Tensor] | None,
+) -> dict[str, Any] | None:
+    """How equal an arm's weights are to those of the trained arms that it was made from."""
+    others = [a for a in config.ancestors(name) if isinstance(config.arms[a], DistillArm)]
+    arm = read_tensors(run.checkpoint(name))
+    found = {o: identity(before, arm, read_tensors(run.checkpoint(o)), mask) for o in others}
+    return found or None
+
+
+def seeds_of(config: ExperimentConfig, name: str) -> dict[str, int] | None:
+    """The seeds of the trained arms that an arm was made from: of its mask's discovery."""
+    arms = {other: config.arms[other] for other in config.ancestors(name)}
+    found = {other: arm.seed for other, arm in arms.items() if isinstance(arm, DistillArm)}
+    return found or None

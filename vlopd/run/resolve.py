@@ -1,0 +1,247 @@
+"""Where the checkpoints, masks and scores that arms are made from are, and their digests."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vlopd.config.arms import CheckpointArm, ImportedArm, SourceArm, TeacherArm
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.masks import Reference
+from vlopd.config.models import ModelConfig, TeacherConfig
+from vlopd.data.load import files_of
+from vlopd.digests import digest_checkpoint, digest_json, digest_text, file_digest
+from vlopd.errors import RunError, first_line
+from vlopd.files import read_json
+from vlopd.masks.files import check_mask, check_shapes, load_mask
+from vlopd.masks.rules import Mask
+from vlopd.models import integrity, names
+from vlopd.models.load import resolve
+from vlopd.models.tokenizers import read_template
+from vlopd.run.folder import RunFolder
+from vlopd.weights import delta
+
+MODEL_FILES = (
+    *(".safetensors", ".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".spm", ".vocab"),
+)
+"""Endings of what a checkpoint folder is loaded from: weights, configurations, tokenizer, templates, code."""
+NO_MODEL_FILES = re.compile(
+    r"(\w+_)?results\.json|trainer_\w+\.jsonl?|requirements.*\.txt|(license|notice|readme).*",
+    re.IGNORECASE,
+)
+"""What trainers and people leave beside a model, and nothing loads."""
+MOST_NAMED = 16
+"""Data files of one ending that a record names one by one."""
+
+
+def source_arm(config: ExperimentConfig) -> str:
+    """The arm that holds the untrained student; every run has one."""
+    return next((n for n, arm in config.arms.items() if isinstance(arm, SourceArm)), "base")
+
+
+def arm_digest(run: RunFolder, name: str) -> str:
+    return read_json(run.arm_record(name))["checkpoint_digest"]
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def hub_folder(model: str, revision: str | None) -> Path:
+    """A model's folder: itself, or the hub's local snapshot of what it is loaded from."""
+    if Path(model).is_dir():
+        return Path(model)
+    wanted = [f"*{ending}" for ending in MODEL_FILES]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # no such folder, no such id, no network
+        raise RunError(
+            f"no folder {model!r}, and no such model on the hub: {first_line(error)}"
+        ) from None
+
+
+def folder_content(folder: Path, whole: bool = False) -> dict[str, str]:
+    """{file: sha256} of what a checkpoint folder is loaded from; `whole` as in digests.file_digest."""
+    paths = [path for part in ("*", "additional_chat_templates/*") for path in folder.glob(part)]
+    paths = sorted(
+        path
+        for path in paths
+        if path.suffix in MODEL_FILES and not NO_MODEL_FILES.fullmatch(path.name)
+    )
+    return {str(path.relative_to(folder)): file_digest(path, whole) for path in paths}
+
+
+def model_content(model: ModelConfig, whole: bool = False) -> dict[str, str]:
+    """{file: sha256} of what a configured model is loaded from, its chat template included."""
+    content = folder_content(hub_folder(resolve(model.model), model.revision), whole)
+    if model.template is not None:
+        content["template"] = digest_text(read_template(model.template))
+    return content
+
+
+def teacher_content(
+    run: RunFolder, config: ExperimentConfig, teacher: TeacherConfig, whole: bool = False
+) -> dict[str, str]:
+    """As `model_content`; of the source where the teacher is the student itself."""
+    if teacher.is_student:
+        return folder_content(run.checkpoint(source_arm(config)), whole)
+    return model_content(teacher, whole)
+
+
+def data_content(config: ExperimentConfig, whole: bool = False) -> dict[str, str]:
+    """{file: sha256} of the files that an arm's examples come from; of many, such as pictures, those of an ending as
+    one."""
+    by_ending: dict[str, list[Path]] = {}
+    for path in files_of(config):
+        by_ending.setdefault(path.suffix, []).append(path)
+    content: dict[str, str] = {}
+    for ending, paths in by_ending.items():
+        digests = {str(path): file_digest(path, whole) for path in paths}
+        many = len(paths) > MOST_NAMED
+        content |= {f"{len(paths)} *{ending}": digest_json(digests)} if many else digests
+    return content
+
+
+def arm_content(
+    run: RunFolder, config: ExperimentConfig, name: str, whole: bool = False
+) -> dict[str, str]:
+    """{file: sha256} of what an arm is evaluated from.
+
+    Raises RunError where an arm of this run is not as it was written.
+    """
+    arm = config.arms.get(name)
+    if isinstance(arm, TeacherArm):
+        return teacher_content(run, config, config.teacher_of(arm), whole)
+    if isinstance(arm, CheckpointArm):
+        return model_content(config.checkpoint_of(arm), whole)
+    if isinstance(arm, ImportedArm):
+        return {path.name: file_digest(path, whole) for path in scores_of(Path(arm.results))}
+    run.checksums.check(f"arms/{name}", whole)
+    return folder_content(run.checkpoint(name), whole)
+
+
+def teacher_folder(run: RunFolder, config: ExperimentConfig, teacher: TeacherConfig) -> Path:
+    """Where a teacher's checkpoint is: its own folder, or the source's where it is the student itself."""
+    return (
+        run.checkpoint(source_arm(config)) if teacher.is_student else Path(resolve(teacher.model))
+    )
+
+
+def arm_folder(run: RunFolder, config: ExperimentConfig, name: str) -> Path:
+    """An arm's checkpoint; a teacher's is where the teacher is, on the hub's local snapshot if need be."""
+    arm = config.arms.get(name)
+    if not isinstance(arm, TeacherArm):
+        return run.checkpoint(name)
+    teacher = config.teacher_of(arm)
+    return hub_folder(str(teacher_folder(run, config, teacher)), teacher.revision)
+
+
+def checkpoint_folder(run: RunFolder, config: ExperimentConfig, text: str) -> Path:
+    """Where a named checkpoint is (Reference). Raises RunError where it is not."""
+    arm, path, step = Reference.parse(text)
+    if arm is not None:
+        folder = arm_folder(run, config, arm) if step is None else run.kept(arm, step)
+    else:
+        folder = Path(str(path))
+        if step is not None:
+            folder = folder / "checkpoints" / f"step-{step}"
+        elif (folder / "checkpoint").is_dir():
+            folder = folder / "checkpoint"
+    if not folder.is_dir():
+        again = f"; delete {run.arm(arm)} to train it again" if arm is not None else ""
+        raise RunError(f"no checkpoint {folder}, which {text!r} names{again}")
+    return folder
+
+
+def checkpoint_digest(
+    run: RunFolder, config: ExperimentConfig, text: str, whole: bool = False
+) -> str:
+    """The digest of a named checkpoint's weights.
+
+    Raises RunError where it is of an arm of this run that is not as it was written.
+    """
+    arm, _, step = Reference.parse(text)
+    if arm is not None and not isinstance(config.arms.get(arm), TeacherArm):
+        run.checksums.check(f"arms/{arm}", whole)
+    if arm is not None and step is None:
+        return arm_digest(run, arm)
+    return digest_checkpoint(checkpoint_folder(run, config, text), whole)
+
+
+def other_source(run: RunFolder, config: ExperimentConfig, text: str) -> dict[str, str]:
+    """{what: digest of its source} for a checkpoint of another run that was trained from another source."""
+    path = Reference.parse(text).path
+    if path is None or not (record := Path(path) / "record.json").exists():
+        return {}
+    its = read_json(record)["inputs"].get("source")
+    return {} if its in (None, arm_digest(run, source_arm(config))) else {text: its}
+
+
+def refuse_other_source(found: Mapping[str, str], ours: str, allow: bool) -> None:
+    for what, its in found.items():
+        if not allow:
+            raise RunError(
+                f"{what} is from source checkpoint {its[:12]}, this run's is {ours[:12]}; use one of this "
+                "source, or say --allow-other-source, and every artifact after says so too"
+            )
+
+
+def deltas(run: RunFolder, config: ExperimentConfig, text: str) -> delta.Deltas:
+    """What a named checkpoint changed from this run's source."""
+    source = run.checkpoint(source_arm(config))
+    return delta.stream_whole(source, checkpoint_folder(run, config, text), names.classify)
+
+
+def scores_of(folder: Path) -> list[Path]:
+    """The files of an lm-eval output folder: its last results_*.json and the samples of the same time.
+
+    Raises RunError where they are not there.
+    """
+    results = sorted(folder.rglob("results_*.json"), key=lambda path: path.name)
+    if not results:
+        raise RunError(f"{folder} has no results_*.json; name an output folder of lm-eval")
+    last = results[-1]
+    stamp = last.stem.removeprefix("results_")
+    samples = sorted(last.parent.glob(f"samples_*_{stamp}.jsonl"))
+    if not samples:
+        raise RunError(
+            f"{last} has no samples_*_{stamp}.jsonl beside it; run lm-eval with --log_samples"
+        )
+    return [last, *samples]
+
+
+def mask_shapes(run: RunFolder, source: str) -> dict[str, torch.Size]:
+    tensors = read_tensors(run.checkpoint(source))
+    return {
+        name: t.shape
+        for name, t in tensors.items()
+        if t.is_floating_point() and not integrity.is_constant(name, t.shape)
+    }
+
+
+def check_here(mask: Mask, run: RunFolder, source: str, what: str | Path) -> None:
+    """Refuses a mask whose tensors are not those of this run's source."""
+    try:
+        check_shapes(mask, mask_shapes(run, source))
+    except RunError as error:
+        raise RunError(f"{what}: {error}") from None
+
+
+def read_mask(run: RunFolder, config: ExperimentConfig, name: str) -> Mask:
+    """A mask of this run; refused when it was made for another model or another source."""
+    source = source_arm(config)
+    mask, metadata = load_mask(run.mask(name))
+    try:
+        check_mask(mask, metadata, mask_shapes(run, source), arm_digest(run, source))
+    except RunError as error:
+        raise RunError(f"{run.mask(name)}: {error}") from None
+    return mask

@@ -1,0 +1,136 @@
+"""Is a run as it was written, and what it was made from still there? Every file is hashed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.input import config_of
+from vlopd.errors import RunError, UserError
+from vlopd.files import read_json
+from vlopd.run.arms import made_from
+from vlopd.run.checksums import Problem, differences
+from vlopd.run.folder import LOCK, RunFolder
+from vlopd.run.make import mask_inputs
+from vlopd.run.resolve import source_arm
+
+
+class Verified(NamedTuple):
+    """What `verify_run` found."""
+
+    problems: list[Problem]  # files that are not as they were written
+    unknown: list[Path]  # files that no finished stage wrote
+    inputs: list[str]  # what arms were made from and is no longer so
+    files: int
+    n_bytes: int
+
+
+def verify_run(run: RunFolder) -> Verified:
+    """Compares every file of a run with its checksums, and what arms were made from with what is there now.
+
+    Reads only. Raises RunError where the folder is no run's.
+    """
+    written = run.root / "run.json"
+    if not written.exists():
+        raise RunError(f"{run.root} is not a run folder (no run.json)")
+    problems: list[Problem] = []
+    known: set[str] = set()
+    artifacts = run.checksums.artifacts()
+    for artifact in tqdm(artifacts, desc="verify", unit="artifact"):
+        record = record_of(run, artifact)
+        if record is not None and not record.exists():
+            continue  # a stage that was killed at its last step: not done, and made again
+        found = list(run.checksums.problems(artifact))
+        problems += found
+        known.add(run.checksums.name(run.checksums.path(artifact)))
+        if not any(problem.file == run.checksums.path(artifact) for problem in found):
+            known |= run.checksums.read(artifact).keys()
+    present = [path for path in run.root.rglob("*") if path.is_file() and not is_working(run, path)]
+    unknown = [path for path in present if run.checksums.name(path) not in known]
+    n_bytes = sum(path.stat().st_size for path in present)
+    problems += lost_checksums(run)
+    problems = list(dict.fromkeys(problems))
+    inputs: list[str] = []
+    if not any(problem.file == written for problem in problems):
+        config = config_of(read_json(written).get("config"), written)
+        inputs = changed_inputs(run, config)
+    return Verified(problems, sorted(unknown), inputs, len(present), n_bytes)
+
+
+def lost_checksums(run: RunFolder) -> list[Problem]:
+    """The records that say that a stage is done, and have no checksums to be held against."""
+    return [
+        Problem(record, "has no checksums", run.checksums.remedy(artifact))
+        for artifact, record in records(run)
+        if not run.checksums.path(artifact).exists()
+    ]
+
+
+SINGLE = {
+    "run": "run.json",
+    "compare": "compare.json",
+    "report": "report/record.json",
+    "geometry/overlap": "geometry/overlap.json",
+    "evals/vision": "evals/vision.json",
+}
+RECORDS = {
+    "arms": "arms/{}/record.json",
+    "masks": "masks/{}.json",
+    "geometry": "geometry/{}/summary.json",
+    "evals": "evals/{}/results.json",
+    "tokens": "evals/{}/tokens.json",
+}
+"""Where the record of an artifact is, which says that it is done; pictures have none."""
+
+
+def record_of(run: RunFolder, artifact: str) -> Path | None:
+    """The record of an artifact, whether it is there or not."""
+    kind, _, name = artifact.partition("/")
+    path = SINGLE.get(artifact) or RECORDS.get(kind, "").format(name)
+    return run.root / path if path else None
+
+
+def records(run: RunFolder) -> list[tuple[str, Path]]:
+    """(artifact, its record) of all stages that say that they are done."""
+    found = [(artifact, run.root / path) for artifact, path in SINGLE.items()]
+    taken = set(SINGLE.values())
+    for kind, pattern in RECORDS.items():
+        before, after = pattern.split("{}")
+        for path in run.root.glob(pattern.format("*")):
+            name = run.checksums.name(path)
+            if name not in taken:
+                found.append((f"{kind}/{name.removeprefix(before).removesuffix(after)}", path))
+    return [(artifact, path) for artifact, path in found if path.exists()]
+
+
+def is_working(run: RunFolder, path: Path) -> bool:
+    """Whether a file is of processes at work rather than of the result: locks, and the state of an arm that trains."""
+    parts = path.relative_to(run.root).parts
+    return parts[0] in (LOCK, ".locks") or (parts[0] == "arms" and "state" in parts[2:3])
+
+
+def changed_inputs(run: RunFolder, config: ExperimentConfig) -> list[str]:
+    """A line a file that an arm or mask was made from and that is now another."""
+    lines = []
+    arms = {name: run.arm_record(name) for name in (source_arm(config), *config.arms)}
+    made: dict[Path, Callable[[], dict[str, Any]]] = {
+        record: partial(made_from, run, config, name, True) for name, record in arms.items()
+    }
+    made |= {
+        run.mask_record(name): partial(mask_inputs, run, config, name) for name in config.masks
+    }
+    for record, inputs in made.items():
+        if not record.exists():
+            continue
+        name = run.checksums.name(record)
+        try:
+            before = read_json(record)["inputs"]
+            lines += [f"{name}: {line.split(': ')[0]}" for line in differences(before, inputs())]
+        except (UserError, OSError) as error:
+            lines.append(f"{name}: {error}")
+    return lines

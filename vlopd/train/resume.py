@@ -1,0 +1,104 @@
+"""A training run's resumable state: one safetensors file, whole or not there, that goes on bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, uint8
+
+from vlopd.errors import RunError
+from vlopd.files import is_first_process, whole_file
+from vlopd.train.optimizers import Optimizers
+from vlopd.train.sparse import Trainable
+
+Averages = list[tuple[Trainable, float]]
+"""Fp32 values of teachers that are moving averages of the student, each with its decay a step."""
+
+
+def save_state(
+    folder: Path,
+    step: int,
+    trainable: Trainable,
+    optimizer: Optimizers,
+    averages: Averages,
+    identity: str,
+) -> None:
+    """One safetensors file: values, the optimizer's state, averages and the step, whole or not at all."""
+    tensors = {f"values/{n}": values for n, values in trainable.state().items()}
+    plain: dict[str, dict[str, Any]] = {}  # what is no tensor goes to the header, as JSON
+    for name, entries in optimizer.state().items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{key}/{name}"] = value
+            else:
+                plain.setdefault(name, {})[key] = value
+    for k, (average, _) in enumerate(averages):
+        tensors |= {f"average-{k}/{n}": values for n, values in average.state().items()}
+    tensors = {label: tensor.contiguous() for label, tensor in tensors.items()}
+    about = {"step": str(step), "identity": identity, "optimizer": json.dumps(plain)}
+    about["digest"] = digest(about, tensors)
+    with whole_file(folder / "state.safetensors") as temporary:
+        save_file(tensors, temporary, about)
+
+
+def digest(about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """A sha256 over all that a state says: its header's entries, and every tensor's name, shape and bits."""
+    total = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
+    for label in sorted(tensors):
+        tensor = tensors[label].detach().cpu()
+        total.update(f"{label} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.reshape(-1).view(uint8).numpy().data)
+    return total.hexdigest()
+
+
+def resume(
+    folder: Path,
+    trainable: Trainable,
+    optimizer: Optimizers,
+    averages: Averages,
+    identity: str,
+) -> int:
+    """Loads the state, if there is one, and returns the step to go on from.
+
+    A state that was made from other inputs is passed over, with a line that says so. Raises RunError for a damaged one.
+    """
+    path = folder / "state.safetensors"
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{path} is damaged ({error}); delete it to train this arm from its start"
+        ) from None
+    said = about.pop("digest", None)
+    if said != digest(about, tensors):
+        raise RunError(
+            f"{path} is damaged (its content is not what its digest says); delete it to train this arm from "
+            "its start"
+        )
+    if about.get("identity") != identity:
+        # a killed run whose data or models have changed since, under the same names
+        if is_first_process():
+            why = "was made from other inputs than are there now: training from the start"
+            print(f"vlopd: {path} {why}", file=sys.stderr)
+        return 0
+    trainable.load_state({name: tensors[f"values/{name}"] for name in trainable.slots})
+    state: dict[str, dict[str, Any]] = json.loads(about["optimizer"])
+    for label, tensor in tensors.items():
+        kind, name = label.split("/", 1)
+        if kind.startswith("optimizer."):
+            state.setdefault(name, {})[kind.removeprefix("optimizer.")] = tensor
+    optimizer.load_state(state)
+    for k, (average, _) in enumerate(averages):
+        average.load_state({name: tensors[f"average-{k}/{name}"] for name in average.slots})
+    return int(about["step"])

@@ -1,0 +1,96 @@
+"""Verifiable rewards: is a completion right? And what a group of completions of one prompt says of each.
+
+A rule is a pure function of the example and the completion's text, 1.0 for right and 0.0 for wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from vlopd.config.objective import RewardConfig
+from vlopd.data.answers import after_last_colon, names_one_of, words
+from vlopd.errors import DataError
+from vlopd.types import Example
+
+Rule = Callable[[Example, str], float]
+
+
+def exact_match(example: Example, text: str) -> float:
+    """The whole completion is the answer, but for white space around it."""
+    return float(text.strip() == answer_of(example).strip())
+
+
+def verdict_match(example: Example, text: str) -> float:
+    """What stands after the last colon is what stands there in the answer."""
+    return float(after_last_colon(text) == after_last_colon(answer_of(example)))
+
+
+def answer_named(example: Example, text: str) -> float:
+    """The answer stands in the completion as whole words; case, accents and punctuation are ignored."""
+    wanted = words(answer_of(example))
+    if not wanted:
+        raise DataError(
+            f"example {example.id!r}: its answer {example.answer!r} has no word or number to be named; "
+            'use reward.rule = "exact_match"'
+        )
+    return float(names_one_of(text, [wanted]))
+
+
+def capital_named(example: Example, text: str) -> float:
+    """The capital, under any of its names, stands in the completion (data.type = "capitals")."""
+    if "capital" not in example.fields:
+        raise DataError(
+            f"example {example.id!r} has no field 'capital'; this rule is for data.type = \"capitals\""
+        )
+    if example.fields["kind"] != "capital":
+        return answer_named(example, text)
+    names = (example.fields["capital"], *example.fields.get("aliases", ()))
+    return float(names_one_of(text, names))
+
+
+RULES: Mapping[str, Rule] = {
+    "exact_match": exact_match,
+    "verdict_match": verdict_match,
+    "answer_named": answer_named,
+    "capital_named": capital_named,
+}
+
+
+def answer_of(example: Example) -> str:
+    """Raises DataError where the example has none, or one without a character: an empty completion would be right."""
+    if example.answer is None:
+        raise DataError(
+            f"example {example.id!r} has no answer, which rewards and completions from the data need; "
+            "name its column: data.answer"
+        )
+    if not example.answer.strip():
+        raise DataError(
+            f"example {example.id!r} has an empty answer, {example.answer!r}, which rewards and completions from the "
+            "data cannot use; fill it in or remove the row"
+        )
+    return example.answer
+
+
+def reward(config: RewardConfig, examples: Sequence[Example], texts: Sequence[str]) -> Tensor:
+    """The reward of each completion, [B] float64."""
+    rule = RULES[config.rule]
+    scores = [rule(example, text) for example, text in zip(examples, texts, strict=True)]
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def group_advantages(rewards: Tensor, group: int, scale: str) -> Tensor:
+    """[B] rewards, `group` completions of a prompt one after the other -> [B] advantages.
+
+    (r - mean) / std over the group (GRPO, arXiv 2402.03300; std of the whole group, not Bessel's), or r - mean
+    (arXiv 2503.20783). 0 where a group scores all the same, which says nothing of its members.
+    """
+    groups = rewards.view(-1, group)
+    centred = groups - groups.mean(1, keepdim=True)
+    if scale == "std":
+        centred = centred / groups.std(1, keepdim=True, correction=0)
+    # rounding would leave a mean beside its equals, and a deviation that is not quite 0
+    mixed = (groups != groups[:, :1]).any(1, keepdim=True)
+    return torch.where(mixed, centred, 0.0).flatten()

@@ -1,0 +1,365 @@
+"""Which coordinates train, and their fp32 values.
+
+The model's own parameters hold the compute precision and never see an optimizer. `Trainable` keeps, for
+each parameter that trains, the fp32 values of its trained coordinates only (all of them, or those of a
+mask) and a gradient of the same size. The values start from the tensor that the checkpoint stores, not from
+its rounding to the compute precision. As soon as a parameter's dense gradient exists, its trained
+coordinates are gathered and the dense gradient is freed. The optimizer sees nothing else, so weight
+decay, momentum and clipping cannot reach a frozen coordinate, optimizer state shrinks with density, and
+a mask of all ones is dense training, bit for bit.
+
+A parameter that trains in part is kept in the storage that takes the fewest bytes, see `cheapest`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlopd.bits import different, pack, positions, widest
+from vlopd.errors import UserError
+from vlopd.weights.subspace import Projection
+
+Storage = Literal["whole", "listed", "packed", "dense"]
+
+
+CHUNK = 1 << 20
+"""Coordinates whose positions are spelled out at once: bounds what a gather needs beside its result."""
+
+
+class Listed:
+    """K coordinates of a flattened tensor by their indices: 4 bytes each (8 past 2^31 coordinates)."""
+
+    def __init__(self, marked: Tensor):
+        small = marked.numel() < 1 << 31
+        found = positions(pack(marked), marked.numel())
+        self.indices = found.to(torch.int32 if small else torch.int64)
+        self.count, self.nbytes = len(self.indices), self.indices.nbytes
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, self.count, CHUNK):
+            part = slice(start, min(start + CHUNK, self.count))
+            yield part, self.indices[part]
+
+
+class Packed:
+    """K of n coordinates of a flattened tensor as n bits."""
+
+    def __init__(self, marked: Tensor):
+        self.bits, self.n = pack(marked), marked.numel()
+        self.count, self.nbytes = int(marked.sum()), self.bits.nbytes
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        done = 0
+        for start in range(0, self.n, CHUNK):
+            stop = min(start + CHUNK, self.n)
+            found = positions(self.bits[start // 8 : (stop + 7) // 8], stop - start)
+            if len(found):
+                yield slice(done, done + len(found)), found + start
+            done += len(found)
+
+
+def gather(flat: Tensor, where: Listed | Packed) -> Tensor:
+    """[n] -> [K], the entries at the coordinates."""
+    found = flat.new_empty(where.count)
+    for part, chunk in where.chunks():
+        torch.index_select(flat, 0, chunk.to(flat.device), out=found[part])
+    return found
+
+
+def scatter(flat: Tensor, where: Listed | Packed, values: Tensor) -> None:
+    """Writes [K] values into [n] entries at the coordinates, in place."""
+    for part, chunk in where.chunks():
+        flat.scatter_(0, chunk.to(flat.device, torch.int64), values[part].to(flat))
+
+
+def cheapest(n: int, count: int, shared: bool) -> Storage:
+    """The storage of `count` trained coordinates of n with the fewest bytes, an AdamW's two moments included.
+
+    listed  4 a trained coordinate for its index, 16 for value, gradient and moments
+    packed  a bit a coordinate, 16 a trained one
+    whole   all coordinates train: no masking at all
+    dense   12 a coordinate for gradient and moments, and the frozen values and where they are; only where
+            the fp32 values are the parameter itself (`shared`)
+    """
+    if count == n:
+        return "whole"
+    index = 4 if n < 1 << 31 else 8
+    frozen = n - count
+    cost: dict[Storage, float] = {"listed": (16 + index) * count, "packed": n / 8 + 16 * count}
+    if shared:
+        cost["dense"] = 12 * n + 4 * frozen + min(index * frozen, n / 8)
+    return min(cost, key=lambda storage: cost[storage])
+
+
+def locate(marked: Tensor) -> Listed | Packed:
+    """Where the marked coordinates are, in fewer bytes."""
+    n, count = marked.numel(), int(marked.sum())
+    return Listed(marked) if cheapest(n, count, False) == "listed" else Packed(marked)
+
+
+class Slot:
+    """One parameter, all of which trains: fp32 `values` of its shape, the parameter itself where that is fp32.
+
+    `stored` is the parameter before it was rounded; None where the parameter holds it exactly.
+    """
+
+    def __init__(self, parameter: nn.Parameter, stored: Tensor | None = None):
+        self.parameter = parameter
+        # without `stored`, shares memory with an fp32 parameter
+        held = parameter.data if stored is None else stored.to(parameter.device, copy=True)
+        self.values = nn.Parameter(widened(held))
+        self.count = parameter.numel()
+
+    @property
+    def whole(self) -> bool:
+        return self.count == self.parameter.numel()
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """What of a gradient is the values'; may be `dense` itself, and may change it."""
+        return dense
+
+    def write_back(self) -> None:
+        """Rounds the values into the model's parameter."""
+        if self.values.data_ptr() != self.parameter.data_ptr():
+            self.parameter.data.copy_(self.values.data)
+
+    def put_into(self, tensor: Tensor) -> None:
+        """Writes the values into a tensor of the parameter's shape, and no other coordinate."""
+        tensor.copy_(self.values.data)
+
+    def trained(self, tensor: Tensor) -> Tensor:
+        """Of a tensor of the values' shape (a gradient, a moment), what belongs to trained coordinates."""
+        return tensor
+
+
+class CompactSlot(Slot):
+    """One parameter that trains in part: fp32 `values` [K] of its trained coordinates."""
+
+    def __init__(
+        self, parameter: nn.Parameter, where: Listed | Packed, stored: Tensor | None = None
+    ):
+        self.parameter, self.where = parameter, where
+        held = gather((parameter.data if stored is None else stored).view(-1), where)
+        self.values = nn.Parameter(widened(held.to(parameter.device)))
+        self.count = where.count
+
+    def gather(self, dense: Tensor) -> Tensor:
+        return gather(dense.reshape(-1), self.where)
+
+    def write_back(self) -> None:
+        scatter(self.parameter.data.view(-1), self.where, self.values.data)
+
+    def put_into(self, tensor: Tensor) -> None:
+        scatter(tensor.view(-1), self.where, self.values.data)
+
+
+class DenseSlot(Slot):
+    """One fp32 parameter that trains in most of its coordinates: `values` is the parameter itself.
+
+    The gradient of frozen coordinates is 0, and what an optimizer does to them (weight decay) is undone
+    after every step.
+    """
+
+    def __init__(self, parameter: nn.Parameter, marked: Tensor):
+        super().__init__(parameter)
+        self.off = locate(~marked)
+        self.frozen = gather(parameter.data.view(-1), self.off)
+        self.count = parameter.numel() - self.off.count
+
+    def gather(self, dense: Tensor) -> Tensor:
+        dense = dense.contiguous()
+        scatter(dense.view(-1), self.off, torch.zeros_like(self.frozen))
+        return dense
+
+    def write_back(self) -> None:
+        scatter(self.values.data.view(-1), self.off, self.frozen)
+        super().write_back()
+
+    def put_into(self, tensor: Tensor) -> None:
+        kept = gather(tensor.view(-1), self.off)
+        tensor.copy_(self.values.data)
+        scatter(tensor.view(-1), self.off, kept)
+
+    def trained(self, tensor: Tensor) -> Tensor:
+        on = torch.ones(tensor.numel(), dtype=torch.bool, device=tensor.device)
+        scatter(on, self.off, torch.zeros_like(self.frozen))
+        return tensor.reshape(-1)[on]
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In fp32, or in fp64 where it is stored so; the tensor itself where it already is."""
+    return tensor.to(widest(tensor.dtype, torch.float32))
+
+
+def make_slot(
+    parameter: nn.Parameter, marked: Tensor | None, choose: Choice, stored: Tensor | None = None
+) -> Slot:
+    n = parameter.numel()
+    count = n if marked is None else int(marked.sum())
+    storage = choose(n, count, parameter.dtype == torch.float32 and stored is None)
+    if marked is None or storage == "whole":
+        return Slot(parameter, stored)
+    marked = marked.to(parameter.device)
+    if storage == "dense":
+        return DenseSlot(parameter, marked)
+    where = Listed(marked) if storage == "listed" else Packed(marked)
+    return CompactSlot(parameter, where, stored)
+
+
+def check_rounding(name: str, parameter: Tensor, stored: Tensor) -> None:
+    """Raises UserError where a parameter is not its stored tensor, rounded once to the parameter's dtype."""
+    apart = different(stored.to(parameter.dtype), parameter.detach().cpu())
+    if bool(apart.any()):
+        raise UserError(
+            f"{name}: {int(apart.sum())} of {parameter.numel()} values are not those of the checkpoint that the "
+            "model was loaded from; save the changed model and load that"
+        )
+
+
+Choice = Callable[[int, int, bool], Storage]
+"""(coordinates, of which train, whether fp32 values can share the parameter's memory) -> storage."""
+
+
+class Trainable:
+    """The trained coordinates of a model.
+
+    `mask` maps parameter names to bool tensors of the parameter's shape; a parameter that it does not
+    name, or of which it marks nothing, is frozen whole (and autograd skips it). Without a mask all train,
+    but for parameters that do not require a gradient beforehand. `projections` maps names of matrices to
+    what their gradients are projected on before anything else; the optimizer's steps, which scale each
+    coordinate by itself, may leave the subspace.
+
+    `stored` gives, by name, the parameters that were rounded when the model was loaded as the checkpoint stores
+    them (`vlopd.weights.stored.unrounded`): their values start from there. All others start from the model.
+
+    Raises ValueError for a mask that names no parameter of the model or has another shape, and UserError for a
+    parameter that is not its stored tensor, rounded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mask: Mapping[str, Tensor] | None = None,
+        projections: Mapping[str, Projection] | None = None,
+        choose: Choice = cheapest,
+        stored: Mapping[str, Tensor] | None = None,
+    ):
+        # tied parameters come once, under their first name
+        self.model_parameters = dict(model.named_parameters())
+        for named in (mask, projections):
+            refuse_foreign(named or {}, self.model_parameters)
+        self.slots: dict[str, Slot] = {}
+        for name, parameter in self.model_parameters.items():
+            marked = None if mask is None else mask.get(name, torch.zeros(0, dtype=torch.bool))
+            trains = parameter.requires_grad and (marked is None or bool(marked.any()))
+            parameter.requires_grad_(trains)
+            parameter.grad = None
+            if trains:
+                own = (stored or {}).get(name)
+                if own is not None:
+                    check_rounding(name, parameter, own)
+                self.slots[name] = slot = make_slot(parameter, marked, choose, own)
+                projection = (projections or {}).get(name)
+                if projection is not None:
+                    projection = projection.to(parameter.device)
+                parameter.register_post_accumulate_grad_hook(collector(slot, projection))
+        self.names = tuple(self.model_parameters)  # of the model, whether they train or not
+        self.total = sum(p.numel() for p in self.model_parameters.values())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What the optimizer gets."""
+        return (slot.values for slot in self.slots.values())
+
+    @property
+    def count(self) -> int:
+        """Trained coordinates, K."""
+        return sum(slot.count for slot in self.slots.values())
+
+    def write_back(self) -> None:
+        """After an optimizer step: rounds all values into the model."""
+        for slot in self.slots.values():
+            slot.write_back()
+
+    def zero_grad(self) -> None:
+        for slot in self.slots.values():
+            slot.values.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """The fp32 values by parameter name, for a resumable state."""
+        return {name: slot.values.data for name, slot in self.slots.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back what `state` gave, and writes it to the model."""
+        for name, slot in self.slots.items():
+            slot.values.data.copy_(state[name])
+        self.write_back()
+
+    def move_towards(self, other: Trainable, share: float) -> None:
+        """values += share * (other's - values), and writes them to the model: a moving average of `other`."""
+        for name, slot in self.slots.items():
+            slot.values.data.lerp_(other.slots[name].values.data, share)
+        self.write_back()
+
+    def merged(self, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The source's tensors with the trained values put in, each rounded once to its tensor's stored precision.
+
+        Frozen coordinates are the source's own bits, whatever the compute precision was, and so are trained ones
+        whose rounded value equals the source's (0 and -0 do).
+        """
+        merged = dict(source)
+        for name, slot in self.slots.items():
+            rounded = source[name].clone()
+            slot.put_into(rounded)
+            merged[name] = torch.where(rounded == source[name], source[name], rounded)
+        return merged
+
+    def moved_off_mask(self, source: Mapping[str, Tensor]) -> int:
+        """How many coordinates that do not train differ, in the model, from the source by any bit.
+
+        `source`: what the model was loaded from, before it was rounded to the compute precision.
+        """
+        moved = 0
+        for name, parameter in self.model_parameters.items():
+            before = source[name].to(parameter.dtype)
+            after = parameter.detach().cpu().clone()
+            if name in self.slots:  # what trains may differ: take it from the same place in both
+                before = before.clone()
+                for tensor in (before, after):
+                    self.slots[name].put_into(tensor)
+            moved += int(different(before, after).sum())
+        return moved
+
+
+def refuse_foreign(
+    named: Mapping[str, Tensor] | Mapping[str, Projection], parameters: Mapping[str, nn.Parameter]
+) -> None:
+    for name, of in named.items():
+        if name not in parameters:
+            raise ValueError(
+                f"the mask names {name!r}, which the model lacks: it is of another model"
+            )
+        if isinstance(of, Tensor) and of.shape != parameters[name].shape:
+            raise ValueError(
+                f"the mask's {name!r} has shape {tuple(of.shape)}, the model's "
+                f"{tuple(parameters[name].shape)}: it is of another model"
+            )
+
+
+def collector(slot: Slot, projection: Projection | None = None):
+    """The hook that moves a dense gradient's trained coordinates to the values, and frees the rest."""
+
+    def collect(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        dense, parameter.grad = parameter.grad, None
+        gradient = slot.gather(dense if projection is None else projection(dense))
+        gradient = gradient.to(slot.values.dtype)
+        if slot.values.grad is None:
+            slot.values.grad = gradient
+        else:
+            slot.values.grad += gradient
+
+    return collect

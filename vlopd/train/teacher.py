@@ -1,0 +1,88 @@
+"""A teacher: one model, what it is shown, and how its vocabulary lines up with the student's; or several.
+
+Both kinds answer the same two questions, so that the pair does not care which it has: the hidden states
+that predict each completion token, and the logits of such states over the shared vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlopd.config.models import ContextConfig
+from vlopd.models.loaded import LoadedModel
+from vlopd.models.vocabulary import SharedVocabulary
+from vlopd.train.losses import logprobs_at
+from vlopd.train.teacher_context import teacher_view
+from vlopd.types import Completions, Example, Prompts
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One model in its context. `index` is its place in the shared vocabulary; `ema` as configured."""
+
+    loaded: LoadedModel
+    vocabulary: SharedVocabulary
+    index: int = 0
+    context: ContextConfig | None = None
+    ema: float | None = None
+
+    @property
+    def members(self) -> tuple[Teacher, ...]:
+        return (self,)
+
+    def view(self, example: Example) -> Example:
+        """The example with this teacher's context."""
+        return teacher_view(self.context, example)
+
+    def render(self, examples: Sequence[Example]) -> Prompts:
+        """The examples as this teacher reads them: context added, then its own template and resolution."""
+        return self.loaded.render([self.view(example) for example in examples])
+
+    def translate(self, completions: Completions) -> Completions:
+        """The student's completions in this teacher's ids."""
+        return self.vocabulary.translate(completions, self.index, self.loaded.pad_id)
+
+    @torch.no_grad()
+    def hidden(self, examples: Sequence[Example], completions: Completions) -> Tensor:
+        """[N, H'] hidden states that predict each token of the student's completions."""
+        prompts = self.render(examples)
+        self.loaded.refuse_too_long(examples, prompts, completions.ids.shape[1])
+        return self.loaded.completion_hidden(prompts, self.translate(completions))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, H'] -> [N, V] over the shared vocabulary, in the student's order."""
+        return self.loaded.logits(hidden, self.vocabulary.teachers[self.index])
+
+    def logprobs(self, examples: Sequence[Example], completions: Completions) -> Tensor:
+        """This teacher's log-probability of every token of the student's completions, [N] nats."""
+        logits = self.logits(self.hidden(examples, completions))
+        return logprobs_at(logits, self.vocabulary.targets(completions))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several teachers as one: log p = sum_k w_k log p_k + const, weights summing to 1."""
+
+    members: tuple[Teacher, ...]
+    weights: tuple[float, ...]
+
+    def hidden(self, examples: Sequence[Example], completions: Completions) -> Tensor:
+        """The members' hidden states side by side, [N, H'_1 + H'_2 + ...]."""
+        return torch.cat([member.hidden(examples, completions) for member in self.members], -1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, sum H'] -> [N, V]: the weighted sum of log-probs, fp32 (softmax normalises it)."""
+        sizes = [member.loaded.hidden_size for member in self.members]
+        mixed = torch.zeros((), device=hidden.device)
+        for member, weight, own in zip(
+            self.members, self.weights, hidden.split(sizes, -1), strict=True
+        ):
+            mixed = mixed + weight * torch.log_softmax(member.logits(own).float(), -1)
+        return mixed
+
+
+Grader = Teacher | Mixture

@@ -1,0 +1,194 @@
+"""LoRA adapters in PEFT's format, as the full updates that they stand for; read without PEFT.
+
+Only what is understood is merged; anything else (DoRA, biases of their own, other methods) is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlopd.errors import RunError
+from vlopd.files import read_settings
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+FACTOR = re.compile(
+    r"^(?P<module>.+)\.(lora_(?P<side>[AB])\.weight|lora_embedding_(?P<embedded>[AB]))$"
+)
+REFUSED = {
+    "use_dora": "DoRA scales whole columns",
+    "lora_bias": "the factors have biases",
+    "layer_replication": "layers are replicated",
+    "target_parameters": "parameters are targeted without their modules",
+    "trainable_token_indices": "rows of the embedding are stored apart",
+    "alora_invocation_tokens": "it is active on some tokens only",
+    "arrow_config": "it routes between adapters",
+    "use_qalora": "its inputs are pooled",
+    "monteclora_config": "its weights are drawn at random",
+    "use_bdlora": "its factors are blocks",
+    "kasa_config": "it cuts singular values off the base",
+}
+"""Keys of adapter_config.json that, set, mean something that is no W + s B A."""
+UNDERSTOOD = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode", "runtime_config"),
+    *("base_model_name_or_path", "revision", "r", "lora_alpha", "rank_pattern", "alpha_pattern"),
+    *("use_rslora", "fan_in_fan_out", "bias", "modules_to_save", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("lora_dropout", "ensure_weight_tying", "megatron_core", "qalora_group_size"),
+    *("eva_config", "corda_config", "lora_ga_config", "loftq_config", "velora_config"),
+}
+"""Keys that are taken into account, or that say how it was trained and not what the result is. Any other is refused
+where it is set: a later PEFT may mean more by it than W + s B A."""
+KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica", None)
+"""Values of init_lora_weights under which the base stays as it was (null: PEFT's default, true)."""
+CHANGE_BASE = {
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "corda": "CorDA",
+    "lora_ga": "LoRA-GA",
+    "loftq": "LoftQ",
+}
+"""Beginnings of those under which W becomes W - s B A, or its quantised values, before training: added to the model
+that was given as the base, such factors are not what training changed. PEFT's conversion doubles the rank and
+writes true."""
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One parameter's update s B A, by the names of its factors in the adapter's file."""
+
+    parameter: str  # as the adapter names it, without PEFT's prefix
+    a: str
+    b: str
+    scale: float
+    transposed: bool  # the parameter is stored as [in, out]
+
+    def update(self, a: Tensor, b: Tensor) -> Tensor:
+        """The update in fp32, in the shape of the parameter (a convolution's kernel has the last two sides).
+
+        a: [r, in, ...], b: [out, r, ...]; the second kernel of a convolution is 1 x 1.
+        """
+        product = b.float().flatten(1) @ a.float().flatten(1)
+        if a.ndim > 2:
+            return (self.scale * product).view(len(b), *a.shape[1:])
+        return self.scale * (product.T if self.transposed else product)
+
+    def shape(self, a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
+        if len(a) > 2:
+            return (b[0], *a[1:])
+        return (a[1], b[0]) if self.transposed else (b[0], a[1])
+
+
+def read_adapter(
+    folder: Path, shapes: Mapping[str, Sequence[int]]
+) -> tuple[list[LowRank], dict[str, str]]:
+    """(the low-rank updates, {parameter: tensor} of those that are stored whole) of an adapter folder.
+
+    shapes: those of every tensor in its file. Raises RunError for an adapter that is no plain LoRA, naming
+    the setting or tensor.
+    """
+    config = read_settings(folder / CONFIG)
+    if not isinstance(config, dict):
+        raise RunError(f"{folder / CONFIG} holds no settings; save the adapter again")
+    check(folder, config)
+    sides: dict[str, dict[str, str]] = {}
+    embedded, whole = set(), {}
+    for name in shapes:
+        plain = name.removeprefix(PREFIX)
+        found = FACTOR.match(plain)
+        if found is None and ".lora_" in plain:
+            raise RunError(
+                f"{folder / WEIGHTS}: {name} is no LoRA factor that can be merged; merge it with PEFT"
+            )
+        if found is None:
+            whole[plain.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = name
+            continue
+        side = found["side"] or found["embedded"]
+        sides.setdefault(found["module"], {})[side] = name
+        if found["embedded"]:
+            embedded.add(found["module"])
+    updates = []
+    for module, names in sorted(sides.items()):
+        if set(names) != {"A", "B"}:
+            raise RunError(f"{folder / WEIGHTS}: {module} has only one of its two LoRA factors")
+        rank = shapes[names["A"]][0]
+        expected = by_pattern(config.get("rank_pattern"), module, config["r"])
+        if rank != expected:
+            raise RunError(
+                f"{folder}: {module} has rank {rank}, but {CONFIG} says {expected}; save the adapter again"
+            )
+        alpha = by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        transposed = module in embedded or bool(config.get("fan_in_fan_out"))
+        updates.append(LowRank(f"{module}.weight", names["A"], names["B"], scale, transposed))
+    if not updates and not whole:
+        raise RunError(f"{folder / WEIGHTS} holds no tensor")
+    return updates, whole
+
+
+def check(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises RunError for a configuration that is not plain LoRA."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise RunError(
+            f"{folder / CONFIG}: peft_type is {kind!r}; only LORA is merged, merge it with PEFT"
+        )
+    for key, meaning in REFUSED.items():
+        if config.get(key):
+            raise RunError(f"{folder / CONFIG}: {key} is set ({meaning}); merge it with PEFT first")
+    for key in sorted(config.keys() - UNDERSTOOD):
+        if config[key]:
+            raise RunError(
+                f"{folder / CONFIG}: {key} is set, which is not known here; merge it with PEFT first"
+            )
+    check_initialisation(folder, config.get("init_lora_weights"))
+    for key in ("r", "lora_alpha"):
+        value = config.get(key)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            has = f"{key} = {value}" if isinstance(value, float) else f"no {key}"
+            raise RunError(f"{folder / CONFIG} has {has}; save the adapter again")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in config.get(key) or {}:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise RunError(f"{folder / CONFIG}: {key} has {pattern!r}: {error}") from None
+
+
+def check_initialisation(folder: Path, method: object) -> None:
+    """Raises RunError for an adapter whose method changes the base before it trains, unless it was converted."""
+    name = method.lower() if isinstance(method, str) else method
+    if name in KEEP_BASE:
+        return
+    known = next((m for start, m in CHANGE_BASE.items() if str(name).startswith(start)), None)
+    why = f"{known} changes the base before training" if known else "which is not known here"
+    remedy = "merge it with PEFT into the base that it was trained on"
+    if known != "LoftQ":
+        remedy = f"save it with path_initial_model_for_weight_conversion, or {remedy}"
+    raise RunError(f"{folder / CONFIG}: init_lora_weights is {method!r} ({why}); {remedy}")
+
+
+def by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+    """The value whose key, a regular expression, matches the end of the module's name; as PEFT chooses."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def merged(weight: Tensor, update: Tensor) -> Tensor:
+    """weight + update, added in fp32 or wider and rounded once to the precision that the weight is stored in."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(wide) + update.to(wide)).to(weight.dtype)

@@ -1,0 +1,170 @@
+"""What training changed: (source, trained) tensor pairs streamed from two checkpoint folders.
+
+Only safetensors are read, one pair of tensors at a time, and only the tensors that a checkpoint's
+index names. A delta is the difference of the values as stored, taken in fp32 or wider: a difference
+taken in bf16 rounds a second time and hides updates. A LoRA adapter stands for its source with the adapter
+merged, tensor by tensor, in the source's stored precision.
+
+Parameters are paired where that is sure: by name; by name without wrappers; under another prefix; and through
+transformers' own conversions between layouts (vlopd.models.layouts). What has no partner is counted, and above a
+share of either checkpoint refused. Buffers are no parameters: causal masks, position tables and integers that only
+some versions store are counted and named, but never compared, and no share of anything.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vlopd.errors import RunError
+from vlopd.types import TensorName
+from vlopd.weights import adapters
+
+if TYPE_CHECKING:  # transformers' models load with it, and only layouts that differ need them
+    from vlopd.models.layouts import Pieces
+from vlopd.weights.adapted import Adapted, refuse_both
+from vlopd.weights.matching import LEFT_OUT, MatchReport, match
+from vlopd.weights.reader import Weights
+
+
+@dataclass(frozen=True)
+class TensorDelta:
+    """One parameter before and after training.
+
+    >>> pair.name, pair.where.module, pair.source.dtype, pair.delta.dtype
+    ("model.layers.3.mlp.up_proj.weight", "up", torch.bfloat16, torch.float32)
+    """
+
+    where: TensorName
+    source: Tensor  # as stored
+    trained: Tensor  # as stored, the same shape
+
+    @property
+    def name(self) -> str:
+        return self.where.name
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """trained - source in fp32, or wider where stored so; zero only where the two are equal."""
+        return difference(self.source, self.trained)
+
+
+def difference(source: Tensor, trained: Tensor) -> Tensor:
+    """trained - source in fp32, or float64 where either is stored so; a new tensor."""
+    wide = torch.float64 if torch.float64 in (source.dtype, trained.dtype) else torch.float32
+    return trained.to(wide, copy=True).sub_(source)
+
+
+@contextmanager
+def opened(source: Path, trained: Path) -> Iterator[tuple[Weights, Weights]]:
+    """Both checkpoints, the second with its adapter merged where it is one."""
+    if adapters.is_adapter(source):
+        refuse_both(source)
+        raise RunError(
+            f"{source} is an adapter; the source is the model that adapters are added to"
+        )
+    with Weights(source) as before:
+        after = Adapted(trained, before) if adapters.is_adapter(trained) else Weights(trained)
+        with after:
+            yield before, after
+
+
+def match_report(source: Path, trained: Path, limit: float = LEFT_OUT) -> MatchReport:
+    """`match` of two folders; reads headers only, and tensors only of heads that may be tied."""
+    with opened(source, trained) as (before, after):
+        return match(before, after, limit)
+
+
+def assembled(weights: Weights, pieces: Pieces, shape: torch.Size) -> Tensor:
+    """A tensor of `shape` from pieces of others, bit for bit; in the format that holds all of them."""
+    parts = []
+    for piece in pieces:
+        part = weights.read(piece.name, piece.of)
+        part = part.transpose(-1, -2) if piece.transposed else part
+        parts.append(part.reshape([stop - start for start, stop in piece.into]))
+    if len(parts) == 1:
+        return parts[0].contiguous()
+    dtype = functools.reduce(torch.promote_types, {part.dtype for part in parts})
+    whole = torch.empty(shape, dtype=dtype)
+    for piece, part in zip(pieces, parts, strict=True):
+        whole[tuple(slice(*axis) for axis in piece.into)] = part
+    return whole
+
+
+class Deltas:
+    """The TensorDeltas of two checkpoint folders, in the order of names; see `stream`."""
+
+    def __init__(
+        self,
+        source: Path,
+        trained: Path,
+        classify: Callable[[str], TensorName],
+        limit: float = LEFT_OUT,
+    ):
+        self.source, self.trained, self._classify = source, trained, classify
+        self.report = match_report(source, trained, limit)
+
+    def __len__(self) -> int:
+        return len(self.report.matched)
+
+    def __iter__(self) -> Iterator[TensorDelta]:
+        with self.reader() as read:
+            for name in self.report.matched:
+                yield read(name)
+
+    @contextmanager
+    def reader(self) -> Iterator[Callable[[str], TensorDelta]]:
+        """A function that reads one pair by its matched name; several threads may call it at once."""
+        with opened(self.source, self.trained) as (before, after):
+
+            def read(name: str) -> TensorDelta:
+                if (pieces := self.report.converted.get(name)) is not None:
+                    old = before.read(name)
+                    return TensorDelta(
+                        self._classify(name), old, assembled(after, pieces, old.shape)
+                    )
+                ours, theirs = self.report.names(name)
+                return TensorDelta(self._classify(name), before.read(ours), after.read(theirs))
+
+            yield read
+
+    def sizes(self) -> dict[str, int]:
+        """Entries of each matched parameter."""
+        with Weights(self.source) as before:
+            return {n: before.shape(self.report.names(n)[0]).numel() for n in self.report.matched}
+
+
+def stream(
+    source: Path, trained: Path, classify: Callable[[str], TensorName], limit: float = LEFT_OUT
+) -> Deltas:
+    """What changed between two checkpoint folders, tensor by tensor; may be iterated many times.
+
+    Holds one pair of tensors at a time, both in the source's naming and layout. Its `report` says what matched and
+    what is left out, which is at most `limit` of either's entries. `trained` may be a LoRA adapter (a PEFT folder)
+    of `source`. Raises RunError where a checkpoint cannot be read or is of another model, and, while iterating, for a
+    tensor with values that are not finite.
+    """
+    return Deltas(source, trained, classify, limit)
+
+
+def stream_whole(source: Path, trained: Path, classify: Callable[[str], TensorName]) -> Deltas:
+    """`stream` for what is built from an update: raises RunError where a parameter of the source has no partner.
+
+    What is not compared would silently count as unmoved there.
+    """
+    deltas = stream(source, trained, classify)
+    for its in deltas.report.left_out:
+        if its.parameter:
+            raise RunError(
+                f"{trained}: {its.name} {its.shape} is {its.reason}, so how it moved is not known; save the "
+                "whole model"
+            )
+    return deltas

@@ -1,0 +1,359 @@
+"""The parameters that two checkpoints share, what has no partner, and when that is too much."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vlopd.bits import holds
+from vlopd.errors import RunError
+from vlopd.models import integrity
+
+if TYPE_CHECKING:  # transformers' models load with it, and only layouts that differ need them
+    from transformers import PretrainedConfig
+
+    from vlopd.models.layouts import Pieces
+from vlopd.weights.pairing import Changes, Shapes, paired, renamed_by, unwrapped
+from vlopd.weights.reader import FLOATS, Weights
+
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+
+
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
+"""A head that is tied to the embedding is stored once or twice, as the writer pleased."""
+
+
+ADAPTER = re.compile(
+    r"(^|\.)((lora|ia3|hada|lokr|vera|oft|boft|hra|adalora|vblora|fourierft|bone|miss|shira|c3a|road|randlora)_\w+"
+    r"|modules_to_save|token_adapter|trainable_tokens_delta|prompt_encoder)(\.|$)"
+)
+"""Names of PEFT's own parameters within a wrapped model."""
+
+
+SAME_MODEL = 0.5
+"""Checkpoints that share less than this part of either's entries are not of one architecture."""
+
+
+LEFT_OUT = 0.01
+"""The largest part of either checkpoint's parameters that may be left out; above it is a refusal. An embedding, a
+head, a vision tower or the experts are more than that; a value head is less, and counted. Constants (causal masks,
+rotary tables) and integers (position ids) are named, whatever their size, and are part of neither share."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A tensor that is not compared.
+
+    Its shares are of each checkpoint's parameters, 0 where it has no such tensor or the tensor is no parameter.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+    source_share: float
+    trained_share: float
+    parameter: bool  # a floating-point parameter of the source
+
+
+@dataclass(frozen=True)
+class MatchReport:
+    """How the parameters of two checkpoints pair up."""
+
+    matched: tuple[str, ...]  # by the source's names, or a head's own
+    missing: tuple[str, ...]  # in the source only
+    extra: tuple[str, ...]  # in the trained checkpoint only
+    skipped: tuple[str, ...]  # in both, but a constant, or in a format that is not compared
+    aliased: Mapping[
+        str, tuple[str, str]
+    ]  # matched: (name in the source, in the trained checkpoint)
+    converted: Mapping[str, Pieces]  # matched: what the trained checkpoint's layout has of it
+    tied: tuple[str, ...]  # a second copy of the embedding on one side, not counted twice
+    adapted: tuple[str, ...]  # changed by a LoRA adapter; all others are then the source's own
+    left_out: tuple[LeftOut, ...]  # missing, extra and skipped, the largest first
+    narrowed: tuple[str, ...]
+    """Matched, but the trained dtype cannot hold the source's values: the delta has that rounding too."""
+
+    def names(self, matched: str) -> tuple[str, str]:
+        """(name in the source, name in the trained checkpoint)."""
+        return self.aliased.get(matched, (matched, matched))
+
+    @property
+    def source_share(self) -> float:
+        """The part of the source's parameters that is not compared."""
+        return math.fsum(its.source_share for its in self.left_out)
+
+    @property
+    def trained_share(self) -> float:
+        return math.fsum(its.trained_share for its in self.left_out)
+
+    def said(self, most: int = 3) -> str:
+        """What is left out, in one line that names the largest; empty where everything is compared."""
+        if not self.left_out:
+            return ""
+        count = len(self.left_out)
+        names = [f"{its.name} {its.shape} ({its.reason})" for its in self.left_out[:most]]
+        names += [f"{count - most} more"] if count > most else []
+        return (
+            f"{count} tensor{'s' if count != 1 else ''} not compared, {self.source_share:.2%} of the source's "
+            f"parameters and {self.trained_share:.2%} of the trained checkpoint's: {', '.join(names)}"
+        )
+
+
+def match(source: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchReport:
+    """Pairs parameters where that is sure, in the order of names; the module says how.
+
+    Raises RunError for a parameter whose shapes differ, for adapters that are not merged, and where more than `limit`
+    of either checkpoint's entries would not be compared.
+    """
+    sides = (source, trained)
+    shapes = [{name: tuple(side.shape(name)) for name in side.names()} for side in sides]
+    buffers = {n for n in shapes[0] | shapes[1] if is_buffer(n, sides)}
+    ours, theirs = ({n: shape for n, shape in own.items() if n not in buffers} for own in shapes)
+    names, changes = paired(ours, theirs)
+    unlike = {name: other for name, other in names.items() if ours[name] != theirs[other]}
+    names = {name: other for name, other in names.items() if name not in unlike}
+    missing, extra = ours.keys() - names.keys(), theirs.keys() - set(names.values())
+    converted: dict[str, Pieces] = {}
+    if missing and extra:
+        here, there = {n: ours[n] for n in missing}, {n: theirs[n] for n in extra}
+        converted = in_another_layout(source, here, trained, there, changes)
+    for name, other in sorted(unlike.items()):
+        if name not in converted:
+            refuse_shapes(name, ours[name], source, theirs[other], trained)
+    missing -= converted.keys()
+    extra -= {piece.name for pieces in converted.values() for piece in pieces}
+    refuse_unmerged(source, missing)
+    refuse_unmerged(trained, extra)
+    for name, (first, *more) in list(converted.items()):
+        if not more and not first.transposed and ours[name] == theirs[first.name]:
+            names[name] = converted.pop(name)[0].name  # only a name of its own
+    refuse_square(source, trained, ours, names, converted)
+    pairs = {name: (name, other) for name, other in names.items()}
+    tied, heads = tied_heads(source, trained, missing, extra, pairs)
+    pairs |= heads
+    missing -= {*tied, *heads}
+    extra -= {*tied, *heads}
+
+    stored: dict[str, tuple[str, ...]] = {
+        name: (source.stored(own), trained.stored(other)) for name, (own, other) in pairs.items()
+    }
+    for name, pieces in converted.items():
+        formats = dict.fromkeys(trained.stored(piece.name) for piece in pieces)
+        stored[name] = (source.stored(name), *formats)
+    skipped = {name: its for name, its in stored.items() if not set(its) <= FLOATS.keys()}
+    totals = [
+        max(1, sum(math.prod(shape) for name, shape in own.items() if name not in tied))
+        for own in (ours, theirs)
+    ]
+
+    def left(name: str, side: int | None, reason: str) -> LeftOut:
+        """side: 0 in the source only, 1 in the trained checkpoint only, None in both."""
+        own = pairs.get(name, (name, name))[0]
+        shape = theirs[name] if side == 1 else ours[own]
+        here, there = (
+            0.0 if side == 1 - i else math.prod(shape) / total for i, total in enumerate(totals)
+        )
+        return LeftOut(
+            name, shape, reason, here, there, side != 1 and source.is_floating_point(own)
+        )
+
+    def aside(name: str) -> LeftOut:
+        held = [side for side in sides if name in side.names()]
+        formats = " and ".join(dict.fromkeys(side.stored(name) for side in held))
+        constant = integrity.is_constant(name, held[0].shape(name))
+        kind = "a constant" if constant else f"stored as {formats}"
+        only = "the source" if held[0] is source else "the trained checkpoint"
+        where = f", in {only} only" if len(held) == 1 else ""
+        return LeftOut(name, tuple(held[0].shape(name)), f"{kind}{where}", 0.0, 0.0, False)
+
+    left_out = [
+        *map(aside, buffers),
+        *(left(name, 0, "in the source only") for name in missing),
+        *(left(name, 1, "in the trained checkpoint only") for name in extra),
+        *(left(n, None, f"stored as {' and '.join(dict.fromkeys(f))}") for n, f in skipped.items()),
+    ]
+    left_out.sort(key=lambda its: (-max(its.source_share, its.trained_share), its.name))
+    matched = tuple(sorted(stored.keys() - skipped.keys()))
+    report = MatchReport(
+        matched=matched,
+        missing=tuple(sorted({*missing, *(buffers - shapes[1].keys())})),
+        extra=tuple(sorted({*extra, *(buffers - shapes[0].keys())})),
+        skipped=tuple(sorted({*skipped, *(buffers & shapes[0].keys() & shapes[1].keys())})),
+        aliased={n: pairs[n] for n in matched if n in pairs and pairs[n] != (n, n)},
+        converted={n: converted[n] for n in matched if n in converted},
+        tied=tuple(sorted(tied)),
+        adapted=trained.adapted,
+        left_out=tuple(left_out),
+        narrowed=tuple(n for n in matched if loses(*stored[n])),
+    )
+    refuse_left_out(source, trained, report, limit)
+    return report
+
+
+def is_buffer(name: str, sides: Iterable[Weights]) -> bool:
+    """Whether a tensor is a parameter of none of the checkpoints that hold it."""
+    return not any(side.is_parameter(name) for side in sides if name in side.names())
+
+
+def loses(own: str, *others: str) -> bool:
+    """Whether some of the other formats cannot hold all values of a tensor's own."""
+    return not all(holds(FLOATS[other], FLOATS[own]) for other in others)
+
+
+def tied_heads(
+    source: Weights,
+    trained: Weights,
+    missing: set[str],
+    extra: set[str],
+    pairs: Mapping[str, tuple[str, str]],
+) -> tuple[set[str], dict[str, tuple[str, str]]]:
+    """(heads that are a copy of their embedding, {head: names} of those that are not and need a partner).
+
+    Where a head that only one side stores equals its own embedding, it is the same parameter and not counted twice.
+    Where it was trained apart, its partner is the other side's embedding, if the model there ties the two (by its
+    config.json); otherwise that side has lost its head.
+    """
+    tied, heads = set(), {}
+    embeddings = [pair for name, pair in pairs.items() if EMBEDDING.search(name)]
+    for here, own in ((missing, 0), (extra, 1)):
+        for head in sorted(name for name in here if HEAD.search(name)):
+            side, other = (source, trained)[own], (trained, source)[own]
+            for pair in embeddings:
+                if side.shape(head) != side.shape(pair[own]):
+                    continue
+                if same_values(side.read(head), side.read(pair[own])):
+                    tied.add(head)
+                elif is_tied(known_config(other.folder) or known_config(side.folder)):
+                    heads[head] = (head, pair[1]) if own == 0 else (pair[0], head)
+                break
+    return tied, heads
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    wide = torch.promote_types(a.dtype, b.dtype)
+    return torch.equal(a.to(wide), b.to(wide))
+
+
+def is_tied(config: PretrainedConfig | None) -> bool:
+    if config is None:
+        return False
+    from vlopd.models.layouts import ties_head
+
+    return ties_head(config)
+
+
+def in_another_layout(
+    source: Weights, ours: Shapes, trained: Weights, theirs: Shapes, changes: Changes
+) -> dict[str, Pieces]:
+    """{our name: the pieces of their tensors} of what the two checkpoints lay out differently.
+
+    ours, theirs: what has no partner. changes: of prefix, which are undone in their names. Needs a config.json.
+    """
+    configs = [known_config(weights.folder) for weights in (source, trained)]
+    our_config, their_config = configs[0] or configs[1], configs[1] or configs[0]
+    if our_config is None or their_config is None:
+        return {}
+    from vlopd.models.layouts import translated
+
+    here, there = unwrapped(ours), unwrapped(theirs)
+    back = [(new, old) for old, new in changes]
+    tries = ((here, renamed_by(back, there)), (renamed_by(changes, here), there))
+    found: dict[str, Pieces] = {}
+    for own, other in tries[
+        : 2 if changes else 1
+    ]:  # one of the two has the names that the model has
+        pieces = translated(
+            {bare: ours[name] for bare, name in own.items()},
+            our_config,
+            {bare: theirs[name] for bare, name in other.items()},
+            their_config,
+        )
+        if len(pieces) > len(found):
+            found = {
+                own[bare]: tuple(replace(piece, name=other[piece.name]) for piece in its)
+                for bare, its in pieces.items()
+            }
+    return found
+
+
+def known_config(folder: Path) -> PretrainedConfig | None:
+    """The folder's config.json; None where it has none, or one that transformers does not know."""
+    from vlopd.models.config_files import config_of
+
+    try:
+        return config_of(folder)
+    except RunError:
+        return None
+
+
+def refuse_shapes(
+    name: str, ours: tuple[int, ...], source: Weights, theirs: tuple[int, ...], trained: Weights
+) -> None:
+    why = "these are not the same model"
+    if ours[1:] == theirs[1:] and (EMBEDDING.search(name) or HEAD.search(name)):
+        why += "; if one vocabulary was resized, resize the other alike (resize_token_embeddings)"
+    raise RunError(f"{name} is {ours} in {source.folder}, {theirs} in {trained.folder}; {why}")
+
+
+def refuse_unmerged(weights: Weights, names: set[str]) -> None:
+    """Raises RunError where parameters without a partner are an adapter's: small as they are, they hold the update."""
+    for name in sorted(names):
+        if ADAPTER.search(name):
+            raise RunError(
+                f"{weights.folder} holds {name}, part of an adapter that is not merged; save the model after "
+                "merge_and_unload(), or give the folder that the adapter was saved in"
+            )
+
+
+def refuse_square(
+    source: Weights,
+    trained: Weights,
+    ours: Shapes,
+    names: Mapping[str, str],
+    converted: Mapping[str, Pieces],
+) -> None:
+    """Raises RunError for a stack of square matrices beside one that the two checkpoints store transposed."""
+    turned = {
+        n.rpartition(".")[0] for n, its in converted.items() if any(p.transposed for p in its)
+    }
+    for name in sorted(names):
+        shape = ours[name]
+        if len(shape) == 3 and shape[1] == shape[2] and name.rpartition(".")[0] in turned:
+            raise RunError(
+                f"{name} {shape} is square, and its neighbours are transposed between {source.folder} and "
+                f"{trained.folder}, so which way it lies cannot be told; save both in one layout"
+            )
+
+
+def refuse_left_out(source: Weights, trained: Weights, report: MatchReport, limit: float) -> None:
+    """Raises RunError when too much of either checkpoint is not compared."""
+    here, there = source.folder, trained.folder
+    if not report.matched:
+        one, other = (min(its.names(), default="nothing") for its in (source, trained))
+        named = f"{one} is in the first, {other} in the second"
+        raise RunError(
+            f"{here} and {there} share no floating-point parameter ({named}); "
+            "these are not the same architecture"
+        )
+    if max(report.source_share, report.trained_share) <= limit:
+        return
+    remedy = "save both in one layout under the same names"
+    if report.skipped and report.left_out[0].name in report.skipped:
+        remedy = "save both in bf16 or a wider format, dequantised if need be"
+    elif not any((folder / "config.json").is_file() for folder in (here, there)):
+        remedy += (
+            ", or put the model's config.json beside the weights, which says how layouts translate"
+        )
+    if max(report.source_share, report.trained_share) > SAME_MODEL:
+        remedy = f"these are not the same architecture, unless only their layouts differ: {remedy}"
+    raise RunError(
+        f"{here} and {there}: {report.said()}; more than {limit:.2%} of either is refused; {remedy}; geometry's "
+        "max_left_out admits more and measures the rest"
+    )

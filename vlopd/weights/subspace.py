@@ -1,0 +1,76 @@
+"""Leading singular subspaces of a matrix, in float64, and the projection on those of an update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOOR = 2.0**-44
+"""Eigenvalues of a Gram matrix below this share of the largest are its rounding: they are zero."""
+
+
+def leading_subspace(matrix: Tensor, rank: int) -> Tensor:
+    """Orthonormal basis [min(m, n), k] of the leading singular subspace on the smaller side, float64.
+
+    From an eigendecomposition of that side's Gram matrix (the left one where m = n); k is less than `rank`
+    where the matrix has fewer singular values above rounding.
+    """
+    short = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
+    eigenvalues, vectors = torch.linalg.eigh(short @ short.T)
+    kept = int((eigenvalues > FLOOR * eigenvalues[-1]).sum())
+    return vectors.flip(1)[:, : min(rank, kept)]
+
+
+def leading_subspaces(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(left [m, k], right [n, k]): orthonormal bases of both sides' leading subspaces, float64."""
+    near = leading_subspace(matrix, rank)
+    wide = matrix.double()
+    if matrix.shape[0] <= matrix.shape[1]:
+        return near, torch.linalg.qr(wide.T @ near).Q
+    return torch.linalg.qr(wide @ near).Q, near
+
+
+def low_rank(matrix: Tensor, rank: int) -> Tensor:
+    """The nearest matrix of rank `rank` (or less, where the matrix has less), float64."""
+    near, wide = leading_subspace(matrix, rank), matrix.double()
+    if matrix.shape[0] <= matrix.shape[1]:
+        return near @ (near.T @ wide)
+    return (wide @ near) @ near.T
+
+
+def update_projection(delta: Tensor, rank: int, side: str) -> Projection | None:
+    """The projection on the leading subspace(s) of an update [m, ...]; None for a vector.
+
+    side: "right", "left" or "both". Of an update that is all zero it projects everything to zero.
+    """
+    if delta.ndim < 2:
+        return None
+    left, right = (basis.float() for basis in leading_subspaces(delta.flatten(1), rank))
+    return Projection(None if side == "right" else left, None if side == "left" else right)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The orthogonal projection of a matrix's gradient G [m, n] on a subspace of rank r ("subspace locking").
+
+    right  G V V^T  (arXiv 2606.07082, appendix on locking)
+    left   U U^T G
+    Both at once where both are given. Tensors of more dimensions are matrices [m, everything else].
+    """
+
+    left: Tensor | None  # [m, r] fp32, orthonormal columns
+    right: Tensor | None  # [n, r] fp32, orthonormal columns
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        matrix = gradient.flatten(1).float()
+        if self.left is not None:
+            matrix = self.left @ (self.left.T @ matrix)
+        if self.right is not None:
+            matrix = (matrix @ self.right) @ self.right.T
+        return matrix.view(gradient.shape)
+
+    def to(self, device: torch.device) -> Projection:
+        left, right = (None if b is None else b.to(device) for b in (self.left, self.right))
+        return Projection(left, right)
