@@ -97,7 +97,7 @@ def compare_arms(
         "confidence": config.confidence,
         "margin": config.margin,
         "sampled": config.sampled and config.sampled.model_dump(mode="json"),
-        "other_source": {arm: its for arm in arms if (its := results[arm].get("other_source"))},
+        "other_base": {arm: its for arm in arms if (its := results[arm].get("other_base"))},
         "not_compared": first.get("not_compared", {}),
         "tasks": tasks,
     }

@@ -64,7 +64,7 @@ def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     if isinstance(its, ImportedArm):
         folder = Path(its.results)
         return import_scores(run.checksums, folder, arm, config.eval)
-    about = {"mask": record.get("mask"), "other_source": record.get("other_source")}
+    about = {"mask": record.get("mask"), "other_base": record.get("other_base")}
     subject = Subject(
         arm,
         lambda whole: arm_content(run, config, arm, whole),

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vlopd.config.arms import (
+    BaseArm,
     CheckpointArm,
     DistillArm,
     ExtrapolateArm,
     ImportedArm,
-    SourceArm,
     TeacherArm,
     TransplantArm,
     mask_of,
@@ -62,8 +62,8 @@ def roles_of(config: ExperimentConfig) -> Roles:
     """
     of: dict[str, Role] = {}
     for name, arm in config.arms.items():
-        if isinstance(arm, (SourceArm, TeacherArm)):
-            of[name] = "base" if isinstance(arm, SourceArm) else "teacher"
+        if isinstance(arm, (BaseArm, TeacherArm)):
+            of[name] = "base" if isinstance(arm, BaseArm) else "teacher"
         elif isinstance(arm, (CheckpointArm, ImportedArm)):
             of[name] = "other"
         elif isinstance(arm, ExtrapolateArm) or (isinstance(arm, DistillArm) and arm.subspace):

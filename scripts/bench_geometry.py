@@ -4,8 +4,8 @@
     python scripts/bench_geometry.py --layers 6        # the embedding and the first layers only
 
 The baseline computes what arXiv 2606.13657's public analysis reports, in the obvious way: deltas in bf16, and a
-matrix at a time the singular values of the delta and full fp32 SVDs of the source, of the trained matrix, and of
-the source again for its masks, which are sorted by topk. Ours computes more (float64, exact counts, both sides'
+matrix at a time the singular values of the delta and full fp32 SVDs of the base, of the trained matrix, and of
+the base again for its masks, which are sorted by topk. Ours computes more (float64, exact counts, both sides'
 rotations, four masks) and writes its tables; with 3 draws of the Gaussian null beside every number, too. The
 last way stops after the factorisations and what is read off them, and so says what they leave for the rest.
 Both may use `--threads` cores: the baseline as torch spreads it, ours as that many workers.
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from vlopd.config.analysis import GeometryConfig
 from vlopd.geometry.checkpoint import analyse, pool
-from vlopd.geometry.projection import matrix_measures, source_factors
+from vlopd.geometry.projection import base_factors, matrix_measures
 from vlopd.models.names import classify
 from vlopd.weights.delta import difference, stream
 
@@ -47,7 +47,7 @@ def make_pair(root: Path, layers: int) -> tuple[Path, Path]:
         folder as builtin,  # loads transformers' models, which no way needs
     )
 
-    source, trained = root / "source", root / "trained"
+    base, trained = root / "base", root / "trained"
     tensors: dict[str, Tensor] = {}
     for path in builtin("smollm2").glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -61,20 +61,20 @@ def make_pair(root: Path, layers: int) -> tuple[Path, Path]:
         wide = w.float()
         noise = 7e-4 * wide.square().mean().sqrt() * torch.randn_like(wide)
         noised[name] = (wide + noise).to(w.dtype)
-    for target, content in ((source, tensors), (trained, noised)):
+    for target, content in ((base, tensors), (trained, noised)):
         target.mkdir()
         save_file(content, target / "model.safetensors", {"format": "pt"})
-    return source, trained
+    return base, trained
 
 
 # ---------------------------------------------------------------------------------------- the baseline
 
 
-def baseline(source: Path, trained: Path) -> list[dict[str, float]]:
+def baseline(base: Path, trained: Path) -> list[dict[str, float]]:
     """The published metric set, one dict a tensor."""
     found = []
     with (
-        safe_open(source / "model.safetensors", framework="pt") as before,
+        safe_open(base / "model.safetensors", framework="pt") as before,
         safe_open(trained / "model.safetensors", framework="pt") as after,
     ):
         for name in before.keys():  # noqa: SIM118 - not a dict
@@ -158,15 +158,15 @@ def masks(w: Tensor, delta: Tensor) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------- a bound
 
 
-def spectral_rows(source: Path, trained: Path, config: GeometryConfig, threads: int) -> None:
+def spectral_rows(base: Path, trained: Path, config: GeometryConfig, threads: int) -> None:
     """Our factorisations and what is read off them, without coordinates, masks and tables: a bound on the rest."""
-    deltas = stream(source, trained, classify)
+    deltas = stream(base, trained, classify)
 
     def work(name: str) -> None:
         pair = read(name)
-        if pair.source.ndim == 2:
-            change = difference(pair.source, pair.trained)
-            matrix_measures(pair.source, source_factors(pair.source, config), change, config)
+        if pair.base.ndim == 2:
+            change = difference(pair.base, pair.trained)
+            matrix_measures(pair.base, base_factors(pair.base, config), change, config)
 
     with deltas.reader() as read, pool(threads) as run:
         sizes = deltas.sizes()
@@ -177,7 +177,7 @@ def spectral_rows(source: Path, trained: Path, config: GeometryConfig, threads: 
 # -------------------------------------------------------------------------------------------- measuring
 
 
-def one(way: str, source: Path, trained: Path, threads: int) -> None:
+def one(way: str, base: Path, trained: Path, threads: int) -> None:
     """Runs one way in this process and prints seconds and peak bytes as JSON."""
     torch.set_num_threads(threads)
     torch.linalg.svd(torch.randn(64, 64).double() @ torch.randn(64, 64).double())  # loads libraries
@@ -185,11 +185,11 @@ def one(way: str, source: Path, trained: Path, threads: int) -> None:
     before = resident("VmRSS")
     config = GeometryConfig(ratios=RATIOS, null_draws=3 if "null" in way else 0)
     if way == "baseline":
-        baseline(source, trained)
+        baseline(base, trained)
     elif "only" in way:
-        spectral_rows(source, trained, config, threads)
+        spectral_rows(base, trained, config, threads)
     else:
-        analyse(source, trained, source.parent / "out", config, {}, False, threads)
+        analyse(base, trained, base.parent / "out", config, {}, False, threads)
     seconds = time.perf_counter() - start
     peak = resident("VmHWM")
     print(json.dumps({"seconds": seconds, "peak": peak, "added": peak - before}))
@@ -204,13 +204,13 @@ def main() -> None:
     parser.add_argument("--in-process", nargs=3, metavar=("WAY", "SOURCE", "TRAINED"))
     args = parser.parse_args()
     if args.in_process:
-        way, source, trained = args.in_process
-        one(way, Path(source), Path(trained), args.threads)
+        way, base, trained = args.in_process
+        one(way, Path(base), Path(trained), args.threads)
         return
     root = Path(tempfile.mkdtemp())
     try:
-        source, trained = make_pair(root, args.layers)
-        with safe_open(source / "model.safetensors", framework="pt") as file:
+        base, trained = make_pair(root, args.layers)
+        with safe_open(base / "model.safetensors", framework="pt") as file:
             sizes = [math.prod(file.get_slice(n).get_shape()) for n in file.keys()]  # noqa: SIM118
         largest = 2 * max(sizes)
         print(
@@ -222,7 +222,7 @@ def main() -> None:
         for turn in range(args.rounds):  # in turn, so that a busy machine slows all of them
             for way in ways:
                 command = [sys.executable, __file__, "--threads", str(args.threads)]
-                command += ["--in-process", way, str(source), str(trained)]
+                command += ["--in-process", way, str(base), str(trained)]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 found[way].append(json.loads(done.stdout))
                 print(f"round {turn + 1}: {way} {found[way][-1]['seconds']:.1f} s", flush=True)

@@ -3,7 +3,7 @@
     python scripts/study_calibration.py                # 150 pairs a null and precision: about three minutes on 2 cores
     python scripts/study_calibration.py --pairs 30     # a quick look
 
-Every pair has a fresh source matrix and a structured update of it (scaled rows and columns, heavy tails, two
+Every pair has a fresh base matrix and a structured update of it (scaled rows and columns, heavy tails, two
 directions), of which one draw of the null is taken; that draw is the trained matrix, which is then examined beside
 draws of the same null as any other would be. So p < 0.05 should hold for 5 % of its rows, and p < 0.01 for 1 %. Nulls
 that take something from the update (its entries, its rows' energies) take it from the draw, as in use.
@@ -89,12 +89,12 @@ def family_of(metric: str) -> str:
     return next(f for f, starts in FAMILIES.items() if metric.startswith(starts))
 
 
-def source_and_update(
+def base_and_update(
     pair: int, stored: torch.dtype, shape: tuple[int, int], planted: bool
 ) -> tuple[Tensor, Tensor]:
-    """(source as stored, an update as stored).
+    """(base as stored, an update as stored).
 
-    The update has scaled rows and columns, heavy tails and two directions, and 0.03 to 1 % of the source's size. Where
+    The update has scaled rows and columns, heavy tails and two directions, and 0.03 to 1 % of the base's size. Where
     `planted` it is i.i.d. noise of 1 %, with two directions of random signs that have a tenth of its energy each.
     """
     stream = generator("cpu", "calibration", pair)
@@ -103,7 +103,7 @@ def source_and_update(
         return torch.randn(size, generator=stream)
 
     m, n = shape
-    source = (0.02 * normal(m, n)).to(stored)
+    base = (0.02 * normal(m, n)).to(stored)
     if planted:
         relative = 0.01
         update = math.sqrt(0.8) * normal(m, n)
@@ -113,8 +113,8 @@ def source_and_update(
         update = normal(m, n) * torch.exp(0.5 * normal(m, 1)) * torch.exp(0.5 * normal(n))
         update += 0.3 * normal(m, 2) @ normal(2, n)
     update *= relative * 0.02 / update.square().mean().sqrt()
-    wide = source.float()
-    return source, (wide + update).to(stored).float() - wide
+    wide = base.float()
+    return base, (wide + update).to(stored).float() - wide
 
 
 def outcomes(
@@ -127,11 +127,11 @@ def outcomes(
 ) -> list[Outcome]:
     """The rows of one pair beside its null that have a p, for several numbers of draws."""
     config = GeometryConfig(nulls=(null,), null_draws=max(numbers), ratios=RATIOS)
-    source, update = source_and_update(pair, stored, shape, planted)
+    base, update = base_and_update(pair, stored, shape, planted)
     if not planted:
-        update = null_delta(null, source, update, stored, "trained", pair)
+        update = null_delta(null, base, update, stored, "trained", pair)
     where = TensorName(f"pair-{pair}", "language", 0, "up")
-    finding = examine(TensorDelta(where, source, (source.float() + update).to(stored)), config)
+    finding = examine(TensorDelta(where, base, (base.float() + update).to(stored)), config)
     keys, found = keys_of(config), []
     for draws in numbers:
         kept = slice(draws + 1)

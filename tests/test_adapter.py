@@ -101,7 +101,7 @@ def test_merged_as_peft_merges(case, tmp_path):
     pairs = list(deltas)
     before = load_file(tmp_path / "base" / "model.safetensors")
     assert [pair.name for pair in pairs] == sorted(before)
-    assert all(torch.equal(pair.source, before[pair.name]) for pair in pairs)
+    assert all(torch.equal(pair.base, before[pair.name]) for pair in pairs)
     moved = {pair.name for pair in pairs if pair.delta.any()}
     assert moved == set(deltas.report.adapted) and moved
 
@@ -129,9 +129,9 @@ def test_a_bf16_base_is_rounded_once(tmp_path):
             for side in "AB"
         )
         if a is None or b is None:
-            assert torch.equal(pair.trained, pair.source)
+            assert torch.equal(pair.trained, pair.base)
             continue
-        exact = pair.source.double() + 6 / 4 * b.double() @ a.double()
+        exact = pair.base.double() + 6 / 4 * b.double() @ a.double()
         step = 2.0**-8 * exact.abs()
         assert bool(((pair.trained.double() - exact).abs() <= 0.5001 * 2 * step).all())
         assert bool(((pair.trained.double() - theirs[pair.name].double()).abs() <= 4 * step).all())
@@ -369,10 +369,10 @@ def test_a_square_matrix_that_lies_the_other_way_is_refused(tmp_path):
 
 
 def test_a_folder_that_holds_both_is_refused(tmp_path):
-    """A merged model saved beside its adapter: which one is meant cannot be told. An adapter is no source either."""
+    """A merged model saved beside its adapter: which one is meant cannot be told. An adapter is no base either."""
     model = make_base("llama", tmp_path / "base")
     wrapped = adapt(model, tmp_path / "adapter", target_modules=ATTENTION)
-    with pytest.raises(RunError, match="is an adapter; the source is the model"):
+    with pytest.raises(RunError, match="is an adapter; the base is the model"):
         match_report(tmp_path / "adapter", tmp_path / "base")
     wrapped.merge_and_unload().save_pretrained(tmp_path / "adapter")
     for folders in (("base", "adapter"), ("adapter", "base")):

@@ -393,12 +393,12 @@ def test_probes_tell_a_blind_tower_from_the_same_tower(student, blind):
     assert same["drift"]["linear_cka"] == pytest.approx(1)
     assert same["drift"]["cosine"] == pytest.approx(1)
     assert same["drift"]["linear_cka_shuffled"] < 0.5
-    assert all(row["source"] == row["trained"] for row in rows)
+    assert all(row["base"] == row["trained"] for row in rows)
     worse, _ = probes.probe_towers(student, blind, train, test)
     for name, found in same["probes"].items():
-        assert found["difference"]["mean"] == 0 and found["source"] == found["trained"]
-        assert found["source"]["interval"][0] > found["chance"], name
-        assert worse["probes"][name]["source"] == found["source"]
+        assert found["difference"]["mean"] == 0 and found["base"] == found["trained"]
+        assert found["base"]["interval"][0] > found["chance"], name
+        assert worse["probes"][name]["base"] == found["base"]
         assert worse["probes"][name]["trained"]["mean"] == pytest.approx(found["chance"])
         assert worse["probes"][name]["difference"]["interval"][1] < 0
     assert len(rows) == 4 * 160

@@ -38,7 +38,7 @@ SECTIONS = {
         "random": {"type": "random", "like": "early", "match": "magnitude", "seeds": [5, 6]},
     },
     "arms": {
-        "base": {"type": "source"},
+        "base": {"type": "base"},
         "full": {"type": "distill"},
         "both": {"type": "distill", "mask": "both"},
         "off": {"type": "distill", "mask": "off"},
@@ -80,14 +80,14 @@ def test_arms_of_every_kind(kind, make_config, tmp_path):
     # seeds of discovery and of retraining
     assert records["full"]["seed"] == 1 and records["both"]["seed"] == 2
     assert records["both"]["discovery_seeds"] == {"full": 1}
-    assert records["off"]["discovery_seeds"] is None  # chosen by the source alone
+    assert records["off"]["discovery_seeds"] is None  # chosen by the base alone
 
     # identity to full at several tolerances, recomputed
     rows = records["both"]["identity"]["full"]
     both, mask = tensors(run, "both"), load_mask(run.mask("both"))[0]
     assert [row["tolerance"] for row in rows] == [0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4]
     for row in rows:
-        for prefix, arm in (("", both), ("source_", base)):
+        for prefix, arm in (("", both), ("base_", base)):
             close = {
                 n: (arm[n].double() - full[n].double()).abs() <= row["tolerance"] for n in full
             }
@@ -138,7 +138,7 @@ def test_a_locked_arm_moves_inside_the_subspace(kind, make_config, tmp_path):
         train={"steps": 3, "prompts_per_step": 4, "keep_steps": [1]},
         optim={"type": "sgd", "learning_rate": 1e-1, "momentum": 0.0},
         arms={
-            "base": {"type": "source"},
+            "base": {"type": "base"},
             "full": {"type": "distill", "seed": 1},
             "locked": {"type": "distill", "subspace": {"of": "full@1", "rank": 2}},
         },
@@ -170,7 +170,7 @@ def test_a_locked_arm_moves_inside_the_subspace(kind, make_config, tmp_path):
 
 
 def experiment(**sections) -> ExperimentConfig:
-    arms = {"base": {"type": "source"}, "full": {"type": "distill"}}
+    arms = {"base": {"type": "base"}, "full": {"type": "distill"}}
     base = {"name": "x", "student": "s", "teacher": "t", "data": {"type": "shapes"},
             "train": {"steps": 4, "prompts_per_step": 4, "keep_steps": [2]}, "geometry": {"arms": []}}  # fmt: skip
     return ExperimentConfig.model_validate(
@@ -222,7 +222,7 @@ def test_seeds_make_several_masks_and_arms():
         ({"masks": {"m": {"type": "principal", "fraction": 0.1}}}, "either rank or rank_fraction"),
         ({"masks": {"m": {"type": "whole"}}}, "give components, layers or modules"),
         ({"arms": {"a": {"type": "extrapolate", "of": "full@2"}}}, "either factor or norm_of"),
-        ({"arms": {"a/b": {"type": "source"}}}, "should match pattern"),
+        ({"arms": {"a/b": {"type": "base"}}}, "should match pattern"),
         ({"masks": {"m": {"type": "top_fraction", "of": "a", "fraction": 0.1}},
           "arms": {"a": {"type": "distill", "mask": "m"}}}, "needs itself"),
     ],
@@ -233,15 +233,15 @@ def test_what_cannot_be_made_is_refused_by_name(sections, message):
         experiment(**sections)
 
 
-# ------------------------------------------------------------------------- other sources, files
+# ------------------------------------------------------------------------- other bases, files
 
 
 @pytest.mark.parametrize("kind", ["llm"], indirect=True)
-def test_another_sources_mask_needs_a_word_and_leaves_a_mark(
+def test_another_bases_mask_needs_a_word_and_leaves_a_mark(
     kind, make_config, folders, tmp_path, monkeypatch, capsys
 ):
-    """A mask file of another source is refused with the remedy; allowed, mask, arm, card, geometry and evaluation
-    say so, and so do masks made of it. The same source needs no word; another architecture is always refused."""
+    """A mask file of another base is refused with the remedy; allowed, mask, arm, card, geometry and evaluation
+    say so, and so do masks made of it. The same base needs no word; another architecture is always refused."""
     theirs = make_config(
         kind,
         student=str(folders[kind, "student"]),
@@ -254,45 +254,45 @@ def test_another_sources_mask_needs_a_word_and_leaves_a_mark(
         precision={
             "compute": "fp32",
             "stored": "fp32",
-        },  # another source: the same weights, stored otherwise
+        },  # another base: the same weights, stored otherwise
         masks={
             "theirs": {"type": "file", "path": str(other.mask("top"))},
             "rest": {"type": "complement", "mask": "theirs"},
         },
-        arms={"base": {"type": "source"}, "full": {"type": "distill", "mask": "rest"}},
+        arms={"base": {"type": "base"}, "full": {"type": "distill", "mask": "rest"}},
         eval={"tasks": ["shapes_text"], "limit": 2},
         train={"steps": 1, "prompts_per_step": 2},
     )
     run = RunFolder.create(tmp_path / "run", ours)
     with pytest.raises(
-        RunError, match=r"top\.safetensors is from source checkpoint .* --allow-other-source"
+        RunError, match=r"top\.safetensors is from base checkpoint .* --allow-other-base"
     ):
         make_arm(run, ours, "full")
     assert not run.mask("theirs").exists()
-    make_arm(run, ours, "full", Making(allow_other_source=True))
+    make_arm(run, ours, "full", Making(allow_other_base=True))
     mark = {str(other.mask("top")): arm_digest(other, "base")}
-    assert read_json(run.mask_record("rest"))["inputs"]["other_source"] == mark
-    assert read_json(run.arm_record("full"))["other_source"] == mark
-    assert "another source" in (run.checkpoint("full") / "README.md").read_text()
+    assert read_json(run.mask_record("rest"))["inputs"]["other_base"] == mark
+    assert read_json(run.arm_record("full"))["other_base"] == mark
+    assert "another base" in (run.checkpoint("full") / "README.md").read_text()
     assert make_arm(run, ours, "full") is False  # done is done, and was allowed when it was made
     make_geometry(run, ours, "full")
-    assert read_json(run.geometry("full") / "summary.json")["inputs"]["other_source"] == mark
+    assert read_json(run.geometry("full") / "summary.json")["inputs"]["other_base"] == mark
     from evals.harness import evaluate_arm
 
     evaluate_arm(run, ours, "full")
-    assert read_json(run.eval("full") / "results.json")["other_source"] == mark
+    assert read_json(run.eval("full") / "results.json")["other_base"] == mark
     evaluate_arm(run, ours, "base")
     from evals.compare import compare
 
     compared = read_json(compare(run, ours))
-    assert compared["other_source"] == {"full": mark}
-    assert any("came from another source checkpoint" in line for line in compared["verdict"])
+    assert compared["other_base"] == {"full": mark}
+    assert any("came from another base checkpoint" in line for line in compared["verdict"])
 
     same = RunFolder.create(
         tmp_path / "same", config := theirs.model_copy(update={"masks": ours.masks})
     )
     assert make_mask(same, config, "rest")
-    assert "other_source" not in read_json(same.mask_record("rest"))["inputs"]
+    assert "other_base" not in read_json(same.mask_record("rest"))["inputs"]
 
     wide = make_config(
         kind,
@@ -301,7 +301,7 @@ def test_another_sources_mask_needs_a_word_and_leaves_a_mark(
     )
     foreign = RunFolder.create(tmp_path / "foreign", wide)
     with pytest.raises(RunError, match=r"top\.safetensors: the mask is of another model"):
-        make_mask(foreign, wide, "theirs", Making(allow_other_source=True))
+        make_mask(foreign, wide, "theirs", Making(allow_other_base=True))
 
 
 @pytest.mark.parametrize("kind", ["llm"], indirect=True)
@@ -312,7 +312,7 @@ def test_the_mask_verbs(kind, make_config, tmp_path, monkeypatch, capsys):
         "low": {"type": "magnitude", "fraction": 0.2},
         "high": {"type": "magnitude", "which": "high", "fraction": 0.1},
     }
-    config = make_config(kind, arms={"base": {"type": "source"}}, masks=masks)
+    config = make_config(kind, arms={"base": {"type": "base"}}, masks=masks)
     run = RunFolder.create(tmp_path / "run", config)
     assert vlopd(monkeypatch, "mask", "make", run.root, "--mask", "low") == 0
     assert run.mask("low").exists() and not run.mask("high").exists()
@@ -340,7 +340,7 @@ def test_the_mask_verbs(kind, make_config, tmp_path, monkeypatch, capsys):
             "compare",
             low,
             both,
-            "--source",
+            "--base",
             run.checkpoint("base"),
             "--out",
             table,
@@ -381,9 +381,7 @@ def test_the_mask_verbs(kind, make_config, tmp_path, monkeypatch, capsys):
     )
     refused("--rule: .*fraction", "make", run.root, "--rule", "{type='magnitude'}", "--out", both)
     mask, about = load_mask(low)
-    save_mask(
-        tmp_path / "else.safetensors", mask, {**about["inputs"], "source": "e" * 64}, classify
-    )
+    save_mask(tmp_path / "else.safetensors", mask, {**about["inputs"], "base": "e" * 64}, classify)
     save_mask(
         tmp_path / "less.safetensors",
         {"x": torch.ones(2, dtype=torch.bool)},
@@ -391,7 +389,7 @@ def test_the_mask_verbs(kind, make_config, tmp_path, monkeypatch, capsys):
         classify,
     )
     refused(
-        "--allow-other-source",
+        "--allow-other-base",
         "combine",
         "union",
         low,
@@ -407,10 +405,10 @@ def test_the_mask_verbs(kind, make_config, tmp_path, monkeypatch, capsys):
         tmp_path / "else.safetensors",
         "--out",
         both,
-        "--allow-other-source",
+        "--allow-other-base",
     )
     assert vlopd(monkeypatch, "mask", *words) == 0
-    assert load_mask(both)[1]["inputs"]["other_source"] == {
+    assert load_mask(both)[1]["inputs"]["other_base"] == {
         str(tmp_path / "else.safetensors"): "e" * 64
     }
 
@@ -432,7 +430,7 @@ rollout = {{max_new_tokens = 4}}
 train = {{steps = 2, prompts_per_step = 2}}
 geometry = {{arms = []}}
 [arms]
-base = {{type = "source"}}
+base = {{type = "base"}}
 full = {{type = "distill", seeds = [1, 2]}}
 """
     )
@@ -465,7 +463,7 @@ full = {{type = "distill", seeds = [1, 2]}}
     assert f"process {os.getpid()}" in error
     free.communicate()
     records = {arm: read_json(run.arm_record(arm)) for arm in ("full-0", "full-1")}
-    assert records["full-0"]["inputs"]["source"] == records["full-1"]["inputs"]["source"]
+    assert records["full-0"]["inputs"]["base"] == records["full-1"]["inputs"]["base"]
     assert records["full-0"]["checkpoint_digest"] != records["full-1"]["checkpoint_digest"]
 
 
@@ -495,7 +493,7 @@ def test_what_the_stored_precision_does_not_hold_is_refused(kind, make_config, t
         "student": str(student),
         "train": {"steps": 2, "prompts_per_step": 2, "save_every": 1},
         "arms": {
-            "base": {"type": "source"},
+            "base": {"type": "base"},
             "full": {"type": "distill", "optim": {"learning_rate": 1.0}},
             "far": {"type": "distill", "optim": {"learning_rate": 1e5}},
             "kept": {

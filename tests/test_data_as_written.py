@@ -20,7 +20,7 @@ from evals.tasks.benchmarks import documents, mathematics
 from vlopd.config.data import FileData
 from vlopd.config.models import CaptionContext, TemplateContext
 from vlopd.config.objective import ReverseKL
-from vlopd.data.dataset import FileSource
+from vlopd.data.dataset import FileDataset
 from vlopd.errors import ConfigError, DataError, UserError
 from vlopd.files import read_jsonl
 from vlopd.train.log import rows_before
@@ -44,7 +44,7 @@ def opened(path, text=None, **columns):
     """A data file of some text, opened."""
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return FileSource(FileData(**{"path": str(path), "answer": "answer", **columns}))
+    return FileDataset(FileData(**{"path": str(path), "answer": "answer", **columns}))
 
 
 def answers(data):
@@ -410,9 +410,9 @@ def test_files_are_the_rows_and_the_pictures_that_they_name(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = FileData(path=str(path), image="image")
     pictures = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
-    assert FileSource(config, ["crop"]).files() == [path, *pictures]
-    assert FileSource(config).files() == [path, *pictures[:2]]
-    assert FileSource(FileData(path=str(path))).files() == [path]
+    assert FileDataset(config, ["crop"]).files() == [path, *pictures]
+    assert FileDataset(config).files() == [path, *pictures[:2]]
+    assert FileDataset(FileData(path=str(path))).files() == [path]
     content = (tmp_path / "unused.png").read_bytes()
     cells = [[{"path": "b.png", "bytes": None}], [{"path": "a.png", "bytes": content}], None]
     kinds = {
@@ -423,7 +423,7 @@ def test_files_are_the_rows_and_the_pictures_that_they_name(tmp_path):
         {"question": ["q"] * 3, "image": cells}, features=datasets.Features(kinds)
     )
     table.to_parquet(tmp_path / "p.parquet")
-    data = FileSource(FileData(path=str(tmp_path / "p.parquet"), image="image"))
+    data = FileDataset(FileData(path=str(tmp_path / "p.parquet"), image="image"))
     assert data.files() == [tmp_path / "p.parquet", tmp_path / "b.png"]
     assert len(data[1].images) == 1
     table.remove_columns("image").save_to_disk(tmp_path / "disk")
@@ -452,7 +452,7 @@ def rows_in(tmp_path, rows, kind, **columns):
     else:
         lines = [json.dumps(row) for row in rows]
         path.write_text(f"[{','.join(lines)}]" if kind == "json" else "\n".join(lines))
-    return FileSource(FileData(path=str(path), **columns))
+    return FileDataset(FileData(path=str(path), **columns))
 
 
 def texts(example):
@@ -686,7 +686,7 @@ def test_routed_teachers_go_by_the_words_of_the_file(tmp_path, kind, make_pair, 
     fields = ["true", "2.50", '"true"', "null", "[]"]
     path = tmp_path / "q.jsonl"
     path.write_text("".join(f'{{"question": "q", "meta": {{"by": {x}}}}}\n' for x in fields))
-    data = list(FileSource(FileData(path=str(path))))
+    data = list(FileDataset(FileData(path=str(path))))
     assert [rows for _, rows in pair.assign(data[:3])] == [[0, 2], [1]]
     with pytest.raises(
         UserError, match=r"example 'q-3': field 'meta\.by' is None, which is not among"

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from vlopd.config.data import FileData
-from vlopd.data.dataset import FileSource
+from vlopd.data.dataset import FileDataset
 from vlopd.data.images import open_picture
 from vlopd.errors import ConfigError, DataError
 
@@ -128,21 +128,21 @@ def test_a_broken_picture_file_names_its_row(tmp_path, rows, damage):
     """Every kind of broken file ends in one line with the row's id and the reason; rows beside it load."""
     content, match = BAD_FILES[damage]
     (tmp_path / "other.png").write_bytes(content)
-    good_beside_bad(FileSource(columns(write(tmp_path, rows), image="pic")), match)
+    good_beside_bad(FileDataset(columns(write(tmp_path, rows), image="pic")), match)
 
 
 @pytest.mark.parametrize("damage", BAD_VALUES)
 def test_a_wrong_picture_value_names_its_row(tmp_path, rows, damage):
     """Every wrong value in the picture column ends in one line with the row's id; rows beside it load."""
     rows[1]["pic"], match = BAD_VALUES[damage]
-    good_beside_bad(FileSource(columns(write(tmp_path, rows), image="pic")), match)
+    good_beside_bad(FileDataset(columns(write(tmp_path, rows), image="pic")), match)
 
 
 def test_a_pipe_is_not_waited_for(tmp_path, rows):
     """A named pipe in place of a picture is refused, not read for ever."""
     (tmp_path / "other.png").unlink()
     os.mkfifo(tmp_path / "other.png")
-    good_beside_bad(FileSource(columns(write(tmp_path, rows), image="pic")), "is not a file")
+    good_beside_bad(FileDataset(columns(write(tmp_path, rows), image="pic")), "is not a file")
 
 
 ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]  # fmt: skip
@@ -236,7 +236,7 @@ def test_pictures_are_found_wherever_a_path_leads(tmp_path, rows):
     rows[0]["pic"] = ["../good.png", str(tmp_path / "other.png"), "dot.png"]
     rows[1]["pic"] = []
     rows[2]["pic"] = {"path": "dot.png", "bytes": None}
-    source = FileSource(columns(write(inner, rows), image="pic"))
+    source = FileDataset(columns(write(inner, rows), image="pic"))
     assert [[i.size for i in e.images] for e in source] == [[(7, 5), (5, 7), (1, 1)], [], [(1, 1)]]
     assert [part["type"] for part in source[0].messages[0]["content"]] == ["image"] * 3 + ["text"]
 
@@ -259,12 +259,12 @@ def test_parquet_pictures_are_decoded_by_us(tmp_path):
     ]
     path = tmp_path / "data.parquet"
     datasets.Dataset.from_list(made, kinds).to_parquet(path)
-    good_beside_bad(FileSource(columns(path, image="pic")), "of 4 bytes is no picture")
-    lists = FileSource(columns(path, image="pics"))
+    good_beside_bad(FileDataset(columns(path, image="pic")), "of 4 bytes is no picture")
+    lists = FileDataset(columns(path, image="pics"))
     good_beside_bad(lists, "picture 1 of 2 of 4 bytes is no picture")
     assert [image.size for image in lists[0].images] == [(7, 5), (7, 5)]
     # a column that nobody asked for may hold what it likes
-    assert [e.images for e in FileSource(columns(path))] == [(), (), ()]
+    assert [e.images for e in FileDataset(columns(path))] == [(), (), ()]
 
 
 def test_a_teachers_pictures_are_opened_into_the_fields(tmp_path, rows):
@@ -272,14 +272,14 @@ def test_a_teachers_pictures_are_opened_into_the_fields(tmp_path, rows):
     for row, value in zip(rows, (["other.png"], [0, 0, 3, 4.5], None), strict=True):
         row["crop"] = value
     path = write(tmp_path, rows)
-    source = FileSource(columns(path, image="pic"), pictures=("crop", "crop"))
+    source = FileDataset(columns(path, image="pic"), pictures=("crop", "crop"))
     assert source[0].fields["crop"][0].size == (5, 7)
     assert [source[i].fields["crop"] for i in (1, 2)] == [[0, 0, 3, 4.5], None]
     (tmp_path / "other.png").unlink()
     with pytest.raises(DataError, match=r"row r1: column 'crop', picture 'other\.png' does not"):
         source[0]
     with pytest.raises(ConfigError, match=r"no column 'zoom'; .*teacher\.context\.column"):
-        FileSource(columns(path), pictures=("zoom",))
+        FileDataset(columns(path), pictures=("zoom",))
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -287,7 +287,7 @@ def test_a_teachers_pictures_are_opened_into_the_fields(tmp_path, rows):
 
 def test_jsonl_with_images_through_a_column_map(tmp_path, rows):
     """Columns by name become one Example a row, with the system prompt before its question."""
-    data = FileSource(columns(write(tmp_path, rows), image="pic", system="be brief"))
+    data = FileDataset(columns(write(tmp_path, rows), image="pic", system="be brief"))
     example = data[1]
     assert (len(data), example.id, example.question) == (3, "r2", "second?")
     assert (example.answer, example.fields["key"]) == ("two", "r2")
@@ -299,12 +299,12 @@ def test_parquet_reads_the_same(tmp_path, rows):
     """The same rows from parquet give the same questions."""
     path = tmp_path / "data.parquet"
     pandas.DataFrame(rows).to_parquet(path)
-    assert [e.question for e in FileSource(columns(path))] == ["first?", "second?", "third?"]
+    assert [e.question for e in FileDataset(columns(path))] == ["first?", "second?", "third?"]
 
 
 def test_rows_without_ids_are_numbered(tmp_path, rows):
     """Without an id column a row's id is the file's name and its number, also counted from the end."""
-    data = FileSource(columns(write(tmp_path, rows), id=None))
+    data = FileDataset(columns(write(tmp_path, rows), id=None))
     assert [data[i].id for i in (0, 2, -1)] == ["data-0", "data-2", "data-2"]
     with pytest.raises(IndexError):
         data[3]
@@ -315,7 +315,7 @@ def test_a_question_that_is_no_text_is_refused_when_read(tmp_path, value):
     """Deep in a large file, a row without a text for a question fails alone, when it is its turn."""
     rows = [{"q": f"{i}?", "key": f"r{i}", "a": "x"} for i in range(3000)]
     rows[1500]["q"] = value
-    data = FileSource(columns(write(tmp_path, rows)))
+    data = FileDataset(columns(write(tmp_path, rows)))
     assert [data[i].question for i in (1499, 1501, 2999)] == ["1499?", "1501?", "2999?"]
     with pytest.raises(DataError, match="row r1500: column 'q' holds no text but"):
         data[1500]
@@ -325,7 +325,7 @@ def test_answers_may_be_missing_or_numbers_but_not_lists(tmp_path, rows):
     """A null or absent answer is None, a number its digits; a list is refused with the row's id."""
     del rows[0]["a"]
     rows[1]["a"], rows[2]["a"] = 7, ["x", "y"]
-    data = FileSource(columns(write(tmp_path, rows)))
+    data = FileDataset(columns(write(tmp_path, rows)))
     assert [data[i].answer for i in (0, 1)] == [None, "7"]
     with pytest.raises(DataError, match="row r3: column 'a' holds a list"):
         data[2]
@@ -339,7 +339,7 @@ def test_images_go_where_the_question_marks_them(tmp_path):
         {"q": "<image>one", "key": "r2", "a": "x", "i": ["a.png", "a.png"]},
     ]
     path = write(tmp_path, rows)
-    data = FileSource(columns(path, image="i", image_mark="<image>"))
+    data = FileDataset(columns(path, image="i", image_mark="<image>"))
     content = data[0].messages[-1]["content"]
     assert [part.get("text", "[image]") for part in content] == [
         "see ", "[image]", " and ", "[image]", ": which?",
@@ -348,7 +348,7 @@ def test_images_go_where_the_question_marks_them(tmp_path):
         DataError, match=r"row r2: the question has 1 '<image>' and the row 2 images"
     ):
         data[1]
-    plain = FileSource(columns(path, image="i"))[1]
+    plain = FileDataset(columns(path, image="i"))[1]
     assert plain.question == "<image>one" and len(plain.images) == 2
 
 
@@ -356,10 +356,10 @@ def test_ids_must_be_there_and_differ(tmp_path, rows):
     """Two rows of one id, or a row without, are refused at once, with both numbers and the remedy."""
     rows[2]["key"] = "r1"
     with pytest.raises(ConfigError, match=r"id 'r1' is of row 0 and of row 2 .*leave data\.id out"):
-        FileSource(columns(write(tmp_path, rows)))
+        FileDataset(columns(write(tmp_path, rows)))
     rows[2]["key"] = None
     with pytest.raises(ConfigError, match=r"row 2 .* has null for an id"):
-        FileSource(columns(write(tmp_path, rows, "other.jsonl")))
+        FileDataset(columns(write(tmp_path, rows, "other.jsonl")))
 
 
 GOOD_LINE = b'{"q": "x", "a": "y", "key": "r%d"}\n'
@@ -378,7 +378,7 @@ def test_a_broken_line_is_named(tmp_path, damage, capfd):
     path = tmp_path / "data.jsonl"
     path.write_bytes(GOOD_LINE % 1 + GOOD_LINE % 2 + line)
     with pytest.raises(ConfigError, match=match) as caught:
-        FileSource(columns(path))
+        FileDataset(columns(path))
     assert "\n" not in str(caught.value) and "Failed" not in capfd.readouterr().err
 
 
@@ -387,26 +387,26 @@ def test_a_row_in_another_encoding_names_itself(tmp_path):
     path = tmp_path / "data.jsonl"
     odd = '{"q": "caf\xe9", "a": "y", "key": "r2"}\n'.encode("latin-1")
     path.write_bytes(GOOD_LINE % 1 + odd + GOOD_LINE % 3)
-    data = FileSource(columns(path))
+    data = FileDataset(columns(path))
     assert [data[i].question for i in (0, 2)] == ["x", "x"]
     with pytest.raises(DataError, match=r"row r2 is not UTF-8 .*; save the file as UTF-8"):
         data[1]
     path.write_bytes(GOOD_LINE % 1 + odd.replace(b"r2", b"r\xe9"))
     with pytest.raises(ConfigError, match="an id is not UTF-8"):
-        FileSource(columns(path))
+        FileDataset(columns(path))
 
 
 def test_broken_files_and_columns_are_one_clear_line(tmp_path, rows):
     """No file, another kind of file, no column, no rows, not parquet: each says what and where."""
     with pytest.raises(ConfigError, match=r"no data file .*nope\.jsonl"):
-        FileSource(columns(tmp_path / "nope.jsonl"))
+        FileDataset(columns(tmp_path / "nope.jsonl"))
     with pytest.raises(ConfigError, match=r"ends in '\.txt'; we read \.jsonl, "):
-        FileSource(columns(write(tmp_path, rows, "data.txt")))
+        FileDataset(columns(write(tmp_path, rows, "data.txt")))
     with pytest.raises(ConfigError, match="no column 'question'; it has"):
-        FileSource(FileData(path=str(write(tmp_path, rows))))
+        FileDataset(FileData(path=str(write(tmp_path, rows))))
     (tmp_path / "none.jsonl").write_bytes(b"")
     with pytest.raises(ConfigError, match="has no rows"):
-        FileSource(columns(tmp_path / "none.jsonl"))
+        FileDataset(columns(tmp_path / "none.jsonl"))
     (tmp_path / "cut.parquet").write_bytes(b"PAR1junk")
     with pytest.raises(ConfigError, match=r"cannot read data\.path"):
-        FileSource(columns(tmp_path / "cut.parquet"))
+        FileDataset(columns(tmp_path / "cut.parquet"))

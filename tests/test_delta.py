@@ -51,13 +51,13 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A tiny model before and after noise of 1 % of each weight's size, stored in bf16."""
     root = tmp_path_factory.mktemp(request.param)
     model = tiny(request.param)
-    model.save_pretrained(root / "source")
+    model.save_pretrained(root / "base")
     with torch.no_grad():
         for parameter in model.parameters():
             wide = parameter.float()
             parameter.copy_(wide * (1 + 0.01 * torch.randn_like(wide)))
     model.save_pretrained(root / "trained")
-    return root / "source", root / "trained"
+    return root / "base", root / "trained"
 
 
 def folder_of(tensors: dict[str, torch.Tensor], folder: Path) -> Path:
@@ -78,14 +78,14 @@ def shard(folder: Path, target: Path) -> Path:
     return target
 
 
-def test_source_plus_delta_is_trained(folders):
-    """source + delta = trained, bit for bit once stored; the delta is fp32, of stored values."""
+def test_base_plus_delta_is_trained(folders):
+    """base + delta = trained, bit for bit once stored; the delta is fp32, of stored values."""
     stored = load_file(folders[1] / "model.safetensors")
     seen = 0
     for pair in stream(*folders, classify):
-        assert pair.source.dtype == pair.trained.dtype == torch.bfloat16
+        assert pair.base.dtype == pair.trained.dtype == torch.bfloat16
         assert pair.delta.dtype == torch.float32
-        assert torch.equal((pair.source.float() + pair.delta).bfloat16(), stored[pair.name])
+        assert torch.equal((pair.base.float() + pair.delta).bfloat16(), stored[pair.name])
         assert pair.where == classify(pair.name)
         seen += 1
     assert seen == len(stored)
@@ -93,10 +93,10 @@ def test_source_plus_delta_is_trained(folders):
 
 def test_delta_is_not_rounded_to_bf16():
     """A delta that bf16 cannot hold survives: 1 - 2^-20 is not 1."""
-    source, trained = torch.tensor([2.0**-20]).bfloat16(), torch.tensor([1.0]).bfloat16()
-    pair = TensorDelta(classify("lm_head.weight"), source, trained)
+    base, trained = torch.tensor([2.0**-20]).bfloat16(), torch.tensor([1.0]).bfloat16()
+    pair = TensorDelta(classify("lm_head.weight"), base, trained)
     assert pair.delta.item() == 1 - 2.0**-20
-    assert (trained - source).item() == 1.0  # what the public reference computes
+    assert (trained - base).item() == 1.0  # what the public reference computes
 
 
 def test_float64_stays_float64():
@@ -154,7 +154,7 @@ def test_match_report_names_what_differs(tmp_path):
     assert (report.matched, report.missing, report.extra) == (("a",), ("old.b",), ("new.c",))
     assert report.skipped == ("ids",)
     assert [its.name for its in report.left_out] == ["new.c", "old.b", "ids"]
-    assert report.source_share == pytest.approx(2 / 402)  # ids are no parameter
+    assert report.base_share == pytest.approx(2 / 402)  # ids are no parameter
     assert report.trained_share == pytest.approx(3 / 403)
     assert [pair.name for pair in stream(before, after, classify)] == ["a"]
 
@@ -221,20 +221,20 @@ def test_constants_are_named_and_are_no_parameters(dtype, others, tmp_path):
     plain = folder_of(weight | others, tmp_path / "plain")
     mask = torch.ones(1, 1, 32, 32).to(dtype)
     old = folder_of(weight | {"h.0.attn.bias": mask}, tmp_path / "old")
-    for source, trained in ((plain, old), (old, plain)):
-        report = stream_whole(source, trained, classify).report
+    for base, trained in ((plain, old), (old, plain)):
+        report = stream_whole(base, trained, classify).report
         assert report.matched == tuple(sorted(weight))
         (left,) = report.left_out
         assert left.name == "h.0.attn.bias" and "a constant" in left.reason
-        assert report.source_share == report.trained_share == 0.0
+        assert report.base_share == report.trained_share == 0.0
         assert "h.0.attn.bias" in report.said()
 
 
 def test_a_bias_of_a_constants_name_is_a_parameter(tmp_path):
     """attn.bias with a value per unit is compared, and its loss is refused."""
     weights = {"attn.weight": torch.randn(4, 4), "attn.bias": torch.randn(4)}
-    source = folder_of(weights, tmp_path / "source")
-    assert match_report(source, source).matched == ("attn.bias", "attn.weight")
+    base = folder_of(weights, tmp_path / "base")
+    assert match_report(base, base).matched == ("attn.bias", "attn.weight")
     lost = folder_of({"attn.weight": weights["attn.weight"]}, tmp_path / "lost")
     with pytest.raises(RunError, match=r"attn\.bias"):
-        match_report(source, lost)
+        match_report(base, lost)

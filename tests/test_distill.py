@@ -37,10 +37,10 @@ def metrics(folder):
 
 
 GRADED = [
-    {"loss": {"type": "reverse_kl"}, "rollout": {"max_new_tokens": 6, "source": "data"}},
+    {"loss": {"type": "reverse_kl"}, "rollout": {"max_new_tokens": 6, "base": "data"}},
     {
         "loss": {"type": "forward_kl", "normalisation": "sequence_mean"},
-        "rollout": {"max_new_tokens": 6, "source": "data"},
+        "rollout": {"max_new_tokens": 6, "base": "data"},
     },
     {"loss": {"type": "k1", "normalisation": "fixed_length"}},
     {
@@ -219,7 +219,7 @@ def test_frozen_components_do_not_move(make_pair, make_config, tmp_path):
 
 
 def test_an_arm_that_nothing_trains_is_refused(make_pair, make_config, tmp_path):
-    """Where the tower alone trains and no row has a picture, the arm would be the source: refused, with the cause."""
+    """Where the tower alone trains and no row has a picture, the arm would be the base: refused, with the cause."""
     freeze = ["projector", "language", "embedding", "head"]
     config = make_config("vlm", train={"steps": 2, "prompts_per_step": 2, "freeze": freeze})
     rows = [
@@ -304,7 +304,7 @@ def test_what_is_not_finite_stops_the_run(what, make_pair, make_config, tmp_path
 
 def test_looking_at_held_out_questions_changes_nothing(kind, make_pair, make_config, tmp_path):
     """With held-out scores and optimizer evidence on the way, weights and metrics are the same bits; scores are
-    of the source, every second step and the last, by the code of the final evaluation."""
+    of the base, every second step and the last, by the code of the final evaluation."""
     task = "shapes_validation" if kind == "vlm" else "shapes_text_validation"
     train = {"steps": 3, "prompts_per_step": 3}
     ends = []
@@ -430,7 +430,7 @@ def logs(folder):
 
 
 MOMENTS = [
-    ("collect", 1, "before"),  # the source is scored, nothing is trained
+    ("collect", 1, "before"),  # the base is scored, nothing is trained
     ("look_at_held_out", 3, "after"),  # step 2 is scored, its state not yet saved
     ("save_state", 1, "before"),
     ("save_state", 1, "after"),

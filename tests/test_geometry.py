@@ -30,12 +30,12 @@ from vlopd.config.analysis import (
 from vlopd.errors import RunError
 from vlopd.files import read_json
 from vlopd.geometry.aggregate import PARTS
-from vlopd.geometry.base_masks import SourceMasks
+from vlopd.geometry.base_masks import BaseMasks
 from vlopd.geometry.checkpoint import analyse
 from vlopd.geometry.coordinates import coordinate_terms
 from vlopd.geometry.magnitudes import norm
 from vlopd.geometry.nulls import direction, null_delta, null_name
-from vlopd.geometry.projection import matrix_measures, skipped_measures, source_factors
+from vlopd.geometry.projection import base_factors, matrix_measures, skipped_measures
 from vlopd.geometry.schema import DETAIL, Measure, Place, Row, beside_nulls
 from vlopd.geometry.spectrum import Sum, as_matrix, rank_at, singular_values
 from vlopd.run.folder import up_to_date
@@ -59,17 +59,17 @@ def values(measures: list[Measure]) -> Values:
     return found
 
 
-def measured(source: Tensor, delta: Tensor, config: GeometryConfig = CONFIG) -> list[Measure]:
+def measured(base: Tensor, delta: Tensor, config: GeometryConfig = CONFIG) -> list[Measure]:
     """Every measure of one matrix's update."""
-    factors = source_factors(source, config)
-    masks = SourceMasks(source, factors, config.ratios)
-    terms = coordinate_terms(source, delta, masks, config.ratios)
-    spectral = matrix_measures(source, factors, delta, config)
+    factors = base_factors(base, config)
+    masks = BaseMasks(base, factors, config.ratios)
+    terms = coordinate_terms(base, delta, masks, config.ratios)
+    spectral = matrix_measures(base, factors, delta, config)
     return [term.measure() for term in terms] + spectral
 
 
-def geometry(source: Tensor, delta: Tensor, config: GeometryConfig = CONFIG) -> Values:
-    return values(measured(source, delta, config))
+def geometry(base: Tensor, delta: Tensor, config: GeometryConfig = CONFIG) -> Values:
+    return values(measured(base, delta, config))
 
 
 def orthogonal(n: int, k: int) -> Tensor:
@@ -80,9 +80,9 @@ def with_spectrum(left: Tensor, singular: Tensor, right: Tensor) -> Tensor:
     return left @ singular.diag() @ right.T
 
 
-def reference(source: Tensor, delta: Tensor) -> Values:
+def reference(base: Tensor, delta: Tensor) -> Values:
     """The definitions of arXiv 2606.13657 written out with float64 SVDs and sorts."""
-    w, d = source.double(), delta.double()
+    w, d = base.double(), delta.double()
     m, n = w.shape
     u, s, vt = torch.linalg.svd(w, full_matrices=False)
     u2, s2, vt2 = torch.linalg.svd(w + d, full_matrices=False)
@@ -165,11 +165,11 @@ def reference(source: Tensor, delta: Tensor) -> Values:
 def test_every_measure_agrees_with_a_plain_float64_svd(shape):
     """All measures, of bf16 weights and a bf16 update, agree with their definitions to 1e-5."""
     torch.manual_seed(1)
-    source = (torch.randn(shape) * 0.02).bfloat16().float()
+    base = (torch.randn(shape) * 0.02).bfloat16().float()
     low_rank = torch.randn(shape[0], 3) @ torch.randn(3, shape[1])
     change = 2e-5 * low_rank + 1e-5 * torch.randn(shape)
-    delta = (source + change).bfloat16().float() - source
-    ours, theirs = geometry(source, delta), reference(source, delta)
+    delta = (base + change).bfloat16().float() - base
+    ours, theirs = geometry(base, delta), reference(base, delta)
     skipped = {key for key, value in ours.items() if value is None}
     assert skipped == {("top_energy_ratio", "k=64")} and ours.keys() - skipped == theirs.keys()
     for key, value in theirs.items():
@@ -179,9 +179,9 @@ def test_every_measure_agrees_with_a_plain_float64_svd(shape):
 def test_a_direct_svd_gives_the_same():
     """factorisation = "svd" agrees with the Gram route, and sees singular values that the latter cannot."""
     torch.manual_seed(21)
-    source, delta = torch.randn(40, 60), 1e-3 * torch.randn(40, 60)
+    base, delta = torch.randn(40, 60), 1e-3 * torch.randn(40, 60)
     direct = GeometryConfig(ratios=RATIOS, factorisation="svd")
-    ours, theirs = geometry(source, delta), geometry(source, delta, direct)
+    ours, theirs = geometry(base, delta), geometry(base, delta, direct)
     for key, value in theirs.items():
         assert value is None or ours[key] == pytest.approx(value, rel=1e-7, abs=1e-12), key
     tiny = with_spectrum(
@@ -216,8 +216,8 @@ def test_global_rows_are_the_model_as_one_vector(tmp_path):
 def test_rank_one_update():
     """A rank-1 update has stable, effective and numerical rank 1, its energy in one direction."""
     torch.manual_seed(3)
-    source = torch.randn(30, 50, dtype=torch.float64)
-    found = geometry(source, torch.outer(torch.randn(30).double(), torch.randn(50).double()))
+    base = torch.randn(30, 50, dtype=torch.float64)
+    found = geometry(base, torch.outer(torch.randn(30).double(), torch.randn(50).double()))
     assert found["stable_rank", ""] == pytest.approx(1, abs=1e-12)
     assert found["effective_rank_entropy", ""] == pytest.approx(1, abs=1e-6)
     assert found["rank_tol", "tol=1e-06"] == 1
@@ -235,8 +235,8 @@ def test_rank_two_update_in_fp32_has_rank_two():
 def test_stable_rank_of_tiny_updates_is_not_biased():
     """Scaling an update by 1e-12 changes no ratio: no epsilon hides in a denominator."""
     torch.manual_seed(5)
-    source, delta = torch.randn(20, 30).double(), torch.randn(20, 30).double()
-    large, small = geometry(source, delta), geometry(source, 1e-12 * delta)
+    base, delta = torch.randn(20, 30).double(), torch.randn(20, 30).double()
+    large, small = geometry(base, delta), geometry(base, 1e-12 * delta)
     for key in (("stable_rank", ""), ("principal_projection_energy_ratio", "ratio=0.1")):
         assert small[key] == pytest.approx(large[key], rel=1e-9)
 
@@ -245,12 +245,12 @@ def test_projection_is_one_inside_and_zero_outside():
     """An update inside the top-k subspaces projects wholly, one orthogonal to them not at all."""
     torch.manual_seed(6)
     left, right = orthogonal(40, 40), orthogonal(60, 40)
-    source = with_spectrum(left, torch.linspace(5, 1, 40).double(), right)
+    base = with_spectrum(left, torch.linspace(5, 1, 40).double(), right)
     k = rank_at(0.25, 40, 60)
     inside = left[:, :k] @ torch.randn(k, k, dtype=torch.float64) @ right[:, :k].T
     outside = left[:, k:] @ torch.randn(40 - k, 40 - k, dtype=torch.float64) @ right[:, k:].T
     for delta, expected in ((inside, 1.0), (outside, 0.0)):
-        found = geometry(source, delta)
+        found = geometry(base, delta)
         for side in ("", "left_", "right_"):
             value = found[f"{side}principal_projection_energy_ratio", "ratio=0.25"]
             assert value == pytest.approx(expected, abs=1e-12)
@@ -259,8 +259,8 @@ def test_projection_is_one_inside_and_zero_outside():
 def test_rescaling_turns_nothing():
     """A pure rescaling drifts by all of its norm, and rotates nothing."""
     torch.manual_seed(7)
-    source = torch.randn(40, 60, dtype=torch.float64)
-    found = geometry(source, 0.01 * source)
+    base = torch.randn(40, 60, dtype=torch.float64)
+    found = geometry(base, 0.01 * base)
     assert found["spectral_drift_to_delta_fro_ratio", ""] == pytest.approx(1, abs=1e-9)
     assert found["spectral_drift_l2_ratio", ""] == pytest.approx(0.01, abs=1e-9)
     for metric in ("top_subspace_rotation", "right_subspace_rotation"):
@@ -272,13 +272,13 @@ def test_a_turn_is_measured_down_to_tiny_angles(angle):
     """Turning the first left singular vector shows as sin(angle) on the left, zero on the right."""
     torch.manual_seed(8)
     left, right = orthogonal(60, 60), orthogonal(40, 40)
-    source = with_spectrum(left[:, :40], torch.linspace(5, 1, 40).double(), right)
+    base = with_spectrum(left[:, :40], torch.linspace(5, 1, 40).double(), right)
     plane = left[:, [0, -1]]
     turn = torch.tensor(
         [[math.cos(angle) - 1, -math.sin(angle)], [math.sin(angle), math.cos(angle) - 1]]
     )
-    turned = source + plane @ turn.double() @ plane.T @ source
-    found = geometry(source, turned - source)
+    turned = base + plane @ turn.double() @ plane.T @ base
+    found = geometry(base, turned - base)
     assert found["top_subspace_rotation", "ratio=0.01"] == pytest.approx(math.sin(angle), rel=1e-5)
     assert found["right_subspace_rotation", "ratio=0.01"] < 1e-10
     assert found["spectral_drift_l2_ratio", ""] < 1e-7
@@ -302,10 +302,10 @@ def test_singular_values_span_six_decades():
 def test_null_has_the_norm_of_the_update_after_rounding(null, stored, relative):
     """In the stored precision, where rounding swallows most of it, norms agree to 0.2 % unless few move."""
     torch.manual_seed(10)
-    source = (torch.randn(64, 96) * 0.02).to(stored)
-    wide = source.float()
+    base = (torch.randn(64, 96) * 0.02).to(stored)
+    wide = base.float()
     delta = (wide + relative * 0.02 * torch.randn(64, 96)).to(stored).float() - wide
-    found = null_delta(null, source, delta, stored, 0, 1, "w")
+    found = null_delta(null, base, delta, stored, 0, 1, "w")
     moved = int(found.count_nonzero())  # with few of them, norms come in steps
     assert norm(found) / norm(delta) == pytest.approx(1, abs=2e-3 if moved > 50 else 0.3)
     assert torch.equal((wide + found).to(stored).float(), wide + found)
@@ -314,22 +314,22 @@ def test_null_has_the_norm_of_the_update_after_rounding(null, stored, relative):
 def test_null_matched_before_rounding_would_not_be_matched():
     """Noise of the unrounded norm loses a part of it to bf16: why the search is after rounding."""
     torch.manual_seed(10)
-    source = (torch.randn(64, 96) * 0.02).bfloat16().float()
+    base = (torch.randn(64, 96) * 0.02).bfloat16().float()
     noise = 3e-4 * 0.02 * torch.randn(64, 96)
-    rounded = (source + noise).bfloat16().float() - source
+    rounded = (base + noise).bfloat16().float() - base
     assert abs(norm(rounded) / norm(noise) - 1) > 0.05
 
 
 def test_nulls_keep_what_they_say():
     """Each null keeps its property of the update, and loses the rest."""
     torch.manual_seed(13)
-    source = torch.randn(40, 60)
+    base = torch.randn(40, 60)
     delta = torch.randn(40, 60) * torch.rand(40, 1) ** 3 * torch.rand(60) ** 3
     drawn = {
-        null_name(null): direction(null, source, delta, torch.Generator().manual_seed(0))
+        null_name(null): direction(null, base, delta, torch.Generator().manual_seed(0))
         for null in NULLS
     }
-    binade = source.abs().log2().floor()
+    binade = base.abs().log2().floor()
     assert len(binade.unique()) > 8
     for each in binade.unique():
         inside = binade == each
@@ -338,8 +338,8 @@ def test_nulls_keep_what_they_say():
     assert torch.equal(drawn["sign_flipped"].abs(), delta.abs())
     assert 0.4 < float((drawn["sign_flipped"] == delta).float().mean()) < 0.6
     assert int(torch.linalg.matrix_rank(drawn["low_rank:3"], rtol=1e-5)) == 3
-    relative = drawn["ulp"] / source.abs()
-    sizes = torch.stack([relative.abs().flatten(), source.abs().flatten()])
+    relative = drawn["ulp"] / base.abs()
+    sizes = torch.stack([relative.abs().flatten(), base.abs().flatten()])
     assert abs(float(torch.corrcoef(sizes)[0, 1])) < 0.1
     assert float(relative.std()) == pytest.approx(1, abs=0.05)
     assert float(drawn["gaussian"].std()) == pytest.approx(1, abs=0.05)
@@ -349,13 +349,13 @@ def test_nulls_keep_what_they_say():
 def test_row_column_null_has_the_energies_of_rows_and_columns(stored, error):
     """After rounding, every row and column that moves enough has the observed energy; an unmoved one stays unmoved."""
     torch.manual_seed(13)
-    source = torch.randn(64, 96).to(stored)
-    wide = source.float()
+    base = torch.randn(64, 96).to(stored)
+    wide = base.float()
     scales = torch.exp(torch.randn(64, 1)) * torch.exp(0.5 * torch.randn(96))
     scales[3] = 0
     delta = (wide + 1e-3 * scales * torch.randn(64, 96)).to(stored).float() - wide
     assert stored == torch.float32 or float((delta == 0).double().mean()) > 0.5
-    found = null_delta(RowColumnNull(), source, delta, stored, 0, 0, "w")
+    found = null_delta(RowColumnNull(), base, delta, stored, 0, 0, "w")
     assert not torch.equal(found, delta) and not found[3].any()
     for axis in (0, 1):
         theirs, ours = (each.norm(dim=axis) for each in (delta, found))
@@ -367,12 +367,12 @@ def test_row_column_null_has_the_energies_of_rows_and_columns(stored, error):
 def test_a_draw_of_a_null_is_kept_by_the_next():
     """In bf16 the entries of a permuted or sign-flipped draw keep their sizes: they are not rounded a second time."""
     torch.manual_seed(13)
-    source = (0.02 * torch.randn(64, 96)).bfloat16()
-    wide = source.float()
+    base = (0.02 * torch.randn(64, 96)).bfloat16()
+    wide = base.float()
     delta = (wide + 2e-5 * torch.randn(64, 96)).bfloat16().float() - wide
     for null in (PermutedNull(), SignFlippedNull()):
-        first = null_delta(null, source, delta, torch.bfloat16, 0, 0, "w")
-        second = null_delta(null, source, first, torch.bfloat16, 0, 1, "w")
+        first = null_delta(null, base, delta, torch.bfloat16, 0, 0, "w")
+        second = null_delta(null, base, first, torch.bfloat16, 0, 1, "w")
         counts = [int(each.count_nonzero()) for each in (first, second)]
         assert counts[1] == pytest.approx(counts[0], rel=0.01) and counts[0] > 500
         assert norm(second) == pytest.approx(norm(first), rel=2e-3)
@@ -382,11 +382,11 @@ def test_a_draw_of_a_null_is_kept_by_the_next():
 def test_ulp_null_moves_single_steps():
     """A small |w|-proportional update in bf16 is one step of the last place, on coordinates of all sizes."""
     torch.manual_seed(14)
-    source = torch.randn(64, 96).bfloat16()
-    wide = source.float()
+    base = torch.randn(64, 96).bfloat16()
+    wide = base.float()
     delta = (wide * (1 + 1e-3 * torch.randn(64, 96))).bfloat16().float() - wide
-    found = null_delta(UlpNull(), source, delta, torch.bfloat16, 0, 0, "w")
-    steps = (source.view(torch.int16) - (wide + found).bfloat16().view(torch.int16)).abs()
+    found = null_delta(UlpNull(), base, delta, torch.bfloat16, 0, 0, "w")
+    steps = (base.view(torch.int16) - (wide + found).bfloat16().view(torch.int16)).abs()
     assert set(steps.unique().tolist()) == {0, 1}
 
 
@@ -398,19 +398,19 @@ def test_null_of_nothing_is_nothing(null):
 
 def test_null_of_one_coarse_step_is_a_coarse_step():
     """One coordinate of a norm weight moved by one bf16 step: the null moves one coordinate too."""
-    source = torch.ones(64)
+    base = torch.ones(64)
     delta = torch.zeros(64)
     delta[5] = 2.0**-7
-    null = null_delta(GaussianNull(), source, delta, torch.bfloat16, 0, 0, "norm")
+    null = null_delta(GaussianNull(), base, delta, torch.bfloat16, 0, 0, "norm")
     assert 0 < float(null.norm()) <= 2 * 2.0**-7
 
 
 def test_null_streams_are_named():
     """The same seed, draw and tensor give the same noise; any other name gives another."""
-    source, delta = torch.zeros(8, 8), torch.ones(8, 8)
+    base, delta = torch.zeros(8, 8), torch.ones(8, 8)
 
     def drawn(*names):
-        return null_delta(GaussianNull(), source, delta, torch.float32, *names)
+        return null_delta(GaussianNull(), base, delta, torch.float32, *names)
 
     assert torch.equal(drawn(0, 0, "a"), drawn(0, 0, "a"))
     for other in ((1, 0, "a"), (0, 1, "a"), (0, 0, "b")):
@@ -420,16 +420,16 @@ def test_null_streams_are_named():
 def test_closed_forms_agree_with_the_simulation():
     """Mean and deviation of projections of i.i.d. noise, and of masks under random coordinates, in closed form."""
     torch.manual_seed(11)
-    source, draws = torch.randn(24, 36), 250
+    base, draws = torch.randn(24, 36), 250
     config = GeometryConfig(ratios=(0.25,))
     ones = torch.full((24, 36), 1e-3)
     found: dict[tuple[str, str], list[Measure]] = {}
     for draw in range(draws):
-        noise = null_delta(GaussianNull(), source, ones, torch.float32, 0, draw, "w")
+        noise = null_delta(GaussianNull(), base, ones, torch.float32, 0, draw, "w")
         kept = noise.flatten() * 0
         kept[torch.randperm(24 * 36)[:200]] = 1e-3
         for change, kind in ((noise, "projection"), (kept.view(24, 36), "mask")):
-            for measure in measured(source, change, config):
+            for measure in measured(base, change, config):
                 if measure.chance is not None and ("projection" in measure.metric) == (
                     kind == "projection"
                 ):
@@ -492,9 +492,9 @@ def test_what_a_null_keeps_has_no_p(null, kept):
 
 def test_zero_update_gives_zero_rows():
     """Ratios of a zero update have no value and status zero; what is defined is still given."""
-    source, delta = torch.randn(20, 30), torch.zeros(20, 30)
-    found = geometry(source, delta)
-    moved = geometry(source, delta + 1)
+    base, delta = torch.randn(20, 30), torch.zeros(20, 30)
+    found = geometry(base, delta)
+    moved = geometry(base, delta + 1)
     assert found.keys() == moved.keys()
     assert found["frac_delta_eq_0", ""] == 1 and found["relative_delta_fro", ""] == 0
     assert found["spectral_norm", ""] == 0
@@ -510,7 +510,7 @@ def test_vectors_and_experts_are_skipped_aloud():
     assert as_matrix(torch.zeros(2, 3, 4))[1] == "3-D, not a matrix"
     rows = skipped_measures(CONFIG, "because")
     matrix = torch.randn(20, 20).double()
-    full = matrix_measures(matrix, source_factors(matrix, CONFIG), matrix, CONFIG)
+    full = matrix_measures(matrix, base_factors(matrix, CONFIG), matrix, CONFIG)
     assert [(r.metric, r.parameter) for r in rows] == [(r.metric, r.parameter) for r in full]
     assert {(r.value, r.status, r.reason) for r in rows} == {(None, "skipped", "because")}
 
@@ -521,11 +521,11 @@ def test_patch_embeddings_are_matrices():
     assert matrix is not None and matrix.shape == (8, 48)
 
 
-def test_source_without_a_principal_subspace():
-    """Where the source has rank below k, its top-k subspace is not made up."""
+def test_base_without_a_principal_subspace():
+    """Where the base has rank below k, its top-k subspace is not made up."""
     torch.manual_seed(12)
-    source = torch.randn(40, 2).double() @ torch.randn(2, 60).double()
-    found = geometry(source, torch.randn(40, 60).double())
+    base = torch.randn(40, 2).double() @ torch.randn(2, 60).double()
+    found = geometry(base, torch.randn(40, 60).double())
     assert found["principal_projection_energy_ratio", "ratio=0.01"] is not None
     assert found["principal_projection_energy_ratio", "ratio=0.25"] is None
     assert found["top_subspace_rotation", "ratio=0.25"] is None

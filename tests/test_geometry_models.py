@@ -82,13 +82,13 @@ def tensor_values(folder: Path) -> dict[str, Values]:
     return found
 
 
-def agree(ours: Values, source: Tensor, trained: Tensor) -> int:
+def agree(ours: Values, base: Tensor, trained: Tensor) -> int:
     """Every value is the plain float64 one, to 1e-5 of it, ranks and counts exactly; returns how many there were."""
-    theirs = reference(source, trained.double() - source.double())
+    theirs = reference(base, trained.double() - base.double())
     compared = 0
     for key, value in theirs.items():
         if ours.get(key) is None:
-            r = min(source.shape)
+            r = min(base.shape)
             assert key[0] == "top_energy_ratio" and int(key[1].removeprefix("k=")) >= r, key
             continue
         exact = key[0] in ("rank_tol", "low_magnitude_ties")
@@ -114,8 +114,8 @@ def test_matrices_within_stored_tensors_are_measured(family, tmp_path):
     found = tensor_values(tmp_path / "out")
     for name, matrix in MATRICES[family].items():
         stored = re.sub(r"(\[\w+\])+$", "", name)
-        source, trained = matrix(before[stored]), matrix(after[stored])
-        assert agree(found[name], source, trained) > 80, name
+        base, trained = matrix(before[stored]), matrix(after[stored])
+        assert agree(found[name], base, trained) > 80, name
     covered = {re.sub(r"(\[\w+\])+$", "", name) for name in found}
     assert covered == before.keys()
 
@@ -127,11 +127,11 @@ def test_a_trained_pair_agrees_with_float64(kind, folders, make_pair, make_confi
     pair = make_pair(kind, optim={"learning_rate": 1e-4}, train=train)
     arm = DistillArm(seed=1)
     distill(pair, open_data(config, 20, arm.seed), config, arm, tmp_path / "arm", "test", None, "x")
-    source, trained = folders[kind, "student"], tmp_path / "trained"
+    base, trained = folders[kind, "student"], tmp_path / "trained"
     pair.student.model.bfloat16().save_pretrained(trained)
-    analyse(source, trained, tmp_path / "out", CONFIG, {}, progress=False, workers=1)
+    analyse(base, trained, tmp_path / "out", CONFIG, {}, progress=False, workers=1)
 
-    before, after = (load_file(folder / "model.safetensors") for folder in (source, trained))
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, trained))
     found = tensor_values(tmp_path / "out")
     matrices = {name: tensor for name, tensor in before.items() if tensor.ndim in (2, 4)}
     assert len(matrices) > 14 and {name.split("[")[0] for name in found} == before.keys()

@@ -46,8 +46,8 @@ def llama(folder: Path) -> Tensors:
     return load_file(folder / "model.safetensors")
 
 
-def run(source: Path, trained: Path, out: Path, config: GeometryConfig = QUICK, workers: int = 1):
-    analyse(source, trained, out, config, {"test": 1}, progress=False, workers=workers)
+def run(base: Path, trained: Path, out: Path, config: GeometryConfig = QUICK, workers: int = 1):
+    analyse(base, trained, out, config, {"test": 1}, progress=False, workers=workers)
     return list(read_rows(out))
 
 
@@ -68,7 +68,7 @@ def value_of(rows, name: str, metric: str, parameter: str = "") -> float | None:
     [("model.", "model.language_model."), ("", "base."), ("model.", "transformer.decoder.")],
 )
 def test_a_renamed_prefix_changes_no_value(old, new, tmp_path):
-    """Tensors under another prefix are matched, listed as aliases, and measured under the source's names."""
+    """Tensors under another prefix are matched, listed as aliases, and measured under the base's names."""
     before = llama(tmp_path / "before")
     after = noised(before, 1)
     renamed = {n.replace(old, new, 1) if n.startswith(old) else n: t for n, t in after.items()}
@@ -88,7 +88,7 @@ def test_a_renamed_prefix_changes_no_value(old, new, tmp_path):
         assert value_of(plain, name, metric) == pytest.approx(theirs[metric, ""], rel=1e-5)
 
 
-@pytest.mark.parametrize("stored", ["source", "trained", "both", "neither"])
+@pytest.mark.parametrize("stored", ["base", "trained", "both", "neither"])
 def test_a_tied_head_is_counted_once(stored, tmp_path):
     """A copy of the embedding that one side stores as its head changes no number; match.json calls it tied."""
     llms.build("qwen2", tmp_path / "before")  # ties its head
@@ -97,11 +97,11 @@ def test_a_tied_head_is_counted_once(stored, tmp_path):
     assert head not in before
     after = noised(before, 2)
     expected = run(tmp_path / "before", save(after, tmp_path / "after"), tmp_path / "plain")
-    for side, tensors in (("source", before), ("trained", after)):
+    for side, tensors in (("base", before), ("trained", after)):
         if stored in (side, "both"):
             tensors[head] = tensors[embedding].clone()
-    folders = save(before, tmp_path / "source"), save(after, tmp_path / "trained")
-    (tmp_path / "source" / "config.json").write_text((tmp_path / "before/config.json").read_text())
+    folders = save(before, tmp_path / "base"), save(after, tmp_path / "trained")
+    (tmp_path / "base" / "config.json").write_text((tmp_path / "before/config.json").read_text())
     rows = run(*folders, tmp_path / "out")
     report = read_json(tmp_path / "out" / "match.json")
     if stored == "both":  # two parameters by every account
@@ -112,20 +112,20 @@ def test_a_tied_head_is_counted_once(stored, tmp_path):
     assert report["missing"] == report["extra"] == []
 
 
-@pytest.mark.parametrize("untied", ["source", "trained"])
+@pytest.mark.parametrize("untied", ["base", "trained"])
 def test_a_head_that_was_trained_apart_has_its_own_row(untied, tmp_path):
     """Where one side's head is no copy of its embedding, its partner is the other side's embedding."""
     llms.build("qwen2", tmp_path / "before")
     before = load_file(tmp_path / "before" / "model.safetensors")
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     after = noised(before, 2)
-    own = before if untied == "source" else after
+    own = before if untied == "base" else after
     own[head] = own[embedding] + 0.05 * torch.randn_like(own[embedding])
-    folders = save(before, tmp_path / "source"), save(after, tmp_path / "trained")
+    folders = save(before, tmp_path / "base"), save(after, tmp_path / "trained")
     for folder in folders:  # which says that a head is tied where none is stored
         (folder / "config.json").write_text((tmp_path / "before/config.json").read_text())
     rows = run(*folders, tmp_path / "out")
-    first = before[head if untied == "source" else embedding].double()
+    first = before[head if untied == "base" else embedding].double()
     last = after[head if untied == "trained" else embedding].double()
     theirs = reference(first, last - first)
     for metric in ("relative_delta_fro", "stable_rank"):
@@ -212,12 +212,12 @@ def test_the_randomised_pass(shape, kind, tmp_path):
     torch.manual_seed(4)
     m, n = shape
     spectrum = torch.arange(1, min(m, n) + 1).double() ** -0.7
-    source = orthogonal(m, min(m, n)) @ spectrum.diag() @ orthogonal(n, min(m, n)).T
+    base = orthogonal(m, min(m, n)) @ spectrum.diag() @ orthogonal(n, min(m, n)).T
     update = 1e-5 * torch.randn(m, n)
     if kind == "directions":
         sizes = 1e-3 * torch.arange(1, 41).double() ** -0.5
         update = update + orthogonal(m, 40) @ sizes.diag() @ orthogonal(n, 40).T
-    before = {"layers.0.mlp.up_proj.weight": source.float(), "layers.0.norm.weight": torch.ones(9)}
+    before = {"layers.0.mlp.up_proj.weight": base.float(), "layers.0.norm.weight": torch.ones(9)}
     after = {n: t + (update.float() if t.ndim == 2 else 0.1) for n, t in before.items()}
     folders = save(before, tmp_path / "before"), save(after, tmp_path / "after")
     limits = ({}, {"max_exact_side": 100}, {"max_exact_cost": 1e6})
@@ -264,9 +264,9 @@ def test_the_randomised_pass(shape, kind, tmp_path):
 # ------------------------------------------------------------------------------------ several runs
 
 
-def deciles(source: Tensor) -> np.ndarray:
+def deciles(base: Tensor) -> np.ndarray:
     """The stratum of every coordinate: how many of the nine cuts of sorted |w| its own |w| exceeds."""
-    size = source.double().abs().flatten().numpy()
+    size = base.double().abs().flatten().numpy()
     ordered = np.sort(size)
     cuts = {ordered[max(1, len(size) * i // 10) - 1] for i in range(1, 10)}
     return np.array([sum(value > cut for cut in cuts) for value in size])
@@ -300,9 +300,9 @@ def plain_overlap(before: Tensors, one: Tensors, other: Tensors, atol: float) ->
 
 
 def overlap_rows(before: Tensors, runs: Mapping[str, Tensors], root: Path, config: GeometryConfig):
-    source = save(before, root / "before")
+    base = save(before, root / "before")
     folders = {name: save(tensors, root / name) for name, tensors in runs.items()}
-    with overlap(source, folders, root / "out", config, progress=False).open() as file:
+    with overlap(base, folders, root / "out", config, progress=False).open() as file:
         return list(csv.DictReader(file))
 
 
@@ -345,10 +345,10 @@ def test_two_runs_that_move_small_weights_overlap_by_magnitude_alone(tmp_path):
     """Both move a random 60 % of the smaller half: enrichment 2 over the whole, and 1 within deciles of |w|."""
     torch.manual_seed(6)
     before = {"layers.0.mlp.up_proj.weight": torch.randn(100, 200)}
-    (source,) = before.values()
-    small = source.abs() <= source.abs().median()
+    (base,) = before.values()
+    small = base.abs() <= base.abs().median()
     runs = {
-        name: {"layers.0.mlp.up_proj.weight": source + small * (torch.rand(100, 200) < 0.6)}
+        name: {"layers.0.mlp.up_proj.weight": base + small * (torch.rand(100, 200) < 0.6)}
         for name in ("a", "b")
     }
     rows = overlap_rows(before, runs, tmp_path, GeometryConfig(null_draws=0))
@@ -443,10 +443,10 @@ def test_trajectory_of_large_matrices_says_approximate(tmp_path):
     """Subspaces of a matrix beyond the stated cost carry the status and its reason; cosines stay exact."""
     torch.manual_seed(8)
     before = {"layers.0.mlp.up_proj.weight": torch.randn(60, 80), "norm.weight": torch.rand(9)}
-    source = save(before, tmp_path / "before")
+    base = save(before, tmp_path / "before")
     steps = {i: save(noised(before, i), tmp_path / f"step-{i}") for i in (1, 2)}
     config = GeometryConfig(null_draws=1, max_exact_side=20)
-    with trajectory(source, steps, tmp_path / "out", config, progress=False).open() as file:
+    with trajectory(base, steps, tmp_path / "out", config, progress=False).open() as file:
         rows = list(csv.DictReader(file))
     similar = [r for r in rows if "similarity" in r["metric"] and r["value"]]
     assert len(similar) > 10
@@ -572,7 +572,7 @@ BAD: dict[str, tuple[Callable[[Path, Tensors], None], str]] = {
     ),
     "little shared": (
         half_another_model,
-        r"lm_head\.weight \(58, 32\) \(in the (source|trained checkpoint) only\).*not the same architecture",
+        r"lm_head\.weight \(58, 32\) \(in the (base|trained checkpoint) only\).*not the same architecture",
     ),
     "cut": (cut(0.6, False), r"so FIRST cannot be read; copy or save the checkpoint again"),
     "last byte": (cut(0.99999, False), r"so FIRST cannot be read"),
@@ -583,21 +583,21 @@ BAD: dict[str, tuple[Callable[[Path, Tensors], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("side", ["source", "trained"])
+@pytest.mark.parametrize("side", ["base", "trained"])
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_read_is_one_line_with_the_tensors_name(case, side, tmp_path):
     """Pickles, other shapes, values that are not finite, other models and cut files are refused, by the tensor's name
     where there is one, by `stream` and by `analyse`, which leaves no record."""
     damage, message = BAD[case]
-    tensors = llama(tmp_path / "source")
+    tensors = llama(tmp_path / "base")
     save(noised(tensors, 1), tmp_path / "trained")
     if "FIRST" in message:
         share = 0.6 if case == "cut" else 0.99999
         message = message.replace("FIRST", re.escape(first_lost(tmp_path / side, share)))
-    if case == "shape" and side == "source":
+    if case == "shape" and side == "base":
         message = rf"{UP} is \(48, 31\) in .*, \(48, 32\) in "
     damage(tmp_path / side, load_file(tmp_path / side / "model.safetensors"))
-    folders = tmp_path / "source", tmp_path / "trained"
+    folders = tmp_path / "base", tmp_path / "trained"
     with pytest.raises(RunError) as streamed:
         list(stream(*folders, classify))
     with pytest.raises(RunError) as analysed:

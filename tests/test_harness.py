@@ -27,10 +27,10 @@ from vlopd.run.resolve import scores_of
 TEXT = {"llm": "shapes_text", "vlm": "shapes"}
 
 
-def source_run(make_config, kind, tmp_path, **sections):
-    """A run whose source arm is made."""
+def base_run(make_config, kind, tmp_path, **sections):
+    """A run whose base arm is made."""
     config = make_config(
-        kind, arms={"base": {"type": "source"}, **sections.pop("arms", {})}, **sections
+        kind, arms={"base": {"type": "base"}, **sections.pop("arms", {})}, **sections
     )
     run = RunFolder.create(tmp_path / "run", config)
     for arm in config.arms:
@@ -59,7 +59,7 @@ def test_nothing_is_evaluated_twice(kind, make_config, tmp_path, monkeypatch):
     """A further task is added to what is there; other settings, another checkpoint or a changed definition of a task
     make it run again."""
     task = TEXT[kind]
-    run, config = source_run(
+    run, config = base_run(
         make_config, kind, tmp_path, eval={"tasks": [task], "limit": 3, "keep_images": 1}
     )
     found = asked(monkeypatch)
@@ -132,7 +132,7 @@ def test_few_shot_examples_bring_their_pictures(make_pair):
 def test_sampled_answers_are_means_with_pass_at_k(kind, make_config, tmp_path):
     """mean@n is the mean of n seeded draws' scores and pass@n whether any was right; batches change nothing."""
     task = TEXT[kind]
-    run, config = source_run(make_config, kind, tmp_path, eval={"tasks": [task], "limit": 4})
+    run, config = base_run(make_config, kind, tmp_path, eval={"tasks": [task], "limit": 4})
     sampled = {"n": 3, "temperature": 1.5}
     both = []
     for batch_size in (1, 4):
@@ -180,7 +180,7 @@ def test_scores_and_models_from_elsewhere_are_arms(make_config, tmp_path):
     """lm-eval's own output and the same model evaluated here give the same rows; both stand beside the run's arms."""
     folder = BUILTIN / "shapes-text-student"
     lm_evals_output(folder, tmp_path / "theirs", "shapes_text", 5)
-    run, config = source_run(
+    run, config = base_run(
         make_config,
         "llm",
         tmp_path,
@@ -252,7 +252,7 @@ def test_groups_and_tasks_from_a_folder(make_config, tmp_path):
             "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
         )
     (tmp_path / "mine.yaml").write_text("group: mine\ntask: [mine_a, mine_b]\n")
-    run, config = source_run(
+    run, config = base_run(
         make_config, "llm", tmp_path, eval={"tasks": ["mine"], "include": str(tmp_path)}
     )
     assert evaluate_arm(run, config, "base") and not evaluate_arm(run, config, "base")

@@ -97,16 +97,16 @@ DIRECTIONS = ("hub first", "fused first")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("family", [*EXPERTS, "qwen3_vl_moe", "llava"])
 def test_two_layouts_of_one_model_do_not_differ(family, direction, tmp_path):
-    """Every parameter of the source is matched, in the source's naming and shape, and no coordinate differs."""
-    source, trained = folders_of(family, direction, tmp_path)
-    before, after = load(source), load(trained)
+    """Every parameter of the base is matched, in the base's naming and shape, and no coordinate differs."""
+    base, trained = folders_of(family, direction, tmp_path)
+    before, after = load(base), load(trained)
     assert {n: t.shape for n, t in before.items()} != {n: t.shape for n, t in after.items()}
-    deltas = stream_whole(source, trained, classify)
+    deltas = stream_whole(base, trained, classify)
     assert deltas.report.matched == tuple(sorted(before))
     assert deltas.report.left_out == deltas.report.missing == deltas.report.extra == ()
     for pair in deltas:
-        assert torch.equal(pair.source, before[pair.name])
-        assert torch.equal(pair.trained, pair.source) and not pair.delta.any()
+        assert torch.equal(pair.base, before[pair.name])
+        assert torch.equal(pair.trained, pair.base) and not pair.delta.any()
 
 
 PLANTED: dict[str, tuple[str, str, str, Callable[[Tensor], Tensor]]] = {
@@ -150,11 +150,11 @@ def test_a_delta_planted_in_one_expert_comes_out_there(family, direction, tmp_pa
     matrix(moved[stored])[0, 1] -= 0.25
     change = matrix(moved[stored]) - original
     if direction == "hub first":
-        source, trained, row = hub, save(moved, tmp_path / "moved", fused), hub_row
-    else:  # the fused one is the source, so what comes out is the other way round
-        source, trained, row = save(moved, tmp_path / "moved", fused), hub, fused_row
+        base, trained, row = hub, save(moved, tmp_path / "moved", fused), hub_row
+    else:  # the fused one is the base, so what comes out is the other way round
+        base, trained, row = save(moved, tmp_path / "moved", fused), hub, fused_row
         change = -change
-    analyse(source, trained, tmp_path / "out", QUICK, {}, progress=False, workers=1)
+    analyse(base, trained, tmp_path / "out", QUICK, {}, progress=False, workers=1)
     norms = {
         r["name"]: float(r["value"])
         for r in read_rows(tmp_path / "out")
@@ -162,26 +162,26 @@ def test_a_delta_planted_in_one_expert_comes_out_there(family, direction, tmp_pa
     }
     assert len(norms) > 20 and {n for n, value in norms.items() if value} == {row}
     assert norms[row] == pytest.approx(float(change.norm()) / change.numel() ** 0.5)
-    (pair,) = (p for p in stream(source, trained, classify) if p.delta.any())
+    (pair,) = (p for p in stream(base, trained, classify) if p.delta.any())
     assert int((pair.delta != 0).sum()) == 2
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_masks_and_transplants_across_layouts_are_in_the_sources_naming(direction, tmp_path):
-    """The visible mask has the source's names and shapes, marks as much as the same checkpoints in one layout do, and
-    a transplant of everything is the trained model in the source's layout."""
+def test_masks_and_transplants_across_layouts_are_in_the_bases_naming(direction, tmp_path):
+    """The visible mask has the base's names and shapes, marks as much as the same checkpoints in one layout do, and
+    a transplant of everything is the trained model in the base's layout."""
     hub, fused = two_layouts("mixtral", tmp_path)
     torch.manual_seed(1)
     noisy = {n: t + 0.1 * t * (torch.rand(t.shape) < 0.3) for n, t in load(fused).items()}
     moved = save(noisy, tmp_path / "moved", fused)
-    source, trained = (hub, moved) if direction == "hub first" else (moved, hub)
-    deltas = stream_whole(source, trained, classify)
+    base, trained = (hub, moved) if direction == "hub first" else (moved, hub)
+    deltas = stream_whole(base, trained, classify)
     mask = build_mask(VisibleMask(of="x"), deltas)
-    check_shapes(mask, {name: tensor.shape for name, tensor in load(source).items()})
+    check_shapes(mask, {name: tensor.shape for name, tensor in load(base).items()})
     plain = build_mask(VisibleMask(of="x"), stream(fused, moved, classify))
     assert sum(map(Tensor.sum, mask.values())) == sum(map(Tensor.sum, plain.values()))
-    whole = {p.name: transplanted(p, torch.ones_like(p.source).bool()) for p in deltas}
-    back = stream(save(whole, tmp_path / "whole", source), trained, classify)
+    whole = {p.name: transplanted(p, torch.ones_like(p.base).bool()) for p in deltas}
+    back = stream(save(whole, tmp_path / "whole", base), trained, classify)
     assert not any(pair.delta.any() for pair in back)
 
 
@@ -204,9 +204,9 @@ def test_phi3_as_a_llama(tmp_path):
     save(split, tmp_path / "llama")
     split["model.layers.0.self_attn.k_proj.weight"][1, 2] += 1
     save(split, tmp_path / "moved", tmp_path / "llama")
-    for source, trained in (("phi3", "llama"), ("llama", "phi3")):
-        deltas = stream_whole(tmp_path / source, tmp_path / trained, classify)
-        assert len(deltas) == len(load(tmp_path / source))
+    for base, trained in (("phi3", "llama"), ("llama", "phi3")):
+        deltas = stream_whole(tmp_path / base, tmp_path / trained, classify)
+        assert len(deltas) == len(load(tmp_path / base))
         assert not any(pair.delta.any() for pair in deltas)
     (pair,) = (p for p in stream(tmp_path / "phi3", tmp_path / "moved", classify) if p.delta.any())
     assert pair.name == "model.layers.0.self_attn.qkv_proj.weight"
@@ -219,7 +219,7 @@ def test_layouts_that_do_not_translate_for_sure_are_refused(lost, direction, tmp
     """A missing expert, no config.json to tell the layout, or square stacks whose order nobody can tell: one line."""
     hub, fused = two_layouts("qwen3_moe", tmp_path)
     stored = load(hub)
-    message = r"experts\S* \(.*\) \(in the (source|trained checkpoint) only\)"
+    message = r"experts\S* \(.*\) \(in the (base|trained checkpoint) only\)"
     if lost == "an expert":
         del stored["model.layers.0.mlp.experts.1.up_proj.weight"]
         save(stored, hub)
@@ -284,7 +284,7 @@ WRAPPED: dict[str, Callable[[str], str]] = {
 @pytest.mark.parametrize("kind", ["llm", "vlm"])
 @pytest.mark.parametrize("wrapper", WRAPPED)
 def test_wrapped_names_are_the_same_parameters(kind, wrapper, tmp_path):
-    """On either side or, differently, on both: all are matched under the source's names, and only what moved moved."""
+    """On either side or, differently, on both: all are matched under the base's names, and only what moved moved."""
     before = tiny(kind, tmp_path / "before")
     after = {n: t.clone() for n, t in before.items()}
     moved = next(n for n in after if n.endswith("layers.1.mlp.up_proj.weight"))
@@ -293,9 +293,9 @@ def test_wrapped_names_are_the_same_parameters(kind, wrapper, tmp_path):
     other = WRAPPED["FSDP" if wrapper != "FSDP" else "DDP within"]
     plain, wrapped = lambda name: name, wrap
     for i, (here, there) in enumerate(((plain, wrapped), (wrapped, plain), (wrapped, other))):
-        source = save({here(n): t for n, t in before.items()}, tmp_path / f"source-{i}")
+        base = save({here(n): t for n, t in before.items()}, tmp_path / f"base-{i}")
         trained = save({there(n): t for n, t in after.items()}, tmp_path / f"trained-{i}")
-        deltas = stream_whole(source, trained, classify)
+        deltas = stream_whole(base, trained, classify)
         assert set(deltas.report.matched) == {here(n) for n in before}
         assert deltas.report.left_out == ()
         assert [pair.name for pair in deltas if pair.delta.any()] == [here(moved)]
@@ -308,9 +308,9 @@ def test_wrapped_names_and_another_layout_together(tmp_path):
     hub, fused = two_layouts("mixtral", tmp_path)
     names = {n: "base_model.model." + in_the_middle("_orig_mod")(n) for n in load(hub)}
     wrapped = save({names[n]: t for n, t in load(hub).items()}, tmp_path / "wrapped")
-    for source, trained in ((wrapped, fused), (fused, wrapped)):
-        deltas = stream_whole(source, trained, classify)
-        assert len(deltas) == len(load(source))
+    for base, trained in ((wrapped, fused), (fused, wrapped)):
+        deltas = stream_whole(base, trained, classify)
+        assert len(deltas) == len(load(base))
         assert not any(pair.delta.any() for pair in deltas)
 
 
@@ -358,7 +358,7 @@ def test_what_is_left_out_is_said_everywhere(kind, tmp_path):
     own = {r["name"]: r for r in tables["step-2"] if r["metric"] == "left_out"}
     assert {n: (r["status"], r["reason"], r["value"]) for n, r in own.items()} == {
         "v_head.weight": ("skipped", "in the trained checkpoint only", ""),
-        "rotary.inv_freq": ("skipped", "a constant, in the source only", ""),
+        "rotary.inv_freq": ("skipped", "a constant, in the base only", ""),
         "position_ids": ("skipped", "a constant", ""),
     }
     shares = {
@@ -367,12 +367,12 @@ def test_what_is_left_out_is_said_everywhere(kind, tmp_path):
         if r["metric"] == "left_out_share"
     }
     assert shares == {
-        "of=source": 0.0,  # constants are no parameters
+        "of=base": 0.0,  # constants are no parameters
         "of=trained": pytest.approx(32 / trained),
     }
     summary = read_json(tmp_path / "step-2-out/summary.json")["left_out"]
     assert summary["tensors"] == 3 and summary["largest"][0] == "v_head.weight"
-    assert summary["source_share"] == shares["of=source"]
+    assert summary["base_share"] == shares["of=base"]
     assert summary["trained_share"] == shares["of=trained"]
     assert "v_head.weight (1, 32) (in the trained checkpoint only)" in summary["said"]
     match = read_json(tmp_path / "step-2-out/match.json")
@@ -405,13 +405,13 @@ def test_nothing_left_out_adds_no_row(tmp_path):
     analyse(*folders, QUICK, {}, progress=False, workers=1)
     assert not any(row["metric"].startswith("left_out") for row in read_rows(tmp_path / "out"))
     said = read_json(tmp_path / "out/summary.json")["left_out"]
-    assert said == {"tensors": 0, "source_share": 0, "trained_share": 0, "largest": [], "said": ""}
+    assert said == {"tensors": 0, "base_share": 0, "trained_share": 0, "largest": [], "said": ""}
 
 
 LARGE: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "vision tower": (
         lambda t: {n: v for n, v in t.items() if "vision_tower" not in n},
-        r"vision_tower\.\S+ \(.*\) \(in the (source|trained checkpoint) only\)",
+        r"vision_tower\.\S+ \(.*\) \(in the (base|trained checkpoint) only\)",
     ),
     "a tensor split over names": (
         lambda t: {
@@ -425,7 +425,7 @@ LARGE: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     ),
     "another head": (
         lambda t: {n.replace("lm_head", "score"): v + n.count("lm_head") for n, v in t.items()},
-        r"(lm_head|score)\.weight \(.*\) \(in the (source|trained checkpoint) only\)",
+        r"(lm_head|score)\.weight \(.*\) \(in the (base|trained checkpoint) only\)",
     ),
     "flattened by FSDP": (
         lambda t: {
@@ -434,25 +434,25 @@ LARGE: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
                 [v.flatten() for n, v in t.items() if "layers.1." in n]
             ),
         },
-        r"_flat_param \(\d+,\) \(in the (source|trained checkpoint) only\)",
+        r"_flat_param \(\d+,\) \(in the (base|trained checkpoint) only\)",
     ),
 }
 
 
-@pytest.mark.parametrize("side", ["source", "trained"])
+@pytest.mark.parametrize("side", ["base", "trained"])
 @pytest.mark.parametrize("case", LARGE)
 def test_too_much_left_out_is_refused(case, side, tmp_path):
     """Above one percent of either side: one line with the largest tensor, both shares and the remedy, of geometry and
     masks alike; a larger `max_left_out` measures the rest."""
     change, message = LARGE[case]
-    before = tiny("vlm", tmp_path / "source")
-    save({n: t + 0.01 for n, t in before.items()}, tmp_path / "trained", tmp_path / "source")
+    before = tiny("vlm", tmp_path / "base")
+    save({n: t + 0.01 for n, t in before.items()}, tmp_path / "trained", tmp_path / "base")
     save(change(load(tmp_path / side)), tmp_path / side)
-    folders = (tmp_path / "source", tmp_path / "trained")
+    folders = (tmp_path / "base", tmp_path / "trained")
     with pytest.raises(RunError, match=message) as caught:
         stream(*folders, classify)
     said = str(caught.value)
-    assert "\n" not in said and "% of the source" in said and "max_left_out" in said
+    assert "\n" not in said and "% of the base" in said and "max_left_out" in said
     config = QUICK.model_copy(update={"max_left_out": 0.9})
     analyse(*folders, tmp_path / "out", config, {}, progress=False, workers=1)
     assert read_json(tmp_path / "out/summary.json")["left_out"]["tensors"] > 0
@@ -514,13 +514,13 @@ def test_rows_added_to_an_embedding_are_refused_by_name(tmp_path):
 
 
 def test_what_is_built_from_an_update_needs_all_of_it(tmp_path):
-    """Masks, transplants and extrapolations of a run refuse a parameter of the source without a partner, however small;
+    """Masks, transplants and extrapolations of a run refuse a parameter of the base without a partner, however small;
     what only the trained side has is no coordinate of theirs."""
     before = tiny("llm", tmp_path / "before")
     less = {n: t for n, t in before.items() if n != "model.norm.weight"}
     save(less, tmp_path / "less")
     assert stream(tmp_path / "before", tmp_path / "less", classify).report.missing
-    with pytest.raises(RunError, match=r"model\.norm\.weight \(32,\) is in the source only"):
+    with pytest.raises(RunError, match=r"model\.norm\.weight \(32,\) is in the base only"):
         stream_whole(tmp_path / "before", tmp_path / "less", classify)
     save({**before, "v_head.weight": torch.ones(1, 32)}, tmp_path / "more")
     assert len(stream_whole(tmp_path / "before", tmp_path / "more", classify)) == len(before)

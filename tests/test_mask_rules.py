@@ -27,10 +27,10 @@ def rule(**settings):
     return TypeAdapter(MaskConfig).validate_python(settings)
 
 
-def one(source, trained, **settings):
+def one(base, trained, **settings):
     """The rule's mask of a single matrix."""
     name = NAMES[0]
-    pair = TensorDelta(classify(name), source, trained)
+    pair = TensorDelta(classify(name), base, trained)
     return build_mask(rule(**settings), [pair])[name]
 
 
@@ -39,15 +39,15 @@ def one(source, trained, **settings):
 
 def test_tolerances_of_visible():
     """atol, rtol and both add up; all are exclusive, and 0 with any of them is what moved."""
-    source = torch.tensor([1.0, 1.0, 100.0, 100.0, 0.0])
-    trained = source + torch.tensor([0.0, 0.5, 0.5, 2.0, 0.25])
+    base = torch.tensor([1.0, 1.0, 100.0, 100.0, 0.0])
+    trained = base + torch.tensor([0.0, 0.5, 0.5, 2.0, 0.25])
     for settings, expected in (
         ({}, [0, 1, 1, 1, 1]),
         ({"atol": 0.25}, [0, 1, 1, 1, 0]),
         ({"rtol": 0.01}, [0, 1, 0, 1, 1]),
         ({"rtol": 0.01, "atol": 0.5}, [0, 0, 0, 1, 0]),
     ):
-        assert one(source, trained, type="visible", **settings).tolist() == [
+        assert one(base, trained, type="visible", **settings).tolist() == [
             bool(x) for x in expected
         ]
 
@@ -70,20 +70,20 @@ def test_ulps_count_the_floats_between(dtype):
 
 def test_visible_in_another_precision():
     """A change that fp32 holds and bf16 rounds away is visible in the first only."""
-    source = torch.tensor([1.0, 1.0])
+    base = torch.tensor([1.0, 1.0])
     trained = torch.tensor([1.001, 1.01])
-    assert one(source, trained, type="visible").tolist() == [True, True]
-    assert one(source, trained, type="visible", precision="bf16").tolist() == [False, True]
-    assert one(source, trained, type="visible", precision="bf16", ulps=0).tolist() == [False, True]
+    assert one(base, trained, type="visible").tolist() == [True, True]
+    assert one(base, trained, type="visible", precision="bf16").tolist() == [False, True]
+    assert one(base, trained, type="visible", precision="bf16", ulps=0).tolist() == [False, True]
 
 
 def test_relative_delta_puts_small_weights_first():
     """By |delta| / |w| the same change counts more on a small weight, most on a zero, and not at all unmoved."""
-    source = torch.tensor([0.0, 0.0, 0.1, 10.0])
-    trained = source + torch.tensor([0.0, 0.01, 0.01, 0.1])
+    base = torch.tensor([0.0, 0.0, 0.1, 10.0])
+    trained = base + torch.tensor([0.0, 0.01, 0.01, 0.1])
     top = {"type": "top_fraction", "by": "relative_delta"}
-    assert one(source, trained, fraction=0.25, **top).tolist() == [False, True, False, False]
-    assert one(source, trained, fraction=0.5, **top).tolist() == [False, True, True, False]
+    assert one(base, trained, fraction=0.25, **top).tolist() == [False, True, False, False]
+    assert one(base, trained, fraction=0.5, **top).tolist() == [False, True, True, False]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999, 1.0])
@@ -112,17 +112,17 @@ def test_energy_breaks_ties_by_place():
     assert [m.tolist() for m in chosen] == [[True, True], [False, True, False]]
 
 
-# -------------------------------------------------------------------------------- by the source
+# -------------------------------------------------------------------------------- by the base
 
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
-def test_magnitude_takes_the_ends_of_the_source(scope):
+def test_magnitude_takes_the_ends_of_the_base(scope):
     """Low and high are the two ends of a stable sort of |w|."""
     for which in ("low", "high"):
         built = build_mask(rule(type="magnitude", which=which, fraction=0.3, scope=scope), pairs())
         groups = [[p] for p in pairs()] if scope == "tensor" else [pairs()]
         for group in groups:
-            flat = torch.cat([p.source.float().abs().flatten() for p in group])
+            flat = torch.cat([p.base.float().abs().flatten() for p in group])
             order = flat.sort(stable=True, descending=which == "high").indices
             expected = torch.zeros(len(flat), dtype=torch.bool)
             expected[order[: quota(0.3, len(flat))]] = True
@@ -133,8 +133,8 @@ def test_magnitude_takes_the_ends_of_the_source(scope):
 def test_principal_is_the_largest_of_the_low_rank_approximation(shape):
     """Against an SVD in float64; rank and fraction are apart; off-principal is the other end; vectors are |w|."""
     torch.manual_seed(0)
-    source = torch.randn(shape)
-    u, s, vt = torch.linalg.svd(source.flatten(1).double(), full_matrices=False)
+    base = torch.randn(shape)
+    u, s, vt = torch.linalg.svd(base.flatten(1).double(), full_matrices=False)
     near = ((u[:, :2] * s[:2]) @ vt[:2]).abs().flatten()
     n = len(near)
     order = near.sort(descending=True).indices
@@ -142,13 +142,13 @@ def test_principal_is_the_largest_of_the_low_rank_approximation(shape):
         ("principal", order[: quota(0.25, n)]),
         ("off_principal", order[-quota(0.25, n) :]),
     ):
-        got = one(source, source, type="principal", which=which, fraction=0.25, rank=2)
+        got = one(base, base, type="principal", which=which, fraction=0.25, rank=2)
         assert sorted(picked.tolist()) == got.flatten().nonzero()[:, 0].tolist()
-    small = min(source.flatten(1).shape)
+    small = min(base.flatten(1).shape)
     by_share = one(
-        source, source, type="principal", fraction=0.25, rank_fraction={7: 0.3, 4: 0.5}[small]
+        base, base, type="principal", fraction=0.25, rank_fraction={7: 0.3, 4: 0.5}[small]
     )
-    assert torch.equal(by_share, one(source, source, type="principal", fraction=0.25, rank=2))
+    assert torch.equal(by_share, one(base, base, type="principal", fraction=0.25, rank=2))
     vector = torch.tensor([1.0, -3.0, 2.0])
     assert one(vector, vector, type="principal", fraction=0.3, rank=1).tolist() == [
         False,
@@ -183,14 +183,14 @@ def large(seed=0):
     """Two bf16 matrices of one module and one of another, larger, with heavy tails and ties."""
     torch.manual_seed(seed)
     names = [NAMES[0], NAMES[0].replace("layers.0", "layers.1"), NAMES[1]]
-    sources = [(torch.randn(40, 50) ** 3 * 0.02).bfloat16() for _ in names]
-    return [TensorDelta(classify(n), s, s) for n, s in zip(names, sources, strict=True)]
+    bases = [(torch.randn(40, 50) ** 3 * 0.02).bfloat16() for _ in names]
+    return [TensorDelta(classify(n), s, s) for n, s in zip(names, bases, strict=True)]
 
 
 @pytest.mark.parametrize("match", ["global", "module", "tensor", "magnitude", "visibility"])
 def test_random_masks_match_in_every_class_and_nothing_else(match):
     """Counts agree class by class; seeds differ; inside a class the draw is uniform (5 deviations)."""
-    like = {p.name: p.source.float().abs() < 0.01 * (k + 1) for k, p in enumerate(large())}
+    like = {p.name: p.base.float().abs() < 0.01 * (k + 1) for k, p in enumerate(large())}
     like[NAMES[1]][:, 25:] = False  # so that "tensor" and "module" matter
     draw = [
         build_mask(rule(type="random", like="it", seed=seed, match=match), large(), {"it": like})
@@ -200,10 +200,10 @@ def test_random_masks_match_in_every_class_and_nothing_else(match):
 
     def classes(pair):
         if match in ("magnitude", "visibility"):
-            inside = quantiles(pair.source) if match == "magnitude" else binades(pair.source)
+            inside = quantiles(pair.base) if match == "magnitude" else binades(pair.base)
             return [(pair.name, int(c)) for c in inside.flatten()]
         label = {"global": "", "module": pair.where.module, "tensor": pair.name}[match]
-        return [label] * pair.source.numel()
+        return [label] * pair.base.numel()
 
     labels = [label for pair in large() for label in classes(pair)]
     numbers = {label: k for k, label in enumerate(dict.fromkeys(labels))}

@@ -28,7 +28,7 @@ NAMES = (
 )
 INPUTS = {
     "rule": {"type": "visible", "of": "full", "atol": 0.0},
-    "source": "s" * 64,
+    "base": "s" * 64,
     "of": "f" * 64,
 }
 
@@ -38,9 +38,9 @@ def pairs(seed: int = 0) -> list[TensorDelta]:
     torch.manual_seed(seed)
     found = []
     for index, name in enumerate(NAMES):
-        source = (torch.randn(5 + index, 7) * 0.02).bfloat16()
-        moved = (source.float() + 1e-4 * torch.randn(5 + index, 7)).bfloat16()
-        found.append(TensorDelta(classify(name), source, source if name == NAMES[-1] else moved))
+        base = (torch.randn(5 + index, 7) * 0.02).bfloat16()
+        moved = (base.float() + 1e-4 * torch.randn(5 + index, 7)).bfloat16()
+        found.append(TensorDelta(classify(name), base, base if name == NAMES[-1] else moved))
     return found
 
 
@@ -61,7 +61,7 @@ def saved(mask: dict[str, Tensor], tmp_path: Path) -> Path:
 def test_visible_is_what_changed_in_storage():
     """|delta| > 0 marks just the coordinates whose stored bits differ; atol is exclusive."""
     for pair in pairs():
-        assert torch.equal(visible(pair.delta), pair.source != pair.trained)
+        assert torch.equal(visible(pair.delta), pair.base != pair.trained)
     assert visible(torch.tensor([0.0, 0.5, -0.5, 1.0]), 0.5).tolist() == [False, False, False, True]
 
 
@@ -129,13 +129,13 @@ def test_random_mask_is_uniform():
 
 
 def test_transplant_is_bit_exact_on_both_sides(mask):
-    """On the mask the trained bits, off it the source bits, in the stored dtype."""
+    """On the mask the trained bits, off it the base bits, in the stored dtype."""
     for pair in pairs():
         chosen = random_like(mask, 0)[pair.name]
         result = transplanted(pair, chosen)
         assert result.dtype == torch.bfloat16
         assert torch.equal(result[chosen], pair.trained[chosen])
-        assert torch.equal(result[~chosen], pair.source[~chosen])
+        assert torch.equal(result[~chosen], pair.base[~chosen])
         assert torch.equal(transplanted(pair, mask[pair.name]), pair.trained)
 
 
@@ -200,18 +200,18 @@ def test_damaged_masks_are_refused(saved, damage):
 
 
 def test_foreign_masks_are_refused(saved):
-    """A mask of another model or another source is refused by tensor or digest."""
+    """A mask of another model or another base is refused by tensor or digest."""
     mask, metadata = load_mask(saved)
     shapes = {name: m.shape for name, m in mask.items()}
-    check_mask(mask, metadata, shapes, INPUTS["source"])
+    check_mask(mask, metadata, shapes, INPUTS["base"])
     up, first = NAMES[0], sorted(NAMES)[0]
     with pytest.raises(RunError, match="it lacks extra"):
-        check_mask(mask, metadata, {**shapes, "extra": torch.Size([1])}, INPUTS["source"])
+        check_mask(mask, metadata, {**shapes, "extra": torch.Size([1])}, INPUTS["base"])
     with pytest.raises(RunError, match=f"it has {first}"):
-        check_mask(mask, metadata, {}, INPUTS["source"])
+        check_mask(mask, metadata, {}, INPUTS["base"])
     with pytest.raises(RunError, match=rf"{up} is \(5, 7\) there, \(7, 5\) here"):
-        check_mask(mask, metadata, {**shapes, up: torch.Size([7, 5])}, INPUTS["source"])
-    with pytest.raises(RunError, match="from source checkpoint ssss"):
+        check_mask(mask, metadata, {**shapes, up: torch.Size([7, 5])}, INPUTS["base"])
+    with pytest.raises(RunError, match="from base checkpoint ssss"):
         check_mask(mask, metadata, shapes, "t" * 64)
 
 

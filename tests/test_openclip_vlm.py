@@ -349,8 +349,8 @@ def test_seed_draws_the_projector(parts):
 
 def test_pickled_weights_refused(parts, tmp_path):
     """Weights of a tower are read from safetensors only, and only where there are some."""
-    source = Path(parts["vit"].removeprefix("local-dir:"))
-    (tmp_path / "open_clip_config.json").write_text((source / "open_clip_config.json").read_text())
+    base = Path(parts["vit"].removeprefix("local-dir:"))
+    (tmp_path / "open_clip_config.json").write_text((base / "open_clip_config.json").read_text())
     name = f"local-dir:{tmp_path}"
     with pytest.raises(ConfigError, match="no weights"):
         assemble(name, parts["language"])
@@ -365,11 +365,11 @@ def test_pickled_weights_refused(parts, tmp_path):
 @torch.no_grad()
 def test_named_tower_with_a_file(parts, tmp_path):
     """A named tower takes its weights from a safetensors file; unknown names and tags are refused."""
-    source = Path(parts["vit"].removeprefix("local-dir:"))
-    config = json.loads((source / "open_clip_config.json").read_text())
+    base = Path(parts["vit"].removeprefix("local-dir:"))
+    config = json.loads((base / "open_clip_config.json").read_text())
     (tmp_path / "tiny-for-tests.json").write_text(json.dumps(config["model_cfg"]))
     open_clip.add_model_config(tmp_path)
-    file = str(source / "open_clip_model.safetensors")
+    file = str(base / "open_clip_model.safetensors")
     model, _ = assemble("tiny-for-tests", parts["language"], pretrained=file)
     expected, _ = assemble(parts["vit"], parts["language"])
     assert torch.equal(

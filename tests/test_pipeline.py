@@ -34,7 +34,7 @@ visible = {{type = "visible", of = "full"}}
 top = {{type = "top_fraction", of = "full", fraction = 0.1}}
 random-0 = {{type = "random", like = "top", seed = 5}}
 [arms]
-base = {{type = "source"}}
+base = {{type = "base"}}
 teacher = {{type = "teacher"}}
 full = {{type = "distill", seed = 1}}
 subnetwork = {{type = "distill", seed = 2, mask = "top"}}
@@ -174,7 +174,7 @@ def test_mistakes_are_one_line_and_exit_code_2(miniature, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("kind", ["llm"], indirect=True)
 def test_a_foreign_or_damaged_mask_is_refused(miniature, folders, tmp_path, monkeypatch, capsys):
-    """A mask of another source, truncated or with a flipped bit ends in one line that names the file."""
+    """A mask of another base, truncated or with a flipped bit ends in one line that names the file."""
     run, other = tmp_path / "run", tmp_path / "other"
     assert vlopd(monkeypatch, "distill", miniature, "--out", run, "--arm", "base") == 0
     assert vlopd(monkeypatch, "distill", miniature, "--out", run) == 0

@@ -31,7 +31,7 @@ from vlopd.train.sparse import Trainable
 from vlopd.weights.delta import stream
 from vlopd.weights.stored import stored_tensors, unrounded
 
-SOURCES = ("fp32", "fp16", "bf16", "mixed")
+SHIPPED = ("fp32", "fp16", "bf16", "mixed")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TINY = {
     "rollout": {"max_new_tokens": 3},
@@ -40,18 +40,18 @@ TINY = {
 }
 
 
-def dtype_of(source: str, name: str) -> torch.dtype:
+def dtype_of(base: str, name: str) -> torch.dtype:
     """Of a tensor in a checkpoint; a mixed one has all three, by the tensor's name."""
-    choice = list(DTYPES)[zlib.crc32(name.encode()) % 3] if source == "mixed" else source
+    choice = list(DTYPES)[zlib.crc32(name.encode()) % 3] if base == "mixed" else base
     return DTYPES[choice]
 
 
-def restore(folder, source):
-    """Writes a checkpoint's tensors again with other values, none of which is 0, in the dtypes of `source`."""
+def restore(folder, base):
+    """Writes a checkpoint's tensors again with other values, none of which is 0, in the dtypes of `base`."""
     (path,) = folder.glob("*.safetensors")
     generator = torch.Generator().manual_seed(7)
     tensors = {
-        n: (t.float() + 0.01 * torch.randn(t.shape, generator=generator)).to(dtype_of(source, n))
+        n: (t.float() + 0.01 * torch.randn(t.shape, generator=generator)).to(dtype_of(base, n))
         for n, t in load_file(path).items()
     }
     save_file(tensors, path, {"format": "pt"})
@@ -60,13 +60,13 @@ def restore(folder, source):
 
 @pytest.fixture(scope="session")
 def students(folders, tmp_path_factory):
-    """{(kind, source dtype): folder}, of the same values but for their rounding."""
+    """{(kind, base dtype): folder}, of the same values but for their rounding."""
     root, found = tmp_path_factory.mktemp("precision"), {}
     for kind in ("llm", "vlm"):
         whole = build(kind, "student", root / kind, torch.float32)
-        for source in SOURCES:
-            found[kind, source] = root / f"{kind}-{source}"
-            restore(shutil.copytree(whole, found[kind, source]), source)
+        for base in SHIPPED:
+            found[kind, base] = root / f"{kind}-{base}"
+            restore(shutil.copytree(whole, found[kind, base]), base)
     return found
 
 
@@ -84,17 +84,17 @@ def same_bits(a, b):
     )
 
 
-@pytest.mark.parametrize("stored", ["source", "fp32", "bf16"])
+@pytest.mark.parametrize("stored", ["auto", "fp32", "bf16"])
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
-@pytest.mark.parametrize("source", SOURCES)
-def test_an_arm_that_does_not_move_is_the_source(
-    source, compute, stored, students, make_config, tmp_path
+@pytest.mark.parametrize("base", SHIPPED)
+def test_an_arm_that_does_not_move_is_the_base(
+    base, compute, stored, students, make_config, tmp_path
 ):
-    """At a learning rate of next to nothing a dense and a masked arm are the source rounded once to `stored`, bit for
+    """At a learning rate of next to nothing a dense and a masked arm are the base rounded once to `stored`, bit for
     bit, as `base` is; their delta from the student is that rounding, and none of it where `stored` is its own."""
-    cell = SOURCES.index(source) + (compute == "bf16") + ["source", "fp32", "bf16"].index(stored)
+    cell = SHIPPED.index(base) + (compute == "bf16") + ["auto", "fp32", "bf16"].index(stored)
     kind = ("llm", "vlm")[cell % 2]
-    student = students[kind, source]
+    student = students[kind, base]
     config = make_config(
         kind,
         **TINY,
@@ -102,7 +102,7 @@ def test_an_arm_that_does_not_move_is_the_source(
         precision={"compute": compute, "stored": stored},
         optim={"learning_rate": 1e-30, "weight_decay": 0.1},
         arms={
-            "base": {"type": "source"},
+            "base": {"type": "base"},
             "dense": {"type": "distill", "seed": 1},
             "sparse": {"type": "distill", "seed": 1, "mask": "low"},
         },
@@ -111,11 +111,9 @@ def test_an_arm_that_does_not_move_is_the_source(
     values = exact(kind, student)
     with stored_tensors(load(str(student), torch.bfloat16)) as own:
         own = {n: own.dtypes[n] for n in values}
-    if source == "mixed":
+    if base == "mixed":
         assert set(own.values()) == set(DTYPES.values())
-    expected = {
-        n: t.to(own[n] if stored == "source" else DTYPES[stored]) for n, t in values.items()
-    }
+    expected = {n: t.to(own[n] if stored == "auto" else DTYPES[stored]) for n, t in values.items()}
     for arm in config.arms:
         make_arm(run, config, arm)
         found = read_tensors(run.checkpoint(arm))
@@ -155,17 +153,17 @@ def test_an_arm_that_does_not_move_is_the_source(
 
 @pytest.mark.parametrize("mask", ["dense", "sparse"])
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
-@pytest.mark.parametrize("source", SOURCES)
-def test_the_stored_result_is_adamw_of_the_source_in_float64(
-    source, compute, mask, students, make_config, make_data
+@pytest.mark.parametrize("base", SHIPPED)
+def test_the_stored_result_is_adamw_of_the_base_in_float64(
+    base, compute, mask, students, make_config, make_data
 ):
     """Three steps at 1e-6 from the gradients that training saw: AdamW in float64, started from the student's stored
     values and rounded once, gives what is stored, but for values within fp32's last bits of a tie; the update is not
     the rounding to the compute precision."""
-    kind = ("llm", "vlm")[(SOURCES.index(source) + (compute == "bf16")) % 2]
+    kind = ("llm", "vlm")[(SHIPPED.index(base) + (compute == "bf16")) % 2]
     config = make_config(
         kind,
-        student=str(students[kind, source]),
+        student=str(students[kind, base]),
         precision={"compute": compute},
         optim={"learning_rate": 1e-6, "weight_decay": 0.1, "max_grad_norm": None},
     )
@@ -226,7 +224,7 @@ def test_the_stored_result_is_adamw_of_the_source_in_float64(
             ).flatten()
         )
         meant.append((theirs - before[n].double()[marked[n]].view_as(theirs)).flatten())
-    if source in ("fp16", "bf16"):
+    if base in ("fp16", "bf16"):
         assert apart < 1e-3 * total
     cosine = torch.nn.functional.cosine_similarity(torch.cat(moved), torch.cat(meant), dim=0)
     assert float(cosine) > 0.999
@@ -240,12 +238,12 @@ def test_the_stored_result_is_adamw_of_the_source_in_float64(
 
 @pytest.mark.parametrize("storage", ["whole", "listed", "packed", "dense"])
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
-@pytest.mark.parametrize("source", [*DTYPES, "fp64"])
-def test_every_storage_starts_from_the_stored_values(source, compute, storage):
-    """Before any step, the values of every storage are the stored ones, and merged with any rounding of the source
+@pytest.mark.parametrize("base", [*DTYPES, "fp64"])
+def test_every_storage_starts_from_the_stored_values(base, compute, storage):
+    """Before any step, the values of every storage are the stored ones, and merged with any rounding of the base
     they give that rounding, bit for bit, with the sign of its zeros; in memory they are rounded once."""
     torch.manual_seed(0)
-    stored = torch.randn(40, 30, dtype=torch.float64).to({**DTYPES, "fp64": torch.float64}[source])
+    stored = torch.randn(40, 30, dtype=torch.float64).to({**DTYPES, "fp64": torch.float64}[base])
     stored[0, :2] = torch.tensor([0.0, -0.0])
     model = torch.nn.Module()
     model.weight = torch.nn.Parameter(stored.to(DTYPES[compute], copy=True))
@@ -271,12 +269,12 @@ def test_every_storage_starts_from_the_stored_values(source, compute, storage):
     assert trainable.moved_off_mask({"weight": stored}) == 0
 
 
-@pytest.mark.parametrize("source", ["fp32", "mixed"])
-def test_a_moving_average_starts_from_the_stored_values(kind, source, students, make_config):
+@pytest.mark.parametrize("base", ["fp32", "mixed"])
+def test_a_moving_average_starts_from_the_stored_values(kind, base, students, make_config):
     """A teacher that follows the student averages what the student trains: its fp32 values are the student's."""
     config = make_config(
         kind,
-        student=str(students[kind, source]),
+        student=str(students[kind, base]),
         teacher={"model": "student", "ema": 0.9},
         precision={"compute": "bf16"},
     )
@@ -299,7 +297,7 @@ def test_arms_of_arms_keep_each_tensors_dtype(kind, students, make_config, tmp_p
         student=str(students[kind, "mixed"]),
         precision={"compute": "bf16"},
         arms={
-            "base": {"type": "source"},
+            "base": {"type": "base"},
             "full": {"type": "distill", "seed": 1},
             "moved": {"type": "transplant", "of": "full@1", "mask": "low"},
             "far": {"type": "extrapolate", "of": "full@1", "factor": 2.0},
@@ -325,12 +323,12 @@ def test_arms_of_arms_keep_each_tensors_dtype(kind, students, make_config, tmp_p
         student=str(students[kind, "mixed"]),
         precision={"compute": "bf16", "stored": "bf16"},
         arms={
-            "base": {"type": "source"},
+            "base": {"type": "base"},
             "moved": {"type": "transplant", "of": str(run.arm("full")), "mask": "low"},
         },
     )
     narrow = RunFolder.create(tmp_path / "narrow", other)
-    make_arm(narrow, other, "moved", Making(allow_other_source=True))
+    make_arm(narrow, other, "moved", Making(allow_other_base=True))
     record = read_json(narrow.arm_record("moved"))
     assert record["off_mask_unmoved"] is True and record["on_mask"]["moved"] > 0
     own = {str(torch.promote_types(t.dtype, torch.bfloat16)) for t in base.values()}
@@ -341,7 +339,7 @@ def test_stored_in_fp16_and_refused_where_that_overflows(students, make_config, 
     """`stored = "fp16"` rounds to it; a value beyond its range is one line that names tensor and remedy."""
     student = students["llm", "fp32"]
     config = make_config(
-        "llm", student=str(student), precision={"stored": "fp16"}, arms={"base": {"type": "source"}}
+        "llm", student=str(student), precision={"stored": "fp16"}, arms={"base": {"type": "base"}}
     )
     run = RunFolder.create(tmp_path / "run", config)
     make_arm(run, config, "base")

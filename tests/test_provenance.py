@@ -43,7 +43,7 @@ keep_steps = [1]
 top = {{type = "top_fraction", of = "full", fraction = 0.1}}
 random-0 = {{type = "random", like = "top", seed = 5}}
 [arms]
-base = {{type = "source"}}
+base = {{type = "base"}}
 teacher = {{type = "teacher"}}
 full = {{type = "distill", seed = 1}}
 subnetwork = {{type = "distill", seed = 2, mask = "top"}}

@@ -86,7 +86,7 @@ def test_lm_eval_knows_every_task():
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_what_decides_the_numbers_says_where_it_comes_from(path):
-    """Every setting of rollout, optimizer and length has its source, or `unpublished`, beside it."""
+    """Every setting of rollout, optimizer and length has its base, or `unpublished`, beside it."""
     section = ""
     for line in path.read_text().splitlines():
         if line.startswith("["):

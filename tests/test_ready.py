@@ -136,11 +136,11 @@ def test_a_teachers_context_counts(kind, make_config, folders, tmp_path):
 @pytest.mark.parametrize(
     ("sections", "more", "message"),
     [
-        ({"rollout": {"source": "data"}, "loss": {"type": "nll"}}, {"answer": None}, "'row-0' has no answer"),
-        ({"rollout": {"source": "data"}, "loss": {"type": "nll"}}, {"answer": " "}, "'row-0' has an empty answer"),
+        ({"rollout": {"base": "data"}, "loss": {"type": "nll"}}, {"answer": None}, "'row-0' has no answer"),
+        ({"rollout": {"base": "data"}, "loss": {"type": "nll"}}, {"answer": " "}, "'row-0' has an empty answer"),
         ({"reward": {"rule": "exact_match"}, "rollout": {"completions_per_prompt": 2}}, {"answer": ""},
          "'row-0' has an empty answer"),
-        ({"rollout": {"source": "data"}, "loss": {"type": "nll"}}, {"answer": "<image>"}, "its answer has the token"),
+        ({"rollout": {"base": "data"}, "loss": {"type": "nll"}}, {"answer": "<image>"}, "its answer has the token"),
         ({"reward": {"rule": "exact_match"}, "rollout": {"completions_per_prompt": 2}}, {"answer": None},
          "'row-0' has no answer"),
         ({"reward": {"rule": "capital_named"}, "rollout": {"completions_per_prompt": 2}}, {},
@@ -206,9 +206,7 @@ def test_a_mask_file_of_another_model(folders, make_config, tmp_path, monkeypatc
         ModelConfig(model=str(folders["llm", "teacher"]))
     ).model.named_parameters()
     mask = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in shapes}
-    save_mask(
-        tmp_path / "m.safetensors", mask, {"rule": {"type": "whole"}, "source": "x"}, classify
-    )
+    save_mask(tmp_path / "m.safetensors", mask, {"rule": {"type": "whole"}, "base": "x"}, classify)
     masks = {"m": {"type": "file", "path": str(tmp_path / "m.safetensors")}}
     config = make_config("llm", masks=masks, arms={"full": {"type": "distill", "mask": "m"}})
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -220,13 +218,13 @@ def test_a_mask_file_of_another_model(folders, make_config, tmp_path, monkeypatc
 
 
 def test_a_teacher_of_another_shape_has_no_geometry(kind, make_config):
-    """geometry.arms takes no arm whose tensors are not the student's, and the source has no delta."""
+    """geometry.arms takes no arm whose tensors are not the student's, and the base has no delta."""
     arms = {"teacher": {"type": "teacher"}}
     config = make_config(kind, arms=arms, geometry={"arms": ["teacher"]})
     (line,) = inputs.findings(config, ["teacher"])
     assert "geometry.arms: teacher is of another shape" in line
-    with pytest.raises(ValueError, match="base is the source itself"):
-        make_config(kind, arms={"base": {"type": "source"}}, geometry={"arms": ["base"]})
+    with pytest.raises(ValueError, match="base is the base itself"):
+        make_config(kind, arms={"base": {"type": "base"}}, geometry={"arms": ["base"]})
 
 
 # --------------------------------------------------------------------------------------------- tasks
@@ -463,7 +461,7 @@ def test_a_score_that_depends_on_the_answer(kind, make_config, task, tmp_path):
     code = (
         "def score(doc, r):\n    return {'score': 1.0 if r[0] == doc['answer'] else float('nan')}"
     )
-    config = make_config(kind, arms={"base": {"type": "source"}})
+    config = make_config(kind, arms={"base": {"type": "base"}})
     config = config.model_copy(update={"eval": task(ROWS, SCORED, code)})
     run = RunFolder.create(tmp_path / "run", config)
     make_arm(run, config, "base")
@@ -496,7 +494,7 @@ def test_rows_whose_scores_are_not_numbers():
 
 def test_a_comparison_of_nothing_is_refused(make_config, task, tmp_path):
     """Where no metric is a number a question there is no empty comparison, but one line."""
-    config = make_config("llm", arms={"base": {"type": "source"}})
+    config = make_config("llm", arms={"base": {"type": "base"}})
     eval_config = task(ROWS, SCORED, "def score(doc, r):\n    return {'score': (1, 2)}")
     eval_config = eval_config.model_copy(update={"tasks": ("mine",)})
     config = config.model_copy(update={"eval": eval_config})
@@ -534,7 +532,7 @@ max_new_tokens = 6
 steps = 1
 prompts_per_step = 2
 [arms]
-base = {{type = "source"}}
+base = {{type = "base"}}
 full = {{type = "distill"}}
 [eval]
 tasks = ["{task}"]
@@ -716,7 +714,7 @@ BOTH = {"type": "intersection", "masks": ["p", "q"]}
     ],
 )  # fmt: skip
 def test_masks_that_leave_nothing_to_train(masks, freeze, left, make_config):
-    """Combinations are judged as far as their rules tell: an arm that could only be the source is refused."""
+    """Combinations are judged as far as their rules tell: an arm that could only be the base is refused."""
     train = {"steps": 1, "prompts_per_step": 2, "freeze": freeze}
     arms = {"x": {"type": "distill", "mask": "m"}}
     lines = inputs.findings(make_config("llm", masks=masks, arms=arms, train=train), ["x"])

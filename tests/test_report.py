@@ -47,7 +47,7 @@ def make_config(**changes) -> ExperimentConfig:
             **{f"random-{i}": {"type": "random", "like": "visible", "seed": i} for i in range(3)},
         },
         "arms": {
-            "base": {"type": "source"},
+            "base": {"type": "base"},
             "teacher": {"type": "teacher"},
             "full": {"type": "distill", "seed": 0},
             "subnetwork": {"type": "distill", "seed": 1, "mask": "visible"},
@@ -215,7 +215,7 @@ def make_geometry(run: RunFolder, rng) -> None:
         ("[all]", "relative_delta_fro", "", 0.0011, None, None),
     ]
     rows = [dict(zip(keys, row, strict=True)) for row in headline]
-    left_out = {"said": "1 tensor not compared, 0.30% of the source's parameters: v_head.weight"}
+    left_out = {"said": "1 tensor not compared, 0.30% of the base's parameters: v_head.weight"}
     summary = {"inputs": {}, "headline": rows, "left_out": left_out}
     write_json(folder / "summary.json", summary)
 
@@ -322,13 +322,13 @@ def test_incomparable_arms_are_refused(spoilable):
 def test_a_run_of_few_arms(tmp_path):
     """Without full OPD, a teacher or masks there is still a comparison and a report."""
     config = make_config(
-        arms={"base": {"type": "source"}, "full": {"type": "distill", "seed": 0}}, masks={}
+        arms={"base": {"type": "base"}, "full": {"type": "distill", "seed": 0}}, masks={}
     )
     run = make_run(tmp_path / "two", config, n=40, images=False)
     task = read_json(compare(run, config))["tasks"]["shapes"]
     assert task["gap_closed"] is None and task["random_controls"] == {}
     assert "Full OPD scores" in build_report(run, config).read_text()
-    only = make_config(arms={"base": {"type": "source"}}, masks={}, geometry={"arms": []})
+    only = make_config(arms={"base": {"type": "base"}}, masks={}, geometry={"arms": []})
     run = make_run(tmp_path / "one", only, n=40, images=False)
     base = read_json(compare(run, only))["tasks"]["shapes"]["arms"]["base"]
     assert base["difference_to_full"] is None and base["recovery"]["value"] is None

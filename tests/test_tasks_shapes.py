@@ -153,7 +153,7 @@ def test_a_task_declares_its_chance_and_pictures(make_config, tmp_path):
     tasks = ("shapes_choice", "capitals")
     config = make_config(
         "vlm",
-        arms={"base": {"type": "source"}},
+        arms={"base": {"type": "base"}},
         eval={"tasks": tasks, "limit": 3, "keep_images": 2},
     )
     run = RunFolder.create(tmp_path / "run", config)

@@ -161,17 +161,17 @@ def bytes_held(weight, marked, storage):
     return sum(t.nbytes for t in held) + places.get(type(slot), lambda: 0)()
 
 
-def test_empty_mask_leaves_the_source(kind, make_pair):
-    """A mask of zeros trains nothing, and `merged` gives the source back."""
+def test_empty_mask_leaves_the_base(kind, make_pair):
+    """A mask of zeros trains nothing, and `merged` gives the base back."""
     model = make_pair(kind).student.model
-    source = {n: p.detach().clone() for n, p in model.named_parameters()}
+    base = {n: p.detach().clone() for n, p in model.named_parameters()}
     trainable = Trainable(
-        model, {n: torch.zeros_like(p, dtype=torch.bool) for n, p in source.items()}
+        model, {n: torch.zeros_like(p, dtype=torch.bool) for n, p in base.items()}
     )
     assert trainable.count == 0
     assert not any(p.requires_grad for p in model.parameters())
-    merged = trainable.merged(source)
-    assert all(torch.equal(merged[n], source[n]) for n in source)
+    merged = trainable.merged(base)
+    assert all(torch.equal(merged[n], base[n]) for n in base)
 
 
 def test_compact_gradients_are_the_dense_ones_gathered(kind, make_pair, make_config, make_data):
@@ -312,16 +312,14 @@ def test_a_mask_of_another_model_is_refused(make_pair):
         Trainable(model, {"lm_head.weight": torch.ones(2, dtype=torch.bool)})
 
 
-def test_merged_keeps_the_sources_bits_off_the_mask(
-    kind, make_pair, make_config, make_data, folders
-):
-    """Computed in bf16 and stored in fp32, frozen coordinates are still the source's fp32 bits."""
+def test_merged_keeps_the_bases_bits_off_the_mask(kind, make_pair, make_config, make_data, folders):
+    """Computed in bf16 and stored in fp32, frozen coordinates are still the base's fp32 bits."""
     fp32 = make_pair(kind, "fp32").student.model
-    source = {n: p.detach() + 1e-4 * torch.randn_like(p) for n, p in fp32.named_parameters()}
+    base = {n: p.detach() + 1e-4 * torch.randn_like(p) for n, p in fp32.named_parameters()}
     pair = make_pair(kind, "bf16")
     mask = random_mask(pair.student.model)
     _, trainable = train(pair, make_data(kind), make_config(kind), mask)
-    merged = trainable.merged(source)
-    for name in source:
+    merged = trainable.merged(base)
+    for name in base:
         off = ~mask[name]
-        assert torch.equal(merged[name][off], source[name][off])
+        assert torch.equal(merged[name][off], base[name][off])

@@ -12,12 +12,12 @@ from vlopd.run.make import make_arm
 
 
 def test_towers_are_probed_and_reported(make_config, tmp_path):
-    """A frozen tower is the source's (CKA and cosine 1, no difference), a trained one is not; the report has both, and
+    """A frozen tower is the base's (CKA and cosine 1, no difference), a trained one is not; the report has both, and
     nothing is done twice."""
     config = make_config(
         "vlm",
         arms={
-            "base": {"type": "source"},
+            "base": {"type": "base"},
             "full": {"type": "distill", "seed": 1, "optim": {"learning_rate": 0.03}},
             "frozen": {"type": "distill", "seed": 1, "train": {"freeze": ["vision"]}},
         },
@@ -42,7 +42,7 @@ def test_towers_are_probed_and_reported(make_config, tmp_path):
 
 def test_a_blind_student_has_no_tower(make_config, tmp_path):
     """Asked for a language model, it says so in one line."""
-    config = make_config("llm", arms={"base": {"type": "source"}})
+    config = make_config("llm", arms={"base": {"type": "base"}})
     run = RunFolder.create(tmp_path / "run", config)
     make_arm(run, config, "base")
     with pytest.raises(ConfigError, match="sees no pictures"):

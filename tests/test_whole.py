@@ -72,10 +72,10 @@ def refusal(folder: Path, compute: torch.dtype = torch.float32) -> str:
     return str(caught.value)
 
 
-def delta_refusal(source: Path, trained: Path) -> str:
+def delta_refusal(base: Path, trained: Path) -> str:
     """The one line with which a folder is refused as the trained side of a delta."""
     with pytest.raises(RunError) as caught:
-        list(stream(source, trained, classify))
+        list(stream(base, trained, classify))
     assert "\n" not in str(caught.value)
     assert str(trained) in str(caught.value)
     return str(caught.value)
@@ -202,14 +202,14 @@ BESIDE = (
 
 def test_scales_beside_the_weights_are_refused(kind, folders, copied):
     """The tensors that GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8 and mxfp4 add, with no word in config.json."""
-    source = folders[kind, "student"]
+    base = folders[kind, "student"]
     name = named(copied, "mlp.up_proj.weight")
-    plain = load_file(source / integrity.SINGLE)
+    plain = load_file(base / integrity.SINGLE)
     for end in BESIDE:
         beside = name.removesuffix(".weight") + end
         tensors = {**plain, beside: torch.ones(4)}
         save_file(tensors, copied / integrity.SINGLE, metadata={"format": "pt"})
-        for said in (refusal(copied), delta_refusal(source, copied)):
+        for said in (refusal(copied), delta_refusal(base, copied)):
             assert beside in said and "quantised" in said
 
 
@@ -236,12 +236,12 @@ def test_plain_checkpoints_are_not_taken_for_packed():
 )
 def test_a_quantization_config_is_refused(method, kind, folders, copied):
     """config.json's word is enough, at its top or within a part, for models, for deltas, and without weights."""
-    source = folders[kind, "student"]
-    about = json.loads((source / "config.json").read_text())
+    base = folders[kind, "student"]
+    about = json.loads((base / "config.json").read_text())
     part = about if kind == "llm" else about["text_config"]
     part["quantization_config"] = {"quant_method": method, "bits": 4}
     (copied / "config.json").write_text(json.dumps(about))
-    for said in (refusal(copied), delta_refusal(source, copied)):
+    for said in (refusal(copied), delta_refusal(base, copied)):
         assert f"quantization_config ({method})" in said and "dequantised" in said
     with pytest.raises(ConfigError, match="quantised"):
         load_model_config(str(copied))
@@ -297,7 +297,7 @@ def test_logits_that_overflow_are_not_laid_on_the_family(copied):
 
 
 def test_adapters_are_no_models(kind, folders, copied):
-    """An adapter's folder, with or without a model in it, is refused as a model and as the source of a delta."""
+    """An adapter's folder, with or without a model in it, is refused as a model and as the base of a delta."""
     (copied / integrity.ADAPTER).write_text(json.dumps({"peft_type": "LORA"}))
     assert "merge it into its base" in refusal(copied)
     with pytest.raises(RunError, match=r"is an adapter|and an adapter"):
@@ -512,7 +512,7 @@ def experiment(tmp_path: Path, kind: str, student: Path, teacher: Path, arms: st
     path.write_text(
         f'name = "whole"\nstudent = "{student}"\nteacher = "{teacher}"\n[precision]\ncompute = "fp32"\n'
         f'[data]\ntype = "shapes"\nmodality = "{"image" if kind == "vlm" else "text"}"\n'
-        '[rollout]\nmax_new_tokens = 4\n[train]\nsteps = 1\nprompts_per_step = 2\n[arms]\nbase = {type = "source"}\n'
+        '[rollout]\nmax_new_tokens = 4\n[train]\nsteps = 1\nprompts_per_step = 2\n[arms]\nbase = {type = "base"}\n'
         f'full = {{type = "distill", seed = 1}}\n{arms}[eval]\ntasks = ["shapes{"" if kind == "vlm" else "_text"}"]\n'
     )
     return path
@@ -582,21 +582,21 @@ def test_compare_and_geometry_refuse_in_one_line(
     kind, folders, copied, tmp_path, monkeypatch, capsys
 ):
     """compare, geometry and mask make end in one line and exit code 2 for an fp8 model, and for a name of nothing."""
-    source = folders[kind, "student"]
+    base = folders[kind, "student"]
     name = named(copied, "mlp.up_proj.weight")
     edit_weights(copied, lambda t: t.update({name: t[name].to(torch.float8_e4m3fn)}))
     words = ("--tasks", "shapes_validation", "--out", tmp_path / "compared")
     rule = ("--rule", '{type = "visible", of = "trained"}', "--out", tmp_path / "mask.safetensors")
     for command in (
-        ("compare", source, copied, *words),
-        ("geometry", source, copied, "--out", tmp_path / "tables"),
-        ("geometry", copied, source, "--out", tmp_path / "tables"),
-        ("mask", "make", source, copied, *rule),
+        ("compare", base, copied, *words),
+        ("geometry", base, copied, "--out", tmp_path / "tables"),
+        ("geometry", copied, base, "--out", tmp_path / "tables"),
+        ("mask", "make", base, copied, *rule),
     ):
         code, out = call(monkeypatch, capsys, *command)
         assert code == 2 and "stored as F8_E4M3" in out and "Traceback" not in out, command
     assert not (tmp_path / "compared").exists()
-    code, out = call(monkeypatch, capsys, "compare", source, tmp_path / "nothing", *words)
+    code, out = call(monkeypatch, capsys, "compare", base, tmp_path / "nothing", *words)
     assert code == 2 and str(tmp_path / "nothing") in out
 
 

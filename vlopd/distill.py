@@ -94,7 +94,7 @@ def distill(
         if trainable.count == 0:
             raise ConfigError(
                 f"{title}: nothing is left to train: mask {arm.mask!r} has no coordinate outside of train.freeze = "
-                f"{list(train.freeze)}; the arm would be the source under another name"
+                f"{list(train.freeze)}; the arm would be the base under another name"
             )
         optimizer = build_optimizer(config.optim, trainable)
         averages = follow_student(pair, mask)
@@ -161,7 +161,7 @@ def distill(
                     if done == train.steps and not reached:
                         raise TrainingError(
                             f"{title}: in {done} steps nothing that trains got a gradient, so this arm would be the "
-                            f"source; the data does not read {next(iter(trainable.slots))}, say: see train.freeze, "
+                            f"base; the data does not read {next(iter(trainable.slots))}, say: see train.freeze, "
                             "the arm's mask and data.image"
                         )
             row = rows[0]  # of the weights that wrote the completions

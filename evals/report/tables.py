@@ -196,7 +196,7 @@ def vision(run: RunFolder) -> tuple[pd.DataFrame, pd.DataFrame]:
             "arm": arm,
             "asked": name,
             "chance": its["chance"],
-            "source": its["source"]["mean"],
+            "base": its["base"]["mean"],
             "trained": its["trained"]["mean"],
             **estimate(its["difference"]),
             "linear_cka": tower["drift"]["linear_cka"],
@@ -223,7 +223,7 @@ def vision(run: RunFolder) -> tuple[pd.DataFrame, pd.DataFrame]:
 def identity(records: Mapping[str, Any]) -> pd.DataFrame:
     """How equal each arm's weights are to those of the arms it was made from, one row a pair and tolerance.
 
-    Shares of coordinates with |arm - other| <= tolerance; those of the source are what no training gives.
+    Shares of coordinates with |arm - other| <= tolerance; those of the base are what no training gives.
     """
     rows = [
         {"arm": arm, "other": other, **row}

@@ -40,10 +40,10 @@ def verdict(
         noise += (
             " (full OPD was repeated, see its replicates)" if replicated else " (one seed per arm)"
         )
-    for arm, made_of in record["other_source"].items():
+    for arm, made_of in record["other_base"].items():
         sentences.append(
-            f"{capital(arm)} was made with --allow-other-source: {', '.join(made_of)} came from "
-            "another source checkpoint."
+            f"{capital(arm)} was made with --allow-other-base: {', '.join(made_of)} came from "
+            "another base checkpoint."
         )
     sentences.append(f"Intervals are {100 * record['confidence']:g} % over questions; {noise}.")
     return sentences

@@ -219,7 +219,7 @@ def score_captions(
     """Alignment of captions with their images: (summary, a row a pair), both ready for JSON.
 
     The score is `clip_score`, or `plumbing_check` where the scorer's weights are random. `students` are the
-    models whose captions these are; a trained one's source belongs here too, since training moves the tower.
+    models whose captions these are; a trained one's base belongs here too, since training moves the tower.
     `mismatched` is the mean score of captions beside the other images (null for a single pair). Retrieval is
     over the pairs whose reference has not come before. Raises RunError where there are no pairs.
     """
@@ -363,7 +363,7 @@ def score_shapes(
     split: shapes.Split = "test",
     prompt: str | None = None,
     max_new_tokens: int = 64,
-    sources: Sequence[LoadedModel] = (),
+    bases: Sequence[LoadedModel] = (),
 ) -> tuple[dict[str, Any], Rows]:
     """Has a model caption `n` pictures of the visual world, and scores what it says, as `score_captions`.
 
@@ -379,7 +379,7 @@ def score_shapes(
         captions = answers(loaded, asked, max_new_tokens)
     references = [str(example.fields["caption"]) for example in world]
     pairs = [Captioned(*each) for each in zip(images, captions, references, strict=True)]
-    summary, rows = score_captions(pairs, scorer, [loaded, *sources])
+    summary, rows = score_captions(pairs, scorer, [loaded, *bases])
     exact = stats.mean_with_error(
         [float(c == r) for c, r in zip(captions, references, strict=True)]
     )

@@ -173,7 +173,7 @@ def linear_probe(
 
 
 def probe_towers(
-    source: LoadedModel,
+    base: LoadedModel,
     trained: LoadedModel,
     train: Pictures,
     test: Pictures,
@@ -182,11 +182,11 @@ def probe_towers(
     """Drift of a model's vision tower between two checkpoints: (summary, a row a test picture and label).
 
     For each label a linear probe is fitted on either tower's features of `train` and tested on `test`; `chance`
-    is the commonest training label's accuracy, `difference` is trained - source, paired by picture. `drift` is of
+    is the commonest training label's accuracy, `difference` is trained - base, paired by picture. `drift` is of
     the features of `test`.
     """
-    before, after = (both_features(loaded, train, test, batch_size) for loaded in (source, trained))
-    names = (source.name, trained.name)
+    before, after = (both_features(loaded, train, test, batch_size) for loaded in (base, trained))
+    names = (base.name, trained.name)
     return probe_features(before, after, train, test, names)
 
 
@@ -205,7 +205,7 @@ def probe_features(
     test: Pictures,
     names: tuple[str, str],
 ) -> tuple[dict[str, Any], Rows]:
-    """`probe_towers` of features that are there, the source's and the trained model's; `names` are theirs."""
+    """`probe_towers` of features that are there, the base's and the trained model's; `names` are theirs."""
     probes, rows = {}, []
     for name, truth in test.labels.items():
         learned = train.labels[name]
@@ -215,18 +215,18 @@ def probe_features(
         probes[name] = {
             "classes": len(set(learned)),
             "chance": float(np.mean([value == commonest for value in truth])),
-            "source": plain(stats.mean_with_error(right[0])),
+            "base": plain(stats.mean_with_error(right[0])),
             "trained": plain(stats.mean_with_error(right[1])),
             "difference": plain(stats.paired_difference(right[1], right[0])),
         }
         rows += [
-            {"id": i, "label": name, "truth": t, "source": a, "trained": b}
+            {"id": i, "label": name, "truth": t, "base": a, "trained": b}
             for i, (t, a, b) in enumerate(
                 zip(truth, guesses[0].tolist(), guesses[1].tolist(), strict=True)
             )
         ]
     summary = {
-        "source": names[0],
+        "base": names[0],
         "trained": names[1],
         "n_train": len(train.images),
         "drift": drift(before[1], after[1]),

@@ -1,6 +1,6 @@
 """What training did to a run's sight: `vlopd vision RUN` -> evals/vision.json, and rows beside each arm's answers.
 
-Linear probes and drift of every arm's vision tower against the source's and, with a scorer, the alignment of what the
+Linear probes and drift of every arm's vision tower against the base's and, with a scorer, the alignment of what the
 arms say of the visual world's test pictures.
 """
 
@@ -17,57 +17,57 @@ from vlopd.config.experiment import ExperimentConfig
 from vlopd.errors import ConfigError
 from vlopd.files import write_jsonl
 from vlopd.run.folder import RunFolder
-from vlopd.run.resolve import arm_content, source_arm
+from vlopd.run.resolve import arm_content, base_arm
 
 
 def look(
     run: RunFolder, config: ExperimentConfig, arms: Sequence[str], scorer: str | None, pictures: int
 ) -> Path:
-    """Probes every arm's tower against the source's; with a `scorer` (open_clip's name or `local-dir:FOLDER`), scores
-    their descriptions too, each compared with the source's.
+    """Probes every arm's tower against the base's; with a `scorer` (open_clip's name or `local-dir:FOLDER`), scores
+    their descriptions too, each compared with the base's.
 
     Raises ConfigError where the student sees no pictures, and as `alignment.load_scorer` does.
     """
-    source, out = source_arm(config), run.root / "evals" / "vision.json"
+    base, out = base_arm(config), run.root / "evals" / "vision.json"
     seeing = [arm for arm in arms if not isinstance(config.arms[arm], ImportedArm)]
 
     def made_from(whole: bool) -> dict[str, Any]:
-        arms = {arm: arm_content(run, config, arm, whole) for arm in (source, *seeing)}
+        arms = {arm: arm_content(run, config, arm, whole) for arm in (base, *seeing)}
         return {"checkpoints": arms, "scorer": scorer, "pictures": pictures}
 
     if run.checksums.is_done("evals/vision", out, made_from(False)):
         return out
     inputs = made_from(True)
     run.checksums.start("evals/vision", out)
-    base = open_arm(run, config, source)
-    if not base.sees_images:
+    untrained = open_arm(run, config, base)
+    if not untrained.sees_images:
         raise ConfigError(
             f"{config.student.model} sees no pictures: there is no vision tower to probe"
         )
-    judge = None if scorer is None else alignment.load_scorer(scorer, device=base.device)
+    judge = None if scorer is None else alignment.load_scorer(scorer, device=untrained.device)
     train, test = (probes.shapes_pictures(split, pictures) for split in ("train", "test"))
-    before = probes.both_features(base, train, test)
+    before = probes.both_features(untrained, train, test)
     towers: dict[str, Any] = {}
     aligned: dict[str, Any] = {}
     told = None
     if judge is not None:
-        aligned[source], told = alignment.score_shapes(base, judge, pictures)
-        write_jsonl(run.eval(source) / "alignment.jsonl", told)
+        aligned[base], told = alignment.score_shapes(untrained, judge, pictures)
+        write_jsonl(run.eval(base) / "alignment.jsonl", told)
     for arm in seeing:
-        if arm == source:
+        if arm == base:
             continue
         loaded = open_arm(run, config, arm)
         if not loaded.sees_images:
             continue
         if not isinstance(config.arms[arm], TeacherArm):  # a tower of its own is no drift
             after = probes.both_features(loaded, train, test)
-            names = (base.name, loaded.name)
+            names = (untrained.name, loaded.name)
             towers[arm], _ = probes.probe_features(before, after, train, test, names)
         if judge is not None and told is not None:
-            aligned[arm], rows = alignment.score_shapes(loaded, judge, pictures, sources=[base])
+            aligned[arm], rows = alignment.score_shapes(loaded, judge, pictures, bases=[untrained])
             aligned[arm]["difference"] = alignment.difference(rows, told)
             write_jsonl(run.eval(arm) / "alignment.jsonl", rows)
-    record = {"inputs": inputs, "source": source, "towers": towers, "alignment": aligned}
+    record = {"inputs": inputs, "base": base, "towers": towers, "alignment": aligned}
     written = sorted((run.root / "evals").glob("*/alignment.jsonl"))
     run.checksums.finish("evals/vision", out, record, written)
     return out

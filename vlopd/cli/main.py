@@ -19,7 +19,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from vlopd.cli import masks
-from vlopd.cli.masks import AllowOtherSource, say
+from vlopd.cli.masks import AllowOtherBase, say
 from vlopd.config.arms import CheckpointArm, ImportedArm, checkpoints_of, mask_of
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import config_of, load_config
@@ -85,7 +85,7 @@ def make_arms(
     run: RunFolder,
     config: ExperimentConfig,
     names: list[str],
-    allow_other_source: bool = False,
+    allow_other_base: bool = False,
     evaluated: bool = False,
 ) -> None:
     """Makes arms; what is known to fail, then or when they are `evaluated`, is refused before anything is made."""
@@ -99,7 +99,7 @@ def make_arms(
 
     if not all(run.arm_record(name).exists() for name in names):
         refuse_unready()
-    how = Making(allow_other_source, held_out(config), refuse_unready)
+    how = Making(allow_other_base, held_out(config), refuse_unready)
     # arms that are only noted first: what is wrong with their models is said before anything is trained
     for name in sorted(names, key=lambda n: not isinstance(config.arms.get(n), CheckpointArm)):
         made = make_arm(run, config, name, how)
@@ -208,12 +208,12 @@ def run(
     overrides: Overrides = None,
     out: Out = None,
     arm: Arms = None,
-    allow_other_source: AllowOtherSource = False,
+    allow_other_base: AllowOtherBase = False,
 ) -> None:
     """The whole experiment, stage by stage, skipping what is done; with --arm, that arm alone."""
     folder, config = open_new(config_file, overrides, out)
     names = chosen(config, arm, list(config.arms))
-    make_arms(folder, config, names, allow_other_source, evaluated=True)
+    make_arms(folder, config, names, allow_other_base, evaluated=True)
     if not is_main_process():
         return  # only training is spread over processes
     make_geometry(folder, config, [name for name in config.geometry.arms if name in names])
@@ -275,7 +275,7 @@ def check(
 def distill(
     config_file: ConfigFile, overrides: Overrides = None, out: Out = None, arm: Arms = None
 ) -> None:
-    """Trains the arms that need no mask (and writes the source they start from)."""
+    """Trains the arms that need no mask (and writes the base they start from)."""
     folder, config = open_new(config_file, overrides, out)
     make_arms(
         folder,
@@ -285,16 +285,16 @@ def distill(
 
 
 @app.command()
-def retrain(run: RunPath, arm: Arms = None, allow_other_source: AllowOtherSource = False) -> None:
+def retrain(run: RunPath, arm: Arms = None, allow_other_base: AllowOtherBase = False) -> None:
     """Makes the arms that are made from others: retrained under a mask, projected, transplanted, extrapolated."""
     folder, config = RunFolder.open(run)
     names = [name for name in config.arms if is_made_from_others(config, name)]
-    make_arms(folder, config, chosen(config, arm, names), allow_other_source)
+    make_arms(folder, config, chosen(config, arm, names), allow_other_base)
 
 
 @app.command()
 def geometry(
-    source: Annotated[Path, typer.Argument(help="run folder, or the source checkpoint")],
+    base: Annotated[Path, typer.Argument(help="run folder, or the base checkpoint")],
     trained: Annotated[
         list[Path] | None,
         typer.Argument(help="trained checkpoint or LoRA adapter; of several, their overlap too"),
@@ -313,16 +313,16 @@ def geometry(
 ) -> None:
     """The geometry of a run's arms, or of any checkpoint folders, each number beside its nulls."""
     if not trained:
-        folder, config = RunFolder.open(source)
+        folder, config = RunFolder.open(base)
         make_geometry(folder, config, list(config.geometry.arms))
         return
     if out is None:
         raise ConfigError("checkpoints need --out DIR for the tables")
-    compare_folders(source, trained, out, trajectory, preset, settings or [], workers, device)
+    compare_folders(base, trained, out, trajectory, preset, settings or [], workers, device)
 
 
 def compare_folders(
-    source: Path,
+    base: Path,
     trained: list[Path],
     out: Path,
     as_trajectory: bool,
@@ -355,21 +355,21 @@ def compare_folders(
     steps = [step_of(path, i) for i, path in enumerate(trained)]
     if as_trajectory and len(set(steps)) < len(steps):
         raise ConfigError(f"the checkpoints' names end in the steps {steps}; they must differ")
-    for path in (source, *trained):
+    for path in (base, *trained):
         refuse_unlike_config(path)
-    every = {path: digest_checkpoint(path, whole=True) for path in (source, *trained)}
+    every = {path: digest_checkpoint(path, whole=True) for path in (base, *trained)}
     for path, (label, folder) in zip(trained, folders.items(), strict=True):
-        layouts = [its / "config.json" for its in (source, path) if (its / "config.json").is_file()]
-        digests = {"source": every[source], "trained": every[path]}
+        layouts = [its / "config.json" for its in (base, path) if (its / "config.json").is_file()]
+        digests = {"base": every[base], "trained": every[path]}
         digests["configs"] = digest_json([file_digest(each) for each in layouts])
         inputs = {**digests, "settings": config.model_dump(mode="json")}
-        analyse(source, path, folder, config, inputs, workers=workers, device=device)
+        analyse(base, path, folder, config, inputs, workers=workers, device=device)
         say(f"geometry of {label}", folder / "geometry.csv", True)
         about = read_json(folder / "summary.json")
         if narrowed := about["tensors_narrowed"]:
             console.print(
-                f"{narrowed} of {about['tensors']} tensors are stored in less precision in {path} than in {source}: "
-                "their delta is that rounding too, and most of it where the update is small; round the source alike"
+                f"{narrowed} of {about['tensors']} tensors are stored in less precision in {path} than in {base}: "
+                "their delta is that rounding too, and most of it where the update is small; round the base alike"
             )
         say_left_out(folder)
         if preset:
@@ -377,9 +377,9 @@ def compare_folders(
     if as_trajectory:
         tables = dict(zip(steps, folders.values(), strict=True))
         by_step = dict(zip(steps, trained, strict=True))
-        say("trajectory", over_steps(source, by_step, out, config, tables=tables), True)
+        say("trajectory", over_steps(base, by_step, out, config, tables=tables), True)
     elif len(trained) > 1:
-        say("overlap", overlap(source, dict(zip(labels, trained, strict=True)), out, config), True)
+        say("overlap", overlap(base, dict(zip(labels, trained, strict=True)), out, config), True)
     say("figures", write_figures(out, list(folders.values())), True)
 
 

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Makes, combines, shows and compares masks.")
 console = Console()
 
-AllowOtherSource = Annotated[
+AllowOtherBase = Annotated[
     bool,
     typer.Option(
-        "--allow-other-source",
-        help="take masks and checkpoints of another source; every artifact after says so",
+        "--allow-other-base",
+        help="take masks and checkpoints of another base; every artifact after says so",
     ),
 ]
 MaskFile = Annotated[Path, typer.Argument(help="mask file (*.safetensors)")]
@@ -40,7 +40,7 @@ Out = Annotated[Path, typer.Option(help="the mask file to write")]
 
 @app.command()
 def make(
-    source: Annotated[Path, typer.Argument(help="run folder, or the source checkpoint")],
+    base: Annotated[Path, typer.Argument(help="run folder, or the base checkpoint")],
     trained: Annotated[Path | None, typer.Argument(help="trained checkpoint")] = None,
     name: Annotated[
         list[str] | None, typer.Option("--mask", help="only this mask of the run; may be repeated")
@@ -52,18 +52,18 @@ def make(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="the file to write, for two checkpoints")] = None,
-    allow_other_source: AllowOtherSource = False,
+    allow_other_base: AllowOtherBase = False,
 ) -> None:
     """Makes a run's masks from their rules, or one mask of any two checkpoint folders."""
     from vlopd.run.arms import Making
     from vlopd.run.make import make_mask
 
     if trained is None and rule is None:
-        folder, config = RunFolder.open(source)
+        folder, config = RunFolder.open(base)
         for unknown in set(name or ()) - set(config.masks):
             raise ConfigError(f"no mask {unknown!r} in the config; there are {[*config.masks]}")
         for each in name or config.masks:
-            made = make_mask(folder, config, each, Making(allow_other_source))
+            made = make_mask(folder, config, each, Making(allow_other_base))
             say(f"mask {each}", folder.mask(each), made)
         return
     if rule is None or out is None:
@@ -79,7 +79,7 @@ def make(
     inputs: dict[str, Any] = {"rule": parsed.model_dump(mode="json")}
     if isinstance(parsed, RandomMask):
         named[parsed.like], like = load_mask(Path(parsed.like))
-        check_source(source, named[parsed.like])
+        check_base(base, named[parsed.like])
         inputs["like"] = like["digest"]
     elif parsed.combines or isinstance(parsed, FileMask):
         raise ConfigError(
@@ -87,12 +87,12 @@ def make(
         )
     if parsed.reads is not None and trained is None:
         raise ConfigError(f"{parsed.type!r} looks at what changed: give SOURCE and TRAINED")
-    for path in (source, *([trained] if trained is not None else [])):
+    for path in (base, *([trained] if trained is not None else [])):
         refuse_unlike_config(path)
-    inputs["source"] = digest_checkpoint(source, whole=True)
+    inputs["base"] = digest_checkpoint(base, whole=True)
     if trained is not None:
         inputs["of"] = digest_checkpoint(trained, whole=True)
-    deltas = stream(source, trained or source, classify)
+    deltas = stream(base, trained or base, classify)
     said = deltas.report.said() if parsed.reads is not None else ""
     if said:
         inputs["left_out"] = [its.name for its in deltas.report.left_out]
@@ -122,7 +122,7 @@ def combine(
     ],
     files: Annotated[list[Path], typer.Argument(help="mask files; one for complement")],
     out: Out,
-    allow_other_source: AllowOtherSource = False,
+    allow_other_base: AllowOtherBase = False,
 ) -> None:
     """Set algebra of mask files."""
     from vlopd.config.masks import ComplementMask
@@ -135,18 +135,18 @@ def combine(
             f"{how} takes {'one file' if how == 'complement' else 'two files or more'}"
         )
     loaded = [load_mask(path) for path in files]
-    first = loaded[0][1]["inputs"]["source"]
+    first = loaded[0][1]["inputs"]["base"]
     foreign: dict[str, str] = {}
     for path, (_, about) in zip(files, loaded, strict=True):
-        its = about["inputs"]["source"]
+        its = about["inputs"]["base"]
         if its != first:
-            if not allow_other_source:
+            if not allow_other_base:
                 raise RunError(
-                    f"{path} was made from source checkpoint {its[:12]}, {files[0]} from {first[:12]}; "
-                    "say --allow-other-source, and every artifact after says so too"
+                    f"{path} was made from base checkpoint {its[:12]}, {files[0]} from {first[:12]}; "
+                    "say --allow-other-base, and every artifact after says so too"
                 )
             foreign[str(path)] = its
-        foreign |= about["inputs"].get("other_source", {})
+        foreign |= about["inputs"].get("other_base", {})
     try:
         if how == "complement":
             rule = ComplementMask(mask="it")
@@ -157,10 +157,10 @@ def combine(
         raise RunError(f"{', '.join(map(str, files))}: {error}") from None
     inputs: dict[str, Any] = {
         "rule": {"type": how, "files": [str(path) for path in files]},
-        "source": first,
+        "base": first,
         "masks": {str(p): about["digest"] for p, (_, about) in zip(files, loaded, strict=True)},
     }
-    save_mask(out, mask, inputs | ({"other_source": foreign} if foreign else {}), classify)
+    save_mask(out, mask, inputs | ({"other_base": foreign} if foreign else {}), classify)
     say("mask", out, True)
 
 
@@ -178,9 +178,9 @@ def show(file: MaskFile) -> None:
     lines = {
         "rule": rule,
         "coordinates": f"{count:,} of {total:,} ({density(mask):.4%})",
-        "source": inputs["source"][:12],
+        "base": inputs["base"][:12],
         "of": inputs.get("of", "")[:12],
-        "other source": ", ".join(inputs.get("other_source", {})),
+        "other base": ", ".join(inputs.get("other_base", {})),
         "digest": about["digest"][:12],
     }
     for key, value in lines.items():
@@ -207,11 +207,9 @@ def show(file: MaskFile) -> None:
 def compare(
     a: MaskFile,
     b: MaskFile,
-    source: Annotated[
+    base: Annotated[
         Path | None,
-        typer.Option(
-            help="source checkpoint, for chance within the quantiles of each tensor's |w|"
-        ),
+        typer.Option(help="base checkpoint, for chance within the quantiles of each tensor's |w|"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON of all this, tensor by tensor too")] = None,
 ) -> None:
@@ -231,10 +229,10 @@ def compare(
         "the whole model": overlap(mask_a, mask_b),
         "each tensor": added(tensors.values()),
     }
-    if source is not None:
-        check_source(source, mask_a)
-        pairs = stream(source, source, classify)
-        classes = ((pair.name, quantiles(pair.source)) for pair in pairs)
+    if base is not None:
+        check_base(base, mask_a)
+        pairs = stream(base, base, classify)
+        classes = ((pair.name, quantiles(pair.base)) for pair in pairs)
         rows["each tensor's quantiles of |w|"] = overlap_by_class(mask_a, mask_b, classes)
     table = Table(
         "chance is independence within", "Jaccard", "by chance", "A in B", "B in A", "enrichment"
@@ -249,14 +247,14 @@ def compare(
         )
         table.add_row(label, *(f"{number:.4f}" for number in numbers))
     console.print(table)
-    sources = {about["inputs"]["source"] for about in (about_a, about_b)}
-    if len(sources) > 1:
-        console.print("the two masks are of different source checkpoints")
+    bases = {about["inputs"]["base"] for about in (about_a, about_b)}
+    if len(bases) > 1:
+        console.print("the two masks are of different base checkpoints")
     if out is not None:
         content = {
             "a": {"file": str(a), "digest": about_a["digest"]},
             "b": {"file": str(b), "digest": about_b["digest"]},
-            "same_source": len(sources) == 1,
+            "same_base": len(bases) == 1,
             "overall": {label: found.row() for label, found in rows.items()},
             "tensors": {name: found.row() for name, found in tensors.items()},
         }
@@ -264,17 +262,17 @@ def compare(
         say("comparison", out, True)
 
 
-def check_source(source: Path, mask: Mask) -> None:
+def check_base(base: Path, mask: Mask) -> None:
     """Refuses a checkpoint whose tensors are not the mask's."""
     from vlopd.masks.files import check_shapes
     from vlopd.weights.reader import Weights
 
-    with Weights(source) as weights:
+    with Weights(base) as weights:
         shapes = {n: weights.shape(n) for n in weights.names() if weights.is_parameter(n)}
     try:
         check_shapes(mask, shapes)
     except RunError as error:
-        raise RunError(f"{source}: {error}") from None
+        raise RunError(f"{base}: {error}") from None
 
 
 def say(what: str, where: Path, made: bool) -> None:

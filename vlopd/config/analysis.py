@@ -87,7 +87,7 @@ class HeldOutConfig(Section):
     """Scores a small fixed set every so many steps, by the code of the final evaluation (heldout.jsonl)."""
 
     every: Count
-    """Steps; the source and the last step are scored too."""
+    """Steps; the base and the last step are scored too."""
     tasks: Annotated[tuple[str, ...], Unique] = Field(min_length=1)
     """lm-eval task names. Use a validation task: what is looked at while training is no longer held out."""
     limit: Count = 200

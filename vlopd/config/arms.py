@@ -11,10 +11,10 @@ from vlopd.config.base import Count, Section, Seed, Weight
 from vlopd.config.recipe import Recipe
 
 
-class SourceArm(Section):
+class BaseArm(Section):
     """The student before any training."""
 
-    type: Literal["source"] = "source"
+    type: Literal["base"] = "base"
 
 
 class TeacherArm(Section):
@@ -39,14 +39,14 @@ class Subspace(Section):
     """
 
     of: str
-    """The checkpoint whose delta from the source gives the subspace, e.g. `full@12`; see masks."""
+    """The checkpoint whose delta from the base gives the subspace, e.g. `full@12`; see masks."""
     rank: Count = 16
     side: Literal["right", "left", "both"] = "right"
     """G V V^T, U U^T G, or both."""
 
 
 class DistillArm(Section):
-    """On-policy distillation from the source; with a mask, only its coordinates train.
+    """On-policy distillation from the base; with a mask, only its coordinates train.
 
     Sections given here hold for this arm alone: `loss = {type = "forward_kl"}` varies one factor.
     """
@@ -80,7 +80,7 @@ class DistillArm(Section):
 
 
 class TransplantArm(Section):
-    """The source plus another arm's delta on the mask; no training."""
+    """The base plus another arm's delta on the mask; no training."""
 
     type: Literal["transplant"] = "transplant"
     of: str = "full"
@@ -88,7 +88,7 @@ class TransplantArm(Section):
 
 
 class ExtrapolateArm(Section):
-    """The source plus a multiple of an early delta, on the mask where there is one; no training.
+    """The base plus a multiple of an early delta, on the mask where there is one; no training.
 
     EffOPD (arXiv 2605.11739). The early checkpoint is read as stored: precision.stored = "fp32" keeps all of it.
     """
@@ -126,7 +126,7 @@ class ImportedArm(Section):
 
 
 ArmConfig = Annotated[
-    SourceArm
+    BaseArm
     | TeacherArm
     | DistillArm
     | TransplantArm

@@ -13,10 +13,10 @@ from vlopd.config.analysis import EvalConfig, GeometryConfig
 from vlopd.config.arms import (
     RANDOM,
     ArmConfig,
+    BaseArm,
     CheckpointArm,
     DistillArm,
     ImportedArm,
-    SourceArm,
     TeacherArm,
     checkpoints_of,
     expand_seeds,
@@ -156,8 +156,8 @@ class ExperimentConfig(Recipe):
                 raise ValueError(
                     f"geometry.arms: {name} is no arm of this student; use `vlopd geometry SOURCE TRAINED`"
                 )
-            if isinstance(self.arms[name], SourceArm):
-                raise ValueError(f"geometry.arms: {name} is the source itself and has no delta")
+            if isinstance(self.arms[name], BaseArm):
+                raise ValueError(f"geometry.arms: {name} is the base itself and has no delta")
         for contrast in self.eval.contrasts or ():
             a, dash, b = contrast.partition(" - ")
             if not dash:

@@ -96,7 +96,7 @@ class EnergyMask(DeltaRule):
 
 
 class MagnitudeMask(MaskRule):
-    """The fraction of coordinates with the smallest or largest |w| of the source."""
+    """The fraction of coordinates with the smallest or largest |w| of the base."""
 
     type: Literal["magnitude"] = "magnitude"
     which: Literal["low", "high"] = "low"
@@ -105,7 +105,7 @@ class MagnitudeMask(MaskRule):
 
 
 class PrincipalMask(MaskRule):
-    """The fraction of each tensor where the source's rank-k approximation is largest, or smallest, in size.
+    """The fraction of each tensor where the base's rank-k approximation is largest, or smallest, in size.
 
     Vectors are their own approximation. Rank and fraction are set apart (arXiv 2511.08567).
     """

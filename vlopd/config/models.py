@@ -171,6 +171,6 @@ class PrecisionConfig(Section):
     compute: Literal["fp32", "bf16"] = "bf16"
     """Weights and activations in rollout, forward and backward. Trained values are always kept in fp32; they start
     from the student's stored tensors, not from their rounding to this."""
-    stored: Literal["source", "fp32", "bf16", "fp16"] = "source"
-    """Checkpoints: `source` stores each tensor in the dtype that it has in the student's own checkpoint (the widest of
+    stored: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Checkpoints: `auto` stores each tensor in the dtype that it has in the student's own checkpoint (the widest of
     several that are fused into one); else every floating-point tensor is rounded to this, once."""

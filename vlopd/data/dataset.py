@@ -22,7 +22,7 @@ from vlopd.errors import ConfigError, DataError
 from vlopd.types import Example
 
 
-class FileSource(Sequence[Example]):
+class FileDataset(Sequence[Example]):
     """Rows by index, images opened when a row is asked for.
 
     `pictures` names further columns with pictures, for a teacher's image context: they are opened too, and
@@ -57,7 +57,7 @@ class FileSource(Sequence[Example]):
             refuse_repeated_ids(config.path, self.table.values(config.id))
         self.open = open_picture
 
-    def unopened(self) -> FileSource:
+    def unopened(self) -> FileDataset:
         """The same rows with pictures of which only the header is read: sizes, and whether they are there."""
         other = copy.copy(self)
         other.open = peek

@@ -13,7 +13,7 @@ from vlopd.config.data import CapitalsData, EmojiData, FileData, ReasoningData, 
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.models import ImageContext
 from vlopd.data.capitals import CapitalsWorld
-from vlopd.data.dataset import FileSource
+from vlopd.data.dataset import FileDataset
 from vlopd.data.emoji import EmojiWorld
 from vlopd.data.emoji import folder as emoji_folder
 from vlopd.data.reasoning import ReasoningWorld
@@ -38,7 +38,7 @@ def open_data(config: ExperimentConfig, size: int, seed: int) -> Sequence[Exampl
         case EmojiData():
             return EmojiWorld(data.split, size, seed)
         case FileData():
-            return FileSource(data, teachers_pictures(config))
+            return FileDataset(data, teachers_pictures(config))
 
 
 def teachers_pictures(config: ExperimentConfig) -> list[str]:
@@ -58,7 +58,7 @@ def files_of(config: ExperimentConfig) -> list[Path]:
             if path.is_file() and not data.has_images and not teachers_pictures(config):
                 return [path]  # without reading its rows, for every arm anew
             source = open_data(config, 0, 0)
-            assert isinstance(source, FileSource)
+            assert isinstance(source, FileDataset)
             return source.files()
         case EmojiData():
             return [path for path in sorted(emoji_folder().rglob("*")) if path.is_file()]

@@ -193,12 +193,12 @@ def left_out_rows(report: MatchReport) -> Iterator[Row]:
     None where everything is compared.
     """
     count = f"{len(report.left_out)} tensors are not compared"
-    for side, share in (("source", report.source_share), ("trained", report.trained_share)):
+    for side, share in (("base", report.base_share), ("trained", report.trained_share)):
         if report.left_out:
             measure = Measure("left_out_share", f"of={side}", share, reason=count)
             yield from beside_nulls(measure, {}, Place("[all]"))
     for its in report.left_out:
-        shares = parameters(source_share=its.source_share, trained_share=its.trained_share)
+        shares = parameters(base_share=its.base_share, trained_share=its.trained_share)
         measure = Measure("left_out", shares, None, "skipped", its.reason)
         yield from beside_nulls(measure, {}, place_of(its))
 

@@ -1,4 +1,4 @@
-"""The coordinates that a tensor's source singles out: its principal and its smallest weights (arXiv 2606.13657).
+"""The coordinates that a tensor's base singles out: its principal and its smallest weights (arXiv 2606.13657).
 
 Kept as one small integer a coordinate, a bit for each mask and ratio, so that one count of codes among the
 coordinates that moved gives every overlap at once.
@@ -19,7 +19,7 @@ from vlopd.geometry.spectrum import ROWS, Factors, rank_at
 from vlopd.masks.select import quota
 
 NAMES = ("principal", "low_magnitude", "principal_not_low", "nonprincipal_or_low")
-REASON = "the source does not define this mask: no matrix, too large, or all zero"
+REASON = "the base does not define this mask: no matrix, too large, or all zero"
 
 
 @dataclass
@@ -49,22 +49,22 @@ class Border:
         code.add_(member.view(torch.uint8), alpha=self.bit)
 
 
-class SourceMasks:
-    """The masks of one tensor's source at every ratio.
+class BaseMasks:
+    """The masks of one tensor's base at every ratio.
 
     principal            largest |entry| of the rank-floor(ratio * r) reconstruction; needs `factors`
-    low_magnitude        smallest |entry| of the source
+    low_magnitude        smallest |entry| of the base
     principal_not_low    in the first and not in the second
     nonprincipal_or_low  not in the first, or in the second
 
     The first two have ceil(ratio * numel) members; among equal values the lowest index comes first, so that a
-    mask does not depend on the machine. `ties`: parameter -> how many entries of the source equal
+    mask does not depend on the machine. `ties`: parameter -> how many entries of the base equal
     the largest member of low_magnitude (bf16 has many).
     """
 
-    def __init__(self, source: Tensor, factors: Factors | None, ratios: Sequence[float]):
+    def __init__(self, base: Tensor, factors: Factors | None, ratios: Sequence[float]):
         self.ratios = tuple(ratios)
-        flat = source.reshape(-1)
+        flat = base.reshape(-1)
         self.empty = not any(bool(part.any()) for part in flat.split(CHUNK))
         self.has_principal = factors is not None and not self.empty
         self.ties = dict.fromkeys(self.ratios, 0)
@@ -73,7 +73,7 @@ class SourceMasks:
         if not self.empty:
             self._add_low(flat)
             if factors is not None:
-                self._add_principal(source.flatten(1), factors)
+                self._add_principal(base.flatten(1), factors)
         self.select = selectors(len(ratios))
         table = self._no_codes()
         for code in self.code.split(CHUNK):
@@ -117,7 +117,7 @@ class SourceMasks:
         return [(name, ratio) for name in NAMES for ratio in self.ratios]
 
     def members(self, name: str, ratio: float) -> int | None:
-        """How many coordinates a mask has; None where the source does not define it."""
+        """How many coordinates a mask has; None where the base does not define it."""
         known = not self.empty and (name == "low_magnitude" or self.has_principal)
         return self.table[name, ratio] if known else None
 
@@ -148,7 +148,7 @@ def frequencies(code: Tensor, number: int) -> Tensor:
 
 
 def selectors(ratios: int) -> Tensor:
-    """Which codes belong to which mask, [masks, codes] of 0 and 1, in the order of `SourceMasks.names`."""
+    """Which codes belong to which mask, [masks, codes] of 0 and 1, in the order of `BaseMasks.names`."""
     codes = torch.arange(4**ratios)
     rows: dict[str, list[Tensor]] = {name: [] for name in NAMES}
     for i in range(ratios):

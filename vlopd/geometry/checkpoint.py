@@ -54,7 +54,7 @@ PARTIAL = "partial"
 
 
 def analyse(
-    source_folder: Path,
+    base_folder: Path,
     trained_folder: Path,
     out: Path,
     config: GeometryConfig,
@@ -71,10 +71,10 @@ def analyse(
     one core (a core each unless told; 1 on a GPU). Raises RunError where the checkpoints cannot be read or are
     not of one model.
     """
-    deltas = stream(source_folder, trained_folder, classify, config.max_left_out)
+    deltas = stream(base_folder, trained_folder, classify, config.max_left_out)
     record = out / "summary.json"
     record.unlink(missing_ok=True)  # an old record must never lie beside new tables
-    model = config_of(source_folder)
+    model = config_of(base_folder)
     settings = config.model_dump(mode="json", exclude={"arms"})
     partial = open_partial(out, {"inputs": inputs, "config": settings})
     workers = workers or (1 if device != "cpu" else os.cpu_count() or 1)
@@ -115,7 +115,7 @@ def left_out(report: MatchReport) -> dict[str, Any]:
     """What summary.json says of the tensors that are not compared; match.json names all of them."""
     return {
         "tensors": len(report.left_out),
-        "source_share": report.source_share,
+        "base_share": report.base_share,
         "trained_share": report.trained_share,
         "largest": [its.name for its in report.left_out[:5]],
         "said": report.said(),

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlopd.geometry.base_masks import REASON, SourceMasks
+from vlopd.geometry.base_masks import REASON, BaseMasks
 from vlopd.geometry.closed_forms import hypergeometric
 from vlopd.geometry.magnitudes import CHUNK, Test, count, marked, norm, top_energy, where_moved
 from vlopd.geometry.schema import Measure, parameters
@@ -51,7 +51,7 @@ class Term(NamedTuple):
         if self.reason:
             return Measure(*key, None, "skipped", self.reason, self.decided_by)
         if self.denominator == 0:
-            status, reason = ("skipped", "the source is all zero")
+            status, reason = ("skipped", "the base is all zero")
             if self.numerator == 0:
                 status, reason = ("zero", "nothing moved")
             return Measure(*key, None, status, reason, self.decided_by)
@@ -86,7 +86,7 @@ def not_above(threshold: float, dtype: torch.dtype) -> float:
 
 
 def thresholds(rms: float, dtype: torch.dtype) -> dict[tuple[str, str], Threshold]:
-    """What sizes of `dtype` are compared with, by metric and parameter; rms: that of the source."""
+    """What sizes of `dtype` are compared with, by metric and parameter; rms: that of the base."""
     found: dict[tuple[str, str], Threshold] = {("frac_delta_eq_0", ""): (le, 0.0)}
     for atol in ATOLS:
         key = parameters(atol=atol)
@@ -102,7 +102,7 @@ class Seen:
     """What one look at a tensor's coordinates tells.
 
     within: coordinates on the near side of each threshold. within_share: those with |D| <= tau |w|.
-    sizes, codes: |D| and the source's masks of those that moved, and maybe of some that did not.
+    sizes, codes: |D| and the base's masks of those that moved, and maybe of some that did not.
     """
 
     within: dict[tuple[str, str], int]
@@ -115,7 +115,7 @@ class Seen:
 
 
 def look(w: Tensor, d: Tensor, code: Tensor, limits: dict[tuple[str, str], Threshold]) -> Seen:
-    """One pass over a flat source, its delta and its masks' codes, of which only what moved is compared."""
+    """One pass over a flat base, its delta and its masks' codes, of which only what moved is compared."""
     sizes, codes, moved = torch.empty_like(d), torch.empty_like(code), 0
     seen = Seen(dict.fromkeys(limits, 0), dict.fromkeys(TAUS, 0), 0, 0.0, 0.0, sizes, codes)
     for parts in zip(*(each.split(CHUNK) for each in (d, w, code)), strict=True):
@@ -150,7 +150,7 @@ def look(w: Tensor, d: Tensor, code: Tensor, limits: dict[tuple[str, str], Thres
 
 
 def coordinate_terms(
-    source: Tensor, delta: Tensor, masks: SourceMasks, ratios: Sequence[float]
+    base: Tensor, delta: Tensor, masks: BaseMasks, ratios: Sequence[float]
 ) -> list[Term]:
     """Norms, sparsity and concentration of `delta` [any shape], fp32 or wider (arXiv 2606.13657).
 
@@ -165,22 +165,22 @@ def coordinate_terms(
     frac_abs_delta_le_src_abs   share of |D| <= tau |w|, coordinate by coordinate
     coord_top_energy_ratio      share of |D|^2 in the ceil(ratio * numel) largest coordinates
     update_density              share of |D| > atol
-    low_magnitude_ties          entries of the source that tie at the mask's cut, lowest index first
-    and density and overlap of the source's masks, see `overlap_terms`.
+    low_magnitude_ties          entries of the base that tie at the mask's cut, lowest index first
+    and density and overlap of the base's masks, see `overlap_terms`.
 
-    source: as stored, in the shape of delta. Thresholds are compared as the decimals that they are, not as
+    base: as stored, in the shape of delta. Thresholds are compared as the decimals that they are, not as
     rounded to any dtype.
     """
     n = delta.numel()
-    w, d = source.reshape(-1), delta.reshape(-1)
-    energy, source_energy = norm(d) ** 2, norm(w) ** 2
-    rms = math.sqrt(source_energy / n) if n else 0.0
+    w, d = base.reshape(-1), delta.reshape(-1)
+    energy, base_energy = norm(d) ** 2, norm(w) ** 2
+    rms = math.sqrt(base_energy / n) if n else 0.0
     seen = look(w, d, masks.code, thresholds(rms, d.dtype))
     ks = [quota(ratio, n) for ratio in ratios]
     tops = [top_energy(seen.sizes, k) if k < len(seen.sizes) else energy for k in ks]
 
     terms = [
-        Term("relative_delta_fro", "", energy, source_energy, "root", decided_by="norm"),
+        Term("relative_delta_fro", "", energy, base_energy, "root", decided_by="norm"),
         Term("delta_rms", "", energy, n, "root", decided_by="norm"),
         Term("delta_linf_norm", "", seen.largest, fold="max", decided_by="sizes"),
         Term("delta_mean_abs", "", seen.total, n, decided_by="sizes"),

@@ -11,10 +11,10 @@ import torch
 from transformers import PretrainedConfig
 
 from vlopd.config.analysis import GeometryConfig
-from vlopd.geometry.base_masks import SourceMasks
+from vlopd.geometry.base_masks import BaseMasks
 from vlopd.geometry.coordinates import Term, coordinate_terms
 from vlopd.geometry.nulls import null_delta, null_name
-from vlopd.geometry.projection import matrix_measures, skipped_measures, source_factors
+from vlopd.geometry.projection import base_factors, matrix_measures, skipped_measures
 from vlopd.geometry.schema import STATUSES, Measure, Place
 from vlopd.geometry.spectrum import as_matrix
 from vlopd.models.names import parts
@@ -85,46 +85,46 @@ def matrices(pair: TensorDelta, model: PretrainedConfig | None) -> Iterator[Tens
     if model is None:
         yield pair
         return
-    for part in parts(pair.where, pair.source.shape, model):
+    for part in parts(pair.where, pair.base.shape, model):
         where, name = pair.where, pair.name
         if part.expert is not None:
             name += f"[{part.expert}]"
         if part.module != where.module.removeprefix("expert_"):
             name += f"[{part.module}]"
-        source, trained = pair.source[part.index], pair.trained[part.index]
-        if part.transposed and source.ndim > 1:  # a stack of biases holds vectors
-            source, trained = source.T, trained.T
+        base, trained = pair.base[part.index], pair.trained[part.index]
+        if part.transposed and base.ndim > 1:  # a stack of biases holds vectors
+            base, trained = base.T, trained.T
         yield TensorDelta(
             TensorName(name, where.component, where.layer, part.module),
-            source.contiguous(),
+            base.contiguous(),
             trained.contiguous(),
         )
 
 
 def examine(pair: TensorDelta, config: GeometryConfig, device: str = "cpu") -> Finding:
-    """All measures of one matrix's update and its nulls; the source is factorised once.
+    """All measures of one matrix's update and its nulls; the base is factorised once.
 
     In memory are the pair as stored and one fp32 update at a time, the observed one or a null's.
     """
-    source, trained = pair.source.to(device), pair.trained.to(device)
-    matrix, reason = as_matrix(source)
+    base, trained = pair.base.to(device), pair.trained.to(device)
+    matrix, reason = as_matrix(base)
     factors, status = None, "skipped"
     if matrix is not None:
         try:
-            factors = source_factors(matrix, config)
+            factors = base_factors(matrix, config)
         except FAILURES as error:
             status, reason = "failed", why(error)
-    masks = SourceMasks(source, factors, config.ratios)
+    masks = BaseMasks(base, factors, config.ratios)
 
     names, terms, measures = [], [], []
     plan = [(null, draw) for null in config.nulls for draw in range(config.null_draws)]
     for null, draw in [(None, 0), *plan]:
-        change = difference(source, trained)
+        change = difference(base, trained)
         if null is not None:
             names_of_stream = (config.seed, draw, pair.name)
-            change = null_delta(null, source, change, trained.dtype, *names_of_stream)
+            change = null_delta(null, base, change, trained.dtype, *names_of_stream)
         names.append(OBSERVED if null is None else null_name(null))
-        terms.append(coordinate_terms(source, change, masks, config.ratios))
+        terms.append(coordinate_terms(base, change, masks, config.ratios))
         if matrix is None or factors is None:
             measures.append(skipped_measures(config, reason, status))
             continue
@@ -135,7 +135,7 @@ def examine(pair: TensorDelta, config: GeometryConfig, device: str = "cpu") -> F
         measures.append(found)
         del change
     where = pair.where
-    shape = "x".join(map(str, source.shape))
+    shape = "x".join(map(str, base.shape))
     place = Place(where.name, where.component, where.layer, where.module, shape)
     return pack(place, names, terms, measures)
 
@@ -173,8 +173,8 @@ def pack(
 def keys_of(config: GeometryConfig) -> Keys:
     """The names of everything that `examine` measures under a config."""
     one = torch.ones(1, 1)
-    factors = source_factors(one, config)
-    masks = SourceMasks(one, factors, config.ratios)
+    factors = base_factors(one, config)
+    masks = BaseMasks(one, factors, config.ratios)
     terms = coordinate_terms(one, one, masks, config.ratios)
     measures = matrix_measures(one, factors, one, config)
     return Keys(

@@ -4,7 +4,7 @@ Rounding to bf16 hides small changes of large weights, so sparsity, low-magnitud
 overlap arise from noise too (arXiv 2606.13657's figures included). Every measure therefore stands
 beside the same measure of noise with the norm and the stored precision of the observed update.
 
-A null draws a direction; `matched_delta` scales it, adds it to the source and rounds, such that the norm
+A null draws a direction; `matched_delta` scales it, adds it to the base and rounds, such that the norm
 agrees after rounding. Draws are made on the fly from a named stream on the CPU, so that they are the same on
 every device, and are never stored.
 
@@ -46,7 +46,7 @@ def null_name(null: NullConfig) -> str:
     return f"low_rank:{null.rank}" if isinstance(null, LowRankNull) else null.type
 
 
-def direction(null: NullConfig, source: Tensor, delta: Tensor, stream: torch.Generator) -> Tensor:
+def direction(null: NullConfig, base: Tensor, delta: Tensor, stream: torch.Generator) -> Tensor:
     """An update of the null's kind, up to its scale, in the shape of `delta` on the CPU.
 
     gaussian      i.i.d. normal entries
@@ -56,7 +56,7 @@ def direction(null: NullConfig, source: Tensor, delta: Tensor, stream: torch.Gen
     low_rank      A B^T of i.i.d. normal A [m, rank], B [n, rank]; a vector is gaussian
     ulp           i.i.d. normal times |w|: in a stored precision, one ulp here and there
     """
-    source, delta = source.cpu(), delta.cpu()
+    base, delta = base.cpu(), delta.cpu()
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=stream, dtype=delta.dtype)
@@ -65,7 +65,7 @@ def direction(null: NullConfig, source: Tensor, delta: Tensor, stream: torch.Gen
         case GaussianNull() | RowColumnNull():
             return normal(*delta.shape)
         case PermutedNull():
-            return permuted(source, delta, stream)
+            return permuted(base, delta, stream)
         case SignFlippedNull():
             signs = torch.randint(0, 2, delta.shape, generator=stream, dtype=torch.int8)
             return delta * (2 * signs - 1)
@@ -76,15 +76,15 @@ def direction(null: NullConfig, source: Tensor, delta: Tensor, stream: torch.Gen
             rank = min(null.rank, len(delta), n)
             return (normal(len(delta), rank) @ normal(rank, n)).view_as(delta)
         case UlpNull():
-            return normal(*delta.shape).mul_(source.abs())
+            return normal(*delta.shape).mul_(base.abs())
 
 
-def permuted(source: Tensor, delta: Tensor, stream: torch.Generator) -> Tensor:
-    """The entries of `delta` shuffled within the binades of |source|.
+def permuted(base: Tensor, delta: Tensor, stream: torch.Generator) -> Tensor:
+    """The entries of `delta` shuffled within the binades of |base|.
 
     Anywhere else they would be rounded a second time, to other steps, and lose their sizes.
     """
-    mantissa, binade = torch.frexp(source.flatten().float())
+    mantissa, binade = torch.frexp(base.flatten().float())
     binade[mantissa == 0] = 2**15  # a weight of zero has a step of its own
     flat = delta.flatten()
     found = torch.empty_like(flat)
@@ -95,32 +95,32 @@ def permuted(source: Tensor, delta: Tensor, stream: torch.Generator) -> Tensor:
 
 
 def null_delta(
-    null: NullConfig, source: Tensor, delta: Tensor, stored: torch.dtype, *names: str | int
+    null: NullConfig, base: Tensor, delta: Tensor, stored: torch.dtype, *names: str | int
 ) -> Tensor:
-    """One draw of a null for the update `delta` of `source`; `names` name its random stream.
+    """One draw of a null for the update `delta` of `base`; `names` name its random stream.
 
-    source: as stored, delta: fp32 or wider, one shape. A zero delta has a zero null.
+    base: as stored, delta: fp32 or wider, one shape. A zero delta has a zero null.
     """
     if not delta.any():
         return torch.zeros_like(delta)
     stream = generator("cpu", "null", null_name(null), *names)
-    noise = direction(null, source, delta, stream).to(delta.device)
+    noise = direction(null, base, delta, stream).to(delta.device)
     if isinstance(null, PermutedNull | SignFlippedNull):
         return rounded(
-            source, noise, 1.0, stored
+            base, noise, 1.0, stored
         )  # any other scale would take their sizes off the steps
     if isinstance(null, RowColumnNull) and delta.ndim > 1:
-        noise = profiled(source, noise, delta, stored)
-    return matched_delta(source, noise, norm(delta), stored)
+        noise = profiled(base, noise, delta, stored)
+    return matched_delta(base, noise, norm(delta), stored)
 
 
-def profiled(source: Tensor, noise: Tensor, delta: Tensor, stored: torch.dtype) -> Tensor:
+def profiled(base: Tensor, noise: Tensor, delta: Tensor, stored: torch.dtype) -> Tensor:
     """`noise` with rows and columns scaled such that, once rounded, they have the energies of `delta`'s; in place.
 
     Both are corrected in turn, by a root that settles where rounding lets the energy rise far faster than the
     scale's square. A row in which few coordinates move has it as nearly as steps allow.
     """
-    w, z, d = (tensor.flatten(1) for tensor in (source, noise, delta))
+    w, z, d = (tensor.flatten(1) for tensor in (base, noise, delta))
     size = max(1, CHUNK // d.shape[1])
     wanted = row_column_energies(d.split(size))
     scales = [wanted[0].sqrt() / norm(d), wanted[1].sqrt()]
@@ -148,14 +148,14 @@ def row_column_energies(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(rows), torch.stack(columns).sum(0)
 
 
-def matched_delta(source: Tensor, noise: Tensor, target: float, stored: torch.dtype) -> Tensor:
-    """stored(source + s noise) - source, with the s at which its Frobenius norm is `target`; in place of `noise`.
+def matched_delta(base: Tensor, noise: Tensor, target: float, stored: torch.dtype) -> Tensor:
+    """stored(base + s noise) - base, with the s at which its Frobenius norm is `target`; in place of `noise`.
 
     Rounding swallows part of a small update, or enlarges it to whole steps, so s is searched: by secants of
     log norm over log s, kept inside a bracket. Where steps are too coarse to meet the target (a few
     coordinates of a small tensor moved by one step), the nearest that was met; zero noise stays zero.
     """
-    w, z = source.reshape(-1), noise.reshape(-1)
+    w, z = base.reshape(-1), noise.reshape(-1)
     size = norm(z)
     if size == 0:
         return noise
@@ -204,14 +204,14 @@ def secant(last: tuple[float, float] | None, now: tuple[float, float], target: f
 
 
 def rounded_parts(
-    source: Tensor, noise: Tensor, scale: float, stored: torch.dtype
+    base: Tensor, noise: Tensor, scale: float, stored: torch.dtype
 ) -> Iterator[Tensor]:
     """What is left of an update in the stored precision, a stretch of flat coordinates at a time."""
-    for w, z in zip(source.split(CHUNK), noise.split(CHUNK), strict=True):
+    for w, z in zip(base.split(CHUNK), noise.split(CHUNK), strict=True):
         yield rounded(w, z, scale, stored)
 
 
-def rounded(source: Tensor, noise: Tensor, scale: float, stored: torch.dtype) -> Tensor:
-    """stored(source + scale noise) - source, in the noise's precision."""
-    wide = source.to(noise.dtype)
+def rounded(base: Tensor, noise: Tensor, scale: float, stored: torch.dtype) -> Tensor:
+    """stored(base + scale noise) - base, in the noise's precision."""
+    wide = base.to(noise.dtype)
     return torch.add(wide, noise, alpha=scale).to(stored).to(noise.dtype).sub_(wide)

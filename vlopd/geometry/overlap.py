@@ -42,18 +42,18 @@ class OverlapRow(Row):
 
 
 def overlap(
-    source: Path,
+    base: Path,
     runs: Mapping[str, Path],
     out: Path,
     config: GeometryConfig,
     progress: bool = True,
 ) -> Path:
-    """Writes overlap.csv and .parquet about every two of `runs` (name -> trained folder) from one source.
+    """Writes overlap.csv and .parquet about every two of `runs` (name -> trained folder) from one base.
 
     Only parameters that all runs share are counted; others have a row that says so. Returns the path of overlap.csv.
     """
     deltas = {
-        run: stream(source, folder, classify, config.max_left_out) for run, folder in runs.items()
+        run: stream(base, folder, classify, config.max_left_out) for run, folder in runs.items()
     }
     shared = set.intersection(*(set(its.report.matched) for its in deltas.values()))
     names = [name for name in next(iter(deltas.values())).report.matched if name in shared]
@@ -64,10 +64,10 @@ def overlap(
         for name in tqdm(names, desc="overlap", unit="tensor", disable=not progress):
             pairs = {run: one(name) for run, one in read.items()}
             first = next(iter(pairs.values()))
-            where, shape = first.where, "x".join(map(str, first.source.shape))
+            where, shape = first.where, "x".join(map(str, first.base.shape))
             places.append(Place(name, where.component, where.layer, where.module, shape))
             trained = {run: pair.trained for run, pair in pairs.items()}
-            for two, table in tables(name, first.source, trained, config).items():
+            for two, table in tables(name, first.base, trained, config).items():
                 counts[two].append(table)
     draws = [OBSERVED]
     draws += [null_name(null) for null in config.nulls for _ in range(config.null_draws)]
@@ -82,13 +82,13 @@ def overlap(
 
 
 def tables(
-    name: str, source: Tensor, trained: Mapping[str, Tensor], config: GeometryConfig
+    name: str, base: Tensor, trained: Mapping[str, Tensor], config: GeometryConfig
 ) -> dict[tuple[str, str], np.ndarray]:
     """For every two runs, counts [draws, atols, STRATA, 4] of one tensor's coordinates.
 
     The last axis: moved in neither, in the first only, in the second only, in both.
     """
-    strata = magnitude_strata(source)
+    strata = magnitude_strata(base)
     plan = [
         (None, 0),
         *((null, draw) for null in config.nulls for draw in range(config.null_draws)),
@@ -97,9 +97,9 @@ def tables(
     for null, draw in plan:
         moved: dict[str, list[Tensor]] = {}
         for run, after in trained.items():
-            change = difference(source, after)
+            change = difference(base, after)
             if null is not None:  # each run draws noise of its own
-                change = null_delta(null, source, change, after.dtype, config.seed, draw, name, run)
+                change = null_delta(null, base, change, after.dtype, config.seed, draw, name, run)
             size = change.reshape(-1).abs()
             limits = [not_above(atol, size.dtype) for atol in UPDATE_ATOLS]
             moved[run] = [marked(gt, size, limit) for limit in limits]
@@ -114,9 +114,9 @@ def table(strata: Tensor, a: Tensor, b: Tensor) -> np.ndarray:
     return torch.bincount(code, minlength=4 * STRATA).view(STRATA, 4).numpy()
 
 
-def magnitude_strata(source: Tensor) -> Tensor:
+def magnitude_strata(base: Tensor) -> Tensor:
     """The decile of |w| within its tensor of every coordinate, flat uint8; equal weights are in one decile."""
-    sizes, n = magnitudes(source.reshape(-1)), source.numel()
+    sizes, n = magnitudes(base.reshape(-1)), base.numel()
     strata = torch.zeros(n, dtype=torch.uint8)
     ks = sorted({max(1, n * i // STRATA) for i in range(1, STRATA)})
     for k in ks:

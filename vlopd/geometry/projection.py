@@ -1,4 +1,4 @@
-"""Where an update lies relative to the source matrix's own principal subspaces, in float64."""
+"""Where an update lies relative to the base matrix's own principal subspaces, in float64."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ SUBSPACE = "exact subspaces are needed; "
 
 
 def projection_measures(
-    source: Factors, delta: Sum, energy: float, squares: Tensor | None, ratios: Sequence[float]
+    base: Factors, delta: Sum, energy: float, squares: Tensor | None, ratios: Sequence[float]
 ) -> list[Measure]:
-    """Share of the update's energy inside the source's top-k subspaces (arXiv 2606.13657).
+    """Share of the update's energy inside the base's top-k subspaces (arXiv 2606.13657).
 
     D is the update, [m, n]. The last column is the value for noise without structure.
 
@@ -47,7 +47,7 @@ def projection_measures(
     m, n = delta.shape
     tall = m >= n
     along = delta if tall else delta.T  # [longer side, shorter side]
-    near, far = (source.right, source.left) if tall else (source.left, source.right)
+    near, far = (base.right, base.left) if tall else (base.left, base.right)
     from_far = transposed_times(along, far).T  # [k, shorter side]
     joint = product(from_far, near).square()  # [k far, k near]
     far_energy = from_far.square().sum(1)
@@ -69,7 +69,7 @@ def projection_measures(
             metric = f"{prefix}principal_projection_energy_ratio"
             measure = _ratio(metric, parameters(ratio=ratio), part, energy)
             measure = measure._replace(chance=projected_share(dimensions, m * n))
-            found.append(_defined(_as(measure, source.approximate), source, k))
+            found.append(_defined(_as(measure, base.approximate), base, k))
     return found
 
 
@@ -93,65 +93,65 @@ def sines(before: Tensor, after: Tensor, cuts: Sequence[int]) -> list[Tensor]:
 
 
 def rotation_measures(
-    source: Factors, trained: Factors, shape: tuple[int, int], ratios: Sequence[float]
+    base: Factors, trained: Factors, shape: tuple[int, int], ratios: Sequence[float]
 ) -> list[Measure]:
     """How far the top-k subspaces turned: mean sine of their principal angles, in [0, 1]; see `sines`."""
     cuts = [rank_at(ratio, *shape) for ratio in ratios]
     found = []
     for metric, before, after in (
-        ("top_subspace_rotation", source.left, trained.left),
-        ("right_subspace_rotation", source.right, trained.right),
+        ("top_subspace_rotation", base.left, trained.left),
+        ("right_subspace_rotation", base.right, trained.right),
     ):
         angles = [0.0] * len(cuts)
-        if trained is not source:
+        if trained is not base:
             angles = [float(each.mean()) for each in sines(before, after, cuts)]
         for ratio, k, angle in zip(ratios, cuts, angles, strict=True):
             measure = Measure(metric, parameters(ratio=ratio), angle)
-            if source.approximate:
-                reason = SUBSPACE + source.approximate
+            if base.approximate:
+                reason = SUBSPACE + base.approximate
                 measure = measure._replace(value=None, status="skipped", reason=reason)
-            found.append(_defined(measure, source, k))
+            found.append(_defined(measure, base, k))
     return found
 
 
-def drift_measures(source: Factors, trained: Factors, delta_norm: float) -> list[Measure]:
+def drift_measures(base: Factors, trained: Factors, delta_norm: float) -> list[Measure]:
     """How far the singular values moved.
 
     spectral_drift_l2_ratio            |s' - s| / |s|    (the NSS of arXiv 2511.08567)
     spectral_drift_to_delta_fro_ratio  |s' - s| / |D|    1 if D only rescales, 0 if it only turns
     """
     names = ("spectral_drift_l2_ratio", "spectral_drift_to_delta_fro_ratio")
-    if source.approximate:
-        reason = f"all values: {source.approximate}"
+    if base.approximate:
+        reason = f"all values: {base.approximate}"
         return [Measure(name, "", None, "skipped", reason) for name in names]
-    drift = float(torch.linalg.vector_norm(trained.values - source.values))
-    length = float(torch.linalg.vector_norm(source.values))
+    drift = float(torch.linalg.vector_norm(trained.values - base.values))
+    length = float(torch.linalg.vector_norm(base.values))
     return [
-        _ratio(names[0], "", drift, length, "skipped", "the source is all zero"),
+        _ratio(names[0], "", drift, length, "skipped", "the base is all zero"),
         _ratio(names[1], "", drift, delta_norm),
     ]
 
 
 def matrix_measures(
-    matrix: Tensor, source: Factors, delta: Tensor, config: GeometryConfig
+    matrix: Tensor, base: Factors, delta: Tensor, config: GeometryConfig
 ) -> list[Measure]:
     """Every spectral and subspace measure of an update `delta` to `matrix`, both [m, n] of any dtype.
 
-    `source` are the factors of `matrix`, shared by the observed update and its nulls; where they are
+    `base` are the factors of `matrix`, shared by the observed update and its nulls; where they are
     approximate, nothing is exact.
     """
-    ratios, method, approximate = config.ratios, config.factorisation, source.approximate
+    ratios, method, approximate = config.ratios, config.factorisation, base.approximate
     m, n = delta.shape
     r = min(m, n)
     energy = norm(delta) ** 2
     change = Sum((delta,))
-    squares, after = None, source
+    squares, after = None, base
     if energy == 0:
         values = torch.zeros(1 if approximate else r, dtype=torch.float64)
     elif approximate:
         values = factorise(change, min(max(TOP), r), method, approximate).values
     else:
-        after = factorise(Sum((matrix, delta)), source.left.shape[1], method)
+        after = factorise(Sum((matrix, delta)), base.left.shape[1], method)
         if method == "svd":
             values = singular_values(change, method)
         else:
@@ -159,14 +159,14 @@ def matrix_measures(
             values = roots(eigenvalues_of(squares))
     return [
         *spectral_measures(values, energy, ratios, r, approximate),
-        *projection_measures(source, change, energy, squares, ratios),
-        *rotation_measures(source, after, (m, n), ratios),
-        *drift_measures(source, after, energy**0.5),
+        *projection_measures(base, change, energy, squares, ratios),
+        *rotation_measures(base, after, (m, n), ratios),
+        *drift_measures(base, after, energy**0.5),
     ]
 
 
-def source_factors(matrix: Tensor, config: GeometryConfig) -> Factors:
-    """The factors of a source matrix [m, n], up to the largest of the config's ratios."""
+def base_factors(matrix: Tensor, config: GeometryConfig) -> Factors:
+    """The factors of a base matrix [m, n], up to the largest of the config's ratios."""
     m, n = matrix.shape
     k = max(rank_at(ratio, m, n) for ratio in config.ratios)
     return factorise(Sum((matrix,)), k, config.factorisation, too_large(m, n, config))
@@ -175,7 +175,7 @@ def source_factors(matrix: Tensor, config: GeometryConfig) -> Factors:
 def skipped_measures(config: GeometryConfig, reason: str, status: str = "skipped") -> list[Measure]:
     """The rows of a parameter that is no matrix, or that failed: none is dropped silently."""
     unit = torch.ones(1, 1, dtype=torch.float64)
-    rows = matrix_measures(unit, source_factors(unit, config), unit, config)
+    rows = matrix_measures(unit, base_factors(unit, config), unit, config)
     return [row._replace(value=None, status=status, reason=reason, chance=None) for row in rows]
 
 
@@ -199,9 +199,9 @@ def _ratio(
     return Measure(metric, parameter, part / whole)
 
 
-def _defined(measure: Measure, source: Factors, k: int) -> Measure:
-    """`measure`, or skipped where the source has no top-k subspace."""
-    if source.rank >= k:
+def _defined(measure: Measure, base: Factors, k: int) -> Measure:
+    """`measure`, or skipped where the base has no top-k subspace."""
+    if base.rank >= k:
         return measure
-    reason = f"the source has rank {source.rank}, below k = {k}"
+    reason = f"the base has rank {base.rank}, below k = {k}"
     return measure._replace(value=None, status="skipped", reason=reason, chance=None)

@@ -13,7 +13,7 @@ STATUSES = ("ok", "approximate", "zero", "skipped", "failed")
 EQUAL = 1e-9
 """Relative differences below this are rounding of our own arithmetic, no excess."""
 DETAIL = ("norm", "sizes", "places", "signs")
-"""How much of an update decides a measure, besides the source: its norm; the sizes of its entries; which coordinates
+"""How much of an update decides a measure, besides the base: its norm; the sizes of its entries; which coordinates
 have them; their signs as well. Each takes in those before it."""
 KEPT = {"permuted": "sizes", "sign_flipped": "places"}
 """What of the update a null keeps; all others keep the norm. What that decides is no finding beside the null."""

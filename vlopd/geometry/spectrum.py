@@ -78,7 +78,7 @@ class Factors:
 
 
 class Sum:
-    """A sum of matrices [m, n] in float64, e.g. source + delta; a large one is never formed but read in parts."""
+    """A sum of matrices [m, n] in float64, e.g. base + delta; a large one is never formed but read in parts."""
 
     def __init__(self, terms: tuple[Tensor, ...]):
         self.terms, self.height = terms, ROWS

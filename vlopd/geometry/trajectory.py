@@ -52,7 +52,7 @@ def step_of(folder: Path, position: int) -> int:
 
 
 def trajectory(
-    source: Path,
+    base: Path,
     steps: Mapping[int, Path],
     out: Path,
     config: GeometryConfig,
@@ -66,8 +66,8 @@ def trajectory(
     trajectory.csv.
     """
     order = sorted(steps)
-    model = config_of(source)
-    deltas = {step: stream(source, steps[step], classify, config.max_left_out) for step in order}
+    model = config_of(base)
+    deltas = {step: stream(base, steps[step], classify, config.max_left_out) for step in order}
     names = [
         name
         for name in deltas[order[-1]].report.matched
@@ -82,13 +82,13 @@ def trajectory(
             stored = [matrices(read[step](name), model) for step in order]
             for pairs in zip(*stored, strict=True):
                 first, where = pairs[0], pairs[0].where
-                shape = "x".join(map(str, first.source.shape))
+                shape = "x".join(map(str, first.base.shape))
                 places.append(Place(first.name, where.component, where.layer, where.module, shape))
                 changes = [pair.delta for pair in pairs]
                 own = [along(changes, config)]
                 for draw in range(config.null_draws):
                     names_of_stream = (config.seed, draw, first.name)
-                    noise = walk(first.source, changes, pairs[-1].trained.dtype, *names_of_stream)
+                    noise = walk(first.base, changes, pairs[-1].trained.dtype, *names_of_stream)
                     own.append(along(noise, config))
                 courses.append(own)
     rows = list(step_rows(order, courses, draws, places))
@@ -102,7 +102,7 @@ def trajectory(
 
 
 def walk(
-    source: Tensor, changes: Sequence[Tensor], stored: torch.dtype, *names: str | int
+    base: Tensor, changes: Sequence[Tensor], stored: torch.dtype, *names: str | int
 ) -> list[Tensor]:
     """A random walk with the norms of `changes` [steps] after rounding; independent Gaussian increments."""
     direction = torch.zeros_like(changes[0])
@@ -115,7 +115,7 @@ def walk(
             math.sqrt(max(size**2 - last**2, 0)) / max(norm(noise), 1e-30)
         )
         last = max(size, last)
-        moved = matched_delta(source, direction.clone(), size, stored) if size else 0 * change
+        moved = matched_delta(base, direction.clone(), size, stored) if size else 0 * change
         found.append(moved)
     return found
 

@@ -16,20 +16,20 @@ TOLERANCES = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 
 
 def transplanted(pair: TensorDelta, mask: Tensor) -> Tensor:
-    """The trained value on the mask, the source value elsewhere, bit for bit, without arithmetic.
+    """The trained value on the mask, the base value elsewhere, bit for bit, without arithmetic.
 
     In the stored dtype; where the two are stored differently, in the one that holds both exactly.
     """
-    dtype = torch.promote_types(pair.source.dtype, pair.trained.dtype)
-    return torch.where(mask, pair.trained.to(dtype), pair.source.to(dtype))
+    dtype = torch.promote_types(pair.base.dtype, pair.trained.dtype)
+    return torch.where(mask, pair.trained.to(dtype), pair.base.to(dtype))
 
 
 def extrapolated(pair: TensorDelta, factor: float, mask: Tensor | None = None) -> Tensor:
-    """w + factor * delta on the mask (everywhere without one), in float64, then rounded to the source's dtype."""
-    source = pair.source.double()
-    moved = (source + factor * (pair.trained.double() - source)).to(pair.source.dtype)
-    moved = moved.where(pair.delta != 0, pair.source)  # exact where nothing moved
-    return moved if mask is None else moved.where(mask, pair.source)
+    """w + factor * delta on the mask (everywhere without one), in float64, then rounded to the base's dtype."""
+    base = pair.base.double()
+    moved = (base + factor * (pair.trained.double() - base)).to(pair.base.dtype)
+    moved = moved.where(pair.delta != 0, pair.base)  # exact where nothing moved
+    return moved if mask is None else moved.where(mask, pair.base)
 
 
 def delta_norm(pairs: Iterable[TensorDelta]) -> float:
@@ -69,12 +69,12 @@ def identity(
 ) -> list[dict[str, Any]]:
     """How equal two arms are: the share of coordinates with |arm - other| <= tolerance, as stored.
 
-    `all` and `on_mask` are the shares; `source_all` and `source_on_mask` those of |source - other|, which
+    `all` and `on_mask` are the shares; `base_all` and `base_on_mask` those of |base - other|, which
     is what an arm would have that never trained. Null where a share has no coordinates.
     """
     totals = {"all": 0, "on_mask": 0}
     within = {
-        t: dict.fromkeys(("all", "on_mask", "source_all", "source_on_mask"), 0) for t in TOLERANCES
+        t: dict.fromkeys(("all", "on_mask", "base_all", "base_on_mask"), 0) for t in TOLERANCES
     }
     for name, reference in other.items():
         if name not in arm or not reference.is_floating_point():
@@ -82,7 +82,7 @@ def identity(
         marked = None if mask is None else mask.get(name)
         totals["all"] += reference.numel()
         totals["on_mask"] += 0 if marked is None else int(marked.sum())
-        for prefix, tensor in (("", arm[name]), ("source_", before[name])):
+        for prefix, tensor in (("", arm[name]), ("base_", before[name])):
             distance = (tensor.double() - reference.double()).abs()
             for tolerance in TOLERANCES:
                 close = distance <= tolerance
@@ -92,7 +92,7 @@ def identity(
     return [
         {"tolerance": tolerance}
         | {
-            key: found / total if (total := totals[key.removeprefix("source_")]) else None
+            key: found / total if (total := totals[key.removeprefix("base_")]) else None
             for key, found in counts.items()
         }
         for tolerance, counts in within.items()

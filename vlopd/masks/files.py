@@ -33,11 +33,11 @@ def save_mask(
 ) -> None:
     """Writes NAME.safetensors (packed bits) and then, by `write_record`, its readable record NAME.json.
 
-    `inputs` is JSON: `rule`, and the digests of what the mask was made from, of which `source`, the
+    `inputs` is JSON: `rule`, and the digests of what the mask was made from, of which `base`, the
     checkpoint that it may train, is checked on use. Both files hold them with shapes, counts and
     densities, and a `digest` of all that and of every bit; equal masks are equal files.
     """
-    assert "source" in inputs, "a mask must name the checkpoint it starts from"
+    assert "base" in inputs, "a mask must name the checkpoint it starts from"
     packed = {name: pack(marked.cpu()) for name, marked in mask.items()}
     metadata: dict[str, Any] = {
         "inputs": dict(inputs),
@@ -94,19 +94,19 @@ def check_mask(
     mask: Mapping[str, Tensor],
     metadata: Mapping[str, Any],
     shapes: Mapping[str, torch.Size],
-    source_digest: str,
+    base_digest: str,
 ) -> None:
-    """Refuses a mask that was not made for this model, from this source checkpoint.
+    """Refuses a mask that was not made for this model, from this base checkpoint.
 
     Raises RunError naming the first offending tensor, or both digests.
     """
     check_shapes(mask, shapes)
-    made_from = metadata["inputs"]["source"]
-    if made_from != source_digest:
+    made_from = metadata["inputs"]["base"]
+    if made_from != base_digest:
         raise RunError(
-            f"the mask was made from source checkpoint {made_from[:12]}, this one is "
-            f'{source_digest[:12]}; rebuild it, or bring it in by a rule of type "file" with '
-            "--allow-other-source"
+            f"the mask was made from base checkpoint {made_from[:12]}, this one is "
+            f'{base_digest[:12]}; rebuild it, or bring it in by a rule of type "file" with '
+            "--allow-other-base"
         )
 
 

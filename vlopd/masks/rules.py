@@ -1,4 +1,4 @@
-"""Rules: pure functions of a source and a trained checkpoint, tensor by tensor, or of other masks.
+"""Rules: pure functions of a base and a trained checkpoint, tensor by tensor, or of other masks.
 
 A mask is a dict of bool tensors by parameter name. Wherever a rule takes a number of coordinates, it
 takes exactly that number, see `vlopd.masks.select`.
@@ -45,7 +45,7 @@ from vlopd.weights.subspace import low_rank
 
 Mask = dict[str, Tensor]
 Pairs = Iterable[TensorDelta]
-"""The tensors of a source and a trained checkpoint; may be iterated several times."""
+"""The tensors of a base and a trained checkpoint; may be iterated several times."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODULE_GROUPS = {
     "ffn": ("gate", "up", "down", "gate_up", "expert_gate_up", "expert_down"),
@@ -59,7 +59,7 @@ def build_mask(
 ) -> Mask:
     """The mask that a rule asks for.
 
-    `pairs`: source and trained tensors; for rules that look at the source alone, trained may be anything.
+    `pairs`: base and trained tensors; for rules that look at the base alone, trained may be anything.
     `masks`: those that the rule names, by the names it uses (a file's by its path).
 
     Raises ConfigError for a part of the model that there is not, ValueError for masks of different models.
@@ -76,10 +76,10 @@ def build_mask(
             return top_energy(pairs, rule.share, rule.scope)
         case MagnitudeMask():
             order = reverse_keys if rule.which == "low" else order_keys
-            return take(pairs, lambda p: order(p.source), rule.fraction, rule.scope)
+            return take(pairs, lambda p: order(p.base), rule.fraction, rule.scope)
         case PrincipalMask():
             order = order_keys if rule.which == "principal" else reverse_keys
-            return take(pairs, lambda p: order(approximation(p.source, rule)), rule.fraction)
+            return take(pairs, lambda p: order(approximation(p.base, rule)), rule.fraction)
         case WholeMask():
             return whole(pairs, rule)
         case RandomMask():
@@ -103,17 +103,17 @@ def visible(delta: Tensor, atol: float = 0.0) -> Tensor:
 def visible_update(pair: TensorDelta, rule: VisibleMask) -> Tensor:
     """Where the update is larger than the rule's tolerance, in the rule's precision."""
     dtype = PRECISIONS.get(rule.precision)
-    source, trained = pair.source, pair.trained
+    base, trained = pair.base, pair.trained
     if dtype is not None:
-        source, trained = source.to(dtype), trained.to(dtype)
-        pair = TensorDelta(pair.where, source, trained)
+        base, trained = base.to(dtype), trained.to(dtype)
+        pair = TensorDelta(pair.where, base, trained)
     found = visible(pair.delta, rule.atol)
     if rule.rtol:
         wide = pair.delta.dtype
-        found &= pair.delta.abs() > rule.atol + rule.rtol * source.to(wide).abs()
+        found &= pair.delta.abs() > rule.atol + rule.rtol * base.to(wide).abs()
     if rule.ulps is not None:
-        stored = torch.promote_types(source.dtype, trained.dtype)
-        found &= steps_between(source.to(stored), trained.to(stored)) > rule.ulps
+        stored = torch.promote_types(base.dtype, trained.dtype)
+        found &= steps_between(base.to(stored), trained.to(stored)) > rule.ulps
     return found
 
 
@@ -131,7 +131,7 @@ def steps_between(a: Tensor, b: Tensor) -> Tensor:
 
 def relative(pair: TensorDelta) -> Tensor:
     """|delta| / |w|; infinite where a zero moved, 0 where nothing did."""
-    ratio = pair.delta.abs() / pair.source.to(pair.delta.dtype).abs()
+    ratio = pair.delta.abs() / pair.base.to(pair.delta.dtype).abs()
     return ratio.where(pair.delta != 0, torch.zeros_like(ratio))
 
 
@@ -149,7 +149,7 @@ def take(
             key = keys(pair)
             found[pair.name] = select_one(key, quota(fraction, key.numel()))
         return found
-    sizes = {pair.name: pair.source.numel() for pair in pairs}
+    sizes = {pair.name: pair.base.numel() for pair in pairs}
     chosen = select(lambda: (keys(pair) for pair in pairs), quota(fraction, sum(sizes.values())))
     return dict(zip(sizes, chosen, strict=True))
 
@@ -163,21 +163,21 @@ def top_energy(pairs: Pairs, share: float, scope: str = "tensor") -> Mask:
     return dict(zip(names, chosen, strict=True))
 
 
-# ------------------------------------------------------------------------------- by the source
+# ------------------------------------------------------------------------------- by the base
 
 
-def approximation(source: Tensor, rule: PrincipalMask) -> Tensor:
+def approximation(base: Tensor, rule: PrincipalMask) -> Tensor:
     """The best approximation of rank k of a matrix [m, everything else], in its shape; of a vector, itself."""
-    matrix = source.flatten(1).double() if source.ndim > 1 else source[:, None].double()
+    matrix = base.flatten(1).double() if base.ndim > 1 else base[:, None].double()
     rank = rule.rank
     if rank is None:
         rank = max(1, math.floor(Fraction(str(rule.rank_fraction)) * min(matrix.shape)))
-    return low_rank(matrix, rank).view(source.shape)
+    return low_rank(matrix, rank).view(base.shape)
 
 
 def whole(pairs: Pairs, rule: WholeMask) -> Mask:
     """All of the parameters that the rule names, nothing of the others."""
-    shapes = {pair.where: pair.source.shape for pair in pairs}
+    shapes = {pair.where: pair.base.shape for pair in pairs}
     modules = {module for name in rule.modules for module in MODULE_GROUPS.get(name, (name,))}
     known: dict[str, tuple[set[str] | set[int], set[str] | set[int]]] = {
         "components": (set(rule.components), {where.component for where in shapes}),
@@ -225,7 +225,7 @@ def random_like(
     if match in ("magnitude", "visibility"):
         classes = quantiles if match == "magnitude" else binades
         return {
-            pair.name: stratified(mask[pair.name], keys(pair.name), classes(pair.source))
+            pair.name: stratified(mask[pair.name], keys(pair.name), classes(pair.base))
             for pair in pairs
         }
     label: Callable[[str], object] = {"tensor": lambda name: name}.get(match, lambda name: "all")
@@ -258,18 +258,18 @@ def stratified(like: Tensor, keys: Tensor, classes: Tensor) -> Tensor:
     return found.view(shape)
 
 
-def quantiles(source: Tensor) -> Tensor:
+def quantiles(base: Tensor) -> Tensor:
     """Which of sixteen quantiles of the tensor's |w| each coordinate is in; equal ones are never parted."""
-    size = source.float().abs().flatten()
+    size = base.float().abs().flatten()
     ordered = size.sort().values
     n = len(ordered)
     edges = ordered[[n * k // QUANTILES for k in range(1, QUANTILES)]] if n else ordered
-    return torch.bucketize(size, edges.unique(), right=True).view(source.shape)
+    return torch.bucketize(size, edges.unique(), right=True).view(base.shape)
 
 
-def binades(source: Tensor) -> Tensor:
+def binades(base: Tensor) -> Tensor:
     """The exponent of each |w| as fp32 has it: within a binade the floats of any one format are equally far apart."""
-    return order_keys(source).long() >> 23
+    return order_keys(base).long() >> 23
 
 
 # --------------------------------------------------------------------------------- combinations

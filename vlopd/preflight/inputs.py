@@ -41,7 +41,7 @@ from vlopd.config.masks import (
     WholeMask,
 )
 from vlopd.config.models import ImageContext, ModelConfig
-from vlopd.data.dataset import FileSource
+from vlopd.data.dataset import FileDataset
 from vlopd.data.load import open_data, pick
 from vlopd.errors import ConfigError, DataError, RunError, UserError, first_line
 from vlopd.masks.files import check_shapes, load_mask
@@ -225,8 +225,8 @@ def refuse_another_model(config: ExperimentConfig, text: str) -> None:
     Reads both, tensor by tensor, as the arms and masks that are made from it will.
     """
     folder = folder_of(config, text)
-    source = hub_folder(resolve(config.student.model), config.student.revision)
-    for _ in delta.stream_whole(source, folder, names.classify):
+    base = hub_folder(resolve(config.student.model), config.student.revision)
+    for _ in delta.stream_whole(base, folder, names.classify):
         pass
 
 
@@ -385,7 +385,7 @@ def refuse_rows(config: ExperimentConfig, pair: ModelPair, seeds: Sequence[int])
     count = min(len(data), train.steps * train.prompts_per_step)
     used: Sequence[int] = range(min(count, BUILT_IN_ROWS))
     quick = data
-    if isinstance(data, FileSource):
+    if isinstance(data, FileDataset):
         every = range(len(data))
         used = sorted({i for seed in seeds for i in pick(every, 0, count, seed)})
         quick = data.unopened()

@@ -12,11 +12,11 @@ from torch import Tensor
 from vlopd import distributed
 from vlopd.config.arms import (
     ArmConfig,
+    BaseArm,
     CheckpointArm,
     DistillArm,
     ExtrapolateArm,
     ImportedArm,
-    SourceArm,
     Subspace,
     TeacherArm,
     TransplantArm,
@@ -36,8 +36,8 @@ from vlopd.run.folder import RunFolder
 from vlopd.run.records import (
     card,
     identities,
-    keeps_source,
-    load_source,
+    keeps_base,
+    load_base,
     note,
     off_mask,
     record,
@@ -46,16 +46,16 @@ from vlopd.run.records import (
 from vlopd.run.resolve import (
     arm_content,
     arm_digest,
+    base_arm,
     checkpoint_digest,
     data_content,
     deltas,
     hub_folder,
     model_content,
-    other_source,
+    other_base,
     read_mask,
     read_tensors,
-    refuse_other_source,
-    source_arm,
+    refuse_other_base,
     teacher_content,
     teacher_folder,
 )
@@ -71,8 +71,8 @@ RUN_WIDE = ("student", "precision", *Recipe.model_fields)
 class Making(NamedTuple):
     """How artifacts are made, beyond what the config says."""
 
-    allow_other_source: bool = False
-    """Masks and checkpoints from another source may be used, and every record says so."""
+    allow_other_base: bool = False
+    """Masks and checkpoints from another base may be used, and every record says so."""
     evaluate: Evaluate | None = None
     """Scores a student while it trains (eval.during)."""
     before_training: Callable[[], None] = lambda: None
@@ -82,12 +82,12 @@ class Making(NamedTuple):
 PLAIN = Making()
 
 
-def write_source(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
+def write_base(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
     """Writes the student as it is loaded, in the stored precision: what every delta is measured from."""
     inputs = due(run, config, name)
     if inputs is None:
         return False
-    student, state = load_source(config)
+    student, state = load_base(config)
     with whole_folder(run.checkpoint(name)) as folder:
         save(student, folder, card(config, name, "the student before any training"), state)
     total = student.model.num_parameters()
@@ -95,7 +95,7 @@ def write_source(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
         run,
         config,
         name,
-        "source",
+        "base",
         inputs,
         total_parameters=total,
         trained_parameters=0,
@@ -152,26 +152,26 @@ def made_from(
     run: RunFolder, config: ExperimentConfig, name: str, whole: bool = False
 ) -> dict[str, Any]:
     """The digests of all that decides an arm; `whole` as in digests.file_digest."""
-    arm = config.arms.get(name, SourceArm())
-    if isinstance(arm, SourceArm):
+    arm = config.arms.get(name, BaseArm())
+    if isinstance(arm, BaseArm):
         return {
             "student": config.student.model_dump(mode="json", exclude={"attention"}),
             "files": model_content(config.student, whole),
             "stored": config.precision.stored,
         }
-    files = arm_content(run, config, source_arm(config) if is_made(arm) else name, whole)
+    files = arm_content(run, config, base_arm(config) if is_made(arm) else name, whole)
     if isinstance(arm, TeacherArm):
         teacher = config.teacher_of(arm)
         return {"teacher": teacher.model, "revision": teacher.revision, "files": files}
     if isinstance(arm, (CheckpointArm, ImportedArm)):
         return {**arm.model_dump(mode="json"), "files": files}
-    inputs = {"source": arm_digest(run, source_arm(config)), "files": files}
+    inputs = {"base": arm_digest(run, base_arm(config)), "files": files}
     if isinstance(arm, DistillArm):
         its = config.of_arm(arm)
         resolved = its.model_dump(mode="json")
         teachers = its.teachers.items()
         inputs |= {
-            "student": read_json(run.arm_record(source_arm(config)))["inputs"],
+            "student": read_json(run.arm_record(base_arm(config)))["inputs"],
             "teachers": {n: teacher_content(run, its, each, whole) for n, each in teachers},
             "data": data_content(its, whole),
             "arm": resolved["arms"][name],
@@ -183,27 +183,25 @@ def made_from(
 
 
 def is_made(arm: ArmConfig) -> bool:
-    """Whether an arm is a checkpoint of this run, made from its source."""
+    """Whether an arm is a checkpoint of this run, made from its base."""
     return isinstance(arm, (DistillArm, TransplantArm, ExtrapolateArm))
 
 
 def train_arm(
     run: RunFolder, config: ExperimentConfig, name: str, arm: DistillArm, how: Making
 ) -> bool:
-    """Distils the student from the source, under the arm's mask if it has one, and proves the mask held."""
+    """Distils the student from the base, under the arm's mask if it has one, and proves the mask held."""
     config = config.of_arm(arm)
-    source = run.checkpoint(source_arm(config))
+    base = run.checkpoint(base_arm(config))
     inputs = due(run, config, name)
     if inputs is None:
         return False
     how.before_training()
-    refuse_other_source(
-        own_other_source(run, config, arm), inputs["source"], how.allow_other_source
-    )
+    refuse_other_base(own_other_base(run, config, arm), inputs["base"], how.allow_other_base)
     accelerator = distributed.accelerator()
-    # the student as it is: the source arm, unless that is stored in less than the student's own precision
-    pair = load_pair(config, accelerator.device, source if keeps_source(config) else None)
-    before, mask, projections = read_tensors(source), None, None
+    # the student as it is: the base arm, unless that is stored in less than the student's own precision
+    pair = load_pair(config, accelerator.device, base if keeps_base(config) else None)
+    before, mask, projections = read_tensors(base), None, None
     if arm.mask is not None:
         mask = read_mask(run, config, arm.mask)
     if arm.subspace is not None:
@@ -295,28 +293,28 @@ def read_projections(
 def transplant(
     run: RunFolder, config: ExperimentConfig, name: str, arm: TransplantArm, how: Making
 ) -> bool:
-    """The source with the other arm's values on the mask: the mask's share of the update, untrained."""
+    """The base with the other arm's values on the mask: the mask's share of the update, untrained."""
 
     def change(mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         assert mask is not None
         pairs = deltas(run, config, arm.of)
         return {pair.name: transplanted(pair, mask[pair.name]) for pair in pairs}
 
-    what = f"the source with {arm.of}'s values on mask {arm.mask}"
+    what = f"the base with {arm.of}'s values on mask {arm.mask}"
     return write_untrained(run, config, name, arm, what, change, how)
 
 
 def extrapolate(
     run: RunFolder, config: ExperimentConfig, name: str, arm: ExtrapolateArm, how: Making
 ) -> bool:
-    """The source plus a multiple of an early delta: what going on in its direction would give."""
+    """The base plus a multiple of an early delta: what going on in its direction would give."""
 
     def change(mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         factor, pairs = arm.factor, deltas(run, config, arm.of)
         if arm.norm_of is not None:
             early = delta_norm(pairs)
             if early == 0:
-                raise RunError(f"{arm.of} did not move from the source: it has no direction")
+                raise RunError(f"{arm.of} did not move from the base: it has no direction")
             factor = delta_norm(deltas(run, config, arm.norm_of)) / early
         assert factor is not None
         return {
@@ -324,7 +322,7 @@ def extrapolate(
         }
 
     length = arm.factor if arm.norm_of is None else f"the norm of {arm.norm_of}'s over its own"
-    what = f"the source plus {length} times the delta of {arm.of}"
+    what = f"the base plus {length} times the delta of {arm.of}"
     what += f" on mask {arm.mask}" if arm.mask else ""
     return write_untrained(run, config, name, arm, what, change, how)
 
@@ -338,18 +336,16 @@ def write_untrained(
     change: Callable[[Mapping[str, Tensor] | None], dict[str, Tensor]],
     how: Making,
 ) -> bool:
-    """An arm that is the source with some of its tensors changed, given the arm's mask."""
+    """An arm that is the base with some of its tensors changed, given the arm's mask."""
     inputs = due(run, config, name)
     if inputs is None:
         return False
-    refuse_other_source(
-        own_other_source(run, config, arm), inputs["source"], how.allow_other_source
-    )
+    refuse_other_base(own_other_base(run, config, arm), inputs["base"], how.allow_other_base)
     mask = None if arm.mask is None else read_mask(run, config, arm.mask)
-    source = run.checkpoint(source_arm(config))
-    before = read_tensors(source)
+    base = run.checkpoint(base_arm(config))
+    before = read_tensors(base)
     # for its configuration: all weights that are written are in `before`
-    student = load_configured(config.student, DTYPES[config.precision.compute], folder=source)
+    student = load_configured(config.student, DTYPES[config.precision.compute], folder=base)
     with whole_folder(run.checkpoint(name)) as folder:
         save(student, folder, card(config, name, what, inputs), {**before, **change(mask)})
     total = student.model.num_parameters()
@@ -376,24 +372,24 @@ def read_inputs(
     arm: DistillArm | TransplantArm | ExtrapolateArm,
     whole: bool,
 ) -> dict[str, Any]:
-    """Digests of the mask and checkpoints that an arm reads, and which of them are of another source."""
+    """Digests of the mask and checkpoints that an arm reads, and which of them are of another base."""
     inputs: dict[str, Any] = {}
-    foreign = own_other_source(run, config, arm)
+    foreign = own_other_base(run, config, arm)
     if arm.mask is not None:
         run.checksums.check(f"masks/{arm.mask}", whole)
         about = read_json(run.mask_record(arm.mask))
         inputs["mask"] = about["digest"]
-        foreign |= about["inputs"].get("other_source", {})
+        foreign |= about["inputs"].get("other_base", {})
     for key, text in checkpoints_of(arm).items():
         inputs[key] = checkpoint_digest(run, config, text, whole)
-    return inputs | ({"other_source": foreign} if foreign else {})
+    return inputs | ({"other_base": foreign} if foreign else {})
 
 
-def own_other_source(
+def own_other_base(
     run: RunFolder, config: ExperimentConfig, arm: DistillArm | TransplantArm | ExtrapolateArm
 ) -> dict[str, str]:
-    """`other_source` of all checkpoints that an arm reads itself."""
+    """`other_base` of all checkpoints that an arm reads itself."""
     found: dict[str, str] = {}
     for text in checkpoints_of(arm).values():
-        found |= other_source(run, config, text)
+        found |= other_base(run, config, text)
     return found

@@ -7,10 +7,10 @@ from typing import Any
 
 from vlopd import distributed
 from vlopd.config.arms import (
+    BaseArm,
     CheckpointArm,
     DistillArm,
     ImportedArm,
-    SourceArm,
     TeacherArm,
     TransplantArm,
     checkpoints_of,
@@ -30,30 +30,30 @@ from vlopd.run.arms import (
     note_teacher,
     train_arm,
     transplant,
-    write_source,
+    write_base,
 )
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import (
     arm_digest,
+    base_arm,
     check_here,
     checkpoint_digest,
     checkpoint_folder,
-    other_source,
+    other_base,
     read_mask,
-    refuse_other_source,
-    source_arm,
+    refuse_other_base,
 )
 from vlopd.weights import delta
 
 
 def make_arm(run: RunFolder, config: ExperimentConfig, name: str, how: Making = PLAIN) -> bool:
     """Makes one arm and what it needs; returns whether there was anything to do."""
-    source = source_arm(config)
-    if name != source:
-        make_source(run, config, source)
-    arm = config.arms.get(name, SourceArm())
-    if isinstance(arm, SourceArm):
-        return make_source(run, config, name)
+    base = base_arm(config)
+    if name != base:
+        make_base(run, config, base)
+    arm = config.arms.get(name, BaseArm())
+    if isinstance(arm, BaseArm):
+        return make_base(run, config, name)
     if isinstance(arm, (TeacherArm, CheckpointArm, ImportedArm)):
         with distributed.main_process_first(), run.making(run.arm(name)):
             if isinstance(arm, TeacherArm):
@@ -81,17 +81,17 @@ def make_checkpoint(run: RunFolder, config: ExperimentConfig, text: str, how: Ma
         make_arm(run, config, arm, how)
 
 
-def make_source(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
+def make_base(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
     """The untrained student as an arm; returns whether it had to be written."""
     with distributed.main_process_first(), run.making(run.arm(name)):
-        return write_source(run, config, name)
+        return write_base(run, config, name)
 
 
 def make_mask(run: RunFolder, config: ExperimentConfig, name: str, how: Making = PLAIN) -> bool:
     """Builds a mask file from its rule, and first what the rule needs."""
     rule = config.masks[name]
-    source = source_arm(config)
-    make_source(run, config, source)
+    base = base_arm(config)
+    make_base(run, config, base)
     for other in rule.combines:
         make_mask(run, config, other, how)
     if rule.reads is not None:
@@ -100,18 +100,18 @@ def make_mask(run: RunFolder, config: ExperimentConfig, name: str, how: Making =
         inputs = mask_inputs(run, config, name)
         if run.checksums.is_done(f"masks/{name}", run.mask_record(name), inputs):
             return False
-        run.checksums.check(f"arms/{source}")
+        run.checksums.check(f"arms/{base}")
         named: dict[str, Mask] = {}
         if isinstance(rule, FileMask):
             named[rule.path], _ = load_mask(Path(rule.path))
-            check_here(named[rule.path], run, source, rule.path)
+            check_here(named[rule.path], run, base, rule.path)
         # what a combined mask inherits was allowed when that was made
-        refuse_other_source(foreign(run, config, rule), inputs["source"], how.allow_other_source)
+        refuse_other_base(foreign(run, config, rule), inputs["base"], how.allow_other_base)
         named |= {other: read_mask(run, config, other) for other in rule.combines}
-        folder = run.checkpoint(source)
+        folder = run.checkpoint(base)
         trained = folder if rule.reads is None else checkpoint_folder(run, config, rule.reads)
         mask = build_mask(rule, delta.stream_whole(folder, trained, names.classify), named)
-        check_here(mask, run, source, f"masks.{name}")
+        check_here(mask, run, base, f"masks.{name}")
 
         def finish(record: Path, content: Any) -> None:
             run.checksums.finish(f"masks/{name}", record, content, [run.mask(name)])
@@ -129,9 +129,9 @@ def mask_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str
     rule = config.masks[name]
     inputs: dict[str, Any] = {
         "rule": rule.model_dump(mode="json"),
-        "source": arm_digest(run, source_arm(config)),
+        "base": arm_digest(run, base_arm(config)),
     }
-    other_sources: dict[str, str] = {}
+    other_bases: dict[str, str] = {}
     if rule.reads is not None:
         inputs["of"] = checkpoint_digest(run, config, rule.reads, whole=True)
     if rule.combines:
@@ -140,21 +140,21 @@ def mask_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str
         records = {other: read_json(run.mask_record(other)) for other in rule.combines}
         inputs["masks"] = {other: about["digest"] for other, about in records.items()}
         for about in records.values():
-            other_sources |= about["inputs"].get("other_source", {})
+            other_bases |= about["inputs"].get("other_base", {})
     if isinstance(rule, FileMask):
         _, about = load_mask(Path(rule.path))
         inputs["file"] = about["digest"]
-        other_sources = about["inputs"].get("other_source", {})
-    other_sources |= foreign(run, config, rule)
-    return inputs | ({"other_source": other_sources} if other_sources else {})
+        other_bases = about["inputs"].get("other_base", {})
+    other_bases |= foreign(run, config, rule)
+    return inputs | ({"other_base": other_bases} if other_bases else {})
 
 
 def foreign(run: RunFolder, config: ExperimentConfig, rule: MaskConfig) -> dict[str, str]:
-    """{what: digest of its source} of what a mask itself reads from another source."""
+    """{what: digest of its base} of what a mask itself reads from another base."""
     if rule.reads is not None:
-        return other_source(run, config, rule.reads)
+        return other_base(run, config, rule.reads)
     if isinstance(rule, FileMask):
         _, about = load_mask(Path(rule.path))
-        if about["inputs"]["source"] != arm_digest(run, source_arm(config)):
-            return {rule.path: about["inputs"]["source"]}
+        if about["inputs"]["base"] != arm_digest(run, base_arm(config)):
+            return {rule.path: about["inputs"]["base"]}
     return {}

@@ -22,9 +22,9 @@ from vlopd.weights.reader import Weights
 from vlopd.weights.stored import stored_tensors
 
 
-def keeps_source(config: ExperimentConfig) -> bool:
-    """Whether the source arm holds the student's weights as its own checkpoint does, or a rounding of them."""
-    if config.precision.stored == "source":
+def keeps_base(config: ExperimentConfig) -> bool:
+    """Whether the base arm holds the student's weights as its own checkpoint does, or a rounding of them."""
+    if config.precision.stored == "auto":
         return True
     return all(holds(DTYPES[config.precision.stored], own) for own in student_dtypes(config))
 
@@ -41,13 +41,13 @@ def dtypes_in(folder: Path) -> set[torch.dtype]:
         return {tensor.dtype for tensor in weights.header().values()}
 
 
-def load_source(config: ExperimentConfig) -> tuple[LoadedModel, dict[str, Tensor]]:
-    """(the student, {name: tensor as the source arm stores it}): its weights, each rounded once at most.
+def load_base(config: ExperimentConfig) -> tuple[LoadedModel, dict[str, Tensor]]:
+    """(the student, {name: tensor as the base arm stores it}): its weights, each rounded once at most.
 
     Loaded in the narrowest dtype that holds all of them; each is then rounded to the configured one or, where tensors
     are stored in several dtypes, goes back to its own.
     """
-    fixed = None if config.precision.stored == "source" else DTYPES[config.precision.stored]
+    fixed = None if config.precision.stored == "auto" else DTYPES[config.precision.stored]
     loaded = load_configured(config.student, widest(*student_dtypes(config)))
     state = loaded.model.state_dict()
     if fixed is None:
@@ -81,8 +81,8 @@ def record(
 ) -> None:
     folder = run.checkpoint(name)
     digest = digest_checkpoint(folder, whole=True)
-    foreign = inputs.get("other_source")
-    note(run, config, name, kind, inputs, digest, folder, **about, other_source=foreign)
+    foreign = inputs.get("other_base")
+    note(run, config, name, kind, inputs, digest, folder, **about, other_base=foreign)
 
 
 def note(
@@ -115,11 +115,9 @@ def card(
     config: ExperimentConfig, name: str, what: str, inputs: Mapping[str, Any] | None = None
 ) -> str:
     """The text of an arm's model card."""
-    foreign = (inputs or {}).get("other_source")
+    foreign = (inputs or {}).get("other_base")
     note = (
-        f"Other source: {', '.join(foreign)} came from another source checkpoint.\n"
-        if foreign
-        else ""
+        f"Other base: {', '.join(foreign)} came from another base checkpoint.\n" if foreign else ""
     )
     return (
         "---\nlibrary_name: transformers\ntags: [vlopd, on-policy-distillation]\n---\n"
@@ -131,7 +129,7 @@ def card(
 def off_mask(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None
 ) -> dict[str, Any]:
-    """Which coordinates of a checkpoint differ from the source's by any bit, on the mask and off it.
+    """Which coordinates of a checkpoint differ from the base's by any bit, on the mask and off it.
 
     Without a mask all are on it, and there is nothing to say of those off it.
     """

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlopd.config.arms import CheckpointArm, ImportedArm, SourceArm, TeacherArm
+from vlopd.config.arms import BaseArm, CheckpointArm, ImportedArm, TeacherArm
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import Reference
 from vlopd.config.models import ModelConfig, TeacherConfig
@@ -40,9 +40,9 @@ MOST_NAMED = 16
 """Data files of one ending that a record names one by one."""
 
 
-def source_arm(config: ExperimentConfig) -> str:
+def base_arm(config: ExperimentConfig) -> str:
     """The arm that holds the untrained student; every run has one."""
-    return next((n for n, arm in config.arms.items() if isinstance(arm, SourceArm)), "base")
+    return next((n for n, arm in config.arms.items() if isinstance(arm, BaseArm)), "base")
 
 
 def arm_digest(run: RunFolder, name: str) -> str:
@@ -91,9 +91,9 @@ def model_content(model: ModelConfig, whole: bool = False) -> dict[str, str]:
 def teacher_content(
     run: RunFolder, config: ExperimentConfig, teacher: TeacherConfig, whole: bool = False
 ) -> dict[str, str]:
-    """As `model_content`; of the source where the teacher is the student itself."""
+    """As `model_content`; of the base where the teacher is the student itself."""
     if teacher.is_student:
-        return folder_content(run.checkpoint(source_arm(config)), whole)
+        return folder_content(run.checkpoint(base_arm(config)), whole)
     return model_content(teacher, whole)
 
 
@@ -130,10 +130,8 @@ def arm_content(
 
 
 def teacher_folder(run: RunFolder, config: ExperimentConfig, teacher: TeacherConfig) -> Path:
-    """Where a teacher's checkpoint is: its own folder, or the source's where it is the student itself."""
-    return (
-        run.checkpoint(source_arm(config)) if teacher.is_student else Path(resolve(teacher.model))
-    )
+    """Where a teacher's checkpoint is: its own folder, or the base's where it is the student itself."""
+    return run.checkpoint(base_arm(config)) if teacher.is_student else Path(resolve(teacher.model))
 
 
 def arm_folder(run: RunFolder, config: ExperimentConfig, name: str) -> Path:
@@ -177,28 +175,28 @@ def checkpoint_digest(
     return digest_checkpoint(checkpoint_folder(run, config, text), whole)
 
 
-def other_source(run: RunFolder, config: ExperimentConfig, text: str) -> dict[str, str]:
-    """{what: digest of its source} for a checkpoint of another run that was trained from another source."""
+def other_base(run: RunFolder, config: ExperimentConfig, text: str) -> dict[str, str]:
+    """{what: digest of its base} for a checkpoint of another run that was trained from another base."""
     path = Reference.parse(text).path
     if path is None or not (record := Path(path) / "record.json").exists():
         return {}
-    its = read_json(record)["inputs"].get("source")
-    return {} if its in (None, arm_digest(run, source_arm(config))) else {text: its}
+    its = read_json(record)["inputs"].get("base")
+    return {} if its in (None, arm_digest(run, base_arm(config))) else {text: its}
 
 
-def refuse_other_source(found: Mapping[str, str], ours: str, allow: bool) -> None:
+def refuse_other_base(found: Mapping[str, str], ours: str, allow: bool) -> None:
     for what, its in found.items():
         if not allow:
             raise RunError(
-                f"{what} is from source checkpoint {its[:12]}, this run's is {ours[:12]}; use one of this "
-                "source, or say --allow-other-source, and every artifact after says so too"
+                f"{what} is from base checkpoint {its[:12]}, this run's is {ours[:12]}; use one of this "
+                "base, or say --allow-other-base, and every artifact after says so too"
             )
 
 
 def deltas(run: RunFolder, config: ExperimentConfig, text: str) -> delta.Deltas:
-    """What a named checkpoint changed from this run's source."""
-    source = run.checkpoint(source_arm(config))
-    return delta.stream_whole(source, checkpoint_folder(run, config, text), names.classify)
+    """What a named checkpoint changed from this run's base."""
+    base = run.checkpoint(base_arm(config))
+    return delta.stream_whole(base, checkpoint_folder(run, config, text), names.classify)
 
 
 def scores_of(folder: Path) -> list[Path]:
@@ -219,8 +217,8 @@ def scores_of(folder: Path) -> list[Path]:
     return [last, *samples]
 
 
-def mask_shapes(run: RunFolder, source: str) -> dict[str, torch.Size]:
-    tensors = read_tensors(run.checkpoint(source))
+def mask_shapes(run: RunFolder, base: str) -> dict[str, torch.Size]:
+    tensors = read_tensors(run.checkpoint(base))
     return {
         name: t.shape
         for name, t in tensors.items()
@@ -228,20 +226,20 @@ def mask_shapes(run: RunFolder, source: str) -> dict[str, torch.Size]:
     }
 
 
-def check_here(mask: Mask, run: RunFolder, source: str, what: str | Path) -> None:
-    """Refuses a mask whose tensors are not those of this run's source."""
+def check_here(mask: Mask, run: RunFolder, base: str, what: str | Path) -> None:
+    """Refuses a mask whose tensors are not those of this run's base."""
     try:
-        check_shapes(mask, mask_shapes(run, source))
+        check_shapes(mask, mask_shapes(run, base))
     except RunError as error:
         raise RunError(f"{what}: {error}") from None
 
 
 def read_mask(run: RunFolder, config: ExperimentConfig, name: str) -> Mask:
-    """A mask of this run; refused when it was made for another model or another source."""
-    source = source_arm(config)
+    """A mask of this run; refused when it was made for another model or another base."""
+    base = base_arm(config)
     mask, metadata = load_mask(run.mask(name))
     try:
-        check_mask(mask, metadata, mask_shapes(run, source), arm_digest(run, source))
+        check_mask(mask, metadata, mask_shapes(run, base), arm_digest(run, base))
     except RunError as error:
         raise RunError(f"{run.mask(name)}: {error}") from None
     return mask

@@ -17,7 +17,7 @@ from vlopd.run.arms import made_from
 from vlopd.run.checksums import Problem, differences
 from vlopd.run.folder import LOCK, RunFolder
 from vlopd.run.make import mask_inputs
-from vlopd.run.resolve import source_arm
+from vlopd.run.resolve import base_arm
 
 
 class Verified(NamedTuple):
@@ -117,7 +117,7 @@ def is_working(run: RunFolder, path: Path) -> bool:
 def changed_inputs(run: RunFolder, config: ExperimentConfig) -> list[str]:
     """A line a file that an arm or mask was made from and that is now another."""
     lines = []
-    arms = {name: run.arm_record(name) for name in (source_arm(config), *config.arms)}
+    arms = {name: run.arm_record(name) for name in (base_arm(config), *config.arms)}
     made: dict[Path, Callable[[], dict[str, Any]]] = {
         record: partial(made_from, run, config, name, True) for name, record in arms.items()
     }

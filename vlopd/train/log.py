@@ -26,7 +26,7 @@ def first_stale(name: str, start: int) -> int:
     """The first step that is not to be in a file where training goes on from `start`, as it comes again.
 
     Held-out scores are of the weights after `step` steps, so those of the state that is gone on from are there
-    already; those of the source come again where there is no state. All else is of what step `step` did.
+    already; those of the base come again where there is no state. All else is of what step `step` did.
     """
     return start + 1 if name == "heldout.jsonl" and start > 0 else start
 

@@ -304,27 +304,27 @@ class Trainable:
             slot.values.data.lerp_(other.slots[name].values.data, share)
         self.write_back()
 
-    def merged(self, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The source's tensors with the trained values put in, each rounded once to its tensor's stored precision.
+    def merged(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The base's tensors with the trained values put in, each rounded once to its tensor's stored precision.
 
-        Frozen coordinates are the source's own bits, whatever the compute precision was, and so are trained ones
-        whose rounded value equals the source's (0 and -0 do).
+        Frozen coordinates are the base's own bits, whatever the compute precision was, and so are trained ones
+        whose rounded value equals the base's (0 and -0 do).
         """
-        merged = dict(source)
+        merged = dict(base)
         for name, slot in self.slots.items():
-            rounded = source[name].clone()
+            rounded = base[name].clone()
             slot.put_into(rounded)
-            merged[name] = torch.where(rounded == source[name], source[name], rounded)
+            merged[name] = torch.where(rounded == base[name], base[name], rounded)
         return merged
 
-    def moved_off_mask(self, source: Mapping[str, Tensor]) -> int:
-        """How many coordinates that do not train differ, in the model, from the source by any bit.
+    def moved_off_mask(self, base: Mapping[str, Tensor]) -> int:
+        """How many coordinates that do not train differ, in the model, from the base by any bit.
 
-        `source`: what the model was loaded from, before it was rounded to the compute precision.
+        `base`: what the model was loaded from, before it was rounded to the compute precision.
         """
         moved = 0
         for name, parameter in self.model_parameters.items():
-            before = source[name].to(parameter.dtype)
+            before = base[name].to(parameter.dtype)
             after = parameter.detach().cpu().clone()
             if name in self.slots:  # what trains may differ: take it from the same place in both
                 before = before.clone()

@@ -20,30 +20,30 @@ from vlopd.weights.reader import Weights
 
 
 class Adapted(Weights):
-    """A source checkpoint with a LoRA adapter merged into it, tensor by tensor, under the source's names."""
+    """A base checkpoint with a LoRA adapter merged into it, tensor by tensor, under the base's names."""
 
     FILE = adapters.WEIGHTS
 
-    def __init__(self, folder: Path, source: Weights):
+    def __init__(self, folder: Path, base: Weights):
         refuse_both(folder)
         super().__init__(folder)
-        self.source = source
+        self.base = base
         shapes = {name: super(Adapted, self).shape(name) for name in super().names()}
         updates, whole = adapters.read_adapter(folder, shapes)
         wanted = {u.parameter: u.shape(shapes[u.a], shapes[u.b]) for u in updates}
         wanted |= {parameter: tuple(shapes[tensor]) for parameter, tensor in whole.items()}
-        held = {name: tuple(source.shape(name)) for name in source.names()}
+        held = {name: tuple(base.shape(name)) for name in base.names()}
         known = {theirs: ours for ours, theirs in paired(held, wanted)[0].items()}
         for name, shape in wanted.items():
             if name not in known:
-                raise RunError(f"{folder}: its {name} is no parameter of {source.folder}")
+                raise RunError(f"{folder}: its {name} is no parameter of {base.folder}")
             if held[known[name]] != shape:
-                shapes_said = f"{held[known[name]]} in {source.folder}, {shape}"
+                shapes_said = f"{held[known[name]]} in {base.folder}, {shape}"
                 raise RunError(
                     f"{known[name]} is {shapes_said} in {folder}; these are not the same model"
                 )
         for update in updates:
-            refuse_orientation(folder, source, known[update.parameter], update)
+            refuse_orientation(folder, base, known[update.parameter], update)
         self._updates = {known[u.parameter]: u for u in updates}
         self._whole = {known[parameter]: tensor for parameter, tensor in whole.items()}
 
@@ -52,34 +52,36 @@ class Adapted(Weights):
         return tuple(sorted({*self._updates, *self._whole}))
 
     def names(self) -> set[str]:
-        return self.source.names()
+        return self.base.names()
 
     def shape(self, name: str) -> torch.Size:
-        return self.source.shape(name)
+        return self.base.shape(name)
 
     def is_floating_point(self, name: str) -> bool:
-        return self.source.is_floating_point(name)
+        return self.base.is_floating_point(name)
 
     def header(self) -> dict[str, Tensor]:
-        return self.source.header()
+        return self.base.header()
 
     def stored(self, name: str) -> str:
-        return self.source.stored(name)
+        return self.base.stored(name)
 
     def read(self, name: str, of: Region | None = None) -> Tensor:
-        assert of is None, "an adapter has the source's layout"
-        base = self.source.read(name)
+        assert of is None, "an adapter has the base's layout"
+        merged_in = self.base.read(name)
         if name in self._whole:
-            base = super().read(self._whole[name]).to(base.dtype)
+            merged_in = super().read(self._whole[name]).to(merged_in.dtype)
         if name in self._updates:
             its = self._updates[name]
-            base = adapters.merged(base, its.update(super().read(its.a), super().read(its.b)))
-            if not torch.isfinite(base).all():
+            merged_in = adapters.merged(
+                merged_in, its.update(super().read(its.a), super().read(its.b))
+            )
+            if not torch.isfinite(merged_in).all():
                 raise RunError(
-                    f"{self.folder}: {name} is not finite once merged in {base.dtype}; the adapter diverged, or needs "
-                    "a source in a wider format"
+                    f"{self.folder}: {name} is not finite once merged in {merged_in.dtype}; the adapter diverged, or "
+                    "needs a base in a wider format"
                 )
-        return base
+        return merged_in
 
 
 def refuse_both(folder: Path) -> None:
@@ -92,15 +94,15 @@ def refuse_both(folder: Path) -> None:
             )
 
 
-def refuse_orientation(folder: Path, source: Weights, name: str, update: adapters.LowRank) -> None:
+def refuse_orientation(folder: Path, base: Weights, name: str, update: adapters.LowRank) -> None:
     """Raises RunError for a square matrix that the model stores the other way round than the adapter says.
 
     PEFT keeps one fan_in_fan_out for all modules; a shape shows where it does not hold, a square one cannot.
     """
-    shape = source.shape(name)
+    shape = base.shape(name)
     if len(shape) != 2 or shape[0] != shape[1] or "lora_embedding" in update.a:
         return
-    config = known_config(source.folder)
+    config = known_config(base.folder)
     if config is None:
         return
     from vlopd.models.names import classify, parts

@@ -1,9 +1,9 @@
-"""What training changed: (source, trained) tensor pairs streamed from two checkpoint folders.
+"""What training changed: (base, trained) tensor pairs streamed from two checkpoint folders.
 
 Only safetensors are read, one pair of tensors at a time, and only the tensors that a checkpoint's
 index names. A delta is the difference of the values as stored, taken in fp32 or wider: a difference
-taken in bf16 rounds a second time and hides updates. A LoRA adapter stands for its source with the adapter
-merged, tensor by tensor, in the source's stored precision.
+taken in bf16 rounds a second time and hides updates. A LoRA adapter stands for its base with the adapter
+merged, tensor by tensor, in the base's stored precision.
 
 Parameters are paired where that is sure: by name; by name without wrappers; under another prefix; and through
 transformers' own conversions between layouts (vlopd.models.layouts). What has no partner is counted, and above a
@@ -39,12 +39,12 @@ from vlopd.weights.reader import Weights
 class TensorDelta:
     """One parameter before and after training.
 
-    >>> pair.name, pair.where.module, pair.source.dtype, pair.delta.dtype
+    >>> pair.name, pair.where.module, pair.base.dtype, pair.delta.dtype
     ("model.layers.3.mlp.up_proj.weight", "up", torch.bfloat16, torch.float32)
     """
 
     where: TensorName
-    source: Tensor  # as stored
+    base: Tensor  # as stored
     trained: Tensor  # as stored, the same shape
 
     @property
@@ -53,33 +53,31 @@ class TensorDelta:
 
     @cached_property
     def delta(self) -> Tensor:
-        """trained - source in fp32, or wider where stored so; zero only where the two are equal."""
-        return difference(self.source, self.trained)
+        """trained - base in fp32, or wider where stored so; zero only where the two are equal."""
+        return difference(self.base, self.trained)
 
 
-def difference(source: Tensor, trained: Tensor) -> Tensor:
-    """trained - source in fp32, or float64 where either is stored so; a new tensor."""
-    wide = torch.float64 if torch.float64 in (source.dtype, trained.dtype) else torch.float32
-    return trained.to(wide, copy=True).sub_(source)
+def difference(base: Tensor, trained: Tensor) -> Tensor:
+    """trained - base in fp32, or float64 where either is stored so; a new tensor."""
+    wide = torch.float64 if torch.float64 in (base.dtype, trained.dtype) else torch.float32
+    return trained.to(wide, copy=True).sub_(base)
 
 
 @contextmanager
-def opened(source: Path, trained: Path) -> Iterator[tuple[Weights, Weights]]:
+def opened(base: Path, trained: Path) -> Iterator[tuple[Weights, Weights]]:
     """Both checkpoints, the second with its adapter merged where it is one."""
-    if adapters.is_adapter(source):
-        refuse_both(source)
-        raise RunError(
-            f"{source} is an adapter; the source is the model that adapters are added to"
-        )
-    with Weights(source) as before:
+    if adapters.is_adapter(base):
+        refuse_both(base)
+        raise RunError(f"{base} is an adapter; the base is the model that adapters are added to")
+    with Weights(base) as before:
         after = Adapted(trained, before) if adapters.is_adapter(trained) else Weights(trained)
         with after:
             yield before, after
 
 
-def match_report(source: Path, trained: Path, limit: float = LEFT_OUT) -> MatchReport:
+def match_report(base: Path, trained: Path, limit: float = LEFT_OUT) -> MatchReport:
     """`match` of two folders; reads headers only, and tensors only of heads that may be tied."""
-    with opened(source, trained) as (before, after):
+    with opened(base, trained) as (before, after):
         return match(before, after, limit)
 
 
@@ -104,13 +102,13 @@ class Deltas:
 
     def __init__(
         self,
-        source: Path,
+        base: Path,
         trained: Path,
         classify: Callable[[str], TensorName],
         limit: float = LEFT_OUT,
     ):
-        self.source, self.trained, self._classify = source, trained, classify
-        self.report = match_report(source, trained, limit)
+        self.base, self.trained, self._classify = base, trained, classify
+        self.report = match_report(base, trained, limit)
 
     def __len__(self) -> int:
         return len(self.report.matched)
@@ -123,7 +121,7 @@ class Deltas:
     @contextmanager
     def reader(self) -> Iterator[Callable[[str], TensorDelta]]:
         """A function that reads one pair by its matched name; several threads may call it at once."""
-        with opened(self.source, self.trained) as (before, after):
+        with opened(self.base, self.trained) as (before, after):
 
             def read(name: str) -> TensorDelta:
                 if (pieces := self.report.converted.get(name)) is not None:
@@ -138,29 +136,29 @@ class Deltas:
 
     def sizes(self) -> dict[str, int]:
         """Entries of each matched parameter."""
-        with Weights(self.source) as before:
+        with Weights(self.base) as before:
             return {n: before.shape(self.report.names(n)[0]).numel() for n in self.report.matched}
 
 
 def stream(
-    source: Path, trained: Path, classify: Callable[[str], TensorName], limit: float = LEFT_OUT
+    base: Path, trained: Path, classify: Callable[[str], TensorName], limit: float = LEFT_OUT
 ) -> Deltas:
     """What changed between two checkpoint folders, tensor by tensor; may be iterated many times.
 
-    Holds one pair of tensors at a time, both in the source's naming and layout. Its `report` says what matched and
+    Holds one pair of tensors at a time, both in the base's naming and layout. Its `report` says what matched and
     what is left out, which is at most `limit` of either's entries. `trained` may be a LoRA adapter (a PEFT folder)
-    of `source`. Raises RunError where a checkpoint cannot be read or is of another model, and, while iterating, for a
+    of `base`. Raises RunError where a checkpoint cannot be read or is of another model, and, while iterating, for a
     tensor with values that are not finite.
     """
-    return Deltas(source, trained, classify, limit)
+    return Deltas(base, trained, classify, limit)
 
 
-def stream_whole(source: Path, trained: Path, classify: Callable[[str], TensorName]) -> Deltas:
-    """`stream` for what is built from an update: raises RunError where a parameter of the source has no partner.
+def stream_whole(base: Path, trained: Path, classify: Callable[[str], TensorName]) -> Deltas:
+    """`stream` for what is built from an update: raises RunError where a parameter of the base has no partner.
 
     What is not compared would silently count as unmoved there.
     """
-    deltas = stream(source, trained, classify)
+    deltas = stream(base, trained, classify)
     for its in deltas.report.left_out:
         if its.parameter:
             raise RunError(

@@ -57,37 +57,35 @@ class LeftOut:
     name: str
     shape: tuple[int, ...]
     reason: str
-    source_share: float
+    base_share: float
     trained_share: float
-    parameter: bool  # a floating-point parameter of the source
+    parameter: bool  # a floating-point parameter of the base
 
 
 @dataclass(frozen=True)
 class MatchReport:
     """How the parameters of two checkpoints pair up."""
 
-    matched: tuple[str, ...]  # by the source's names, or a head's own
-    missing: tuple[str, ...]  # in the source only
+    matched: tuple[str, ...]  # by the base's names, or a head's own
+    missing: tuple[str, ...]  # in the base only
     extra: tuple[str, ...]  # in the trained checkpoint only
     skipped: tuple[str, ...]  # in both, but a constant, or in a format that is not compared
-    aliased: Mapping[
-        str, tuple[str, str]
-    ]  # matched: (name in the source, in the trained checkpoint)
+    aliased: Mapping[str, tuple[str, str]]  # matched: (name in the base, in the trained checkpoint)
     converted: Mapping[str, Pieces]  # matched: what the trained checkpoint's layout has of it
     tied: tuple[str, ...]  # a second copy of the embedding on one side, not counted twice
-    adapted: tuple[str, ...]  # changed by a LoRA adapter; all others are then the source's own
+    adapted: tuple[str, ...]  # changed by a LoRA adapter; all others are then the base's own
     left_out: tuple[LeftOut, ...]  # missing, extra and skipped, the largest first
     narrowed: tuple[str, ...]
-    """Matched, but the trained dtype cannot hold the source's values: the delta has that rounding too."""
+    """Matched, but the trained dtype cannot hold the base's values: the delta has that rounding too."""
 
     def names(self, matched: str) -> tuple[str, str]:
-        """(name in the source, name in the trained checkpoint)."""
+        """(name in the base, name in the trained checkpoint)."""
         return self.aliased.get(matched, (matched, matched))
 
     @property
-    def source_share(self) -> float:
-        """The part of the source's parameters that is not compared."""
-        return math.fsum(its.source_share for its in self.left_out)
+    def base_share(self) -> float:
+        """The part of the base's parameters that is not compared."""
+        return math.fsum(its.base_share for its in self.left_out)
 
     @property
     def trained_share(self) -> float:
@@ -101,18 +99,18 @@ class MatchReport:
         names = [f"{its.name} {its.shape} ({its.reason})" for its in self.left_out[:most]]
         names += [f"{count - most} more"] if count > most else []
         return (
-            f"{count} tensor{'s' if count != 1 else ''} not compared, {self.source_share:.2%} of the source's "
+            f"{count} tensor{'s' if count != 1 else ''} not compared, {self.base_share:.2%} of the base's "
             f"parameters and {self.trained_share:.2%} of the trained checkpoint's: {', '.join(names)}"
         )
 
 
-def match(source: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchReport:
+def match(base: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchReport:
     """Pairs parameters where that is sure, in the order of names; the module says how.
 
     Raises RunError for a parameter whose shapes differ, for adapters that are not merged, and where more than `limit`
     of either checkpoint's entries would not be compared.
     """
-    sides = (source, trained)
+    sides = (base, trained)
     shapes = [{name: tuple(side.shape(name)) for name in side.names()} for side in sides]
     buffers = {n for n in shapes[0] | shapes[1] if is_buffer(n, sides)}
     ours, theirs = ({n: shape for n, shape in own.items() if n not in buffers} for own in shapes)
@@ -123,30 +121,30 @@ def match(source: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchRe
     converted: dict[str, Pieces] = {}
     if missing and extra:
         here, there = {n: ours[n] for n in missing}, {n: theirs[n] for n in extra}
-        converted = in_another_layout(source, here, trained, there, changes)
+        converted = in_another_layout(base, here, trained, there, changes)
     for name, other in sorted(unlike.items()):
         if name not in converted:
-            refuse_shapes(name, ours[name], source, theirs[other], trained)
+            refuse_shapes(name, ours[name], base, theirs[other], trained)
     missing -= converted.keys()
     extra -= {piece.name for pieces in converted.values() for piece in pieces}
-    refuse_unmerged(source, missing)
+    refuse_unmerged(base, missing)
     refuse_unmerged(trained, extra)
     for name, (first, *more) in list(converted.items()):
         if not more and not first.transposed and ours[name] == theirs[first.name]:
             names[name] = converted.pop(name)[0].name  # only a name of its own
-    refuse_square(source, trained, ours, names, converted)
+    refuse_square(base, trained, ours, names, converted)
     pairs = {name: (name, other) for name, other in names.items()}
-    tied, heads = tied_heads(source, trained, missing, extra, pairs)
+    tied, heads = tied_heads(base, trained, missing, extra, pairs)
     pairs |= heads
     missing -= {*tied, *heads}
     extra -= {*tied, *heads}
 
     stored: dict[str, tuple[str, ...]] = {
-        name: (source.stored(own), trained.stored(other)) for name, (own, other) in pairs.items()
+        name: (base.stored(own), trained.stored(other)) for name, (own, other) in pairs.items()
     }
     for name, pieces in converted.items():
         formats = dict.fromkeys(trained.stored(piece.name) for piece in pieces)
-        stored[name] = (source.stored(name), *formats)
+        stored[name] = (base.stored(name), *formats)
     skipped = {name: its for name, its in stored.items() if not set(its) <= FLOATS.keys()}
     totals = [
         max(1, sum(math.prod(shape) for name, shape in own.items() if name not in tied))
@@ -154,32 +152,30 @@ def match(source: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchRe
     ]
 
     def left(name: str, side: int | None, reason: str) -> LeftOut:
-        """side: 0 in the source only, 1 in the trained checkpoint only, None in both."""
+        """side: 0 in the base only, 1 in the trained checkpoint only, None in both."""
         own = pairs.get(name, (name, name))[0]
         shape = theirs[name] if side == 1 else ours[own]
         here, there = (
             0.0 if side == 1 - i else math.prod(shape) / total for i, total in enumerate(totals)
         )
-        return LeftOut(
-            name, shape, reason, here, there, side != 1 and source.is_floating_point(own)
-        )
+        return LeftOut(name, shape, reason, here, there, side != 1 and base.is_floating_point(own))
 
     def aside(name: str) -> LeftOut:
         held = [side for side in sides if name in side.names()]
         formats = " and ".join(dict.fromkeys(side.stored(name) for side in held))
         constant = integrity.is_constant(name, held[0].shape(name))
         kind = "a constant" if constant else f"stored as {formats}"
-        only = "the source" if held[0] is source else "the trained checkpoint"
+        only = "the base" if held[0] is base else "the trained checkpoint"
         where = f", in {only} only" if len(held) == 1 else ""
         return LeftOut(name, tuple(held[0].shape(name)), f"{kind}{where}", 0.0, 0.0, False)
 
     left_out = [
         *map(aside, buffers),
-        *(left(name, 0, "in the source only") for name in missing),
+        *(left(name, 0, "in the base only") for name in missing),
         *(left(name, 1, "in the trained checkpoint only") for name in extra),
         *(left(n, None, f"stored as {' and '.join(dict.fromkeys(f))}") for n, f in skipped.items()),
     ]
-    left_out.sort(key=lambda its: (-max(its.source_share, its.trained_share), its.name))
+    left_out.sort(key=lambda its: (-max(its.base_share, its.trained_share), its.name))
     matched = tuple(sorted(stored.keys() - skipped.keys()))
     report = MatchReport(
         matched=matched,
@@ -193,7 +189,7 @@ def match(source: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchRe
         left_out=tuple(left_out),
         narrowed=tuple(n for n in matched if loses(*stored[n])),
     )
-    refuse_left_out(source, trained, report, limit)
+    refuse_left_out(base, trained, report, limit)
     return report
 
 
@@ -208,7 +204,7 @@ def loses(own: str, *others: str) -> bool:
 
 
 def tied_heads(
-    source: Weights,
+    base: Weights,
     trained: Weights,
     missing: set[str],
     extra: set[str],
@@ -224,7 +220,7 @@ def tied_heads(
     embeddings = [pair for name, pair in pairs.items() if EMBEDDING.search(name)]
     for here, own in ((missing, 0), (extra, 1)):
         for head in sorted(name for name in here if HEAD.search(name)):
-            side, other = (source, trained)[own], (trained, source)[own]
+            side, other = (base, trained)[own], (trained, base)[own]
             for pair in embeddings:
                 if side.shape(head) != side.shape(pair[own]):
                     continue
@@ -250,13 +246,13 @@ def is_tied(config: PretrainedConfig | None) -> bool:
 
 
 def in_another_layout(
-    source: Weights, ours: Shapes, trained: Weights, theirs: Shapes, changes: Changes
+    base: Weights, ours: Shapes, trained: Weights, theirs: Shapes, changes: Changes
 ) -> dict[str, Pieces]:
     """{our name: the pieces of their tensors} of what the two checkpoints lay out differently.
 
     ours, theirs: what has no partner. changes: of prefix, which are undone in their names. Needs a config.json.
     """
-    configs = [known_config(weights.folder) for weights in (source, trained)]
+    configs = [known_config(weights.folder) for weights in (base, trained)]
     our_config, their_config = configs[0] or configs[1], configs[1] or configs[0]
     if our_config is None or their_config is None:
         return {}
@@ -294,12 +290,12 @@ def known_config(folder: Path) -> PretrainedConfig | None:
 
 
 def refuse_shapes(
-    name: str, ours: tuple[int, ...], source: Weights, theirs: tuple[int, ...], trained: Weights
+    name: str, ours: tuple[int, ...], base: Weights, theirs: tuple[int, ...], trained: Weights
 ) -> None:
     why = "these are not the same model"
     if ours[1:] == theirs[1:] and (EMBEDDING.search(name) or HEAD.search(name)):
         why += "; if one vocabulary was resized, resize the other alike (resize_token_embeddings)"
-    raise RunError(f"{name} is {ours} in {source.folder}, {theirs} in {trained.folder}; {why}")
+    raise RunError(f"{name} is {ours} in {base.folder}, {theirs} in {trained.folder}; {why}")
 
 
 def refuse_unmerged(weights: Weights, names: set[str]) -> None:
@@ -313,7 +309,7 @@ def refuse_unmerged(weights: Weights, names: set[str]) -> None:
 
 
 def refuse_square(
-    source: Weights,
+    base: Weights,
     trained: Weights,
     ours: Shapes,
     names: Mapping[str, str],
@@ -327,22 +323,22 @@ def refuse_square(
         shape = ours[name]
         if len(shape) == 3 and shape[1] == shape[2] and name.rpartition(".")[0] in turned:
             raise RunError(
-                f"{name} {shape} is square, and its neighbours are transposed between {source.folder} and "
+                f"{name} {shape} is square, and its neighbours are transposed between {base.folder} and "
                 f"{trained.folder}, so which way it lies cannot be told; save both in one layout"
             )
 
 
-def refuse_left_out(source: Weights, trained: Weights, report: MatchReport, limit: float) -> None:
+def refuse_left_out(base: Weights, trained: Weights, report: MatchReport, limit: float) -> None:
     """Raises RunError when too much of either checkpoint is not compared."""
-    here, there = source.folder, trained.folder
+    here, there = base.folder, trained.folder
     if not report.matched:
-        one, other = (min(its.names(), default="nothing") for its in (source, trained))
+        one, other = (min(its.names(), default="nothing") for its in (base, trained))
         named = f"{one} is in the first, {other} in the second"
         raise RunError(
             f"{here} and {there} share no floating-point parameter ({named}); "
             "these are not the same architecture"
         )
-    if max(report.source_share, report.trained_share) <= limit:
+    if max(report.base_share, report.trained_share) <= limit:
         return
     remedy = "save both in one layout under the same names"
     if report.skipped and report.left_out[0].name in report.skipped:
@@ -351,7 +347,7 @@ def refuse_left_out(source: Weights, trained: Weights, report: MatchReport, limi
         remedy += (
             ", or put the model's config.json beside the weights, which says how layouts translate"
         )
-    if max(report.source_share, report.trained_share) > SAME_MODEL:
+    if max(report.base_share, report.trained_share) > SAME_MODEL:
         remedy = f"these are not the same architecture, unless only their layouts differ: {remedy}"
     raise RunError(
         f"{here} and {there}: {report.said()}; more than {limit:.2%} of either is refused; {remedy}; geometry's "
