@@ -11,8 +11,6 @@ from torch import Tensor
 
 from vlopd import distributed
 from vlopd.config.arms import (
-    ArmConfig,
-    BaseArm,
     CheckpointArm,
     DistillArm,
     ExtrapolateArm,
@@ -20,19 +18,18 @@ from vlopd.config.arms import (
     Subspace,
     TeacherArm,
     TransplantArm,
-    checkpoints_of,
 )
 from vlopd.config.experiment import ExperimentConfig
-from vlopd.config.recipe import Recipe
 from vlopd.data.load import open_data
 from vlopd.digests import digest_checkpoint, digest_json
 from vlopd.distill import Evaluate, distill
 from vlopd.errors import RunError
-from vlopd.files import is_first_process, read_json, whole_folder
+from vlopd.files import is_first_process, whole_folder
 from vlopd.masks.apply import delta_norm, extrapolated, transplanted
 from vlopd.models.load import DTYPES, load_configured, resolve
 from vlopd.models.save import save
 from vlopd.run.folder import RunFolder
+from vlopd.run.inputs import made_from, own_other_base
 from vlopd.run.records import (
     card,
     identities,
@@ -44,28 +41,18 @@ from vlopd.run.records import (
     seeds_of,
 )
 from vlopd.run.resolve import (
-    arm_content,
-    arm_digest,
     base_arm,
-    checkpoint_digest,
-    data_content,
     deltas,
     hub_folder,
-    model_content,
-    other_base,
     read_mask,
     read_tensors,
     refuse_other_base,
-    teacher_content,
     teacher_folder,
 )
 from vlopd.train.pair import load_pair
 from vlopd.train.sparse import Trainable
 from vlopd.weights.stored import stored_tensors
 from vlopd.weights.subspace import Projection, update_projection
-
-RUN_WIDE = ("student", "precision", *Recipe.model_fields)
-"""Sections of the config that decide a distilled arm's weights, unless it has its own."""
 
 
 class Making(NamedTuple):
@@ -146,45 +133,6 @@ def due(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str, Any] |
     if is_first_process():
         run.checksums.start(f"arms/{name}", run.arm_record(name))
     return inputs
-
-
-def made_from(
-    run: RunFolder, config: ExperimentConfig, name: str, whole: bool = False
-) -> dict[str, Any]:
-    """The digests of all that decides an arm; `whole` as in digests.file_digest."""
-    arm = config.arms.get(name, BaseArm())
-    if isinstance(arm, BaseArm):
-        return {
-            "student": config.student.model_dump(mode="json", exclude={"attention"}),
-            "files": model_content(config.student, whole),
-            "stored": config.precision.stored,
-        }
-    files = arm_content(run, config, base_arm(config) if is_made(arm) else name, whole)
-    if isinstance(arm, TeacherArm):
-        teacher = config.teacher_of(arm)
-        return {"teacher": teacher.model, "revision": teacher.revision, "files": files}
-    if isinstance(arm, (CheckpointArm, ImportedArm)):
-        return {**arm.model_dump(mode="json"), "files": files}
-    inputs = {"base": arm_digest(run, base_arm(config)), "files": files}
-    if isinstance(arm, DistillArm):
-        its = config.of_arm(arm)
-        resolved = its.model_dump(mode="json")
-        teachers = its.teachers.items()
-        inputs |= {
-            "student": read_json(run.arm_record(base_arm(config)))["inputs"],
-            "teachers": {n: teacher_content(run, its, each, whole) for n, each in teachers},
-            "data": data_content(its, whole),
-            "arm": resolved["arms"][name],
-            "settings": digest_json({key: resolved[key] for key in RUN_WIDE}),
-        }
-    else:
-        inputs["arm"] = arm.model_dump(mode="json")
-    return inputs | read_inputs(run, config, arm, whole)
-
-
-def is_made(arm: ArmConfig) -> bool:
-    """Whether an arm is a checkpoint of this run, made from its base."""
-    return isinstance(arm, (DistillArm, TransplantArm, ExtrapolateArm))
 
 
 def train_arm(
@@ -364,32 +312,3 @@ def write_untrained(
         identity=identities(run, config, name, before, mask),
     )
     return True
-
-
-def read_inputs(
-    run: RunFolder,
-    config: ExperimentConfig,
-    arm: DistillArm | TransplantArm | ExtrapolateArm,
-    whole: bool,
-) -> dict[str, Any]:
-    """Digests of the mask and checkpoints that an arm reads, and which of them are of another base."""
-    inputs: dict[str, Any] = {}
-    foreign = own_other_base(run, config, arm)
-    if arm.mask is not None:
-        run.checksums.check(f"masks/{arm.mask}", whole)
-        about = read_json(run.mask_record(arm.mask))
-        inputs["mask"] = about["digest"]
-        foreign |= about["inputs"].get("other_base", {})
-    for key, text in checkpoints_of(arm).items():
-        inputs[key] = checkpoint_digest(run, config, text, whole)
-    return inputs | ({"other_base": foreign} if foreign else {})
-
-
-def own_other_base(
-    run: RunFolder, config: ExperimentConfig, arm: DistillArm | TransplantArm | ExtrapolateArm
-) -> dict[str, str]:
-    """`other_base` of all checkpoints that an arm reads itself."""
-    found: dict[str, str] = {}
-    for text in checkpoints_of(arm).values():
-        found |= other_base(run, config, text)
-    return found

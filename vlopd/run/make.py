@@ -17,8 +17,7 @@ from vlopd.config.arms import (
     mask_of,
 )
 from vlopd.config.experiment import ExperimentConfig
-from vlopd.config.masks import FileMask, MaskConfig, Reference
-from vlopd.files import read_json
+from vlopd.config.masks import FileMask, Reference
 from vlopd.masks.files import load_mask, save_mask
 from vlopd.masks.rules import Mask, build_mask
 from vlopd.models import names
@@ -33,13 +32,11 @@ from vlopd.run.arms import (
     write_base,
 )
 from vlopd.run.folder import RunFolder
+from vlopd.run.inputs import foreign, mask_inputs
 from vlopd.run.resolve import (
-    arm_digest,
     base_arm,
     check_here,
-    checkpoint_digest,
     checkpoint_folder,
-    other_base,
     read_mask,
     refuse_other_base,
 )
@@ -119,42 +116,3 @@ def make_mask(run: RunFolder, config: ExperimentConfig, name: str, how: Making =
         run.checksums.start(f"masks/{name}", run.mask_record(name))
         save_mask(run.mask(name), mask, inputs, names.classify, finish)
         return True
-
-
-def mask_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str, Any]:
-    """The digests of all that decides a mask.
-
-    Raises RunError where an arm or mask that it is made from is not as it was written.
-    """
-    rule = config.masks[name]
-    inputs: dict[str, Any] = {
-        "rule": rule.model_dump(mode="json"),
-        "base": arm_digest(run, base_arm(config)),
-    }
-    other_bases: dict[str, str] = {}
-    if rule.reads is not None:
-        inputs["of"] = checkpoint_digest(run, config, rule.reads, whole=True)
-    if rule.combines:
-        for other in rule.combines:
-            run.checksums.check(f"masks/{other}")
-        records = {other: read_json(run.mask_record(other)) for other in rule.combines}
-        inputs["masks"] = {other: about["digest"] for other, about in records.items()}
-        for about in records.values():
-            other_bases |= about["inputs"].get("other_base", {})
-    if isinstance(rule, FileMask):
-        _, about = load_mask(Path(rule.path))
-        inputs["file"] = about["digest"]
-        other_bases = about["inputs"].get("other_base", {})
-    other_bases |= foreign(run, config, rule)
-    return inputs | ({"other_base": other_bases} if other_bases else {})
-
-
-def foreign(run: RunFolder, config: ExperimentConfig, rule: MaskConfig) -> dict[str, str]:
-    """{what: digest of its base} of what a mask itself reads from another base."""
-    if rule.reads is not None:
-        return other_base(run, config, rule.reads)
-    if isinstance(rule, FileMask):
-        _, about = load_mask(Path(rule.path))
-        if about["inputs"]["base"] != arm_digest(run, base_arm(config)):
-            return {rule.path: about["inputs"]["base"]}
-    return {}

@@ -13,10 +13,9 @@ from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import config_of
 from vlopd.errors import RunError, UserError
 from vlopd.files import read_json
-from vlopd.run.arms import made_from
 from vlopd.run.checksums import Problem, differences
 from vlopd.run.folder import LOCK, RunFolder
-from vlopd.run.make import mask_inputs
+from vlopd.run.inputs import made_from, mask_inputs
 from vlopd.run.resolve import base_arm
 
 
