@@ -102,7 +102,7 @@ def compare_arms(
         "tasks": tasks,
     }
     record["verdict"] = verdict(record, roles.seeds, density)
-    sums.finish("compare", out, without_nan(record), ())
+    sums.finish("compare", without_nan(record), ())
     return out
 
 

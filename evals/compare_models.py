@@ -18,7 +18,7 @@ from vlopd.errors import ConfigError
 from vlopd.files import names_apart
 from vlopd.models.load import DTYPES, check_unloaded, load_configured
 from vlopd.models.loaded import LoadedModel
-from vlopd.run.checksums import Checksums
+from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import model_content
 from vlopd.train.pair import without_weights
 
@@ -31,7 +31,7 @@ def compare_models(
     models: checkpoint folders, hub ids, `builtin:NAME`, or output folders of lm-eval. Writes out/evals/<name>/
     and out/compare.json, whose path it returns. What was evaluated before is not evaluated again.
     """
-    names, sums = names_of(models), Checksums(out)
+    names, run = names_of(models), RunFolder(out)
     for model in models:
         if not is_scores(model):
             check_unloaded(ModelConfig(model=model))  # of all, before hours go into the first
@@ -39,7 +39,7 @@ def compare_models(
         refuse_unready(names, config)
     for name, model in names.items():
         if is_scores(model):
-            import_scores(sums, Path(model), name, config)
+            import_scores(run, Path(model), name, config)
             continue
         about = ModelConfig(model=model)
 
@@ -49,7 +49,7 @@ def compare_models(
         def content(whole: bool, about: ModelConfig = about):
             return model_content(about, whole)
 
-        evaluate(sums, Subject(name, content, compute, open_model, {"model": model}), config)
+        evaluate(run, Subject(name, content, compute, open_model, {"model": model}), config)
     first, *others = names
     of: dict[str, Role] = {first: "base", **dict.fromkeys(others, "other")}
     return compare_arms(out / "evals", Roles(of), config, out / "compare.json", {}, {})

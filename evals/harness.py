@@ -29,9 +29,9 @@ from vlopd.files import read_json, read_jsonl, whole_file, without_nan, write_js
 from vlopd.models.load import DTYPES, load_configured
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.thinking import Reading
-from vlopd.run.checksums import Checksums
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import arm_content, scores_of, teacher_folder
+from vlopd.run.stage import Stage, stage
 
 MERGED = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 """Of lm-eval's results, what has an entry a task."""
@@ -63,7 +63,7 @@ def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     its = config.arms.get(arm)
     if isinstance(its, ImportedArm):
         folder = Path(its.results)
-        return import_scores(run.checksums, folder, arm, config.eval)
+        return import_scores(run, folder, arm, config.eval)
     about = {"mask": record.get("mask"), "other_base": record.get("other_base")}
     subject = Subject(
         arm,
@@ -73,92 +73,99 @@ def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
         about,
         configured(config, arm).template_arguments,
     )
-    return evaluate(run.checksums, subject, config.eval)
+    return evaluate(run, subject, config.eval)
 
 
-def evaluate(sums: Checksums, subject: Subject, config: EvalConfig) -> bool:
+def evaluate(run: RunFolder, subject: Subject, config: EvalConfig) -> bool:
     """Scores a model on tasks; returns whether there was anything to do.
 
-    Writes evals/<name>/samples_<task>.jsonl in the folder of `sums` and, after each task, results.json there. Raises
-    ConfigError for an unknown task and RunError for one that nothing can be scored on.
+    Writes evals/<name>/samples_<task>.jsonl in the run and, after each task, results.json there. Tasks whose results
+    are there and were made from the same inputs are kept. Raises ConfigError for an unknown task and RunError for one
+    that nothing can be scored on.
     """
-    artifact = f"evals/{subject.name}"
-    out = sums.root / artifact
     manager = Tasks.of(config.tasks, config.include)
-    wanted = {task: inputs_of(manager, task, config, subject) for task in config.tasks}
-    inputs: dict[str, Any] = {"checkpoint": dict(subject.content(False)), "tasks": wanted}
-    record = out / "results.json"
-    if sums.is_done(artifact, record, inputs) and pictures_are_there(sums, read_json(record)):
-        return False
-    inputs["checkpoint"] = dict(subject.content(True))
-    if record.exists() and sums.path(artifact).exists():
-        sums.check(artifact)  # some of it may be kept
-    merged = kept_results(sums, record, inputs)
-    sums.start(artifact, record)
-    lm = None
-    for task, own in wanted.items():
-        if task in merged["inputs"]["tasks"]:
-            continue
-        if lm is None:
-            if merged["inputs"]["tasks"]:  # what is kept survives a kill
-                write_results(sums, artifact, merged)
-            title = f"eval {subject.name}"
-            lm = ArmLM(subject.open(), config.batch_size, title, sampled=config.sampled)
-            merged |= {**subject.about, "arm": subject.name}
-            merged["checkpoint_digest"] = digest_weights(inputs["checkpoint"])
-            merged |= {"precision": subject.compute, **digests_of(lm.loaded)}
-        results = score(lm, task, manager, config, config.limit, subject.name)
-        for leaf, rows in results.pop("samples").items():
-            add_task(merged, results, leaf, rows, manager, config, sums, out)
-        for key in MERGED:
-            merged.setdefault(key, {}).update(results.pop(key))
-        merged |= results
-        merged["inputs"]["tasks"][task] = {**own}
-        write_results(sums, artifact, merged)
+    with stage(run, f"evals/{subject.name}") as its:
+        if not its.is_due(lambda whole: evaluation_inputs(manager, subject, config, whole)):
+            return False
+        merged = kept_results(its)
+        lm = None
+        for task, own in its.inputs["tasks"].items():
+            if task in merged["inputs"]["tasks"]:
+                continue
+            if lm is None:
+                if merged["inputs"]["tasks"]:  # what is kept survives a kill
+                    write_results(its, merged)
+                title = f"eval {subject.name}"
+                lm = ArmLM(subject.open(), config.batch_size, title, sampled=config.sampled)
+                merged |= {**subject.about, "arm": subject.name}
+                merged["checkpoint_digest"] = digest_weights(its.inputs["checkpoint"])
+                merged |= {"precision": subject.compute, **digests_of(lm.loaded)}
+            results = score(lm, task, manager, config, config.limit, subject.name)
+            merged["leaves"][task] = sorted({*results["samples"], *results["results"]})
+            for leaf, rows in results.pop("samples").items():
+                add_task(merged, results, leaf, rows, manager, config, run)
+            for key in MERGED:
+                merged.setdefault(key, {}).update(results.pop(key))
+            merged |= results
+            merged["inputs"]["tasks"][task] = {**own}
+            write_results(its, merged)
+        if lm is None:  # tasks were only dropped
+            write_results(its, merged)
     return True
 
 
-def write_results(sums: Checksums, artifact: str, merged: Mapping[str, Any]) -> None:
+def evaluation_inputs(
+    manager: Tasks, subject: Subject, config: EvalConfig, whole: bool
+) -> dict[str, Any]:
+    """The digests of all that decides a model's results; `whole` as in digests.file_digest."""
+    tasks = {task: inputs_of(manager, task, config, subject) for task in config.tasks}
+    return {"checkpoint": dict(subject.content(whole)), "tasks": tasks}
+
+
+def write_results(its: Stage, merged: Mapping[str, Any]) -> None:
     """results.json of the tasks evaluated so far, and first the checksums of it and of their rows."""
-    out = sums.root / artifact
+    out = its.run.root / its.artifact
     plain = json.loads(json.dumps(merged, default=handle_non_serializable))
     rows = [out / f"samples_{leaf}.jsonl" for leaf in merged["results"]]
     present = [path for path in rows if path.exists()]  # a group of tasks has none
-    sums.finish(artifact, out / "results.json", without_nan(plain), present)
+    its.run.checksums.finish(its.artifact, without_nan(plain), present)
 
 
-def pictures_are_there(sums: Checksums, results: Mapping[str, Any]) -> bool:
+def pictures_are_there(run: RunFolder, results: Mapping[str, Any]) -> bool:
     """Whether the pictures that rows show were not deleted. Raises RunError where one is not as it was written."""
     for leaf in results.get("pictures", ()):
-        if not (sums.root / "evals" / "images" / leaf).is_dir():
+        if not (run.root / "evals" / "images" / leaf).is_dir():
             return False
-        sums.check(f"images/{leaf}", whole=False)
+        run.checksums.check(f"images/{leaf}", whole=False)
     return True
 
 
-def import_scores(sums: Checksums, folder: Path, name: str, config: EvalConfig) -> bool:
+def import_scores(run: RunFolder, folder: Path, name: str, config: EvalConfig) -> bool:
     """Another lm-eval run's answers as an arm; returns whether there was anything to do.
 
     Raises RunError where it lacks a task of the config.
     """
-    artifact, out = f"evals/{name}", sums.root / "evals" / name
+    with stage(run, f"evals/{name}") as its:
+        if its.is_due(lambda _: imported_inputs(folder, config)):
+            out = run.eval(name)
+            last, *_ = scores_of(folder)
+            merged: dict[str, Any] = {**read_json(last), "arm": name}
+            merged["checkpoint_digest"] = digest_json(its.inputs["checkpoint"])
+            merged |= {key: {} for key in PER_TASK}
+            for task, path in samples_of(folder, config.tasks).items():
+                rows = one_row_a_question(task, read_jsonl(path))
+                write_jsonl(out / f"samples_{task}.jsonl", [tidy(row, {}) for row in rows])
+                for key, value in about_rows(rows).items():
+                    merged[key][task] = value
+            rows_written = [out / f"samples_{task}.jsonl" for task in config.tasks]
+            its.finish(without_nan(merged), rows_written)
+    return its.made
+
+
+def imported_inputs(folder: Path, config: EvalConfig) -> dict[str, Any]:
+    """The digests of imported scores, and the tasks that they are read for."""
     files = {path.name: file_digest(path) for path in scores_of(folder)}
-    inputs = {"checkpoint": files, "tasks": list(config.tasks)}
-    if sums.is_done(artifact, out / "results.json", inputs):
-        return False
-    last, *_ = scores_of(folder)
-    merged: dict[str, Any] = {**read_json(last), "arm": name}
-    merged["checkpoint_digest"] = digest_json(files)
-    merged |= {key: {} for key in PER_TASK}
-    for task, path in samples_of(folder, config.tasks).items():
-        rows = one_row_a_question(task, read_jsonl(path))
-        write_jsonl(out / f"samples_{task}.jsonl", [tidy(row, {}) for row in rows])
-        for key, value in about_rows(rows).items():
-            merged[key][task] = value
-    rows_written = [out / f"samples_{task}.jsonl" for task in config.tasks]
-    content = without_nan({**merged, "inputs": inputs})
-    sums.finish(artifact, out / "results.json", content, rows_written)
-    return True
+    return {"checkpoint": files, "tasks": list(config.tasks)}
 
 
 def samples_of(folder: Path, tasks: Sequence[str]) -> dict[str, Path]:
@@ -178,20 +185,33 @@ def task_of(samples: Path) -> str:
     return samples.stem.removeprefix("samples_").rpartition("_")[0]
 
 
-def kept_results(sums: Checksums, record: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Earlier results of the same checkpoint, without the tasks that are to be evaluated again."""
-    fresh: dict[str, Any] = {"inputs": {**inputs, "tasks": {}}}
-    if not record.exists():
+def kept_results(its: Stage) -> dict[str, Any]:
+    """Earlier results of the same checkpoint, without the tasks that are to be evaluated again or are gone."""
+    out = its.run.root / its.artifact
+    fresh: dict[str, Any] = {"inputs": {**its.inputs, "tasks": {}}, "leaves": {}}
+    old = its.before
+    if not old or not pictures_are_there(its.run, old):
         return fresh
-    old = read_json(record)
-    if not pictures_are_there(sums, old):
+    kept = unchanged_tasks(old["inputs"], its.inputs)
+    if not kept:
         return fresh
-    if old["inputs"].get("checkpoint") != inputs["checkpoint"]:
-        return fresh
-    same = {t: i for t, i in old["inputs"].get("tasks", {}).items() if inputs["tasks"].get(t) == i}
-    if set(same) != set(old["inputs"].get("tasks", {})):
-        return fresh  # some task has gone or changed: what belonged to it cannot be told apart
-    return {**old, "inputs": {**inputs, "tasks": same}}
+    leaves = {task: old["leaves"][task] for task in kept}
+    names = {leaf for task in kept for leaf in leaves[task]}
+    for path in out.glob("samples_*.jsonl"):
+        if path.stem.removeprefix("samples_") not in names:
+            path.unlink()
+    merged = {**old, "inputs": {**its.inputs, "tasks": kept}, "leaves": leaves}
+    for key in (*MERGED, *PER_TASK):
+        merged[key] = {leaf: value for leaf, value in old.get(key, {}).items() if leaf in names}
+    merged["pictures"] = [leaf for leaf in old.get("pictures", ()) if leaf in names]
+    return merged
+
+
+def unchanged_tasks(before: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """{task: its inputs} of those that were made from the same inputs, nothing beside the tasks being new."""
+    if not before or any(before.get(key) != inputs[key] for key in inputs if key != "tasks"):
+        return {}
+    return {t: i for t, i in inputs["tasks"].items() if before["tasks"].get(t) == i}
 
 
 def inputs_of(manager: Tasks, task: str, config: EvalConfig, subject: Subject) -> dict[str, Any]:
@@ -274,13 +294,12 @@ def add_task(
     rows: list[dict[str, Any]],
     manager: Tasks,
     config: EvalConfig,
-    sums: Checksums,
-    out: Path,
+    run: RunFolder,
 ) -> None:
     """Writes a task's rows, and what results.json says of them beyond lm-eval's own."""
     declared = results["configs"][task].get("metadata") or {}
     chance = declared.pop("chance", None)  # a function that the YAML names
-    kept = keep_images(manager.loaded[task], sums, task, config.keep_images, rows)
+    kept = keep_images(manager.loaded[task], run, task, config.keep_images, rows)
     pictures = [name for name in merged.get("pictures", ()) if name != task]
     merged["pictures"] = [*pictures, task] if kept else pictures
     about = about_rows(rows)
@@ -290,7 +309,9 @@ def add_task(
         merged.setdefault(key, {}).pop(task, None)
     for key, value in about.items():
         merged[key][task] = value
-    write_jsonl(out / f"samples_{task}.jsonl", [tidy(row, kept) for row in rows])
+    write_jsonl(
+        run.eval(merged["arm"]) / f"samples_{task}.jsonl", [tidy(row, kept) for row in rows]
+    )
 
 
 def about_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -352,7 +373,7 @@ def question_of(row: Mapping[str, Any]) -> str:
 
 
 def keep_images(
-    task: Any, sums: Checksums, name: str, count: int, rows: Sequence[Mapping[str, Any]]
+    task: Any, run: RunFolder, name: str, count: int, rows: Sequence[Mapping[str, Any]]
 ) -> dict[int, str]:
     """Saves the first picture of the first questions, for all arms; {doc_id: path inside the run folder}."""
     if task.config.doc_to_image is None:
@@ -360,10 +381,10 @@ def keep_images(
     kept: dict[int, Path] = {}
     for row in rows[:count]:
         if own := as_list(task.own_image(row["doc"])):
-            path = sums.root / "evals" / "images" / name / f"{row['doc_id']}.png"
+            path = run.root / "evals" / "images" / name / f"{row['doc_id']}.png"
             with whole_file(path) as temporary:
                 own[0].convert("RGB").save(temporary, "PNG")
             kept[row["doc_id"]] = path
     if kept:
-        sums.write(f"images/{name}", kept.values())
-    return {doc_id: sums.name(path) for doc_id, path in kept.items()}
+        run.checksums.write(f"images/{name}", kept.values())
+    return {doc_id: run.checksums.name(path) for doc_id, path in kept.items()}

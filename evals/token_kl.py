@@ -15,6 +15,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
+from evals.harness import unchanged_tasks
 from evals.lm import images_of, parts
 from evals.scoring import Tasks, load_task, untouched_randomness
 from vlopd.config.analysis import EvalConfig
@@ -26,6 +27,7 @@ from vlopd.errors import UserError
 from vlopd.files import write_jsonl
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import arm_content, teacher_content
+from vlopd.run.stage import Stage, stage
 from vlopd.train.pair import ModelPair, load_pair
 from vlopd.train.sampler import sample
 from vlopd.types import Completions, Example
@@ -43,9 +45,17 @@ def grade_answers(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     about = config.arms.get(arm)
     if isinstance(about, (TeacherArm, CheckpointArm, ImportedArm)) or not config.eval.keep_images:
         return False
-    out, manager = run.eval(arm), Tasks.of(config.eval.tasks, config.eval.include)
+    with stage(run, f"tokens/{arm}") as its:
+        if its.is_due(lambda _: token_inputs(run, config, arm)):
+            write_tokens(its, config, arm)
+    return its.made
+
+
+def token_inputs(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[str, Any]:
+    """The digests of all that decides an arm's divergence from the teacher."""
+    manager = Tasks.of(config.eval.tasks, config.eval.include)
     teachers = {n: teacher_content(run, config, its) for n, its in config.teachers.items()}
-    inputs = {
+    return {
         "checkpoint": arm_content(run, config, arm),
         "teacher": config.model_dump(mode="json", include={"teacher", "precision"}),
         "files": teachers,
@@ -55,14 +65,23 @@ def grade_answers(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
             mode="json", include={"limit", "keep_images", "fewshot"}
         ),
     }
-    artifact, record = f"tokens/{arm}", out / "tokens.json"
-    if run.checksums.is_done(artifact, record, inputs):
-        return False
-    run.checksums.start(artifact, record)
+
+
+def write_tokens(its: Stage, config: ExperimentConfig, arm: str) -> None:
+    """Writes tokens_<task>.jsonl of the tasks that are new, and keeps those of the others."""
+    run, out = its.run, its.run.eval(arm)
+    kept = unchanged_tasks(its.before.get("inputs", {}), its.inputs)
+    leaves: dict[str, list[str]] = {task: its.before["leaves"][task] for task in kept}
+    names = {leaf for task in kept for leaf in leaves[task]}
+    skipped = {leaf: why for leaf, why in its.before.get("skipped", {}).items() if leaf in names}
+    for path in out.glob("tokens_*.jsonl"):
+        if path.stem.removeprefix("tokens_") not in names:
+            path.unlink()
     asked: dict[str, list[Example]] = {}
     for task in config.eval.tasks:
-        asked |= questions(task, config.eval)
-    skipped: dict[str, str] = {}
+        if task not in kept:
+            asked |= (of_task := questions(task, config.eval))
+            leaves[task] = sorted(of_task)
     if any(asked.values()):
         pair = load_pair(config, accelerator().device, run.checkpoint(arm))
         for task, examples in asked.items():
@@ -72,9 +91,7 @@ def grade_answers(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
                 skipped[task] = str(error)
             else:
                 write_jsonl(out / f"tokens_{task}.jsonl", rows)
-    content = {"inputs": inputs, "skipped": skipped}
-    run.checksums.finish(artifact, record, content, sorted(out.glob("tokens_*.jsonl")))
-    return True
+    its.finish({"skipped": skipped, "leaves": leaves}, sorted(out.glob("tokens_*.jsonl")))
 
 
 def graded(pair: ModelPair, examples: Sequence[Example], batch_size: int) -> list[dict[str, Any]]:

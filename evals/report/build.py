@@ -19,8 +19,9 @@ from evals.report.verdict import interval, p_value, percent, points
 from evals.roles import roles_of
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.digests import digest_files
-from vlopd.files import read_json, whole_folder, write_json
-from vlopd.run.folder import RunFolder, up_to_date
+from vlopd.files import read_json, whole_folder
+from vlopd.run.folder import RunFolder
+from vlopd.run.stage import Stage, stage
 
 Context = dict[str, Any]
 
@@ -30,13 +31,19 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
 
     Raises RunError when run.json is missing or a file of the run cannot be read.
     """
-    inputs = shown_files(run)
     for artifact in run.checksums.artifacts():
         if artifact.split("/")[0] not in ("report", "compare"):
             run.checksums.check(artifact, whole=False)
-    unaltered = not any(run.checksums.problems("report", whole=False))
-    if up_to_date(run.report / "record.json", inputs) and unaltered:
-        return run.report / "report.html"
+    if any(run.checksums.problems("report", whole=False)):
+        run.checksums.start("report")  # a report that was altered is no loss: it is made again
+    with stage(run, "report") as its:
+        if its.is_due(lambda _: shown_files(run)):
+            write_report(its, config)
+    return run.report / "report.html"
+
+
+def write_report(its: Stage, config: ExperimentConfig) -> None:
+    run = its.run
     none = {"tasks": {}, "verdict": [f"Not compared yet: run `vlopd compare {run.root}`."]}
     compared = read_json(run.compare) if run.compare.exists() else none
     records, roles = tables.arm_records(run, config), roles_of(config).of
@@ -75,7 +82,6 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
         "generations": examples.generations(run, shown),
         "figures": drawn,
     }
-    run.checksums.start("report", run.report / "record.json")
     with whole_folder(run.report) as folder:
         (folder / "figures").mkdir()
         (folder / "tables").mkdir()
@@ -87,9 +93,7 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
         for name in ("report.html", "report.md"):
             text = environment().get_template(f"{name}.j2").render(context)
             (folder / name).write_text(text)
-        write_json(folder / "record.json", {"inputs": inputs})
-    run.checksums.write("report", [path for path in run.report.rglob("*") if path.is_file()])
-    return run.report / "report.html"
+    its.finish({}, [path for path in run.report.rglob("*") if path.is_file()])
 
 
 def shown_files(run: RunFolder) -> dict[str, str]:

@@ -18,6 +18,7 @@ from vlopd.errors import ConfigError
 from vlopd.files import write_jsonl
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import arm_content, base_arm
+from vlopd.run.stage import Stage, stage
 
 
 def look(
@@ -35,10 +36,22 @@ def look(
         arms = {arm: arm_content(run, config, arm, whole) for arm in (base, *seeing)}
         return {"checkpoints": arms, "scorer": scorer, "pictures": pictures}
 
-    if run.checksums.is_done("evals/vision", out, made_from(False)):
-        return out
-    inputs = made_from(True)
-    run.checksums.start("evals/vision", out)
+    with stage(run, "evals/vision") as its:
+        if its.is_due(made_from):
+            probe_arms(its, config, base, seeing, scorer, pictures)
+    return out
+
+
+def probe_arms(
+    its: Stage,
+    config: ExperimentConfig,
+    base: str,
+    seeing: Sequence[str],
+    scorer: str | None,
+    pictures: int,
+) -> None:
+    """Writes evals/vision.json: each arm's probes and drift against the base's, and alignment with a scorer."""
+    run = its.run
     untrained = open_arm(run, config, base)
     if not untrained.sees_images:
         raise ConfigError(
@@ -67,7 +80,5 @@ def look(
             aligned[arm], rows = alignment.score_shapes(loaded, judge, pictures, bases=[untrained])
             aligned[arm]["difference"] = alignment.difference(rows, told)
             write_jsonl(run.eval(arm) / "alignment.jsonl", rows)
-    record = {"inputs": inputs, "base": base, "towers": towers, "alignment": aligned}
-    written = sorted((run.root / "evals").glob("*/alignment.jsonl"))
-    run.checksums.finish("evals/vision", out, record, written)
-    return out
+    record = {"base": base, "towers": towers, "alignment": aligned}
+    its.finish(record, sorted((run.root / "evals").glob("*/alignment.jsonl")))

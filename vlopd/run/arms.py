@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -24,12 +24,12 @@ from vlopd.data.load import open_data
 from vlopd.digests import digest_checkpoint, digest_json
 from vlopd.distill import Evaluate, distill
 from vlopd.errors import RunError
-from vlopd.files import is_first_process, whole_folder
+from vlopd.files import whole_folder
 from vlopd.masks.apply import delta_norm, extrapolated, transplanted
 from vlopd.models.load import DTYPES, load_configured, resolve
 from vlopd.models.save import save
 from vlopd.run.folder import RunFolder
-from vlopd.run.inputs import made_from, own_other_base
+from vlopd.run.inputs import own_other_base
 from vlopd.run.records import (
     card,
     identities,
@@ -49,6 +49,7 @@ from vlopd.run.resolve import (
     refuse_other_base,
     teacher_folder,
 )
+from vlopd.run.stage import Stage
 from vlopd.train.pair import load_pair
 from vlopd.train.sparse import Trainable
 from vlopd.weights.stored import stored_tensors
@@ -62,89 +63,46 @@ class Making(NamedTuple):
     """Masks and checkpoints from another base may be used, and every record says so."""
     evaluate: Evaluate | None = None
     """Scores a student while it trains (eval.during)."""
-    before_training: Callable[[], None] = lambda: None
-    """Raises UserError where it is known that a later stage would fail; called when there is something to train."""
 
 
 PLAIN = Making()
 
 
-def write_base(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
+def write_base(its: Stage, config: ExperimentConfig, name: str) -> None:
     """Writes the student as it is loaded, in the stored precision: what every delta is measured from."""
-    inputs = due(run, config, name)
-    if inputs is None:
-        return False
     student, state = load_base(config)
-    with whole_folder(run.checkpoint(name)) as folder:
+    with whole_folder(its.run.checkpoint(name)) as folder:
         save(student, folder, card(config, name, "the student before any training"), state)
     total = student.model.num_parameters()
-    record(
-        run,
-        config,
-        name,
-        "base",
-        inputs,
-        total_parameters=total,
-        trained_parameters=0,
-        density=0.0,
-    )
-    return True
+    record(its, config, name, "base", total_parameters=total, trained_parameters=0, density=0.0)
 
 
-def note_teacher(run: RunFolder, config: ExperimentConfig, name: str, arm: TeacherArm) -> bool:
-    """A teacher is not copied into the run; its record says where it is."""
+def note_teacher(its: Stage, config: ExperimentConfig, name: str, arm: TeacherArm) -> None:
+    """Records where a teacher is; its weights are not copied into the run."""
     teacher = config.teacher_of(arm)
-    inputs = due(run, config, name)
-    if inputs is None:
-        return False
-    folder = hub_folder(str(teacher_folder(run, config, teacher)), teacher.revision)
-    note(
-        run, config, name, "teacher", inputs, digest_checkpoint(folder), folder, model=teacher.model
-    )
-    return True
+    folder = hub_folder(str(teacher_folder(its.run, config, teacher)), teacher.revision)
+    note(its, config, name, "teacher", digest_checkpoint(folder), folder, model=teacher.model)
 
 
 def note_foreign(
-    run: RunFolder, config: ExperimentConfig, name: str, arm: CheckpointArm | ImportedArm
-) -> bool:
-    """A model or scores from elsewhere are not copied into the run; the record says where they are."""
-    inputs = due(run, config, name)
-    if inputs is None:
-        return False
+    its: Stage, config: ExperimentConfig, name: str, arm: CheckpointArm | ImportedArm
+) -> None:
+    """Records where a model or scores from elsewhere are; they are not copied into the run."""
     folder = None
     if isinstance(arm, CheckpointArm):
         folder = hub_folder(resolve(arm.model), None)
         model = config.checkpoint_of(arm)
         load_configured(model, DTYPES[config.precision.compute])  # refused here, not when evaluated
-    digest = digest_json(inputs["files"]) if folder is None else digest_checkpoint(folder)
-    note(run, config, name, arm.type, inputs, digest, folder)
-    return True
-
-
-def due(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str, Any] | None:
-    """What an arm is to be made from, or None where it was made from just that.
-
-    Every file is read: the work that follows is on what these digests say. What vouched for an arm that is to be
-    made again goes first.
-    """
-    if run.checksums.is_done(f"arms/{name}", run.arm_record(name), made_from(run, config, name)):
-        return None
-    inputs = made_from(run, config, name, is_first_process())
-    if is_first_process():
-        run.checksums.start(f"arms/{name}", run.arm_record(name))
-    return inputs
+    digest = digest_json(its.inputs["files"]) if folder is None else digest_checkpoint(folder)
+    note(its, config, name, arm.type, digest, folder)
 
 
 def train_arm(
-    run: RunFolder, config: ExperimentConfig, name: str, arm: DistillArm, how: Making
-) -> bool:
+    its: Stage, config: ExperimentConfig, name: str, arm: DistillArm, how: Making
+) -> None:
     """Distils the student from the base, under the arm's mask if it has one, and proves the mask held."""
-    config = config.of_arm(arm)
+    config, run, inputs = config.of_arm(arm), its.run, its.inputs
     base = run.checkpoint(base_arm(config))
-    inputs = due(run, config, name)
-    if inputs is None:
-        return False
-    how.before_training()
     refuse_other_base(own_other_base(run, config, arm), inputs["base"], how.allow_other_base)
     accelerator = distributed.accelerator()
     # the student as it is: the base arm, unless that is stored in less than the student's own precision
@@ -193,11 +151,10 @@ def train_arm(
                 moved = proof["off_mask"]["moved_in_memory"] = trainable.moved_off_mask(own)
             proof["off_mask_unmoved"] &= moved == 0
         record(
-            run,
+            its,
             config,
             name,
             "distill",
-            inputs,
             mask=arm.mask,
             seed=arm.seed,
             discovery_seeds=seeds_of(config, name),
@@ -214,7 +171,6 @@ def train_arm(
         shutil.rmtree(folder / "state", ignore_errors=True)
 
     distributed.main_process_alone(accelerator, write)
-    return True
 
 
 def describe(config: ExperimentConfig, arm: DistillArm) -> str:
@@ -239,31 +195,31 @@ def read_projections(
 
 
 def transplant(
-    run: RunFolder, config: ExperimentConfig, name: str, arm: TransplantArm, how: Making
-) -> bool:
+    its: Stage, config: ExperimentConfig, name: str, arm: TransplantArm, how: Making
+) -> None:
     """The base with the other arm's values on the mask: the mask's share of the update, untrained."""
 
     def change(mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         assert mask is not None
-        pairs = deltas(run, config, arm.of)
+        pairs = deltas(its.run, config, arm.of)
         return {pair.name: transplanted(pair, mask[pair.name]) for pair in pairs}
 
     what = f"the base with {arm.of}'s values on mask {arm.mask}"
-    return write_untrained(run, config, name, arm, what, change, how)
+    write_untrained(its, config, name, arm, what, change, how)
 
 
 def extrapolate(
-    run: RunFolder, config: ExperimentConfig, name: str, arm: ExtrapolateArm, how: Making
-) -> bool:
+    its: Stage, config: ExperimentConfig, name: str, arm: ExtrapolateArm, how: Making
+) -> None:
     """The base plus a multiple of an early delta: what going on in its direction would give."""
 
     def change(mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        factor, pairs = arm.factor, deltas(run, config, arm.of)
+        factor, pairs = arm.factor, deltas(its.run, config, arm.of)
         if arm.norm_of is not None:
             early = delta_norm(pairs)
             if early == 0:
                 raise RunError(f"{arm.of} did not move from the base: it has no direction")
-            factor = delta_norm(deltas(run, config, arm.norm_of)) / early
+            factor = delta_norm(deltas(its.run, config, arm.norm_of)) / early
         assert factor is not None
         return {
             p.name: extrapolated(p, factor, None if mask is None else mask[p.name]) for p in pairs
@@ -272,22 +228,20 @@ def extrapolate(
     length = arm.factor if arm.norm_of is None else f"the norm of {arm.norm_of}'s over its own"
     what = f"the base plus {length} times the delta of {arm.of}"
     what += f" on mask {arm.mask}" if arm.mask else ""
-    return write_untrained(run, config, name, arm, what, change, how)
+    write_untrained(its, config, name, arm, what, change, how)
 
 
 def write_untrained(
-    run: RunFolder,
+    its: Stage,
     config: ExperimentConfig,
     name: str,
     arm: TransplantArm | ExtrapolateArm,
     what: str,
     change: Callable[[Mapping[str, Tensor] | None], dict[str, Tensor]],
     how: Making,
-) -> bool:
-    """An arm that is the base with some of its tensors changed, given the arm's mask."""
-    inputs = due(run, config, name)
-    if inputs is None:
-        return False
+) -> None:
+    """Writes an arm that is the base with some of its tensors changed, given the arm's mask."""
+    run, inputs = its.run, its.inputs
     refuse_other_base(own_other_base(run, config, arm), inputs["base"], how.allow_other_base)
     mask = None if arm.mask is None else read_mask(run, config, arm.mask)
     base = run.checkpoint(base_arm(config))
@@ -299,11 +253,10 @@ def write_untrained(
     total = student.model.num_parameters()
     count = total if mask is None else sum(int(marked.sum()) for marked in mask.values())
     record(
-        run,
+        its,
         config,
         name,
         arm.type,
-        inputs,
         mask=arm.mask,
         total_parameters=total,
         trained_parameters=0,
@@ -311,4 +264,3 @@ def write_untrained(
         **off_mask(before, read_tensors(run.checkpoint(name)), mask),
         identity=identities(run, config, name, before, mask),
     )
-    return True

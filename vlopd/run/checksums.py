@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlopd.digests import digest_text, file_digest
 from vlopd.errors import RunError
-from vlopd.files import flush, is_first_process, json_text, read_json, write_text
+from vlopd.files import flush, json_text, read_json, write_text
+
+SINGLE = {
+    "run": "run.json",
+    "compare": "compare.json",
+    "report": "report/record.json",
+    "geometry/overlap": "geometry/overlap.json",
+    "evals/vision": "evals/vision.json",
+}
+RECORDS = {
+    "arms": "arms/{}/record.json",
+    "masks": "masks/{}.json",
+    "geometry": "geometry/{}/summary.json",
+    "evals": "evals/{}/results.json",
+    "tokens": "evals/{}/tokens.json",
+}
+"""The record of an artifact, by its name or the name's first part: written last, it says that the artifact is done."""
 
 
 class Problem(NamedTuple):
@@ -50,14 +65,34 @@ class Checksums:
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         write_text(self.path(artifact), f"{lines}# {digest_text(lines)}\n")
 
-    def start(self, artifact: str, record: Path) -> None:
-        """Before an artifact is made again: what vouched for the old one goes first, so that a kill leaves no claim."""
-        record.unlink(missing_ok=True)
+    def record(self, artifact: str) -> Path:
+        """Where an artifact's record is, whether it exists or not."""
+        kind, _, name = artifact.partition("/")
+        return self.root / (SINGLE.get(artifact) or RECORDS[kind].format(name))
+
+    def is_recorded(self, artifact: str) -> bool:
+        """Whether artifacts of this kind have a record; the pictures of a task's questions have none."""
+        return artifact in SINGLE or artifact.partition("/")[0] in RECORDS
+
+    def records(self) -> list[str]:
+        """The artifacts whose records exist."""
+        found = [artifact for artifact, path in SINGLE.items() if (self.root / path).exists()]
+        for kind, pattern in RECORDS.items():
+            before, after = pattern.split("{}")
+            for path in sorted(self.root.glob(pattern.format("*"))):
+                name = self.name(path)
+                if name not in SINGLE.values():
+                    found.append(f"{kind}/{name.removeprefix(before).removesuffix(after)}")
+        return found
+
+    def start(self, artifact: str) -> None:
+        """Withdraws an artifact's record and checksums before it is made again: a kill then leaves no false claim."""
+        self.record(artifact).unlink(missing_ok=True)
         self.path(artifact).unlink(missing_ok=True)
 
-    def finish(self, artifact: str, record: Path, content: Any, files: Iterable[Path]) -> None:
-        """The end of a stage: the files' checksums, and then its record, which says that it is done."""
-        text = json_text(content)
+    def finish(self, artifact: str, content: Any, files: Iterable[Path]) -> None:
+        """Ends a stage: writes the files' checksums, and then the record, which says that the artifact is done."""
+        text, record = json_text(content), self.record(artifact)
         record.unlink(missing_ok=True)  # an old record must not vouch for new files
         self.write(artifact, files, {record: text})
         write_text(record, text)
@@ -83,12 +118,10 @@ class Checksums:
             "masks": [f"masks/{name}.safetensors", f"masks/{name}.json"],
             "tokens": [f"evals/{name}/tokens.json"],
             "images": [f"evals/images/{name}"],
-            "run": ["run.json"],
-            "compare": ["compare.json"],
+            "report": ["report"],
         }
-        if artifact in ("geometry/overlap", "evals/vision"):
-            parts[kind] = [f"{artifact}.json"]
-        named = " and ".join(str(self.root / part) for part in parts.get(kind, [artifact]))
+        single = [SINGLE[artifact]] if artifact in SINGLE else [artifact]
+        named = " and ".join(str(self.root / part) for part in parts.get(kind, single))
         return f"restore it, or delete {named} and run again"
 
     def problems(self, artifact: str, whole: bool = True) -> Iterator[Problem]:
@@ -120,27 +153,22 @@ class Checksums:
         for problem in self.problems(artifact, whole):
             raise RunError(str(problem))
 
-    def is_done(self, artifact: str, record: Path, inputs: Mapping[str, Any]) -> bool:
-        """Whether an artifact was made from just these inputs; says what changed where it was made from others.
+    def outdated(self, artifact: str, inputs: Mapping[str, Any]) -> str | None:
+        """Why an artifact is to be made: "new", or what of its inputs changed; None where it is up to date.
 
-        Raises RunError where it is there and not as it was written.
+        Raises RunError where it exists and its files are not as they were written.
         """
+        record = self.record(artifact)
         if not record.exists():
-            return False
+            return "new"
         if self.path(artifact).exists():
             self.check(artifact, whole=False)
         before = read_json(record).get("inputs")
         if before != dict(inputs):
             changed = [shorter(line) for line in differences(before, dict(inputs))]
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            why = f"made from another {'; '.join(changed[:3])}{more}"
-        elif not self.path(artifact).exists():
-            why = "without checksums"
-        else:
-            return True
-        if is_first_process():
-            print(f"vlopd: {artifact} is {why}: making it again", file=sys.stderr)
-        return False
+            return f"made from another {'; '.join(changed[:3])}{more}"
+        return None if self.path(artifact).exists() else "without checksums"
 
     def artifacts(self) -> list[str]:
         """All that have checksums."""

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import config_of
 from vlopd.errors import ConfigError, RunError
-from vlopd.files import TEMPORARY, is_first_process, read_json
+from vlopd.files import TEMPORARY, is_first_process, read_json, write_json
 from vlopd.run.checksums import Checksums, differences
 from vlopd.run.provenance import provenance
 
@@ -31,6 +31,10 @@ WRITTEN = ("arms", "masks", "geometry", "evals", "report", "checksums")
 """Folders of a run that stages write into."""
 
 
+FORMAT = 2
+"""Of run.json: raised where what an earlier version wrote would be misread."""
+FIXED = ("student", "precision.stored")
+"""The sections of a config that every arm stands on: a run with others is another run."""
 LOCK = ".lock"
 """What marks a run folder that processes work in."""
 
@@ -42,7 +46,11 @@ class RunFolder:
         self.root = Path(root)
         self.checksums = Checksums(self.root)
         self._lock: Any = None
-        self._making: set[Path] = set()
+        self._making: set[str] = set()
+        self.planned: set[str] = set()
+        """Artifacts of which the user was told that they will be made."""
+        self.changes: list[str] = []
+        """How the config differs from the one that the run had before, a line a setting."""
 
     # ---- paths
 
@@ -83,29 +91,20 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: Path | str, config: ExperimentConfig) -> RunFolder:
-        """Makes the folder for `config`, or opens it if it already is this config's.
+        """Makes the folder for `config`, or opens it and lets its run grow to `config`; `changes` says how they differ.
 
-        Raises ConfigError with the difference when the folder holds another config.
+        What the configs share is kept by every stage, and what differs is made by those that it concerns. Raises
+        ConfigError where they differ in what every arm stands on (FIXED).
         """
         run = cls(root)
         run.root.mkdir(parents=True, exist_ok=True)
         run.lock()
         resolved = json.loads(config.model_dump_json())
-        path = run.root / "run.json"
-        with run.making(path):
-            if path.exists():
-                if run.checksums.path("run").exists():
-                    run.checksums.check("run")
-                lines = differences(with_defaults(read_json(path)["config"]), resolved)
-                if lines:
-                    raise ConfigError(
-                        f"{run.root} already holds another config; choose another --out, or delete it. "
-                        f"Theirs -> yours: {'; '.join(lines)}"
-                    )
+        with run.making("run"):
+            if (run.root / "run.json").exists():
+                run.grow(run.read(), resolved)
             elif is_first_process():
-                seeds = {n: arm["seed"] for n, arm in resolved["arms"].items() if "seed" in arm}
-                record = {"config": resolved, "seeds": seeds, "precision": resolved["precision"]}
-                run.checksums.finish("run", path, {**record, **provenance()}, ())
+                run.write(resolved, [])
         return run
 
     @classmethod
@@ -118,9 +117,44 @@ class RunFolder:
                 f"{root} is not a run folder (no run.json); make one with `vlopd run CONFIG`"
             )
         run.lock()
-        if run.checksums.path("run").exists():
-            run.checksums.check("run")
-        return run, config_of(read_json(path).get("config"), path)
+        return run, config_of(run.read()["config"], path)
+
+    def read(self) -> dict[str, Any]:
+        """run.json. Raises RunError where it is altered, or of another version of this program."""
+        path = self.root / "run.json"
+        if self.checksums.path("run").exists():
+            self.checksums.check("run")
+        about = read_json(path)
+        its = about.get("format", 1) if isinstance(about, dict) else None
+        if its != FORMAT or not isinstance(about.get("config"), dict):
+            raise RunError(
+                f"{path} is of another version of vlopd (format {its}; this one reads {FORMAT}): make the run again in "
+                "another folder, or use the version that it names"
+            )
+        return about
+
+    def grow(self, about: dict[str, Any], resolved: dict[str, Any]) -> None:
+        """Makes `resolved` the run's config; `about` (run.json) joins its own history."""
+        before = with_defaults(about["config"])
+        self.changes = differences(before, resolved)
+        fixed = [line for line in self.changes if line.startswith(FIXED)]
+        if fixed:
+            raise ConfigError(
+                f"{self.root} is a run of another student, which all of its arms start from; choose another --out. "
+                f"Theirs -> yours: {'; '.join(fixed)}"
+            )
+        if is_first_process() and (self.changes or not self.checksums.path("run").exists()):
+            history = about.pop("history")
+            self.write(resolved, [*history, about] if self.changes else history)
+
+    def write(self, resolved: dict[str, Any], history: list[Any]) -> None:
+        """Writes run.json, then its checksum: a kill between them leaves a run.json, with a checksum or without."""
+        seeds = {n: arm["seed"] for n, arm in resolved["arms"].items() if "seed" in arm}
+        about = {"format": FORMAT, "config": resolved, "seeds": seeds}
+        about |= {"precision": resolved["precision"], **provenance(), "history": history}
+        self.checksums.path("run").unlink(missing_ok=True)
+        write_json(self.root / "run.json", about)
+        self.checksums.write("run", [self.root / "run.json"])
 
     def lock(self) -> None:
         """Notes that this process works in the folder, beside any others, until it ends.
@@ -159,10 +193,10 @@ class RunFolder:
             self._lock = None
 
     @contextlib.contextmanager
-    def making(self, artifact: Path) -> Iterator[None]:
+    def making(self, artifact: str) -> Iterator[None]:
         """Holds one artifact for this process while it is made; where another makes it, waits until it is done.
 
-        So several jobs can make different arms of one run at once, and what they share is made once: look
+        So several jobs can make different arms of one run at once, and what they share is made once: check
         whether it is up to date inside. Of the processes that a launcher started together, the first holds
         it for all. The holder's name is in .locks/, and a killed holder holds nothing.
         """
@@ -170,16 +204,18 @@ class RunFolder:
             yield
             return
         assert artifact not in self._making, f"{artifact} is being made by this very process"
-        name = artifact.relative_to(self.root).as_posix().replace("/", "--")
-        path = self.root / ".locks" / name
-        path.parent.mkdir(exist_ok=True)
+        path = self.root / ".locks" / artifact.replace("/", "--")
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.seek(0)
                 holder = lock.read().strip() or "another process"
-                print(f"vlopd: waiting for {artifact}, which {holder} makes", file=sys.stderr)
+                print(
+                    f"vlopd: waiting for {self.root / artifact}, which {holder} makes",
+                    file=sys.stderr,
+                )
                 fcntl.flock(lock, fcntl.LOCK_EX)
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {platform.node()}")

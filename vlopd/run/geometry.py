@@ -8,53 +8,45 @@ from typing import Any
 
 from vlopd.config.arms import TeacherArm
 from vlopd.config.experiment import ExperimentConfig
-from vlopd.digests import digest_checkpoint, file_digest
-from vlopd.files import read_json
 from vlopd.geometry.checkpoint import PARTIAL, analyse
 from vlopd.geometry.overlap import overlap
-from vlopd.geometry.trajectory import step_of, trajectory
+from vlopd.geometry.trajectory import trajectory
 from vlopd.run.folder import RunFolder, up_to_date
-from vlopd.run.resolve import arm_digest, arm_folder, base_arm
+from vlopd.run.inputs import geometry_inputs, kept_steps, overlap_inputs
+from vlopd.run.resolve import arm_folder, base_arm
+from vlopd.run.stage import Stage, stage
 
 
 def make_geometry(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
     """The geometry of an arm's delta, each number beside its nulls; and of its checkpoints, if it kept any."""
-    base = base_arm(config)
-    before, out = run.checkpoint(base), run.geometry(name)
-    kept = sorted(run.arm(name).glob("checkpoints/step-*"))
-    steps = {step_of(folder, i): folder for i, folder in enumerate(kept)}
-    inputs: dict[str, Any] = {
-        "base": arm_digest(run, base),
-        "trained": digest_checkpoint(arm_folder(run, config, name)),
-        "config": file_digest(before / "config.json"),  # says how fused tensors are split
-        "settings": config.geometry.model_dump(mode="json"),
-    }
-    if foreign := read_json(run.arm_record(name)).get("other_base"):
-        inputs["other_base"] = foreign
-    if steps:
-        inputs["steps"] = {str(step): digest_checkpoint(steps[step]) for step in sorted(steps)}
-    artifact, record = f"geometry/{name}", out / "summary.json"
-    if run.checksums.is_done(artifact, record, inputs):
-        shutil.rmtree(out / PARTIAL, ignore_errors=True)  # of a process that was killed at its end
-        return False
+    with stage(run, f"geometry/{name}") as its:
+        if its.is_due(lambda _: geometry_inputs(run, config, name)):
+            write_geometry(its, config, name)
+        else:
+            # of a process that was killed at its end
+            shutil.rmtree(run.geometry(name) / PARTIAL, ignore_errors=True)
+    return its.made
+
+
+def write_geometry(its: Stage, config: ExperimentConfig, name: str) -> None:
+    run, base = its.run, base_arm(config)
+    before, out, steps = run.checkpoint(base), run.geometry(name), kept_steps(run, name)
     check_arms(run, config, [base, name])
-    run.checksums.start(artifact, record)
     tables = {}
     for step, folder in steps.items():
         tables[step] = out / "steps" / str(step)
-        own = {**inputs, "step": step}
+        own = {**its.inputs, "step": step}
         if not up_to_date(tables[step] / "summary.json", own):
             analyse(before, folder, tables[step], config.geometry, own)
     if len(steps) > 1:
         trajectory(before, steps, out, config.geometry, tables=tables)
 
-    def finish(summary: Path, content: Any) -> None:
+    def finish(_: Path, content: Any) -> None:
         tables = [p for p in out.rglob("*") if p.is_file() and p.parent.name != PARTIAL]
-        run.checksums.finish(artifact, summary, content, tables)
+        its.finish(content, tables)
 
     folder = arm_folder(run, config, name)
-    analyse(before, folder, out, config.geometry, inputs, write_record=finish)
-    return True
+    analyse(before, folder, out, config.geometry, its.inputs, write_record=finish)
 
 
 def check_arms(run: RunFolder, config: ExperimentConfig, names: list[str]) -> None:
@@ -66,18 +58,11 @@ def check_arms(run: RunFolder, config: ExperimentConfig, names: list[str]) -> No
 
 def make_overlap(run: RunFolder, config: ExperimentConfig, names: list[str]) -> bool:
     """The overlap of the visible updates of several arms: RUN/geometry/overlap.csv and its record."""
-    base, record = base_arm(config), run.root / "geometry" / "overlap.json"
-    tables = [record.with_suffix(f".{ending}") for ending in ("csv", "parquet")]
-    inputs: dict[str, Any] = {
-        "base": arm_digest(run, base),
-        "arms": {name: digest_checkpoint(arm_folder(run, config, name)) for name in names},
-        "settings": config.geometry.model_dump(mode="json"),
-    }
-    if run.checksums.is_done("geometry/overlap", record, inputs):
-        return False
-    check_arms(run, config, [base, *names])
-    run.checksums.start("geometry/overlap", record)
-    runs = {name: arm_folder(run, config, name) for name in names}
-    overlap(run.checkpoint(base), runs, record.parent, config.geometry)
-    run.checksums.finish("geometry/overlap", record, {"inputs": inputs}, tables)
-    return True
+    with stage(run, "geometry/overlap") as its:
+        if its.is_due(lambda _: overlap_inputs(run, config, names)):
+            base, out = base_arm(config), run.root / "geometry"
+            check_arms(run, config, [base, *names])
+            arms = {name: arm_folder(run, config, name) for name in names}
+            overlap(run.checkpoint(base), arms, out, config.geometry)
+            its.finish({}, [out / "overlap.csv", out / "overlap.parquet"])
+    return its.made

@@ -19,13 +19,15 @@ from vlopd.config.arms import (
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import FileMask, MaskConfig
 from vlopd.config.recipe import Recipe
-from vlopd.digests import digest_json
+from vlopd.digests import digest_checkpoint, digest_json, file_digest
 from vlopd.files import read_json
+from vlopd.geometry.trajectory import step_of
 from vlopd.masks.files import load_mask
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import (
     arm_content,
     arm_digest,
+    arm_folder,
     base_arm,
     checkpoint_digest,
     data_content,
@@ -143,3 +145,35 @@ def foreign(run: RunFolder, config: ExperimentConfig, rule: MaskConfig) -> dict[
         if about["inputs"]["base"] != arm_digest(run, base_arm(config)):
             return {rule.path: about["inputs"]["base"]}
     return {}
+
+
+def geometry_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str, Any]:
+    """The digests of all that decides the geometry of an arm."""
+    base, steps = base_arm(config), kept_steps(run, name)
+    inputs: dict[str, Any] = {
+        "base": arm_digest(run, base),
+        "trained": digest_checkpoint(arm_folder(run, config, name)),
+        # says how fused tensors are split
+        "config": file_digest(run.checkpoint(base) / "config.json"),
+        "settings": config.geometry.model_dump(mode="json", exclude={"arms"}),
+    }
+    if foreign := read_json(run.arm_record(name)).get("other_base"):
+        inputs["other_base"] = foreign
+    if steps:
+        inputs["steps"] = {str(step): digest_checkpoint(steps[step]) for step in sorted(steps)}
+    return inputs
+
+
+def overlap_inputs(run: RunFolder, config: ExperimentConfig, names: list[str]) -> dict[str, Any]:
+    """The digests of all that decides the overlap of arms' updates."""
+    return {
+        "base": arm_digest(run, base_arm(config)),
+        "arms": {name: digest_checkpoint(arm_folder(run, config, name)) for name in names},
+        "settings": config.geometry.model_dump(mode="json", exclude={"arms"}),
+    }
+
+
+def kept_steps(run: RunFolder, name: str) -> dict[int, Path]:
+    """The early checkpoints that an arm kept, by step."""
+    kept = sorted(run.arm(name).glob("checkpoints/step-*"))
+    return {step_of(folder, i): folder for i, folder in enumerate(kept)}

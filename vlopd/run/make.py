@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from vlopd import distributed
 from vlopd.config.arms import (
     BaseArm,
     CheckpointArm,
     DistillArm,
+    ExtrapolateArm,
     ImportedArm,
     TeacherArm,
     TransplantArm,
@@ -32,7 +33,7 @@ from vlopd.run.arms import (
     write_base,
 )
 from vlopd.run.folder import RunFolder
-from vlopd.run.inputs import foreign, mask_inputs
+from vlopd.run.inputs import foreign, made_from, mask_inputs
 from vlopd.run.resolve import (
     base_arm,
     check_here,
@@ -40,35 +41,40 @@ from vlopd.run.resolve import (
     read_mask,
     refuse_other_base,
 )
+from vlopd.run.stage import Stage, stage
 from vlopd.weights import delta
 
 
 def make_arm(run: RunFolder, config: ExperimentConfig, name: str, how: Making = PLAIN) -> bool:
-    """Makes one arm and what it needs; returns whether there was anything to do."""
-    base = base_arm(config)
+    """Makes one arm and what it needs; returns whether the arm itself had to be made."""
+    base, arm = base_arm(config), config.arms.get(name, BaseArm())
     if name != base:
-        make_base(run, config, base)
-    arm = config.arms.get(name, BaseArm())
-    if isinstance(arm, BaseArm):
-        return make_base(run, config, name)
-    if isinstance(arm, (TeacherArm, CheckpointArm, ImportedArm)):
-        with distributed.main_process_first(), run.making(run.arm(name)):
-            if isinstance(arm, TeacherArm):
-                return note_teacher(run, config, name, arm)
-            return note_foreign(run, config, name, arm)
-    mask = mask_of(arm)
-    if mask is not None:
+        make_arm(run, config, base, how)
+    if (mask := mask_of(arm)) is not None:
         make_mask(run, config, mask, how)
     for checkpoint in checkpoints_of(arm).values():
         make_checkpoint(run, config, checkpoint, how)
+    inputs = partial(made_from, run, config, name)
     if isinstance(arm, DistillArm):
-        with run.making(run.arm(name)):
+        with stage(run, f"arms/{name}") as its:
             distributed.accelerator().wait_for_everyone()
-            return train_arm(run, config, name, arm, how)
-    with distributed.main_process_first(), run.making(run.arm(name)):
-        if isinstance(arm, TransplantArm):
-            return transplant(run, config, name, arm, how)
-        return extrapolate(run, config, name, arm, how)
+            if its.is_due(inputs):
+                train_arm(its, config, name, arm, how)
+        return its.made
+    with distributed.main_process_first(), stage(run, f"arms/{name}") as its:
+        if its.is_due(inputs):
+            match arm:
+                case BaseArm():
+                    write_base(its, config, name)
+                case TeacherArm():
+                    note_teacher(its, config, name, arm)
+                case CheckpointArm() | ImportedArm():
+                    note_foreign(its, config, name, arm)
+                case TransplantArm():
+                    transplant(its, config, name, arm, how)
+                case ExtrapolateArm():
+                    extrapolate(its, config, name, arm, how)
+    return its.made
 
 
 def make_checkpoint(run: RunFolder, config: ExperimentConfig, text: str, how: Making) -> None:
@@ -78,41 +84,32 @@ def make_checkpoint(run: RunFolder, config: ExperimentConfig, text: str, how: Ma
         make_arm(run, config, arm, how)
 
 
-def make_base(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
-    """The untrained student as an arm; returns whether it had to be written."""
-    with distributed.main_process_first(), run.making(run.arm(name)):
-        return write_base(run, config, name)
-
-
 def make_mask(run: RunFolder, config: ExperimentConfig, name: str, how: Making = PLAIN) -> bool:
-    """Builds a mask file from its rule, and first what the rule needs."""
-    rule = config.masks[name]
-    base = base_arm(config)
-    make_base(run, config, base)
+    """Builds a mask file from its rule, and first what the rule needs; returns whether there was anything to do."""
+    rule, base = config.masks[name], base_arm(config)
+    make_arm(run, config, base, how)
     for other in rule.combines:
         make_mask(run, config, other, how)
     if rule.reads is not None:
         make_checkpoint(run, config, rule.reads, how)
-    with distributed.main_process_first(), run.making(run.mask(name)):
-        inputs = mask_inputs(run, config, name)
-        if run.checksums.is_done(f"masks/{name}", run.mask_record(name), inputs):
-            return False
-        run.checksums.check(f"arms/{base}")
-        named: dict[str, Mask] = {}
-        if isinstance(rule, FileMask):
-            named[rule.path], _ = load_mask(Path(rule.path))
-            check_here(named[rule.path], run, base, rule.path)
-        # what a combined mask inherits was allowed when that was made
-        refuse_other_base(foreign(run, config, rule), inputs["base"], how.allow_other_base)
-        named |= {other: read_mask(run, config, other) for other in rule.combines}
-        folder = run.checkpoint(base)
-        trained = folder if rule.reads is None else checkpoint_folder(run, config, rule.reads)
-        mask = build_mask(rule, delta.stream_whole(folder, trained, names.classify), named)
-        check_here(mask, run, base, f"masks.{name}")
+    with distributed.main_process_first(), stage(run, f"masks/{name}") as its:
+        if its.is_due(lambda _: mask_inputs(run, config, name)):
+            write_mask(its, config, name, how)
+    return its.made
 
-        def finish(record: Path, content: Any) -> None:
-            run.checksums.finish(f"masks/{name}", record, content, [run.mask(name)])
 
-        run.checksums.start(f"masks/{name}", run.mask_record(name))
-        save_mask(run.mask(name), mask, inputs, names.classify, finish)
-        return True
+def write_mask(its: Stage, config: ExperimentConfig, name: str, how: Making) -> None:
+    run, rule, base = its.run, config.masks[name], base_arm(config)
+    run.checksums.check(f"arms/{base}")
+    named: dict[str, Mask] = {}
+    if isinstance(rule, FileMask):
+        named[rule.path], _ = load_mask(Path(rule.path))
+        check_here(named[rule.path], run, base, rule.path)
+    # what a combined mask inherits was allowed when that was made
+    refuse_other_base(foreign(run, config, rule), its.inputs["base"], how.allow_other_base)
+    named |= {other: read_mask(run, config, other) for other in rule.combines}
+    folder = run.checkpoint(base)
+    trained = folder if rule.reads is None else checkpoint_folder(run, config, rule.reads)
+    mask = build_mask(rule, delta.stream_whole(folder, trained, names.classify), named)
+    path = run.mask(name)
+    save_mask(path, mask, its.inputs, names.classify, lambda _, about: its.finish(about, [path]))

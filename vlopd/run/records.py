@@ -18,6 +18,7 @@ from vlopd.models.load import DTYPES, load_configured, load_model_config, resolv
 from vlopd.models.loaded import LoadedModel
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import hub_folder, read_tensors
+from vlopd.run.stage import Stage
 from vlopd.weights.reader import Weights
 from vlopd.weights.stored import stored_tensors
 
@@ -71,26 +72,19 @@ def precision(config: ExperimentConfig, folder: Path | None) -> dict[str, str | 
     return {"compute": config.precision.compute, "stored": stored, "values": "fp32"}
 
 
-def record(
-    run: RunFolder,
-    config: ExperimentConfig,
-    name: str,
-    kind: str,
-    inputs: Mapping[str, Any],
-    **about: Any,
-) -> None:
-    folder = run.checkpoint(name)
+def record(its: Stage, config: ExperimentConfig, name: str, kind: str, **about: Any) -> None:
+    """Writes the record of an arm whose checkpoint is in the run: it is done."""
+    folder = its.run.checkpoint(name)
     digest = digest_checkpoint(folder, whole=True)
-    foreign = inputs.get("other_base")
-    note(run, config, name, kind, inputs, digest, folder, **about, other_base=foreign)
+    foreign = its.inputs.get("other_base")
+    note(its, config, name, kind, digest, folder, **about, other_base=foreign)
 
 
 def note(
-    run: RunFolder,
+    its: Stage,
     config: ExperimentConfig,
     name: str,
     kind: str,
-    inputs: Mapping[str, Any],
     digest: str,
     folder: Path | None,
     **about: Any,
@@ -102,13 +96,10 @@ def note(
         **about,
         "precision": precision(config, folder),
         "checkpoint_digest": digest,
-        "inputs": dict(inputs),
     }
-    state = run.arm(name) / "state"
-    files = [
-        path for path in run.arm(name).rglob("*") if path.is_file() and state not in path.parents
-    ]
-    run.checksums.finish(f"arms/{name}", run.arm_record(name), content, files)
+    arm = its.run.arm(name)
+    state = arm / "state"
+    its.finish(content, [p for p in arm.rglob("*") if p.is_file() and state not in p.parents])
 
 
 def card(

@@ -41,8 +41,7 @@ def verify_run(run: RunFolder) -> Verified:
     known: set[str] = set()
     artifacts = run.checksums.artifacts()
     for artifact in tqdm(artifacts, desc="verify", unit="artifact"):
-        record = record_of(run, artifact)
-        if record is not None and not record.exists():
+        if run.checksums.is_recorded(artifact) and not run.checksums.record(artifact).exists():
             continue  # a stage that was killed at its last step: not done, and made again
         found = list(run.checksums.problems(artifact))
         problems += found
@@ -56,55 +55,19 @@ def verify_run(run: RunFolder) -> Verified:
     problems = list(dict.fromkeys(problems))
     inputs: list[str] = []
     if not any(problem.file == written for problem in problems):
-        config = config_of(read_json(written).get("config"), written)
+        config = config_of(run.read()["config"], written)
         inputs = changed_inputs(run, config)
     return Verified(problems, sorted(unknown), inputs, len(present), n_bytes)
 
 
 def lost_checksums(run: RunFolder) -> list[Problem]:
     """The records that say that a stage is done, and have no checksums to be held against."""
+    sums = run.checksums
     return [
-        Problem(record, "has no checksums", run.checksums.remedy(artifact))
-        for artifact, record in records(run)
-        if not run.checksums.path(artifact).exists()
+        Problem(sums.record(artifact), "has no checksums", sums.remedy(artifact))
+        for artifact in sums.records()
+        if not sums.path(artifact).exists()
     ]
-
-
-SINGLE = {
-    "run": "run.json",
-    "compare": "compare.json",
-    "report": "report/record.json",
-    "geometry/overlap": "geometry/overlap.json",
-    "evals/vision": "evals/vision.json",
-}
-RECORDS = {
-    "arms": "arms/{}/record.json",
-    "masks": "masks/{}.json",
-    "geometry": "geometry/{}/summary.json",
-    "evals": "evals/{}/results.json",
-    "tokens": "evals/{}/tokens.json",
-}
-"""Where the record of an artifact is, which says that it is done; pictures have none."""
-
-
-def record_of(run: RunFolder, artifact: str) -> Path | None:
-    """The record of an artifact, whether it is there or not."""
-    kind, _, name = artifact.partition("/")
-    path = SINGLE.get(artifact) or RECORDS.get(kind, "").format(name)
-    return run.root / path if path else None
-
-
-def records(run: RunFolder) -> list[tuple[str, Path]]:
-    """(artifact, its record) of all stages that say that they are done."""
-    found = [(artifact, run.root / path) for artifact, path in SINGLE.items()]
-    taken = set(SINGLE.values())
-    for kind, pattern in RECORDS.items():
-        before, after = pattern.split("{}")
-        for path in run.root.glob(pattern.format("*")):
-            name = run.checksums.name(path)
-            if name not in taken:
-                found.append((f"{kind}/{name.removeprefix(before).removesuffix(after)}", path))
-    return [(artifact, path) for artifact, path in found if path.exists()]
 
 
 def is_working(run: RunFolder, path: Path) -> bool:
