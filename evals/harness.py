@@ -59,13 +59,28 @@ class Subject:
 
 def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     """Scores one arm of a run on the config's tasks; returns whether there was anything to do."""
-    record = read_json(run.arm_record(arm))
     its = config.arms.get(arm)
     if isinstance(its, ImportedArm):
-        folder = Path(its.results)
-        return import_scores(run, folder, arm, config.eval)
+        return import_scores(run, Path(its.results), arm, config.eval)
+    record = read_json(run.arm_record(arm))
     about = {"mask": record.get("mask"), "other_base": record.get("other_base")}
-    subject = Subject(
+    return evaluate(run, subject_of(run, config, arm, about), config.eval)
+
+
+def arm_inputs(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[str, Any]:
+    """The digests of all that decides an arm's results."""
+    its = config.arms.get(arm)
+    if isinstance(its, ImportedArm):
+        return imported_inputs(Path(its.results), config.eval)
+    manager = Tasks.of(config.eval.tasks, config.eval.include)
+    return evaluation_inputs(manager, subject_of(run, config, arm, {}), config.eval, False)
+
+
+def subject_of(
+    run: RunFolder, config: ExperimentConfig, arm: str, about: Mapping[str, Any]
+) -> Subject:
+    """An arm with a model, as what is evaluated."""
+    return Subject(
         arm,
         lambda whole: arm_content(run, config, arm, whole),
         config.precision.compute,
@@ -73,7 +88,6 @@ def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
         about,
         configured(config, arm).template_arguments,
     )
-    return evaluate(run, subject, config.eval)
 
 
 def evaluate(run: RunFolder, subject: Subject, config: EvalConfig) -> bool:

@@ -42,13 +42,18 @@ def grade_answers(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     Nothing is written for arms that are no student of this run, and where a teacher cannot read a task's questions
     (its context is a field that they lack): tokens.json then says why.
     """
-    about = config.arms.get(arm)
-    if isinstance(about, (TeacherArm, CheckpointArm, ImportedArm)) or not config.eval.keep_images:
+    if not has_tokens(config, arm):
         return False
     with stage(run, f"tokens/{arm}") as its:
         if its.is_due(lambda _: token_inputs(run, config, arm)):
             write_tokens(its, config, arm)
     return its.made
+
+
+def has_tokens(config: ExperimentConfig, arm: str) -> bool:
+    """Whether an arm is a student of this run, whose answers a teacher can grade."""
+    foreign = isinstance(config.arms.get(arm), (TeacherArm, CheckpointArm, ImportedArm))
+    return not foreign and bool(config.eval.keep_images)
 
 
 def token_inputs(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[str, Any]:

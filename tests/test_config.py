@@ -60,16 +60,28 @@ def test_a_missing_or_broken_file_is_one_clear_line(tmp_path):
         load_config(tmp_path / "bad.toml")
 
 
-def test_a_run_folder_refuses_another_config(tmp_path):
-    """Opening a folder with a changed config shows what differs; with the same config it is the same run."""
+def test_a_run_folder_grows_but_for_its_student(tmp_path):
+    """With the same config it is the same run; another config joins it, and the one before its history; another student
+    or stored precision is refused with the difference, and changes nothing."""
     config = load_config(QUICKSTART)
     RunFolder.create(tmp_path, config).unlock()
     RunFolder.create(tmp_path, config).unlock()
     (tmp_path / "arms" / ".unfinished-0123456789abcdef").mkdir(parents=True)  # as a kill leaves it
     RunFolder.create(tmp_path, config).unlock()
     assert not list(tmp_path.rglob(".unfinished-*"))
-    with pytest.raises(ConfigError, match=r"train\.steps: \d+ -> 3"):
-        RunFolder.create(tmp_path, load_config(QUICKSTART, ["train.steps=3"]))
+    assert read_json(tmp_path / "run.json")["history"] == []
+    grown = load_config(QUICKSTART, ["train.steps=3", "title=more"])
+    run = RunFolder.create(tmp_path, grown)
+    assert [line.split(": ")[0] for line in run.changes] == ["title", "train.steps"]
+    run.unlock()
+    about = read_json(tmp_path / "run.json")
+    assert about["config"]["train"]["steps"] == 3
+    (before,) = about["history"]
+    assert ExperimentConfig.model_validate(before["config"]) == config and before["versions"]
+    for line in ("student.model='elsewhere'", "student.revision=x", "precision.stored=fp32"):
+        with pytest.raises(ConfigError, match=f"another student.*{line.split('=')[0]}: "):
+            RunFolder.create(tmp_path, load_config(QUICKSTART, [line]))
+    assert read_json(tmp_path / "run.json") == about
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -201,7 +213,7 @@ def test_a_run_of_refused_settings_is_one_clear_line(tmp_path):
     written = read_json(tmp_path / "run.json")
     written["config"]["rollout"]["temperature"] = 1e-300
     (tmp_path / "run.json").write_text(json.dumps(written))
-    (tmp_path / "checksums" / "run.sha256").unlink()  # older versions wrote none
+    (tmp_path / "checksums" / "run.sha256").unlink()  # as a kill may leave it
     with pytest.raises(
         ConfigError, match=r"run\.json: rollout\.temperature: 1e-300 is not between"
     ):

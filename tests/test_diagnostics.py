@@ -38,7 +38,7 @@ def test_repetition_counts_grams_that_came_before():
 def test_a_steps_numbers(writer, kind, make_pair, make_config):
     """Split into micro-batches or not, the row holds the means over all completion tokens, worked out here from
     both models' logits; the gap between sampler and trainer is rounding, and null where the data wrote."""
-    sections = {"rollout": {"max_new_tokens": 6, "base": writer}}
+    sections = {"rollout": {"max_new_tokens": 6, "source": writer}}
     rows = []
     for size in (None, 2):
         train = {"steps": 1, "prompts_per_step": 5, "micro_batch": size}

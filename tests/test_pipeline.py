@@ -78,6 +78,10 @@ def miniature(folders, kind, tmp_path) -> Path:
     return path
 
 
+FULL = ("--until", "arms", "--arm", "full")
+"""Of `run`: trains full OPD and stops."""
+
+
 def files_and_times(root: Path) -> dict[str, int]:
     return {
         str(p.relative_to(root)): p.stat().st_mtime_ns
@@ -90,7 +94,8 @@ def test_every_verb_in_order(kind, miniature, tmp_path, monkeypatch, capsys):
     """The stages one by one leave the run folder of the contract, and `run` then finds nothing to do."""
     run = tmp_path / "run"
     assert vlopd(monkeypatch, "check", miniature) == 0
-    assert vlopd(monkeypatch, "distill", miniature, "--out", run) == 0
+    first = ("--arm", "base", "--arm", "teacher", "--arm", "full")
+    assert vlopd(monkeypatch, "run", miniature, "--out", run, "--until", "arms", *first) == 0
     for verb in ("mask make", "retrain", "geometry", "eval", "compare", "report", "show"):
         assert vlopd(monkeypatch, *verb.split(), run) == 0, (verb, capsys.readouterr())
 
@@ -148,6 +153,104 @@ def test_every_verb_in_order(kind, miniature, tmp_path, monkeypatch, capsys):
     assert all(torch.equal(full[n], t) for n, t in tensors["full"].items() if n in full)
 
 
+def test_a_finished_run_grows(kind, miniature, tmp_path, monkeypatch, capsys):
+    """Two arms and a task more: what is kept, what is made and why is said first, nothing else is touched, a kill in
+    between resumes, the report has them, and run.json has the config before."""
+    run = tmp_path / "run"
+    assert vlopd(monkeypatch, "run", miniature, "--out", run) == 0
+    before = files_and_times(run)
+    text = miniature.read_text()
+    second = "capitals"
+    text = text.replace(
+        "[geometry]",
+        """random-1 = {type = "distill", seed = 2, mask = "random-1"}
+early = {type = "transplant", of = "full", mask = "visible"}
+[geometry]""",
+    ).replace("[arms]", 'random-1 = {type = "random", like = "top", seed = 6}\n[arms]')
+    task = "shapes" if kind == "vlm" else "shapes_text"
+    text = text.replace(f'tasks = ["{task}"]', f'tasks = ["{second}", "{task}"]')
+    miniature.write_text(text)
+    capsys.readouterr()
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("vlopd.run.make.transplant", killed)
+        vlopd(patch, "run", miniature, "--out", run)
+    gc.collect()
+    out = capsys.readouterr().out
+    (kept,) = [line for line in out.splitlines() if line.startswith("kept: ")]
+    made = [line for line in out.splitlines() if line.startswith("to be made: ")]
+    assert "config: eval.tasks: " in out and "config: arms.random-1: new" in out
+    for artifact in (
+        "arms/base",
+        "arms/full",
+        "arms/random-0",
+        "masks/top",
+        "geometry/full",
+        "geometry/overlap",
+    ):
+        assert artifact in kept
+    assert "arms/random-1" in made[0] and "masks/random-1" in made[0] and made[0].endswith("(new)")
+    assert any("evals/full" in line and f"tasks.{second}" in line for line in made)
+    assert (run / "arms" / "random-1" / "record.json").exists()
+    trained = files_and_times(run / "arms" / "random-1")
+
+    assert vlopd(monkeypatch, "run", miniature, "--out", run) == 0
+    after = files_and_times(run)
+    assert files_and_times(run / "arms" / "random-1") == trained
+    renewed = {name for name in before if after.get(name) != before[name]}
+    rewritten = {f"evals/{arm}/{name}.json" for arm in ARMS for name in ("results", "tokens")}
+    rewritten |= {f"checksums/{name}--{arm}.sha256" for arm in ARMS for name in ("evals", "tokens")}
+    rewritten |= {"run.json", "checksums/run.sha256", "compare.json", "checksums/compare.sha256"}
+    rewritten |= {"checksums/report.sha256"} | {n for n in before if n.startswith("report/")}
+    assert renewed <= rewritten, renewed - rewritten
+    compared = json.loads((run / "compare.json").read_text())
+    assert set(compared["tasks"]) == {task, second}
+    assert {"random-1", "early"} <= set(compared["tasks"][second]["arms"])
+    page = (run / "report" / "report.html").read_text()
+    assert "random-1" in page and second in page
+    about = json.loads((run / "run.json").read_text())
+    assert [entry["config"]["eval"]["tasks"] for entry in about["history"]] == [[task]]
+
+    # the other way round: a task and an arm less leave the results of the others as they are
+    numbers = json.loads((run / "evals" / "full" / "results.json").read_text())["results"][task]
+    done = files_and_times(run)
+    assert vlopd(monkeypatch, "eval", run, f"eval.tasks=['{task}']") == 0
+    results = json.loads((run / "evals" / "full" / "results.json").read_text())
+    assert set(results["results"]) == {task} and results["results"][task] == numbers
+    rows = f"evals/full/samples_{task}.jsonl"
+    assert files_and_times(run)[rows] == done[rows]
+    assert not (run / "evals" / "full" / f"samples_{second}.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", ["llm"], indirect=True)
+def test_what_a_config_invalidates_is_made_again(miniature, tmp_path, monkeypatch, capsys):
+    """Another number of steps trains again, and what is made from it; the base and the teacher stay. Nothing of the
+    arm before is left: neither its steps' numbers nor its early checkpoints."""
+    run = tmp_path / "run"
+    words = ("run", miniature, "--out", run, "--until", "geometry")
+    assert vlopd(monkeypatch, *words, "train.keep_steps=[1, 2]") == 0
+    full = run / "arms" / "full"
+    assert (full / "checkpoints" / "step-1").is_dir()
+    before = files_and_times(run)
+    capsys.readouterr()
+    assert vlopd(monkeypatch, *words, "train.keep_steps=[2]", "train.steps=2") == 0
+    made = [line for line in capsys.readouterr().out.splitlines() if "to be made: " in line]
+    assert any("arms/full" in line and "train.steps: 3 -> 2" in line for line in made), made
+    assert any("masks/top" in line and "from arms/full" in line for line in made), made
+    after = files_and_times(run)
+    same = {n for n in before if n.startswith(("arms/base/", "arms/teacher/"))}
+    assert same and all(after[name] == before[name] for name in same)
+    assert len((full / "metrics.jsonl").read_text().splitlines()) == 2
+    assert [path.name for path in (full / "checkpoints").iterdir()] == ["step-2"]
+    assert not (run / "geometry" / "full" / "steps" / "1").exists()
+
+
 @pytest.mark.parametrize("kind", ["llm"], indirect=True)
 def test_mistakes_are_one_line_and_exit_code_2(miniature, tmp_path, monkeypatch, capsys):
     """An unknown key, a missing data file, another config, an unknown arm, task or model."""
@@ -163,7 +266,8 @@ def test_mistakes_are_one_line_and_exit_code_2(miniature, tmp_path, monkeypatch,
         assert "Traceback" not in error
 
     refused("did you mean 'steps'", "run", miniature, "train.step=3", "--out", tmp_path / "x")
-    refused("train.steps: 3 -> 4", "run", miniature, "train.steps=4", "--out", run)
+    refused("student.model: ", "run", miniature, "student='elsewhere'", "--out", run)
+    refused('precision.stored: "auto" -> "fp32"', "eval", run, "precision.stored=fp32")
     refused("no data file", "run", miniature, "data={type='file', path='gone.jsonl'}",
             "--out", tmp_path / "y", "--arm", "full")  # fmt: skip
     refused("no arm 'nope'", "run", miniature, "--out", run, "--arm", "nope")
@@ -176,8 +280,8 @@ def test_mistakes_are_one_line_and_exit_code_2(miniature, tmp_path, monkeypatch,
 def test_a_foreign_or_damaged_mask_is_refused(miniature, folders, tmp_path, monkeypatch, capsys):
     """A mask of another base, truncated or with a flipped bit ends in one line that names the file."""
     run, other = tmp_path / "run", tmp_path / "other"
-    assert vlopd(monkeypatch, "distill", miniature, "--out", run, "--arm", "base") == 0
-    assert vlopd(monkeypatch, "distill", miniature, "--out", run) == 0
+    assert vlopd(monkeypatch, "run", miniature, *FULL, "--out", run, "--arm", "base") == 0
+    assert vlopd(monkeypatch, "run", miniature, *FULL, "--out", run) == 0
     assert vlopd(monkeypatch, "mask", "make", run) == 0
     path = run / "masks" / "top.safetensors"
     good = path.read_bytes()
@@ -193,7 +297,7 @@ def test_a_foreign_or_damaged_mask_is_refused(miniature, folders, tmp_path, monk
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     refused("top.safetensors")
     teacher_as_student = f"student='{folders['llm', 'teacher']}'"
-    assert vlopd(monkeypatch, "distill", miniature, teacher_as_student, "--out", other) == 0
+    assert vlopd(monkeypatch, "run", miniature, teacher_as_student, *FULL, "--out", other) == 0
     assert vlopd(monkeypatch, "mask", "make", other) == 0
     path.write_bytes((other / "masks" / "top.safetensors").read_bytes())
     refused("mask")

@@ -370,9 +370,9 @@ def test_what_vouches_goes_before_what_is_made_again(tmp_path):
     rows.write_text("{}\n")
     write_json(tmp_path / "run.json", {})
     run.checksums.write("run", [tmp_path / "run.json"])
-    run.checksums.finish("arms/full", record, {"inputs": {"a": 1}}, [rows])
-    assert run.checksums.is_done("arms/full", record, {"a": 1})
-    assert not run.checksums.is_done("arms/full", record, {"a": 2})
+    run.checksums.finish("arms/full", {"inputs": {"a": 1}}, [rows])
+    assert run.checksums.outdated("arms/full", {"a": 1}) is None
+    assert run.checksums.outdated("arms/full", {"a": 2}) == "made from another a: 1 -> 2"
     sums = run.checksums.path("arms/full")
     held = sums.read_bytes()
     sums.unlink()

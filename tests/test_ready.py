@@ -14,6 +14,7 @@ from evals import preflight as tasks
 from evals.compare import compare
 from evals.harness import evaluate_arm
 from evals.scoring import one_row_a_question
+from vlopd import pipeline
 from vlopd.cli import main
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.models import ModelConfig
@@ -136,11 +137,11 @@ def test_a_teachers_context_counts(kind, make_config, folders, tmp_path):
 @pytest.mark.parametrize(
     ("sections", "more", "message"),
     [
-        ({"rollout": {"base": "data"}, "loss": {"type": "nll"}}, {"answer": None}, "'row-0' has no answer"),
-        ({"rollout": {"base": "data"}, "loss": {"type": "nll"}}, {"answer": " "}, "'row-0' has an empty answer"),
+        ({"rollout": {"source": "data"}, "loss": {"type": "nll"}}, {"answer": None}, "'row-0' has no answer"),
+        ({"rollout": {"source": "data"}, "loss": {"type": "nll"}}, {"answer": " "}, "'row-0' has an empty answer"),
         ({"reward": {"rule": "exact_match"}, "rollout": {"completions_per_prompt": 2}}, {"answer": ""},
          "'row-0' has an empty answer"),
-        ({"rollout": {"base": "data"}, "loss": {"type": "nll"}}, {"answer": "<image>"}, "its answer has the token"),
+        ({"rollout": {"source": "data"}, "loss": {"type": "nll"}}, {"answer": "<image>"}, "its answer has the token"),
         ({"reward": {"rule": "exact_match"}, "rollout": {"completions_per_prompt": 2}}, {"answer": None},
          "'row-0' has no answer"),
         ({"reward": {"rule": "capital_named"}, "rollout": {"completions_per_prompt": 2}}, {},
@@ -567,7 +568,15 @@ def test_a_run_is_refused_before_anything_is_made(kind, folders, monkeypatch, ca
     lines = [line for line in said.splitlines() if line.startswith("not ready: ")]
     assert code == 1 and "256 of completion" in lines[0] and "no folder 'gone'" in lines[1]
     code, said = called(
-        monkeypatch, capsys, "distill", path, "rollout.max_new_tokens=256", "--out", tmp_path / "d"
+        monkeypatch,
+        capsys,
+        "run",
+        path,
+        "rollout.max_new_tokens=256",
+        "--until",
+        "arms",
+        "--out",
+        tmp_path / "d",
     )
     assert code == 2 and "256 of completion" in said and "gone" not in said
     if kind == "llm":
@@ -685,7 +694,7 @@ def test_models_of_other_arms_are_loaded_before_training(
     run, config = RunFolder(tmp_path / "run"), make_config(kind, arms=arms)
     run.root.mkdir()
     with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight"):
-        main.make_arms(run, config, ["full", "x"])
+        pipeline.make_arms(run, config, ["full", "x"], lambda *_: None)
     assert not run.arm_record("full").exists()
 
 

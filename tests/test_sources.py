@@ -136,7 +136,7 @@ def test_rules_tell_right_from_wrong(rule, answer, right, wrong):
 
 def test_capitals_are_named_under_any_of_their_names():
     """The capitals' rule takes other names of the capital; questions on other things want their answer."""
-    fields = {"kind": "capital", "capital": "Kyiv"}
+    fields = {"kind": "capital", "capital": "Kyiv", "aliases": ("Kiev",)}
     asked = Example.ask("q", "?", answer="Kyiv", fields=fields)
     where = Example.ask("q", "?", answer="Europe", fields={"kind": "continent", "capital": "Kyiv"})
     texts = ["It is Kiev.", "It is Kyiv.", "Paris"]

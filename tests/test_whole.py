@@ -527,13 +527,13 @@ def nan(folder: Path) -> None:
 def test_students_and_teachers_are_refused_alike(
     role, kind, folders, copied, tmp_path, monkeypatch, capsys
 ):
-    """check says "not ready" and exits 1; distill says the same line and exits 2, with no arm trained."""
+    """check says "not ready" and exits 1; run says the same line and exits 2, with no arm trained."""
     nan(copied)
     other = folders[kind, "teacher"]
     path = experiment(tmp_path, kind, *((copied, other) if role == "student" else (other, copied)))
     code, out = call(monkeypatch, capsys, "check", path)
     assert code == 1 and "not ready" in out and "not finite" in out
-    code, out = call(monkeypatch, capsys, "distill", path, "--out", tmp_path / "run")
+    code, out = call(monkeypatch, capsys, "run", path, "--until", "arms", "--out", tmp_path / "run")
     assert code == 2 and "not finite" in out and "Traceback" not in out
     assert not (tmp_path / "run" / "arms" / "full" / "checkpoint").exists()
 

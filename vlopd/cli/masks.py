@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vlopd.cli.common import AllowOtherBase, console, say
 from vlopd.config.input import parse_override
 from vlopd.config.masks import FileMask, MaskConfig, RandomMask
 from vlopd.digests import digest_checkpoint
@@ -25,15 +25,6 @@ if TYPE_CHECKING:
     from vlopd.masks.rules import Mask
 
 app = typer.Typer(no_args_is_help=True, help="Makes, combines, shows and compares masks.")
-console = Console()
-
-AllowOtherBase = Annotated[
-    bool,
-    typer.Option(
-        "--allow-other-base",
-        help="take masks and checkpoints of another base; every artifact after says so",
-    ),
-]
 MaskFile = Annotated[Path, typer.Argument(help="mask file (*.safetensors)")]
 Out = Annotated[Path, typer.Option(help="the mask file to write")]
 
@@ -273,11 +264,3 @@ def check_base(base: Path, mask: Mask) -> None:
         check_shapes(mask, shapes)
     except RunError as error:
         raise RunError(f"{base}: {error}") from None
-
-
-def say(what: str, where: Path, made: bool) -> None:
-    from vlopd.files import is_first_process
-
-    if is_first_process():
-        done = "" if made else " (was done)"
-        console.print(f"[bold]{what}[/]: {where}{done}", soft_wrap=True)

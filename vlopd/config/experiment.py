@@ -229,6 +229,11 @@ class ExperimentConfig(Recipe):
                 raise ValueError(f"arms.{arm} needs itself: {' <- '.join([arm, *seen, arm])}")
             seen.append(name)
 
+    def is_derived(self, arm: str) -> bool:
+        """Whether an arm is made from others: under a mask, by a transplant, from an early checkpoint."""
+        its = self.arms[arm]
+        return mask_of(its) is not None or bool(checkpoints_of(its))
+
     def ancestors(self, arm: str) -> list[str]:
         """The arms whose deltas `arm` is made from, nearest first (at most one visit each)."""
         found: list[str] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
@@ -51,6 +52,7 @@ from vlopd.run.resolve import (
 )
 from vlopd.run.stage import Stage
 from vlopd.train.pair import load_pair
+from vlopd.train.resume import is_state_of
 from vlopd.train.sparse import Trainable
 from vlopd.weights.stored import stored_tensors
 from vlopd.weights.subspace import Projection, update_projection
@@ -105,6 +107,7 @@ def train_arm(
     base = run.checkpoint(base_arm(config))
     refuse_other_base(own_other_base(run, config, arm), inputs["base"], how.allow_other_base)
     accelerator = distributed.accelerator()
+    distributed.main_process_alone(accelerator, lambda: clear(run.arm(name), digest_json(inputs)))
     # the student as it is: the base arm, unless that is stored in less than the student's own precision
     pair = load_pair(config, accelerator.device, base if keeps_base(config) else None)
     before, mask, projections = read_tensors(base), None, None
@@ -171,6 +174,15 @@ def train_arm(
         shutil.rmtree(folder / "state", ignore_errors=True)
 
     distributed.main_process_alone(accelerator, write)
+
+
+def clear(folder: Path, identity: str) -> None:
+    """Removes what an arm made from other inputs left (early checkpoints, logs), unless its state is resumed from."""
+    if is_state_of(folder / "state", identity):
+        return
+    for path in folder.glob("*"):
+        if path.name != "state":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def describe(config: ExperimentConfig, arm: DistillArm) -> str:

@@ -91,21 +91,53 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: Path | str, config: ExperimentConfig) -> RunFolder:
-        """Makes the folder for `config`, or opens it and lets its run grow to `config`; `changes` says how they differ.
+        """Makes the folder for `config`, or opens it and lets its run grow to `config`: `prepare` and `adopt`."""
+        run = cls.prepare(root, config)
+        run.adopt(config)
+        return run
 
-        What the configs share is kept by every stage, and what differs is made by those that it concerns. Raises
-        ConfigError where they differ in what every arm stands on (FIXED).
+    @classmethod
+    def prepare(cls, root: Path | str, config: ExperimentConfig) -> RunFolder:
+        """Opens the folder of a run, or of one to be, for `config`; its `changes` say how the run's own differs.
+
+        Writes no part of the run. Raises ConfigError where the configs differ in what every arm stands on (FIXED).
         """
         run = cls(root)
         run.root.mkdir(parents=True, exist_ok=True)
         run.lock()
-        resolved = json.loads(config.model_dump_json())
-        with run.making("run"):
-            if (run.root / "run.json").exists():
-                run.grow(run.read(), resolved)
-            elif is_first_process():
-                run.write(resolved, [])
+        if (run.root / "run.json").exists():
+            run.changes = differences(with_defaults(run.read()["config"]), resolved(config))
+        fixed = [line for line in run.changes if line.startswith(FIXED)]
+        if fixed:
+            raise ConfigError(
+                f"{run.root} is a run of another student, which all of its arms start from; choose another --out. "
+                f"Theirs -> yours: {'; '.join(fixed)}"
+            )
         return run
+
+    def adopt(self, config: ExperimentConfig) -> None:
+        """Makes `config` the run's, in run.json; the one before joins the history there.
+
+        What the configs share is kept by every stage, and what differs is made by those that it concerns.
+        """
+        if not is_first_process():
+            return
+        wanted, history = resolved(config), []
+        with self.making("run"):
+            if (self.root / "run.json").exists():
+                before = self.read()
+                history = before.pop("history")
+                if differences(with_defaults(before["config"]), wanted):
+                    history.append(before)
+                elif self.checksums.path("run").exists():
+                    return
+            seeds = {n: arm["seed"] for n, arm in wanted["arms"].items() if "seed" in arm}
+            about = {"format": FORMAT, "config": wanted, "seeds": seeds}
+            about |= {"precision": wanted["precision"], **provenance(), "history": history}
+            # a kill between these leaves a run.json, with a checksum or without
+            self.checksums.path("run").unlink(missing_ok=True)
+            write_json(self.root / "run.json", about)
+            self.checksums.write("run", [self.root / "run.json"])
 
     @classmethod
     def open(cls, root: Path | str) -> tuple[RunFolder, ExperimentConfig]:
@@ -132,29 +164,6 @@ class RunFolder:
                 "another folder, or use the version that it names"
             )
         return about
-
-    def grow(self, about: dict[str, Any], resolved: dict[str, Any]) -> None:
-        """Makes `resolved` the run's config; `about` (run.json) joins its own history."""
-        before = with_defaults(about["config"])
-        self.changes = differences(before, resolved)
-        fixed = [line for line in self.changes if line.startswith(FIXED)]
-        if fixed:
-            raise ConfigError(
-                f"{self.root} is a run of another student, which all of its arms start from; choose another --out. "
-                f"Theirs -> yours: {'; '.join(fixed)}"
-            )
-        if is_first_process() and (self.changes or not self.checksums.path("run").exists()):
-            history = about.pop("history")
-            self.write(resolved, [*history, about] if self.changes else history)
-
-    def write(self, resolved: dict[str, Any], history: list[Any]) -> None:
-        """Writes run.json, then its checksum: a kill between them leaves a run.json, with a checksum or without."""
-        seeds = {n: arm["seed"] for n, arm in resolved["arms"].items() if "seed" in arm}
-        about = {"format": FORMAT, "config": resolved, "seeds": seeds}
-        about |= {"precision": resolved["precision"], **provenance(), "history": history}
-        self.checksums.path("run").unlink(missing_ok=True)
-        write_json(self.root / "run.json", about)
-        self.checksums.write("run", [self.root / "run.json"])
 
     def lock(self) -> None:
         """Notes that this process works in the folder, beside any others, until it ends.
@@ -225,6 +234,11 @@ class RunFolder:
                 yield
             finally:
                 self._making.remove(artifact)
+
+
+def resolved(config: ExperimentConfig) -> dict[str, Any]:
+    """A config as run.json has it."""
+    return json.loads(config.model_dump_json())
 
 
 def with_defaults(resolved: Any) -> Any:

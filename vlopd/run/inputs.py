@@ -19,7 +19,7 @@ from vlopd.config.arms import (
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import FileMask, MaskConfig
 from vlopd.config.recipe import Recipe
-from vlopd.digests import digest_checkpoint, digest_json, file_digest
+from vlopd.digests import digest_checkpoint, file_digest
 from vlopd.files import read_json
 from vlopd.geometry.trajectory import step_of
 from vlopd.masks.files import load_mask
@@ -66,8 +66,8 @@ def made_from(
             "student": read_json(run.arm_record(base_arm(config)))["inputs"],
             "teachers": {n: teacher_content(run, its, each, whole) for n, each in teachers},
             "data": data_content(its, whole),
-            "arm": resolved["arms"][name],
-            "settings": digest_json({key: resolved[key] for key in RUN_WIDE}),
+            "arm": arm.model_dump(mode="json", include={"type", "seed", "mask", "subspace"}),
+            "recipe": {key: resolved[key] for key in RUN_WIDE},
         }
     else:
         inputs["arm"] = arm.model_dump(mode="json")

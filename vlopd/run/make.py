@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def make_arm(run: RunFolder, config: ExperimentConfig, name: str, how: Making = 
         return its.made
     with distributed.main_process_first(), stage(run, f"arms/{name}") as its:
         if its.is_due(inputs):
+            shutil.rmtree(run.arm(name), ignore_errors=True)  # what an arm of this name was before
             match arm:
                 case BaseArm():
                     write_base(its, config, name)

@@ -54,7 +54,7 @@ def verify_run(run: RunFolder) -> Verified:
     problems += lost_checksums(run)
     problems = list(dict.fromkeys(problems))
     inputs: list[str] = []
-    if not any(problem.file == written for problem in problems):
+    if not any(problem.file in (written, run.checksums.path("run")) for problem in problems):
         config = config_of(run.read()["config"], written)
         inputs = changed_inputs(run, config)
     return Verified(problems, sorted(unknown), inputs, len(present), n_bytes)

@@ -58,6 +58,18 @@ def digest(about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
+def is_state_of(folder: Path, identity: str) -> bool:
+    """Whether there is a state that `resume` would load with this identity, or refuse as damaged."""
+    path = folder / "state.safetensors"
+    if not path.exists():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("identity") == identity
+    except (OSError, SafetensorError):
+        return True
+
+
 def resume(
     folder: Path,
     trainable: Trainable,
