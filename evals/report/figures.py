@@ -124,7 +124,8 @@ def against_density(rows: pd.DataFrame, lines: Mapping[str, float], label: str) 
             axes.errorbar(
                 100 * part.density,
                 100 * part["mean"],
-                yerr=np.nan_to_num(errors),
+                # the interval of a mean of 0 may start a rounding above it
+                yerr=np.maximum(np.nan_to_num(errors), 0),
                 fmt="o",
                 ls="none" if part.density.nunique() == 1 else "-",
                 color=COLOURS[str(role)],

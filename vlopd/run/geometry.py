@@ -21,6 +21,8 @@ def make_geometry(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
     """The geometry of an arm's delta, each number beside its nulls; and of its checkpoints, if it kept any."""
     with stage(run, f"geometry/{name}") as its:
         if its.is_due(lambda _: geometry_inputs(run, config, name)):
+            if its.before:  # of another update or settings: nothing of it is kept
+                shutil.rmtree(run.geometry(name), ignore_errors=True)
             write_geometry(its, config, name)
         else:
             # of a process that was killed at its end
