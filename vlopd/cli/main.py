@@ -123,12 +123,10 @@ def unready(config: ExperimentConfig, names: list[str], evaluated: bool) -> list
 def unready_tasks(config: ExperimentConfig, names: list[str]) -> list[str]:
     """What would stop these arms' evaluation, a line each."""
     from evals import preflight as tasks
-    from evals.compare import lost_contrasts
     from vlopd.preflight import inputs
 
     try:
-        lines = lost_contrasts(config)
-        lines += tasks.findings(config.eval, inputs.evaluated(config, names))
+        lines = tasks.findings(config.eval, inputs.evaluated(config, names))
     except UserError as error:
         return [str(error)]
     for name in names:
@@ -193,8 +191,10 @@ def make_report(run: RunFolder, config: ExperimentConfig) -> None:
 
 
 def say_verdict(run: RunFolder) -> None:
+    from evals.report.verdict import verdict
+
     console.print()
-    for sentence in read_json(run.compare)["verdict"]:
+    for sentence in verdict(read_json(run.compare)):
         console.print(sentence, soft_wrap=True, highlight=False)
     console.print(f"\n[bold]report[/]: {run.report / 'report.html'}", soft_wrap=True)
 
@@ -463,13 +463,14 @@ def compare(
 
 
 def show_comparison(compared: dict) -> None:
-    from evals.report.verdict import p_value, percent, points
+    from evals.report.verdict import p_value, percent, points, verdict
 
     for task, entry in compared["tasks"].items():
         table = Table(
             task, entry["metric"], "standard error", "difference to the first", "p (Holm)"
         )
-        differences = {contrast["a"]: contrast for contrast in entry["contrasts"]}
+        first = next(iter(entry["arms"]))
+        differences = {its["a"]: its for its in entry["contrasts"] if its["b"] == first}
         for name, its in entry["arms"].items():
             versus = differences.get(name)
             error = its["standard_error"]
@@ -478,7 +479,7 @@ def show_comparison(compared: dict) -> None:
                 name, percent(its["mean"]), "-" if error is None else percent(error), *cells
             )
         console.print(table)
-    for sentence in compared["verdict"]:
+    for sentence in verdict(compared):
         console.print(sentence, soft_wrap=True, highlight=False)
 
 
