@@ -327,7 +327,9 @@ def test_a_run_of_few_arms(tmp_path):
         arms={"base": {"type": "base"}, "full": {"type": "distill", "seed": 0}}, masks={}
     )
     run = make_run(tmp_path / "two", config, n=40, images=False)
-    task = read_json(compare(run, config))["tasks"]["shapes"]
+    record = read_json(compare(run, config))
+    task = record["tasks"]["shapes"]
+    assert not any("gap" in line for line in verdict(record))
     assert task["gap_closed"] is None and task["controls"] == []
     assert "Full OPD scores" in build_report(run, config).read_text()
     only = make_config(arms={"base": {"type": "base"}}, masks={}, geometry={"arms": []})
