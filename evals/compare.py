@@ -6,7 +6,7 @@ but the training seed, `seeds` has intervals over both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,70 +15,80 @@ import numpy as np
 
 from evals import stats
 from evals.pairing import Answers, read_answers, read_results
-from evals.report.verdict import verdict
-from evals.roles import Role, Roles, roles_of
 from evals.stats import Scores
 from vlopd.config.analysis import EvalConfig
-from vlopd.config.arms import RANDOM
+from vlopd.config.arms import DistillArm, Role
 from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.recipe import training_of
+from vlopd.config.roles import Roles
 from vlopd.digests import digest_files, digest_json
 from vlopd.errors import RunError
 from vlopd.files import read_json, without_nan
-from vlopd.run.checksums import Checksums
-from vlopd.run.folder import RunFolder, up_to_date
+from vlopd.run.folder import RunFolder
 
 POWER = 0.8
 PAIRS: tuple[tuple[Role, Role], ...] = (
     *(("teacher", "base"), ("full", "base"), ("teacher", "full"), ("replicate", "full")),
     *(("variant", "full"), ("variant", "base")),
-    *(("subnetwork", "full"), ("subnetwork", "base"), ("random", "base")),
+    *(("subnetwork", "full"), ("subnetwork", "base"), ("control", "base")),
     *(("transplant", "full"), ("transplant", "subnetwork")),
     *(("projection", "full"), ("projection", "base")),
     *(("other", "full"), ("other", "base")),
 )
-"""The contrasts that are reported, by role."""
+"""The contrasts that follow from the arms' roles."""
 SUMMED_UP: tuple[tuple[Role, Role], ...] = (
     ("full", "base"),
     ("subnetwork", "full"),
     ("subnetwork", "base"),
-    ("subnetwork", "random"),
+    ("subnetwork", "control"),
 )
 """Those that are repeated over training seeds, where there are several."""
+FORMAT = 2
+"""Of compare.json; one of another format is made again."""
 
 
 def compare(run: RunFolder, config: ExperimentConfig) -> Path:
-    """Writes compare.json: every arm, every contrast, and the verdict in words.
+    """Writes compare.json: every arm and every contrast.
 
     Raises RunError when an arm has no evaluation, or arms were asked different questions.
     """
     inputs = {"config": digest_json(config.model_dump(mode="json"))}
-    evals = run.root / "evals"
-    return compare_arms(
-        evals, roles_of(config), config.eval, run.compare, inputs, densities(run, list(config.arms))
-    )
+    return compare_arms(run, config.roles, config.eval, inputs, arms_about(run, config))
 
 
 def compare_arms(
-    evals: Path,
+    run: RunFolder,
     roles: Roles,
     config: EvalConfig,
-    out: Path,
     inputs: Mapping[str, Any],
-    density: Mapping[str, float | None],
+    about: Mapping[str, Mapping[str, Any]],
 ) -> Path:
-    """The comparison of evaluations in a folder, by what each arm is for."""
-    arms, sums = list(roles.of), Checksums(evals.parent)
-    for arm in arms:
-        if sums.path(f"evals/{arm}").exists():
-            sums.check(f"evals/{arm}")
-    results = read_results(evals, arms)
-    inputs = dict(inputs)
-    for arm in arms:
-        inputs[f"evals/{arm}"] = digest_files(
-            [evals / arm / "results.json", *(evals / arm).glob("samples_*.jsonl")]
-        )
-    if up_to_date(out, inputs) and not any(sums.problems("compare", whole=False)):
-        return out
+    """The comparison of a folder's evaluations, by what each arm is for; `about` is what is known of each arm."""
+    evals = {arm: run.eval(arm) for arm in roles.of}
+    for arm in evals:
+        if run.checksums.path(f"evals/{arm}").exists():
+            run.checksums.check(f"evals/{arm}")
+    results = read_results(run.root / "evals", list(evals))
+    digests = {
+        f"evals/{arm}": digest_files([its / "results.json", *its.glob("samples_*.jsonl")])
+        for arm, its in evals.items()
+    }
+    with stage(run, "compare", derived=True) as its:
+        if its.is_due(lambda _: {**inputs, **digests, "format": FORMAT}):
+            record = comparison(run, roles, config, results, about)
+            its.finish(without_nan(record), ())
+    return run.compare
+
+
+def comparison(
+    run: RunFolder,
+    roles: Roles,
+    config: EvalConfig,
+    results: Mapping[str, Mapping[str, Any]],
+    about: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The content of compare.json. Raises RunError where no task has a score a question."""
+    arms = list(roles.of)
     first = results[arms[0]]
     if not first["primary_metric"]:
         why = "; ".join(f"{task}: {reason}" for task, reason in first["not_compared"].items())
@@ -86,24 +96,23 @@ def compare_arms(
     tasks = {}
     for task, metric in first["primary_metric"].items():
         further = first.get("pass_at", {}).get(task, [])
-        answers = read_answers(evals, arms, task, metric, further)
+        answers = read_answers(run.root / "evals", arms, task, metric, further)
         tasks[task] = compare_task(answers, roles, config)
         tasks[task]["chance"] = first.get("chance", {}).get(task)
         for arm in arms:
             failures = results[arm].get("extraction_failure_fraction", {}).get(task)
             tasks[task]["arms"][arm]["extraction_failure_fraction"] = failures
-    record = {
-        "inputs": inputs,
+    return {
         "confidence": config.confidence,
         "margin": config.margin,
+        "declared_contrasts": config.contrasts and list(config.contrasts),
         "sampled": config.sampled and config.sampled.model_dump(mode="json"),
         "other_base": {arm: its for arm in arms if (its := results[arm].get("other_base"))},
         "not_compared": first.get("not_compared", {}),
+        "arms": {arm: {"role": role, **about.get(arm, {})} for arm, role in roles.of.items()},
+        "not_pooled": [its._asdict() for its in roles.unpooled],
         "tasks": tasks,
     }
-    record["verdict"] = verdict(record, roles.seeds, density)
-    sums.finish("compare", without_nan(record), ())
-    return out
 
 
 def compare_task(answers: Answers, roles: Roles, config: EvalConfig) -> dict[str, Any]:
@@ -125,44 +134,49 @@ def compare_task(answers: Answers, roles: Roles, config: EvalConfig) -> dict[str
             else None
         )
 
+    def contrast(a: str, b: str | tuple[str, ...], name: str = "") -> dict[str, Any]:
+        entry = measure.contrast(name or f"{a} - {b}", a, b, scores[a], mean_scores(scores, b))
+        if full and roles.of[a] == "subnetwork" and b == full:
+            entry["non_inferiority"] = measure.non_inferiority(a, full)
+        return entry
+
     contrasts = [
-        measure.contrast(f"{a} - {b}", a, b, scores[a], scores[b])
+        contrast(a, b)
         for above, below in PAIRS
         for a in roles.arms(above)
         for b in roles.arms(below)
     ]
-    for contrast in contrasts:
-        if full and roles.of[contrast["a"]] == "subnetwork" and contrast["b"] == full:
-            contrast["non_inferiority"] = measure.non_inferiority(contrast["a"], full)
-    controls = {}
-    for arm, randoms in roles.controls.items():
-        for other in randoms:
-            contrasts.append(
-                measure.contrast(f"{arm} - {other}", arm, other, scores[arm], scores[other])
-            )
-        pooled = np.mean([scores[other] for other in randoms], axis=0)
-        means = [float(scores[other].mean()) for other in randoms]
-        name = f"{arm} - random (mean of {len(randoms)})"
-        difference = measure.contrast(name, arm, list(randoms), scores[arm], pooled)
+    controls = []
+    for group in roles.controls:
+        contrasts += [contrast(group.arm, other) for other in group.arms]
+        name = f"{group.arm} - {group.kind} (mean of {len(group.arms)})"
+        difference = contrast(group.arm, group.arms, name)
         contrasts.append(difference)
-        controls[arm] = {
-            "arms": list(randoms),
-            "pooled": {
-                **measure.arm(pooled),
-                "sd_between_arms": float(np.std(means, ddof=1)) if len(means) > 1 else None,
-            },
-            "difference": difference,
-            **stats.rank_among(float(scores[arm].mean()), means).__dict__,
-        }
-    adjust(contrasts, config.contrasts)
-    key = next(iter(controls.values()))["difference"] if controls else next(iter(contrasts), None)
+        pooled = mean_scores(scores, group.arms)
+        means = [float(scores[other].mean()) for other in group.arms]
+        controls.append(
+            {
+                **group._asdict(),
+                "pooled": {
+                    **measure.arm(pooled),
+                    "sd_between_arms": float(np.std(means, ddof=1)) if len(means) > 1 else None,
+                },
+                "difference": difference,
+                **stats.rank_among(float(scores[group.arm].mean()), means).__dict__,
+            }
+        )
+    given = {(its["a"], its["b"]) for its in contrasts}
+    declared = [roles.contrast(text) for text in config.contrasts or ()]
+    contrasts += [contrast(a, b) for a, b in dict.fromkeys(declared) if (a, b) not in given]
+    adjust(contrasts, set(declared))
+    key = controls[0]["difference"] if controls else next(iter(contrasts), None)
     return {
         "metric": answers.metric,
         "n": len(answers.groups),
         "clusters": len(set(answers.clusters)) if answers.clusters else None,
         "arms": entries,
         "contrasts": contrasts,
-        "random_controls": controls,
+        "controls": controls,
         "seeds": over_seeds(answers, roles, config),
         "gap_closed": entries[full]["gap_closed"] if full else None,
         "minimum_detectable_effect": key and key["minimum_detectable_effect"],
@@ -170,51 +184,41 @@ def compare_task(answers: Answers, roles: Roles, config: EvalConfig) -> dict[str
     }
 
 
-def lost_contrasts(config: ExperimentConfig) -> list[str]:
-    """The declared contrasts that no comparison of these arms' roles gives, a line each."""
-    roles = roles_of(config)
-    given = [
-        f"{a} - {b}" for above, below in PAIRS for a in roles.arms(above) for b in roles.arms(below)
-    ]
-    for arm, randoms in roles.controls.items():
-        given += [f"{arm} - {other}" for other in (RANDOM, *randoms)]
-    return [
-        f"eval.contrasts: {name!r} is no comparison of these arms' roles; there are {', '.join(given)}"
-        for name in config.eval.contrasts or ()
-        if name not in given
-    ]
-
-
-def adjust(contrasts: Sequence[dict[str, Any]], declared: Sequence[str] | None) -> None:
+def adjust(contrasts: Sequence[dict[str, Any]], declared: Collection[tuple[Any, Any]]) -> None:
     """Holm's p over the declared contrasts, or over all where none are declared; null for the others."""
-
-    def is_declared(contrast: Mapping[str, Any]) -> bool:
-        b = RANDOM if isinstance(contrast["b"], list) else contrast["b"]
-        return declared is None or f"{contrast['a']} - {b}" in declared
-
-    family = [contrast for contrast in contrasts if is_declared(contrast)]
     for contrast in contrasts:
+        contrast["declared"] = (contrast["a"], contrast["b"]) in declared
         contrast["p_holm"] = None
+    family = [contrast for contrast in contrasts if contrast["declared"] or not declared]
     for contrast, p in zip(family, stats.holm([c["p"] for c in family]), strict=True):
         contrast["p_holm"] = p
 
 
+def mean_scores(scores: Mapping[str, Scores], arms: str | Sequence[str]) -> Scores:
+    """An arm's score of each question, or the mean of several arms'."""
+    if isinstance(arms, str):
+        return scores[arms]
+    return np.mean([scores[arm] for arm in arms], axis=0)
+
+
 def over_seeds(answers: Answers, roles: Roles, config: EvalConfig) -> list[dict[str, Any]]:
-    """The main contrasts between arms that differ in the training seed alone (or the random mask's), as groups."""
-    single = [(arm,) for arm in roles.of if not any(arm in own for own in roles.families.values())]
-    families = [*roles.families.values(), *single]
-    groups = {
-        role: [own for own in families if roles.of[own[0]] == role]
+    """The main contrasts between arms that differ in the training seed alone (or the control mask's), as groups."""
+    single = [(arm,) for arm in roles.of if not any(arm in own for own in roles.families)]
+    groups: dict[str, list[tuple[str, ...]]] = {
+        role: [own for own in (*roles.families, *single) if roles.of[own[0]] == role]
         for role in ("base", "full", "subnetwork")
     }
-    groups["random"] = list(dict.fromkeys(roles.controls.values()))
+    kinds = {group.arms: group.kind for group in roles.controls}
+    groups["control"] = list(kinds)
     rows = []
     for above, below in SUMMED_UP:
         for a in groups[above]:
             for b in groups[below]:
                 if len(a) == len(b) == 1:
                     continue
-                if below == "random" and not any(roles.controls.get(arm) == b for arm in a):
+                if below == "control" and not any(
+                    group.arm in a and group.arms == b for group in roles.controls
+                ):
                     continue
                 found = stats.seed_difference(
                     [answers.scores[arm] for arm in a],
@@ -225,7 +229,7 @@ def over_seeds(answers: Answers, roles: Roles, config: EvalConfig) -> list[dict[
                 )
                 entry = dict(found.__dict__)
                 entry["interval"] = [entry.pop("low"), entry.pop("high")]
-                name = f"{a[0]} - {RANDOM if below == 'random' else b[0]}"
+                name = f"{a[0]} - {kinds[b] if below == 'control' else b[0]}"
                 rows.append({"name": name, "a": list(a), "b": list(b), **entry})
     return rows
 
@@ -314,7 +318,13 @@ def plain(estimate: stats.Estimate) -> dict[str, Any]:
     return entry
 
 
-def densities(run: RunFolder, arms: Sequence[str]) -> dict[str, float | None]:
-    """The density each arm's record gives, where it has a record."""
-    records = {arm: run.arm_record(arm) for arm in arms}
-    return {a: read_json(path).get("density") for a, path in records.items() if path.exists()}
+def arms_about(run: RunFolder, config: ExperimentConfig) -> dict[str, dict[str, Any]]:
+    """What a comparison says of each arm: what its training is called, its seed, and its record's density."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, arm in config.arms.items():
+        path = run.arm_record(name)
+        its: dict[str, Any] = dict.fromkeys(("training", "seed", "density"))
+        if isinstance(arm, DistillArm):
+            its |= {"training": training_of(config.of_arm(arm)), "seed": arm.seed}
+        found[name] = its | ({"density": read_json(path).get("density")} if path.exists() else {})
+    return found

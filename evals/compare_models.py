@@ -11,9 +11,10 @@ import torch
 from evals import preflight
 from evals.compare import compare_arms
 from evals.harness import Subject, evaluate, import_scores
-from evals.roles import Role, Roles
 from vlopd.config.analysis import EvalConfig
+from vlopd.config.arms import Role
 from vlopd.config.models import ModelConfig
+from vlopd.config.roles import Roles
 from vlopd.errors import ConfigError
 from vlopd.files import names_apart
 from vlopd.models.load import DTYPES, check_unloaded, load_configured
@@ -32,6 +33,14 @@ def compare_models(
     and out/compare.json, whose path it returns. What was evaluated before is not evaluated again.
     """
     names, run = names_of(models), RunFolder(out)
+    first, *others = names
+    of: dict[str, Role] = {first: "base", **dict.fromkeys(others, "other")}
+    roles = Roles(of)
+    try:
+        for text in config.contrasts or ():
+            roles.contrast(text)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     for model in models:
         if not is_scores(model):
             check_unloaded(ModelConfig(model=model))  # of all, before hours go into the first
@@ -50,9 +59,7 @@ def compare_models(
             return model_content(about, whole)
 
         evaluate(run, Subject(name, content, compute, open_model, {"model": model}), config)
-    first, *others = names
-    of: dict[str, Role] = {first: "base", **dict.fromkeys(others, "other")}
-    return compare_arms(out / "evals", Roles(of), config, out / "compare.json", {}, {})
+    return compare_arms(run, roles, config, {}, {})
 
 
 def refuse_unready(names: Mapping[str, str], config: EvalConfig) -> None:

@@ -117,6 +117,13 @@ def test_the_report_does_not_import_torch():
         assert not any(m.split(".")[0] in ("torch", "transformers") for m in imports_of(path)), path
 
 
+def test_only_the_report_makes_sentences():
+    """Evaluation and comparison write numbers; the report, which reads their files, puts them into words."""
+    for name, path in MODULES.items():
+        if name.startswith("evals.") and not name.startswith("evals.report"):
+            assert not any(module.startswith("evals.report") for module in imports_of(path)), path
+
+
 def test_constraints_pin_every_requirement():
     """Each dependency of pyproject.toml has a pinned version in constraints.txt."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

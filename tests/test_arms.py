@@ -283,10 +283,11 @@ def test_another_bases_mask_needs_a_word_and_leaves_a_mark(
     assert read_json(run.eval("full") / "results.json")["other_base"] == mark
     evaluate_arm(run, ours, "base")
     from evals.compare import compare
+    from evals.report.verdict import verdict
 
     compared = read_json(compare(run, ours))
     assert compared["other_base"] == {"full": mark}
-    assert any("came from another base checkpoint" in line for line in compared["verdict"])
+    assert any("came from another base checkpoint" in line for line in verdict(compared))
 
     same = RunFolder.create(
         tmp_path / "same", config := theirs.model_copy(update={"masks": ours.masks})
@@ -492,7 +493,7 @@ def test_what_the_stored_precision_does_not_hold_is_refused(kind, make_config, t
         "train": {"steps": 2, "prompts_per_step": 2, "save_every": 1},
         "arms": {
             "base": {"type": "base"},
-            "full": {"type": "distill", "optim": {"learning_rate": 1.0}},
+            "full": {"type": "distill", "role": "full", "optim": {"learning_rate": 1.0}},
             "far": {"type": "distill", "optim": {"learning_rate": 1e5}},
             "kept": {
                 "type": "distill",

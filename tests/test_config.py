@@ -200,6 +200,124 @@ def test_what_makes_no_sense_is_refused(overrides, message):
         load_config(QUICKSTART, overrides)
 
 
+# ------------------------------------------------------------------------------------------ roles
+
+DATA = "rollout={source='data'}, loss={type='nll'}"
+LOW = [
+    "masks.low={type='magnitude', fraction=0.05}",
+    "arms.low={type='distill', mask='low', role='control'}",
+]
+BINNED = [
+    "masks.binned={type='random', like='top', seed=5, match='magnitude'}",
+    "arms.binned={type='distill', mask='binned'}",
+]
+
+
+def trained_roles(*overrides: str) -> dict[str, str]:
+    roles = load_config(QUICKSTART, overrides).roles.of
+    return {arm: role for arm, role in roles.items() if role in ("full", "replicate", "variant")}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "roles"),
+    [
+        ([], {"full": "full"}),
+        (["arms.full.loss={type='jsd'}"], {"full": "full"}),  # own sections, but the only one
+        (["arms.b={type='distill', seed=7}"], {"full": "full", "b": "replicate"}),
+        (["arms.b={type='distill', loss={type='jsd'}}"], {"full": "full", "b": "variant"}),
+        ([f"arms.full={{type='distill', {DATA}}}", "arms.b={type='distill', loss={type='jsd'}}"],
+         {"full": "variant", "b": "full"}),  # SFT is full only where nothing else could be
+        ([f"arms.full={{type='distill', {DATA}}}"], {"full": "full"}),
+        (["arms.b={type='distill', loss={type='jsd'}, role='full'}"], {"full": "variant", "b": "full"}),
+        (["arms.b={type='distill', seeds=[3, 4], loss={type='jsd'}, role='full'}", "arms.full.role='variant'"],
+         {"full": "variant", "b-0": "full", "b-1": "replicate"}),
+        (["arms.b={type='distill', seed=7, train={save_every=7}}"], {"full": "full", "b": "replicate"}),
+        (["arms.full.role='variant'"], {"full": "variant"}),
+        (["arms.b={type='checkpoint', model='m', role='full'}"], {"full": "variant", "b": "full"}),
+    ],
+)  # fmt: skip
+def test_roles_are_said_or_follow_without_a_doubt(overrides, roles):
+    """Full is the arm that says so, else the one without own sections, else the only one; what differs from it in the
+    seed alone is a replicate, and the rest are variants."""
+    assert trained_roles(*overrides) == roles
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["arms.full.loss={type='jsd'}", "arms.b={type='distill', loss={type='k1'}}"],
+         r"arms\.full and arms\.b could each be the full arm .*loss\.type jsd -> k1; give .* role = \"full\""),
+        (["arms.full.role='full'", "arms.b={type='distill', optim={learning_rate=1e-4}, role='full'}"],
+         r"arms\.full and arms\.b both have role = \"full\" and differ in optim\.learning_rate 0\.0003 -> 0\.0001"),
+        (["arms.b={type='distill', loss={type='jsd'}, role='replicate'}"],
+         r"arms\.b: role = \"replicate\" .* loss\.type reverse_kl -> jsd; give it role = \"variant\""),
+        (["arms.full.role='variant'", "arms.b={type='distill', role='replicate'}"], "needs an arm with role"),
+        (["arms.b={type='distill', role='subnetwork'}"], "under a mask; give it a mask"),
+        (["arms.b={type='extrapolate', of='full', factor=2.0, role='control'}"], "under a mask; give it a mask"),
+        (["arms.b={type='distill', role='base'}"], r"arms\.b\.role: .*'full', 'replicate'.*, not 'base'"),
+        (["arms.b={type='checkpoint', model='m', role='base'}"], r"arms\.base and arms\.b are both the base"),
+        (["eval.contrasts=['full - random']"], r"'full - random' needs an arm whose mask is of type \"random\""),
+        (["eval.contrasts=['full - nope']"], "eval.contrasts names 'nope'"),
+        (["eval.contrasts=['full']"], '\'full\' is not "arm - arm"'),
+        (["eval.contrasts=['subnetwork - random']", "arms.subnetwork.optim={learning_rate=1e-4}"],
+         r"there is none \(random-0 is not pooled .* optim\.learning_rate 0\.0001 -> 0\.0003\)"),
+        (["eval.contrasts=['subnetwork - random']", *BINNED],
+         "say which of 'subnetwork - random, as random-0', 'subnetwork - random, as binned'"),
+    ],
+)  # fmt: skip
+def test_roles_that_are_in_doubt_are_refused(overrides, message):
+    """Two arms that could each be full, roles that an arm cannot have, contrasts of what there is not: one line with
+    the names and the remedy, when the config is read."""
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(QUICKSTART, overrides)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "groups", "apart"),
+    [
+        ([], [("random-0", "random-1", "random-2")], []),
+        (["arms.random-1.seed=9"], [("random-0", "random-1", "random-2")], []),
+        (["arms.random-1.optim={learning_rate=1e-4}"], [("random-0", "random-2")],
+         [("random-1", "optim.learning_rate 0.0003 -> 0.0001")]),
+        (["arms.random-1.train={steps=60}"], [("random-0", "random-2")], [("random-1", "train.steps 120 -> 60")]),
+        (["arms.random-1.loss={type='jsd'}"], [("random-0", "random-2")],
+         [("random-1", "loss.type reverse_kl -> jsd")]),
+        (["arms.random-1.train={save_every=7}"], [("random-0", "random-1", "random-2")], []),
+        (LOW, [("random-0", "random-1", "random-2"), ("low",)], []),
+        (BINNED, [("random-0", "random-1", "random-2"), ("binned",)], []),
+        (["masks.random-2.like='random-0'"], [("random-0", "random-1", "random-2")], []),
+        (["arms.random-0={type='transplant', of='full', mask='random-0'}"],
+         [("random-1", "random-2"), ("random-0",)], []),
+    ],
+)  # fmt: skip
+def test_controls_are_pooled_where_only_the_draw_differs(overrides, groups, apart):
+    """Controls are averaged where they agree with the arm that they control in all but mask and seed, and with each
+    other in the rule of the mask; one that does not is named with what differs."""
+    roles = load_config(QUICKSTART, overrides).roles
+    assert [group.arms for group in roles.controls] == groups
+    assert [(its.arm, its.differences[0]) for its in roles.unpooled] == apart
+
+
+def test_a_contrast_may_be_of_any_two_arms():
+    """Variants, controls and pooled controls of any kind can be declared, and are the comparison that they name."""
+    declared = [
+        "random-0 - random-1",
+        "subnetwork - random",
+        "subnetwork - low-magnitude",
+        "base - low",
+    ]
+    roles = load_config(QUICKSTART, [*LOW, f"eval.contrasts={declared}"]).roles
+    randoms = ("random-0", "random-1", "random-2")
+    expected = [
+        ("random-0", "random-1"),
+        ("subnetwork", randoms),
+        ("subnetwork", ("low",)),
+        ("base", "low"),
+    ]
+    assert [roles.contrast(text) for text in declared] == expected
+
+
 def test_a_warm_up_beyond_the_end_is_said():
     """A rate that never reaches what the config says is noted, in the log and the arm's record."""
     assert not load_config(QUICKSTART).notes

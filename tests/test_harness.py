@@ -13,7 +13,7 @@ from evals import harness, stats
 from evals.compare import compare, plain
 from evals.harness import evaluate_arm
 from evals.lm import ArmLM, Asked
-from evals.report.verdict import Teller, no_worse, p_value, points
+from evals.report.verdict import Teller, no_worse, p_value, points, verdict
 from evals.scoring import TASKS, Tasks, score
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.models import ModelConfig
@@ -199,7 +199,7 @@ def test_scores_and_models_from_elsewhere_are_arms(make_config, tmp_path):
     compared = read_json(compare(run, config))
     roles = {arm: its["role"] for arm, its in compared["tasks"]["shapes_text"]["arms"].items()}
     assert roles == {"base": "base", "theirs": "other", "here": "other"}
-    assert any("theirs minus base" in line for line in compared["verdict"])
+    assert any("theirs minus base" in line for line in verdict(compared))
     lacking = with_eval(config, tasks=("shapes_text", "capitals"))
     with pytest.raises(RunError, match="no samples of task capitals; it has shapes_text"):
         evaluate_arm(run, lacking, "theirs")
@@ -275,7 +275,7 @@ def test_an_interval_that_is_not_there():
         assert points(its) == "+0.0 pp" and "nan" not in no_worse(its)
         task = {"arms": {}, "contrasts": [], "n": 2, "minimum_detectable_effect": bounds[0],
                 "minimum_detectable_effect_of": "a - b"}  # fmt: skip
-        assert Teller(task, {}, {}).limits() == []
+        assert Teller(task, {}).limits() == []
     assert p_value(float("nan")) == p_value(None) == "-"
 
 

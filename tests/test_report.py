@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from evals.compare import compare
 from evals.report.build import build_report
+from evals.report.verdict import verdict
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.errors import RunError
 from vlopd.files import read_json, read_jsonl, write_json, write_jsonl
@@ -274,8 +275,9 @@ def test_means_are_those_of_the_samples(compared):
 def test_random_controls_are_pooled_and_ranked(compared):
     """The subnetwork stands against the mean of its own random masks, and its rank has a floor."""
     task = compared[2]["tasks"]["shapes"]
-    control = task["random_controls"]["subnetwork"]
+    (control,) = task["controls"]
     randoms = ["random-0", "random-1", "random-2"]
+    assert (control["arm"], control["kind"]) == ("subnetwork", "random")
     assert control["arms"] == randoms and control["smallest_possible_p"] == 0.25
     mean = np.mean([task["arms"][arm]["mean"] for arm in randoms])
     assert control["pooled"]["mean"] == pytest.approx(mean)
@@ -325,8 +327,10 @@ def test_a_run_of_few_arms(tmp_path):
         arms={"base": {"type": "base"}, "full": {"type": "distill", "seed": 0}}, masks={}
     )
     run = make_run(tmp_path / "two", config, n=40, images=False)
-    task = read_json(compare(run, config))["tasks"]["shapes"]
-    assert task["gap_closed"] is None and task["random_controls"] == {}
+    record = read_json(compare(run, config))
+    task = record["tasks"]["shapes"]
+    assert not any("gap" in line for line in verdict(record))
+    assert task["gap_closed"] is None and task["controls"] == []
     assert "Full OPD scores" in build_report(run, config).read_text()
     only = make_config(arms={"base": {"type": "base"}}, masks={}, geometry={"arms": []})
     run = make_run(tmp_path / "one", only, n=40, images=False)
@@ -351,7 +355,7 @@ def test_report_is_one_file_that_says_it_all(compared, page):
     assert page.count("<svg") == 5
     assert "<blue>" not in page and "&lt;blue&gt;" in page
     plain = page.replace("&#39;", "'").replace("&lt;", "<")
-    assert all(sentence in plain for sentence in record["verdict"])
+    assert all(sentence in plain for sentence in verdict(record))
     assert all(f'<th scope="row">{arm}' in page for arm in config.arms)
     ids = re.findall(r'\bid="([^"]*)"', page)
     assert len(ids) == len(set(ids))
@@ -423,18 +427,21 @@ def test_the_verdict_is_what_the_numbers_say(compared):
     """Recovery, differences and the rank in the sentences are those of compare.json."""
     record = compared[2]
     task = record["tasks"]["shapes"]
-    text = " ".join(record["verdict"])
+    sentences = verdict(record)
+    text = " ".join(sentences)
     recovery = task["arms"]["subnetwork"]["recovery"]
     low, high = recovery["interval"]
     assert f"recovers {recovery['value']:.2f} [{low:.2f}, {high:.2f}] of full OPD's gain" in text
-    assert record["verdict"][0].startswith("The 5 % subnetwork")
-    control = task["random_controls"]["subnetwork"]
+    assert sentences[0].startswith("The 5 % subnetwork")
+    (control,) = task["controls"]
     assert f"ranks {control['rank']} of {control['of']}" in text
     tested = next(c for c in task["contrasts"] if c["name"] == "subnetwork - full")
     said = (
         "no worse by 2 pp" if tested["non_inferiority"]["holds"] else "not shown to be within 2 pp"
     )
     assert said in text
+    effect = 100 * task["minimum_detectable_effect"]
+    assert f"80 % power to detect a difference of {effect:.1f} pp" in text
     seeds = {its["name"]: its for its in task["seeds"]}
     assert seeds["subnetwork - random"]["seeds_b"] == 3
 
@@ -452,6 +459,117 @@ def test_declared_contrasts_are_the_family_of_holm(spoilable):
     for wrong, message in (("full", '"arm - arm"'), ("full - nope", "nope")):
         with pytest.raises(ValueError, match=message):
             make_config(eval={"contrasts": [wrong]})
+
+
+def with_arms(**arms) -> dict:
+    """The miniature's arms and masks, with these arms added or changed."""
+    config = make_config()
+    every = {
+        name: its.model_dump(mode="json", exclude_none=True) for name, its in config.arms.items()
+    }
+    masks = {name: its.model_dump(mode="json") for name, its in config.masks.items()}
+    return {"arms": {name: {**every.get(name, {}), **its} for name, its in {**every, **arms}.items()},
+            "masks": masks}  # fmt: skip
+
+
+def invented(root: Path, config: ExperimentConfig, monkeypatch, **skill: float):
+    """(run, compare.json) of a miniature of these arms."""
+    for arm, its in skill.items():
+        monkeypatch.setitem(SKILL, arm, its)
+    run = make_run(root, config, n=120, images=False)
+    return run, read_json(compare(run, config))
+
+
+def test_a_study_whose_arms_all_name_their_loss(tmp_path, monkeypatch):
+    """With one of them said to be full there are recovery and every declared contrast, between variants and between
+    controls too; exactly these are Holm's family, and what follows from the roles stands beside, uncorrected."""
+    jsd = {"loss": {"type": "jsd"}}
+    declared = ["k1 - skew", "random-0 - random-1", "subnetwork - random", "base - teacher"]
+    config = make_config(
+        **with_arms(
+            full={**jsd, "role": "full"},
+            k1={"type": "distill", "seed": 0, "loss": {"type": "k1"}},
+            skew={"type": "distill", "seed": 0, "loss": {"type": "skew_reverse_kl"}},
+        ),
+        eval={"contrasts": declared, "bootstrap_draws": 200},
+    )
+    run, record = invented(tmp_path / "run", config, monkeypatch, k1=0.9, skew=0.6)
+    task = record["tasks"]["shapes"]
+    roles = {arm: its["role"] for arm, its in record["arms"].items()}
+    assert (roles["full"], roles["k1"], roles["skew"]) == ("full", "variant", "variant")
+    assert task["arms"]["k1"]["recovery"]["status"] == "ok"
+    by_name = {its["name"]: its for its in task["contrasts"]}
+    family = {name for name, its in by_name.items() if its["p_holm"] is not None}
+    assert family == {*declared[:2], "subnetwork - random (mean of 3)", declared[3]}
+    assert family == {name for name, its in by_name.items() if its["declared"]}
+    assert {"k1 - full", "subnetwork - full", "full - base"} <= set(by_name)
+    right = {arm: task["arms"][arm]["mean"] for arm in roles}
+    assert by_name["k1 - skew"]["mean"] == pytest.approx(right["k1"] - right["skew"])
+    smallest = min((by_name[name] for name in family), key=lambda its: its["p"])
+    assert smallest["p_holm"] == pytest.approx(min(1.0, 4 * smallest["p"]))
+    assert any(line.startswith("k1 minus skew: +") for line in verdict(record))
+    build_report(run, config)
+    assert "Holm's correction is over the declared contrasts" in (
+        run.report / "report.html"
+    ).read_text().replace("&#39;", "'")
+
+
+def test_controls_that_differ_in_more_than_the_mask_are_not_averaged(tmp_path, monkeypatch):
+    """A random arm with another learning rate is named with it and left out of the mean; a low-magnitude control is
+    no random one; and the numbers of what is pooled are those of the pooled arms."""
+    sections = with_arms(
+        **{"random-1": {"optim": {"learning_rate": 3e-4}}},
+        low={"type": "distill", "seed": 1, "role": "control", "mask": "low"},
+    )
+    sections["masks"]["low"] = {"type": "magnitude", "fraction": 0.05}
+    config = make_config(**sections, eval={"bootstrap_draws": 200})
+    run, record = invented(tmp_path / "run", config, monkeypatch, low=0.3)
+    task = record["tasks"]["shapes"]
+    random, low = task["controls"]
+    assert (random["arms"], low["arms"]) == (["random-0", "random-2"], ["low"])
+    means = [task["arms"][arm]["mean"] for arm in random["arms"]]
+    assert random["pooled"]["mean"] == pytest.approx(np.mean(means))
+    assert low["difference"]["name"] == "subnetwork - low-magnitude (mean of 1)"
+    differs = "optim.learning_rate 1e-06 -> 0.0003"
+    assert record["not_pooled"] == [
+        {"arm": "random-1", "of": "subnetwork", "differences": [differs]}
+    ]
+    said = f"random-1 is not pooled with the controls of subnetwork: {differs}"
+    build_report(run, config)
+    for name in ("report.html", "report.md"):
+        assert said in (run.report / name).read_text().replace("-&gt;", "->")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ({"rollout": {"source": "data"}, "loss": {"type": "nll"}}, "SFT"),
+        ({"rollout": {"source": "data"}}, "off-policy distillation"),
+        ({"rollout": {"source": "teacher"}, "loss": {"type": "nll"}}, "sequence-level distillation"),
+        ({"rollout": {"completions_per_prompt": 4}, "reward": {"rule": "exact_match"}}, "RLVR"),
+        ({}, "OPD"),
+    ],
+)  # fmt: skip
+def test_training_is_called_what_it_is(tmp_path, recipe, name):
+    """What was trained on data, or on a reward alone, is called OPD neither in the verdict nor in the report."""
+    arms = {"base": {"type": "base"}, "full": {"type": "distill", "seed": 0}}
+    config = make_config(**recipe, arms=arms, masks={}, eval={"bootstrap_draws": 200})
+    run = make_run(tmp_path / "run", config, n=60, images=False)
+    lines = verdict(read_json(compare(run, config)))
+    assert any(line.startswith(f"Full {name} scores ") for line in lines)
+    build_report(run, config)
+    pages = [(run.report / page).read_text() for page in ("report.html", "report.md")]
+    assert all(("OPD" in text) == (name == "OPD") for text in (" ".join(lines), *pages))
+
+
+def test_a_comparison_of_an_older_version_is_one_line(spoilable):
+    """Without what the sentences need they are one line, and the comparison is made again."""
+    run, config, record = spoilable
+    old = {key: value for key, value in record.items() if key not in ("arms", "not_pooled")}
+    old["inputs"] = {key: value for key, value in record["inputs"].items() if key != "format"}
+    write_json(run.compare, old)
+    assert ["vlopd compare" in line for line in verdict(old)] == [True]
+    assert read_json(compare(run, config)) == record
 
 
 def test_replicates_are_taken_as_a_sample_of_seeds(tmp_path):

@@ -18,7 +18,7 @@ def test_towers_are_probed_and_reported(make_config, tmp_path):
         "vlm",
         arms={
             "base": {"type": "base"},
-            "full": {"type": "distill", "seed": 1, "optim": {"learning_rate": 0.03}},
+            "full": {"type": "distill", "role": "full", "optim": {"learning_rate": 0.03}},
             "frozen": {"type": "distill", "seed": 1, "train": {"freeze": ["vision"]}},
         },
         eval={"tasks": ["shapes"], "limit": 2},

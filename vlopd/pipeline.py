@@ -222,8 +222,7 @@ def make_evals(run: RunFolder, config: ExperimentConfig, names: Sequence[str], s
 def make_comparison(run: RunFolder, config: ExperimentConfig, say: Say) -> None:
     from evals.compare import compare
 
-    with run.making("compare"):
-        say("comparison", compare(run, config), True)
+    say("comparison", compare(run, config), True)
 
 
 def make_report(run: RunFolder, config: ExperimentConfig, say: Say) -> None:
@@ -263,12 +262,10 @@ def unready(config: ExperimentConfig, names: Sequence[str], evaluated: bool) -> 
 def unready_tasks(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
     """What would stop these arms' evaluation, a line each."""
     from evals import preflight
-    from evals.compare import lost_contrasts
     from vlopd.preflight import inputs
 
     try:
-        lines = lost_contrasts(config)
-        lines += preflight.findings(config.eval, inputs.evaluated(config, list(names)))
+        lines = preflight.findings(config.eval, inputs.evaluated(config, list(names)))
     except UserError as error:
         return [str(error)]
     for name in names:

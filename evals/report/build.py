@@ -15,8 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from matplotlib.figure import Figure
 
 from evals.report import examples, figures, geometry, tables
-from evals.report.verdict import interval, p_value, percent, points
-from evals.roles import roles_of
+from evals.report.verdict import full_name, interval, p_value, percent, points, verdict
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.digests import digest_files
 from vlopd.files import read_json, whole_folder
@@ -34,9 +33,7 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
     for artifact in run.checksums.artifacts():
         if artifact.split("/")[0] not in ("report", "compare"):
             run.checksums.check(artifact, whole=False)
-    if any(run.checksums.problems("report", whole=False)):
-        run.checksums.start("report")  # a report that was altered is no loss: it is made again
-    with stage(run, "report") as its:
+    with stage(run, "report", derived=True) as its:
         if its.is_due(lambda _: shown_files(run)):
             write_report(its, config)
     return run.report / "report.html"
@@ -44,9 +41,11 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
 
 def write_report(its: Stage, config: ExperimentConfig) -> None:
     run = its.run
-    none = {"tasks": {}, "verdict": [f"Not compared yet: run `vlopd compare {run.root}`."]}
-    compared = read_json(run.compare) if run.compare.exists() else none
-    records, roles = tables.arm_records(run, config), roles_of(config).of
+    compared = read_json(run.compare) if run.compare.exists() else {}
+    sentences = verdict(compared)
+    if "arms" not in compared:
+        compared = {"tasks": {}, "arms": {}}
+    records, roles = tables.arm_records(run, config), config.roles.of
     shown = [arm for arm in records if roles[arm] in ("full", "subnetwork")]
     data = {
         "arms": tables.scores(compared, records),
@@ -70,6 +69,8 @@ def write_report(its: Stage, config: ExperimentConfig) -> None:
         "record": read_json(run.root / "run.json"),
         "records": records,
         "compared": compared,
+        "verdict": sentences,
+        "full": full_name(compared["arms"]),
         "tasks": [task_context(run, name, compared, data, drawn) for name in compared["tasks"]],
         "training": training_context(data["training"], roles, drawn),
         "held_out": rows_of(data["held_out"]),
@@ -133,7 +134,8 @@ def task_context(
     if not differences.empty:
         names = {f"difference_{key}": key for key in ("mean", "low", "high")}
         plotted = differences[["arm", "role", *names]].rename(columns=names)
-        forest = figures.forest(plotted, f"difference to full OPD (percentage points), {share}")
+        full = full_name(compared["arms"])
+        forest = figures.forest(plotted, f"difference to {full} (percentage points), {share}")
         draw(drawn, f"differences-{slug}", forest)
     draw_density(rows, slug, f"{entry['metric']} (%)", drawn)
     kinds, seeds, passes = data["kinds"], data["seeds"], data["pass_at"]
@@ -165,7 +167,7 @@ def task_context(
 
 def draw_density(rows: pd.DataFrame, slug: str, label: str, drawn: dict[str, str]) -> None:
     """Accuracy against density, where arms under masks have several."""
-    masked = rows[rows.role.isin(("subnetwork", "random", "transplant")) & (rows.density > 0)]
+    masked = rows[rows.role.isin(("subnetwork", "control", "transplant")) & (rows.density > 0)]
     if masked.density.round(6).nunique() < 2:
         return
     edges = rows[rows.role.isin(("full", "base", "teacher"))]

@@ -13,7 +13,7 @@ from vlopd.run.folder import RunFolder
 
 ORDER = (
     *("teacher", "full", "replicate", "variant", "subnetwork", "projection", "transplant", "other"),
-    *("pooled", "random", "base"),
+    *("pooled", "control", "base"),
 )
 """From ceiling to floor: the order of arms in every table and figure."""
 
@@ -45,16 +45,17 @@ def arm_records(run: RunFolder, config: ExperimentConfig) -> dict[str, Any]:
 
 
 def scores(compared: Mapping[str, Any], records: Mapping[str, Any]) -> pd.DataFrame:
-    """One row a task and arm, the pooled random controls as an arm of their own, ceiling first."""
+    """One row a task and arm, pooled controls as an arm of their own, ceiling first."""
     rows = []
     for task, entry in compared["tasks"].items():
         arms = dict(entry["arms"])
-        for arm, control in entry["random_controls"].items():
-            if len(control["arms"]) > 1:
-                of = f" for {arm}" if len(entry["random_controls"]) > 1 else ""
-                record = {"density": records.get(control["arms"][0], {}).get("density")}
-                pooled = {"role": "pooled", **control["pooled"], "record": record}
-                arms[f"random{of} (mean of {len(control['arms'])})"] = pooled
+        several = len({group["arm"] for group in entry["controls"]}) > 1
+        for group in entry["controls"]:
+            if len(group["arms"]) > 1:
+                of = f" for {group['arm']}" if several else ""
+                record = {"density": records.get(group["arms"][0], {}).get("density")}
+                pooled = {"role": "pooled", **group["pooled"], "record": record}
+                arms[f"{group['kind']}{of} (mean of {len(group['arms'])})"] = pooled
         for arm, its in sorted(arms.items(), key=lambda item: ORDER.index(item[1]["role"])):
             record = its.get("record", records.get(arm, {}))
             to_full, recovery = its["difference_to_full"] or {}, its["recovery"]

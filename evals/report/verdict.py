@@ -6,40 +6,52 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+from vlopd.config.roles import Unpooled
+
 Entry = Mapping[str, Any]
 UNREADABLE = 0.5
 """Share of answers without a readable result above which a score is about the format."""
 OWN_NAMES = ("subnetwork", "transplant")
 """Arm names that are words of these sentences."""
+SHORT = {"on-policy distillation": "OPD", "supervised fine-tuning": "SFT"}
+"""Names of trainings that are read as their initials."""
+MATCHED = {
+    "global": "random masks of the same density",
+    "module": "random masks of the same densities per module",
+    "tensor": "random masks of the same per-tensor densities",
+    "magnitude": "random masks of the same densities at every size of weight",
+    "visibility": "random masks of the same densities in every binade of the weights",
+}
+"""What random masks have in common with the mask that they are controls of, by their `match`."""
+TOLD = {("full", "base"), ("subnetwork", "full"), ("replicate", "full"), ("other", "base")}
+"""Contrasts between two arms, by role, that have sentences of their own."""
 
 
-def verdict(
-    record: Entry, seeds: Mapping[str, int], densities: Mapping[str, float | None]
-) -> list[str]:
-    """Plain-language sentences, task by task. Scores are shown in percent, differences in points.
-
-    `record` is compare.json's content, `seeds` those of trained arms, `densities` each arm's trained or moved
-    fraction.
-    """
+def verdict(record: Entry) -> list[str]:
+    """What compare.json says in plain sentences, task by task. Scores are in percent, differences in points."""
+    if "arms" not in record:
+        return ["Not compared yet, or by an older version: run `vlopd compare RUN`."]
     sentences = []
     for task, entry in record["tasks"].items():
-        teller = Teller(entry, seeds, densities)
+        teller = Teller(entry, record["arms"])
         prefix = f"{task}: " if len(record["tasks"]) > 1 else ""
         retrained = teller.retrained()
         # what the experiment is about comes first, then what it rests on
-        lines = [*retrained[:1], *teller.full_opd(), *retrained[1:]]
-        lines += [*teller.transplants(), *teller.others(), *teller.limits()]
+        lines = [*retrained[:1], *teller.full_training(), *retrained[1:]]
+        lines += [*teller.transplants(), *teller.others(), *teller.declared(), *teller.limits()]
         sentences += [prefix + line for line in lines]
-    replicated = any(
-        arm["role"] == "replicate"
-        for task in record["tasks"].values()
-        for arm in task["arms"].values()
-    )
+    roles = {arm: its["role"] for arm, its in record["arms"].items()}
     noise = "training-seed noise is not in them"
-    if seeds:
+    if any(its.get("seed") is not None for its in record["arms"].values()):
         noise += (
-            " (full OPD was repeated, see its replicates)" if replicated else " (one seed per arm)"
+            f" ({full_name(record['arms'])} was repeated, see its replicates)"
+            if "replicate" in roles.values()
+            else " (one seed per arm)"
         )
+    sentences += [
+        f"{capital(Unpooled(**its).line)}; it is compared on its own."
+        for its in record["not_pooled"]
+    ]
     for arm, made_of in record["other_base"].items():
         sentences.append(
             f"{capital(arm)} was made with --allow-other-base: {', '.join(made_of)} came from "
@@ -49,21 +61,28 @@ def verdict(
     return sentences
 
 
+def full_name(arms: Mapping[str, Entry]) -> str:
+    """What the full arm is called in a sentence: full OPD, full SFT, ...; full training of one that came trained."""
+    full = next((its for its in arms.values() if its["role"] == "full"), {})
+    training = full.get("training") or "training"
+    return f"full {SHORT.get(training, training)}"
+
+
 class Teller:
     """The sentences about one task."""
 
-    def __init__(
-        self, task: Entry, seeds: Mapping[str, int], densities: Mapping[str, float | None]
-    ):
-        self.task, self.seeds, self.densities = task, seeds, densities
+    def __init__(self, task: Entry, about: Mapping[str, Entry]):
+        self.task, self.about = task, about
         self.arms: Mapping[str, Entry] = task["arms"]
         self.base, self.teacher, self.full = map(self.first, ("base", "teacher", "full"))
         self.gain = self.contrast(self.full, self.base)
+        self.name = full_name(about)
 
-    def full_opd(self) -> list[str]:
-        """How far full OPD gets from base to teacher."""
+    def full_training(self) -> list[str]:
+        """How far the full arm gets from base to teacher."""
         lines = []
         base, teacher, full, gain = self.base, self.teacher, self.full, self.gain
+        name = self.name[0].upper() + self.name[1:]
         if full and base and teacher:
             between = (
                 f"between base ({percent(self.arms[base]['mean'])}) "
@@ -71,7 +90,7 @@ class Teller:
             )
             gap = self.task["gap_closed"]
             if gap["status"] == "ok":
-                lines.append(f"Full OPD closes {share(gap)} of the gap {between}.")
+                lines.append(f"{name} closes {share(gap)} of the gap {between}.")
             else:
                 lines.append(
                     f"The teacher is not distinguishably better than the base, so no gap {between} "
@@ -79,7 +98,7 @@ class Teller:
                 )
         if gain and full:
             lines.append(
-                f"Full OPD scores {percent(self.arms[full]['mean'])}: {points(gain)} against the "
+                f"{name} scores {percent(self.arms[full]['mean'])}: {points(gain)} against the "
                 f"base, {finding(gain, 'above', 'below')}."
             )
             if self.arms[full]["recovery"]["status"] != "ok":
@@ -94,9 +113,7 @@ class Teller:
                 )
         for arm in self.having("replicate"):
             if contrast := self.contrast(arm, full):
-                lines.append(
-                    f"Full OPD repeated as {arm} differs from {full} by {points(contrast)}."
-                )
+                lines.append(f"{name} repeated as {arm} differs from {full} by {points(contrast)}.")
         return lines
 
     def retrained(self) -> list[str]:
@@ -104,32 +121,32 @@ class Teller:
         lines = []
         for arm in self.having("subnetwork"):
             name = f"The {self.density(arm)}subnetwork{named(arm)}, retrained{self.seed(arm)},"
-            controls = self.task["random_controls"].get(arm)
             recovered = self.arms[arm]["recovery"]
             if recovered["status"] == "ok":
-                line = f"{name} recovers {share(recovered)} of full OPD's gain"
-                if controls:
-                    line += (
-                        "; random masks of the same per-tensor densities "
-                        f"{share(controls['pooled']['recovery'])} ({mean_of(controls['arms'])})"
-                    )
+                line = f"{name} recovers {share(recovered)} of {self.name}'s gain"
             else:
                 line = f"{name} scores {percent(self.arms[arm]['mean'])}"
-                if controls:
-                    line += (
-                        "; random masks of the same per-tensor densities "
-                        f"{percent(controls['pooled']['mean'])} ({mean_of(controls['arms'])})"
-                    )
-            lines.append(line + ".")
-            if controls:
-                difference = controls["difference"]
-                lines.append(
-                    f"{capital(arm)} minus random: {points(difference)}, "
-                    f"p {equals(difference['p'])} ({p_value(difference['p_holm'])} after Holm): "
-                    f"{finding(difference, 'better', 'worse')}. Among its {len(controls['arms'])} "
-                    f"random controls it ranks {controls['rank']} of {controls['of']}; over mask "
-                    f"seeds no p below {controls['smallest_possible_p']:.2g} is possible."
+            for group in self.controls(arm):
+                masks = MATCHED.get(group["match"], f"{group['kind']} masks")
+                its = group["pooled"]
+                value = (
+                    share(its["recovery"]) if recovered["status"] == "ok" else percent(its["mean"])
                 )
+                line += f"; {masks} {value} ({mean_of(group['arms'])})"
+            lines.append(line + ".")
+            for group in self.controls(arm):
+                difference = group["difference"]
+                line = (
+                    f"{capital(arm)} minus {group['kind']}: {points(difference)}, "
+                    f"{p_values(difference)}: {finding(difference, 'better', 'worse')}."
+                )
+                if group["match"]:  # draws of one rule, which a rank among them means something for
+                    line += (
+                        f" Among its {len(group['arms'])} random controls it ranks {group['rank']} "
+                        f"of {group['of']}; over mask seeds no p below "
+                        f"{group['smallest_possible_p']:.2g} is possible."
+                    )
+                lines.append(line)
             if difference := self.contrast(arm, self.full):
                 lines.append(
                     f"{capital(arm)} minus full: {points(difference)}, "
@@ -150,6 +167,16 @@ class Teller:
             if c["a"] in self.having("other")
         ]
 
+    def declared(self) -> list[str]:
+        """The declared contrasts of which nothing else is said."""
+        return [
+            f"{c['a']} minus {c['b']}: {points(c)}, {p_values(c)}: {finding(c, 'better', 'worse')}."
+            for c in self.task["contrasts"]
+            if c["declared"]
+            and isinstance(c["b"], str)
+            and (self.arms[c["a"]]["role"], self.arms[c["b"]]["role"]) not in TOLD
+        ]
+
     def transplants(self) -> list[str]:
         """What the delta on the mask does without retraining."""
         lines = []
@@ -164,11 +191,11 @@ class Teller:
             else:
                 line += f"scores {percent(self.arms[arm]['mean'])}"
             lines.append(line + (f", {points(to_full)} against full." if to_full else "."))
-            if controls := self.task["random_controls"].get(arm):
-                difference = controls["difference"]
+            for group in self.controls(arm):
+                difference = group["difference"]
                 lines.append(
-                    f"{capital(arm)} minus transplants on random masks "
-                    f"({mean_of(controls['arms'])}): {points(difference)}, "
+                    f"{capital(arm)} minus transplants on {group['kind']} masks "
+                    f"({mean_of(group['arms'])}): {points(difference)}, "
                     f"{finding(difference, 'better', 'worse')}."
                 )
         return lines
@@ -188,8 +215,8 @@ class Teller:
             return lines
         return [
             *lines,
-            f"With these {self.task['n']} questions a true difference of {100 * effect:.1f} pp "
-            f"({of}) would be found four times in five.",
+            f"With these {self.task['n']} questions there is 80 % power to detect a difference of "
+            f"{100 * effect:.1f} pp ({of}).",
         ]
 
     def having(self, role: str) -> list[str]:
@@ -201,14 +228,18 @@ class Teller:
     def contrast(self, a: str | None, b: str | None) -> Entry | None:
         return next((c for c in self.task["contrasts"] if (c["a"], c["b"]) == (a, b)), None)
 
+    def controls(self, arm: str) -> list[Entry]:
+        """The pooled controls of an arm, a group a kind of mask."""
+        return [group for group in self.task["controls"] if group["arm"] == arm]
+
     def density(self, arm: str) -> str:
-        value = self.densities.get(arm)
+        value = self.about[arm].get("density")
         return "" if value is None else f"{100 * value:.3g} % "
 
     def seed(self, arm: str) -> str:
         if self.full is None:
             return ""
-        same = self.seeds.get(arm) == self.seeds.get(self.full)
+        same = self.about[arm].get("seed") == self.about[self.full].get("seed")
         return " from the same seed" if same else " from another seed"
 
 
@@ -271,6 +302,13 @@ def p_value(p: float | None) -> str:
 
 def equals(p: float | None) -> str:
     return p_value(p) if is_known(p) and p < 0.001 else f"= {p_value(p)}"
+
+
+def p_values(difference: Entry) -> str:
+    """The p of a contrast, and the corrected one where it is of the family."""
+    corrected = difference["p_holm"]
+    holm = f" ({p_value(corrected)} after Holm)" if is_known(corrected) else ""
+    return f"p {equals(difference['p'])}{holm}"
 
 
 def mean_of(arms: Sequence[str]) -> str:

@@ -99,13 +99,14 @@ def compare_models(
 
 
 def show_comparison(compared: dict) -> None:
-    from evals.report.verdict import p_value, percent, points
+    from evals.report.verdict import p_value, percent, points, verdict
 
     for task, entry in compared["tasks"].items():
         table = Table(
             task, entry["metric"], "standard error", "difference to the first", "p (Holm)"
         )
-        differences = {contrast["a"]: contrast for contrast in entry["contrasts"]}
+        first = next(iter(entry["arms"]))
+        differences = {its["a"]: its for its in entry["contrasts"] if its["b"] == first}
         for name, its in entry["arms"].items():
             versus = differences.get(name)
             error = its["standard_error"]
@@ -114,5 +115,5 @@ def show_comparison(compared: dict) -> None:
                 name, percent(its["mean"]), "-" if error is None else percent(error), *cells
             )
         console.print(table)
-    for sentence in compared["verdict"]:
+    for sentence in verdict(compared):
         console.print(sentence, soft_wrap=True, highlight=False)

@@ -75,8 +75,10 @@ def say_plan(run: RunFolder, planned: pipeline.Plan) -> None:
 
 
 def say_verdict(run: RunFolder) -> None:
+    from evals.report.verdict import verdict
+
     console.print()
-    for sentence in read_json(run.compare)["verdict"]:
+    for sentence in verdict(read_json(run.compare)):
         console.print(sentence, soft_wrap=True, highlight=False)
     console.print(f"\n[bold]report[/]: {run.report / 'report.html'}", soft_wrap=True)
 

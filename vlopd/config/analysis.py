@@ -123,8 +123,9 @@ class EvalConfig(Section):
     margin: Part = 0.02
     """How much worse than full, in units of the score, a subnetwork may be and still count as no worse."""
     contrasts: Annotated[tuple[str, ...], Unique, Field(min_length=1)] | None = None
-    """The contrasts that the experiment is about, each "arm - arm" ("subnetwork - random" is the mean of its random
-    controls): Holm's adjustment is over these. Null: over all that are reported."""
+    """The contrasts that the experiment is about, between any two arms, "arm - arm", or an arm and the mean of its
+    random controls, "subnetwork - random". They are the family of Holm's correction; those that follow from the arms'
+    roles stand beside them, uncorrected. Null: the family is all that follow from the roles."""
     keep_images: Number = 32
     """Pictures of the first questions that are kept for the report's examples."""
     during: HeldOutConfig | None = None

@@ -10,24 +10,46 @@ from pydantic import Field, model_validator
 from vlopd.config.base import Count, Section, Seed, Weight
 from vlopd.config.recipe import Recipe
 
+Role = Literal[
+    "base",
+    "teacher",
+    "full",
+    "replicate",
+    "variant",
+    "subnetwork",
+    "control",
+    "transplant",
+    "projection",
+    "other",
+]
+"""What an arm is for in the comparison (config/roles.py has the defaults).
+
+full        the trained student that the others are compared with; one an experiment
+replicate   full with another training seed
+variant     trained otherwise than full: another loss, data, optimizer, ...
+subnetwork  retrained from the base under a mask; transplant: the base plus another arm's delta on it
+control     as a subnetwork or transplant, under a mask that is not chosen by the update: random, low-magnitude, ...
+projection  from an early checkpoint's subspace or direction
+"""
+
 
 class BaseArm(Section):
     """The student before any training."""
 
     type: Literal["base"] = "base"
+    role: Literal["base"] | None = None
 
 
 class TeacherArm(Section):
     """A teacher as it is, without its context."""
 
     type: Literal["teacher"] = "teacher"
+    role: Literal["teacher"] | None = None
     teacher: str | None = None
     """Which, where there are several."""
 
 
 Table = dict[str, Any]
-
-
 """A part of a section, put over the run's own as an override would be."""
 
 
@@ -46,15 +68,20 @@ class Subspace(Section):
 
 
 class DistillArm(Section):
-    """On-policy distillation from the base; with a mask, only its coordinates train.
+    """The student trained from the base, by on-policy distillation unless the recipe says otherwise; with a mask, only
+    its coordinates train.
 
     Sections given here hold for this arm alone: `loss = {type = "forward_kl"}` varies one factor.
     """
 
     type: Literal["distill"] = "distill"
+    role: (
+        Literal["full", "replicate", "variant", "subnetwork", "control", "projection", "other"]
+        | None
+    ) = None
     seed: Seed
-    """Seeds the data and the sampling. 1 unless given, and 2 under a mask: one that is tested on the data that
-    chose it flatters itself."""
+    """Seeds the data and the sampling. 1 unless given, and 2 under a mask: evaluating a mask on the data that selected
+    it is optimistically biased."""
     mask: str | None = None
     teacher: Table | None = None
     data: Table | None = None
@@ -78,11 +105,18 @@ class DistillArm(Section):
             return {"seed": 2 if value.get("mask") or value.get("subspace") else 1, **value}
         return value
 
+    @model_validator(mode="after")
+    def check_mask(self) -> DistillArm:
+        if self.role in ("subnetwork", "control") and self.mask is None:
+            raise ValueError(f'role = "{self.role}" is of an arm under a mask; give it a mask')
+        return self
+
 
 class TransplantArm(Section):
     """The base plus another arm's delta on the mask; no training."""
 
     type: Literal["transplant"] = "transplant"
+    role: Literal["transplant", "control", "other"] | None = None
     of: str = "full"
     mask: str
 
@@ -94,6 +128,7 @@ class ExtrapolateArm(Section):
     """
 
     type: Literal["extrapolate"] = "extrapolate"
+    role: Literal["projection", "control", "other"] | None = None
     of: str
     """The early checkpoint, e.g. `full@12`; see masks."""
     factor: Annotated[Weight, Field(gt=0)] | None = None
@@ -106,6 +141,8 @@ class ExtrapolateArm(Section):
     def check_length(self) -> ExtrapolateArm:
         if (self.factor is None) == (self.norm_of is None):
             raise ValueError("give either factor or norm_of")
+        if self.role == "control" and self.mask is None:
+            raise ValueError('role = "control" is of an arm under a mask; give it a mask')
         return self
 
 
@@ -113,6 +150,7 @@ class CheckpointArm(Section):
     """Any model as it is, to be scored beside the others."""
 
     type: Literal["checkpoint"] = "checkpoint"
+    role: Literal["base", "teacher", "full", "variant", "other"] | None = None
     model: str
     """A folder, a hub id or `builtin:NAME`."""
 
@@ -121,6 +159,7 @@ class ImportedArm(Section):
     """Scores that lm-eval gave elsewhere: no model, only answers to the same questions."""
 
     type: Literal["imported"] = "imported"
+    role: Literal["base", "teacher", "full", "variant", "other"] | None = None
     results: str
     """lm-eval's output folder: results_*.json and samples_*.jsonl (its --log_samples)."""
 
@@ -180,12 +219,6 @@ def expanded(
                 raise ValueError(f"{copy!r} is given twice: as itself and by the seeds of another")
         found |= copies
     return found, counts
-
-
-RANDOM = "random"
-
-
-"""In eval.contrasts, the mean of an arm's random controls."""
 
 
 def checkpoints_of(arm: ArmConfig) -> dict[str, str]:

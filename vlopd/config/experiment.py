@@ -11,7 +11,6 @@ from pydantic_core import ErrorDetails
 
 from vlopd.config.analysis import EvalConfig, GeometryConfig
 from vlopd.config.arms import (
-    RANDOM,
     ArmConfig,
     BaseArm,
     CheckpointArm,
@@ -33,6 +32,7 @@ from vlopd.config.masks import (
 )
 from vlopd.config.models import ModelConfig, PrecisionConfig, TeacherConfig, as_table
 from vlopd.config.recipe import Recipe
+from vlopd.config.roles import Roles, roles_of
 from vlopd.config.training import Muon
 from vlopd.errors import ConfigError
 
@@ -72,6 +72,13 @@ class ExperimentConfig(Recipe):
         except ValidationError as error:
             raise ConfigError("; ".join(map(explain, error.errors()))) from None
         return self.model_copy(update={k: v for k, v in recipe if k in arm.own})
+
+    @property
+    def roles(self) -> Roles:
+        """What each arm is for: as it says itself, or by the defaults of config/roles.py."""
+        trained = {n: arm for n, arm in self.arms.items() if isinstance(arm, DistillArm)}
+        recipes = {name: self.of_arm(arm) for name, arm in trained.items()}
+        return roles_of(self.arms, self.masks, recipes)
 
     @property
     def teachers(self) -> dict[str, TeacherConfig]:
@@ -158,21 +165,10 @@ class ExperimentConfig(Recipe):
                 )
             if isinstance(self.arms[name], BaseArm):
                 raise ValueError(f"geometry.arms: {name} is the base itself and has no delta")
+        roles = self.roles
         for contrast in self.eval.contrasts or ():
-            a, dash, b = contrast.partition(" - ")
-            if not dash:
-                raise ValueError(f'eval.contrasts: {contrast!r} is not "arm - arm"')
-            need(self.arms, a, "eval.contrasts")
-            need({**self.arms, RANDOM: None}, b, "eval.contrasts")
-            if b == RANDOM and b not in self.arms and not self._has_random_arm():
-                raise ValueError(
-                    f'eval.contrasts: {contrast!r} needs an arm whose mask is of type "random"; there is none'
-                )
+            roles.contrast(contrast)
         return self
-
-    def _has_random_arm(self) -> bool:
-        names = [mask_of(arm) for arm in self.arms.values()]
-        return any(isinstance(self.masks[n], RandomMask) for n in names if n is not None)
 
     def _refuse_equal_draws(self) -> None:
         """Two random masks of one seed are one mask, and no two controls."""

@@ -78,3 +78,17 @@ class Recipe(Section):
                 "logprob_gap is of the completions that the student itself wrote, if there are any"
             )
         return found
+
+
+def training_of(recipe: Recipe) -> str:
+    """What the field calls such training; distillation on-policy only where the student writes every completion."""
+    writers, reward = set(recipe.rollout.source.shares), recipe.reward
+    if reward is not None:
+        return "RLVR" if reward.alpha == 0 else "on-policy distillation with verifiable rewards"
+    if recipe.rollout.is_on_policy:
+        return "on-policy distillation"
+    if "student" in writers:
+        return "mixed on- and off-policy distillation"
+    if not isinstance(recipe.loss, NLL):
+        return "off-policy distillation"
+    return "supervised fine-tuning" if writers == {"data"} else "sequence-level distillation"

@@ -21,6 +21,7 @@ from vlopd.config.arms import (
     TransplantArm,
 )
 from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.recipe import training_of
 from vlopd.data.load import open_data
 from vlopd.digests import digest_checkpoint, digest_json
 from vlopd.distill import Evaluate, distill
@@ -187,7 +188,7 @@ def clear(folder: Path, identity: str) -> None:
 
 def describe(config: ExperimentConfig, arm: DistillArm) -> str:
     teachers = ", ".join(teacher.model for teacher in config.teachers.values())
-    told = f"loss {config.loss.type} from {teachers}, {config.train.steps} steps"
+    told = f"{training_of(config)}, loss {config.loss.type} from {teachers}, {config.train.steps} steps"
     told += f", mask {arm.mask}" if arm.mask else ""
     if arm.subspace:
         told += f", gradients projected on rank {arm.subspace.rank} of {arm.subspace.of}"

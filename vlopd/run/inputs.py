@@ -56,7 +56,7 @@ def made_from(
         teacher = config.teacher_of(arm)
         return {"teacher": teacher.model, "revision": teacher.revision, "files": files}
     if isinstance(arm, (CheckpointArm, ImportedArm)):
-        return {**arm.model_dump(mode="json"), "files": files}
+        return {**arm.model_dump(mode="json", exclude={"role"}), "files": files}
     inputs = {"base": arm_digest(run, base_arm(config)), "files": files}
     if isinstance(arm, DistillArm):
         its = config.of_arm(arm)
@@ -70,7 +70,7 @@ def made_from(
             "recipe": {key: resolved[key] for key in RUN_WIDE},
         }
     else:
-        inputs["arm"] = arm.model_dump(mode="json")
+        inputs["arm"] = arm.model_dump(mode="json", exclude={"role"})
     return inputs | read_inputs(run, config, arm, whole)
 
 

@@ -54,7 +54,7 @@ class Stage:
 
 
 @contextmanager
-def stage(run: RunFolder, artifact: str) -> Iterator[Stage]:
+def stage(run: RunFolder, artifact: str, derived: bool = False) -> Iterator[Stage]:
     """Holds an artifact for this process while it is looked up or made; other processes that need it wait.
 
     with stage(run, "masks/top") as its:
