@@ -10,12 +10,12 @@ HIDDEN = ("head", "nav", "svg", "summary", "pre", "script")
 
 
 def markdown(page: str) -> str:
-    parser = Markdown()
+    parser = _Page()
     parser.feed(page)
     return "\n\n".join(parser.blocks) + "\n"
 
 
-class Markdown(HTMLParser):
+class _Page(HTMLParser):
     """Reads what report.html.j2 writes: every text lies in a block, a cell or a figure's caption."""
 
     def __init__(self) -> None:
