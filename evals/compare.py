@@ -25,6 +25,7 @@ from vlopd.digests import digest_files, digest_json
 from vlopd.errors import RunError
 from vlopd.files import read_json, without_nan
 from vlopd.run.folder import RunFolder
+from vlopd.run.stage import stage
 
 POWER = 0.8
 PAIRS: tuple[tuple[Role, Role], ...] = (

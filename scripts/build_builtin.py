@@ -226,7 +226,12 @@ def draw_turns(scene: shapes.Scene, rng: random.Random, phase: int) -> list[shap
     empty = [cell for cell in range(9) if cell not in scene]
     cells = [*scene, *rng.sample(empty, 2)]
     rng.shuffle(cells)
-    at = [shapes.ask_attribute(scene, rng, cell) for cell in cells]
+    at = [
+        shapes.Question(
+            "attribute", f"what is at {shapes.CELLS[cell]}", shapes.at_cell(scene, cell)
+        )
+        for cell in cells
+    ]
     if phase == 0:
         return at
     kinds = rng.choices(list(EVERY_KIND), list(EVERY_KIND.values()), k=5)

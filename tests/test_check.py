@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-from vlopd.cli import main
+from tests.command import call
 
 PAIRS = Path(__file__).parents[1] / "configs" / "pairs"
 PUBLISHED = sorted(PAIRS.glob("qwen*.toml")) + sorted(PAIRS.glob("[dm]*.toml"))
@@ -43,17 +42,9 @@ def check(monkeypatch, capsys, tmp_path):
         path.write_text(
             CONFIG.format(student=student, teacher=teacher, modality=modality, more=more)
         )
-        return call(monkeypatch, capsys, path, *flags)
+        return call(monkeypatch, capsys, "check", path, *flags)
 
     return run
-
-
-def call(monkeypatch, capsys, path, *flags) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["vlopd", "check", str(path), *flags])
-    monkeypatch.setattr(main.console, "_width", 220)
-    with pytest.raises(SystemExit) as stop:
-        main.main()
-    return stop.value.code or 0, capsys.readouterr().out
 
 
 @pytest.fixture
@@ -156,7 +147,7 @@ def test_a_text_only_teacher_of_images(check, folders):
 )
 def test_a_published_pair_is_checked_without_a_hub(path, monkeypatch, capsys):
     """`vlopd check --meta` tells parameters, memory and time of every published pair, offline."""
-    code, out = call(monkeypatch, capsys, path, "--meta")
+    code, out = call(monkeypatch, capsys, "check", path, "--meta")
     assert code == 0
     assert "by component" in out
     assert "seconds a step" in out or "not estimated" in out

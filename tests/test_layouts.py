@@ -4,7 +4,6 @@ import csv
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from tests.command import call
 from tests.families import llms, vlms
-from vlopd.cli import main
 from vlopd.config.analysis import GeometryConfig
 from vlopd.config.masks import VisibleMask
 from vlopd.errors import RunError
@@ -458,15 +457,6 @@ def test_too_much_left_out_is_refused(case, side, tmp_path):
     assert read_json(tmp_path / "out/summary.json")["left_out"]["tensors"] > 0
 
 
-def command(monkeypatch, capsys, *words) -> tuple[int, str]:
-    """Exit code and output of a command, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["vlopd", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        main.main()
-    found = capsys.readouterr()
-    return stop.value.code or 0, found.out + found.err
-
-
 @pytest.mark.parametrize("kind", ["llm", "vlm"])
 def test_the_commands_say_what_is_left_out(kind, tmp_path, monkeypatch, capsys):
     """`vlopd geometry` and `vlopd mask make` print the line that summary.json has; above the limit both exit with 2."""
@@ -475,14 +465,14 @@ def test_the_commands_say_what_is_left_out(kind, tmp_path, monkeypatch, capsys):
     compared = ("geometry", tmp_path / "before", after, "--out", tmp_path / "out")
     rule = ("--rule", "{type='visible'}", "--out", tmp_path / "mask.safetensors")
     line = r"left out: 1 tensor not compared, 0\.00% .*v_head\.weight \(1, 32\)"
-    code, said = command(monkeypatch, capsys, *compared, "--set", "null_draws=0")
+    code, said = call(monkeypatch, capsys, *compared, "--set", "null_draws=0")
     assert code == 0 and re.search(line, said)
-    code, said = command(monkeypatch, capsys, "mask", "make", tmp_path / "before", after, *rule)
+    code, said = call(monkeypatch, capsys, "mask", "make", tmp_path / "before", after, *rule)
     assert code == 0 and re.search(line, said)
     assert read_json(tmp_path / "mask.json")["inputs"]["left_out"] == ["v_head.weight"]
     extended(after, copy=torch.ones(30, 32))
     for words in (compared, ("mask", "make", tmp_path / "before", after, *rule)):
-        code, said = command(monkeypatch, capsys, *words)
+        code, said = call(monkeypatch, capsys, *words)
         assert code == 2 and "copy (30, 32) (in the trained checkpoint only)" in said
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -14,8 +13,8 @@ from evals import preflight as tasks
 from evals.compare import compare
 from evals.harness import evaluate_arm
 from evals.scoring import one_row_a_question
+from tests.command import call
 from vlopd import pipeline
-from vlopd.cli import main
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.models import ModelConfig
 from vlopd.config.objective import RolloutConfig
@@ -542,15 +541,6 @@ limit = 3
 """
 
 
-def called(monkeypatch, capsys, *words) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["vlopd", *map(str, words)])
-    monkeypatch.setattr(main.console, "_width", 220)
-    with pytest.raises(SystemExit) as stop:
-        main.main()
-    said = capsys.readouterr()
-    return stop.value.code or 0, said.out + said.err
-
-
 def test_a_run_is_refused_before_anything_is_made(kind, folders, monkeypatch, capsys, tmp_path):
     """Tasks of a folder that is not there, one for pictures under a text-only student and a long completion
     stop `run`, with no arm made;
@@ -559,15 +549,13 @@ def test_a_run_is_refused_before_anything_is_made(kind, folders, monkeypatch, ca
     modality = "image" if kind == "vlm" else "text"
     student, teacher = folders[kind, "student"], folders[kind, "teacher"]
     path.write_text(CONFIG.format(student=student, teacher=teacher, modality=modality, task="mine"))
-    code, said = called(
-        monkeypatch, capsys, "run", path, "rollout.max_new_tokens=256", "--out", out
-    )
+    code, said = call(monkeypatch, capsys, "run", path, "rollout.max_new_tokens=256", "--out", out)
     assert code == 2 and "no folder 'gone'" in said and "256 of completion" in said
     assert len(said.strip().splitlines()) == 1 and not (out / "arms").exists()
-    code, said = called(monkeypatch, capsys, "check", path, "rollout.max_new_tokens=256")
+    code, said = call(monkeypatch, capsys, "check", path, "rollout.max_new_tokens=256")
     lines = [line for line in said.splitlines() if line.startswith("not ready: ")]
     assert code == 1 and "256 of completion" in lines[0] and "no folder 'gone'" in lines[1]
-    code, said = called(
+    code, said = call(
         monkeypatch,
         capsys,
         "run",
@@ -580,7 +568,7 @@ def test_a_run_is_refused_before_anything_is_made(kind, folders, monkeypatch, ca
     )
     assert code == 2 and "256 of completion" in said and "gone" not in said
     if kind == "llm":
-        code, said = called(
+        code, said = call(
             monkeypatch,
             capsys,
             "run",
@@ -610,7 +598,7 @@ def test_a_comparison_of_models_is_refused_before_they_are_loaded(
         ((model, folders["llm", "teacher"], "--tasks", "shapes_text", "--set", "limit=0"), "limit"),
         ((model, tmp_path / "gone", "--tasks", "shapes_text"), "gone"),
     ):
-        code, said = called(monkeypatch, capsys, "compare", *words, "--out", out)
+        code, said = call(monkeypatch, capsys, "compare", *words, "--out", out)
         assert code == 2 and any(m in said for m in message.split("|")), said
         assert len(said.strip().splitlines()) == 1 and not (out / "evals").exists(), said
 
@@ -750,7 +738,7 @@ def test_one_line_of_what_is_missing(make_config, monkeypatch, capsys, folders, 
         ("{type='checkpoint', model='nofolder'}", "there is no such folder"),
         ("{type='imported', results='nofolder'}", "no results_"),
     ):
-        code, out = called(monkeypatch, capsys, "check", path, f"arms.x={arm}")
+        code, out = call(monkeypatch, capsys, "check", path, f"arms.x={arm}")
         lines = [line for line in out.splitlines() if line.startswith("not ready: ")]
         assert code == 1 and sum("nofolder" in line for line in lines) == 1, lines
         assert any(said in line and "arms.x: " in line for line in lines)

@@ -365,8 +365,17 @@ def test_report_has_files_beside_the_page(compared, page):
     """Markdown, SVG figures and CSV tables hold the same numbers for other tools."""
     run, _, record = compared
     markdown = (run.report / "report.md").read_text()
-    for figure in re.findall(r"\]\((figures/[^)]*)\)", markdown):
+    assert all(sentence in markdown for sentence in record["verdict"])
+    shown = re.findall(r"\]\((figures/[^)]*)\)", markdown)
+    assert len(shown) == page.count("<svg") and "</" not in markdown
+    for figure in shown:
         assert (run.report / figure).read_text().startswith("<svg")
+    rows = re.findall(r'<th scope="row">', page)
+    assert sum(line.startswith("| ") for line in markdown.splitlines()) == len(
+        rows
+    ) + 2 * page.count("<table")
+    score = record["tasks"]["shapes"]["arms"]["subnetwork"]["mean"]
+    assert f"| subnetwork | {100 * score:.1f} ± " in markdown
     table = pd.read_csv(run.report / "tables/arms.csv").set_index("arm")
     for arm, its in record["tasks"]["shapes"]["arms"].items():
         assert table.loc[arm, "mean"] == pytest.approx(its["mean"])

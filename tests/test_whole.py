@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tests.command import call
 from tests.families.llms import build
-from vlopd.cli import main
 from vlopd.errors import ConfigError, RunError, UserError
 from vlopd.models import families, integrity
 from vlopd.models.load import BUILTIN, load, load_model_config
@@ -499,14 +498,6 @@ def test_the_token_that_ends_a_turn_is_found(copied):
 # -------------------------------------------------------------------------------------- the command line
 
 
-def call(monkeypatch, capsys, *words) -> tuple[int, str]:
-    """(exit code, all that was printed) of `vlopd WORDS`."""
-    monkeypatch.setattr(sys, "argv", ["vlopd", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        main.main()
-    return stop.value.code or 0, "".join(capsys.readouterr())
-
-
 def experiment(tmp_path: Path, kind: str, student: Path, teacher: Path, arms: str = "") -> Path:
     path = tmp_path / "whole.toml"
     path.write_text(
@@ -652,12 +643,8 @@ def test_checkpoints_that_lack_the_same_are_refused(damage, copied, monkeypatch,
     for words in (["geometry"], ["mask", "make"]):
         arguments = [*words, str(copied), str(copied)]
         arguments += ["--out", out] if words == ["geometry"] else rule
-        monkeypatch.setattr(sys, "argv", ["vlopd", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main.main()
-        assert stopped.value.code == 2
-        error = capsys.readouterr().err.strip()
-        assert re.search(message, " ".join(error.split())), error
+        code, said = call(monkeypatch, capsys, *arguments)
+        assert code == 2 and re.search(message, " ".join(said.split())), said
         assert not (tmp_path / "out").exists()
 
 

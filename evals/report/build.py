@@ -6,16 +6,17 @@ Reads files only. What a run lacks (an image, a teacher, the geometry) is left o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from evals.report import examples, figures, geometry, tables
-from evals.report.verdict import full_name, interval, p_value, percent, points, verdict
+from evals.report.markdown import markdown
+from evals.report.verdict import full_name, interval, p_value, percent, verdict
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.digests import digest_files
 from vlopd.files import read_json, whole_folder
@@ -41,7 +42,7 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
 
 def write_report(its: Stage, config: ExperimentConfig) -> None:
     run = its.run
-    compared = read_json(run.compare) if run.compare.exists() else {}
+    compared: Context = read_json(run.compare) if run.compare.exists() else {}
     sentences = verdict(compared)
     if "arms" not in compared:
         compared = {"tasks": {}, "arms": {}}
@@ -71,7 +72,12 @@ def write_report(its: Stage, config: ExperimentConfig) -> None:
         "compared": compared,
         "verdict": sentences,
         "full": full_name(compared["arms"]),
-        "tasks": [task_context(run, name, compared, data, drawn) for name in compared["tasks"]],
+        "tasks": [task_context(name, compared, data, drawn) for name in compared["tasks"]],
+        "questions": [
+            question
+            for name, entry in compared["tasks"].items()
+            for question in examples.questions(run, name, entry)
+        ],
         "training": training_context(data["training"], roles, drawn),
         "held_out": rows_of(data["held_out"]),
         "probes": rows_of(data["probes"]),
@@ -91,9 +97,10 @@ def write_report(its: Stage, config: ExperimentConfig) -> None:
         for name, table in data.items():
             if not table.empty:
                 table.to_csv(folder / "tables" / f"{name}.csv", index=False)
-        for name in ("report.html", "report.md"):
-            text = environment().get_template(f"{name}.j2").render(context)
-            (folder / name).write_text(text)
+        template = environment().get_template("report.html.j2")
+        (folder / "report.html").write_text(template.render(context))
+        words = template.render({**context, "questions": [], "generations": []})
+        (folder / "report.md").write_text(markdown(words))
     its.finish({}, [path for path in run.report.rglob("*") if path.is_file()])
 
 
@@ -116,15 +123,13 @@ def shown_files(run: RunFolder) -> dict[str, str]:
 
 
 def task_context(
-    run: RunFolder,
-    task: str,
-    compared: Context,
-    data: dict[str, pd.DataFrame],
-    drawn: dict[str, str],
+    task: str, compared: Context, data: Mapping[str, pd.DataFrame], drawn: dict[str, str]
 ) -> Context:
     """What the report says about one task; its figures go into `drawn`."""
     entry = compared["tasks"][task]
-    rows = data["arms"][data["arms"].task == task]
+    own = {name: table[table.task == task] for name, table in data.items() if "task" in table}
+    own = {name: own.get(name, pd.DataFrame()) for name in data}
+    rows = own["arms"]
     chance = (entry["chance"] or {}).get("all")
     slug = "".join(c if c.isalnum() else "-" for c in task)
     share = f"{100 * compared['confidence']:g} % interval"
@@ -138,25 +143,21 @@ def task_context(
         forest = figures.forest(plotted, f"difference to {full} (percentage points), {share}")
         draw(drawn, f"differences-{slug}", forest)
     draw_density(rows, slug, f"{entry['metric']} (%)", drawn)
-    kinds, seeds, passes = data["kinds"], data["seeds"], data["pass_at"]
     return {
         "name": task,
         "slug": slug,
         "chance": chance,
         "entry": entry,
         "rows": rows_of(rows),
-        "contrasts": rows_of(data["contrasts"][data["contrasts"].task == task])
-        if not data["contrasts"].empty
-        else [],
-        "kinds": kinds_context(kinds[kinds.task == task]) if not kinds.empty else None,
-        "seeds": rows_of(seeds[seeds.task == task]) if not seeds.empty else [],
-        "passes": passes_context(passes[passes.task == task]) if not passes.empty else None,
+        "contrasts": rows_of(own["contrasts"]),
+        "kinds": across(own["kinds"], lambda row: f"{row['kind']}\nn = {row['n']}"),
+        "seeds": rows_of(own["seeds"]),
+        "passes": across(own["pass_at"], lambda row: row["metric"]),
         "non_inferior": [
             {"arm": c["a"], **c["non_inferiority"]}
             for c in entry["contrasts"]
             if "non_inferiority" in c
         ],
-        "questions": examples.questions(run, task, entry),
         "no_answer": [
             (arm, its["extraction_failure_fraction"])
             for arm, its in entry["arms"].items()
@@ -175,24 +176,12 @@ def draw_density(rows: pd.DataFrame, slug: str, label: str, drawn: dict[str, str
     draw(drawn, f"density-{slug}", figures.against_density(masked, lines, label))
 
 
-def passes_context(passes: pd.DataFrame) -> Context:
-    """Arms down, k across."""
-    return {
-        "names": list(dict.fromkeys(passes.metric)),
-        "rows": [(arm, rows_of(part)) for arm, part in passes.groupby("arm", sort=False)],
-    }
-
-
-def kinds_context(kinds: pd.DataFrame) -> Context | None:
-    """Arms down, question kinds across."""
-    if kinds.empty:
+def across(table: pd.DataFrame, head: Callable[[Context], str]) -> Context | None:
+    """Arms down, each arm's rows of a tidy table across, under `head` of the first arm's."""
+    if table.empty:
         return None
-    first = kinds[kinds.arm == kinds.arm.iloc[0]]
-    return {
-        "names": [(row.kind, row.n) for row in first.itertuples()],
-        "chance": [row.chance for row in first.itertuples()] if first.chance.notna().any() else [],
-        "rows": [(arm, rows_of(part)) for arm, part in kinds.groupby("arm", sort=False)],
-    }
+    rows = [(arm, rows_of(part)) for arm, part in table.groupby("arm", sort=False)]
+    return {"columns": ["Arm", *map(head, rows[0][1])], "rows": rows}
 
 
 def training_context(
@@ -268,21 +257,20 @@ def environment() -> Environment:
     """Jinja with the report's number formats as filters."""
     env = Environment(
         loader=PackageLoader("evals.report", "."),
-        autoescape=select_autoescape(["html", "html.j2"]),
+        autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     env.filters.update(
         percent=percent,
-        points=points,
         p_value=p_value,
+        hundred=lambda x, form="%.1f": "-" if x is None else form % (100 * x),
         significant=lambda x: "-" if x is None else f"{x:.4g}",
         count=lambda x: "-" if x is None else f"{int(x):,}",
         bracket=lambda low, high, scale=1, form=".2f": interval(
             {"interval": [low, high]}, scale, form
         ).strip(),
-        cell=lambda text: str(text).replace("|", "\\|").replace("\n", " "),
     )
     return env
 

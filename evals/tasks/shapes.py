@@ -45,14 +45,9 @@ def process_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, flo
     }
 
 
-@lru_cache(maxsize=1)
-def blind_guesser() -> tuple[dict[str, str], dict[str, str]]:
-    return shapes.blind_guesser()
-
-
 def chance(docs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Exact match of a guesser who knows the training answers and never looks: over all, and by kind."""
-    by_text, by_kind = blind_guesser()
+    by_text, by_kind = shapes.blind_guesser()
     return mean_by_kind(
         docs, lambda doc: by_text.get(doc["question"], by_kind[doc["kind"]]) == doc["answer"]
     )

@@ -172,40 +172,28 @@ def linear_probe(
 # ---------------------------------------------------------------------------------------------- probes
 
 
+def both_features(
+    loaded: LoadedModel, train: Pictures, test: Pictures
+) -> tuple[Features, Features]:
+    """A tower's features of the training and the test pictures."""
+    learned, asked = (tower_features(loaded, pictures.images) for pictures in (train, test))
+    return learned, asked
+
+
 def probe_towers(
     base: LoadedModel,
     trained: LoadedModel,
     train: Pictures,
     test: Pictures,
-    batch_size: int = 32,
+    before: tuple[Features, Features] | None = None,
 ) -> tuple[dict[str, Any], Rows]:
     """Drift of a model's vision tower between two checkpoints: (summary, a row a test picture and label).
 
     For each label a linear probe is fitted on either tower's features of `train` and tested on `test`; `chance`
     is the commonest training label's accuracy, `difference` is trained - base, paired by picture. `drift` is of
-    the features of `test`.
+    the features of `test`. `before` are the base's `both_features`, where they are there already.
     """
-    before, after = (both_features(loaded, train, test, batch_size) for loaded in (base, trained))
-    names = (base.name, trained.name)
-    return probe_features(before, after, train, test, names)
-
-
-def both_features(
-    loaded: LoadedModel, train: Pictures, test: Pictures, batch_size: int = 32
-) -> tuple[Features, Features]:
-    """A tower's features of the training and the test pictures."""
-    learned, asked = (tower_features(loaded, p.images, batch_size) for p in (train, test))
-    return learned, asked
-
-
-def probe_features(
-    before: tuple[Features, Features],
-    after: tuple[Features, Features],
-    train: Pictures,
-    test: Pictures,
-    names: tuple[str, str],
-) -> tuple[dict[str, Any], Rows]:
-    """`probe_towers` of features that are there, the base's and the trained model's; `names` are theirs."""
+    before, after = before or both_features(base, train, test), both_features(trained, train, test)
     probes, rows = {}, []
     for name, truth in test.labels.items():
         learned = train.labels[name]
@@ -226,8 +214,8 @@ def probe_features(
             )
         ]
     summary = {
-        "base": names[0],
-        "trained": names[1],
+        "base": base.name,
+        "trained": trained.name,
         "n_train": len(train.images),
         "drift": drift(before[1], after[1]),
         "probes": probes,

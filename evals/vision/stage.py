@@ -73,9 +73,7 @@ def probe_arms(
         if not loaded.sees_images:
             continue
         if not isinstance(config.arms[arm], TeacherArm):  # a tower of its own is no drift
-            after = probes.both_features(loaded, train, test)
-            names = (untrained.name, loaded.name)
-            towers[arm], _ = probes.probe_features(before, after, train, test, names)
+            towers[arm], _ = probes.probe_towers(untrained, loaded, train, test, before)
         if judge is not None and told is not None:
             aligned[arm], rows = alignment.score_shapes(loaded, judge, pictures, bases=[untrained])
             aligned[arm]["difference"] = alignment.difference(rows, told)

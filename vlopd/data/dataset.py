@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from vlopd.config.data import FileData
-from vlopd.data import chat as chat
+from vlopd.data import chat
 from vlopd.data.images import open_picture, peek, shorten
 from vlopd.data.literals import check_characters, in_words, value_at
 from vlopd.data.tables import open_table

@@ -17,6 +17,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from PIL import Image, ImageDraw
@@ -118,7 +119,10 @@ def draw_question(scene: Scene, rng: random.Random, kind: str | None = None) -> 
     kind = kind or rng.choice(KINDS)
     if kind == "relation" and len(unique_objects(scene)) < 2:
         kind = "attribute"  # a relation needs two objects that can be named without ambiguity
-    return ASK[kind](scene, rng)
+    text = ASK[kind](scene, rng)
+    right = answer(scene, text)
+    assert right is not None
+    return Question(kind, text, right)
 
 
 def unique_objects(scene: Scene) -> list[int]:
@@ -130,60 +134,42 @@ def at_cell(scene: Scene, cell: int) -> str:
     return " ".join(scene[cell]) if cell in scene else "nothing"
 
 
-def ask_attribute(scene: Scene, rng: random.Random, cell: int | None = None) -> Question:
-    if cell is None:
-        cell = rng.randrange(9) if rng.random() < 0.3 else rng.choice(list(scene))
-    return Question("attribute", f"what is at {CELLS[cell]}", at_cell(scene, cell))
+def ask_attribute(scene: Scene, rng: random.Random) -> str:
+    cell = rng.randrange(9) if rng.random() < 0.3 else rng.choice(list(scene))
+    return f"what is at {CELLS[cell]}"
 
 
-def ask_row(scene: Scene, rng: random.Random) -> Question:
+def ask_row(scene: Scene, rng: random.Random) -> str:
     i = rng.randrange(3)
-    if rng.random() < 0.5:
-        name, cells = f"{ROWS[i]} row", [3 * i + j for j in range(3)]
-    else:
-        name, cells = f"{COLUMNS[i]} column", [3 * j + i for j in range(3)]
-    return Question("row", f"list {name}", " , ".join(at_cell(scene, cell) for cell in cells))
+    return f"list {ROWS[i]} row" if rng.random() < 0.5 else f"list {COLUMNS[i]} column"
 
 
-def ask_count(scene: Scene, rng: random.Random) -> Question:
+def ask_count(scene: Scene, rng: random.Random) -> str:
     feature = rng.randrange(2)  # 0 colour, 1 shape
     values = (list(COLOURS), SHAPES)[feature]
     value = rng.choice(values) if rng.random() < 0.25 else rng.choice(list(scene.values()))[feature]
-    cells = [cell for cell in sorted(scene) if scene[cell][feature] == value]
-    evidence = " ".join(CELLS[cell] for cell in cells) or "none"
-    return Question("count", f"how many {value}", f"{evidence}{VERDICT}{len(cells)}")
+    return f"how many {value}"
 
 
-def ask_exist(scene: Scene, rng: random.Random) -> Question:
+def ask_exist(scene: Scene, rng: random.Random) -> str:
     colour, shape = rng.choice(list(scene.values()))
     if rng.random() < 0.5:
         shape = rng.choice(SHAPES)
-    evidence = " ".join(f"{CELLS[c]} {scene[c][1]}" for c in sorted(scene) if scene[c][0] == colour)
-    verdict = "yes" if (colour, shape) in scene.values() else "no"
-    return Question("exist", f"any {colour} {shape}", f"{evidence or 'none'}{VERDICT}{verdict}")
+    return f"any {colour} {shape}"
 
 
-def ask_compare(scene: Scene, rng: random.Random) -> Question:
+def ask_compare(scene: Scene, rng: random.Random) -> str:
     first = rng.choice(list(scene.values()))[0]
     second = rng.choice([colour for colour in COLOURS if colour != first])
     a, b = (first, second) if rng.random() < 0.5 else (second, first)
-    n_a, n_b = (sum(obj[0] == colour for obj in scene.values()) for colour in (a, b))
-    verdict = a if n_a > n_b else b if n_b > n_a else "equal"
-    return Question("compare", f"more {a} or {b}", f"{a} {n_a} {b} {n_b}{VERDICT}{verdict}")
+    return f"more {a} or {b}"
 
 
-def ask_relation(scene: Scene, rng: random.Random) -> Question:
+def ask_relation(scene: Scene, rng: random.Random) -> str:
     a, b = rng.sample(unique_objects(scene), 2)
-    holds = {
-        "left-of": a % 3 < b % 3,
-        "right-of": a % 3 > b % 3,
-        "above": a // 3 < b // 3,
-        "below": a // 3 > b // 3,
-    }
     wanted = rng.random() < 0.5
-    relation = rng.choice([name for name, true in holds.items() if true == wanted])
-    text = f"is {at_cell(scene, a)} {relation} {at_cell(scene, b)}"
-    return Question("relation", text, f"{CELLS[a]} {CELLS[b]}{VERDICT}{'yes' if wanted else 'no'}")
+    relation = rng.choice([name for name in RELATIONS if holds(name, a, b) == wanted])
+    return f"is {at_cell(scene, a)} {relation} {at_cell(scene, b)}"
 
 
 ASK = {
@@ -194,32 +180,53 @@ ASK = {
     "compare": ask_compare,
     "relation": ask_relation,
 }
+RELATIONS = {"left-of": (1, -1), "right-of": (1, 1), "above": (0, -1), "below": (0, 1)}
+"""Axis (0 row, 1 column) and the sign of `first - second` along it."""
+
+
+def holds(relation: str, first: int, second: int) -> bool:
+    axis, sign = RELATIONS[relation]
+    return (divmod(first, 3)[axis] - divmod(second, 3)[axis]) * sign > 0
+
+
+def answer(scene: Scene, question: str) -> str | None:
+    """The full answer to a question; None where the scene leaves it ambiguous.
+
+    >>> answer({0: ("red", "circle")}, "how many red")
+    "top-left : 1"
+    """
+    match question.split():
+        case ["what", "is", "at", cell]:
+            return at_cell(scene, CELLS.index(cell))
+        case ["list", name, "row"]:
+            return " , ".join(at_cell(scene, 3 * ROWS.index(name) + j) for j in range(3))
+        case ["list", name, "column"]:
+            return " , ".join(at_cell(scene, 3 * j + COLUMNS.index(name)) for j in range(3))
+        case ["how", "many", value]:
+            cells = [CELLS[cell] for cell in sorted(scene) if value in scene[cell]]
+            return f"{' '.join(cells) or 'none'}{VERDICT}{len(cells)}"
+        case ["any", colour, shape]:
+            found = [f"{CELLS[c]} {scene[c][1]}" for c in sorted(scene) if scene[c][0] == colour]
+            verdict = "yes" if (colour, shape) in scene.values() else "no"
+            return f"{' '.join(found) or 'none'}{VERDICT}{verdict}"
+        case ["more", a, "or", b]:
+            n_a, n_b = (sum(obj[0] == colour for obj in scene.values()) for colour in (a, b))
+            verdict = a if n_a > n_b else b if n_b > n_a else "equal"
+            return f"{a} {n_a} {b} {n_b}{VERDICT}{verdict}"
+        case ["is", colour_a, shape_a, relation, colour_b, shape_b]:
+            named = {scene[cell]: cell for cell in unique_objects(scene)}
+            first, second = named.get((colour_a, shape_a)), named.get((colour_b, shape_b))
+            if first is None or second is None:
+                return None
+            verdict = "yes" if holds(relation, first, second) else "no"
+            return f"{CELLS[first]} {CELLS[second]}{VERDICT}{verdict}"
+    raise AssertionError(f"not a question of the visual world: {question}")
 
 
 def vocabulary() -> list[str]:
     """Every word a question or an answer can hold, sorted."""
-    words = {*COLOURS, *SHAPES, *CELLS, *ROWS, *COLUMNS, *"012345", ",", ":", ";"}
-    words |= set(
-        [
-            "what",
-            "is",
-            "at",
-            "nothing",
-            "list",
-            "row",
-            "column",
-            "how",
-            "many",
-            "none",
-            "any",
-            "yes",
-            "no",
-            "more",
-            "or",
-            "equal",
-        ]
-    )
-    return sorted(words | {"left-of", "right-of", "above", "below"})
+    words = "what is at nothing list row column how many none any yes no more or equal , : ; 0 1 2 3 4 5"
+    return sorted({*words.split(), *COLOURS, *SHAPES, *CELLS, *ROWS, *COLUMNS, *RELATIONS})
 
 
 # ----------------------------------------------------------------------------------------- examples
@@ -260,17 +267,32 @@ class ShapesWorld(World):
         return Example.ask(str(row["id"]), question, images, answer, {**row, "caption": told})
 
 
-def blind_guesser(n: int = 20_000, seed: int = 0) -> tuple[dict[str, str], dict[str, str]]:
-    """The best answer without looking: the commonest training answer to the same words, then to the kind.
+Counts = Mapping[str, Counter[str]]
 
-    Returns (answer by question text, answer by kind). Its accuracy on test questions is chance level.
+
+@lru_cache(maxsize=1)
+def training_answers(n: int = 20_000, seed: int = 0) -> tuple[Counts, Counts]:
+    """How often `n` training questions were answered with what, by their text and by their kind.
+
+    That is all that can be known without looking.
     """
     by_text: defaultdict[str, Counter[str]] = defaultdict(Counter)
     by_kind: defaultdict[str, Counter[str]] = defaultdict(Counter)
     world = ShapesWorld("train", n, seed)
-    for i in range(n):
-        row = world.row(i)
+    for row in map(world.row, range(n)):
         by_text[str(row["question"])][str(row["answer"])] += 1
         by_kind[str(row["kind"])][str(row["answer"])] += 1
-    commonest = {text: counts.most_common(1)[0][0] for text, counts in by_text.items()}
-    return commonest, {kind: counts.most_common(1)[0][0] for kind, counts in by_kind.items()}
+    return dict(by_text), dict(by_kind)
+
+
+@lru_cache(maxsize=1)
+def blind_guesser() -> tuple[dict[str, str], dict[str, str]]:
+    """The best answer without looking: the commonest training answer to the same words, then to the kind.
+
+    Returns (answer by question text, answer by kind). Its accuracy on test questions is chance level.
+    """
+    by_text, by_kind = (
+        {asked: counts.most_common(1)[0][0] for asked, counts in answers.items()}
+        for answers in training_answers()
+    )
+    return by_text, by_kind

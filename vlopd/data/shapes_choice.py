@@ -12,64 +12,22 @@ cell, but never the set of objects of a test scene, whatever the seed (`shapes.s
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
 from functools import lru_cache
 from typing import Any
 
 from vlopd.data.shapes import (
     CELLS,
     COLOURS,
-    COLUMNS,
-    ROWS,
     SHAPES,
-    VERDICT,
     Scene,
     ShapesWorld,
     Split,
+    answer,
     at_cell,
     scene_from_json,
-    unique_objects,
 )
 
 CHOICES = 4
-RELATIONS = {"left-of": (1, -1), "right-of": (1, 1), "above": (0, -1), "below": (0, 1)}
-"""Axis (0 row, 1 column) and the sign of `first - second` along it."""
-
-
-def answer(scene: Scene, question: str) -> str | None:
-    """The full answer to a question in the words of shapes.py; None where the scene leaves it ambiguous.
-
-    >>> answer({0: ("red", "circle")}, "how many red")
-    "top-left : 1"
-    """
-    match question.split():
-        case ["what", "is", "at", cell]:
-            return at_cell(scene, CELLS.index(cell))
-        case ["list", name, "row"]:
-            return " , ".join(at_cell(scene, 3 * ROWS.index(name) + j) for j in range(3))
-        case ["list", name, "column"]:
-            return " , ".join(at_cell(scene, 3 * j + COLUMNS.index(name)) for j in range(3))
-        case ["how", "many", value]:
-            cells = [CELLS[cell] for cell in sorted(scene) if value in scene[cell]]
-            return f"{' '.join(cells) or 'none'}{VERDICT}{len(cells)}"
-        case ["any", colour, shape]:
-            found = [f"{CELLS[c]} {scene[c][1]}" for c in sorted(scene) if scene[c][0] == colour]
-            verdict = "yes" if (colour, shape) in scene.values() else "no"
-            return f"{' '.join(found) or 'none'}{VERDICT}{verdict}"
-        case ["more", a, "or", b]:
-            n_a, n_b = (sum(obj[0] == colour for obj in scene.values()) for colour in (a, b))
-            verdict = a if n_a > n_b else b if n_b > n_a else "equal"
-            return f"{a} {n_a} {b} {n_b}{VERDICT}{verdict}"
-        case ["is", colour_a, shape_a, relation, colour_b, shape_b]:
-            named = {scene[cell]: cell for cell in unique_objects(scene)}
-            first, second = named.get((colour_a, shape_a)), named.get((colour_b, shape_b))
-            if first is None or second is None:
-                return None
-            axis, sign = RELATIONS[relation]
-            difference = divmod(first, 3)[axis] - divmod(second, 3)[axis]
-            verdict = "yes" if difference * sign > 0 else "no"
-            return f"{CELLS[first]} {CELLS[second]}{VERDICT}{verdict}"
-    raise AssertionError(f"not a question of the visual world: {question}")
 
 
 def step(scene: Scene, rng: random.Random) -> Scene:
@@ -142,13 +100,3 @@ def colour_rows(size: int, seed: int, split: Split) -> tuple[dict[str, Any], ...
     """The colour question of each scene of those questions."""
     world = ShapesWorld(split, size, seed)
     return tuple(colour_row(world, i) for i in range(size))
-
-
-def training_answers(n: int = 20_000, seed: int = 0) -> dict[str, Counter[str]]:
-    """How often `n` training questions were answered with what: all that can be known without looking."""
-    answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    world = ShapesWorld("train", n, seed)
-    for i in range(n):
-        row = world.row(i)
-        answers[str(row["question"])][str(row["answer"])] += 1
-    return answers

@@ -175,7 +175,7 @@ def digest(row: Row, column: str, folder: Path) -> str:
     return hashlib.sha256(value).hexdigest()[:16]
 
 
-# --------------------------------------------------------------------------- for readers of rows
+# ------------------------------------------------------------- for readers of rows, and for scoring
 
 
 def document(
@@ -219,6 +219,10 @@ def lettered(choices: Sequence[str]) -> str:
     return "\n".join(
         f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False)
     )
+
+
+def outcome(said: str | None, right: bool, metric: str = "acc") -> dict[str, float]:
+    return {metric: float(right), "extraction_failure": float(said is None)}
 
 
 def chance(docs: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from evals.lm import PLACEHOLDER
 from evals.tasks.benchmarks import documents
-from evals.tasks.benchmarks.documents import Benchmark, Document, Row, document, text
+from evals.tasks.benchmarks.documents import Benchmark, Document, Row, document, outcome, text
 from evals.tasks.equality import same_math, same_number
 from evals.tasks.extraction import math_answer, number_answer
 from vlopd.errors import DataError
@@ -64,11 +64,7 @@ BENCHMARKS = {
         ),
         Benchmark("gsm8k", "openai/gsm8k", "test", ("question", "answer"), gsm8k, "main"),
         Benchmark(
-            "geometry3k",
-            "hiyouga/geometry3k",
-            "test",
-            ("images", "problem", "answer"),
-            geometry3k,
+            "geometry3k", "hiyouga/geometry3k", "test", ("images", "problem", "answer"), geometry3k
         ),
     )
 }
@@ -85,16 +81,12 @@ def doc_to_image(doc: Mapping[str, Any]) -> list[Image.Image]:
 def score_number(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
     """Answers that are numbers: equal exactly."""
     said = number_answer(results[0])
-    return {
-        "exact_match": float(said is not None and same_number(said, doc["answer"])),
-        "extraction_failure": float(said is None),
-    }
+    right = said is not None and same_number(said, doc["answer"])
+    return outcome(said, right, "exact_match")
 
 
 def score_math(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
     """Answers that are expressions: equal as mathematics."""
     said = math_answer(results[0])
-    return {
-        "exact_match": float(said is not None and same_math(said, doc["answer"])),
-        "extraction_failure": float(said is None),
-    }
+    right = said is not None and same_math(said, doc["answer"])
+    return outcome(said, right, "exact_match")

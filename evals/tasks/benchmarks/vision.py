@@ -24,6 +24,7 @@ from evals.tasks.benchmarks.documents import (
     Row,
     document,
     lettered,
+    outcome,
     text,
     unmarked,
 )
@@ -198,15 +199,10 @@ def doc_to_image(doc: Mapping[str, Any]) -> list[Image.Image]:
     return documents.pictures(BENCHMARKS[doc["benchmark"]], doc)
 
 
-def chance(docs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    return documents.chance(docs)
+chance = documents.chance
 
 
 # ------------------------------------------------------------------------------------------ scoring
-
-
-def outcome(said: str | None, right: bool) -> dict[str, float]:
-    return {"acc": float(right), "extraction_failure": float(said is None)}
 
 
 def score_choice(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
@@ -245,10 +241,8 @@ def agrees(said: str, accepted: str) -> bool:
 
 def score_chartqa(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
     said = short_answer(results[0])
-    return {
-        "relaxed_accuracy": float(said is not None and relaxed_match(said, doc["answer"])),
-        "extraction_failure": float(said is None),
-    }
+    right = said is not None and relaxed_match(said, doc["answer"])
+    return outcome(said, right, "relaxed_accuracy")
 
 
 def score_pope(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:

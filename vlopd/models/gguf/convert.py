@@ -9,7 +9,6 @@ families whose own splits numbers or white space otherwise.
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -18,11 +17,12 @@ from pathlib import Path
 
 import gguf
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from vlopd.digests import cache, file_digest
 from vlopd.errors import ConfigError
-from vlopd.files import TEMPORARY, whole_folder
+from vlopd.files import whole_folder
 
 VERSION = 1
 """Of the converter: part of the cache's keys, to be raised where the same file would come out otherwise."""
@@ -123,17 +123,15 @@ def made_once(key: str, make: Callable[[Path], None]) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = (folder.parent / ".lock").open("w")
+        lock = FileLock(folder.parent / ".lock").acquire()
     except OSError as error:
         raise ConfigError(
             f"cannot write the cache {cache()} ({error.strerror}); set VLOPD_CACHE to another folder"
         ) from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
-            for left in folder.parent.iterdir():
-                if TEMPORARY.fullmatch(left.name):  # by a process that was killed
-                    shutil.rmtree(left)
+            for left in folder.parent.glob(".unfinished-*"):  # by a process that was killed
+                shutil.rmtree(left)
             with whole_folder(folder) as unfinished:
                 make(unfinished)
     return folder

@@ -1,0 +1,63 @@
+"""The report's page as Markdown: its headings, paragraphs, tables, and figures by the name of their file."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+BLOCKS = {"h1": "# ", "h2": "## ", "h3": "### ", "p": "", "caption": ""}
+CELLS = ("th", "td")
+HIDDEN = ("head", "nav", "svg", "summary", "pre", "script")
+
+
+def markdown(page: str) -> str:
+    parser = _Page()
+    parser.feed(page)
+    return "\n\n".join(parser.blocks) + "\n"
+
+
+class _Page(HTMLParser):
+    """Reads what report.html.j2 writes: every text lies in a block, a cell or a figure's caption."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: list[str] = []
+        self.text = ""
+        self.rows: list[list[str]] = []
+        self.rule: list[str] = []
+        self.figure: str | None = None
+        self.hidden = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        its = dict(attrs)
+        self.hidden += tag in HIDDEN
+        if tag in BLOCKS or tag in CELLS or tag == "figcaption":
+            self.text = ""
+        if tag == "figure":
+            self.figure = its["data-name"]
+        elif tag == "table":
+            self.rows, self.rule = [], []
+        elif tag == "tr":
+            self.rows.append([])
+        elif its.get("scope") == "col":
+            self.rule.append("---:" if self.rule and its.get("class") != "text" else "---")
+        elif tag in ("br", "code"):
+            self.text += {"br": " ", "code": "`"}[tag]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data * (not self.hidden)
+
+    def handle_endtag(self, tag: str) -> None:
+        self.hidden -= tag in HIDDEN
+        said = " ".join(self.text.split())
+        if tag in BLOCKS:
+            self.blocks.append(BLOCKS[tag] + said)
+        elif tag == "figcaption":
+            self.blocks.append(f"![{said}](figures/{self.figure}.svg)")
+        elif tag in CELLS:
+            self.rows[-1].append(said.replace("|", "\\|"))
+        elif tag == "table":
+            head, *rest = self.rows
+            lines = [f"| {' | '.join(cells)} |" for cells in (head, self.rule, *rest)]
+            self.blocks.append("\n".join(lines))
+        elif tag == "code":
+            self.text += "`"
