@@ -72,7 +72,7 @@ def test_a_run_folder_grows_but_for_its_student(tmp_path):
     assert read_json(tmp_path / "run.json")["history"] == []
     grown = load_config(QUICKSTART, ["train.steps=3", "title=more"])
     run = RunFolder.create(tmp_path, grown)
-    assert [line.split(": ")[0] for line in run.changes] == ["title", "train.steps"]
+    assert [line.split(": ")[0] for line in run.changes] == ["train.steps", "title"]
     run.unlock()
     about = read_json(tmp_path / "run.json")
     assert about["config"]["train"]["steps"] == 3

@@ -365,7 +365,7 @@ def test_report_has_files_beside_the_page(compared, page):
     """Markdown, SVG figures and CSV tables hold the same numbers for other tools."""
     run, _, record = compared
     markdown = (run.report / "report.md").read_text()
-    assert all(sentence in markdown for sentence in record["verdict"])
+    assert all(sentence in markdown for sentence in verdict(record))
     shown = re.findall(r"\]\((figures/[^)]*)\)", markdown)
     assert len(shown) == page.count("<svg") and "</" not in markdown
     for figure in shown:
