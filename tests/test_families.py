@@ -536,7 +536,7 @@ def test_models_without_a_body_are_refused():
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     with pytest.raises(ConfigError, match=r"'blip-2'.*vlopd/models/families\.py"):
-        families.body(model)
+        families.backbone(model)
 
 
 def test_models_of_no_language_are_refused():

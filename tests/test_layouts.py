@@ -374,7 +374,7 @@ def test_what_is_left_out_is_said_everywhere(kind, tmp_path):
     assert summary["tensors"] == 3 and summary["largest"][0] == "v_head.weight"
     assert summary["base_share"] == shares["of=base"]
     assert summary["trained_share"] == shares["of=trained"]
-    assert "v_head.weight (1, 32) (in the trained checkpoint only)" in summary["said"]
+    assert "v_head.weight (1, 32) (in the trained checkpoint only)" in summary["summary"]
     match = read_json(tmp_path / "step-2-out/match.json")
     assert match["missing"] == ["rotary.inv_freq"] and match["extra"] == ["v_head.weight"]
     compared = [
@@ -405,7 +405,7 @@ def test_nothing_left_out_adds_no_row(tmp_path):
     analyse(*folders, QUICK, {}, progress=False, workers=1)
     assert not any(row["metric"].startswith("left_out") for row in read_rows(tmp_path / "out"))
     said = read_json(tmp_path / "out/summary.json")["left_out"]
-    assert said == {"tensors": 0, "base_share": 0, "trained_share": 0, "largest": [], "said": ""}
+    assert said == {"tensors": 0, "base_share": 0, "trained_share": 0, "largest": [], "summary": ""}
 
 
 LARGE: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
@@ -500,7 +500,7 @@ def test_unmerged_adapters_are_refused_however_small(tmp_path):
     ):
         trained = save({**before, key: torch.ones(shape)}, tmp_path / f"trained-{i}")
         with pytest.raises(
-            RunError, match=r"part of an adapter that is not merged.*merge_and_unload"
+            RunError, match=r"part of an unmerged adapter.*merge_and_unload"
         ):
             stream(tmp_path / "before", trained, classify)
 

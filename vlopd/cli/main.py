@@ -163,8 +163,8 @@ def make_geometry(run: RunFolder, config: ExperimentConfig, names: list[str]) ->
 def say_left_out(folder: Path) -> None:
     """What the two checkpoints of a geometry have that is not compared."""
     left_out = read_json(folder / "summary.json")["left_out"]
-    if left_out["said"]:
-        console.print(f"[yellow]left out[/]: {escape(left_out['said'])}", soft_wrap=True)
+    if left_out["summary"]:
+        console.print(f"[yellow]left out[/]: {escape(left_out['summary'])}", soft_wrap=True)
 
 
 def make_evals(run: RunFolder, config: ExperimentConfig, names: list[str]) -> None:

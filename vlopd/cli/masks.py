@@ -93,7 +93,7 @@ def make(
     if trained is not None:
         inputs["of"] = digest_checkpoint(trained, whole=True)
     deltas = stream(base, trained or base, classify)
-    said = deltas.report.said() if parsed.reads is not None else ""
+    said = deltas.report.summary() if parsed.reads is not None else ""
     if said:
         inputs["left_out"] = [its.name for its in deltas.report.left_out]
     mask = build_mask(parsed, deltas, named)

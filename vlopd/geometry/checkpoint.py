@@ -118,7 +118,7 @@ def left_out(report: MatchReport) -> dict[str, Any]:
         "base_share": report.base_share,
         "trained_share": report.trained_share,
         "largest": [its.name for its in report.left_out[:5]],
-        "said": report.said(),
+        "summary": report.summary(),
     }
 
 

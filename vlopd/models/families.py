@@ -126,7 +126,7 @@ def tokenizer_of(processor: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
 
-def lacking(processor: Any, with_images: bool) -> str | None:
+def missing_parts(processor: Any, with_images: bool) -> str | None:
     """What a processor has not, though transformers made one up: words of a tokenizer, an image processor."""
     tokenizer = tokenizer_of(processor)
     made_up = {*tokenizer.get_added_vocab(), *map(str, tokenizer.all_special_tokens)}
@@ -253,7 +253,7 @@ def encode(
             if any(name in row for row in rows)
         },
         {
-            name: join([row[name] for row in rows if name in row])
+            name: _concatenate_padded([row[name] for row in rows if name in row])
             for name in dict.fromkeys(name for row in rows for name in row)
             if name not in ("input_ids", "attention_mask", *PER_TOKEN_INPUTS)
         },
@@ -264,7 +264,7 @@ def process(
     processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]
 ) -> dict[str, Tensor]:
     """Model inputs of prompts whose images are alike, padded on the left."""
-    if any(map(is_printed_part, texts)) and prints_parts(processor):
+    if any(map(is_printed_part, texts)) and _prints_parts(processor):
         raise ConfigError(
             "its chat template prints message parts as they are, it wants plain strings; "
             "set `template` to a .jinja file that takes parts"
@@ -284,7 +284,7 @@ def process(
     return {name: value for name, value in inputs.items() if name not in UNUSED_OUTPUTS}
 
 
-def prints_parts(processor: Any) -> bool:
+def _prints_parts(processor: Any) -> bool:
     """Whether the chat template takes a message's parts for a string."""
     message = {"role": "user", "content": as_parts("x")}
     return is_printed_part(processor.apply_chat_template([message], tokenize=False))
@@ -301,7 +301,7 @@ def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
     return torch.cat([pad(row, (longest - row.shape[1], 0), value=value) for row in rows])
 
 
-def join(tensors: Sequence[Tensor]) -> Tensor:
+def _concatenate_padded(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenates on dim 0; other dimensions (patches, pixels) are filled up with zeros at their end."""
     sizes = [max(size) for size in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
     filled = []
@@ -314,7 +314,7 @@ def join(tensors: Sequence[Tensor]) -> Tensor:
 # ------------------------------------------------------------------------------------ forward passes
 
 
-def body(model: PreTrainedModel) -> Any:
+def backbone(model: PreTrainedModel) -> Any:
     """The model without its output layer. Raises ConfigError where the family does not divide so."""
     if model.base_model is model:
         raise ConfigError(
@@ -331,7 +331,7 @@ def position_ids(model: PreTrainedModel, prompts: Prompts, added: int) -> dict[s
     a grid (M-RoPE, arXiv 2409.12191). Those remember the grids of their last forward pass; being told the
     positions, they never use what they remember. Empty for a model that takes none.
     """
-    base, mask = body(model), prompts.attention_mask
+    base, mask = backbone(model), prompts.attention_mask
     if "position_ids" not in inspect.signature(base.forward).parameters:
         return {}
     if hasattr(base, "get_rope_index") and prompts.per_image:
@@ -350,7 +350,7 @@ def completion_hidden(model: PreTrainedModel, prompts: Prompts, completions: Com
     """Hidden states that predict each completion token, flat: [N, H]."""
     added = completions.ids.shape[1]
     kind = COMPLETION_TYPE.get(model.config.model_type, 0)
-    hidden = body(model)(
+    hidden = backbone(model)(
         input_ids=torch.cat([prompts.input_ids, completions.ids], 1),
         attention_mask=torch.cat([prompts.attention_mask, completions.mask.long()], 1),
         use_cache=False,
@@ -391,7 +391,7 @@ def check_logits(model: PreTrainedModel) -> None:
     kind = model.config.model_type
     # a family that sees its prompt both ways is told that these are a completion
     types = {"token_type_ids": torch.ones_like(ids)} if kind in COMPLETION_TYPE else {}
-    hidden = body(model)(input_ids=ids, **types).last_hidden_state
+    hidden = backbone(model)(input_ids=ids, **types).last_hidden_state
     ours = logits_of(model, hidden, 10**9)
     own = model(input_ids=ids, **types).logits
     if not bool(torch.isfinite(own).all()):

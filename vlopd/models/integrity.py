@@ -58,14 +58,14 @@ def is_constant(name: str, shape: Sequence[int]) -> bool:
     return not name.endswith("bias") or len(shape) == 0 or tuple(shape[:2]) == (1, 1)
 
 
-class Stored(NamedTuple):
+class TensorHeader(NamedTuple):
     """A tensor as the header of its file describes it."""
 
     dtype: str  # safetensors' name, such as BF16
     shape: tuple[int, ...]
 
 
-def quantisation(config: Any) -> str | None:
+def find_quantisation(config: Any) -> str | None:
     """What a config.json says of quantised weights, in any of its parts; None where it says nothing."""
     if not isinstance(config, Mapping):
         return None
@@ -76,18 +76,18 @@ def quantisation(config: Any) -> str | None:
                 f"config.json has a {key} ({method or 'of no stated method'}); {DEQUANTISED} (or remove "
                 f"that key where the tensors are plain)"
             )
-        if (found := quantisation(value)) is not None:
+        if (found := find_quantisation(value)) is not None:
             return found
     return None
 
 
-def packing(tensors: Mapping[str, Stored]) -> str | None:
+def find_packed(tensors: Mapping[str, TensorHeader]) -> str | None:
     """Which of a checkpoint's tensors is packed: narrow, an integer, or a scale; None where all are plain."""
     for name, (dtype, shape) in sorted(tensors.items()):
         if PACKING.search(name):
             return f"it holds {name}, which only quantised weights have; {DEQUANTISED}"
         if dtype in PLAIN or dtype.startswith("C"):
-            continue  # complex ones are no packed weights either: `not_real`
+            continue  # complex ones are no packed weights either: `find_complex`
         integer = dtype == "BOOL" or dtype.startswith(("I", "U"))
         weight = name.rpartition(".")[2].endswith("weight")
         if not integer or weight or (len(shape) > 1 and not INTEGER_BUFFER.search(name)):
@@ -95,7 +95,7 @@ def packing(tensors: Mapping[str, Stored]) -> str | None:
     return None
 
 
-def not_real(tensors: Mapping[str, Stored]) -> str | None:
+def find_complex(tensors: Mapping[str, TensorHeader]) -> str | None:
     """Which of a checkpoint's tensors is complex; None where none is."""
     for name, (dtype, _) in sorted(tensors.items()):
         if dtype.startswith("C"):
@@ -103,7 +103,7 @@ def not_real(tensors: Mapping[str, Stored]) -> str | None:
     return None
 
 
-def ragged(tensors: Mapping[str, Stored]) -> str | None:
+def find_incomplete_experts(tensors: Mapping[str, TensorHeader]) -> str | None:
     """Which of a layer's experts, stored one by one, lacks a tensor or has one of another shape; None if none.
 
     transformers stacks experts on loading, and does not say which one did not fit.
@@ -125,7 +125,7 @@ def ragged(tensors: Mapping[str, Stored]) -> str | None:
     return None
 
 
-def read_headers(folder: Path) -> dict[str, Stored]:
+def read_headers(folder: Path) -> dict[str, TensorHeader]:
     """The tensors that transformers reads from a folder (one file, or an index's shards), from their headers.
 
     Raises ConfigError with the file's name where one is missing or not whole, or there are only pickles.
@@ -144,14 +144,14 @@ def read_headers(folder: Path) -> dict[str, Stored]:
         pickled = sorted(p.name for how in ("*.bin", "*.pt", "*.pth") for p in folder.glob(how))
         why = f"only pickled weights ({pickled[0]}), which are refused" if pickled else "no weights"
         raise ConfigError(f"{folder} holds {why}; it needs {SINGLE} or {INDEX}")
-    found: dict[str, Stored] = {}
+    found: dict[str, TensorHeader] = {}
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
                 held = set(file.keys())
                 for tensor in held:
                     header = file.get_slice(tensor)
-                    found[tensor] = Stored(header.get_dtype(), tuple(header.get_shape()))
+                    found[tensor] = TensorHeader(header.get_dtype(), tuple(header.get_shape()))
         except (SafetensorError, OSError) as error:
             why = f"not a whole safetensors file ({error})" if path.exists() else "missing"
             raise ConfigError(f"{path} is {why}; copy or save the model again") from None
@@ -175,21 +175,21 @@ def refuse_partial(name: str, loading: Mapping[str, Any], model: nn.Module) -> N
     missing = sorted(loading["missing_keys"])
     extra = sorted(key for key in loading["unexpected_keys"] if not CONSTANT.search(key))
     if missing:
-        instead = f", which has {few(extra)} instead" if extra else ""
+        instead = f", which has {first_names(extra)} instead" if extra else ""
         raise ConfigError(
-            f"{name} is not whole: {few(missing)} of {kind} {'are' if len(missing) > 1 else 'is'} not in its "
+            f"{name} is not whole: {first_names(missing)} of {kind} {'are' if len(missing) > 1 else 'is'} not in its "
             f"file{instead}; save the whole model again, under its own names"
         )
     if extra:
         raise ConfigError(
-            f"{name}: {kind} as config.json describes it has no place for {few(extra)} of its file; give the "
+            f"{name}: {kind} as config.json describes it has no place for {first_names(extra)} of its file; give the "
             "config.json that its weights were saved with, or save the model again without them"
         )
     if loading["error_msgs"]:
         raise ConfigError(f"{name}: {' '.join(str(loading['error_msgs'][0]).split())}")
 
 
-def few(names: Sequence[str]) -> str:
+def first_names(names: Sequence[str]) -> str:
     """The first three names, and how many there are."""
     more = f", ... ({len(names)} tensors in all)" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

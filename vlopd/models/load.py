@@ -23,7 +23,7 @@ from vlopd.models.openclip import vlm
 from vlopd.models.tokenizers import (
     PROBE,
     check_template_arguments,
-    no_row,
+    missing_row_message,
     read_template,
     template_text,
 )
@@ -76,23 +76,23 @@ def load_model_config(
                 where, revision=revision, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # configurations check themselves, and raise what they like
-        if is_nowhere(where, revision):
+        if _does_not_exist(where, revision):
             raise ModelUnreadable(
                 f"cannot read the configuration of {name!r}: there is no such folder, and as a model id of the hub "
                 "it is not in the cache and could not be fetched"
             ) from None
-        raise unreadable(f"read the configuration of {name!r}", error) from None
+        raise _unreadable_error(f"read the configuration of {name!r}", error) from None
     if config is None:
         raise ConfigError(
             f"{name} is an adapter (it has {integrity.ADAPTER}), not a model; merge it into its base (PEFT's "
             "merge_and_unload, then save_pretrained) and give the merged folder"
         )
-    if packed := integrity.quantisation(config.to_dict()):
+    if packed := integrity.find_quantisation(config.to_dict()):
         raise ConfigError(f"{name} is quantised: {packed}")
     return config
 
 
-def is_nowhere(where: str, revision: str | None) -> bool:
+def _does_not_exist(where: str, revision: str | None) -> bool:
     """Whether there is neither a folder or file of that name nor a hub's model in the cache."""
     if Path(where).exists():
         return False
@@ -102,7 +102,7 @@ def is_nowhere(where: str, revision: str | None) -> bool:
         return True
 
 
-def unreadable(what: str, error: Exception, remedy: str = "") -> ModelUnreadable:
+def _unreadable_error(what: str, error: Exception, remedy: str = "") -> ModelUnreadable:
     """What a library raised over a user's file, as one line of ours with its remedy where there is one."""
     said = str(error)
     if "trust_remote_code" in said:
@@ -132,10 +132,10 @@ def load_processor(
             resolve(name), revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # processors raise what they like
-        raise unreadable(
+        raise _unreadable_error(
             f"read the tokenizer or processor of {name!r}", error, TOKENIZER_FILES
         ) from None
-    if lacks := families.lacking(processor, families.sees_images(config)):
+    if lacks := families.missing_parts(processor, families.sees_images(config)):
         raise ModelUnreadable(
             f"cannot read the tokenizer or processor of {name!r}: its files hold {lacks}{TOKENIZER_FILES}"
         )
@@ -161,7 +161,7 @@ def load_generation_config(name: str, config: PretrainedConfig, revision: str | 
     except Exception as error:
         if isinstance(error, OSError) and not (Path(where) / "generation_config.json").exists():
             return GenerationConfig.from_model_config(config)
-        raise unreadable(f"read the generation_config.json of {name!r}", error) from None
+        raise _unreadable_error(f"read the generation_config.json of {name!r}", error) from None
 
 
 def load(
@@ -180,7 +180,7 @@ def load(
     truncated or pickled, tensors that are missing, packed, not finite or another model's, an adapter, no
     tokenizer, end tokens that are none, a chat template that leaves out the user's words.
     """
-    check_builtin(name)
+    _check_builtin(name)
     config = load_model_config(name, revision, trust_remote_code)
     model_class, _ = families.auto_classes(config)
     processor = load_processor(name, revision, trust_remote_code, template, template_arguments)
@@ -189,7 +189,7 @@ def load(
     where = resolve(name)
     is_folder = Path(where).is_dir()
     if is_folder:
-        check_files(name, Path(where))
+        _check_files(name, Path(where))
     try:
         model, loading = model_class.from_pretrained(
             where,
@@ -204,9 +204,9 @@ def load(
         if not is_folder:
             where = snapshot_download(where, revision=revision, local_files_only=True)
     except Exception as error:  # loaders raise what they like
-        raise unreadable(f"load the weights of {name!r}", error) from None
+        raise _unreadable_error(f"load the weights of {name!r}", error) from None
     if not is_folder:
-        check_files(name, Path(where))
+        _check_files(name, Path(where))
     integrity.refuse_partial(name, loading, model)
     model = model.to(device).eval()
     integrity.refuse_not_finite(name, model)
@@ -222,17 +222,17 @@ def check_unloaded(config: ModelConfig) -> None:
     load_processor(*where_from, config.template, config.template_arguments)
     where = Path(resolve(config.model))
     if where.is_dir():
-        check_files(config.model, where)
+        _check_files(config.model, where)
 
 
-def check_files(name: str, folder: Path) -> None:
+def _check_files(name: str, folder: Path) -> None:
     """Refuses weights that are damaged, packed, or short of a part of an expert; reads headers only."""
     stored = integrity.read_headers(folder)
-    if packed := integrity.packing(stored):
+    if packed := integrity.find_packed(stored):
         raise ConfigError(f"{name} is quantised: {packed}")
-    if odd := integrity.not_real(stored):
+    if odd := integrity.find_complex(stored):
         raise ConfigError(f"{name}: {odd}")
-    if short := integrity.ragged(stored):
+    if short := integrity.find_incomplete_experts(stored):
         raise ConfigError(f"{name} is not whole: {short}")
 
 
@@ -249,11 +249,11 @@ def check_tokens(loaded: LoadedModel) -> None:
     if ordinary and max(ordinary) >= rows:
         lost = sum(i >= rows for i in ordinary)
         raise ConfigError(
-            f"{no_row(name, tokenizer, max(ordinary), rows)} ({lost} of {len(ordinary)} ordinary tokens have none)"
+            f"{missing_row_message(name, tokenizer, max(ordinary), rows)} ({lost} of {len(ordinary)} ordinary tokens have none)"
         )
     if not 0 <= loaded.pad_id < rows:
-        raise ConfigError(f"padding: {no_row(name, tokenizer, loaded.pad_id, rows)}")
-    shown = [loaded.shows(content) for content in (PROBE, families.as_parts(PROBE))]
+        raise ConfigError(f"padding: {missing_row_message(name, tokenizer, loaded.pad_id, rows)}")
+    shown = [loaded.prints_user_text(content) for content in (PROBE, families.as_parts(PROBE))]
     if not any(shown) and False in shown:
         raise ConfigError(
             f"the chat template of {name} leaves out what the user says; set `template` beside its `model` to a "
@@ -283,7 +283,7 @@ def load_configured(
     )
 
 
-def check_builtin(name: str) -> None:
+def _check_builtin(name: str) -> None:
     """Refuses a packaged built-in whose files are not those it was shipped with."""
     folder = BUILTIN / name.removeprefix("builtin:")
     if not name.startswith("builtin:") or not folder.is_dir():

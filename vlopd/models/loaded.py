@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from vlopd.errors import ConfigError, DataError, UserError, first_line
 from vlopd.models import families, thinking
 from vlopd.models.context_length import context_length
-from vlopd.models.tokenizers import ANSWER, PROBE, end_ids, no_row, template_text
+from vlopd.models.tokenizers import ANSWER, PROBE, end_ids, missing_row_message, template_text
 from vlopd.types import Completions, Example, Prompts
 
 
@@ -119,7 +119,7 @@ class LoadedModel:
         """A turn without images, as the chat template takes it."""
         return {"role": role, "content": families.as_parts(text) if self.wants_parts else text}
 
-    def shows(self, content: Any) -> bool | None:
+    def prints_user_text(self, content: Any) -> bool | None:
         """Whether the chat template prints a user's words given as `content`; None where it raises."""
         try:
             text = self.apply_template([{"role": "user", "content": content}])
@@ -130,7 +130,9 @@ class LoadedModel:
     @cached_property
     def wants_parts(self) -> bool:
         """Whether the chat template leaves out a turn that is a plain string, and prints one of parts."""
-        return not self.shows(PROBE) and bool(self.shows(families.as_parts(PROBE)))
+        return not self.prints_user_text(PROBE) and bool(
+            self.prints_user_text(families.as_parts(PROBE))
+        )
 
     def render_text(self, example: Example, add_generation_prompt: bool = True) -> str:
         """The example's prompt in this model's own chat template, as text."""
@@ -191,7 +193,7 @@ class LoadedModel:
         own = set(self.placeholders.values()) if self.sees_images else set()
         for i in ids.unique().tolist():
             if not 0 <= i < rows and i not in own:
-                raise UserError(no_row(self.name, self.tokenizer, i, rows))
+                raise UserError(missing_row_message(self.name, self.tokenizer, i, rows))
 
     def render(self, examples: Sequence[Example]) -> Prompts:
         """Examples -> model inputs, in this model's template, resolution and padding. Raises as `prompts_of`."""
@@ -224,7 +226,7 @@ class LoadedModel:
         lengths = prompts.attention_mask.sum(1).tolist()
         for example, length in zip(examples, lengths, strict=True):
             if self.context_length is not None and length + new_tokens > self.context_length:
-                raise too_long(example.id, length, new_tokens, self)
+                raise too_long_error(example.id, length, new_tokens, self)
 
     def completion_hidden(self, prompts: Prompts, completions: Completions) -> Tensor:
         """[N, H] hidden states that predict each completion token."""
@@ -298,7 +300,9 @@ class LoadedModel:
         return {i: token for i, token in special.items() if token in kept}
 
 
-def too_long(example: str, prompt_tokens: int, new_tokens: int, model: LoadedModel) -> DataError:
+def too_long_error(
+    example: str, prompt_tokens: int, new_tokens: int, model: LoadedModel
+) -> DataError:
     """The error of an example that a model has no room for."""
     return DataError(
         f"example {example!r}: {prompt_tokens} prompt tokens and up to {new_tokens} of completion "

@@ -182,7 +182,7 @@ def parts(where: TensorName, shape: Sequence[int], config: PretrainedConfig) -> 
     out = len(shape) - 1 if transposed else int(stacked)  # the dimension of output features
     sizes: Mapping[str, int] = {module: shape[out]}
     if module == "qkv":
-        sizes = qkv_sizes(where, shape[out], config)
+        sizes = _qkv_sizes(where, shape[out], config)
     elif module == "gate_up" and text.model_type not in INTERLEAVED_GATE_UP:
         sizes = {"gate": shape[out] // 2, "up": shape[out] // 2}
     found = []
@@ -199,7 +199,7 @@ def parts(where: TensorName, shape: Sequence[int], config: PretrainedConfig) -> 
     return tuple(found)
 
 
-def qkv_sizes(where: TensorName, size: int, config: PretrainedConfig) -> Mapping[str, int]:
+def _qkv_sizes(where: TensorName, size: int, config: PretrainedConfig) -> Mapping[str, int]:
     """Output features of q, k and v in a fused tensor with `size` of them; heads as the component's config has."""
     if where.component == "language":
         own = config.get_text_config()

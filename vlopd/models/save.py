@@ -23,24 +23,24 @@ def save(
     """Writes a Hugging Face folder: weights (`state` in place of the model's own), configs, processor, card.
 
     `card` is the text of the model card. Tensor names are the model's own, so that masks, deltas and
-    checkpoints share one naming. config.json states the dtype that loads the weights as they are (`reload_dtype`),
+    checkpoints share one naming. config.json states the dtype that loads the weights as they are (`_reload_dtype`),
     whatever the dtype of the model in memory.
 
     Raises UserError for a tensor of `state` with values that its dtype cannot hold.
     """
-    refuse_overflow(state or {})
-    dtype = reload_dtype(loaded.model, state or loaded.model.state_dict())
+    _refuse_overflow(state or {})
+    dtype = _reload_dtype(loaded.model, state or loaded.model.state_dict())
     before = loaded.model.config.dtype
     try:
         loaded.model.save_pretrained(folder, state_dict=state, save_original_format=False)
     finally:
         loaded.model.config.dtype = before
-    write_dtype(folder / "config.json", dtype)
+    _write_dtype(folder / "config.json", dtype)
     loaded.processor.save_pretrained(folder)
     (folder / "README.md").write_text(card)
 
 
-def refuse_overflow(state: Mapping[str, Tensor]) -> None:
+def _refuse_overflow(state: Mapping[str, Tensor]) -> None:
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite()).sum())
@@ -51,7 +51,7 @@ def refuse_overflow(state: Mapping[str, Tensor]) -> None:
             )
 
 
-def reload_dtype(model: PreTrainedModel, state: Mapping[str, Tensor]) -> torch.dtype:
+def _reload_dtype(model: PreTrainedModel, state: Mapping[str, Tensor]) -> torch.dtype:
     """The narrowest dtype under which transformers loads every tensor of `state` as it is stored, unrounded.
 
     Of one dtype: that. Of several: the narrowest that holds them all, but for tensors that the model class keeps in
@@ -68,7 +68,7 @@ def reload_dtype(model: PreTrainedModel, state: Mapping[str, Tensor]) -> torch.d
     return widest(torch.float32, *present)
 
 
-def write_dtype(path: Path, dtype: torch.dtype) -> None:
+def _write_dtype(path: Path, dtype: torch.dtype) -> None:
     """States `dtype` in a config.json and in the configs of its parts."""
 
     def put(section: dict[str, Any], top: bool) -> None:

@@ -121,26 +121,26 @@ def marks_of(added_tokens: Iterable[str], template: str) -> tuple[Mark, ...]:
         mark
         for mark in every
         for string in (mark.opening[0], mark.closing[0])
-        if string in template or any(string.startswith(folded(word)) for word in words)
+        if string in template or any(string.startswith(_fold_case(word)) for word in words)
     ]
     of_known = {string for mark in every for string in mark.strings}
-    unknown = {word for word in words if not {word, folded(word)} & of_known}
+    unknown = {word for word in words if not {word, _fold_case(word)} & of_known}
     own = [
         pair(word, closing)
         for word in sorted(unknown)
         if NAMED.search(word)
-        for closing in closings_of(word)
+        for closing in _closings_of(word)
         if closing in unknown
     ]
     return tuple(dict.fromkeys([*known, *own]))
 
 
-def folded(string: str) -> str:
+def _fold_case(string: str) -> str:
     """A tag in lower case, any other string as it is."""
     return string.lower() if TAG.fullmatch(string) else string
 
 
-def closings_of(opening: str) -> list[str]:
+def _closings_of(opening: str) -> list[str]:
     """What may close a mark, going by its name: `</x>`, `<|/x|>`, `<|end_x|>`, and `end` for `begin` or `start`."""
     found = [opening[:1] + "/" + opening[1:], opening[:2] + "/" + opening[2:]]
     for first, last in CLOSERS:
@@ -155,10 +155,10 @@ def closings_of(opening: str) -> list[str]:
 
 
 @cache
-def table(marks: tuple[Mark, ...]) -> tuple[re.Pattern[str], dict[str, tuple[Mark, bool]]]:
+def _compile_marks(marks: tuple[Mark, ...]) -> tuple[re.Pattern[str], dict[str, tuple[Mark, bool]]]:
     """(a pattern of all marks, {string, tags in lower case: (its mark, whether it opens)})."""
-    of = {folded(string): (mark, False) for mark in marks for string in mark.closing}
-    of |= {folded(string): (mark, True) for mark in marks for string in mark.opening}
+    of = {_fold_case(string): (mark, False) for mark in marks for string in mark.closing}
+    of |= {_fold_case(string): (mark, True) for mark in marks for string in mark.opening}
     longest_first = sorted(of, key=len, reverse=True)
     # some tokenizers decode a space after a special token
     spaced = [
@@ -178,16 +178,16 @@ def split(text: str, opened: Mark | None = None, marks: Sequence[Mark] = MARKS) 
     thought that began with the completion. What only mentions a mark is no mark: in quotes or backticks or, within a
     thought, an opening one in the middle of a line with a space or punctuation after it.
     """
-    pattern, of = table(tuple(marks))
+    pattern, of = _compile_marks(tuple(marks))
     inside, depth = opened, int(opened is not None)
     answer, last = 0, opened  # where the answer begins, and the mark that it follows
     previous, was_opening = 0, opened is not None  # of the last mark: where it ends, what it did
     for match in pattern.finditer(text):
-        mark, opens = of[folded(re.sub(r">\s+", ">", match[0]))]
+        mark, opens = of[_fold_case(re.sub(r">\s+", ">", match[0]))]
         if inside is not None and mark != inside:
             continue
         # in doubt an opening mark opens: a number in a thought must not be graded
-        if is_mention(text, match.start(), match.end(), previous, opens and inside is not None):
+        if _is_mention(text, match.start(), match.end(), previous, opens and inside is not None):
             continue
         end = match.end()
         if mark.header:
@@ -216,7 +216,7 @@ def split(text: str, opened: Mark | None = None, marks: Sequence[Mark] = MARKS) 
     return Reading(text[:answer].strip(), said.lstrip(), True, last)
 
 
-def is_mention(text: str, start: int, end: int, previous: int, nested: bool) -> bool:
+def _is_mention(text: str, start: int, end: int, previous: int, nested: bool) -> bool:
     """Whether text[start:end] is spoken of rather than used; `previous` is where the mark before it ends.
 
     nested: it is an opening mark within a thought.
@@ -238,7 +238,7 @@ def opened_by(prompt: str, generation_prompt: str, marks: Sequence[Mark]) -> Mar
     tail = "".join(prompt[-len(generation_prompt) - LONGEST :].split())
     for mark in marks:
         heads = ["".join(f"{each}{mark.header}".split()) for each in mark.opening]
-        if any(folded(tail[-len(head) :]) == folded(head) for head in heads):
+        if any(_fold_case(tail[-len(head) :]) == _fold_case(head) for head in heads):
             return mark
     own = split(generation_prompt, None, marks)
     begun = not own.closed and tail.endswith("".join(generation_prompt.split()))
@@ -251,10 +251,10 @@ def kept_tokens(special: Iterable[str], marks: Sequence[Mark]) -> set[str]:
     spoken = [
         mark
         for mark in marks
-        if any(is_part(t, string) for t in tokens for string in (*mark.opening, *mark.closing))
+        if any(_is_part(t, string) for t in tokens for string in (*mark.opening, *mark.closing))
     ]
-    return {t for t in tokens for mark in spoken if any(is_part(t, s) for s in mark.strings)}
+    return {t for t in tokens for mark in spoken if any(_is_part(t, s) for s in mark.strings)}
 
 
-def is_part(token: str, string: str) -> bool:
-    return token in string or folded(token) == folded(string)
+def _is_part(token: str, string: str) -> bool:
+    return token in string or _fold_case(token) == _fold_case(string)

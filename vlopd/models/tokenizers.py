@@ -78,7 +78,7 @@ def end_ids(name: str, generation: Any, tokenizer: Any, rows: int) -> list[int]:
     return ends
 
 
-def no_row(name: str, tokenizer: Any, i: int, rows: int) -> str:
+def missing_row_message(name: str, tokenizer: Any, i: int, rows: int) -> str:
     """Says that a token has no row in the model's embedding, and what to do."""
     return (
         f"token {tokenizer.convert_ids_to_tokens(i)!r} {i} has no row in the {rows} of {name}; give the "

@@ -93,7 +93,7 @@ class SharedVocabulary:
         )
         return Completions(ids, completions.mask, completions.logprobs, completions.ended)
 
-    def has(self, ids: Tensor) -> Tensor:
+    def contains(self, ids: Tensor) -> Tensor:
         """Which of the student's ids are shared, bool of the same shape."""
         if isinstance(self.student, int):
             return ids < self.student
@@ -125,13 +125,13 @@ def read_vocabulary(model: ModelConfig) -> Vocabulary:
     )
 
 
-def share(student: Vocabulary, teachers: Sequence[Vocabulary]) -> SharedVocabulary:
+def share_vocabulary(student: Vocabulary, teachers: Sequence[Vocabulary]) -> SharedVocabulary:
     """Lines up the teachers' vocabularies with the student's.
 
     Raises ConfigError with the first ten disagreements where ordinary tokens differ.
     """
     notes: list[str] = []
-    aligned = [align(student, teacher, notes) for teacher in teachers]
+    aligned = [_align_teacher(student, teacher, notes) for teacher in teachers]
     common = sorted(set(student.ids.values()).intersection(*aligned))
     if all(teacher.ids == student.ids for teacher in teachers):
         rows = min(each.rows for each in (student, *teachers))
@@ -142,15 +142,15 @@ def share(student: Vocabulary, teachers: Sequence[Vocabulary]) -> SharedVocabula
             return SharedVocabulary(rows, rows, (rows,) * len(teachers), tuple(notes))
     return SharedVocabulary(
         len(common),
-        as_columns(common),
-        tuple(as_columns([row[i] for i in common]) for row in aligned),
+        _as_columns(common),
+        tuple(_as_columns([row[i] for i in common]) for row in aligned),
         tuple(notes),
     )
 
 
-def align(student: Vocabulary, teacher: Vocabulary, notes: list[str]) -> dict[int, int]:
+def _align_teacher(student: Vocabulary, teacher: Vocabulary, notes: list[str]) -> dict[int, int]:
     """{student id: teacher id} of every token that both have. Says in `notes` what it mapped or left out."""
-    refuse_other_tokens(student, teacher)
+    _refuse_other_tokens(student, teacher)
     row = {
         i: teacher.ids[word]
         for word, i in student.ids.items()
@@ -180,7 +180,7 @@ def align(student: Vocabulary, teacher: Vocabulary, notes: list[str]) -> dict[in
     return row
 
 
-def refuse_other_tokens(student: Vocabulary, teacher: Vocabulary) -> None:
+def _refuse_other_tokens(student: Vocabulary, teacher: Vocabulary) -> None:
     """Raises ConfigError where an ordinary token (one that was not added) is in one vocabulary only."""
     alone = [w for w in student.ids if w not in teacher.ids and w not in student.added]
     alone += [w for w in teacher.ids if w not in student.ids and w not in teacher.added]
@@ -197,6 +197,6 @@ def refuse_other_tokens(student: Vocabulary, teacher: Vocabulary) -> None:
     )
 
 
-def as_columns(ids: list[int]) -> Columns:
+def _as_columns(ids: list[int]) -> Columns:
     """A count where the ids are 0, 1, 2, ...; a tensor otherwise."""
     return len(ids) if ids == list(range(len(ids))) else torch.tensor(ids)

@@ -48,7 +48,7 @@ from vlopd.masks.files import check_shapes, load_mask
 from vlopd.masks.rules import Mask, whole
 from vlopd.models import families, names
 from vlopd.models.load import DTYPES, load_configured, load_model_config, resolve
-from vlopd.models.loaded import LoadedModel, too_long
+from vlopd.models.loaded import LoadedModel, too_long_error
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import checkpoint_folder, hub_folder, scores_of
 from vlopd.train.log import refuse_missing_trackers
@@ -425,7 +425,7 @@ def beyond(loaded: LoadedModel, example: Example, new_tokens: int) -> DataError 
     length, limit = tokens_of(loaded, example), loaded.context_length
     if limit is None or length + new_tokens <= limit:
         return None
-    return too_long(example.id, length, new_tokens, loaded)
+    return too_long_error(example.id, length, new_tokens, loaded)
 
 
 def refuse_row(config: ExperimentConfig, pair: ModelPair, example: Example) -> int:

@@ -36,7 +36,7 @@ from vlopd.models.load import (
 )
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.meta import meta_model
-from vlopd.models.vocabulary import SharedVocabulary, read_vocabulary, share
+from vlopd.models.vocabulary import SharedVocabulary, read_vocabulary, share_vocabulary
 from vlopd.train.losses import Sampled, TokenDivergence, chunked_divergence, logprobs_at
 from vlopd.train.sampler import sample
 from vlopd.train.teacher import Grader, Mixture, Teacher
@@ -89,7 +89,7 @@ class ModelPair:
         """
         parts = []
         unsampleable = torch.tensor(self.student.unsampleable_ids, dtype=torch.long)
-        banned = unsampleable[self.vocabulary.has(unsampleable)]
+        banned = unsampleable[self.vocabulary.contains(unsampleable)]
         for grader, rows in self.assign(examples):
             assert isinstance(grader, Teacher), "the config refuses to sample from a mixture"
             asked = [examples[i] for i in rows]
@@ -251,7 +251,7 @@ def shared_vocabulary(config: ExperimentConfig) -> SharedVocabulary:
         student if teacher.is_student else read_vocabulary(teacher)
         for teacher in config.teachers.values()
     ]
-    return share(student, others)
+    return share_vocabulary(student, others)
 
 
 def refuse_blind_models(

@@ -41,7 +41,7 @@ IMAGE_PARTS = """{%- set plain = namespace(messages=[]) %}
 """Goes before a chat template that wants strings: joins the parts of a message, images as placeholders."""
 
 
-def template_with_images(tokenizer: Any, image_token: str) -> str:
+def _template_with_images(tokenizer: Any, image_token: str) -> str:
     """The tokenizer's own chat template where it writes image parts as `image_token`, or one that does.
 
     Raises ConfigError when neither comes to exactly one placeholder for an image.
@@ -60,7 +60,7 @@ def template_with_images(tokenizer: Any, image_token: str) -> str:
     )
 
 
-def load_tower(vision: str, pretrained: str | None) -> tuple[Any, dict[str, Any]]:
+def _load_tower(vision: str, pretrained: str | None) -> tuple[Any, dict[str, Any]]:
     """open_clip's vision tower with its weights, and the `open_clip` entry of the config.
 
     Raises ConfigError for an unknown tower or tag, pickled or missing weights, and a mismatch of activation.
@@ -124,7 +124,7 @@ def check_weights(vision: str, pretrained: str | None, quick_gelu: bool) -> None
 
 
 @torch.no_grad()
-def check_language(name: str, language: PreTrainedModel) -> None:
+def _check_language(name: str, language: PreTrainedModel) -> None:
     """Refuses a language model whose logits are not its output layer applied to its last hidden state.
 
     Asks the model rather than its config: caps, scales and biases go by many names.
@@ -166,17 +166,17 @@ def assemble(
     if source.sees_images:
         raise ConfigError(f"{language!r} sees images already; give a text-only language model")
     lm, tokenizer = source.model, source.tokenizer
-    check_language(language, lm)
+    _check_language(language, lm)
     tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)])
     image_token_id = tokenizer.convert_tokens_to_ids(image_token)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tower, open_clip = load_tower(vision, pretrained)
+        tower, open_clip = _load_tower(vision, pretrained)
         check_tower(tower, vision_layer, keep_class_token)
         if image_token_id >= source.vocabulary_rows:
             lm.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
         image_processor = OpenClipImageProcessor(**tower.preprocess_cfg)
-        blank = torch.zeros(1, 3, *size_pair(image_processor.size))
+        blank = torch.zeros(1, 3, *_size_pair(image_processor.size))
         try:
             with torch.no_grad():
                 features = image_tokens(tower, blank, vision_layer, keep_class_token)
@@ -208,7 +208,7 @@ def assemble(
     model.model.language_model = lm.base_model
     model.lm_head.weight = lm.get_output_embeddings().weight
     model.generation_config = lm.generation_config
-    tokenizer.chat_template = template_with_images(tokenizer, image_token)
+    tokenizer.chat_template = _template_with_images(tokenizer, image_token)
     processor = OpenClipVlmProcessor(
         image_processor,
         tokenizer,
@@ -219,6 +219,6 @@ def assemble(
     return model.eval(), processor
 
 
-def size_pair(size: int | Sequence[int]) -> tuple[int, int]:
+def _size_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """A height and a width from either form of open_clip's image size."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
