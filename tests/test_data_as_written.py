@@ -180,7 +180,7 @@ UNREADABLE = {
     "one object on a line": ("q.json", f'{{"data": [{GOOD}]}}', r"no column 'question'; it has \['data'\]"),
     "cut list": ("q.json", f"[{GOOD},\n", "Expecting value: line 2"),
     "cut list after a row": ("q.json", f"[{GOOD}\n", r"cut short, or lacks a comma, after row 0 \(from 0\)"),
-    "more after a list": ("q.json", f"[{GOOD}]\n[{GOOD}]", "something follows its list"),
+    "more after a list": ("q.json", f"[{GOOD}]\n[{GOOD}]", "data follow its list"),
     "no object in a list": ("q.json", f"[{GOOD}, 5]", r"row 1 \(from 0\) is not an object"),
     "empty list": ("q.json", " [ ] ", "has no rows"),
     "blank lines": ("q.jsonl", "\n \n", "has no rows"),

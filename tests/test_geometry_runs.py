@@ -578,7 +578,7 @@ BAD: dict[str, tuple[Callable[[Path, Tensors], None], str]] = {
     "last byte": (cut(0.99999, False), r"so FIRST cannot be read"),
     "cut shard": (
         cut(0.01, True),
-        rf"part-2\.safetensors is not a whole .* so {UP} cannot be read",
+        rf"part-2\.safetensors is not a complete .* so {UP} cannot be read",
     ),
 }
 

@@ -499,9 +499,7 @@ def test_unmerged_adapters_are_refused_however_small(tmp_path):
         }.items()
     ):
         trained = save({**before, key: torch.ones(shape)}, tmp_path / f"trained-{i}")
-        with pytest.raises(
-            RunError, match=r"part of an unmerged adapter.*merge_and_unload"
-        ):
+        with pytest.raises(RunError, match=r"part of an unmerged adapter.*merge_and_unload"):
             stream(tmp_path / "before", trained, classify)
 
 

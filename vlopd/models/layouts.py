@@ -1,10 +1,10 @@
-"""Layouts of one model's weights, and how a tensor of one is read from another.
+"""Translates between checkpoint layouts of one model.
 
-A mixture of experts is stored with a matrix an expert (the hub's layout) or with all experts in one tensor (as
-transformers 5 holds them); stacks are [experts, in, out] or [experts, out, in]; modules have older names. What
-transformers does when it loads a checkpoint says where in the model every stored tensor goes. Two checkpoints
-translate where both fill the same parameters by moving values alone: stacking, joining, cutting, transposing.
-Conversions that compute, or permute within a matrix, have no translation here.
+A mixture of experts is stored with one matrix per expert (the hub's layout) or with all experts in one tensor (as
+transformers 5 holds them); stacks are [experts, in, out] or [experts, out, in]; modules have older names.
+transformers' loading conversions define which model parameter every stored tensor fills. Two checkpoints
+translate where both fill the same parameters by moving values only: stack, concatenate, slice, transpose.
+Conversions that compute, or permute within a matrix, are not supported.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ Shape = tuple[int, ...]
 Region = tuple[tuple[int, int], ...]
 """[start, stop) on every axis of a tensor."""
 SPLIT_NAMES = {"qkv": "qkv_proj", "gate_up": "gate_up_proj"}
-"""Fused modules whose parts other layouts store under q_proj, k_proj, v_proj; gate_proj, up_proj."""
+"""Fused modules that other layouts store as q_proj, k_proj, v_proj; gate_proj, up_proj."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A region of one checkpoint's tensor `name` and the region that it fills elsewhere: `target[into] = name[of]`.
+    """A region of tensor `name` and the region of the target that it fills: `target[into] = name[of]`.
 
-    Axes of length 1 may lead in either; `_transpose` says that the last two axes are swapped on the way.
+    Either may have leading axes of length 1; `transposed`: the last two axes are swapped.
     """
 
     name: str
@@ -61,7 +61,7 @@ Pieces = tuple[Piece, ...]
 
 
 class Untranslatable(Exception):
-    """A conversion that is not understood, or tensors that do not fill what they should."""
+    """An unsupported conversion, or tensors that do not fill their target."""
 
 
 def translate_layout(
@@ -70,7 +70,7 @@ def translate_layout(
     theirs: Mapping[str, Shape],
     their_config: PretrainedConfig,
 ) -> dict[str, Pieces]:
-    """{tensor of ours: the pieces of theirs that hold the same weights}, for all that translate exactly and in full.
+    """{name in `ours`: the pieces of tensors in `theirs` with the same weights}, for all that translate exactly.
 
     ours, theirs: shapes of two checkpoints' tensors by name.
     """
@@ -105,11 +105,11 @@ def translate_layout(
 
 
 def ties_head(config: PretrainedConfig) -> bool:
-    """Whether the configuration's model has one tensor for its head and its embedding; False where that is unknown."""
+    """Whether the config's model ties its head to its embedding; False where unknown."""
     try:
         model = _on_meta(config)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    except Exception:  # whatever a model's own code raises
+    except Exception:  # a model's code may raise anything
         return False
     return head is not None and head.weight is embedding.weight
 
@@ -118,14 +118,14 @@ def ties_head(config: PretrainedConfig) -> bool:
 
 
 def _place_in_model(shapes: Mapping[str, Shape], config: PretrainedConfig) -> dict[str, Pieces]:
-    """{parameter of the loaded model: what fills it} for a checkpoint's tensors, by name and shape.
+    """{model parameter: the pieces that fill it} for a checkpoint's tensors, by name and shape.
 
-    Holds parameters that are filled in full; none for a model that transformers cannot build.
+    Only parameters that are filled completely; empty for a model that transformers cannot build.
     """
     try:
         model = _on_meta(config)
         transforms = get_model_conversion_mapping(model)
-    except Exception:  # whatever a model's own code raises: nothing is known of its layouts then
+    except Exception:  # a model's code may raise anything; its layouts are then unknown
         return {}
     parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
@@ -153,7 +153,7 @@ def _place_in_model(shapes: Mapping[str, Shape], config: PretrainedConfig) -> di
             else:
                 (converter,) = {id(patterns[p]): patterns[p] for p in names if p}.values()
                 targets = _apply_converter(converter, parameter, leaves, parameters)  # type: ignore[arg-type]
-        except (Untranslatable, ValueError):  # ValueError: not the one that was unpacked
+        except (Untranslatable, ValueError):  # ValueError: not exactly one to unpack
             continue
         for target, virtual in targets.items():
             if parameters.get(target) == virtual.shape and target not in found:
@@ -162,15 +162,14 @@ def _place_in_model(shapes: Mapping[str, Shape], config: PretrainedConfig) -> di
 
 
 def _on_meta(config: PretrainedConfig) -> PreTrainedModel:
-    """The configuration's model: names and shapes, no memory."""
+    """The config's model on the meta device."""
     model_class, _ = families.auto_classes(config)
     with torch.device("meta"):
         return model_class.from_config(copy.deepcopy(config))
 
 
 def _model_of_config(config: PretrainedConfig) -> PreTrainedModel:
-    """As `_on_meta`, of the class that the configuration itself names, where transformers has it (a model without a
-    head, a classifier)."""
+    """As `_on_meta`, of the class in the config's `architectures` if transformers has it (no head, a classifier)."""
     for name in config.architectures or ():
         kind = getattr(transformers, name, None)
         if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
@@ -182,31 +181,31 @@ def _model_of_config(config: PretrainedConfig) -> PreTrainedModel:
 
 
 class Fit(NamedTuple):
-    """How a checkpoint's tensors fill the parameters of the model that its config.json describes."""
+    """How a checkpoint's tensors fill the parameters of its config.json's model."""
 
     lacking: dict[str, Shape]
-    """Parameters that nothing fills, with their shapes."""
+    """Unfilled parameters, with their shapes."""
     unlike: dict[str, tuple[Shape, Shape]]
     """{parameter: (shape in the file, shape in the model)} where the two differ."""
     unused: dict[str, Shape]
-    """Stored tensors that the model has no place for."""
+    """Stored tensors that are no parameter of the model."""
 
 
 def fit_checkpoint(config: PretrainedConfig, header: Mapping[str, Tensor]) -> Fit | None:
-    """The fit of tensors on the meta device, None where the model or a conversion cannot be had without weights.
+    """Matches tensors on the meta device to the config's model; None where that needs weights.
 
-    Raises ValueError where the configuration describes no model.
+    Raises ValueError for an invalid config.
     """
     try:
         model = _model_of_config(config)
         if not isinstance(model, PreTrainedModel):
             return None
-        model._weight_conversions = get_model_conversion_mapping(model)  # as loading would set it
+        model._weight_conversions = get_model_conversion_mapping(model)  # as from_pretrained does
         found = origins(model, header)
         held = {name: tuple(its.read(header.__getitem__).shape) for name, its in found.items()}
     except (AssertionError, ValueError, ZeroDivisionError) as error:
         raise ValueError(str(error) or type(error).__name__) from None
-    except Exception:  # whatever a model's own code raises
+    except Exception:  # a model's code may raise anything
         return None
     copies: dict[int, list[str]] = {}  # tied parameters are one
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -228,7 +227,7 @@ def fit_checkpoint(config: PretrainedConfig, header: Mapping[str, Tensor]) -> Fi
 
 @dataclass(frozen=True)
 class VirtualTensor:
-    """A tensor put together from stored ones, whose pieces say which region of which is where."""
+    """A tensor assembled from regions of stored ones, without values."""
 
     shape: Shape
     pieces: Pieces
@@ -244,9 +243,9 @@ def _apply_converter(
     values: Mapping[str, list[VirtualTensor]],
     parameters: Mapping[str, Shape],
 ) -> dict[str, VirtualTensor]:
-    """{parameter: its tensor} of one of transformers' conversions; raises Untranslatable for others than are known.
+    """{parameter: its tensor} after one of transformers' conversions. Raises Untranslatable for an unsupported one.
 
-    first: the first parameter that it fills. values: what is stored under each of its patterns, in order.
+    first: the first parameter that it fills. values: the stored tensors under each of its patterns, in order.
     """
     sources, targets = converter.source_patterns, converter.target_patterns
     if set(values) != set(sources):
@@ -266,7 +265,7 @@ def _apply_operation(
     targets: Sequence[str],
     expected: Shape,
 ) -> dict[str, list[VirtualTensor]]:
-    """What one operation makes of the tensors under each pattern."""
+    """Applies one operation to the tensors under each pattern."""
     if isinstance(operation, MergeModulelist) and operation.dim == 0:
         stacks = {pattern: [_stack(own)] for pattern, own in values.items()}
         return stacks if len(stacks) > 1 else {targets[0]: stacks.popitem()[1]}
@@ -289,7 +288,7 @@ def _apply_operation(
 
 
 def _stack(tensors: Sequence[VirtualTensor]) -> VirtualTensor:
-    """Along a new first axis, in the order of the number in their names, which counts from 0."""
+    """Stacks along a new first axis, in the order of the number in their names, counted from 0."""
     names = [virtual.pieces[0].name.split(".") for virtual in tensors]
     numbers = [own for own in zip(*names, strict=True) if len(set(own)) > 1]
     if len(tensors) > 1 and numbers != [tuple(map(str, range(len(tensors))))]:
@@ -319,7 +318,7 @@ def _concatenate(tensors: Sequence[VirtualTensor], axis: int) -> VirtualTensor:
 
 
 def _chunk(tensor: VirtualTensor, count: int, axis: int) -> Iterator[VirtualTensor]:
-    """Equal parts along an axis."""
+    """Splits into equal parts along an axis."""
     step, rest = divmod(tensor.shape[axis], count)
     if rest:
         raise Untranslatable
@@ -352,7 +351,7 @@ def _transpose(tensor: VirtualTensor) -> VirtualTensor:
 def _split_fused(
     places: Mapping[str, Pieces], there: Mapping[str, Pieces], config: PretrainedConfig
 ) -> dict[str, Pieces]:
-    """The same, with a fused q, k, v or gate, up as parts where the other model has them apart (Phi-3 as a Llama)."""
+    """Splits a fused qkv or gate_up where the other model stores the parts separately (Phi-3 as a Llama)."""
     found: dict[str, Pieces] = {}
     for parameter, pieces in places.items():
         where = classify(parameter)
@@ -399,7 +398,7 @@ def _intersection(a: Region, b: Region) -> Region | None:
 
 
 def _source_region(piece: Piece, region: Region) -> Region:
-    """The region of the piece's own tensor that goes into `region`, which lies within piece.into."""
+    """The region of the piece's stored tensor that fills `region`, a part of piece.into."""
     offsets = [
         (start - first, stop - first)
         for (start, stop), (first, _) in zip(region, piece.into, strict=True)

@@ -1,4 +1,4 @@
-"""Writing a model as a Hugging Face folder."""
+"""Writes a model as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from vlopd.models.loaded import LoadedModel
 def save(
     loaded: LoadedModel, folder: Path, card: str, state: dict[str, Tensor] | None = None
 ) -> None:
-    """Writes a Hugging Face folder: weights (`state` in place of the model's own), configs, processor, card.
+    """Writes a Hugging Face folder: weights (`state` replaces the model's), configs, processor, model card.
 
-    `card` is the text of the model card. Tensor names are the model's own, so that masks, deltas and
-    checkpoints share one naming. config.json states the dtype that loads the weights as they are (`_reload_dtype`),
-    whatever the dtype of the model in memory.
+    Tensors are saved under the model's parameter names, so that masks, deltas and checkpoints share one naming.
+    config.json has the dtype that loads the weights unrounded (`_reload_dtype`), whatever the dtype of the model in
+    memory.
 
     Raises UserError for a tensor of `state` with values that its dtype cannot hold.
     """
@@ -52,10 +52,10 @@ def _refuse_overflow(state: Mapping[str, Tensor]) -> None:
 
 
 def _reload_dtype(model: PreTrainedModel, state: Mapping[str, Tensor]) -> torch.dtype:
-    """The narrowest dtype under which transformers loads every tensor of `state` as it is stored, unrounded.
+    """The narrowest dtype with which transformers loads every tensor of `state` unrounded.
 
-    Of one dtype: that. Of several: the narrowest that holds them all, but for tensors that the model class keeps in
-    float32 anyway (a router's bias beside bfloat16 weights: bfloat16).
+    Tensors that the model class keeps in float32 anyway do not count (float32 router biases beside bfloat16 weights:
+    bfloat16).
     """
     stored = {name: t.dtype for name, t in state.items() if t.is_floating_point()}
     present = sorted(set(stored.values()), key=lambda dtype: (dtype.itemsize, str(dtype)))
@@ -69,7 +69,7 @@ def _reload_dtype(model: PreTrainedModel, state: Mapping[str, Tensor]) -> torch.
 
 
 def _write_dtype(path: Path, dtype: torch.dtype) -> None:
-    """States `dtype` in a config.json and in the configs of its parts."""
+    """Sets `dtype` in a config.json and its sub-configs."""
 
     def put(section: dict[str, Any], top: bool) -> None:
         for key, value in section.items():

@@ -388,7 +388,7 @@ def refuse_rows(config: ExperimentConfig, pair: ModelPair, seeds: Sequence[int])
     if isinstance(data, FileDataset):
         every = range(len(data))
         used = sorted({i for seed in seeds for i in pick(every, 0, count, seed)})
-        quick = data.unopened()
+        quick = data.with_headers_only()
     only_data = set(rollout.source.shares) == {"data"}
     measured = [Measured() for _ in range(1 + len(pair.teachers))]
     for i in used[:FEW]:

@@ -24,7 +24,7 @@ from vlopd.config.models import (
     TeacherConfig,
 )
 from vlopd.config.objective import LossConfig, RewardConfig, RolloutConfig
-from vlopd.data.literals import in_words, value_at
+from vlopd.data.literals import cell_text, nested_value
 from vlopd.errors import ConfigError, DataError, UserError
 from vlopd.models import families
 from vlopd.models.load import (
@@ -174,7 +174,7 @@ class ModelPair:
         rows: dict[str, list[int]] = {}
         for i, example in enumerate(examples):
             try:
-                name = in_words(value_at(example.fields, self.field))
+                name = cell_text(nested_value(example.fields, self.field))
             except DataError as error:
                 raise UserError(
                     f"example {example.id!r}: field {self.field!r} (teacher.field) {error}"

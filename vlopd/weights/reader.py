@@ -164,7 +164,9 @@ class Weights:
         # aminmax propagates NaN, and is far faster than isfinite on every entry
         if tensor.numel() and not all(map(math.isfinite, map(float, wide.aminmax()))):
             bad = int((~torch.isfinite(wide)).sum())
-            raise RunError(f"{self.folder}: {name} has {bad} values that are not finite; training diverged")
+            raise RunError(
+                f"{self.folder}: {name} has {bad} values that are not finite; training diverged"
+            )
         return tensor
 
 
