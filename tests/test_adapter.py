@@ -21,7 +21,7 @@ from transformers import (
 from tests.families import llms, vlms
 from vlopd.config.analysis import GeometryConfig
 from vlopd.errors import RunError
-from vlopd.geometry.checkpoint import analyse, read_rows
+from vlopd.geometry.checkpoint import measure_checkpoint, read_rows
 from vlopd.models.names import classify
 from vlopd.weights.delta import match_report, stream
 
@@ -149,7 +149,9 @@ def test_analysis_of_an_adapter_is_that_of_the_merged_model(tmp_path):
     found = {}
     for trained in ("adapter", "merged"):
         out = tmp_path / f"{trained}-out"
-        analyse(tmp_path / "base", tmp_path / trained, out, config, {}, progress=False, workers=1)
+        measure_checkpoint(
+            tmp_path / "base", tmp_path / trained, out, config, {}, progress=False, workers=1
+        )
         found[trained] = {
             (row["name"], row["metric"], row["parameter"]): row["value"] for row in read_rows(out)
         }

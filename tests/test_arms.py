@@ -362,7 +362,7 @@ def test_the_mask_verbs(kind, make_config, tmp_path, monkeypatch, capsys):
 
     empty = tmp_path / "empty.safetensors"
     empty.write_bytes(b"")
-    refused(r"empty\.safetensors is not a whole mask", "show", empty)
+    refused(r"empty\.safetensors is not a complete mask", "show", empty)
     refused(
         r"model\.safetensors is not a mask file",
         "show",

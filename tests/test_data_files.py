@@ -262,9 +262,9 @@ def test_parquet_pictures_are_decoded_by_us(tmp_path):
     ]
     path = tmp_path / "data.parquet"
     datasets.Dataset.from_list(made, kinds).to_parquet(path)
-    good_beside_bad(FileDataset(columns(path, image="pic")), "of 4 bytes is no picture")
+    good_beside_bad(FileDataset(columns(path, image="pic")), "of 4 bytes is not an image")
     lists = FileDataset(columns(path, image="pics"))
-    good_beside_bad(lists, "picture 1 of 2 of 4 bytes is no picture")
+    good_beside_bad(lists, "picture 1 of 2 of 4 bytes is not an image")
     assert [image.size for image in lists[0].images] == [(7, 5), (7, 5)]
     # a column that nobody asked for may hold what it likes
     assert [e.images for e in FileDataset(columns(path))] == [(), (), ()]
@@ -403,7 +403,7 @@ def test_broken_files_and_columns_are_one_clear_line(tmp_path, rows):
     """No file, another kind of file, no column, no rows, not parquet: each says what and where."""
     with pytest.raises(ConfigError, match=r"no data file .*nope\.jsonl"):
         FileDataset(columns(tmp_path / "nope.jsonl"))
-    with pytest.raises(ConfigError, match=r"ends in '\.txt'; we read \.jsonl, "):
+    with pytest.raises(ConfigError, match=r"ends in '\.txt'; supported are \.jsonl, "):
         FileDataset(columns(write(tmp_path, rows, "data.txt")))
     with pytest.raises(ConfigError, match="no column 'question'; it has"):
         FileDataset(FileData(path=str(write(tmp_path, rows))))

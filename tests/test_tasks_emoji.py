@@ -147,7 +147,7 @@ def test_missing_drawings_are_one_line(tmp_path, drawings, monkeypatch):
     with pytest.raises(DataError, match=rf"emoji '{ANIMAL}': no .*1f2\.png; run scripts/download"):
         task.dataset("test")
     (drawings / "img" / "twitter" / "64" / "1f2.png").write_text("not an image")
-    with pytest.raises(DataError, match=rf"emoji '{ANIMAL}': .*1f2\.png is no picture") as error:
+    with pytest.raises(DataError, match=rf"emoji '{ANIMAL}': .*1f2\.png is not an image") as error:
         emoji.open_drawing(emoji.every_emoji(drawings)[1], "twitter")
     assert "\n" not in str(error.value)
     monkeypatch.setenv("VLOPD_EMOJI", str(tmp_path / "nowhere"))

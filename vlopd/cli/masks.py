@@ -127,7 +127,7 @@ def combine(
     """Set algebra of mask files."""
     from vlopd.config.masks import ComplementMask
     from vlopd.masks.files import load_mask, save_mask
-    from vlopd.masks.rules import build_mask, combined
+    from vlopd.masks.rules import build_mask, combine
     from vlopd.models.names import classify
 
     if (how == "complement") != (len(files) == 1):
@@ -152,7 +152,7 @@ def combine(
             rule = ComplementMask(mask="it")
             mask = build_mask(rule, masks={"it": loaded[0][0]})
         else:
-            mask = combined(how, [mask for mask, _ in loaded])
+            mask = combine(how, [mask for mask, _ in loaded])
     except ValueError as error:
         raise RunError(f"{', '.join(map(str, files))}: {error}") from None
     inputs: dict[str, Any] = {
@@ -214,7 +214,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="JSON of all this, tensor by tensor too")] = None,
 ) -> None:
     """Jaccard index, coverage each way and enrichment over chance; globally, by tensor and by |w|."""
-    from vlopd.masks.compare import added, overlap, overlap_by_class, overlap_by_tensor
+    from vlopd.masks.compare import overlap, overlap_by_class, overlap_by_tensor, sum_overlaps
     from vlopd.masks.files import load_mask
     from vlopd.masks.rules import quantiles
     from vlopd.models.names import classify
@@ -227,7 +227,7 @@ def compare(
         raise RunError(f"{a} and {b}: {error}") from None
     rows = {
         "the whole model": overlap(mask_a, mask_b),
-        "each tensor": added(tensors.values()),
+        "each tensor": sum_overlaps(tensors.values()),
     }
     if base is not None:
         check_base(base, mask_a)

@@ -45,7 +45,7 @@ from vlopd.data.dataset import FileDataset
 from vlopd.data.load import open_data, pick
 from vlopd.errors import ConfigError, DataError, RunError, UserError, first_line
 from vlopd.masks.files import check_shapes, load_mask
-from vlopd.masks.rules import Mask, whole
+from vlopd.masks.rules import Mask, whole_parameters
 from vlopd.models import families, names
 from vlopd.models.load import DTYPES, load_configured, load_model_config, resolve
 from vlopd.models.loaded import LoadedModel, too_long_error
@@ -277,7 +277,7 @@ def add_extents(
             case WholeMask():
                 one = torch.ones(1)
                 pairs = [TensorDelta(names.classify(n), one, one) for n in parameters]
-                taken = {n: bool(m.any()) for n, m in whole(pairs, rule).items()}
+                taken = {n: bool(m.any()) for n, m in whole_parameters(pairs, rule).items()}
                 known[mask] = {n: Extent(taken[n], taken[n]) for n in parameters}
             case FileMask():
                 held = mask_of_file(Path(rule.path), student)

@@ -10,9 +10,9 @@ from vlopd.config.arms import TeacherArm
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.digests import digest_checkpoint, file_digest
 from vlopd.files import read_json
-from vlopd.geometry.checkpoint import PARTIAL, analyse
-from vlopd.geometry.overlap import overlap
-from vlopd.geometry.trajectory import step_of, trajectory
+from vlopd.geometry.checkpoint import PARTIAL, measure_checkpoint
+from vlopd.geometry.overlap import write_overlap
+from vlopd.geometry.trajectory import step_of, write_trajectory
 from vlopd.run.folder import RunFolder, up_to_date
 from vlopd.run.resolve import arm_digest, arm_folder, base_arm
 
@@ -44,16 +44,16 @@ def make_geometry(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
         tables[step] = out / "steps" / str(step)
         own = {**inputs, "step": step}
         if not up_to_date(tables[step] / "summary.json", own):
-            analyse(before, folder, tables[step], config.geometry, own)
+            measure_checkpoint(before, folder, tables[step], config.geometry, own)
     if len(steps) > 1:
-        trajectory(before, steps, out, config.geometry, tables=tables)
+        write_trajectory(before, steps, out, config.geometry, tables=tables)
 
     def finish(summary: Path, content: Any) -> None:
         tables = [p for p in out.rglob("*") if p.is_file() and p.parent.name != PARTIAL]
         run.checksums.finish(artifact, summary, content, tables)
 
     folder = arm_folder(run, config, name)
-    analyse(before, folder, out, config.geometry, inputs, write_record=finish)
+    measure_checkpoint(before, folder, out, config.geometry, inputs, write_record=finish)
     return True
 
 
@@ -78,6 +78,6 @@ def make_overlap(run: RunFolder, config: ExperimentConfig, names: list[str]) -> 
     check_arms(run, config, [base, *names])
     run.checksums.start("geometry/overlap", record)
     runs = {name: arm_folder(run, config, name) for name in names}
-    overlap(run.checkpoint(base), runs, record.parent, config.geometry)
+    write_overlap(run.checkpoint(base), runs, record.parent, config.geometry)
     run.checksums.finish("geometry/overlap", record, {"inputs": inputs}, tables)
     return True
