@@ -15,7 +15,7 @@ from evals.roles import Role, Roles
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.models import ModelConfig
 from vlopd.errors import ConfigError
-from vlopd.files import names_apart
+from vlopd.files import shortest_distinct_names
 from vlopd.models.load import DTYPES, check_unloaded, load_configured
 from vlopd.models.loaded import LoadedModel
 from vlopd.run.checksums import Checksums
@@ -82,4 +82,4 @@ def is_scores(model: str) -> bool:
 def names_of(models: Sequence[str]) -> dict[str, str]:
     """A short name for each model. Raises ConfigError where one is given twice."""
     parts = [re.sub(r"[^\w./-]", "-", model).strip("/").split("/") for model in models]
-    return dict(zip(names_apart(parts), models, strict=True))
+    return dict(zip(shortest_distinct_names(parts), models, strict=True))

@@ -170,7 +170,7 @@ def test_whole_takes_components_layers_and_modules():
         built = build_mask(rule(type="whole", **settings), pairs())
         assert {n for n, m in built.items() if m.all()} == expected
         assert not any(m.any() for n, m in built.items() if n not in expected)
-    with pytest.raises(ConfigError, match=r"no 'router', it has .*attention.*ffn"):
+    with pytest.raises(ConfigError, match=r"no 'router'; it has .*attention.*ffn"):
         build_mask(rule(type="whole", modules=["router"]), pairs())
     with pytest.raises(ConfigError, match="no parameter matches"):
         build_mask(rule(type="whole", modules=["head"], layers=[0]), pairs())

@@ -24,7 +24,7 @@ from vlopd.config.arms import CheckpointArm, ImportedArm, checkpoints_of, mask_o
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import config_of, load_config
 from vlopd.errors import ConfigError, UserError
-from vlopd.files import names_apart, read_json
+from vlopd.files import read_json, shortest_distinct_names
 from vlopd.run.folder import RunFolder
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -350,7 +350,7 @@ def compare_folders(
         raise ConfigError(f"no preset {preset!r}; there is paper")
     tree = paper.preset().model_dump() if preset else {"arms": ()}
     config = section_of(GeometryConfig, tree, settings)
-    labels = names_apart([path.resolve().parts for path in trained])
+    labels = shortest_distinct_names([path.resolve().parts for path in trained])
     folders = {label: out if len(trained) == 1 else out / label for label in labels}
     steps = [step_of(path, i) for i, path in enumerate(trained)]
     if as_trajectory and len(set(steps)) < len(steps):
