@@ -106,12 +106,12 @@ def make(
 def parse_rule(text: str) -> MaskConfig:
     from pydantic import TypeAdapter, ValidationError
 
-    from vlopd.config.experiment import explain
+    from vlopd.config.explain import explain_errors
 
     try:
         return TypeAdapter(MaskConfig).validate_python(parse_override(f"rule={text}")["rule"])
     except ValidationError as error:
-        raise ConfigError("--rule: " + "; ".join(map(explain, error.errors()))) from None
+        raise ConfigError(f"--rule: {explain_errors(error, MaskConfig)}") from None
 
 
 @app.command()
