@@ -16,7 +16,7 @@ from vlopd.config.arms import Role
 from vlopd.config.models import ModelConfig
 from vlopd.config.roles import Roles
 from vlopd.errors import ConfigError
-from vlopd.files import names_apart
+from vlopd.files import shortest_distinct_names
 from vlopd.models.load import DTYPES, check_unloaded, load_configured
 from vlopd.models.loaded import LoadedModel
 from vlopd.run.folder import RunFolder
@@ -89,4 +89,4 @@ def is_scores(model: str) -> bool:
 def names_of(models: Sequence[str]) -> dict[str, str]:
     """A short name for each model. Raises ConfigError where one is given twice."""
     parts = [re.sub(r"[^\w./-]", "-", model).strip("/").split("/") for model in models]
-    return dict(zip(names_apart(parts), models, strict=True))
+    return dict(zip(shortest_distinct_names(parts), models, strict=True))

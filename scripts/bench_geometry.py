@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlopd.config.analysis import GeometryConfig
-from vlopd.geometry.checkpoint import analyse, pool
+from vlopd.geometry.checkpoint import measure_checkpoint, pool
 from vlopd.geometry.projection import base_factors, matrix_measures
 from vlopd.models.names import classify
 from vlopd.weights.delta import difference, stream
@@ -189,7 +189,7 @@ def one(way: str, base: Path, trained: Path, threads: int) -> None:
     elif "only" in way:
         spectral_rows(base, trained, config, threads)
     else:
-        analyse(base, trained, base.parent / "out", config, {}, False, threads)
+        measure_checkpoint(base, trained, base.parent / "out", config, {}, False, threads)
     seconds = time.perf_counter() - start
     peak = resident("VmHWM")
     print(json.dumps({"seconds": seconds, "peak": peak, "added": peak - before}))

@@ -250,7 +250,7 @@ def pack(scenes, turns, tokenizer, n_image_tokens: int, place_first: bool):
         if n_image_tokens:
             ids += [vocabulary["<image>"]] * n_image_tokens
         else:
-            ids += [vocabulary[w] for w in shapes.scene_in_words(scene, place_first).split()]
+            ids += [vocabulary[w] for w in shapes.scene_caption(scene, place_first).split()]
         prefix = len(ids)
         segment, position, labels = [0] * prefix, list(range(prefix)), [-100] * prefix
         for j, question in enumerate(questions):
@@ -379,7 +379,7 @@ def greedy_accuracy(
     """
     model.eval()
     modality: shapes.Modality = "image" if recipe.vision else "text"
-    world = shapes.ShapesWorld(split, n, seed=99, modality=modality)
+    world = shapes.ShapesDataset(split, n, seed=99, modality=modality)
     hits: dict[str, list[bool]] = {"all": []}
     for start in range(0, n, 250):
         examples = [world[i] for i in range(start, min(n, start + 250))]
@@ -423,7 +423,7 @@ def as_trained_on(example: Example, recipe: Recipe) -> Example:
     if recipe.vision:
         drawing = shapes.render(scene, int(fields["jitter"]), recipe.palette, recipe.shade)
         return Example.ask(example.id, question, [drawing], example.answer, fields)
-    told = shapes.scene_in_words(scene, recipe.place_first)
+    told = shapes.scene_caption(scene, recipe.place_first)
     return Example.ask(example.id, f"{told} {question}", (), example.answer, fields)
 
 
@@ -453,8 +453,8 @@ def save(name: str, recipe: Recipe, model, processor, n: int = 3000) -> None:
     processor.save_pretrained(folder)
     score = greedy_accuracy(model, processor, recipe, "test", n)
     own = greedy_accuracy(model, processor, recipe, "test", n, own_world=True)["all"]
-    by_text, by_kind = shapes.blind_guesser()
-    rows = [shapes.ShapesWorld("test", n, 99).row(i) for i in range(n)]
+    by_text, by_kind = shapes.blind_baseline()
+    rows = [shapes.ShapesDataset("test", n, 99).row(i) for i in range(n)]
     blind = np.mean(
         [by_text.get(str(r["question"]), by_kind[str(r["kind"])]) == r["answer"] for r in rows]
     )

@@ -37,7 +37,7 @@ from vlopd.config.analysis import (
     UlpNull,
 )
 from vlopd.geometry.aggregate import tensor_rows
-from vlopd.geometry.matrix import examine, keys_of
+from vlopd.geometry.matrix import keys_of, measure_matrix
 from vlopd.geometry.nulls import null_delta, null_name
 from vlopd.geometry.schema import EQUAL
 from vlopd.seeding import generator
@@ -131,7 +131,7 @@ def outcomes(
     if not planted:
         update = null_delta(null, base, update, stored, "trained", pair)
     where = TensorName(f"pair-{pair}", "language", 0, "up")
-    finding = examine(TensorDelta(where, base, (base.float() + update).to(stored)), config)
+    finding = measure_matrix(TensorDelta(where, base, (base.float() + update).to(stored)), config)
     keys, found = keys_of(config), []
     for draws in numbers:
         kept = slice(draws + 1)

@@ -16,7 +16,7 @@ from pathlib import Path
 from evals import stats
 from evals.harness import open_arm
 from evals.vision.alignment import told_by_rows
-from vlopd.data.shapes import ShapesWorld
+from vlopd.data.shapes import ShapesDataset
 from vlopd.models.names import classify
 from vlopd.run.folder import RunFolder
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=500)
     args = parser.parse_args()
     run, config = RunFolder.open(args.run)
-    world = list(ShapesWorld("test", args.pictures, 0))
+    world = list(ShapesDataset("test", args.pictures, 0))
     references = [str(example.fields["caption"]) for example in world]
     towers = {arm: tower(open_arm(run, config, arm).model) for arm in args.arms}
     print(f"{args.pictures} pictures; the rest of, with the tower of: right to the letter, %")

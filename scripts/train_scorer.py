@@ -131,7 +131,7 @@ def train(steps: int, scenes_per_step: int, learning_rate: float, seed: int) -> 
         scenes = batch(rng, scenes_per_step, alone=step < steps * ALONE)
         drawn = [transform(shapes.render(scene, rng.randrange(2**31))) for scene in scenes]
         tokens = tokenizer(
-            [PREFIX + shapes.scene_in_words(scene) for scene in scenes],
+            [PREFIX + shapes.scene_caption(scene) for scene in scenes],
             padding="max_length",
             max_length=CONFIG["model_cfg"]["text_cfg"]["context_length"],
             return_tensors="pt",
@@ -160,7 +160,7 @@ def measure(scorer: Scorer, n: int, seed: int = 0) -> str:
     scenes = list(distinct.values())
     images = scorer.images([shapes.render(scene, rng.randrange(2**31)) for scene in scenes])
     right, wrong = (
-        scorer.captions([shapes.scene_in_words(scene) for scene in each])
+        scorer.captions([shapes.scene_caption(scene) for scene in each])
         for each in (scenes, [neighbour(scene, rng) for scene in scenes])
     )
     found = retrieval(images, right)

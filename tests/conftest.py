@@ -147,10 +147,10 @@ def make_config(folders):
 @pytest.fixture
 def make_data():
     """(kind, n) -> n examples of the visual world."""
-    from vlopd.data.shapes import ShapesWorld
+    from vlopd.data.shapes import ShapesDataset
 
     def make(kind: str, n: int = 6):
-        world = ShapesWorld("train", n, seed=3, modality="image" if kind == "vlm" else "text")
+        world = ShapesDataset("train", n, seed=3, modality="image" if kind == "vlm" else "text")
         return list(world)
 
     return make

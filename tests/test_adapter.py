@@ -21,7 +21,7 @@ from transformers import (
 from tests.families import llms, vlms
 from vlopd.config.analysis import GeometryConfig
 from vlopd.errors import RunError
-from vlopd.geometry.checkpoint import analyse, read_rows
+from vlopd.geometry.checkpoint import measure_checkpoint, read_rows
 from vlopd.models.names import classify
 from vlopd.weights.delta import match_report, stream
 
@@ -149,7 +149,9 @@ def test_analysis_of_an_adapter_is_that_of_the_merged_model(tmp_path):
     found = {}
     for trained in ("adapter", "merged"):
         out = tmp_path / f"{trained}-out"
-        analyse(tmp_path / "base", tmp_path / trained, out, config, {}, progress=False, workers=1)
+        measure_checkpoint(
+            tmp_path / "base", tmp_path / trained, out, config, {}, progress=False, workers=1
+        )
         found[trained] = {
             (row["name"], row["metric"], row["parameter"]): row["value"] for row in read_rows(out)
         }
@@ -218,8 +220,8 @@ def test_another_base_is_refused(tmp_path):
             "wide",
             r"layers\.0\.self_attn\.q_proj\.weight is \(32, 32\) .*\(64, 64\).* not the same model",
         ),
-        ("other", r"h\.0\.attn\.c_attn\.weight is no parameter of"),
-        ("deep", r"layers\.2\.self_attn\.q_proj\.weight is no parameter of"),
+        ("other", r"h\.0\.attn\.c_attn\.weight is not a parameter of"),
+        ("deep", r"layers\.2\.self_attn\.q_proj\.weight is not a parameter of"),
     ):
         with pytest.raises(RunError, match=message) as caught:
             match_report(tmp_path / "base", tmp_path / adapter)
@@ -333,8 +335,8 @@ def test_other_kinds_of_adapter_are_refused_by_name(kind, tmp_path):
         ({"trainable_token_indices": [3, 5]}, "trainable_token_indices is set"),
         ({"kasa_config": {"a": 1}}, "kasa_config is set"),
         ({"use_qalora": True}, "use_qalora is set"),
-        ({"a_method_of_tomorrow": 7}, "a_method_of_tomorrow is set, which is not known here"),
-        ({"init_lora_weights": "of_tomorrow"}, "'of_tomorrow' .which is not known here"),
+        ({"a_method_of_tomorrow": 7}, "a_method_of_tomorrow is set, which is not supported here"),
+        ({"init_lora_weights": "of_tomorrow"}, "'of_tomorrow' .not supported here"),
         ({"lora_alpha": float("nan")}, "has lora_alpha = nan"),
         ({"rank_pattern": {"(": 4}}, r"rank_pattern has '\('"),
     ],

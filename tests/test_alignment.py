@@ -80,7 +80,7 @@ def scorer(clips):
 @pytest.fixture(scope="module")
 def pairs() -> list[Captioned]:
     """Test scenes whose captions are those of the next scene."""
-    world = list(shapes.ShapesWorld("test", 12, seed=5))
+    world = list(shapes.ShapesDataset("test", 12, seed=5))
     told = [str(example.fields["caption"]) for example in world]
     return [
         Captioned(example.images[0], told[(i + 1) % 12], told[i]) for i, example in enumerate(world)
@@ -305,7 +305,7 @@ def test_the_students_own_tower_is_recognised(clips, scorer, assembled, student,
 
 def test_rows_in_words_are_the_scene_in_words():
     """The right answers to the three rows come to the reference; a wrong word stays, a fourth cell goes."""
-    for example in shapes.ShapesWorld("test", 20, seed=1):
+    for example in shapes.ShapesDataset("test", 20, seed=1):
         scene = shapes.scene_from_json(str(example.fields["scene"]))
         rows = [" , ".join(shapes.at_cell(scene, 3 * i + j) for j in range(3)) for i in range(3)]
         assert in_words(rows) == example.fields["caption"]
@@ -326,7 +326,7 @@ def test_the_built_in_teacher_describes_its_pictures(scorer):
 def test_a_prompt_of_ones_own(scorer, student):
     """Any prompt may be asked; the captions are the model's greedy completions of it."""
     _, rows = score_shapes(student, scorer, n=3, prompt="list top row", max_new_tokens=14)
-    world = shapes.ShapesWorld("test", 3, 0)
+    world = shapes.ShapesDataset("test", 3, 0)
     asked = [Example.ask(e.id, "list top row", e.images) for e in world]
     assert [row["caption"] for row in rows] == answers(student, asked, 14, batch_size=1)
     assert all(row["caption"].count(",") == 2 for row in rows)
@@ -451,7 +451,7 @@ def test_the_trained_scorer_loads_and_knows_every_word(tmp_path):
     script.main(tmp_path / "scorer", steps=2, scenes_per_step=8, test_scenes=8)
     scorer = load_scorer(f"local-dir:{tmp_path / 'scorer'}")
     assert not scorer.random
-    told = [str(e.fields["caption"]) for e in shapes.ShapesWorld("test", 50, 0)]
+    told = [str(e.fields["caption"]) for e in shapes.ShapesDataset("test", 50, 0)]
     ids = scorer.tokenizer(["A photo depicts " + caption for caption in told])
     assert not (ids == script.WORDS.index("<unk>")).any() and not scorer.truncated(told).any()
     back = scorer.tokenizer.tokenizer.batch_decode(ids, skip_special_tokens=True)

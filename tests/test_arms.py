@@ -213,7 +213,7 @@ def test_seeds_make_several_masks_and_arms():
     [
         ({"masks": {"m": {"type": "visible", "of": "full@3"}}}, r"keeps \[2\]; put 3 there"),
         ({"masks": {"m": {"type": "visible", "of": "base@2"}}}, "base is not trained"),
-        ({"masks": {"m": {"type": "visible", "of": "full@x"}}}, "after @ comes the number"),
+        ({"masks": {"m": {"type": "visible", "of": "full@x"}}}, "@ must be followed by a step number"),
         ({"masks": {"m": {"type": "visible", "of": "nope"}}}, "'nope', which is not among"),
         ({"masks": {"m": {"type": "union", "masks": ["m", "n"]}, "n": {"type": "complement", "mask": "m"}},
           "arms": {"a": {"type": "distill", "mask": "m"}}},
@@ -363,7 +363,7 @@ def test_the_mask_verbs(kind, make_config, tmp_path, monkeypatch, capsys):
 
     empty = tmp_path / "empty.safetensors"
     empty.write_bytes(b"")
-    refused(r"empty\.safetensors is not a whole mask", "show", empty)
+    refused(r"empty\.safetensors is not a complete mask", "show", empty)
     refused(
         r"model\.safetensors is not a mask file",
         "show",

@@ -7,8 +7,8 @@ from lm_eval.tasks import TaskManager, get_task_dict
 from evals.scoring import TASKS
 from evals.tasks import capitals as task
 from vlopd.data import capitals
-from vlopd.data.answers import words
-from vlopd.data.capitals import CapitalsWorld
+from vlopd.data.answers import normalise
+from vlopd.data.capitals import CapitalsDataset
 
 SPLITS = ("train", "validation", "test")
 
@@ -33,7 +33,7 @@ def test_no_question_holds_its_answer():
     """Repeating the question names no capital, and those of Djibouti, Mexico and Panama are not asked for."""
     for split in SPLITS:
         for row in capitals.every_question(split):
-            assert not capitals.names_capital(row["question"], row["capital"]), row["question"]
+            assert not capitals.mentions_capital(row["question"], row["capital"]), row["question"]
     names = {country.name for country in capitals.countries()}
     assert not names & {"Djibouti", "Singapore", "Mexico", "Panama", "El Salvador", "Guinea-Bissau"}
 
@@ -45,7 +45,7 @@ def test_every_overlap_of_name_and_capital_is_removed():
         entry.name()
         for entry in all_countries()
         if isinstance(entry.capital(), str)
-        and set(words(entry.capital()).split()) & set(words(entry.name()).split())
+        and set(normalise(entry.capital()).split()) & set(normalise(entry.name()).split())
     }
     assert {"Djibouti", "Singapore", "Guatemala", "Kuwait", "Luxembourg", "Monaco"} <= overlapping
     assert len(overlapping) == 16 and not overlapping & asked
@@ -81,7 +81,7 @@ def test_former_countries_are_not_asked_about():
 )
 def test_a_capital_is_named_in_whole_words(said, capital, right):
     """Case, accents and punctuation do not count; parts of words and of names do not suffice; known aliases do."""
-    assert capitals.names_capital(said, capital) is right
+    assert capitals.mentions_capital(said, capital) is right
 
 
 def test_aliases_are_of_capitals_that_are_asked_for():
@@ -89,23 +89,23 @@ def test_aliases_are_of_capitals_that_are_asked_for():
     known = {country.capital for country in capitals.countries()}
     assert capitals.ALIASES.keys() <= known
     others = {alias for aliases in capitals.ALIASES.values() for alias in aliases}
-    assert not {words(a) for a in others} & {words(c) for c in known}
+    assert not {normalise(a) for a in others} & {normalise(c) for c in known}
 
 
 def test_examples_depend_on_split_seed_and_index_alone():
     """The same index gives the same question whatever the size and the order of asking; another seed another stream."""
-    long, short = CapitalsWorld("train", 100, 3), CapitalsWorld("train", 5, 3)
+    long, short = CapitalsDataset("train", 100, 3), CapitalsDataset("train", 5, 3)
     assert [e.id for e in short] == [long[i].id for i in range(5)]
     assert [e.question for e in short] == [long[i].question for i in range(5)]
     assert len(short) == 5 and len(list(short)) == 5
     assert len({e.id for e in long}) == 100
-    other = [e.question for e in CapitalsWorld("train", 100, 4)]
+    other = [e.question for e in CapitalsDataset("train", 100, 4)]
     assert [e.question for e in long] != other
 
 
 def test_training_asks_its_own_countries_all_kinds_of_questions():
     """Only training countries, every kind among them, and the answer is the fact that was asked for."""
-    examples = list(CapitalsWorld("train", 400, 0))
+    examples = list(CapitalsDataset("train", 400, 0))
     names = {country.name for country in capitals.of_split("train")}
     assert {e.fields["country"] for e in examples} == names
     assert {e.fields["kind"] for e in examples} == set(capitals.TEMPLATES)

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from vlopd.config.models import CaptionContext, ImageContext, SystemContext, TemplateContext
-from vlopd.data.shapes import ShapesWorld
+from vlopd.data.shapes import ShapesDataset
 from vlopd.errors import ConfigError, UserError
 from vlopd.models.load import load, load_processor
 from vlopd.train.teacher_context import (
@@ -200,8 +200,8 @@ def test_a_caption_that_is_missing_names_its_example(fields, images, match):
 def test_captions_let_the_text_teacher_read_the_visual_world():
     """With captions the built-in text teacher gets, token for token, the prompts of the text modality."""
     teacher = load("builtin:shapes-text-teacher", torch.float32)
-    seen = [teacher_view(CaptionContext(column="caption"), e) for e in ShapesWorld("test", 5)]
-    told = list(ShapesWorld("test", 5, modality="text"))
+    seen = [teacher_view(CaptionContext(column="caption"), e) for e in ShapesDataset("test", 5)]
+    told = list(ShapesDataset("test", 5, modality="text"))
     assert torch.equal(teacher.render(seen).input_ids, teacher.render(told).input_ids)
 
 

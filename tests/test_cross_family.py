@@ -9,7 +9,7 @@ from tests.families.vlms import VLMS
 from tests.test_families import by_hand, row
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.objective import ReverseKL
-from vlopd.data.shapes import ShapesWorld
+from vlopd.data.shapes import ShapesDataset
 from vlopd.models import families
 from vlopd.train.pair import ModelPair, load_pair
 
@@ -57,7 +57,7 @@ def test_a_pair_of_two_families_has_the_kl_worked_out_by_hand(student, teacher, 
     """Per token, the pair's KL is that of two plain forward passes over the words that both have."""
     pair = make_pair(student, teacher, tmp_path)
     (grader,) = pair.teachers
-    examples = list(ShapesWorld("train", 3, 0, modality_of(student)))
+    examples = list(ShapesDataset("train", 3, 0, modality_of(student)))
     prompts = pair.student.render(examples)
     completions = sampled(pair, prompts, 8, 0)
     if student in VLMS:
@@ -81,7 +81,7 @@ def test_a_pair_of_two_families_has_the_kl_worked_out_by_hand(student, teacher, 
 def test_one_step_across_families_lowers_the_kl(tmp_path):
     """A Qwen2.5-VL student learns from an InternVL teacher on fixed completions: the KL halves and more."""
     pair = make_pair("qwen2_5_vl", "internvl", tmp_path)
-    examples = list(ShapesWorld("train", 3, 0, "image"))
+    examples = list(ShapesDataset("train", 3, 0, "image"))
     prompts = pair.student.render(examples)
     completions = sampled(pair, prompts, 8, 0)
     optimizer = torch.optim.AdamW(pair.student.model.parameters(), lr=1e-2)

@@ -179,8 +179,8 @@ UNREADABLE = {
     "one object": ("q.json", f'{{"version": 1,\n "data": [{GOOD}]}}', "it is one object; .* its 'data', by itself"),
     "one object on a line": ("q.json", f'{{"data": [{GOOD}]}}', r"no column 'question'; it has \['data'\]"),
     "cut list": ("q.json", f"[{GOOD},\n", "Expecting value: line 2"),
-    "cut list after a row": ("q.json", f"[{GOOD}\n", r"cut short, or lacks a comma, after row 0 \(from 0\)"),
-    "more after a list": ("q.json", f"[{GOOD}]\n[{GOOD}]", "something follows its list"),
+    "cut list after a row": ("q.json", f"[{GOOD}\n", r"truncated, or lacks a comma, after row 0 \(from 0\)"),
+    "more after a list": ("q.json", f"[{GOOD}]\n[{GOOD}]", "data follow its list"),
     "no object in a list": ("q.json", f"[{GOOD}, 5]", r"row 1 \(from 0\) is not an object"),
     "empty list": ("q.json", " [ ] ", "has no rows"),
     "blank lines": ("q.jsonl", "\n \n", "has no rows"),
@@ -195,7 +195,7 @@ UNREADABLE = {
     "header alone": ("q.csv", "question,answer\n", "has no rows"),
     "utf-16": ("q.csv", "question,answer\n".encode("utf-16"), r"first line is not UTF-8 \(byte 0xff\); save"),
     "bare returns": ("q.csv", "question,answer\ra,3\r", "is not CSV"),
-    "tsv": ("q.tsv", "question\tanswer\n", r"ends in '\.tsv'; we read \.jsonl"),
+    "tsv": ("q.tsv", "question\tanswer\n", r"ends in '\.tsv'; supported are \.jsonl"),
     "split": ("q.jsonl", GOOD, r"has no split 'test' \(data.split\); it has train"),
 }  # fmt: skip
 
@@ -593,12 +593,12 @@ def test_an_older_sequence_of_turns(tmp_path):
 USER = turn("user", "q?")
 BAD_TURNS = {
     "none": ([], "holds no text but a list"),
-    "texts": (["q?"], r"holds no text but a list \(text, or a list of \{role, content\}, is wanted\)"),
+    "texts": (["q?"], r"holds no text but a list \(expected text, or a list of \{role, content\}\)"),
     "a table": ({"text": "q?"}, "holds no text but a dict"),
     "no user": ([turn("system", "s")], "has no user turn at its end"),
     "two answers": ([USER, turn("assistant", "a"), turn("assistant", "b")], "has no user turn at its end"),
     "answer alone": ([turn("assistant", "a")], "has no user turn at its end"),
-    "a tool": ([USER, turn("tool", "5")], "has turn 2 of 'tool'; we read system, user, assistant"),
+    "a tool": ([USER, turn("tool", "5")], "has turn 2 of 'tool'; roles are system, user, assistant"),
     "no role": ([{"role": None, "content": "q?"}], "has turn 1 of None"),
     "no content": ([turn("user", None)], "has nothing for the content of turn 1"),
     "a number": ([turn("user", 5)], "has a int for the content of turn 1"),
@@ -637,9 +637,7 @@ def test_turns_written_into_a_text_are_refused(tmp_path, column, write, end):
     else:
         data = rows_in(tmp_path, rows, end, question="prompt", answer="answer")
     assert (data[0].question, data[0].answer) == ("[1, 2] is what?", '["a"]')
-    with pytest.raises(
-        DataError, match=f"row q-1: column '{column}' .* a list of turns.*as a list"
-    ):
+    with pytest.raises(DataError, match=f"row q-1: column '{column}' .* list of turns.*as a list"):
         data[1]
 
 

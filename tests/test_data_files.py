@@ -73,19 +73,22 @@ PHOTO = Image.fromarray(noise(64, 64))
 
 BAD_FILES = {
     "empty": (b"", "empty file"),
-    "text": (b"not a picture\n", "no picture of a kind we read"),
-    "page": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture of a kind we read"),
+    "text": (b"not a picture\n", "not an image of a supported format"),
+    "page": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "not an image of a supported format",
+    ),
     "cut jpeg": (saved(PHOTO, "JPEG")[:900], "is broken .*truncated"),
     "cut png": (saved(PHOTO, "PNG")[:900], "is broken .*truncated"),
     "cut webp": (saved(PHOTO, "WEBP")[:900], "is broken"),
     "cut gif": (saved(PHOTO, "GIF")[:2000], "is broken .*truncated"),
     "cut bmp": (saved(PHOTO, "BMP")[:900], "is broken .*truncated"),
     "cut tiff": (saved(PHOTO, "TIFF")[:-900], "is broken"),
-    "cut in the header": (saved(PHOTO, "PNG")[:20], "is broken|no picture"),
+    "cut in the header": (saved(PHOTO, "PNG")[:20], "is broken|not an image"),
     "damaged png": (saved(PHOTO, "PNG").replace(b"IDAT", b"IDAT\0", 1), "is broken"),
     "short png": (png(100, 100, (b"\0" + b"\xff" * 300) * 50), "ends early"),
     "short interlaced png": (png(4, 4, b"\0" * 18, colour=0, interlace=1), "ends early"),
-    "huge header": (png(60_000, 60_000, b"\0" * 900), "is our limit; make it smaller"),
+    "huge header": (png(60_000, 60_000, b"\0" * 900), "; make it smaller"),
     "large header": (png(12_000, 9_000, b"\0" * 900), "12000 x 9000 pixels, more than 90000000"),
     "30000 x 30000": (saved(Image.new("1", (30_000, 30_000)), "PNG"), "make it smaller"),
     "30000 x 10": (saved(Image.new("RGB", (30_000, 10)), "PNG"), "longer than 200 : 1"),
@@ -99,8 +102,8 @@ BAD_FILES = {
 BAD_VALUES = {
     "no file": ("nope.png", "'nope.png' does not exist in .*relative to the data file's folder"),
     "folder": (".", "is not a file"),
-    "address": ("https://example.org/a.png", "is an address; download"),
-    "data address": ("data:image/png;base64,iVBORw0KGgo=", "is an address; download"),
+    "address": ("https://example.org/a.png", "is a URL; download"),
+    "data address": ("data:image/png;base64,iVBORw0KGgo=", "is a URL; download"),
     "no name": ("", "is not a file"),
     "base64": ("iVBORw0KGgo" * 900, "picture 'iVBORw.*name too long"),
     "null": (None, "is empty; name a picture"),
@@ -259,9 +262,9 @@ def test_parquet_pictures_are_decoded_by_us(tmp_path):
     ]
     path = tmp_path / "data.parquet"
     datasets.Dataset.from_list(made, kinds).to_parquet(path)
-    good_beside_bad(FileDataset(columns(path, image="pic")), "of 4 bytes is no picture")
+    good_beside_bad(FileDataset(columns(path, image="pic")), "of 4 bytes is not an image")
     lists = FileDataset(columns(path, image="pics"))
-    good_beside_bad(lists, "picture 1 of 2 of 4 bytes is no picture")
+    good_beside_bad(lists, "picture 1 of 2 of 4 bytes is not an image")
     assert [image.size for image in lists[0].images] == [(7, 5), (7, 5)]
     # a column that nobody asked for may hold what it likes
     assert [e.images for e in FileDataset(columns(path))] == [(), (), ()]
@@ -400,7 +403,7 @@ def test_broken_files_and_columns_are_one_clear_line(tmp_path, rows):
     """No file, another kind of file, no column, no rows, not parquet: each says what and where."""
     with pytest.raises(ConfigError, match=r"no data file .*nope\.jsonl"):
         FileDataset(columns(tmp_path / "nope.jsonl"))
-    with pytest.raises(ConfigError, match=r"ends in '\.txt'; we read \.jsonl, "):
+    with pytest.raises(ConfigError, match=r"ends in '\.txt'; supported are \.jsonl, "):
         FileDataset(columns(write(tmp_path, rows, "data.txt")))
     with pytest.raises(ConfigError, match="no column 'question'; it has"):
         FileDataset(FileData(path=str(write(tmp_path, rows))))

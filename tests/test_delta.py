@@ -227,7 +227,7 @@ def test_constants_are_named_and_are_no_parameters(dtype, others, tmp_path):
         (left,) = report.left_out
         assert left.name == "h.0.attn.bias" and "a constant" in left.reason
         assert report.base_share == report.trained_share == 0.0
-        assert "h.0.attn.bias" in report.said()
+        assert "h.0.attn.bias" in report.summary()
 
 
 def test_a_bias_of_a_constants_name_is_a_parameter(tmp_path):

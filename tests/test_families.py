@@ -26,7 +26,7 @@ from tests.families.llms import LLMS
 from tests.families.openclip import build_tiny
 from tests.families.vlms import VLMS
 from vlopd.config.objective import ReverseKL
-from vlopd.data.shapes import ShapesWorld
+from vlopd.data.shapes import ShapesDataset
 from vlopd.errors import ConfigError, UserError
 from vlopd.models import families, names
 from vlopd.models.load import load
@@ -86,8 +86,8 @@ def make(folders):
 def examples_of(family: str) -> list[Example]:
     """Prompts of several lengths; for a model with eyes: one picture, a wider one, two, none."""
     if family in LLMS:
-        return list(ShapesWorld("train", 4, modality="text"))
-    first, second, third = ShapesWorld("train", 3, modality="image")
+        return list(ShapesDataset("train", 4, modality="text"))
+    first, second, third = ShapesDataset("train", 3, modality="image")
     wide = second.images[0].resize((96, 48))
     found = [
         first,
@@ -170,7 +170,7 @@ def test_logprobs_equal_one_plain_forward_pass(family, make):
 def test_prompts_with_like_pictures_are_read_as_one_by_one(seeing, make):
     """A batch whose pictures are alike, which goes through the processor at once, gives the inputs of single ones."""
     model = make(seeing)
-    first, second = ShapesWorld("train", 2, modality="image")
+    first, second = ShapesDataset("train", 2, modality="image")
     longer = Example.ask("longer", f"{second.question} or {first.question}", second.images)
     together = model.render([first, longer])
     apart = [model.render([example]) for example in (first, longer)]
@@ -536,7 +536,7 @@ def test_models_without_a_body_are_refused():
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     with pytest.raises(ConfigError, match=r"'blip-2'.*vlopd/models/families\.py"):
-        families.body(model)
+        families.backbone(model)
 
 
 def test_models_of_no_language_are_refused():

@@ -31,13 +31,13 @@ from vlopd.errors import RunError
 from vlopd.files import read_json
 from vlopd.geometry.aggregate import PARTS
 from vlopd.geometry.base_masks import BaseMasks
-from vlopd.geometry.checkpoint import analyse
+from vlopd.geometry.checkpoint import measure_checkpoint
 from vlopd.geometry.coordinates import coordinate_terms
 from vlopd.geometry.magnitudes import norm
-from vlopd.geometry.nulls import direction, null_delta, null_name
+from vlopd.geometry.nulls import null_delta, null_direction, null_name
 from vlopd.geometry.projection import base_factors, matrix_measures, skipped_measures
-from vlopd.geometry.schema import DETAIL, Measure, Place, Row, beside_nulls
-from vlopd.geometry.spectrum import Sum, as_matrix, rank_at, singular_values
+from vlopd.geometry.schema import DETAIL, Measure, Place, Row, rows_against_nulls
+from vlopd.geometry.spectrum import MatrixSum, as_matrix, rank_at, singular_values
 from vlopd.run.folder import up_to_date
 
 RATIOS = (0.01, 0.1, 0.25)
@@ -187,8 +187,8 @@ def test_a_direct_svd_gives_the_same():
     tiny = with_spectrum(
         orthogonal(40, 3), torch.tensor([1.0, 0.5, 1e-9]).double(), orthogonal(30, 3)
     )
-    assert float(singular_values(Sum((tiny,)), "svd")[2]) == pytest.approx(1e-9, rel=1e-5)
-    assert float(singular_values(Sum((tiny,)))[2]) == 0
+    assert float(singular_values(MatrixSum((tiny,)), "svd")[2]) == pytest.approx(1e-9, rel=1e-5)
+    assert float(singular_values(MatrixSum((tiny,)))[2]) == 0
 
 
 def test_global_rows_are_the_model_as_one_vector(tmp_path):
@@ -289,7 +289,7 @@ def test_singular_values_span_six_decades():
     torch.manual_seed(9)
     spectrum = torch.logspace(0, -5.9, 20, dtype=torch.float64)
     matrix = with_spectrum(orthogonal(40, 20), spectrum, orthogonal(20, 20))
-    found = singular_values(Sum((matrix,)))
+    found = singular_values(MatrixSum((matrix,)))
     assert torch.allclose(found, spectrum, rtol=1e-3, atol=0)
 
 
@@ -326,7 +326,7 @@ def test_nulls_keep_what_they_say():
     base = torch.randn(40, 60)
     delta = torch.randn(40, 60) * torch.rand(40, 1) ** 3 * torch.rand(60) ** 3
     drawn = {
-        null_name(null): direction(null, base, delta, torch.Generator().manual_seed(0))
+        null_name(null): null_direction(null, base, delta, torch.Generator().manual_seed(0))
         for null in NULLS
     }
     binade = base.abs().log2().floor()
@@ -448,11 +448,11 @@ def test_closed_forms_agree_with_the_simulation():
 
 def test_a_row_is_standardised_as_one_more_draw():
     """excess_t is Student's: (value - mean) / (sd sqrt(1 + 1/S)); p agrees with scipy's t distribution."""
-    (row,) = beside_nulls(Measure("m", "", 5.0), {"gaussian": [1.0, 2.0, 3.0]}, Place("w"))
+    (row,) = rows_against_nulls(Measure("m", "", 5.0), {"gaussian": [1.0, 2.0, 3.0]}, Place("w"))
     assert (row.null, row.null_mean, row.null_sd, row.excess) == ("gaussian", 2.0, 1.0, 3.0)
     assert row.excess_t == pytest.approx(3 / math.sqrt(4 / 3))
     assert row.p == pytest.approx(2 * stats.t.sf(3 / math.sqrt(4 / 3), 2))
-    (alone,) = beside_nulls(Measure("m", "", 5.0), {}, Place("w"))
+    (alone,) = rows_against_nulls(Measure("m", "", 5.0), {}, Place("w"))
     assert (alone.null, alone.null_mean, alone.excess, alone.p) == ("", None, None, None)
 
 
@@ -463,9 +463,9 @@ def test_rows_that_cannot_be_standardised_are_not():
         (Measure("m", "", 5.0), [2.0, 2.0, 2.0]),
         (Measure("m", "", 5.0, decided_by="norm"), [1.0, 2.0, 3.0]),
     ):
-        (row,) = beside_nulls(observed, {"gaussian": draws}, Place("w"))
+        (row,) = rows_against_nulls(observed, {"gaussian": draws}, Place("w"))
         assert row.excess is not None and row.excess_t is None and row.p is None
-    (same,) = beside_nulls(Measure("m", "", 2.0), {"gaussian": [2.0, 2.0]}, Place("w"))
+    (same,) = rows_against_nulls(Measure("m", "", 2.0), {"gaussian": [2.0, 2.0]}, Place("w"))
     assert (same.excess_t, same.p) == (0.0, 1.0)
 
 
@@ -481,7 +481,7 @@ def test_rows_that_cannot_be_standardised_are_not():
 def test_what_a_null_keeps_has_no_p(null, kept):
     """A measure that a null equals by construction is no finding beside it, and any other one may be."""
     for detail in DETAIL:
-        (row,) = beside_nulls(
+        (row,) = rows_against_nulls(
             Measure("m", "", 5.0, decided_by=detail), {null: [1.0, 2.0, 3.0]}, Place("w")
         )
         assert row.excess == 3.0 and (row.p is None) == (detail in kept)
@@ -540,7 +540,7 @@ def run(
     for name, tensors in (("before", before), ("after", after)):
         (root / name).mkdir()
         save_file(tensors, root / name / "model.safetensors")
-    analyse(root / "before", root / "after", root / "out", config, {}, progress=False)
+    measure_checkpoint(root / "before", root / "after", root / "out", config, {}, progress=False)
     with (root / "out" / "geometry.csv").open() as file:
         return list(csv.DictReader(file))
 
@@ -581,7 +581,9 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     model.save_pretrained(root / "after")
     config = GeometryConfig(ratios=(0.1,))
     inputs = {"settings": config.model_dump(mode="json")}
-    record = analyse(root / "before", root / "after", root / "out", config, inputs, progress=False)
+    record = measure_checkpoint(
+        root / "before", root / "after", root / "out", config, inputs, progress=False
+    )
     assert up_to_date(record, inputs)
     with (root / "out" / "geometry.csv").open() as file:
         return root / "out", list(csv.DictReader(file))
@@ -651,5 +653,5 @@ def test_a_failed_analysis_leaves_no_record(tmp_path):
     save_file({"w": torch.full((4, 4), math.nan)}, tmp_path / "after" / "model.safetensors")
     with pytest.raises(RunError, match="not finite"):
         folders = (tmp_path / "before", tmp_path / "after", tmp_path / "out")
-        analyse(*folders, GeometryConfig(null_draws=0), {}, progress=False)
+        measure_checkpoint(*folders, GeometryConfig(null_draws=0), {}, progress=False)
     assert not (tmp_path / "out" / "summary.json").exists()

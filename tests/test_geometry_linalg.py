@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from vlopd.geometry.coordinates import look, thresholds
+from vlopd.geometry.coordinates import count_coordinates, thresholds
 from vlopd.geometry.linalg import by_inverse_iteration, leading_eigenvectors, product
 from vlopd.geometry.magnitudes import (
     SAMPLE,
     SPARSE,
-    Cut,
+    OrderStatistic,
     bracket,
+    compare,
     count,
-    cut,
+    kth_smallest,
     magnitudes,
-    marked,
+    nonzero_entries,
     top_energy,
-    where_moved,
 )
 from vlopd.geometry.spectrum import orthonormal
 
@@ -105,12 +105,12 @@ def test_sizes_are_counted_as_by_hand(dtype):
     by_hand = sorted(abs(v) for v in values.tolist())
     sizes = magnitudes(values)
     for threshold in (0.0, 0.125, 1.0, 100.0):
-        assert count(marked(lt, sizes, threshold)) == sum(v < threshold for v in by_hand)
-        assert count(marked(le, sizes, threshold)) == sum(v <= threshold for v in by_hand)
+        assert count(compare(lt, sizes, threshold)) == sum(v < threshold for v in by_hand)
+        assert count(compare(le, sizes, threshold)) == sum(v <= threshold for v in by_hand)
     for k in (1, 2, 700, 4999, 5000):
         value = by_hand[k - 1]
-        found = cut(sizes, k)
-        assert found == Cut(value, sum(v < value for v in by_hand), by_hand.count(value))
+        found = kth_smallest(sizes, k)
+        assert found == OrderStatistic(value, sum(v < value for v in by_hand), by_hand.count(value))
         expected = math.fsum(v**2 for v in by_hand[-k:])
         assert top_energy(sizes, k) == pytest.approx(expected, rel=1e-12)
 
@@ -121,7 +121,7 @@ def test_where_moved(share):
     torch.manual_seed(6)
     delta = torch.randn(1000) * (torch.rand(1000) < share)
     partner = torch.arange(1000)
-    some, theirs = where_moved(delta, partner)
+    some, theirs = nonzero_entries(delta, partner)
     assert torch.equal(delta[theirs], some)
     assert int((some != 0).sum()) == int((delta != 0).sum())
     assert len(some) == (1000 if share > 0.5 else int((delta != 0).sum()))
@@ -136,7 +136,7 @@ def test_look_at_many(share):
     d = 1e-2 * torch.randn(n) * (torch.rand(n) < share)
     code = torch.randint(0, 16, (n,), dtype=torch.uint8)
     limits = thresholds(1.0, d.dtype)
-    seen = look(w, d, code, limits)
+    seen = count_coordinates(w, d, code, limits)
     for key, (test, limit) in limits.items():
         assert seen.within[key] == int(test(d.abs(), limit).sum())
     for tau, number in seen.within_share.items():
@@ -166,6 +166,8 @@ def test_cut_of_many(kind):
     before, by_hand = sizes.clone(), sizes.sort().values
     for k in (1, 2, 3_000, 150_000, 240_000, 299_999, 300_000):
         value = by_hand[k - 1]
-        expected = Cut(float(value), int((by_hand < value).sum()), int((by_hand == value).sum()))
-        assert cut(sizes, k) == expected
+        expected = OrderStatistic(
+            float(value), int((by_hand < value).sum()), int((by_hand == value).sum())
+        )
+        assert kth_smallest(sizes, k) == expected
     assert torch.equal(sizes, before)

@@ -1,4 +1,4 @@
-"""Geometry through `analyse` on tiny real models: fused, stacked, transposed and convolution weights; trained pairs."""
+"""Geometry of tiny real models: fused, stacked, transposed and convolution weights; trained pairs."""
 
 import re
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from vlopd.config.analysis import GeometryConfig
 from vlopd.config.arms import DistillArm
 from vlopd.data.load import open_data
 from vlopd.distill import distill
-from vlopd.geometry.checkpoint import analyse, read_rows
+from vlopd.geometry.checkpoint import measure_checkpoint, read_rows
 
 CONFIG = GeometryConfig(null_draws=0, ratios=RATIOS)
 Values = dict[tuple[str, str], float | None]
@@ -110,7 +110,7 @@ def test_matrices_within_stored_tensors_are_measured(family, tmp_path):
     (tmp_path / "after").mkdir()
     save_file(after, tmp_path / "after" / "model.safetensors")
     folders = (tmp_path / "before", tmp_path / "after", tmp_path / "out")
-    analyse(*folders, CONFIG, {}, progress=False, workers=1)
+    measure_checkpoint(*folders, CONFIG, {}, progress=False, workers=1)
     found = tensor_values(tmp_path / "out")
     for name, matrix in MATRICES[family].items():
         stored = re.sub(r"(\[\w+\])+$", "", name)
@@ -129,7 +129,7 @@ def test_a_trained_pair_agrees_with_float64(kind, folders, make_pair, make_confi
     distill(pair, open_data(config, 20, arm.seed), config, arm, tmp_path / "arm", "test", None, "x")
     base, trained = folders[kind, "student"], tmp_path / "trained"
     pair.student.model.bfloat16().save_pretrained(trained)
-    analyse(base, trained, tmp_path / "out", CONFIG, {}, progress=False, workers=1)
+    measure_checkpoint(base, trained, tmp_path / "out", CONFIG, {}, progress=False, workers=1)
 
     before, after = (load_file(folder / "model.safetensors") for folder in (base, trained))
     found = tensor_values(tmp_path / "out")

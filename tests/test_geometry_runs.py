@@ -20,9 +20,9 @@ from vlopd.config.analysis import GaussianNull, GeometryConfig, SignFlippedNull
 from vlopd.errors import RunError
 from vlopd.files import read_json
 from vlopd.geometry import paper
-from vlopd.geometry.checkpoint import analyse, read_rows
-from vlopd.geometry.overlap import overlap
-from vlopd.geometry.trajectory import trajectory
+from vlopd.geometry.checkpoint import measure_checkpoint, read_rows
+from vlopd.geometry.overlap import write_overlap
+from vlopd.geometry.trajectory import write_trajectory
 from vlopd.models.names import classify
 from vlopd.weights.delta import stream
 
@@ -47,7 +47,7 @@ def llama(folder: Path) -> Tensors:
 
 
 def run(base: Path, trained: Path, out: Path, config: GeometryConfig = QUICK, workers: int = 1):
-    analyse(base, trained, out, config, {"test": 1}, progress=False, workers=workers)
+    measure_checkpoint(base, trained, out, config, {"test": 1}, progress=False, workers=workers)
     return list(read_rows(out))
 
 
@@ -302,7 +302,7 @@ def plain_overlap(before: Tensors, one: Tensors, other: Tensors, atol: float) ->
 def overlap_rows(before: Tensors, runs: Mapping[str, Tensors], root: Path, config: GeometryConfig):
     base = save(before, root / "before")
     folders = {name: save(tensors, root / name) for name, tensors in runs.items()}
-    with overlap(base, folders, root / "out", config, progress=False).open() as file:
+    with write_overlap(base, folders, root / "out", config, progress=False).open() as file:
         return list(csv.DictReader(file))
 
 
@@ -407,7 +407,7 @@ def test_trajectory_agrees_with_float64(tmp_path):
         after = {n: before[n] + t for n, t in at.items()}
         steps[step] = save(after, tmp_path / f"step-{step}")
         changes[step] = {n: after[n].double() - before[n].double() for n in before}
-    path = trajectory(tmp_path / "before", steps, tmp_path / "out", QUICK, progress=False)
+    path = write_trajectory(tmp_path / "before", steps, tmp_path / "out", QUICK, progress=False)
     with path.open() as file:
         rows = list(csv.DictReader(file))
     found = {
@@ -446,7 +446,7 @@ def test_trajectory_of_large_matrices_says_approximate(tmp_path):
     base = save(before, tmp_path / "before")
     steps = {i: save(noised(before, i), tmp_path / f"step-{i}") for i in (1, 2)}
     config = GeometryConfig(null_draws=1, max_exact_side=20)
-    with trajectory(base, steps, tmp_path / "out", config, progress=False).open() as file:
+    with write_trajectory(base, steps, tmp_path / "out", config, progress=False).open() as file:
         rows = list(csv.DictReader(file))
     similar = [r for r in rows if "similarity" in r["metric"] and r["value"]]
     assert len(similar) > 10
@@ -463,7 +463,7 @@ def test_the_papers_table_repeats_the_rows(tmp_path):
     save(noised(llama(tmp_path / "before"), 4, 1e-3), tmp_path / "after")
     config = paper.preset().model_copy(update={"nulls": (GaussianNull(), SignFlippedNull())})
     rows = run(tmp_path / "before", tmp_path / "after", tmp_path / "out", config)
-    lines = dict(paper.table(rows))
+    lines = dict(paper.paper_table(rows))
     assert list(lines) == ["update", "gaussian", "sign flipped", "closed form"]
     for i, column in enumerate(paper.COLUMNS):
         own = {
@@ -578,7 +578,7 @@ BAD: dict[str, tuple[Callable[[Path, Tensors], None], str]] = {
     "last byte": (cut(0.99999, False), r"so FIRST cannot be read"),
     "cut shard": (
         cut(0.01, True),
-        rf"part-2\.safetensors is not a whole .* so {UP} cannot be read",
+        rf"part-2\.safetensors is not a complete .* so {UP} cannot be read",
     ),
 }
 
@@ -587,7 +587,7 @@ BAD: dict[str, tuple[Callable[[Path, Tensors], None], str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_read_is_one_line_with_the_tensors_name(case, side, tmp_path):
     """Pickles, other shapes, values that are not finite, other models and cut files are refused, by the tensor's name
-    where there is one, by `stream` and by `analyse`, which leaves no record."""
+    where there is one, by `stream` and by `measure_checkpoint`, which leaves no record."""
     damage, message = BAD[case]
     tensors = llama(tmp_path / "base")
     save(noised(tensors, 1), tmp_path / "trained")

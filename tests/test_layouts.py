@@ -20,9 +20,9 @@ from vlopd.config.analysis import GeometryConfig
 from vlopd.config.masks import VisibleMask
 from vlopd.errors import RunError
 from vlopd.files import read_json
-from vlopd.geometry.checkpoint import analyse, read_rows
-from vlopd.geometry.overlap import overlap
-from vlopd.geometry.trajectory import trajectory
+from vlopd.geometry.checkpoint import measure_checkpoint, read_rows
+from vlopd.geometry.overlap import write_overlap
+from vlopd.geometry.trajectory import write_trajectory
 from vlopd.masks.apply import transplanted
 from vlopd.masks.files import check_shapes
 from vlopd.masks.rules import build_mask
@@ -153,7 +153,7 @@ def test_a_delta_planted_in_one_expert_comes_out_there(family, direction, tmp_pa
     else:  # the fused one is the base, so what comes out is the other way round
         base, trained, row = save(moved, tmp_path / "moved", fused), hub, fused_row
         change = -change
-    analyse(base, trained, tmp_path / "out", QUICK, {}, progress=False, workers=1)
+    measure_checkpoint(base, trained, tmp_path / "out", QUICK, {}, progress=False, workers=1)
     norms = {
         r["name"]: float(r["value"])
         for r in read_rows(tmp_path / "out")
@@ -351,7 +351,7 @@ def test_what_is_left_out_is_said_everywhere(kind, tmp_path):
     tables = {}
     for folder in (plain, more):
         out = tmp_path / f"{folder.name}-out"
-        analyse(tmp_path / "before", folder, out, QUICK, {}, progress=False, workers=1)
+        measure_checkpoint(tmp_path / "before", folder, out, QUICK, {}, progress=False, workers=1)
         tables[folder.name] = list(read_rows(out))
     trained = sum(t.numel() for t in before.values()) + 32
     own = {r["name"]: r for r in tables["step-2"] if r["metric"] == "left_out"}
@@ -373,7 +373,7 @@ def test_what_is_left_out_is_said_everywhere(kind, tmp_path):
     assert summary["tensors"] == 3 and summary["largest"][0] == "v_head.weight"
     assert summary["base_share"] == shares["of=base"]
     assert summary["trained_share"] == shares["of=trained"]
-    assert "v_head.weight (1, 32) (in the trained checkpoint only)" in summary["said"]
+    assert "v_head.weight (1, 32) (in the trained checkpoint only)" in summary["summary"]
     match = read_json(tmp_path / "step-2-out/match.json")
     assert match["missing"] == ["rotary.inv_freq"] and match["extra"] == ["v_head.weight"]
     compared = [
@@ -382,9 +382,9 @@ def test_what_is_left_out_is_said_everywhere(kind, tmp_path):
     assert compared[0] == compared[1]
 
     both = {"plain": plain, "more": more}
-    overlap(tmp_path / "before", both, tmp_path, QUICK, progress=False)
+    write_overlap(tmp_path / "before", both, tmp_path, QUICK, progress=False)
     steps = {1: plain, 2: more}
-    trajectory(tmp_path / "before", steps, tmp_path, QUICK, progress=False)
+    write_trajectory(tmp_path / "before", steps, tmp_path, QUICK, progress=False)
     for name in ("overlap", "trajectory"):
         with (tmp_path / f"{name}.csv").open() as file:
             rows = [r for r in csv.DictReader(file) if r["metric"] == "left_out"]
@@ -401,10 +401,10 @@ def test_nothing_left_out_adds_no_row(tmp_path):
     before = tiny("llm", tmp_path / "before")
     save({n: t * 2 for n, t in before.items()}, tmp_path / "after")
     folders = (tmp_path / "before", tmp_path / "after", tmp_path / "out")
-    analyse(*folders, QUICK, {}, progress=False, workers=1)
+    measure_checkpoint(*folders, QUICK, {}, progress=False, workers=1)
     assert not any(row["metric"].startswith("left_out") for row in read_rows(tmp_path / "out"))
     said = read_json(tmp_path / "out/summary.json")["left_out"]
-    assert said == {"tensors": 0, "base_share": 0, "trained_share": 0, "largest": [], "said": ""}
+    assert said == {"tensors": 0, "base_share": 0, "trained_share": 0, "largest": [], "summary": ""}
 
 
 LARGE: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
@@ -453,7 +453,7 @@ def test_too_much_left_out_is_refused(case, side, tmp_path):
     said = str(caught.value)
     assert "\n" not in said and "% of the base" in said and "max_left_out" in said
     config = QUICK.model_copy(update={"max_left_out": 0.9})
-    analyse(*folders, tmp_path / "out", config, {}, progress=False, workers=1)
+    measure_checkpoint(*folders, tmp_path / "out", config, {}, progress=False, workers=1)
     assert read_json(tmp_path / "out/summary.json")["left_out"]["tensors"] > 0
 
 
@@ -489,9 +489,7 @@ def test_unmerged_adapters_are_refused_however_small(tmp_path):
         }.items()
     ):
         trained = save({**before, key: torch.ones(shape)}, tmp_path / f"trained-{i}")
-        with pytest.raises(
-            RunError, match=r"part of an adapter that is not merged.*merge_and_unload"
-        ):
+        with pytest.raises(RunError, match=r"part of an unmerged adapter.*merge_and_unload"):
             stream(tmp_path / "before", trained, classify)
 
 

@@ -10,12 +10,12 @@ from tests.test_masks import NAMES, pairs
 from vlopd.config.masks import MaskConfig
 from vlopd.errors import ConfigError
 from vlopd.masks.compare import (
-    added,
     density,
     jaccard,
     overlap,
     overlap_by_class,
     overlap_by_tensor,
+    sum_overlaps,
 )
 from vlopd.masks.rules import binades, build_mask, quantiles, steps_between
 from vlopd.masks.select import order_keys, quota, select_energy
@@ -170,9 +170,9 @@ def test_whole_takes_components_layers_and_modules():
         built = build_mask(rule(type="whole", **settings), pairs())
         assert {n for n, m in built.items() if m.all()} == expected
         assert not any(m.any() for n, m in built.items() if n not in expected)
-    with pytest.raises(ConfigError, match=r"no 'router', it has .*attention.*ffn"):
+    with pytest.raises(ConfigError, match=r"no 'router'; it has .*attention.*ffn"):
         build_mask(rule(type="whole", modules=["router"]), pairs())
-    with pytest.raises(ConfigError, match="leave no parameter"):
+    with pytest.raises(ConfigError, match="no parameter matches"):
         build_mask(rule(type="whole", modules=["head"], layers=[0]), pairs())
 
 
@@ -273,7 +273,7 @@ def test_overlap_counts_and_chance():
     assert found.enrichment == pytest.approx(both * 500 / len(set_a) / len(set_b))
 
     tensors = overlap_by_tensor(a, b)
-    by_tensor = added(tensors.values())
+    by_tensor = sum_overlaps(tensors.values())
     chance = sum(int(a[n].sum()) * int(b[n].sum()) / a[n].numel() for n in a)
     assert by_tensor.both == both and by_tensor.expected == pytest.approx(chance)
     assert by_tensor.enrichment < found.enrichment  # both prefer x: no enrichment within tensors

@@ -390,7 +390,7 @@ def test_scaled_logits_refused(parts, tmp_path):
     config = GraniteConfig(vocab_size=58, num_key_value_heads=1, logits_scaling=4.0, **sizes)
     GraniteForCausalLM(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(parts["language"]).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="changes its logits"):
+    with pytest.raises(ConfigError, match="post-processes its logits"):
         assemble(parts["vit"], str(tmp_path))
 
 

@@ -370,10 +370,10 @@ def test_every_optimizer_lowers_the_loss(name, kind, make_pair, make_config, mak
         ("optim={type='lion', beta=[0.9, 0.99]}", "did you mean 'betas'"),
         ("optim={type='muon', adam_learning_rate=1e-3}", "did you mean 'adamw_learning_rate'"),
         ("optim.component_rates.visoin=0.1", "did you mean 'vision'"),
-        ("optim.component_rates.vision=0", r"optim\.component_rates\.vision: 0\.0 is not between"),
+        ("optim.component_rates.vision=0", r"optim\.component_rates\.vision: must be between"),
         ("optim.type=adamv", "'adamw', 'sgd', 'rmsprop', 'lion', 'muon'"),
         ("optim={type='sgd', momentum=0, nesterov=true}", "nesterov needs a momentum"),
-        ("optim.betas=[0.9, 1.0]", r"optim\.betas\.1: 1\.0 is not 0 or between"),
+        ("optim.betas=[0.9, 1.0]", r"optim\.betas\.1: must be 0 or between"),
     ],
 )
 def test_wrong_settings_are_one_clear_line(override, message):

@@ -29,7 +29,7 @@ from vlopd.train.optimizers import build_optimizer
 from vlopd.train.pair import load_pair
 from vlopd.train.sparse import Trainable
 from vlopd.weights.delta import stream
-from vlopd.weights.stored import stored_tensors, unrounded
+from vlopd.weights.stored import rounded_on_load, stored_tensors
 
 SHIPPED = ("fp32", "fp16", "bf16", "mixed")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -174,7 +174,7 @@ def test_the_stored_result_is_adamw_of_the_base_in_float64(
         n: torch.rand(p.shape, generator=generator) < (0.3 if mask == "sparse" else 2.0)
         for n, p in model.named_parameters()
     }
-    with unrounded(pair.student) as stored:
+    with rounded_on_load(pair.student) as stored:
         trainable = Trainable(model, marked if mask == "sparse" else None, stored=stored)
     with stored_tensors(pair.student) as tensors:
         before = {n: tensors[n] for n in marked}
@@ -279,7 +279,7 @@ def test_a_moving_average_starts_from_the_stored_values(kind, base, students, ma
         precision={"compute": "bf16"},
     )
     pair = load_pair(config, "cpu")
-    with unrounded(pair.student) as stored:
+    with rounded_on_load(pair.student) as stored:
         trainable = Trainable(pair.student.model, stored=stored)
     ((average, _),) = follow_student(pair, None)
     before = average.state()
@@ -365,7 +365,7 @@ def test_a_model_that_was_changed_in_memory_is_not_its_checkpoint(students, make
     pair = load_pair(config, "cpu")
     pair.student.model.lm_head.weight.data[0, 0] += 1
     with (
-        unrounded(pair.student) as stored,
+        rounded_on_load(pair.student) as stored,
         pytest.raises(UserError, match=r"lm_head\.weight: 1 of .* load that"),
     ):
         Trainable(pair.student.model, stored=stored)

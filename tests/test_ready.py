@@ -588,7 +588,7 @@ def test_a_comparison_of_models_is_refused_before_they_are_loaded(
     nothing written."""
     model, out = folders["llm", "student"], tmp_path / "out"
     for words, message in (
-        ((model, model, "--tasks", "shapes_text"), "is named twice"),
+        ((model, model, "--tasks", "shapes_text"), "is given twice"),
         (
             (model, folders["llm", "teacher"], "--tasks", "mine", "--set", "include=gone"),
             "no folder 'gone'",

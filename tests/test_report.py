@@ -216,7 +216,7 @@ def make_geometry(run: RunFolder, rng) -> None:
         ("[all]", "relative_delta_fro", "", 0.0011, None, None),
     ]
     rows = [dict(zip(keys, row, strict=True)) for row in headline]
-    left_out = {"said": "1 tensor not compared, 0.30% of the base's parameters: v_head.weight"}
+    left_out = {"summary": "1 tensor not compared, 0.30% of the base's parameters: v_head.weight"}
     summary = {"inputs": {}, "headline": rows, "left_out": left_out}
     write_json(folder / "summary.json", summary)
 
@@ -386,7 +386,7 @@ def test_report_has_files_beside_the_page(compared, page):
 def test_report_says_what_geometry_left_out(compared, page):
     """The page and the Markdown repeat summary.json's line about parameters that are not compared."""
     run, _, _ = compared
-    said = read_json(run.geometry("full") / "summary.json")["left_out"]["said"]
+    said = read_json(run.geometry("full") / "summary.json")["left_out"]["summary"]
     assert f"Left out: {said}." in page.replace("&#39;", "'")
     assert f"Left out: {said}." in (run.report / "report.md").read_text()
 

@@ -152,7 +152,7 @@ def test_activations_are_what_autograd_keeps(family, dtype, attention):
     ids = torch.full((1, 95), 7)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0  # padding, so that the kernel gets a mask as it does in training
-    body = families.body(model)
+    body = families.backbone(model)
     real = saved_bytes(
         model, lambda: body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     )
@@ -249,7 +249,7 @@ def test_cache_bytes_are_those_of_a_filled_cache(family):
     ids = torch.full((2, 9), 7)
     cache = DynamicCache(config=family.get_text_config())
     with torch.no_grad():
-        families.body(model)(input_ids=ids, past_key_values=cache, use_cache=True)
+        families.backbone(model)(input_ids=ids, past_key_values=cache, use_cache=True)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert 2 * 9 * cache_bytes(family, torch.float32) == held
 

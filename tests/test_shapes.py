@@ -11,7 +11,7 @@ from vlopd.models.load import BUILTIN
 
 def test_example_depends_on_split_seed_and_index_alone():
     """The same index gives the same question and the same pixels; another seed does not."""
-    a, b, c = (shapes.ShapesWorld("train", 5, seed)[3] for seed in (0, 0, 1))
+    a, b, c = (shapes.ShapesDataset("train", 5, seed)[3] for seed in (0, 0, 1))
     assert a.fields == b.fields and a.images[0].tobytes() == b.images[0].tobytes()
     assert a.fields != c.fields
 
@@ -20,7 +20,7 @@ def test_splits_share_no_scene():
     """No scene of the test or validation split occurs in training, whatever the seed."""
     scenes = {
         split: {
-            shapes.ShapesWorld(split, 500, seed).row(i)["scene"]
+            shapes.ShapesDataset(split, 500, seed).row(i)["scene"]
             for seed in (0, 1)
             for i in range(500)
         }
@@ -33,7 +33,7 @@ def test_splits_share_no_scene():
 
 def test_answers_are_true():
     """Answers of every kind agree with a second look at the scene, over 400 questions."""
-    world = shapes.ShapesWorld("train", 400)
+    world = shapes.ShapesDataset("train", 400)
     for i in range(400):
         row = world.row(i)
         objects = json.loads(row["scene"])
@@ -66,7 +66,7 @@ def test_answers_are_true():
 def test_every_word_is_in_the_vocabulary():
     """Questions, answers and scenes in words use known words only."""
     known = set(shapes.vocabulary())
-    world = shapes.ShapesWorld("test", 300, modality="text")
+    world = shapes.ShapesDataset("test", 300, modality="text")
     assert all(set(f"{e.question} {e.answer}".split()) <= known for e in world)
 
 
@@ -89,7 +89,7 @@ STREAM = {
 def test_the_stream_of_examples_stays_as_it_was(modality):
     """Ids, messages, answers, fields but the caption, and pixels of a seed are those of earlier versions."""
     digest = hashlib.sha256()
-    for e in shapes.ShapesWorld("train", 50, 7, modality):
+    for e in shapes.ShapesDataset("train", 50, 7, modality):
         fields = sorted((key, value) for key, value in e.fields.items() if key != "caption")
         digest.update(repr((e.id, e.messages, e.answer, fields)).encode())
         for image in e.images:
@@ -99,7 +99,7 @@ def test_the_stream_of_examples_stays_as_it_was(modality):
 
 def test_a_caption_says_what_the_text_modality_says():
     """A picture's caption before its question is the text example of the same index, word for word."""
-    seen, told = (shapes.ShapesWorld("train", 50, 2, modality) for modality in ("image", "text"))
+    seen, told = (shapes.ShapesDataset("train", 50, 2, modality) for modality in ("image", "text"))
     for a, b in zip(seen, told, strict=True):
         assert f"{a.fields['caption']} {a.question}" == b.question
         assert "caption" not in b.fields

@@ -55,9 +55,9 @@ def test_what_is_written_does_not_depend_on_the_split(source, kind, make_pair, m
 
 
 def _world(kind: str, n: int):
-    from vlopd.data.shapes import ShapesWorld
+    from vlopd.data.shapes import ShapesDataset
 
-    return ShapesWorld("train", n, seed=3, modality="image" if kind == "vlm" else "text")
+    return ShapesDataset("train", n, seed=3, modality="image" if kind == "vlm" else "text")
 
 
 def test_data_completions_are_the_answers(kind, make_pair, make_data):

@@ -15,7 +15,7 @@ from PIL import Image
 from evals.scoring import TASKS
 from evals.tasks import emoji as task
 from vlopd.data import emoji
-from vlopd.data.emoji import Emoji, EmojiWorld
+from vlopd.data.emoji import Emoji, EmojiDataset
 from vlopd.errors import ConfigError, DataError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "download_emoji.py"
@@ -79,11 +79,11 @@ def test_numbered_names_are_one_concept():
 
 def test_training_shows_one_artist_and_its_own_concepts(drawings):
     """Only Twitter's drawings of training concepts; the same index is the same drawing."""
-    examples = list(EmojiWorld("train", 8, 1))
+    examples = list(EmojiDataset("train", 8, 1))
     assert {e.fields["short_name"] for e in examples} == {FOOD}
     assert {e.images[0].getpixel((0, 0)) for e in examples} == {COLOURS["twitter"]}
     assert {e.answer for e in examples} == {"food"}
-    assert [e.fields for e in examples[:3]] == [e.fields for e in EmojiWorld("train", 3, 1)]
+    assert [e.fields for e in examples[:3]] == [e.fields for e in EmojiDataset("train", 3, 1)]
 
 
 def test_the_task_asks_what_training_never_shows(drawings):
@@ -95,7 +95,7 @@ def test_the_task_asks_what_training_never_shows(drawings):
         ("concept", "twitter", ANIMAL),
         ("both", "google", ANIMAL),
     ]
-    trained = {(e.fields["artist"], e.fields["short_name"]) for e in EmojiWorld("train", 20)}
+    trained = {(e.fields["artist"], e.fields["short_name"]) for e in EmojiDataset("train", 20)}
     assert not trained & {its[1:] for its in asked}
     assert [row["cluster"] for row in rows] == [FOOD, ANIMAL, ANIMAL]
     assert rows[1]["digest"] != rows[2]["digest"]
@@ -146,12 +146,12 @@ def test_missing_drawings_are_one_line(tmp_path, drawings, monkeypatch):
     (drawings / "img" / "google" / "64" / "1f2.png").unlink()
     with pytest.raises(DataError, match=rf"emoji '{ANIMAL}': no .*1f2\.png; run scripts/download"):
         task.dataset("test")
-    (drawings / "img" / "twitter" / "64" / "1f2.png").write_text("no picture")
-    with pytest.raises(DataError, match=rf"emoji '{ANIMAL}': .*1f2\.png is no picture") as error:
+    (drawings / "img" / "twitter" / "64" / "1f2.png").write_text("not an image")
+    with pytest.raises(DataError, match=rf"emoji '{ANIMAL}': .*1f2\.png is not an image") as error:
         emoji.open_drawing(emoji.every_emoji(drawings)[1], "twitter")
     assert "\n" not in str(error.value)
     monkeypatch.setenv("VLOPD_EMOJI", str(tmp_path / "nowhere"))
-    for ask in (lambda: task.dataset("test"), lambda: EmojiWorld("train", 1)[0]):
+    for ask in (lambda: task.dataset("test"), lambda: EmojiDataset("train", 1)[0]):
         with pytest.raises(
             ConfigError, match=r"no emoji\.json in .*nowhere: run .*download_emoji\.py"
         ):

@@ -8,7 +8,7 @@ from lm_eval.tasks import TaskManager, get_task_dict
 from evals.scoring import TASKS
 from evals.tasks import reasoning as task
 from vlopd.data import reasoning
-from vlopd.data.reasoning import SUBJECTS, ReasoningWorld, split_of, unique_questions
+from vlopd.data.reasoning import SUBJECTS, ReasoningDataset, split_of, unique_questions
 from vlopd.errors import ConfigError
 
 
@@ -24,7 +24,7 @@ def test_a_missing_package_is_one_line(monkeypatch):
     reasoning.generator.cache_clear()
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
     for ask in (
-        lambda: ReasoningWorld("train", 3)[0],
+        lambda: ReasoningDataset("train", 3)[0],
         lambda: get_task_dict(["reasoning_sorting"], manager),
     ):
         with pytest.raises(
@@ -78,7 +78,7 @@ def test_no_test_question_is_in_training(package):
         for split in ("train", "validation", "test")
         for subject in SUBJECTS
     }
-    trained = {e.question for seed in (0, 1) for e in ReasoningWorld("train", 400, seed)}
+    trained = {e.question for seed in (0, 1) for e in ReasoningDataset("train", 400, seed)}
     for subject in SUBJECTS:
         splits = [asked[split, subject] for split in ("train", "validation", "test")]
         assert len(set.union(*splits)) == sum(map(len, splits))
@@ -114,14 +114,14 @@ def test_sums_are_what_they_say(package):
 
 def test_examples_depend_on_split_seed_and_index_alone(package):
     """The same index is the same question whatever was asked before; kinds come at equal rates."""
-    long, short = ReasoningWorld("train", 90, 3), ReasoningWorld("train", 5, 3)
+    long, short = ReasoningDataset("train", 90, 3), ReasoningDataset("train", 5, 3)
     assert [e.question for e in short] == [long[i].question for i in range(5)]
     assert [e.question for e in short] != [
-        ReasoningWorld("train", 5, 4)[i].question for i in range(5)
+        ReasoningDataset("train", 5, 4)[i].question for i in range(5)
     ]
     kinds = [e.fields["kind"] for e in long]
     assert all(15 <= kinds.count(subject) <= 45 for subject in SUBJECTS)
-    only = ReasoningWorld("train", 20, 3, ("spelling",))
+    only = ReasoningDataset("train", 20, 3, ("spelling",))
     assert {e.fields["kind"] for e in only} == {"spelling"}
 
 

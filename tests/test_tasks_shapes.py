@@ -12,7 +12,7 @@ from evals.scoring import Tasks, score
 from evals.tasks import shapes_choice as task
 from vlopd.config.analysis import EvalConfig
 from vlopd.data import shapes, shapes_choice
-from vlopd.data.shapes import ShapesWorld, scene_from_json, scene_in_words
+from vlopd.data.shapes import ShapesDataset, scene_caption, scene_from_json
 from vlopd.files import read_json, read_jsonl
 from vlopd.models.load import load
 from vlopd.run.folder import RunFolder
@@ -32,7 +32,7 @@ def test_an_ambiguous_relation_has_no_answer():
 
 def test_the_questions_are_those_of_shapes():
     """Nothing but the choices is added to the rows of the task shapes."""
-    world = ShapesWorld("test", 1200, 7)
+    world = ShapesDataset("test", 1200, 7)
     for i in (0, 1, 500, 1199):
         assert {k: v for k, v in ROWS[i].items() if k != "choices"} == world.row(i)
 
@@ -92,16 +92,16 @@ def test_held_out_scenes_are_in_no_training_set():
     """No test or validation scene, in picture or in words, is drawn for training, whatever the seed; every object
     in every cell is."""
     held_out = {
-        scene_in_words(scene_from_json(row["scene"]))
+        scene_caption(scene_from_json(row["scene"]))
         for split in ("test", "validation")
         for row in shapes_choice.choice_rows(300, 7, split)
     }
     seen, objects = set(), set()
     for seed in range(4):
-        world = ShapesWorld("train", 800, seed)
+        world = ShapesDataset("train", 800, seed)
         for i in range(800):
             scene = scene_from_json(world.row(i)["scene"])
-            seen.add(scene_in_words(scene))
+            seen.add(scene_caption(scene))
             objects |= {(cell, *its) for cell, its in scene.items()}
     assert not held_out & seen
     assert len(objects) == 9 * len(shapes.COLOURS) * len(shapes.SHAPES)

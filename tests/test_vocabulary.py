@@ -10,7 +10,7 @@ from tests.conftest import sampled
 from vlopd.config.objective import ReverseKL, RolloutConfig
 from vlopd.errors import ConfigError
 from vlopd.models.load import load
-from vlopd.models.vocabulary import Vocabulary, share
+from vlopd.models.vocabulary import Vocabulary, share_vocabulary
 from vlopd.seeding import uniforms
 from vlopd.train.pair import load_pair, shared_vocabulary
 
@@ -24,7 +24,7 @@ def vocabulary(words=WORDS, added=("<s>", "</s>"), ends=("</s>",), rows=None, na
 
 def test_padded_rows_of_different_size_share_the_smaller():
     """Same tokens, output layers padded to 151,936 and 152,064 rows: the loss is over the common rows."""
-    shared = share(vocabulary(rows=151_936), [vocabulary(rows=152_064)])
+    shared = share_vocabulary(vocabulary(rows=151_936), [vocabulary(rows=152_064)])
     assert (shared.size, shared.student, shared.teachers) == (151_936, 151_936, (151_936,))
     assert not shared.notes
 
@@ -32,7 +32,7 @@ def test_padded_rows_of_different_size_share_the_smaller():
 def test_same_strings_under_other_ids_are_remapped():
     """The teacher's columns come in the student's order, and the notes say how many moved."""
     other = ("<s>", "</s>", "blue", "red", "left", "right")
-    shared = share(vocabulary(), [vocabulary(other)])
+    shared = share_vocabulary(vocabulary(), [vocabulary(other)])
     assert shared.student == 6
     assert shared.teachers[0].tolist() == [0, 1, 3, 2, 4, 5]
     assert "2 tokens have other ids" in shared.notes[0]
@@ -41,7 +41,7 @@ def test_same_strings_under_other_ids_are_remapped():
 def test_added_tokens_of_one_model_are_left_out():
     """A placeholder that only the student has is out of the loss and cannot be sampled; others line up."""
     student = vocabulary((*WORDS[:3], "<image>", *WORDS[3:]), ("<s>", "</s>", "<image>"))
-    shared = share(student, [vocabulary()])
+    shared = share_vocabulary(student, [vocabulary()])
     assert shared.size == 6
     assert shared.student.tolist() == [0, 1, 2, 4, 5, 6]
     assert shared.teachers == (6,)
@@ -53,10 +53,10 @@ def test_different_ends_of_turn_are_mapped_and_said():
     words = (*WORDS, "<|im_end|>")
     student = vocabulary(words, ("<s>", "</s>", "<|im_end|>"), ends=("<|im_end|>",))
     teacher = vocabulary(words, ("<s>", "</s>", "<|im_end|>"), ends=("</s>",))
-    shared = share(student, [teacher])
+    shared = share_vocabulary(student, [teacher])
     assert shared.teachers[0].tolist() == [0, 6, 2, 3, 4, 5, 1]
     assert "'<|im_end|>'" in shared.notes[0] and "'</s>'" in shared.notes[0]
-    unknown = share(student, [vocabulary()])  # the teacher has no such token at all
+    unknown = share_vocabulary(student, [vocabulary()])  # the teacher has no such token at all
     pairs = dict(zip(unknown.student.tolist(), [0, 2, 3, 4, 5, 1], strict=True))
     assert unknown.student.tolist() == [0, 2, 3, 4, 5, 6] and pairs[6] == 1
     columns = unknown.teachers[0]
@@ -66,7 +66,10 @@ def test_different_ends_of_turn_are_mapped_and_said():
 def test_a_common_end_is_not_mapped():
     """Where one of the ends is common, nothing is mapped."""
     both = vocabulary(ends=("right", "</s>"))
-    assert share(both, [vocabulary()]).student == 6 and not share(both, [vocabulary()]).notes
+    assert (
+        share_vocabulary(both, [vocabulary()]).student == 6
+        and not share_vocabulary(both, [vocabulary()]).notes
+    )
 
 
 def test_other_words_are_refused_with_the_first_ten():
@@ -74,7 +77,7 @@ def test_other_words_are_refused_with_the_first_ten():
     ours = vocabulary((*WORDS, *(f"s{i}" for i in range(12))), name="ours")
     theirs = vocabulary((*WORDS, *(f"t{i}" for i in range(12))), name="theirs")
     with pytest.raises(ConfigError) as refusal:
-        share(ours, [theirs])
+        share_vocabulary(ours, [theirs])
     message = str(refusal.value)
     assert "disagree on 24 of 30 tokens" in message and "'s0': 6 / -" in message
     assert message.count(" / ") - 1 == 10  # one is in the words "student / teacher"

@@ -88,7 +88,7 @@ def test_a_missing_tensor_is_named(copied, end):
     """A matrix, a head that is not tied and an embedding that is not in the file are each named."""
     name = named(copied, end)
     edit_weights(copied, lambda tensors: tensors.pop(name))
-    assert end in refusal(copied) and "not whole" in refusal(copied)
+    assert end in refusal(copied) and "incomplete" in refusal(copied)
 
 
 def test_a_tied_head_may_be_stored_once(kind, copied):
@@ -156,7 +156,7 @@ def test_a_shard_that_lacks_a_tensor_is_refused(copied):
     assert gone.split(".", 1)[1] in refusal(copied)
     whole_bytes = second.read_bytes()
     second.write_bytes(whole_bytes[:-50])
-    assert str(second) in refusal(copied) and "not a whole" in refusal(copied)
+    assert str(second) in refusal(copied) and "not a complete" in refusal(copied)
     second.unlink()
     assert f"{second} is missing" in refusal(copied)
 
@@ -215,19 +215,19 @@ def test_scales_beside_the_weights_are_refused(kind, folders, copied):
 def test_plain_checkpoints_are_not_taken_for_packed():
     """Position ids, causal masks and counters are integers and no weights; names with a scale of their own pass."""
     stored = {
-        "vision.embeddings.position_ids": integrity.Stored("I64", (1, 50)),
-        "h.0.attn.bias": integrity.Stored("U8", (1, 1, 16, 16)),
-        "tower.norm.num_batches_tracked": integrity.Stored("I64", ()),
-        "layers.0.relative_position_index": integrity.Stored("I64", (49, 49)),
-        "layers.0.layer_scale.lambda1": integrity.Stored("F32", (8,)),
-        "logit_scale": integrity.Stored("F32", ()),
-        "layers.0.layer_scalar": integrity.Stored("BF16", (1,)),
-        "layers.0.altup.correct_output_scale": integrity.Stored("BF16", (8,)),  # Gemma 3n's
-        "layers.0.mlp.gate_up_proj": integrity.Stored("F64", (2, 4)),
+        "vision.embeddings.position_ids": integrity.TensorHeader("I64", (1, 50)),
+        "h.0.attn.bias": integrity.TensorHeader("U8", (1, 1, 16, 16)),
+        "tower.norm.num_batches_tracked": integrity.TensorHeader("I64", ()),
+        "layers.0.relative_position_index": integrity.TensorHeader("I64", (49, 49)),
+        "layers.0.layer_scale.lambda1": integrity.TensorHeader("F32", (8,)),
+        "logit_scale": integrity.TensorHeader("F32", ()),
+        "layers.0.layer_scalar": integrity.TensorHeader("BF16", (1,)),
+        "layers.0.altup.correct_output_scale": integrity.TensorHeader("BF16", (8,)),  # Gemma 3n's
+        "layers.0.mlp.gate_up_proj": integrity.TensorHeader("F64", (2, 4)),
     }
-    assert integrity.packing(stored) is None
-    assert integrity.packing({"experts.gate_up_proj": integrity.Stored("I8", (2, 4, 4))})
-    assert integrity.packing({"norm.weight": integrity.Stored("I8", (4,))})
+    assert integrity.find_packed(stored) is None
+    assert integrity.find_packed({"experts.gate_up_proj": integrity.TensorHeader("I8", (2, 4, 4))})
+    assert integrity.find_packed({"norm.weight": integrity.TensorHeader("I8", (4,))})
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_a_model_that_sees_ahead_is_refused(folders, monkeypatch):
     monkeypatch.setattr(
         "transformers.models.llama.modeling_llama.create_causal_mask", lambda **_: None
     )
-    with pytest.raises(ConfigError, match="no causal language model"):
+    with pytest.raises(ConfigError, match="is not causal"):
         families.check_logits(model)
 
 
@@ -381,8 +381,8 @@ def test_a_tokenizer_that_was_made_up_is_refused(family, tmp_path):
 def test_a_processor_without_images_is_refused(tmp_path):
     """The tokenizer of a vision-language model alone, which AutoProcessor may return, cannot read pictures."""
     tokenizer = AutoTokenizer.from_pretrained(BUILTIN / "shapes-student")
-    assert families.lacking(tokenizer, with_images=False) is None
-    assert families.lacking(tokenizer, with_images=True) == "no image processor"
+    assert families.missing_parts(tokenizer, with_images=False) is None
+    assert families.missing_parts(tokenizer, with_images=True) == "no image processor"
 
 
 def with_token(folder: Path, token: str, special: bool = True) -> int:
@@ -461,7 +461,7 @@ def test_a_template_of_parts_is_given_parts(copied):
 def test_a_template_without_the_users_words_is_refused(copied, template):
     """A prompt that is empty, or says nothing of the question, is refused on loading."""
     (copied / "chat_template.jinja").write_text(template)
-    assert "leaves out what the user says" in refusal(copied)
+    assert "omits the user's text" in refusal(copied)
 
 
 def test_a_prompt_of_no_tokens_is_refused(folders):
@@ -596,7 +596,7 @@ def test_compare_and_geometry_refuse_in_one_line(
 
 def without_the_norm(folder: Path) -> str:
     edit_weights(folder, lambda tensors: tensors.pop(norm_of(tensors)))
-    return "not whole: .*norm.weight"
+    return "incomplete: .*norm.weight"
 
 
 def norm_of(tensors: dict[str, Tensor]) -> str:
@@ -620,7 +620,7 @@ def described_as(**keys) -> Callable[[Path], str]:
 
 def with_a_list_for_config(folder: Path) -> str:
     (folder / "config.json").write_text("[]")
-    return "no JSON object"
+    return "not a JSON object"
 
 
 @pytest.mark.parametrize(
@@ -655,7 +655,7 @@ def test_folders_that_say_nothing_of_their_weights_are_accepted(copied):
     edit_weights(copied, lambda ts: [ts.update({f"policy.{n}": ts.pop(n)}) for n in list(ts)])
     refuse_unlike_config(copied)
     edit_weights(copied, lambda tensors: tensors.pop(next(n for n in tensors if "norm" in n)))
-    with pytest.raises(RunError, match="not whole"):
+    with pytest.raises(RunError, match="incomplete"):
         refuse_unlike_config(copied)
     edit_json(copied / "config.json", model_type="nonesuch")
     refuse_unlike_config(copied)

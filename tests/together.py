@@ -16,7 +16,7 @@ import torch
 from vlopd import distributed
 from vlopd.config.arms import DistillArm
 from vlopd.config.experiment import ExperimentConfig
-from vlopd.data.shapes import ShapesWorld
+from vlopd.data.shapes import ShapesDataset
 from vlopd.distill import distill
 from vlopd.errors import UserError
 from vlopd.train.pair import load_pair
@@ -27,7 +27,7 @@ NAN = float("nan")
 
 
 def examples(kind: str, n: int) -> list[Example]:
-    return list(ShapesWorld("train", n, seed=3, modality="image" if kind == "vlm" else "text"))
+    return list(ShapesDataset("train", n, seed=3, modality="image" if kind == "vlm" else "text"))
 
 
 def without_picture(example: Example) -> Example:

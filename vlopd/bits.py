@@ -1,5 +1,5 @@
-"""Bools as packed bits, eight coordinates a byte, the first in the highest bit (as numpy.packbits has them);
-the comparison of tensors bit by bit; and which precision holds which."""
+"""Packed bit masks (eight coordinates per byte, first in the highest bit, as numpy.packbits), bitwise comparison of
+tensors, and exact representability between dtypes."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def unpack(packed: Tensor, n: int) -> Tensor:
 
 
 def positions(packed: Tensor, n: int) -> Tensor:
-    """uint8 [ceil(n / 8)] -> int64 [K]: which of the n bits are set, ascending."""
+    """uint8 [ceil(n / 8)] -> int64 [K]: indices of the set bits, ascending."""
     if packed.device.type == "cpu":  # five times faster than torch's nonzero
         return torch.from_numpy(np.flatnonzero(np.unpackbits(packed.numpy(), count=n).view(bool)))
     return unpack(packed, n).nonzero()[:, 0]
 
 
 def different(a: Tensor, b: Tensor) -> Tensor:
-    """bool, the shape of both: where the bits differ (0 and -0 do).
+    """Elementwise bitwise inequality, bool (0 and -0 differ).
 
-    Of two dtypes, the bits of both in the narrowest dtype that holds them exactly: a rounded value differs from its
-    original unless nothing was lost.
+    Tensors of two dtypes are compared in the narrowest dtype that holds both exactly, so a rounded value differs from
+    its original unless rounding was exact.
     """
     dtype = widest(a.dtype, b.dtype)
     a, b = a.to(dtype), b.to(dtype)
@@ -51,10 +51,10 @@ def different(a: Tensor, b: Tensor) -> Tensor:
 
 
 def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether `dtype` represents every value of `other` exactly: float32 those of bfloat16, not vice versa."""
+    """Whether `dtype` represents every value of `other` exactly (float32 holds bfloat16, not vice versa)."""
     return widest(dtype, other) == dtype
 
 
 def widest(*dtypes: torch.dtype) -> torch.dtype:
-    """The narrowest dtype that holds all of them: float32 for float16 and bfloat16, and for none."""
+    """The narrowest dtype that holds all of them: float32 for float16 with bfloat16, and for no dtype."""
     return reduce(torch.promote_types, dtypes) if dtypes else torch.float32

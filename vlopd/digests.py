@@ -1,8 +1,8 @@
-"""What a file holds, known by its content: sha256 digests, remembered by size and times.
+"""sha256 digests of files, cached by inode, size and times.
 
-A digest is remembered with the file's inode, size and change time, which no program can set back, in one small
-database of the user's cache, so that a look at whether anything changed reads no weights. Before a stage works
-from files it has them hashed in full (`whole`).
+Digests are cached in a small database in the user's cache folder, keyed by inode, size and change time (which
+programs cannot set back), so that checking for changes reads no weights. Before a stage uses files, it hashes them in
+full (`whole`).
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from typing import Any
 from vlopd.errors import RunError
 
 RACY_NS = 50_000_000
-"""A file that changed within this time before it was hashed may change again without its change time telling."""
+"""A file that changed less than this before hashing may change again within the same time stamp; it is not cached."""
 
 Stamp = tuple[int, int, int, int]
 """Inode, size, modification and change time in ns."""
 
 _hashed: dict[Path, tuple[Stamp, str]] = {}
-"""What this process hashed itself."""
+"""Digests computed by this process."""
 _recalled: dict[Path, tuple[Stamp, str]] = {}
-"""What it found in the cache."""
+"""Digests read from the cache."""
 
 
 def cache() -> Path:
-    """Where what can be made again is kept: $VLOPD_CACHE, else $XDG_CACHE_HOME/vlopd, else ~/.cache/vlopd."""
+    """The cache folder: $VLOPD_CACHE, else $XDG_CACHE_HOME/vlopd, else ~/.cache/vlopd."""
     if own := os.environ.get("VLOPD_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlopd"
@@ -41,32 +41,32 @@ def cache() -> Path:
 def file_digest(path: Path, whole: bool = False) -> str:
     """The sha256 of a file's content, in hex.
 
-    With `whole`, the file is read unless this very process read it before. Raises OSError where it cannot be.
+    With `whole`, the file is read unless this process has hashed it before. Raises OSError where it cannot be read.
     """
     path = path.resolve()
-    stamp = stamp_of(path)
+    stamp = _file_stamp(path)
     known = _hashed.get(path)
     if known is None and not whole:
-        known = _recalled.get(path) or recall(path)
+        known = _recalled.get(path) or _read_cached(path)
     if known is not None and known[0] == stamp:
         return known[1]
     started = time.time_ns()
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if stamp_of(path) == stamp and started - stamp[3] > RACY_NS:
+    if _file_stamp(path) == stamp and started - stamp[3] > RACY_NS:
         _hashed[path] = (stamp, digest)
-        remember(path, stamp, digest)
+        _write_cached(path, stamp, digest)
     return digest
 
 
-def stamp_of(path: Path) -> Stamp:
+def _file_stamp(path: Path) -> Stamp:
     its = path.stat()
     return its.st_ino, its.st_size, its.st_mtime_ns, its.st_ctime_ns
 
 
-def recall(path: Path) -> tuple[Stamp, str] | None:
-    """What an earlier process hashed, None where nothing is known."""
-    with contextlib.suppress(OSError, sqlite3.Error), contextlib.closing(database()) as known:
+def _read_cached(path: Path) -> tuple[Stamp, str] | None:
+    """Reads a digest of an earlier process; None without one."""
+    with contextlib.suppress(OSError, sqlite3.Error), contextlib.closing(_open_database()) as known:
         row = known.execute(
             "SELECT inode, size, modified, changed, digest FROM files WHERE path = ?", (str(path),)
         ).fetchone()
@@ -75,11 +75,11 @@ def recall(path: Path) -> tuple[Stamp, str] | None:
     return _recalled.get(path)
 
 
-def remember(path: Path, stamp: Stamp, digest: str) -> None:
-    """For later processes; without a cache that can be written, they hash again."""
+def _write_cached(path: Path, stamp: Stamp, digest: str) -> None:
+    """Writes a digest for later processes; a read-only cache is ignored."""
     with (
         contextlib.suppress(OSError, sqlite3.Error),
-        contextlib.closing(database()) as known,
+        contextlib.closing(_open_database()) as known,
         known,
     ):
         known.execute(
@@ -88,11 +88,11 @@ def remember(path: Path, stamp: Stamp, digest: str) -> None:
         )
 
 
-def database() -> sqlite3.Connection:
+def _open_database() -> sqlite3.Connection:
     folder = cache()
     folder.mkdir(parents=True, exist_ok=True)
     known = sqlite3.connect(folder / "digests.sqlite", timeout=5)
-    known.execute("PRAGMA synchronous = OFF")  # what a crash loses is hashed again
+    known.execute("PRAGMA synchronous = OFF")  # entries lost in a crash are hashed again
     known.execute(
         "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, inode INTEGER, size INTEGER, "
         "modified INTEGER, changed INTEGER, digest TEXT)"
@@ -109,33 +109,35 @@ def digest_json(value: Any) -> str:
 
 
 def digest_files(paths: list[Path], whole: bool = False) -> str:
-    """One sha256 over names and contents; `whole` as in digests.file_digest."""
-    return digest_content({path.name: file_digest(path, whole) for path in paths})
+    """One sha256 over names and contents; `whole` as in `file_digest`."""
+    return _digest_content({path.name: file_digest(path, whole) for path in paths})
 
 
-def digest_content(content: Mapping[str, str]) -> str:
+def _digest_content(content: Mapping[str, str]) -> str:
     """One sha256 over {file: sha256}."""
     return digest_text("".join(f"{name} {content[name]}\n" for name in sorted(content)))
 
 
 def digest_weights(content: Mapping[str, str]) -> str:
-    """`digest_checkpoint` of a folder whose {file: sha256} are known."""
-    return digest_content({n: its for n, its in content.items() if is_weights(n)})
+    """`digest_checkpoint` from the {file: sha256} of a folder."""
+    return _digest_content({n: its for n, its in content.items() if _is_weights(n)})
 
 
-def is_weights(name: str) -> bool:
-    """Whether a file of a checkpoint folder holds weights, or says how an adapter's are merged."""
+def _is_weights(name: str) -> bool:
+    """Whether a file of a checkpoint folder determines its weights: safetensors or an adapter's config."""
     return "/" not in name and (name.endswith(".safetensors") or name == "adapter_config.json")
 
 
 def digest_checkpoint(folder: Path, whole: bool = False) -> str:
-    """Digest of a checkpoint's weights (its safetensors files, and what says how an adapter's are merged).
+    """Digest of a checkpoint's weights (its safetensors files and adapter_config.json).
 
     Raises RunError where there are none, or only pickles, which are refused.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = sorted(p.name for p in folder.glob("*.bin"))
-        why = f"only pickled weights ({pickled[0]}), which are refused" if pickled else "no weights"
-        raise RunError(f"{folder} holds {why}; a checkpoint needs *.safetensors")
+        held = (
+            f"only pickled weights ({pickled[0]}), which are refused" if pickled else "no weights"
+        )
+        raise RunError(f"{folder} holds {held}; a checkpoint needs *.safetensors")
     return digest_files([*files, *folder.glob("adapter_config.json")], whole)

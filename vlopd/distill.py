@@ -45,7 +45,7 @@ from vlopd.train.resume import Averages, resume, save_state
 from vlopd.train.rollouts import Batch, collect
 from vlopd.train.sparse import Trainable
 from vlopd.types import Example
-from vlopd.weights.stored import unrounded
+from vlopd.weights.stored import rounded_on_load
 from vlopd.weights.subspace import Projection
 
 Evaluate = Callable[[LoadedModel], Mapping[str, Mapping[str, float]]]
@@ -89,7 +89,7 @@ def distill(
     main = accelerator.is_main_process
     with distributed.together(accelerator):
         names.freeze(pair.student.model, train.freeze)
-        with unrounded(pair.student) as stored:
+        with rounded_on_load(pair.student) as stored:
             trainable = Trainable(pair.student.model, mask, projections, stored=stored)
         if trainable.count == 0:
             raise ConfigError(
@@ -242,7 +242,7 @@ def follow_student(pair: ModelPair, mask: Mapping[str, Tensor] | None) -> Averag
         if teacher.ema is not None:
             for name, parameter in teacher.loaded.model.named_parameters():
                 parameter.requires_grad_(trains[name])
-            with unrounded(teacher.loaded) as stored:
+            with rounded_on_load(teacher.loaded) as stored:
                 average = Trainable(teacher.loaded.model, mask, stored=stored)
             averages.append((average, teacher.ema))
             teacher.loaded.model.requires_grad_(False)

@@ -1,8 +1,8 @@
-"""The one place that asks accelerate for the device and for the processes of a launcher.
+"""Devices and processes, through accelerate.
 
-Processes run in lockstep: each makes the same collective calls in the same order, or they wait for each other
-for ever. So what one of them may fail at alone (a row that cannot be read, a full disk) is done inside
-`together`, at whose end they all learn of it.
+Processes run in lockstep: each makes the same collective calls in the same order, or they deadlock. So operations
+that may fail in a single process (an unreadable row, a full disk) run inside `together`, which raises in all
+processes if one failed.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from vlopd.errors import ConfigError, UserError
 T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(days=1)
-"""For what the first process does alone while the others wait: held-out scores, a large checkpoint. NCCL's own
-limit is 10 minutes. A process that dies is the launcher's to notice; it ends the others at once."""
+"""Timeout while the first process works alone (held-out evaluation, a large checkpoint); NCCL's default is 10 minutes.
+If a process dies, the launcher terminates the others at once."""
 
 
-class StoppedElsewhere(UserError):
-    """Another process cannot go on, so neither can this one."""
+class OtherProcessFailed(UserError):
+    """Another process failed, so this one stops too."""
 
 
 def accelerator() -> Accelerator:
-    """This process's accelerator: a GPU where there is one, else the CPU (gloo between processes).
+    """This process's accelerator: a GPU if available, else the CPU (gloo between processes).
 
-    Raises ConfigError where the processes of a launcher do not know of each other: each would do
-    everything, over the others.
+    Raises ConfigError where a launcher's processes are not connected: each would do all the work and overwrite the
+    others' files.
     """
     state = Accelerator(
         cpu=not torch.accelerator.is_available(),
@@ -51,10 +51,10 @@ def accelerator() -> Accelerator:
 
 @contextmanager
 def together(state: Accelerator) -> Iterator[None]:
-    """A context at whose end no process goes on if one of them raised: each raises, and none is waited for.
+    """A context at whose end all processes raise if one of them did.
 
-    Nothing inside may wait for other processes. A process raises its own error where it has one, else
-    StoppedElsewhere with the first process that has, and its error.
+    Must contain no collective calls. A process raises its own error if it has one, else OtherProcessFailed with the
+    first failed process and its error.
     """
     if state.num_processes == 1:
         yield
@@ -65,36 +65,33 @@ def together(state: Accelerator) -> Iterator[None]:
     except Exception as raised:
         error = raised
     if on_any(state, error is not None):
-        told = gathered(state, None if error is None else one_line(error))
+        errors = gathered(state, None if error is None else _one_line(error))
         if error is None:
-            first = next(k for k, text in enumerate(told) if text is not None)
-            error = StoppedElsewhere(f"process {first} stopped: {told[first]}")
+            first = next(k for k, text in enumerate(errors) if text is not None)
+            error = OtherProcessFailed(f"process {first} stopped: {errors[first]}")
         raise error
 
 
-def one_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     return kind + " ".join(str(error).split())
 
 
 def on_any(state: Accelerator, fact: bool) -> bool:
-    """Whether it is so on any of the processes. All of them ask, and get the same answer."""
+    """Whether `fact` holds in any process; a collective call with the same result in all of them."""
     if state.num_processes == 1:
         return fact
     return bool(state.reduce(torch.tensor(float(fact), device=state.device), "sum") > 0)
 
 
 def gathered(state: Accelerator, value: T) -> list[T]:
-    """What each process has, by its index; for small things, which are pickled."""
+    """Gathers each process's value, by process index; for small values, which are pickled."""
     return [value] if state.num_processes == 1 else gather_object([value])
 
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """A context: of several processes one does the work; the others wait, and then find it done.
-
-    Where one fails, all do.
-    """
+    """A context that the main process runs first; the others wait, then run it too. If one fails, all raise."""
     state = accelerator()
     for mains_turn in (True, False):
         with together(state):
@@ -103,7 +100,7 @@ def main_process_first() -> Iterator[None]:
 
 
 def main_process_alone(state: Accelerator, work: Callable[[], None]) -> None:
-    """Has the first process do it, while the others wait; where it fails, all do."""
+    """Runs `work` in the main process while the others wait; if it fails, all raise."""
     with together(state):
         if state.is_main_process:
             work()

@@ -1,4 +1,4 @@
-"""Files that are written whole (temporary name, fsync, rename) or not at all, and read as JSON, never as pickles."""
+"""Atomic writes of files and folders (temporary name, fsync, rename), and JSON reading."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from typing import Any
 from vlopd.errors import ConfigError, RunError
 
 TEMPORARY = re.compile(r"\.unfinished-[0-9a-f]{16}")
-"""Names of files and folders that are still being written; a killed process leaves some behind."""
+"""Names of files and folders being written; a killed process may leave some behind."""
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`; renames it to `path` on success, removes it on failure."""
-    temporary = temporary_beside(path)
+    temporary = _temporary_beside(path)
     temporary.touch(exist_ok=False)
-    permissions = temporary.stat().st_mode  # the umask's; some writers bring their own
+    permissions = temporary.stat().st_mode  # of the umask; some writers set their own
     try:
         yield temporary
         temporary.chmod(permissions)
@@ -38,8 +38,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`; on success it takes the place of `path`."""
-    temporary = temporary_beside(path)
+    """Yields a temporary folder beside `path`; on success it replaces `path`."""
+    temporary = _temporary_beside(path)
     temporary.mkdir()
     permissions = temporary.stat().st_mode & 0o777
     try:
@@ -48,7 +48,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             inside.chmod(permissions if inside.is_dir() else permissions & 0o666)
             flush(inside)
         flush(temporary)
-        replaced = temporary_beside(path)
+        replaced = _temporary_beside(path)
         if path.exists():
             path.rename(replaced)
         temporary.rename(path)
@@ -58,19 +58,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def temporary_beside(path: Path) -> Path:
-    """A new name in the folder of `path`, which is made where it is missing."""
+def _temporary_beside(path: Path) -> Path:
+    """A new temporary name in the folder of `path`, which is created if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.parent / f".unfinished-{secrets.token_hex(8)}"
 
 
 def flush(path: Path) -> None:
-    """Puts a file's content, or a folder's names, on the disk."""
+    """Flushes a file's content, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        # some file systems cannot sync a folder, and need not
+        # some file systems do not support syncing a folder
         if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -83,7 +83,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def json_text(value: Any) -> str:
-    """JSON with NaN refused, so that any reader can parse it."""
+    """Standard JSON: NaN raises ValueError."""
     return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
@@ -92,7 +92,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def without_nan(value: Any) -> Any:
-    """The same value, as JSON has it: keys as strings, null for every number that is not finite."""
+    """Converts a value for JSON: keys to strings, non-finite numbers to null."""
     if isinstance(value, dict):
         return {str(key): without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -105,7 +105,7 @@ def write_jsonl(path: Path, rows: list[Any]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises RunError when the file is missing or not JSON."""
+    """Reads a JSON file of a run. Raises RunError where it is missing or not JSON."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -115,7 +115,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_settings(path: Path) -> Any:
-    """A JSON file that came with a model. Raises RunError where it is none."""
+    """Reads a JSON file of a model folder. Raises RunError where it is not JSON."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -123,9 +123,9 @@ def read_settings(path: Path) -> Any:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a JSON-lines file, with their numbers and line ends.
+    """Yields the lines of a JSON-lines file, with their numbers (from 1) and line ends.
 
-    Only a line feed ends one. U+2028, U+0085 and others, at which `str.splitlines` divides a text, may stand
+    Only a line feed ends a line. U+2028, U+0085 and others, at which `str.splitlines` splits, may occur
     inside a JSON string.
     """
     with path.open("rb") as file:
@@ -133,7 +133,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """The rows of a JSON-lines file. Raises RunError with the line's number."""
+    """Reads the rows of a JSON-lines file. Raises RunError with the line's number."""
     if not path.exists():
         raise RunError(f"no {path}; run the stage that writes it first")
     rows = []
@@ -147,21 +147,21 @@ def read_jsonl(path: Path) -> list[Any]:
     return rows
 
 
-def names_apart(paths: Sequence[Sequence[str]]) -> list[str]:
-    """A name for each path, given by its parts: the last, or as many as tell it from the others.
+def shortest_distinct_names(paths: Sequence[Sequence[str]]) -> list[str]:
+    """The shortest distinct names of paths, given as parts: the last part, or as many as needed.
 
-    >>> names_apart([("runs", "a", "full"), ("runs", "b", "full")])
+    >>> shortest_distinct_names([("runs", "a", "full"), ("runs", "b", "full")])
     ["a-full", "b-full"]
 
-    Raises ConfigError where one comes twice.
+    Raises ConfigError for a duplicate path.
     """
     for depth in range(1, max(map(len, paths)) + 1):
         names = ["-".join(parts[-depth:]) for parts in paths]
         if len(set(names)) == len(names):
             return names
-    raise ConfigError(f"{'/'.join(paths[0])} is named twice")
+    raise ConfigError(f"{'/'.join(paths[0])} is given twice")
 
 
 def is_first_process() -> bool:
-    """Whether this is the first of the processes that a launcher started, or the only one."""
+    """Whether this is the first process of a launcher, or the only one."""
     return os.environ.get("RANK", "0") == "0"

@@ -1,7 +1,7 @@
-"""The one place where randomness is seeded.
+"""Named random streams; all randomness is seeded here.
 
-Every random stream is named by the values that decide it (what it is for, the arm's seed, the step, the
-process), so a resumed run draws what an uninterrupted one would without any state being saved.
+A stream is named by the values that determine it (purpose, the arm's seed, step, process), so a resumed run
+draws the same numbers as an uninterrupted one without saving random states.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import hashlib
 import torch
 
 
-def derive_seed(*names: str | int) -> int:
+def _derive_seed(*names: str | int) -> int:
     """A 63-bit seed from a stream's name, e.g. ("rollout", 3, 120, 0)."""
     digest = hashlib.sha256(repr(names).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def generator(device: torch.device | str, *names: str | int) -> torch.Generator:
-    """A fresh generator on `device` for the named stream."""
-    return torch.Generator(device).manual_seed(derive_seed(*names))
+    """A new generator on `device` for the named stream."""
+    return torch.Generator(device).manual_seed(_derive_seed(*names))
 
 
 def uniforms(rows: int, tokens: int, *names: str | int) -> torch.Tensor:
-    """[rows, tokens] float64 uniforms of the named stream, on the CPU: one for each token that may be sampled.
+    """[rows, tokens] float64 uniforms of the named stream, on the CPU, one per token to sample.
 
-    They are all drawn at once, so that what a row samples does not depend on which others are batched with it.
+    Drawn at once, so that a row's samples do not depend on the batch.
     """
     draws = generator("cpu", *names)
     return torch.rand(tokens, rows, generator=draws, dtype=torch.float64).T.contiguous()

@@ -1,4 +1,4 @@
-"""The small frozen data types that stages share, and the legend of dimension letters.
+"""Small frozen data types shared by all stages, and the legend of dimension letters.
 
 Letters used in shapes everywhere:
     B sequences   P prompt tokens (padded)   C completion tokens (padded)   T = P + C
@@ -41,7 +41,7 @@ class Example:
         answer: str | None = None,
         fields: Mapping[str, Any] | None = None,
     ) -> Example:
-        """A single user turn: the images first, then the question."""
+        """An example with a single user turn: the images first, then the question."""
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
         message = {"role": "user", "content": content}
         return Example(id, (message,), tuple(images), answer, fields or {})
@@ -56,7 +56,7 @@ class Example:
 
 
 def parts_at_marks(text: str, mark: str) -> list[dict[str, str]]:
-    """Message parts of a text that marks where its images go.
+    """Splits a text at image marks into message parts.
 
     >>> parts_at_marks("<image>how many red", "<image>")
     [{"type": "image"}, {"type": "text", "text": "how many red"}]
@@ -70,11 +70,11 @@ def parts_at_marks(text: str, mark: str) -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """A batch of prompts as one model sees them, padded on the left. Each model of a pair has its own.
+    """A batch of prompts as inputs of one model, left-padded. Each model of a pair has its own.
 
-    `per_token` holds what the model's forward wants beside each token ([B, P], extended over the
-    completion as the family says); `per_image` what it wants for each image (concatenated on dim 0). Nothing
-    outside models/families.py looks inside the two.
+    `per_token` holds further per-token inputs of the model's forward ([B, P], extended over the completion by
+    families.py), `per_image` the per-image inputs (concatenated on dim 0). Both are opaque outside
+    models/families.py.
 
     Worked example, two prompts, of 3 and 2 tokens, one image each:
         input_ids      [[1, 5, 9], [0, 1, 7]]
@@ -105,9 +105,9 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Completions:
-    """Sampled tokens: the one thing that student and teacher share.
+    """Sampled tokens, shared by student and teacher.
 
-    Worked example, eos = 2, pad = 0; the second row was cut at the length limit:
+    Worked example, eos = 2, pad = 0; the second row was truncated at the length limit:
         ids      [[5, 2, 0], [6, 7, 8]]
         mask     [[1, 1, 0], [1, 1, 1]]   true up to and including the first end token
         logprobs [[-.1, -.2, 0], [...]]   the sampler's log-probability of each token, 0 on padding
@@ -126,7 +126,7 @@ class Completions:
         return int(self.mask.sum())
 
     def take(self, rows: Sequence[int]) -> Completions:
-        """Some of the completions; the same object where it is all of them, in order."""
+        """Selects rows; returns the same object for all of them in order."""
         if list(rows) == list(range(len(self))):
             return self
         index = torch.tensor(rows, dtype=torch.long, device=self.ids.device)
@@ -136,7 +136,7 @@ class Completions:
 
     @staticmethod
     def joined(parts: Sequence[tuple[Sequence[int], Completions]], pad_id: int) -> Completions:
-        """Completions with the rows that are theirs -> one batch in the order of the rows, padded to the longest."""
+        """Merges (row indices, completions) into one batch in row order, padded to the longest."""
         if len(parts) == 1:
             return parts[0][1]
         n, longest = sum(len(c) for _, c in parts), max(c.ids.shape[1] for _, c in parts)
@@ -156,7 +156,7 @@ class Completions:
 
 @dataclass(frozen=True)
 class TensorName:
-    """Where a parameter sits: component (vision, projector, language, embedding, head), layer, module.
+    """A parameter's component (vision, projector, language, embedding, head), layer and module.
 
     >>> model.language_model.layers.3.mlp.up_proj.weight -> TensorName(..., "language", 3, "up")
     """

@@ -227,7 +227,7 @@ def write_figures(out: Path, folders: Sequence[Path]) -> Path:
 
 def left_out(folder: Path) -> str:
     """What a geometry's two checkpoints have that is not compared, in a sentence; empty where that is nothing."""
-    return read_json(folder / "summary.json").get("left_out", {}).get("said", "")
+    return read_json(folder / "summary.json").get("left_out", {}).get("summary", "")
 
 
 def read(path: Path) -> pd.DataFrame:

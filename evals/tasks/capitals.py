@@ -22,9 +22,11 @@ def process_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, flo
 
     An answer that names no capital of the table, right or wrong, is an extraction failure.
     """
-    named = any(capitals.names_capital(results[0], each.capital) for each in capitals.countries())
+    named = any(
+        capitals.mentions_capital(results[0], each.capital) for each in capitals.countries()
+    )
     return {
-        "capital_named": float(capitals.names_capital(results[0], doc["capital"])),
+        "capital_named": float(capitals.mentions_capital(results[0], doc["capital"])),
         "extraction_failure": float(not named),
     }
 

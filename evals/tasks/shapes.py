@@ -22,7 +22,7 @@ def dataset(size: int, seed: int, split: shapes.Split, **_: Any) -> dict[str, Da
 @lru_cache(maxsize=4)
 def questions(size: int, seed: int, split: shapes.Split) -> Dataset:
     """Made once a process: every arm is asked the same."""
-    world = shapes.ShapesWorld(split, size, seed)
+    world = shapes.ShapesDataset(split, size, seed)
     return Dataset.from_list([world.row(i) for i in range(size)])
 
 
@@ -31,7 +31,7 @@ def doc_to_image(doc: Mapping[str, Any]) -> list[Image.Image]:
 
 
 def doc_to_text(doc: Mapping[str, Any]) -> str:
-    return f"{shapes.scene_in_words(shapes.scene_from_json(doc['scene']))} {doc['question']}"
+    return f"{shapes.scene_caption(shapes.scene_from_json(doc['scene']))} {doc['question']}"
 
 
 def process_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:

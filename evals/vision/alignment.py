@@ -370,7 +370,7 @@ def score_shapes(
     With `prompt` it is asked that of each picture; without, what is in each row (`told_by_rows`). The
     references are the scenes in words; `exact_match` is the share of captions that are theirs to the letter.
     """
-    world = list(shapes.ShapesWorld(split, n, seed))
+    world = list(shapes.ShapesDataset(split, n, seed))
     images = [example.images[0] for example in world]
     if prompt is None:
         captions = told_by_rows(loaded, images)

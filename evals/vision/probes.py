@@ -51,7 +51,7 @@ def shapes_pictures(split: shapes.Split, n: int, seed: int = 0) -> Pictures:
 
     Splits are by scene (`shapes.split_of`): no scene is in two of them.
     """
-    rows = list(shapes.ShapesWorld(split, n, seed))
+    rows = list(shapes.ShapesDataset(split, n, seed))
     scenes = [[*shapes.scene_from_json(str(row.fields["scene"])).values()] for row in rows]
     labels: dict[str, list[Label]] = {
         "objects": [len(scene) for scene in scenes],

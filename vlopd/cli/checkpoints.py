@@ -8,7 +8,7 @@ from rich.table import Table
 
 from vlopd.cli.common import console, say, say_left_out
 from vlopd.errors import ConfigError
-from vlopd.files import names_apart, read_json
+from vlopd.files import read_json, shortest_distinct_names
 
 
 def compare_folders(
@@ -26,10 +26,10 @@ def compare_folders(
     from vlopd.config.input import section_of
     from vlopd.digests import digest_checkpoint, digest_json, file_digest
     from vlopd.geometry import paper
-    from vlopd.geometry.checkpoint import analyse, read_rows
-    from vlopd.geometry.overlap import overlap
+    from vlopd.geometry.checkpoint import measure_checkpoint, read_rows
+    from vlopd.geometry.overlap import write_overlap
     from vlopd.geometry.trajectory import step_of
-    from vlopd.geometry.trajectory import trajectory as over_steps
+    from vlopd.geometry.trajectory import write_trajectory as over_steps
     from vlopd.weights.checks import refuse_unlike_config
 
     if device not in ("cpu", "cuda"):
@@ -40,7 +40,7 @@ def compare_folders(
         raise ConfigError(f"no preset {preset!r}; there is paper")
     tree = paper.preset().model_dump() if preset else {"arms": ()}
     config = section_of(GeometryConfig, tree, settings)
-    labels = names_apart([path.resolve().parts for path in trained])
+    labels = shortest_distinct_names([path.resolve().parts for path in trained])
     folders = {label: out if len(trained) == 1 else out / label for label in labels}
     steps = [step_of(path, i) for i, path in enumerate(trained)]
     if as_trajectory and len(set(steps)) < len(steps):
@@ -53,7 +53,7 @@ def compare_folders(
         digests = {"base": every[base], "trained": every[path]}
         digests["configs"] = digest_json([file_digest(each) for each in layouts])
         inputs = {**digests, "settings": config.model_dump(mode="json")}
-        analyse(base, path, folder, config, inputs, workers=workers, device=device)
+        measure_checkpoint(base, path, folder, config, inputs, workers=workers, device=device)
         say(f"geometry of {label}", folder / "geometry.csv", True)
         about = read_json(folder / "summary.json")
         if narrowed := about["tensors_narrowed"]:
@@ -63,13 +63,19 @@ def compare_folders(
             )
         say_left_out(folder)
         if preset:
-            show_paper(label, paper.table(read_rows(folder)), [c.title for c in paper.COLUMNS])
+            show_paper(
+                label, paper.paper_table(read_rows(folder)), [c.title for c in paper.COLUMNS]
+            )
     if as_trajectory:
         tables = dict(zip(steps, folders.values(), strict=True))
         by_step = dict(zip(steps, trained, strict=True))
         say("trajectory", over_steps(base, by_step, out, config, tables=tables), True)
     elif len(trained) > 1:
-        say("overlap", overlap(base, dict(zip(labels, trained, strict=True)), out, config), True)
+        say(
+            "overlap",
+            write_overlap(base, dict(zip(labels, trained, strict=True)), out, config),
+            True,
+        )
     say("figures", write_figures(out, list(folders.values())), True)
 
 

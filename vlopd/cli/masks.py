@@ -84,7 +84,7 @@ def make(
     if trained is not None:
         inputs["of"] = digest_checkpoint(trained, whole=True)
     deltas = stream(base, trained or base, classify)
-    said = deltas.report.said() if parsed.reads is not None else ""
+    said = deltas.report.summary() if parsed.reads is not None else ""
     if said:
         inputs["left_out"] = [its.name for its in deltas.report.left_out]
     mask = build_mask(parsed, deltas, named)
@@ -97,12 +97,12 @@ def make(
 def parse_rule(text: str) -> MaskConfig:
     from pydantic import TypeAdapter, ValidationError
 
-    from vlopd.config.experiment import explain
+    from vlopd.config.explain import explain_errors
 
     try:
         return TypeAdapter(MaskConfig).validate_python(parse_override(f"rule={text}")["rule"])
     except ValidationError as error:
-        raise ConfigError("--rule: " + "; ".join(map(explain, error.errors()))) from None
+        raise ConfigError(f"--rule: {explain_errors(error, MaskConfig)}") from None
 
 
 @app.command()
@@ -118,7 +118,7 @@ def combine(
     """Set algebra of mask files."""
     from vlopd.config.masks import ComplementMask
     from vlopd.masks.files import load_mask, save_mask
-    from vlopd.masks.rules import build_mask, combined
+    from vlopd.masks.rules import build_mask, combine
     from vlopd.models.names import classify
 
     if (how == "complement") != (len(files) == 1):
@@ -143,7 +143,7 @@ def combine(
             rule = ComplementMask(mask="it")
             mask = build_mask(rule, masks={"it": loaded[0][0]})
         else:
-            mask = combined(how, [mask for mask, _ in loaded])
+            mask = combine(how, [mask for mask, _ in loaded])
     except ValueError as error:
         raise RunError(f"{', '.join(map(str, files))}: {error}") from None
     inputs: dict[str, Any] = {
@@ -205,7 +205,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="JSON of all this, tensor by tensor too")] = None,
 ) -> None:
     """Jaccard index, coverage each way and enrichment over chance; globally, by tensor and by |w|."""
-    from vlopd.masks.compare import added, overlap, overlap_by_class, overlap_by_tensor
+    from vlopd.masks.compare import overlap, overlap_by_class, overlap_by_tensor, sum_overlaps
     from vlopd.masks.files import load_mask
     from vlopd.masks.rules import quantiles
     from vlopd.models.names import classify
@@ -218,7 +218,7 @@ def compare(
         raise RunError(f"{a} and {b}: {error}") from None
     rows = {
         "the whole model": overlap(mask_a, mask_b),
-        "each tensor": added(tensors.values()),
+        "each tensor": sum_overlaps(tensors.values()),
     }
     if base is not None:
         check_base(base, mask_a)

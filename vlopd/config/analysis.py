@@ -1,4 +1,4 @@
-"""What is measured of an arm: the geometry of its update, and its scores."""
+"""Settings of the analyses of an arm: geometry of its update, evaluation."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class GaussianNull(Section):
 
 
 class RowColumnNull(Section):
-    """Gaussian noise with the r.m.s. profile of the observed rows and columns."""
+    """Gaussian noise with the observed r.m.s. of rows and columns."""
 
     type: Literal["row_column"] = "row_column"
 
 
 class PermutedNull(Section):
-    """The observed update's own entries, in random places of the same tensor among weights of one binade."""
+    """The observed update's entries, permuted within each tensor and binade of |w|."""
 
     type: Literal["permuted"] = "permuted"
 
@@ -52,7 +52,7 @@ class LowRankNull(Section):
 
 
 class UlpNull(Section):
-    """Gaussian noise in proportion to |w|: in a stored precision, one ulp here and there."""
+    """Gaussian noise proportional to |w|: single-ulp changes in a stored precision."""
 
     type: Literal["ulp"] = "ulp"
 
@@ -64,39 +64,42 @@ NullConfig = Annotated[
 
 
 class GeometryConfig(Section):
+    """Geometry of the updates of some arms, compared with nulls."""
+
     arms: Annotated[tuple[str, ...], Unique] = ("full",)
     nulls: tuple[NullConfig, ...] = (GaussianNull(),)
-    """Each has the observed norm, tensor by tensor, after rounding to the stored precision."""
+    """Null models; each draw has the observed norm of each tensor after rounding to the stored precision."""
     null_draws: Number = 3
-    """Draws of each null."""
+    """Draws per null."""
     seed: Seed = 0
     ratios: Annotated[tuple[Part, ...], Unique] = Field(
         (0.01, 0.05, 0.1, 0.2), min_length=1, max_length=7
     )
     """Fractions for principal subspaces, magnitude masks and energy shares."""
     factorisation: Literal["gram", "svd"] = "gram"
-    """`gram`: singular values down to 1e-7 of the largest; `svd`: all of them, several times slower."""
+    """`gram`: resolves singular values down to 1e-7 of the largest; `svd`: all, several times slower."""
     max_exact_side: Count = 4096
     max_exact_cost: Annotated[float, between(1, 1e30)] = 1e12
-    """Matrices with a longer shorter side, or m n min(m, n) above this, are factorised approximately."""
+    """Matrices with min(m, n) above max_exact_side, or m n min(m, n) above max_exact_cost, are factorised
+    approximately."""
     max_left_out: PartOrZero = 0.01
-    """The largest part of either checkpoint that may have no partner in the other; more is refused."""
+    """The largest fraction of either checkpoint's parameters that may be unpaired; more is refused."""
 
 
 class HeldOutConfig(Section):
-    """Scores a small fixed set every so many steps, by the code of the final evaluation (heldout.jsonl)."""
+    """Evaluates a small fixed set during training, with the code of the final evaluation (heldout.jsonl)."""
 
     every: Count
-    """Steps; the base and the last step are scored too."""
+    """Interval in steps; the base and the last step are evaluated too."""
     tasks: Annotated[tuple[str, ...], Unique] = Field(min_length=1)
-    """lm-eval task names. Use a validation task: what is looked at while training is no longer held out."""
+    """lm-eval task names. Use a validation task: a test set monitored during training is no longer held out."""
     limit: Count = 200
-    """The first so many questions of each task."""
+    """Number of questions per task, from the first."""
 
 
 class SampledConfig(Section):
-    """Several sampled answers a question in place of a greedy one: scores are means over them (mean@n), and
-    pass@k stands beside them."""
+    """Samples several answers per question instead of one greedy answer: scores are means over them (mean@n), with
+    pass@k."""
 
     n: int = Field(8, gt=1, lt=2**31)
     temperature: Temperature = 1.0
@@ -105,28 +108,30 @@ class SampledConfig(Section):
 
 
 class EvalConfig(Section):
+    """Evaluation of the arms on lm-eval tasks, and their comparison."""
+
     tasks: Annotated[tuple[str, ...], Unique] = Field(("shapes",), min_length=1)
-    """lm-eval task names: ours (evals/tasks/), any that lm-eval knows, and those in `include`."""
+    """lm-eval task names: built-in (evals/tasks/), lm-eval's own, and those in `include`."""
     include: str | None = None
     """A folder with more task files, as lm-eval's --include_path."""
     limit: Count | None = None
-    """Questions a task; null for all."""
+    """Number of questions per task; null for all."""
     batch_size: Count = 64
     fewshot: Number | None = None
-    """Solved examples before each question, with their pictures; null for what the task says."""
+    """Number of few-shot examples, with their images; null for the task's default."""
     chat_template: bool | None = None
-    """Whether prompts go through the model's chat template; null: where it has one."""
+    """Whether to apply the model's chat template; null: if it has one."""
     sampled: SampledConfig | None = None
-    """Null: greedy, or what the task says."""
+    """Null: greedy decoding, or the task's settings."""
     confidence: Part = 0.95
     bootstrap_draws: Count = 10_000
     margin: Part = 0.02
-    """How much worse than full, in units of the score, a subnetwork may be and still count as no worse."""
+    """Non-inferiority margin of a subnetwork against the full arm, in units of the score."""
     contrasts: Annotated[tuple[str, ...], Unique, Field(min_length=1)] | None = None
     """The contrasts that the experiment is about, between any two arms, "arm - arm", or an arm and the mean of its
     random controls, "subnetwork - random". They are the family of Holm's correction; those that follow from the arms'
     roles stand beside them, uncorrected. Null: the family is all that follow from the roles."""
     keep_images: Number = 32
-    """Pictures of the first questions that are kept for the report's examples."""
+    """Number of questions, from the first, whose images are kept for the report's examples."""
     during: HeldOutConfig | None = None
-    """A look at held-out questions while an arm trains; it decides nothing."""
+    """Periodic held-out evaluation during training; never affects training."""

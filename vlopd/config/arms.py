@@ -1,4 +1,4 @@
-"""The arms of an experiment: what each student is made by."""
+"""The arms of an experiment: how each evaluated model is made."""
 
 from __future__ import annotations
 
@@ -41,27 +41,29 @@ class BaseArm(Section):
 
 
 class TeacherArm(Section):
-    """A teacher as it is, without its context."""
+    """A teacher without its context."""
 
     type: Literal["teacher"] = "teacher"
     role: Literal["teacher"] | None = None
     teacher: str | None = None
-    """Which, where there are several."""
+    """Name of the teacher, where there are several."""
 
 
 Table = dict[str, Any]
-"""A part of a section, put over the run's own as an override would be."""
+
+
+"""Settings of a section that override the run's."""
 
 
 class Subspace(Section):
-    """The subspace that an early update spans, matrix by matrix ("subspace locking", arXiv 2606.07082).
+    """The subspace spanned by an early update, matrix by matrix ("subspace locking", arXiv 2606.07082).
 
-    Each matrix's gradient is projected on it before clipping and the optimizer. Matrices that the early
-    checkpoint had not moved stay; vectors train as they are.
+    Each matrix's gradient is projected onto it before clipping and the optimizer step. Matrices unchanged in the early
+    checkpoint stay fixed; vectors train without projection.
     """
 
     of: str
-    """The checkpoint whose delta from the base gives the subspace, e.g. `full@12`; see masks."""
+    """The checkpoint whose delta from the base defines the subspace, e.g. `full@12`; see masks."""
     rank: Count = 16
     side: Literal["right", "left", "both"] = "right"
     """G V V^T, U U^T G, or both."""
@@ -71,7 +73,7 @@ class DistillArm(Section):
     """The student trained from the base, by on-policy distillation unless the recipe says otherwise; with a mask, only
     its coordinates train.
 
-    Sections given here hold for this arm alone: `loss = {type = "forward_kl"}` varies one factor.
+    Sections given here override the run's for this arm: `loss = {type = "forward_kl"}` varies one factor.
     """
 
     type: Literal["distill"] = "distill"
@@ -80,8 +82,8 @@ class DistillArm(Section):
         | None
     ) = None
     seed: Seed
-    """Seeds the data and the sampling. 1 unless given, and 2 under a mask: evaluating a mask on the data that selected
-    it is optimistically biased."""
+    """Seed of data order and sampling. Default 1, with a mask 2: evaluating a mask on the data that selected it is
+    optimistically biased."""
     mask: str | None = None
     teacher: Table | None = None
     data: Table | None = None
@@ -94,7 +96,7 @@ class DistillArm(Section):
 
     @property
     def own(self) -> dict[str, Table]:
-        """The sections that are this arm's own, by name."""
+        """The sections that this arm overrides, by name."""
         tables = self.model_dump(include=set(Recipe.model_fields))
         return {name: table for name, table in tables.items() if table is not None}
 
@@ -113,7 +115,7 @@ class DistillArm(Section):
 
 
 class TransplantArm(Section):
-    """The base plus another arm's delta on the mask; no training."""
+    """The base plus another arm's delta on the mask, without training."""
 
     type: Literal["transplant"] = "transplant"
     role: Literal["transplant", "control", "other"] | None = None
@@ -122,9 +124,9 @@ class TransplantArm(Section):
 
 
 class ExtrapolateArm(Section):
-    """The base plus a multiple of an early delta, on the mask where there is one; no training.
+    """The base plus a multiple of an early delta, on the mask if given, without training.
 
-    EffOPD (arXiv 2605.11739). The early checkpoint is read as stored: precision.stored = "fp32" keeps all of it.
+    EffOPD (arXiv 2605.11739). The early checkpoint is read as stored: precision.stored = "fp32" avoids rounding.
     """
 
     type: Literal["extrapolate"] = "extrapolate"
@@ -132,9 +134,9 @@ class ExtrapolateArm(Section):
     of: str
     """The early checkpoint, e.g. `full@12`; see masks."""
     factor: Annotated[Weight, Field(gt=0)] | None = None
-    """Of the early delta."""
+    """Multiple of the early delta."""
     norm_of: str | None = None
-    """In place of a factor: the arm whose delta's norm, over the whole model, is taken on."""
+    """Instead of a factor: the arm whose delta norm, over the whole model, is matched."""
     mask: str | None = None
 
     @model_validator(mode="after")
@@ -147,7 +149,7 @@ class ExtrapolateArm(Section):
 
 
 class CheckpointArm(Section):
-    """Any model as it is, to be scored beside the others."""
+    """Any model, evaluated without training."""
 
     type: Literal["checkpoint"] = "checkpoint"
     role: Literal["base", "teacher", "full", "variant", "other"] | None = None
@@ -156,7 +158,7 @@ class CheckpointArm(Section):
 
 
 class ImportedArm(Section):
-    """Scores that lm-eval gave elsewhere: no model, only answers to the same questions."""
+    """Scores imported from an lm-eval run on the same questions, without a model."""
 
     type: Literal["imported"] = "imported"
     role: Literal["base", "teacher", "full", "variant", "other"] | None = None
@@ -177,7 +179,7 @@ ArmConfig = Annotated[
 
 
 def expand_seeds(tree: Any) -> Any:
-    """A mask or arm with `seeds = [7, 8]` is two of them, name-0 and name-1; so is an arm under such a mask."""
+    """Expands a mask or arm with `seeds = [7, 8]` into name-0 and name-1, and likewise an arm with such a mask."""
     if not isinstance(tree, Mapping):
         return tree
     masks, drawn = expanded(tree.get("masks", {}), {})
@@ -188,7 +190,7 @@ def expand_seeds(tree: Any) -> Any:
 def expanded(
     tables: Mapping[str, Any], masks: Mapping[str, int]
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """The tables with those of many seeds written out, and how many each of these became."""
+    """The tables with several seeds expanded, and {name: number of copies} of the expanded ones."""
     found: dict[str, Any] = {}
     counts: dict[str, int] = {}
     for name, table in tables.items():
@@ -222,7 +224,7 @@ def expanded(
 
 
 def checkpoints_of(arm: ArmConfig) -> dict[str, str]:
-    """The checkpoints that an arm reads, by the key that names them."""
+    """The checkpoints that an arm reads, by config key."""
     if isinstance(arm, DistillArm) and arm.subspace is not None:
         return {"subspace.of": arm.subspace.of}
     if isinstance(arm, ExtrapolateArm):

@@ -1,4 +1,4 @@
-"""Where prompts come from."""
+"""Data sets of prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vlopd.config.base import Section
 
 
 class ShapesData(Section):
-    """The built-in visual world; `modality = "text"` gives the scene in words."""
+    """The built-in visual data set; `modality = "text"` describes the scene in words."""
 
     type: Literal["shapes"] = "shapes"
     modality: Literal["image", "text"] = "image"
@@ -24,32 +24,31 @@ class ShapesData(Section):
 class FileData(Section):
     """A JSONL, JSON, CSV or parquet file, a folder, or a hub data set; columns by name (docs/data.md).
 
-    A name may lead into nested columns (`reward_model.ground_truth`); a column of that very name goes first.
+    Dotted names select nested columns (`reward_model.ground_truth`); a column with the exact name takes precedence.
     """
 
     type: Literal["file"] = "file"
     path: str
     """A .jsonl, .json, .csv or .parquet file, or a folder (relative to the working directory), or a hub data set id."""
     split: str = "train"
-    """Of a folder or hub data set; `train[:90%]` and `train+test` as `datasets` reads them. A file is all `train`."""
+    """Split of a folder or hub data set, in the syntax of `datasets` (`train[:90%]`, `train+test`). A file has only
+    `train`."""
     subset: str | None = None
-    """The configuration of a folder or hub data set that has several."""
+    """Configuration name of a folder or hub data set that has several."""
     question: str = "question"
     """Column with the prompt: a text, or a list of turns that ends with the user's (`messages`, `prompt`,
     `conversations`). An assistant turn after it is the answer, unless `answer` names a column."""
     answer: str | None = None
-    """Column with a text, a number (its digits as the file has them) or one assistant turn; null and, in a CSV, an
-    empty cell are no answer."""
+    """Column with a text, a number (verbatim digits) or one assistant turn; null and empty CSV cells mean no answer."""
     image: str | None = None
     """Column with an image, a list of images, or file names relative to the data file's folder."""
     image_mark: str | None = Field(None, min_length=1)
-    """What stands in the user's turns where an image goes (`<image>` in many data sets), as often as the row has
-    images; null puts images where turns have parts for them, or else before the (first) user's text, and takes the
-    text as it is."""
+    """Image placeholder in user turns (`<image>` in many data sets), once per image of the row; null inserts images at
+    image parts, or else before the first user text, and leaves the text unchanged."""
     id: str | None = None
-    """Column with a text or number that no two rows share; null numbers the rows."""
+    """Column with a unique text or number; null numbers the rows."""
     system: str | None = None
-    """A system prompt put before every question. A row with a system turn of its own is refused."""
+    """System prompt prepended to every question. A row that has a system turn is refused."""
 
     @property
     def has_images(self) -> bool:
@@ -68,7 +67,7 @@ class CapitalsData(Section):
 
 
 class ReasoningData(Section):
-    """Arithmetic, sorting and spelling of the package reasoning-gym, split by question."""
+    """Arithmetic, sorting and spelling from the package reasoning-gym, split by question."""
 
     type: Literal["reasoning"] = "reasoning"
     subjects: tuple[Literal["arithmetic", "sorting", "spelling"], ...] = Field(
@@ -82,7 +81,7 @@ class ReasoningData(Section):
 
 
 class EmojiData(Section):
-    """One artist's emoji and what kind of thing they are, split by concept (scripts/download_emoji.py)."""
+    """Emoji of one artist, classified into groups, split by concept (scripts/download_emoji.py)."""
 
     type: Literal["emoji"] = "emoji"
     split: Literal["train", "validation", "test"] = "train"

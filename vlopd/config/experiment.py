@@ -1,13 +1,11 @@
-"""The whole experiment, and what must fit together in it."""
+"""The config of an experiment, with the checks across its sections."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args, get_origin
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from vlopd.config.analysis import EvalConfig, GeometryConfig
 from vlopd.config.arms import (
@@ -22,6 +20,7 @@ from vlopd.config.arms import (
     mask_of,
 )
 from vlopd.config.base import Name, Section, Unique, distinct_names
+from vlopd.config.explain import explain_errors
 from vlopd.config.masks import (
     FileMask,
     MaskConfig,
@@ -38,21 +37,21 @@ from vlopd.errors import ConfigError
 
 
 class TrackingConfig(Section):
-    """Where the training curves go besides metrics.jsonl, through accelerate."""
+    """Trackers for training curves besides metrics.jsonl, through accelerate."""
 
     trackers: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], Unique] = ()
-    """wandb runs offline unless WANDB_MODE says otherwise."""
+    """wandb runs offline unless WANDB_MODE is set."""
 
 
 class ExperimentConfig(Recipe):
-    """One experiment: everything that decides its numbers."""
+    """All settings that determine the results of an experiment."""
 
     name: Name
     title: str = Field("", min_length=0)
     student: Annotated[ModelConfig, BeforeValidator(as_table)]
     precision: PrecisionConfig = PrecisionConfig()
     masks: dict[Name, MaskConfig] = Field(default_factory=dict)
-    """A random one with `seeds = [7, 8]` is two, NAME-0 and NAME-1; so is an arm under it."""
+    """A random mask with `seeds = [7, 8]` expands to NAME-0 and NAME-1, as does an arm with it."""
     arms: dict[Name, ArmConfig]
     geometry: GeometryConfig = GeometryConfig()
     eval: EvalConfig = EvalConfig()
@@ -70,7 +69,7 @@ class ExperimentConfig(Recipe):
         try:
             recipe = Recipe.model_validate(tree)
         except ValidationError as error:
-            raise ConfigError("; ".join(map(explain, error.errors()))) from None
+            raise ConfigError(explain_errors(error, Recipe)) from None
         return self.model_copy(update={k: v for k, v in recipe if k in arm.own})
 
     @property
@@ -108,7 +107,9 @@ class ExperimentConfig(Recipe):
     @model_validator(mode="before")
     @classmethod
     def expand(cls, tree: Any) -> Any:
-        return expand_seeds(tree)
+        tables = isinstance(tree, Mapping) and [tree.get(key, {}) for key in ("masks", "arms")]
+        well_formed = tables and all(isinstance(table, Mapping) for table in tables)
+        return expand_seeds(tree) if well_formed else tree
 
     @model_validator(mode="after")
     def check_references(self) -> ExperimentConfig:
@@ -270,83 +271,3 @@ def merge(tree: dict[str, Any], change: Mapping[str, Any]) -> None:
             merge(old, value)
         else:
             tree[key] = value
-
-
-def explain(error: ErrorDetails) -> str:
-    """One pydantic error as one line: the key, what is wrong, the value; the nearest known key of an unknown one."""
-    where, known = key_of(error["loc"])
-    value = error["input"]
-    if error["type"] == "union_tag_not_found":
-        return f"{where}.type is missing; it is one of {', '.join(tags_at(error['loc']))}"
-    if error["type"] != "extra_forbidden":
-        said = error["msg"].removeprefix("Value error, ")
-        if error["type"] not in ("value_error", "too_short") and isinstance(
-            value, (str, int, float)
-        ):
-            said += f", not {value!r}"
-        return f"{where}: {said}" if where else said
-    near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
-    return f"unknown key {where!r}{hint}"
-
-
-def key_of(location: Sequence[int | str]) -> tuple[str, list[str]]:
-    """A pydantic error path as the key that a user writes, and the keys that are known beside its last part.
-
-    pydantic puts the `type` of a section into the path; the user does not.
-    """
-    keys, known, _ = walk(location)
-    return ".".join(keys), known
-
-
-def tags_at(location: Sequence[int | str]) -> list[str]:
-    """The values of `type` that a section may have, by a pydantic error's path to it."""
-    _, _, there = walk(location)
-    return [tag for cls in sections_in(there) for tag in variant_tags(cls)]
-
-
-def walk(location: Sequence[int | str]) -> tuple[list[str], list[str], Any]:
-    """(the keys of a pydantic error's path, those known beside the last, the annotation there)."""
-    here: Any = ExperimentConfig
-    keys: list[str] = []
-    known: list[str] = []
-    for part in location:
-        variants = sections_in(here)
-        tagged = [cls for cls in variants if part in variant_tags(cls)]
-        if get_origin(bare(here)) is dict:
-            here = get_args(bare(here))[1]
-        elif len(variants) > 1 and tagged:
-            here = tagged[0]
-            continue
-        elif get_origin(bare(here)) is tuple:
-            here = get_args(bare(here))[0]
-        else:
-            known = sorted({key for cls in variants for key in cls.model_fields})
-            fields = [cls.model_fields[part] for cls in variants if part in cls.model_fields]
-            here = fields[0].annotation if fields else None
-        keys.append(str(part))
-    return keys, known, here
-
-
-def bare(annotation: Any) -> Any:
-    """A type without `Annotated` and `| None`."""
-    if get_origin(annotation) is Annotated:
-        return bare(get_args(annotation)[0])
-    others = [each for each in get_args(annotation) if each is not type(None)]
-    if type(None) in get_args(annotation) and len(others) == 1:
-        return bare(others[0])
-    return annotation
-
-
-def variant_tags(cls: type[BaseModel]) -> tuple[str, ...]:
-    field = cls.model_fields.get("type")
-    return get_args(field.annotation) if field is not None else ()
-
-
-def sections_in(annotation: Any) -> list[type[BaseModel]]:
-    """The classes of a section, or of the variants of one; none of a table or list of them."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (dict, tuple):
-        return []
-    return [cls for part in get_args(annotation) for cls in sections_in(part)]

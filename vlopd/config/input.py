@@ -1,4 +1,4 @@
-"""From a TOML file and overrides to an experiment."""
+"""Loads an experiment's config from a TOML file and overrides."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from vlopd.config.base import Section
-from vlopd.config.experiment import ExperimentConfig, explain, merge
+from vlopd.config.experiment import ExperimentConfig, merge
+from vlopd.config.explain import explain_errors
 from vlopd.errors import ConfigError
 
 
@@ -32,28 +33,28 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentCo
 
 
 def config_of(tree: Any, where: Path | str) -> ExperimentConfig:
-    """A config from its table, of a TOML file or a run.json. Raises ConfigError with the file and the key."""
+    """Validates a config table of a TOML file or a run.json. Raises ConfigError with the file and the key."""
     try:
         return ExperimentConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{where}: " + "; ".join(map(explain, error.errors()))) from None
+        raise ConfigError(f"{where}: {explain_errors(error, ExperimentConfig)}") from None
 
 
 AnySection = TypeVar("AnySection", bound=Section)
 
 
 def section_of(cls: type[AnySection], tree: dict[str, Any], settings: Sequence[str]) -> AnySection:
-    """One section of a config by itself, with TOML lines over it. Raises ConfigError as load_config does."""
+    """Validates a single section with TOML overrides. Raises ConfigError as load_config does."""
     for line in settings:
         merge(tree, parse_override(line))
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("--set: " + "; ".join(map(explain, error.errors()))) from None
+        raise ConfigError(f"--set: {explain_errors(error, cls)}") from None
 
 
 def parse_override(line: str) -> dict[str, Any]:
-    """`optim.learning_rate=2e-4` -> {"optim": {"learning_rate": 2e-4}}; a bare word is taken as a string."""
+    """`optim.learning_rate=2e-4` -> {"optim": {"learning_rate": 2e-4}}; a bare word is a string."""
     key, equals, value = line.partition("=")
     if not equals:
         raise ConfigError(f"override {line!r} has no '='; write key=value, as in train.steps=20")

@@ -1,4 +1,4 @@
-"""Rules that say which coordinates may train, one class each."""
+"""Mask rules, which select the coordinates that may train; one class each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vlopd.config.base import Count, NonNegative, Number, Section, Seed, Share, 
 
 
 class Reference(NamedTuple):
-    """A checkpoint that a rule or an arm reads: of an arm of this run, or of a folder elsewhere.
+    """A checkpoint that a rule or an arm reads: of an arm of this run, or a folder.
 
     >>> Reference.parse("full@12"), Reference.parse("runs/other/arms/full")
     (Reference("full", None, 12), Reference(None, "runs/other/arms/full", None))
@@ -18,15 +18,15 @@ class Reference(NamedTuple):
 
     arm: str | None
     path: str | None
-    """An arm's folder in another run, or a checkpoint folder; whatever has a slash."""
+    """An arm's folder in another run, or a checkpoint folder; any name with a slash."""
     step: int | None
-    """An early checkpoint, of those that train.keep_steps kept; null for the last."""
+    """An early checkpoint, one of train.keep_steps; null for the last."""
 
     @staticmethod
     def parse(text: str) -> Reference:
         name, at, step = text.rpartition("@") if "@" in text else (text, "", "")
         if at and not step.isdecimal():
-            raise ValueError(f"{text!r}: after @ comes the number of a step, as in 'full@12'")
+            raise ValueError(f"{text!r}: @ must be followed by a step number, as in 'full@12'")
         is_path = "/" in name
         return Reference(
             None if is_path else name, name if is_path else None, int(step) if at else None
@@ -34,21 +34,21 @@ class Reference(NamedTuple):
 
 
 class MaskRule(Section):
-    """Which coordinates may train. Ties go to the lowest flat index; counts are exact."""
+    """A rule for the coordinates that may train. Ties go to the lowest flat index; counts are exact."""
 
     @property
     def reads(self) -> str | None:
-        """The trained checkpoint that the rule looks at, as a `Reference`."""
+        """The trained checkpoint that the rule reads, as a `Reference`."""
         return None
 
     @property
     def combines(self) -> tuple[str, ...]:
-        """The masks that the rule is made from."""
+        """The names of the masks that the rule combines."""
         return ()
 
 
 class DeltaRule(MaskRule):
-    """Chosen by what training changed."""
+    """A rule on the delta of a trained checkpoint."""
 
     of: str = "full"
     """An arm; an early checkpoint of it, `full@12`; or a folder: another run's `runs/other/arms/full`."""
@@ -61,13 +61,13 @@ class DeltaRule(MaskRule):
 Scope = Literal["tensor", "global"]
 
 
-"""Whether a share is taken of every tensor, or of the whole model."""
+"""Whether a fraction applies to every tensor, or to the whole model."""
 
 
 class VisibleMask(DeltaRule):
-    """Coordinates whose value changed by more than a tolerance, in the stated precision.
+    """Coordinates whose value changed by more than a tolerance, in the given precision.
 
-    |delta| > atol + rtol |w|, and, where `ulps` is given, more than so many steps of that precision (0: any).
+    |delta| > atol + rtol |w| and, if `ulps` is given, more than that many ulps of the precision (0: any change).
     """
 
     type: Literal["visible"] = "visible"
@@ -75,7 +75,7 @@ class VisibleMask(DeltaRule):
     rtol: NonNegative = 0.0
     ulps: Number | None = None
     precision: Literal["stored", "fp32", "bf16", "fp16"] = "stored"
-    """Both values are rounded to it first."""
+    """Precision to which both values are rounded first."""
 
 
 class TopFractionMask(DeltaRule):
@@ -105,9 +105,9 @@ class MagnitudeMask(MaskRule):
 
 
 class PrincipalMask(MaskRule):
-    """The fraction of each tensor where the base's rank-k approximation is largest, or smallest, in size.
+    """The fraction of each tensor where the base's rank-k approximation has the largest, or smallest, magnitude.
 
-    Vectors are their own approximation. Rank and fraction are set apart (arXiv 2511.08567).
+    Vectors are used unchanged. Rank and fraction are independent (arXiv 2511.08567).
     """
 
     type: Literal["principal"] = "principal"
@@ -115,7 +115,7 @@ class PrincipalMask(MaskRule):
     fraction: Share
     rank: Count | None = None
     rank_fraction: Share | None = None
-    """Of the smaller side, rounded down, at least 1."""
+    """Rank as a fraction of the smaller side, rounded down, at least 1."""
 
     @model_validator(mode="after")
     def check_rank(self) -> PrincipalMask:
@@ -131,9 +131,9 @@ class RandomMask(MaskRule):
     like: str
     seed: Seed
     match: Literal["global", "module", "tensor", "magnitude", "visibility"] = "tensor"
-    """The classes: the whole model; the tensors of one component and module; each tensor; in each tensor the
-    sixteen quantiles of |w|, or the binades of |w|, within which every step of a float (ulp) is equally long,
-    so that an update of a given size is as visible."""
+    """The classes. global: the whole model; module: the tensors of one component and module; tensor: each tensor;
+    magnitude: sixteen quantiles of |w| per tensor; visibility: binades of |w| per tensor, within which the ulp, and so
+    the visibility of an update of a given size, is constant."""
 
     @property
     def combines(self) -> tuple[str, ...]:
@@ -141,7 +141,7 @@ class RandomMask(MaskRule):
 
 
 class WholeMask(MaskRule):
-    """All coordinates of the parameters that match every list given, by the names `vlopd mask show` prints.
+    """All coordinates of the parameters that match every given list, with the names that `vlopd mask show` prints.
 
     `{components = ["language"], modules = ["ffn"]}` is the language model's feed-forward layers.
     """
@@ -160,6 +160,8 @@ class WholeMask(MaskRule):
 
 
 class Combination(MaskRule):
+    """A set operation on several masks."""
+
     masks: Annotated[tuple[str, ...], Unique] = Field(min_length=2)
 
     @property
@@ -168,25 +170,25 @@ class Combination(MaskRule):
 
 
 class UnionMask(Combination):
-    """What is in any of the masks."""
+    """Coordinates in any of the masks."""
 
     type: Literal["union"] = "union"
 
 
 class IntersectionMask(Combination):
-    """What is in all of the masks."""
+    """Coordinates in all of the masks."""
 
     type: Literal["intersection"] = "intersection"
 
 
 class DifferenceMask(Combination):
-    """What is in the first mask and in none of the others."""
+    """Coordinates in the first mask and in none of the others."""
 
     type: Literal["difference"] = "difference"
 
 
 class ComplementMask(MaskRule):
-    """What is not in the mask."""
+    """Coordinates not in the mask."""
 
     type: Literal["complement"] = "complement"
     mask: str
@@ -197,7 +199,7 @@ class ComplementMask(MaskRule):
 
 
 class FileMask(MaskRule):
-    """A mask file made elsewhere, such as another run's masks/top.safetensors."""
+    """An existing mask file, such as another run's masks/top.safetensors."""
 
     type: Literal["file"] = "file"
     path: str

@@ -1,4 +1,4 @@
-"""Models and teachers: where they are, how they are loaded, what a teacher is shown."""
+"""Settings of models and teachers: source, loading, and a teacher's privileged context."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlopd.config.base import Part, Section, Weight
 
 
 def as_table(value: Any) -> Any:
-    """`student = "NAME"` is short for `student = {model = "NAME"}`."""
+    """Expands `student = "NAME"` to `student = {model = "NAME"}`."""
     return {"model": value} if isinstance(value, str) else value
 
 
@@ -40,60 +40,60 @@ TEMPLATE_NAMES = frozenset(
         *("raise_exception", "strftime_now", "self", "loop"),
     }
 )
-"""What `apply_chat_template` takes for itself or tells every template."""
+"""Arguments and variables that `apply_chat_template` reserves."""
 
 
 class ModelConfig(Section):
-    """One model: where it is, and how it is loaded."""
+    """A model and how it is loaded."""
 
     model: str = Field(min_length=1)
     """A hub id, a local folder, a .gguf file, or `builtin:NAME`."""
     revision: str | None = None
     template: str | None = None
-    """Chat template in place of the model's own: a .jinja file, or `plain` (bare text, for base models)."""
+    """Replaces the model's chat template: a .jinja file, or `plain` (bare text, for base models)."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
-    """Attention kernel; null takes transformers' choice. On CPU, eager is faster for small models."""
+    """Attention kernel; null for transformers' default. On CPU, eager is faster for small models."""
     trust_remote_code: bool = False
     template_arguments: dict[str, JsonValue] = Field(default_factory=dict)
-    """What the chat template is given beside the messages, `enable_thinking = false` say; by its own names."""
+    """Further variables of the chat template, such as `enable_thinking = false`."""
 
     @field_validator("template_arguments")
     @classmethod
     def check_template_arguments(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
         if reserved := sorted(arguments.keys() & TEMPLATE_NAMES):
             raise ValueError(
-                f"{', '.join(reserved)} are given to every chat template by vlopd or the tokenizer; remove them"
+                f"{', '.join(reserved)} are set by vlopd or the tokenizer for every chat template; remove them"
             )
         try:
             json.dumps(arguments, allow_nan=False)
         except ValueError:
-            raise ValueError("values must be finite, as those of JSON are") from None
+            raise ValueError("numbers must be finite, as in JSON") from None
         return arguments
 
 
 class SystemContext(Section):
-    """The teacher reads a system prompt that the student does not (context distillation)."""
+    """Gives the teacher a system prompt that the student does not get (context distillation)."""
 
     type: Literal["system"] = "system"
     text: str = Field(min_length=1)
 
 
 class TemplateContext(Section):
-    """The teacher's question is this jinja template over question, answer and the example's fields."""
+    """Renders the teacher's question by a jinja template over question, answer and the example's fields."""
 
     type: Literal["template"] = "template"
     template: str = Field(min_length=1)
 
 
 class ImageContext(Section):
-    """The teacher sees the picture(s) of another field, or the crop [x0, y0, x1, y1] that the field gives."""
+    """Gives the teacher the image(s) of another field, or the crop [x0, y0, x1, y1] in that field."""
 
     type: Literal["image"] = "image"
     column: str = Field(min_length=1)
 
 
 class CaptionContext(Section):
-    """The teacher reads this field in place of the pictures: what a text-only teacher needs."""
+    """Gives the teacher a text field instead of the images, for text-only teachers."""
 
     type: Literal["caption"] = "caption"
     column: str = Field(min_length=1)
@@ -105,15 +105,15 @@ ContextConfig = Annotated[
 
 
 class TeacherConfig(ModelConfig):
-    """A teacher, and what it is shown beside what the student sees.
+    """A teacher with optional privileged context.
 
-    `model = "student"` is the student's own initial weights or, with `ema`, their moving average.
+    `model = "student"`: the student's initial weights or, with `ema`, a moving average of its weights.
     """
 
     type: Literal["model"] = "model"
     context: ContextConfig | None = None
     ema: Part | None = None
-    """Decay a step of the average of the student's weights, for `model = "student"`; null keeps them fixed."""
+    """Per-step decay of the moving average of the student's weights, for `model = "student"`; null keeps them fixed."""
 
     @model_validator(mode="after")
     def check_ema(self) -> TeacherConfig:
@@ -130,7 +130,7 @@ Named = dict[str, Annotated[TeacherConfig, BeforeValidator(as_table)]]
 
 
 class RoutedTeachers(Section):
-    """Several teachers: each example is graded by the one that its field names."""
+    """Several teachers, of which each example uses the one named in a field."""
 
     type: Literal["routed"] = "routed"
     field: str
@@ -143,7 +143,7 @@ class MixedTeachers(Section):
     type: Literal["mixed"] = "mixed"
     teachers: Named = Field(min_length=1)
     weights: dict[str, Annotated[Weight, Field(gt=0)]] = Field(default_factory=dict)
-    """By teacher, relative to each other; equal unless given."""
+    """Relative weights by teacher; equal by default."""
 
     @model_validator(mode="after")
     def check_weights(self) -> MixedTeachers:
@@ -154,23 +154,23 @@ class MixedTeachers(Section):
         return self
 
 
-def as_teacher(value: Any) -> Any:
+def _as_teacher(value: Any) -> Any:
     value = as_table(value)
     return {"type": "model", **value} if isinstance(value, Mapping) else value
 
 
 TeachersConfig = Annotated[
     Annotated[TeacherConfig | RoutedTeachers | MixedTeachers, Field(discriminator="type")],
-    BeforeValidator(as_teacher),
+    BeforeValidator(_as_teacher),
 ]
 
 
 class PrecisionConfig(Section):
-    """What counts as an update depends on these, so every artifact records them."""
+    """Precisions, which determine the visible update; recorded in every artifact."""
 
     compute: Literal["fp32", "bf16"] = "bf16"
-    """Weights and activations in rollout, forward and backward. Trained values are always kept in fp32; they start
-    from the student's stored tensors, not from their rounding to this."""
+    """Precision of weights and activations in rollout, forward and backward. Trained values are always fp32 and start
+    from the student's stored tensors, not from their rounding to `compute`."""
     stored: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Checkpoints: `auto` stores each tensor in the dtype that it has in the student's own checkpoint (the widest of
-    several that are fused into one); else every floating-point tensor is rounded to this, once."""
+    """Precision of checkpoints: `auto` stores each tensor in its dtype in the student's checkpoint (the widest of
+    several that are fused into one); otherwise every floating-point tensor is rounded once to this dtype."""

@@ -1,1 +1,1 @@
-"""Examples: the built-in data sets, and any file, folder or hub data set."""
+"""Data sets of examples: the built-in ones, and any file, folder or hub data set."""

@@ -1,4 +1,4 @@
-"""What an answer's text says, compared with another's: for rewards and for the built-in tasks."""
+"""Text normalisation and matching of answers, for rewards and the built-in tasks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import unicodedata
 from collections.abc import Iterable
 
 
-def words(text: str) -> str:
-    """Lower case without accents, apostrophes and punctuation, single spaces; "saint" is "st".
+def normalise(text: str) -> str:
+    """Normalises text: lower case, no accents, apostrophes or punctuation, single spaces, "saint" as "st".
 
     >>> words("Saint George's, São Tomé!")
     "st georges sao tome"
@@ -18,12 +18,12 @@ def words(text: str) -> str:
     return " ".join(re.findall(r"\w+", re.sub(r"\bsaint\b", "st", bare)))
 
 
-def names_one_of(text: str, names: Iterable[str]) -> bool:
-    """Whether one of the names stands in the text as whole words; case, accents and punctuation are ignored."""
-    said = f" {words(text)} "
-    return any(f" {words(name)} " in said for name in names)
+def mentions_any(text: str, names: Iterable[str]) -> bool:
+    """Whether the text contains one of the names as whole words, ignoring case, accents and punctuation."""
+    spaced = f" {normalise(text)} "
+    return any(f" {normalise(name)} " in spaced for name in names)
 
 
 def after_last_colon(text: str) -> str:
-    """The part after the last colon, or all of it where there is none."""
+    """The text after the last colon, or all of it without one."""
     return text.split(":")[-1].strip()

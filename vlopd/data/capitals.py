@@ -1,11 +1,11 @@
 """Questions on the capitals of the world's countries, from the table of the package countryinfo.
 
-Countries are split by their names, so a test country is never asked about in training; what training
-can give back is the way of answering, and what the student still knows. Training asks about continents
-and the country of a capital too. Left out: places of less than half a million people, countries whose
-capital repeats their name (an echo of the question would be right), and all but the first of those that
-share a capital (the table holds former countries beside their successors). The capitals are the table's:
-some are disputed or have moved, which is the same for every model that is asked.
+Countries are split by name, so a test country never occurs in training; training can restore the answer
+format and knowledge that the student still has. Training also asks about continents and the country of a
+capital. Left out: places of less than half a million people, countries whose capital repeats their name
+(copying the question would be right), and all but the first of those that share a capital (the table holds
+former countries beside their successors). The capitals are the table's: some are disputed or outdated,
+equally for every evaluated model.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from countryinfo import all_countries
 
-from vlopd.data.answers import names_one_of, words
-from vlopd.data.synthetic import Split, World
+from vlopd.data.answers import mentions_any, normalise
+from vlopd.data.synthetic import Split, SyntheticDataset
 from vlopd.types import Example
 
 TEMPLATES = {
@@ -31,14 +31,14 @@ TEMPLATES = {
     "country": ("{capital} is the capital of which country?",),
     "continent": ("On which continent is {country}?",),
 }
-"""Questions by kind; evaluation asks the first kind only, every template of it for every country."""
+"""Questions by kind; evaluation uses the first kind only, each of its templates for every country."""
 
 SHORT = " Answer in one short sentence."
 
 MIN_POPULATION = 500_000
 
 OBSOLETE = ("Hong Kong",)
-"""Entries whose capital is one that nobody would name."""
+"""Entries with an obsolete capital."""
 
 ALIASES = {
     "Bern": ("Berne",),
@@ -54,7 +54,7 @@ ALIASES = {
     "Ulaanbaatar": ("Ulan Bator",),
     "Washington D.C.": ("Washington",),
 }
-"""Other names, and further capitals, that count as right."""
+"""Further accepted names and capitals."""
 
 
 class Country(NamedTuple):
@@ -65,14 +65,14 @@ class Country(NamedTuple):
     continent: str
 
 
-def names_capital(text: str, capital: str) -> bool:
-    """Whether the capital, under any of its names, stands in the text as whole words."""
-    return names_one_of(text, (capital, *ALIASES.get(capital, ())))
+def mentions_capital(text: str, capital: str) -> bool:
+    """Whether the text contains the capital, under any of its names, as whole words."""
+    return mentions_any(text, (capital, *ALIASES.get(capital, ())))
 
 
 @functools.lru_cache(maxsize=1)
 def countries() -> tuple[Country, ...]:
-    """All countries that are asked about, by name."""
+    """All countries of the data set, sorted by name."""
     kept: dict[str, Country] = {}
     for entry in all_countries():
         name, capital, continent = entry.name(), entry.capital(), entry.region()
@@ -80,14 +80,14 @@ def countries() -> tuple[Country, ...]:
             continue
         if (entry.population() or 0) < MIN_POPULATION:
             continue
-        echoes = set(words(capital).split()) & set(words(name).split())
+        echoes = set(normalise(capital).split()) & set(normalise(name).split())
         if capital and not echoes and name not in OBSOLETE:
-            kept.setdefault(words(capital), Country(name, capital, continent))
+            kept.setdefault(normalise(capital), Country(name, capital, continent))
     return tuple(sorted(kept.values()))
 
 
 def split_of(country: Country) -> Split:
-    """By the name alone: two fifths train, one fifth validation, two fifths test."""
+    """Split by a hash of the name: two fifths train, one fifth validation, two fifths test."""
     share = int(hashlib.sha256(country.name.encode()).hexdigest(), 16) % 5
     return "train" if share < 2 else "validation" if share == 2 else "test"
 
@@ -97,7 +97,7 @@ def of_split(split: Split) -> tuple[Country, ...]:
     return tuple(country for country in countries() if split_of(country) == split)
 
 
-def ask(country: Country, kind: str, template: int) -> dict[str, str]:
+def _question_row(country: Country, kind: str, template: int) -> dict[str, str]:
     """One question as a plain row: kind, question, answer, country, capital, continent."""
     about = {"country": country.name, "capital": country.capital, "continent": country.continent}
     question = TEMPLATES[kind][template].format(**about) + SHORT
@@ -107,14 +107,14 @@ def ask(country: Country, kind: str, template: int) -> dict[str, str]:
 def every_question(split: Split) -> list[dict[str, str]]:
     """Every question on a capital of a split, country by country."""
     return [
-        {"id": f"capitals-{split}-{country.name}-{k}", **ask(country, "capital", k)}
+        {"id": f"capitals-{split}-{country.name}-{k}", **_question_row(country, "capital", k)}
         for country in of_split(split)
         for k in range(len(TEMPLATES["capital"]))
     ]
 
 
 @dataclass(frozen=True)
-class CapitalsWorld(World):
+class CapitalsDataset(SyntheticDataset):
     """Questions of one split, drawn with replacement; example `i` depends on (split, seed, i) alone.
 
     Every template is equally likely, so three questions of five ask for a capital.
@@ -124,7 +124,7 @@ class CapitalsWorld(World):
         rng = random.Random(f"capitals {self.split} {self.seed} {index}")
         country = rng.choice(of_split(self.split))
         kind, template = rng.choice([(k, i) for k, ts in TEMPLATES.items() for i in range(len(ts))])
-        row = ask(country, kind, template)
+        row = _question_row(country, kind, template)
         return Example.ask(
             id=f"capitals-{self.split}-{self.seed}-{index}",
             question=row["question"],

@@ -1,4 +1,4 @@
-"""Chat-format columns: a list of turns, as TRL, verl, ShareGPT and LLaVA keep them.
+"""Reads chat-format columns: lists of turns, as in TRL, verl, ShareGPT and LLaVA.
 
     [{"role": "user", "content": "..."}, {"role": "assistant", "content": [{"type": "text", "text": "..."}]}]
     [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]
@@ -20,9 +20,9 @@ Turn = dict[str, Any]
 
 KEYS = (("role", "content"), ("from", "value"))
 ROLES = {r: r for r in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
-WRITTEN = re.compile(r"\s*\[?\s*\{.*\}\s*\]?\s*", re.DOTALL)
-SAYS_MORE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-"""Keys of a turn that would be lost, and are part of what was said."""
+ENCODED_TURNS = re.compile(r"\s*\[?\s*\{.*\}\s*\]?\s*", re.DOTALL)
+UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Keys of a turn whose content would be lost; rows that have them are refused."""
 
 
 def is_turns(value: Any) -> bool:
@@ -40,21 +40,21 @@ def is_turns(value: Any) -> bool:
 
 
 def refuse_encoded(text: str) -> None:
-    """Raises DataError, without row and column, for turns that were written into a text, as CSV exports do.
+    """Raises DataError, without row and column, for turns serialised into a text, as CSV exports do.
 
-    They would be asked as they stand, marks of JSON included. As JSON has them, or as Python or numpy print them.
+    Matches JSON and the output of Python's and numpy's print, which would become the literal prompt.
     """
-    if WRITTEN.fullmatch(text) and any(
+    if ENCODED_TURNS.fullmatch(text) and any(
         all(re.search(rf"""['"]{key}['"]\s*:""", text) for key in keys) for keys in KEYS
     ):
         raise DataError(
-            "holds a text that is a list of turns, which would be asked as it stands; store the column as a list of "
-            "{role, content} (in JSONL or parquet), or put words before it if that text is meant"
+            "holds a text that is a serialised list of turns, which would become the literal prompt; store the column "
+            "as a list of {role, content} (in JSONL or parquet), or put words before it if that text is meant"
         )
 
 
 def read_turns(value: Any) -> list[Turn]:
-    """Turns as {"role", "content": parts}, which `is_turns`. Raises DataError, without row and column."""
+    """Converts a value that `is_turns` to {"role", "content": parts}. Raises DataError, without row and column."""
     if isinstance(value, Mapping):
         names = [name for name, each in value.items() if isinstance(each, list)]
         if len({len(value[name]) for name in names}) > 1:
@@ -63,25 +63,25 @@ def read_turns(value: Any) -> list[Turn]:
             dict(zip(names, each, strict=True))
             for each in zip(*(value[name] for name in names), strict=True)
         ]
-    return [read_turn(turn, number) for number, turn in enumerate(value, 1)]
+    return [_read_turn(turn, number) for number, turn in enumerate(value, 1)]
 
 
-def read_turn(turn: Mapping[str, Any], number: int) -> Turn:
+def _read_turn(turn: Mapping[str, Any], number: int) -> Turn:
     who, what = KEYS[0] if turn.get("role") is not None else KEYS[1]
     role = ROLES.get(str(turn.get(who)))
     if role is None:
-        raise DataError(f"has turn {number} of {turn.get(who)!r}; we read {', '.join(ROLES)}")
-    for key in SAYS_MORE:
+        raise DataError(f"has turn {number} of {turn.get(who)!r}; roles are {', '.join(ROLES)}")
+    for key in UNSUPPORTED_KEYS:
         if turn.get(key):
             raise DataError(
-                f"has {key!r} in turn {number}, which we do not read; put it into the turn's {what!r}, or remove "
+                f"has {key!r} in turn {number}, which is not supported; put it into the turn's {what!r}, or remove "
                 "the row"
             )
-    return {"role": role, "content": read_parts(turn.get(what), f"turn {number}")}
+    return {"role": role, "content": _read_parts(turn.get(what), f"turn {number}")}
 
 
-def read_parts(content: Any, where: str) -> list[dict[str, str]]:
-    """A turn's text, or its list of parts: {"type": "text", "text": ...} and {"type": "image"}."""
+def _read_parts(content: Any, where: str) -> list[dict[str, str]]:
+    """Converts a turn's text, or its list of parts: {"type": "text", "text": ...} and {"type": "image"}."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, list) or not content:
@@ -99,7 +99,7 @@ def read_parts(content: Any, where: str) -> list[dict[str, str]]:
         elif str(given.get("type")).startswith("image"):
             raise DataError(
                 f'has a picture inside {where}; leave {{"type": "image"}} in its place, and put the pictures '
-                "into a column of their own, which data.image names"
+                "into a separate column, named by data.image"
             )
         else:
             raise DataError(
@@ -109,14 +109,14 @@ def read_parts(content: Any, where: str) -> list[dict[str, str]]:
 
 
 def split_answer(turns: Sequence[Turn]) -> tuple[list[Turn], str | None]:
-    """The prompt, which ends with a user turn, and the assistant turn after it, if any, as text.
+    """Splits turns into the prompt, which ends with a user turn, and the text of an assistant turn after it, if any.
 
     Raises DataError, without row and column, where there is no such prompt.
     """
     answer = None
     if turns and turns[-1]["role"] == "assistant":
         *turns, last = turns
-        answer = text_alone(last)
+        answer = _turn_text(last)
     if not turns or turns[-1]["role"] != "user":
         raise DataError(
             "has no user turn at its end, or before the assistant turn at its end; mend or remove the row"
@@ -126,28 +126,28 @@ def split_answer(turns: Sequence[Turn]) -> tuple[list[Turn], str | None]:
     return list(turns), answer
 
 
-def completion(value: Any) -> str:
-    """The text of a column of one assistant turn (TRL's `completion`). Raises DataError."""
+def completion_text(value: Any) -> str:
+    """The text of a column of one assistant turn (TRL's `completion_text`). Raises DataError."""
     turns = read_turns(value)
     if [turn["role"] for turn in turns] != ["assistant"]:
         raise DataError(
             f"holds {len(turns)} turns; an answer is text, a number or one assistant turn (leave data.answer out "
             "where the answer is the last turn of the column that data.question names)"
         )
-    return text_alone(turns[0])
+    return _turn_text(turns[0])
 
 
-def text_alone(turn: Turn) -> str:
+def _turn_text(turn: Turn) -> str:
     if any(part["type"] != "text" for part in turn["content"]):
         raise DataError("has a picture in its last assistant turn; an answer is text")
     return "\n".join(part["text"] for part in turn["content"])
 
 
-def with_images(turns: Sequence[Turn], images: int, mark: str | None) -> list[Turn]:
-    """The turns with an image part for each of so many images: where user turns mark them, or have parts for them,
-    or else before the first user turn's text.
+def insert_images(turns: Sequence[Turn], images: int, mark: str | None) -> list[Turn]:
+    """Inserts an image part per image: at the marks in user turns, or at existing image parts, or else before the
+    first user turn's text.
 
-    Raises DataError, without the row, where the numbers differ.
+    Raises DataError, without the row, where the counts differ.
     """
     placed = []
     for turn in turns:
@@ -175,8 +175,8 @@ def with_images(turns: Sequence[Turn], images: int, mark: str | None) -> list[Tu
     return placed
 
 
-def with_system(turns: Sequence[Turn], text: str | None) -> list[Turn]:
-    """The turns after a system turn of `text`, if there is one. Raises DataError where they have their own."""
+def prepend_system(turns: Sequence[Turn], text: str | None) -> list[Turn]:
+    """Prepends a system turn of `text`, if given. Raises DataError where the turns already have one."""
     if text is None:
         return list(turns)
     if any(turn["role"] == "system" for turn in turns):

@@ -1,8 +1,8 @@
-"""Emoji drawn by two artists, which of five groups each is of: for recognition across artists and concepts.
+"""Emoji by two artists, classified into five groups: tests generalisation across artists and concepts.
 
-The drawings are Twitter's (Twemoji) and Google's (Noto), fetched by scripts/download_emoji.py into data/emoji, or
-the folder that VLOPD_EMOJI names. Training shows Twitter's drawings of the training concepts only. What is held
-out is the other artist, and concepts, by a hash of their names, `cat` and `cat2` being one, twelve clocks too.
+The drawings are Twitter's (Twemoji) and Google's (Noto), downloaded by scripts/download_emoji.py into data/emoji, or
+the folder in VLOPD_EMOJI. Training uses Twitter's drawings of the training concepts only. Held out are the other
+artist, and concepts, by a hash of their names without numbers (`cat` and `cat2`, and all twelve clocks, are one).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 
 from vlopd.data.images import open_picture
-from vlopd.data.synthetic import Split, World
+from vlopd.data.synthetic import Split, SyntheticDataset
 from vlopd.errors import ConfigError, DataError
 from vlopd.types import Example
 
@@ -33,7 +33,7 @@ GROUPS = {
     "Activities": "activity",
     "Objects": "object",
 }
-"""Unicode's categories of things that we ask about, and the word for each."""
+"""Unicode's categories in the data set, and the answer word for each."""
 
 QUESTION = "Which group is this emoji of: nature, food, travel, activity or object?"
 
@@ -48,11 +48,11 @@ class Emoji(NamedTuple):
 
 
 def folder() -> Path:
-    """Where the drawings are. Raises ConfigError where they were not fetched."""
+    """The folder of the drawings. Raises ConfigError where they were not downloaded."""
     path = Path(os.environ.get(FOLDER, DEFAULT))
     if not (path / "emoji.json").is_file():
         raise ConfigError(
-            f"no emoji.json in {path}: run `python scripts/download_emoji.py`, or name its folder in {FOLDER}"
+            f"no emoji.json in {path}: run `python scripts/download_emoji.py`, or set {FOLDER} to its folder"
         )
     return path
 
@@ -69,24 +69,24 @@ def every_emoji(path: Path) -> tuple[Emoji, ...]:
 
 
 def split_of(emoji: Emoji) -> Split:
-    """By the short name without its number: seven tenths train, one tenth validation, two tenths test."""
+    """Split by a hash of the short name without its number: seven tenths train, one validation, two test."""
     concept = emoji.short_name.rstrip("0123456789")
     share = hashlib.sha256(concept.encode()).digest()[0] % 10
     return "train" if share < 7 else "validation" if share == 7 else "test"
 
 
 def of_split(split: Split) -> tuple[Emoji, ...]:
-    return concepts(folder(), split)
+    return _concepts(folder(), split)
 
 
 @functools.lru_cache(maxsize=12)
-def concepts(path: Path, split: Split) -> tuple[Emoji, ...]:
-    """A split's concepts of the drawings in a folder."""
+def _concepts(path: Path, split: Split) -> tuple[Emoji, ...]:
+    """The concepts of a split, from the drawings in a folder."""
     return tuple(emoji for emoji in every_emoji(path) if split_of(emoji) == split)
 
 
-def drawing(emoji: Emoji, artist: Artist) -> Path:
-    """The file of a drawing, 64 x 64 pixels. Raises DataError where it is not there."""
+def _drawing_path(emoji: Emoji, artist: Artist) -> Path:
+    """The file of a drawing, 64 x 64 pixels. Raises DataError where it is missing."""
     path = folder() / "img" / artist / "64" / emoji.file
     if not path.is_file():
         raise DataError(
@@ -96,16 +96,16 @@ def drawing(emoji: Emoji, artist: Artist) -> Path:
 
 
 def open_drawing(emoji: Emoji, artist: Artist) -> Image.Image:
-    """The drawing on white, RGB."""
-    path = drawing(emoji, artist)
+    """Opens a drawing on white, RGB."""
+    path = _drawing_path(emoji, artist)
     try:
         return open_picture(path.name, path.parent)
     except DataError as error:
         raise DataError(f"emoji {emoji.short_name!r}: {path} {error}") from None
 
 
-def row_of(emoji: Emoji, artist: Artist) -> dict[str, Any]:
-    """A drawing and its question as a plain row; the digest is of the file."""
+def _emoji_row(emoji: Emoji, artist: Artist) -> dict[str, Any]:
+    """A drawing and its question as a plain row; `digest` is the file's."""
     return {
         "id": f"emoji-{artist}-{emoji.short_name}",
         "artist": artist,
@@ -113,13 +113,13 @@ def row_of(emoji: Emoji, artist: Artist) -> dict[str, Any]:
         "answer": emoji.group,
         "choices": list(GROUPS.values()),
         "cluster": emoji.short_name,
-        "digest": hashlib.sha256(drawing(emoji, artist).read_bytes()).hexdigest()[:16],
+        "digest": hashlib.sha256(_drawing_path(emoji, artist).read_bytes()).hexdigest()[:16],
         **emoji._asdict(),
     }
 
 
 def held_out(split: Split) -> list[dict[str, Any]]:
-    """Questions that training never asks, by what is new in them; validation has the trained artist only.
+    """Held-out questions, by what is new in them; validation has the trained artist only.
 
     test: `artist` (Google's drawings of training concepts), `concept` (Twitter's of test concepts), `both`.
     """
@@ -128,15 +128,15 @@ def held_out(split: Split) -> list[dict[str, Any]]:
     if split == "test":
         asked = [("artist", "train", "google"), *asked, ("both", split, "google")]
     return [
-        {"kind": new, **row_of(emoji, artist)}
+        {"kind": new, **_emoji_row(emoji, artist)}
         for new, concepts, artist in asked
         for emoji in of_split(concepts)
     ]
 
 
 @dataclass(frozen=True)
-class EmojiWorld(World):
-    """Twitter's drawings of a split's concepts, drawn with replacement; example `i` depends on (split, seed, i)."""
+class EmojiDataset(SyntheticDataset):
+    """Twitter's drawings of a split's concepts, sampled with replacement; example `i` depends on (split, seed, i)."""
 
     def __getitem__(self, index) -> Example:  # type: ignore[override]
         emoji = random.Random(f"emoji {self.split} {self.seed} {index}").choice(
@@ -147,5 +147,5 @@ class EmojiWorld(World):
             QUESTION,
             (open_drawing(emoji, "twitter"),),
             emoji.group,
-            row_of(emoji, "twitter"),
+            _emoji_row(emoji, "twitter"),
         )

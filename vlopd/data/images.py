@@ -1,4 +1,4 @@
-"""One picture of a data set, decoded whole, upright, as 8-bit RGB; what cannot be is refused, not repaired."""
+"""Decodes one image of a data set completely, upright, as 8-bit RGB; damaged or ambiguous files are refused."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vlopd.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What we read: no format that starts another program (EPS) or holds several pictures by nature (ICO)."""
+"""Supported formats: none that runs another program (EPS) or always holds several images (ICO)."""
 
 MAX_PIXELS = 90_000_000
-"""About 270 MB as RGB, and what Pillow itself takes for a decompression bomb."""
+"""About 270 MB as RGB, and Pillow's own limit for a decompression bomb."""
 
 MAX_ASPECT = 200
 """Longer side over shorter side: Qwen-VL's image processors refuse more."""
@@ -29,24 +29,24 @@ ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (
 """First column and row, and the steps between columns and rows, of the passes of an interlaced PNG."""
 
 
-def peek(value: Any, folder: Path) -> Image.Image:
-    """As `open_picture`, but nothing is decoded: its size is before rotation. Raises DataError as that does."""
+def open_header(value: Any, folder: Path) -> Image.Image:
+    """As `open_picture`, but reads only the header: nothing is decoded, and the size is before EXIF rotation."""
     inside = value.get("bytes") or value.get("path") if isinstance(value, Mapping) else value
     try:
         where = BytesIO(inside) if isinstance(inside, bytes) else folder / str(inside)
         return Image.open(where, formats=FORMATS)
-    except Exception:  # the reason, in our words
+    except Exception:  # for its error message
         return open_picture(value, folder)
 
 
 def open_picture(value: Any, folder: Path) -> Image.Image:
-    """A file name (relative to `folder`), bytes, or `datasets`' {"bytes", "path"} -> RGB picture.
+    """A file name (relative to `folder`), bytes, or `datasets`' {"bytes", "path"} -> RGB image.
 
-    EXIF rotation is applied; what is transparent becomes white; CMYK is converted without colour management;
-    16-bit grey is scaled to 8. The file is read to its end here, so a broken one fails here. One fault cannot
-    be seen: a JPEG that was cut short and closed with a proper end mark; its rest is grey.
+    EXIF rotation is applied; transparency becomes white; CMYK is converted without colour management;
+    16-bit grey is scaled to 8. The file is read to its end, so a damaged one fails here. Not detected: a JPEG that
+    was truncated and closed with a valid end marker (the rest is grey).
 
-    Raises DataError, with reason and remedy but without the row, which the caller adds.
+    Raises DataError with reason and remedy; the caller adds the row.
     """
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
@@ -55,18 +55,18 @@ def open_picture(value: Any, folder: Path) -> Image.Image:
     if not isinstance(value, (str, bytes)):
         raise DataError("is neither a file name nor bytes; name a file, or remove it")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS applies
         try:
-            with open_file(value, folder) if isinstance(value, str) else BytesIO(value) as stream:
-                return decode(stream)
+            with _open_file(value, folder) if isinstance(value, str) else BytesIO(value) as stream:
+                return _decode(stream)
         except DataError:
             raise
         except UnidentifiedImageError:
             raise DataError(
-                f"is no picture of a kind we read ({', '.join(FORMATS)}); convert it or remove the row"
+                f"is not an image of a supported format ({', '.join(FORMATS)}); convert it or remove the row"
             ) from None
         except Image.DecompressionBombError as error:
-            raise DataError(f"{error}; {MAX_PIXELS} is our limit; make it smaller") from None
+            raise DataError(f"{error}; the limit is {MAX_PIXELS}; make it smaller") from None
         except (
             Exception
         ) as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error ...
@@ -75,12 +75,12 @@ def open_picture(value: Any, folder: Path) -> Image.Image:
             ) from None
 
 
-def open_file(name: str, folder: Path) -> BinaryIO:
-    """Raises DataError for an address, and for what is not a file with something in it."""
+def _open_file(name: str, folder: Path) -> BinaryIO:
+    """Opens an image file. Raises DataError for a URL and for a missing or empty file."""
     if "://" in name or name.startswith("data:"):
-        raise DataError("is an address; download the picture and give its file name")
+        raise DataError("is a URL; download the picture and give its file name")
     path = folder / name
-    if not path.is_file():  # this also keeps pipes and devices from being read for ever
+    if not path.is_file():  # also excludes pipes and devices, which may never end
         reason = "is not a file" if path.exists() else "does not exist"
         raise DataError(f"{reason} in {folder}; file names are relative to the data file's folder")
     if path.stat().st_size == 0:
@@ -88,8 +88,8 @@ def open_file(name: str, folder: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def decode(stream: BinaryIO) -> Image.Image:
-    """Reads, checks and converts one picture. Raises DataError, and whatever Pillow's decoders raise."""
+def _decode(stream: BinaryIO) -> Image.Image:
+    """Reads, checks and converts one image. Raises DataError, and whatever Pillow's decoders raise."""
     image = Image.open(stream, formats=FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -100,17 +100,17 @@ def decode(stream: BinaryIO) -> Image.Image:
         raise DataError(
             f"is {width} x {height}, longer than {MAX_ASPECT} : 1, which image processors refuse; crop it"
         )
-    refuse_frames(image)
+    _refuse_frames(image)
     image.load()
     if image.format == "PNG":
-        refuse_short_png(image, stream)
-    return as_rgb(ImageOps.exif_transpose(image))
+        _refuse_short_png(image, stream)
+    return _as_rgb(ImageOps.exif_transpose(image))
 
 
-def refuse_frames(image: Image.Image) -> None:
-    """Refuses animations and files of several pages: which frame is meant, only the user knows.
+def _refuse_frames(image: Image.Image) -> None:
+    """Raises DataError for animations and files of several pages, where the intended frame is ambiguous.
 
-    A camera's JPEG with a second, auxiliary picture (MPO) is its first one.
+    Of a camera's JPEG with an auxiliary second image (MPO), the first is used.
     """
     if image.format == "MPO":
         return
@@ -123,8 +123,8 @@ def refuse_frames(image: Image.Image) -> None:
     raise DataError(f"has {frames} frames or pages; save the one that you mean, or all as a list")
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB from any mode whose scale is known; transparency over white."""
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Converts any mode of known scale to 8-bit RGB; transparency over white."""
     if image.mode in ("I", "F"):
         raise DataError(f"has 32-bit pixels (mode {image.mode}) of unknown scale; save it as 8-bit")
     if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
@@ -136,12 +136,12 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def refuse_short_png(image: Image.Image, stream: BinaryIO) -> None:
-    """Refuses a loaded PNG whose pixel data end before its header says; Pillow leaves the rest black.
+def _refuse_short_png(image: Image.Image, stream: BinaryIO) -> None:
+    """Raises DataError for a loaded PNG with fewer pixel data than its header requires; Pillow leaves the rest black.
 
-    The size of the data follows from the header (PNG specification, sections 7 to 9).
+    The required size follows from the header (PNG specification, sections 7 to 9).
     """
-    # the data are counted where they may be short only, for it takes as long as decoding: they end with
+    # counting takes as long as decoding, so it is done only where the end may be missing: the data end with
     # the last row or, interlaced, with the last odd row (counted from 0), which a single row does not have
     bottom = image.crop((0, max(image.height - 2, 0), *image.size))
     ends = [bottom.crop((0, y, image.width, y + 1)) for y in range(bottom.height)]
@@ -159,7 +159,7 @@ def refuse_short_png(image: Image.Image, stream: BinaryIO) -> None:
     found, inflate = 0, zlib.decompressobj()
     while found < wanted and len(head := stream.read(8)) == 8:
         body = stream.read(int.from_bytes(head[:4]))
-        stream.read(4)  # the checksum, which Pillow has looked at
+        stream.read(4)  # the checksum, which Pillow has verified
         if head[4:] == b"IDAT":
             found += len(inflate.decompress(body, wanted - found))
     if found < wanted:

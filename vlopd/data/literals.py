@@ -1,7 +1,7 @@
-"""Values as their file wrote them: `3.10` stays 3.10, `007` stays 007, and `NA` is a word.
+"""Reads JSON and CSV values verbatim: `3.10` stays 3.10, `007` stays 007, and `NA` is a word.
 
-Readers of tables guess a type for a column: whole numbers beside one decimal become floats, dates become
-timestamps, `NA` becomes nothing. A guess changes what a right answer is, so text formats are read here without.
+Table readers infer a type per column: integers beside one decimal become floats, dates become timestamps, `NA`
+becomes null. Type inference changes the correct answer, so text formats are read here without it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vlopd.errors import DataError
 
 
 class Number(float):
-    """A number that prints with the digits of its file."""
+    """A float that prints with the digits of its file."""
 
     text: str
 
@@ -35,13 +35,13 @@ class Number(float):
     __str__ = __repr__
 
 
-def integer(text: str) -> int | Number:
-    """A whole number; what Python's `int` would not print again (`-0`, thousands of digits) keeps its text."""
+def _parse_integer(text: str) -> int | Number:
+    """Parses an integer; one that `int` would not print unchanged (`-0`, thousands of digits) keeps its text."""
     return int(text) if len(text) < 1000 and text != "-0" else Number(text)
 
 
-def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError where a name comes twice: which of the two is meant, nobody knows."""
+def _parse_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Parses a JSON object. Raises ValueError for a duplicate name."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -51,12 +51,15 @@ def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 DECODER = json.JSONDecoder(
-    parse_float=Number, parse_int=integer, parse_constant=Number, object_pairs_hook=table
+    parse_float=Number,
+    parse_int=_parse_integer,
+    parse_constant=Number,
+    object_pairs_hook=_parse_object,
 )
 
 
 def read_json(text: str) -> Any:
-    """A JSON value whose numbers keep their digits; text that was not UTF-8 may hold surrogate escapes.
+    """Parses a JSON value whose numbers keep their digits; text that was not UTF-8 may hold surrogate escapes.
 
     Raises ValueError.
     """
@@ -67,7 +70,7 @@ def read_json(text: str) -> Any:
 
 
 def read_json_at(text: str, place: int) -> tuple[Any, int]:
-    """The JSON value that begins at a place in a text, and where it ends. Raises ValueError."""
+    """Parses the JSON value at a position in a text; returns it with its end. Raises ValueError."""
     try:
         return DECODER.raw_decode(text, place)
     except RecursionError:
@@ -75,9 +78,9 @@ def read_json_at(text: str, place: int) -> tuple[Any, int]:
 
 
 def read_records(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """The records of a CSV (RFC 4180), blank lines left out, each with the number of its last line.
+    """Reads the records of a CSV (RFC 4180) without blank lines, each with the number of its last line.
 
-    `lines` keep their line ends, for a quoted cell may run over several. Raises ValueError with the line.
+    `lines` keep their line ends, since a quoted cell may span several. Raises ValueError with the line.
     """
     csv.field_size_limit(2**31 - 1)  # a cell may hold a long document
     reader = csv.reader(lines, strict=True)
@@ -92,19 +95,19 @@ def read_records(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
         ) from None
 
 
-def as_text(content: bytes) -> str:
-    """Bytes that are not UTF-8 become surrogate escapes, which `check_characters` finds in the rows that have them."""
+def decode_utf8(content: bytes) -> str:
+    """Decodes UTF-8; invalid bytes become surrogate escapes, which `check_characters` reports by row."""
     return content.decode("utf-8", "surrogateescape")
 
 
 # -------------------------------------------------------------------------------------------- values
 
 
-def in_words(value: Any, column: str = "COLUMN") -> str | None:
-    """A cell as text, None where it is empty: answers, ids, names of teachers.
+def cell_text(value: Any, column: str = "COLUMN") -> str | None:
+    """A cell as text, None where it is empty: for answers, ids, names of teachers.
 
-    A number keeps its digits, JSON's true and false are those words, a date is 2024-01-31. Raises DataError,
-    without row and column, for what has no one way to be written.
+    Numbers keep their digits, JSON's true and false are those words, a date is 2024-01-31. Raises DataError,
+    without row and column, for a value without a unique text form.
     """
     match value:
         case None | str():
@@ -112,9 +115,9 @@ def in_words(value: Any, column: str = "COLUMN") -> str | None:
         case bool():
             return "true" if value else "false"
         case float() if value != value or repr(value) in ("inf", "-inf", "Infinity", "-Infinity"):
-            refuse(
+            _refuse(
                 f"the number {value}",
-                "which may stand for no value: write null, or the word in quotes",
+                "which may mean a missing value: write null, or the word in quotes",
             )
         case int() | float():
             return str(value)
@@ -124,25 +127,25 @@ def in_words(value: Any, column: str = "COLUMN") -> str | None:
             return value.isoformat()
         case Mapping():
             parts = sorted(map(str, value)) or ["PART"]
-            refuse(
+            _refuse(
                 f"a table of {', '.join(parts)}",
-                f"name the part that is meant, as in {column}.{parts[0]}",
+                f"name one of its fields, as in {column}.{parts[0]}",
             )
-    refuse(f"a {type(value).__name__}", "text or a number is wanted; store it as text")
+    _refuse(f"a {type(value).__name__}", "expected text or a number; store it as text")
 
 
-def refuse(what: str, remedy: str) -> NoReturn:
+def _refuse(what: str, remedy: str) -> NoReturn:
     raise DataError(f"holds {what}; {remedy}")
 
 
-def field_at(fields: Mapping[str, Any], name: str) -> Any:
-    """A field by its name or, where no field has it, by dotted names into nested ones.
+def nested_field(fields: Mapping[str, Any], name: str) -> Any:
+    """A field by name or, if no field has that name, by dotted names of nested fields.
 
     >>> field_at({"reward_model": {"ground_truth": "4"}}, "reward_model.ground_truth")
     "4"
 
-    None where a table on the way is empty. Raises KeyError where nothing has the name, and DataError where a
-    value on the way is no table.
+    None where an enclosing table is null. Raises KeyError for an unknown name, and DataError where an enclosing
+    value is not a table.
     """
     if name in fields:
         return fields[name]
@@ -152,25 +155,25 @@ def field_at(fields: Mapping[str, Any], name: str) -> Any:
                 case None:
                     return None
                 case Mapping() as nested:
-                    return field_at(nested, name[place + 1 :])
+                    return nested_field(nested, name[place + 1 :])
                 case other:
                     kind = type(other).__name__
                     raise DataError(f"is not in this row: {name[:place]!r} holds a {kind}")
     raise KeyError(name)
 
 
-def value_at(fields: Mapping[str, Any], name: str) -> Any:
-    """As `field_at`; None where nothing has the name."""
+def nested_value(fields: Mapping[str, Any], name: str) -> Any:
+    """As `nested_field`; None for an unknown name."""
     try:
-        return field_at(fields, name)
+        return nested_field(fields, name)
     except KeyError:
         return None
 
 
 def check_characters(value: Any) -> None:
-    """Raises DataError, without the row, for text with what is no character.
+    """Raises DataError, without the row, for text with invalid characters.
 
-    That is a byte that is not UTF-8, read as a surrogate escape, or half of a surrogate pair.
+    These are bytes that are not UTF-8, read as surrogate escapes, and halves of surrogate pairs.
     """
     match value:
         case str():

@@ -12,12 +12,12 @@ from vlopd import seeding
 from vlopd.config.data import CapitalsData, EmojiData, FileData, ReasoningData, ShapesData
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.models import ImageContext
-from vlopd.data.capitals import CapitalsWorld
+from vlopd.data.capitals import CapitalsDataset
 from vlopd.data.dataset import FileDataset
-from vlopd.data.emoji import EmojiWorld
+from vlopd.data.emoji import EmojiDataset
 from vlopd.data.emoji import folder as emoji_folder
-from vlopd.data.reasoning import ReasoningWorld
-from vlopd.data.shapes import ShapesWorld
+from vlopd.data.reasoning import ReasoningDataset
+from vlopd.data.shapes import ShapesDataset
 from vlopd.types import Example
 
 Item = TypeVar("Item")
@@ -30,13 +30,13 @@ def open_data(config: ExperimentConfig, size: int, seed: int) -> Sequence[Exampl
     """
     match data := config.data:
         case ShapesData():
-            return ShapesWorld(data.split, size, seed, data.modality)
+            return ShapesDataset(data.split, size, seed, data.modality)
         case CapitalsData():
-            return CapitalsWorld(data.split, size, seed)
+            return CapitalsDataset(data.split, size, seed)
         case ReasoningData():
-            return ReasoningWorld(data.split, size, seed, data.subjects)
+            return ReasoningDataset(data.split, size, seed, data.subjects)
         case EmojiData():
-            return EmojiWorld(data.split, size, seed)
+            return EmojiDataset(data.split, size, seed)
         case FileData():
             return FileDataset(data, teachers_pictures(config))
 

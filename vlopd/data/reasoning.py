@@ -1,9 +1,8 @@
 """Arithmetic, sorting and spelling from the package reasoning-gym (the extra `reasoning`).
 
-Its generators give endless questions, few of them different: another seed asks many of the same again (of 20,000
-sums, 12,370 differ). So the split is decided by the question's text, whatever the seed: a question of the test
-split is never asked in training. Answers are checked by our own rules (evals/tasks/reasoning.py), not by
-the package's, which give partial credit and evaluate text.
+Its generators produce unlimited questions with many duplicates, also across seeds (of 20,000 sums, 12,370 differ). So
+the split is decided by the question's text, whatever the seed: a test question never occurs in training. Answers are
+scored by evals/tasks/reasoning.py, not by the package's rules, which give partial credit and evaluate text.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from vlopd.data.synthetic import Split, World
+from vlopd.data.synthetic import Split, SyntheticDataset
 from vlopd.errors import ConfigError
 from vlopd.types import Example
 
@@ -27,11 +26,11 @@ GENERATORS: Mapping[Subject, tuple[str, Mapping[str, Any]]] = {
     "sorting": ("word_sorting", {"min_words": 3, "max_words": 5, "transformation": "lowercase"}),
     "spelling": ("spell_backward", {"min_word_len": 3, "max_word_len": 6}),
 }
-"""The package's name of each subject's data set, and its settings."""
+"""The package's data set of each subject, and its settings."""
 
 SHORT = "\nReply with the answer alone."
 STREAM = 2**31 - 1
-"""Questions of a generator that are drawn from, by number."""
+"""Questions per generator, by index."""
 
 
 @functools.lru_cache(maxsize=len(SUBJECTS))
@@ -52,13 +51,13 @@ def generator(subject: Subject) -> Sequence[Mapping[str, Any]]:
 
 
 def split_of(question: str) -> Split:
-    """By the question's text alone: eight tenths train, one tenth validation, one tenth test."""
+    """Split by a hash of the question's text: eight tenths train, one tenth validation, one tenth test."""
     share = hashlib.sha256(question.encode()).digest()[0] % 10
     return "test" if share == 0 else "validation" if share == 1 else "train"
 
 
-def draw(subject: Subject, split: Split, rng: random.Random) -> dict[str, str]:
-    """A question of a split as a plain row: kind, question, answer."""
+def _draw_question(subject: Subject, split: Split, rng: random.Random) -> dict[str, str]:
+    """Draws a question of a split as a plain row: kind, question, answer."""
     source = generator(subject)
     while True:
         entry = source[rng.randrange(STREAM)]
@@ -68,28 +67,28 @@ def draw(subject: Subject, split: Split, rng: random.Random) -> dict[str, str]:
 
 
 def unique_questions(subject: Subject, split: Split, size: int, seed: int) -> list[dict[str, str]]:
-    """`size` different questions of a split, in an order of the seed's.
+    """`size` distinct questions of a split, in an order that depends on the seed.
 
-    Raises ConfigError where a hundred draws in a row bring no new one: there are too few.
+    Raises ConfigError where a hundred draws in a row give no new one.
     """
     rng = random.Random(f"unique {subject} {split} {seed}")
     rows: dict[str, dict[str, str]] = {}
     idle = 0
     while len(rows) < size:
-        row = draw(subject, split, rng)
+        row = _draw_question(subject, split, rng)
         idle = idle + 1 if row["question"] in rows else 0
         if idle == 100:
             raise ConfigError(
-                f"{subject} has too few different questions in split {split!r}: {len(rows)} found, "
-                f"{size} asked for"
+                f"{subject} has too few distinct questions in split {split!r}: {len(rows)} found, "
+                f"{size} requested; lower the size"
             )
         rows.setdefault(row["question"], row)
     return [{"id": f"{subject}-{split}-{seed}-{k}", **row} for k, row in enumerate(rows.values())]
 
 
 @dataclass(frozen=True)
-class ReasoningWorld(World):
-    """Questions of one split, drawn with replacement, subjects at equal rates.
+class ReasoningDataset(SyntheticDataset):
+    """Questions of one split, sampled with replacement, subjects at equal rates.
 
     Example `i` depends on (split, seed, subjects, i) and the package's version alone.
     """
@@ -98,6 +97,6 @@ class ReasoningWorld(World):
 
     def __getitem__(self, index) -> Example:  # type: ignore[override]
         rng = random.Random(f"reasoning {self.split} {self.seed} {index}")
-        row = draw(rng.choice(self.subjects), self.split, rng)
+        row = _draw_question(rng.choice(self.subjects), self.split, rng)
         name = f"{row['kind']}-{self.split}-{self.seed}-{index}"
         return Example.ask(name, row["question"], answer=row["answer"], fields=row)

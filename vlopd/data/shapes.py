@@ -1,12 +1,12 @@
-"""The built-in visual world: coloured shapes on a 3 x 3 grid, and questions about them.
+"""The built-in visual data set: coloured shapes on a 3 x 3 grid, and questions about them.
 
-A scene is a mapping from cell to (colour, shape). Everything is drawn from seeds: scenes, pictures
-and questions, so training data are unlimited and example `i` of a split is always the same one.
+A scene is a mapping from cell to (colour, shape). Scenes, images and questions are generated from seeds,
+so training data are unlimited and example `i` of a split is always the same.
 Answers state their evidence and then the verdict (`top-left center : 2`), so that a completion has
-several tokens, an early mistake changes what follows, and being on-policy matters.
+several tokens, an early mistake changes the rest, and being on-policy matters.
 
-What it does not do: natural language (the vocabulary is 60 words, split at white space) and clutter
-(every shape sits in its cell). Both keep the world learnable by a 0.7 M-parameter student in minutes.
+Limits: no natural language (a vocabulary of 60 words, split at white space) and no clutter
+(every shape lies within its cell). Both let a 0.7 M-parameter student learn it in minutes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 
 from PIL import Image, ImageDraw
 
-from vlopd.data.synthetic import Split, World
+from vlopd.data.synthetic import Split, SyntheticDataset
 from vlopd.types import Example
 
 Scene = Mapping[int, tuple[str, str]]
@@ -52,7 +52,7 @@ class Question(NamedTuple):
 
 
 def draw_scene(rng: random.Random, split: Split | None = None) -> Scene:
-    """A random scene of 2 to 5 objects, of the given split."""
+    """Draws a scene of 2 to 5 objects, of the given split."""
     while True:
         cells = sorted(rng.sample(range(9), rng.randint(2, 5)))
         scene = {cell: (rng.choice(list(COLOURS)), rng.choice(SHAPES)) for cell in cells}
@@ -61,7 +61,7 @@ def draw_scene(rng: random.Random, split: Split | None = None) -> Scene:
 
 
 def split_of(scene: Scene) -> Split:
-    """Splits are decided by the scene's content: a test scene is never seen in training, whatever the seed."""
+    """Split by a hash of the scene: a test scene never occurs in training, whatever the seed."""
     digest = hashlib.sha256(scene_to_json(scene).encode()).digest()
     return "test" if digest[0] % 10 == 0 else "validation" if digest[0] % 10 == 1 else "train"
 
@@ -76,13 +76,13 @@ def scene_from_json(text: str) -> Scene:
     }
 
 
-def scene_in_words(scene: Scene, place_first: bool = True) -> str:
+def scene_caption(scene: Scene, place_first: bool = True) -> str:
     """The scene as text, for the text-only pair: `top-left red circle , center blue cross ;`.
 
-    Without `place_first` it is `red circle top-left , blue cross center ;`, another way of telling.
+    Without `place_first`: `red circle top-left , blue cross center ;`.
     """
-    told = [(CELLS[cell], at_cell(scene, cell)) for cell in sorted(scene)]
-    return " , ".join(" ".join(words if place_first else words[::-1]) for words in told) + " ;"
+    phrases = [(CELLS[cell], at_cell(scene, cell)) for cell in sorted(scene)]
+    return " , ".join(" ".join(words if place_first else words[::-1]) for words in phrases) + " ;"
 
 
 def render(
@@ -115,7 +115,7 @@ def render(
 
 
 def draw_question(scene: Scene, rng: random.Random, kind: str | None = None) -> Question:
-    """A random question about the scene; `kind` is one of KINDS, or any of them at equal rates."""
+    """Draws a question about the scene; `kind` is one of KINDS, or uniform over them."""
     kind = kind or rng.choice(KINDS)
     if kind == "relation" and len(unique_objects(scene)) < 2:
         kind = "attribute"  # a relation needs two objects that can be named without ambiguity
@@ -233,12 +233,12 @@ def vocabulary() -> list[str]:
 
 
 @dataclass(frozen=True)
-class ShapesWorld(World):
-    """Examples of one split, by index; `len` is `size`, but any index of an unbounded stream may be asked for.
+class ShapesDataset(SyntheticDataset):
+    """Examples of one split, by index; `len` is `size`, but any index is valid.
 
-    Example `i` depends on (split, seed, i) alone, so a resumed run sees what an uninterrupted one would.
-    One question a scene, so test questions are independent and need no clustered errors. An example with a
-    picture has the scene in words, as the text modality says it, in its field `caption`.
+    Example `i` depends on (split, seed, i) alone, so a resumed run gets the same data as an uninterrupted one.
+    One question per scene, so test questions are independent and need no clustered errors. An example with an
+    image has the text modality's scene description in its field `caption`.
     """
 
     modality: Modality = "image"
@@ -260,11 +260,11 @@ class ShapesWorld(World):
     def __getitem__(self, index) -> Example:  # type: ignore[override]
         row = self.row(index)
         scene = scene_from_json(str(row["scene"]))
-        told, question, answer = scene_in_words(scene), str(row["question"]), str(row["answer"])
+        caption, question, answer = scene_caption(scene), str(row["question"]), str(row["answer"])
         if self.modality == "text":
-            return Example.ask(str(row["id"]), f"{told} {question}", (), answer, row)
+            return Example.ask(str(row["id"]), f"{caption} {question}", (), answer, row)
         images = [render(scene, int(row["jitter"]))]
-        return Example.ask(str(row["id"]), question, images, answer, {**row, "caption": told})
+        return Example.ask(str(row["id"]), question, images, answer, {**row, "caption": caption})
 
 
 Counts = Mapping[str, Counter[str]]
@@ -278,7 +278,7 @@ def training_answers(n: int = 20_000, seed: int = 0) -> tuple[Counts, Counts]:
     """
     by_text: defaultdict[str, Counter[str]] = defaultdict(Counter)
     by_kind: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    world = ShapesWorld("train", n, seed)
+    world = ShapesDataset("train", n, seed)
     for row in map(world.row, range(n)):
         by_text[str(row["question"])][str(row["answer"])] += 1
         by_kind[str(row["kind"])][str(row["answer"])] += 1

@@ -1,12 +1,12 @@
-"""Multiple choice in the built-in visual world: every wrong choice is the right answer about a scene nearby.
+"""Multiple choice in the built-in visual data set: every wrong choice is the right answer for a nearby scene.
 
-A random walk through scenes, one object recoloured, reshaped or moved at a time, stops at four that have
+A random walk through scenes, one object recoloured, reshaped or moved at a time, stops at four with
 different answers to the question; the true scene is the first, second, third or fourth of them with equal
-probability. So every choice has the form of an answer, and what scenes are usually like, or how the choices
-resemble each other, tells a guesser who does not look next to nothing (0.27 right, docs/tasks.md).
+probability. So all choices have the form of an answer, and neither the prior over scenes nor the similarity of the
+choices helps a model that ignores the image (accuracy 0.27, docs/tasks.md).
 
-Scenes are those of `ShapesWorld`, so what is held out is a combination: training shows every object in every
-cell, but never the set of objects of a test scene, whatever the seed (`shapes.split_of`), in no question.
+Scenes are those of `ShapesDataset`, so the held-out part is the combination: training has every object in every
+cell, but never the object set of a test scene, whatever the seed (`shapes.split_of`) and question.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vlopd.data.shapes import (
     COLOURS,
     SHAPES,
     Scene,
-    ShapesWorld,
+    ShapesDataset,
     Split,
     answer,
     at_cell,
@@ -30,11 +30,11 @@ from vlopd.data.shapes import (
 CHOICES = 4
 
 
-def step(scene: Scene, rng: random.Random) -> Scene:
-    """The scene with one object recoloured, reshaped or moved.
+def _neighbour(scene: Scene, rng: random.Random) -> Scene:
+    """Draws a neighbouring scene: one object recoloured, reshaped or moved.
 
-    A scene of n objects has as many such neighbours as any other, and is a neighbour of each of them: a walk
-    of such steps keeps the distribution of scenes, and its two ends look alike.
+    All scenes of n objects have equally many neighbours, and the relation is symmetric, so a random walk keeps the
+    distribution of scenes and is reversible.
     """
     cell = rng.choice(sorted(scene))
     colour, shape = scene[cell]
@@ -45,34 +45,34 @@ def step(scene: Scene, rng: random.Random) -> Scene:
     return {**{c: obj for c, obj in scene.items() if c != cell}, place: (colour, shape)}
 
 
-def draw_choices(scene: Scene, question: str, rng: random.Random) -> list[str]:
-    """The answers about four scenes of a walk through this one, in random order."""
+def _draw_choices(scene: Scene, question: str, rng: random.Random) -> list[str]:
+    """The answers for four scenes of a random walk through this one, in random order."""
     true = answer(scene, question)
     assert true is not None
     choices = [true]
-    before = rng.randrange(CHOICES)  # the others that stand before the true scene in the walk
+    before = rng.randrange(CHOICES)  # wrong choices before the true scene in the walk
     for length in (before, CHOICES - 1 - before):
         here = scene
         while length:
-            here = step(here, rng)
-            said = answer(here, question)
-            if said is not None and said not in choices:
-                choices.append(said)
+            here = _neighbour(here, rng)
+            other = answer(here, question)
+            if other is not None and other not in choices:
+                choices.append(other)
                 length -= 1
     rng.shuffle(choices)
     return choices
 
 
-def choice_row(world: ShapesWorld, index: int) -> dict[str, Any]:
-    """Question `index` of the world as it is, with its choices."""
+def _choice_row(world: ShapesDataset, index: int) -> dict[str, Any]:
+    """Question `index` of the data set, with choices."""
     row = world.row(index)
     rng = random.Random(f"choices {row['id']}")
     scene = scene_from_json(str(row["scene"]))
-    return {**row, "choices": draw_choices(scene, str(row["question"]), rng)}
+    return {**row, "choices": _draw_choices(scene, str(row["question"]), rng)}
 
 
-def colour_row(world: ShapesWorld, index: int) -> dict[str, Any]:
-    """The colour of one object of scene `index`: its place is named, its shape is the same in all four choices."""
+def _colour_row(world: ShapesDataset, index: int) -> dict[str, Any]:
+    """A question for the colour of one object of scene `index`, by its cell; all four choices have its shape."""
     row = world.row(index)
     rng = random.Random(f"colour {row['id']}")
     scene = scene_from_json(str(row["scene"]))
@@ -88,15 +88,15 @@ def colour_row(world: ShapesWorld, index: int) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=8)  # every arm is asked the same
+@lru_cache(maxsize=8)  # the same for every arm
 def choice_rows(size: int, seed: int, split: Split) -> tuple[dict[str, Any], ...]:
-    """The first `size` questions of a split, those of `ShapesWorld` of that seed, with choices."""
-    world = ShapesWorld(split, size, seed)
-    return tuple(choice_row(world, i) for i in range(size))
+    """The first `size` questions of a split, those of `ShapesDataset` of that seed, with choices."""
+    world = ShapesDataset(split, size, seed)
+    return tuple(_choice_row(world, i) for i in range(size))
 
 
 @lru_cache(maxsize=8)
 def colour_rows(size: int, seed: int, split: Split) -> tuple[dict[str, Any], ...]:
     """The colour question of each scene of those questions."""
-    world = ShapesWorld(split, size, seed)
-    return tuple(colour_row(world, i) for i in range(size))
+    world = ShapesDataset(split, size, seed)
+    return tuple(_colour_row(world, i) for i in range(size))

@@ -1,4 +1,4 @@
-"""What the worlds that draw their examples have in common: an endless stream of a split, of which `size` are taken."""
+"""Base class of the generated data sets: an unlimited stream of examples of a split, cut at `size`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
-class World(Sequence[Example]):
-    """`len` is `size`, but any index may be asked for; example `i` depends on (split, seed, i), not on `size`."""
+class SyntheticDataset(Sequence[Example]):
+    """`len` is `size`, but any index is valid; example `i` depends on (split, seed, i), not on `size`."""
 
     split: Split
     size: int

@@ -1,4 +1,4 @@
-"""Rows of any JSONL, JSON, CSV or parquet file, saved data set, folder, or hub data set, as their file has them."""
+"""Opens any JSONL, JSON, CSV or parquet file, saved data set, folder or hub data set as a table of verbatim rows."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ class Table(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Row:
-        """Text that is not UTF-8 comes with surrogate escapes."""
+        """A row; text that is not UTF-8 has surrogate escapes."""
 
     def has(self, column: str) -> bool:
-        """Whether there is such a column, or a nested one under dotted names."""
+        """Whether the column exists, possibly nested under dotted names."""
 
     def values(self, column: str) -> Iterator[Any]:
-        """One column, which it `has`; None where a row lacks it."""
+        """The values of an existing column; None where a row lacks it."""
 
-    def check_words(self, column: str) -> None:
-        """Raises DataError, without the column, where its values have lost how they were written."""
+    def check_verbatim(self, column: str) -> None:
+        """Raises DataError, without the column, where the values' original text is lost."""
 
     def files(self) -> list[Path]: ...
 
     def named_pictures(self, column: str) -> Iterator[str]:
-        """The file names in a column of pictures; stored pictures have none. Nothing is decoded."""
+        """The file names in a column of images, without decoding; embedded images have none."""
 
 
-class Joined:
-    """Rows of several tables, one range of each after the other; a column that one lacks is None there."""
+class ConcatenatedTable:
+    """Concatenated row ranges of several tables; a column that a table lacks is None in its rows."""
 
     def __init__(self, parts: Sequence[tuple[Table, range]]):
         self.parts = [(table, rows) for table, rows in parts if len(rows)]
@@ -79,10 +79,10 @@ class Joined:
             values = table.values(column) if table.has(column) else repeat(None, len(table))
             yield from islice(values, rows.start, rows.stop)
 
-    def check_words(self, column: str) -> None:
+    def check_verbatim(self, column: str) -> None:
         for table, _ in self.parts:
             if table.has(column):
-                table.check_words(column)
+                table.check_verbatim(column)
 
     def files(self) -> list[Path]:
         return [path for table, _ in self.parts for path in table.files()]
@@ -102,15 +102,15 @@ OPENERS: Mapping[str, Callable[[Path], Table]] = {
 
 
 def open_table(config: FileData) -> Table:
-    """The rows that `path`, `subset` and `split` name. Raises ConfigError with the reason and the remedy."""
+    """Opens the rows of `path`, `subset` and `split`. Raises ConfigError with the reason and the remedy."""
     path = Path(config.path)
     loudness = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what we are about to say
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised below instead
     try:
         if path.is_dir():
-            return open_folder(path, config)
+            return _open_folder(path, config)
         if path.exists() or path.suffix.lower() in (*OPENERS, *PACKED):
-            return of_split({"train": lambda: open_file(path)}, config)
+            return _select_split({"train": lambda: _open_file(path)}, config)
         rows = load_dataset(config.path, config.subset, split=config.split)
         return ArrowTable(rows, [Path(file["filename"]) for file in rows.cache_files])
     except ConfigError:
@@ -123,11 +123,11 @@ def open_table(config: FileData) -> Table:
         datasets.logging.set_verbosity(loudness)
 
 
-def open_file(path: Path) -> Table:
-    """Raises ConfigError, and what the readers raise."""
+def _open_file(path: Path) -> Table:
+    """Opens one data file. Raises ConfigError, and what the readers raise."""
     suffix = path.suffix.lower()
     if suffix not in OPENERS:
-        known = f"we read {', '.join(OPENERS)}, a folder, or a hub data set"
+        known = f"supported are {', '.join(OPENERS)}, a folder, or a hub data set"
         remedy = f"unpack it ({known})" if suffix in PACKED else known
         raise ConfigError(f"data.path {str(path)!r} ends in {path.suffix!r}; {remedy}")
     if not path.is_file():
@@ -138,47 +138,49 @@ def open_file(path: Path) -> Table:
 
 
 def open_files(paths: Sequence[Path]) -> Table:
-    """Raises ConfigError, and ValueError with the file at fault."""
+    """Opens several data files as one table. Raises ConfigError, and ValueError with the file at fault."""
     tables = []
     for path in paths:
         try:
-            tables.append(open_file(path))
+            tables.append(_open_file(path))
         except ConfigError:
             raise
-        except Exception as error:  # pyarrow raises what it likes
+        except Exception as error:  # pyarrow raises arbitrary exceptions
             raise ValueError(f"{path.name}: {error}") from None
-    return Joined([(table, range(len(table))) for table in tables])
+    return ConcatenatedTable([(table, range(len(table))) for table in tables])
 
 
-def open_folder(path: Path, config: FileData) -> Table:
-    """A folder of `save_to_disk`, or one laid out as on the hub, whose splits `datasets` finds."""
+def _open_folder(path: Path, config: FileData) -> Table:
+    """Opens a folder of `save_to_disk`, or one laid out as on the hub, whose splits `datasets` finds."""
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         try:
             saved = load_from_disk(str(path))
-        except IndexError:  # `datasets` saves no rows, and cannot read them back
+        except IndexError:  # `datasets` cannot load an empty split
             raise ConfigError(f"{config.path} has no rows, or a split without") from None
-        if not isinstance(saved, DatasetDict):  # one split, and `train` stands for it
+        if not isinstance(saved, DatasetDict):  # a single split, which `train` selects
             name = "train" if config.split == "train" else str(saved.split or "train")
-            return of_split({name: partial(open_saved, path, saved)}, config)
-        rooms = {name: partial(open_saved, path / name, rows) for name, rows in saved.items()}
-        return of_split(rooms, config)
+            return _select_split({name: partial(_open_saved, path, saved)}, config)
+        splits = {name: partial(_open_saved, path / name, rows) for name, rows in saved.items()}
+        return _select_split(splits, config)
     builder = load_dataset_builder(str(path), config.subset)
     found = (builder.config.data_files or {}).items()
     files = {str(split): [Path(name) for name in names] for split, names in found}
     every = [file for each in files.values() for file in each]
     if all(file.suffix.lower() in (*OPENERS, *PACKED) and file.is_file() for file in every):
-        return of_split({name: partial(open_files, each) for name, each in files.items()}, config)
+        return _select_split(
+            {name: partial(open_files, each) for name, each in files.items()}, config
+        )
     rows = load_dataset(str(path), config.subset, split=config.split)
     return ArrowTable(rows, every)
 
 
-def open_saved(folder: Path, rows: Dataset) -> Table:
+def _open_saved(folder: Path, rows: Dataset) -> Table:
     about = [folder / "state.json", folder / "dataset_info.json"]
     return ArrowTable(rows, [*(Path(file["filename"]) for file in rows.cache_files), *about])
 
 
-def of_split(splits: Mapping[str, Callable[[], Table]], config: FileData) -> Table:
-    """The rows of `data.split` (`train`, `train[:90%]`, `train+test`). Raises ConfigError for an unknown one."""
+def _select_split(splits: Mapping[str, Callable[[], Table]], config: FileData) -> Table:
+    """Selects the rows of `data.split` (`train`, `train[:90%]`, `train+test`). Raises ConfigError if unknown."""
     wanted = [re.split(r"[\[(]", part)[0].strip() for part in config.split.split("+")]
     for name in wanted:
         if name not in splits:
@@ -190,4 +192,4 @@ def of_split(splits: Mapping[str, Callable[[], Table]], config: FileData) -> Tab
         return tables[config.split]
     lengths = {name: len(table) for name, table in tables.items()}
     cuts = ReadInstruction.from_spec(config.split).to_absolute(lengths)
-    return Joined([(tables[cut.splitname], range(cut.from_, cut.to)) for cut in cuts])
+    return ConcatenatedTable([(tables[cut.splitname], range(cut.from_, cut.to)) for cut in cuts])

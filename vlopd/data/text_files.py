@@ -1,6 +1,6 @@
-"""JSON-lines, JSON and CSV files, read row by row from the disk; nothing is guessed (vlopd/data/literals.py).
+"""JSON-lines, JSON and CSV files, read row by row from disk without type inference (vlopd/data/literals.py).
 
-What opens one raises ValueError with the line or row at fault and the remedy.
+The openers raise ValueError with the line or row at fault and the remedy.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from typing import Any
 
 from vlopd.data.images import shorten
 from vlopd.data.literals import (
-    as_text,
     check_characters,
-    field_at,
+    decode_utf8,
+    nested_field,
+    nested_value,
     read_json,
     read_json_at,
     read_records,
-    value_at,
 )
 from vlopd.errors import DataError
 from vlopd.files import json_lines
 
 BOM = b"\xef\xbb\xbf"
-"""What Windows puts before UTF-8."""
+"""The UTF-8 byte order mark."""
 
 Row = dict[str, Any]
 
 
 class TextTable:
-    """A JSON-lines, JSON or CSV file: where its rows begin and end, in bytes, and what reads one."""
+    """A JSON-lines, JSON or CSV file: the byte ranges of its rows, and a function that parses one."""
 
     def __init__(
         self, path: Path, spans: array[int], columns: Sequence[str], parse: Callable[[str], Row]
     ):
         self.path, self.spans, self.columns, self.parse = path, spans, list(columns), parse
-        self.state = state_of(path)
+        self.state = file_state(path)
 
     def __len__(self) -> int:
         return len(self.spans) // 2
@@ -47,29 +47,29 @@ class TextTable:
         return next(self.rows(range(index, index + 1)))
 
     def rows(self, indices: range | None = None) -> Iterator[Row]:
-        if not self.path.is_file() or state_of(self.path)[:2] != self.state[:2]:
+        if not self.path.is_file() or file_state(self.path)[:2] != self.state[:2]:
             raise DataError(f"{self.path} has changed since it was opened; run again")
         with self.path.open("rb") as file:
             for index in range(len(self)) if indices is None else indices:
                 start, stop = self.spans[2 * index : 2 * index + 2]
                 file.seek(start)
-                row = self.parse(as_text(file.read(stop - start)))
+                row = self.parse(decode_utf8(file.read(stop - start)))
                 yield {**dict.fromkeys(self.columns), **row}
 
     def has(self, column: str) -> bool:
         if column in self.columns or "." not in column:
             return column in self.columns
-        return any(has_field(row, column) for row in self.rows())
+        return any(_has_field(row, column) for row in self.rows())
 
     def values(self, column: str) -> Iterator[Any]:
         for row in self.rows():
             try:
-                yield value_at(row, column)
-            except DataError:  # said when the row is read
+                yield nested_value(row, column)
+            except DataError:  # raised again when the row is read
                 yield None
 
-    def check_words(self, column: str) -> None:
-        """Nothing is lost."""
+    def check_verbatim(self, column: str) -> None:
+        """Text formats lose nothing."""
 
     def files(self) -> list[Path]:
         return [self.path]
@@ -82,22 +82,22 @@ class TextTable:
                     yield name
 
 
-def state_of(path: Path) -> tuple[int, ...]:
-    """Size, time of the content, and what else changes when a file takes another's place."""
+def file_state(path: Path) -> tuple[int, ...]:
+    """Size, times and inode, which change when a file is edited or replaced."""
     now = path.stat()
     return now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino
 
 
-def has_field(row: Row, column: str) -> bool:
+def _has_field(row: Row, column: str) -> bool:
     try:
-        field_at(row, column)
+        nested_field(row, column)
     except (KeyError, DataError):
         return False
     return True
 
 
 def open_lines(path: Path) -> TextTable:
-    """A file of one JSON object a line. Raises ValueError with the line that is none."""
+    """Opens a file with one JSON object per line. Raises ValueError with the line at fault."""
     spans, columns, end = array("q"), dict[str, None](), 0
     for number, line in json_lines(path):
         start, end = end, end + len(line)
@@ -106,40 +106,40 @@ def open_lines(path: Path) -> TextTable:
         if not line.strip():
             continue
         try:
-            row = read_json(as_text(line))
+            row = read_json(decode_utf8(line))
         except ValueError as error:
             try:
                 line.decode()
             except UnicodeDecodeError:
                 raise ValueError(f"line {number} is not UTF-8; save the file as UTF-8") from None
             raise ValueError(
-                f"line {number} is not JSON ({reason(error)}); mend or remove it"
+                f"line {number} is not JSON ({_json_error(error)}); mend or remove it"
             ) from None
         if not isinstance(row, dict):
-            raise ValueError(f"line {number} is not an object {{...}}; one row a line")
+            raise ValueError(f"line {number} is not an object {{...}}; write one row per line")
         spans.extend((start, end))
         columns |= dict.fromkeys(row)
     return TextTable(path, spans, list(columns), read_json)
 
 
-def reason(error: ValueError) -> str:
-    """Why a line is not JSON, and where in it."""
+def _json_error(error: ValueError) -> str:
+    """The reason why a line is not JSON, with the column."""
     if isinstance(error, JSONDecodeError):
         return f"{error.msg.removesuffix(' at')} at column {error.colno}"
     return str(error)
 
 
 def open_json(path: Path) -> TextTable:
-    """A JSON file: a list of objects, or one object a line. Raises ValueError for what is neither."""
+    """Opens a JSON file: a list of objects, or one object per line. Raises ValueError for anything else."""
     content = path.read_bytes()
     start = len(BOM) if content.startswith(BOM) else 0
     if content[start:].lstrip()[:1] == b"[":
-        return open_list(path, as_text(content[start:]), start)
+        return _open_list(path, decode_utf8(content[start:]), start)
     try:
         return open_lines(path)
     except ValueError:
         try:
-            whole = read_json(as_text(content[start:]))
+            whole = read_json(decode_utf8(content[start:]))
         except ValueError:
             whole = None
         if not isinstance(whole, dict):
@@ -147,49 +147,49 @@ def open_json(path: Path) -> TextTable:
         lists = [name for name, value in whole.items() if isinstance(value, list)]
         inside = f", which may be its {lists[0]!r}," if lists else ""
         raise ValueError(
-            f"it is one object; save the list of rows{inside} by itself, or one row a line (.jsonl)"
+            f"it is one object; save the list of rows{inside} by itself, or one row per line (.jsonl)"
         ) from None
 
 
-def open_list(path: Path, text: str, start: int) -> TextTable:
-    """A JSON file that is one list, whose `text` begins at byte `start`. Raises ValueError with the row."""
+def _open_list(path: Path, text: str, start: int) -> TextTable:
+    """Opens a JSON file that is one list, whose `text` begins at byte `start`. Raises ValueError with the row."""
     spans, columns = array("q"), dict[str, None]()
-    place, done = after_space(text, 0), 0
+    place, done = _skip_space(text, 0), 0
     while True:
-        place, count = after_space(text, place + 1), len(spans) // 2
+        place, count = _skip_space(text, place + 1), len(spans) // 2
         if not spans and text[place : place + 1] == "]":
             break
         row, end = read_json_at(text, place)
         if not isinstance(row, dict):
             raise ValueError(f"row {count} (from 0) is not an object {{...}}")
         columns |= dict.fromkeys(row)
-        begin = start + n_bytes(text[done:place])
-        start = begin + n_bytes(text[place:end])
+        begin = start + _n_bytes(text[done:place])
+        start = begin + _n_bytes(text[place:end])
         spans.extend((begin, start))
-        place, done = after_space(text, end), end
+        place, done = _skip_space(text, end), end
         if text[place : place + 1] == "]":
             break
         if text[place : place + 1] != ",":
-            raise ValueError(f"it is cut short, or lacks a comma, after row {count} (from 0)")
-    if after_space(text, place + 1) != len(text):
-        raise ValueError("something follows its list; a .json file is one list, or one row a line")
+            raise ValueError(f"it is truncated, or lacks a comma, after row {count} (from 0)")
+    if _skip_space(text, place + 1) != len(text):
+        raise ValueError("data follow its list; a .json file is one list, or one row per line")
     return TextTable(path, spans, list(columns), read_json)
 
 
-def after_space(text: str, place: int) -> int:
+def _skip_space(text: str, place: int) -> int:
     while text[place : place + 1] in (" ", "\t", "\n", "\r"):
         place += 1
     return place
 
 
-def n_bytes(text: str) -> int:
+def _n_bytes(text: str) -> int:
     return len(text.encode("utf-8", "surrogateescape"))
 
 
 def open_csv(path: Path) -> TextTable:
-    """A CSV file with commas and names in its first line. Raises ValueError with the line of a fault.
+    """Opens a CSV file with commas and column names in its first line. Raises ValueError with the line at fault.
 
-    Every cell is text as it stands; an empty one is None.
+    Every cell is verbatim text; an empty one is None.
     """
     end = 0
 
@@ -198,11 +198,11 @@ def open_csv(path: Path) -> TextTable:
         with path.open("rb") as file:
             for line in file:
                 end += len(line)
-                yield as_text(line.removeprefix(BOM) if end == len(line) else line)
+                yield decode_utf8(line.removeprefix(BOM) if end == len(line) else line)
 
     spans, records = array("q"), read_records(lines())
     _, names = next(records, (0, []))
-    check_names(names)
+    _check_names(names)
     start = end
     for number, cells in records:
         if len(cells) != len(names):
@@ -220,8 +220,8 @@ def open_csv(path: Path) -> TextTable:
     return TextTable(path, spans, [name for name in names if name], parse)
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Raises ValueError for a first line that names no columns, or one of them twice."""
+def _check_names(names: Sequence[str]) -> None:
+    """Raises ValueError for a first line without column names, or with duplicates."""
     first = ",".join(names)
     for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
         if len(names) < 1 + first.count(mark):

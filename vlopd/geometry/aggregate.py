@@ -1,4 +1,4 @@
-"""Rows out of findings: of every tensor, of the whole model, and of its components, layers, modules and parts."""
+"""Aggregates matrix results into rows per tensor, whole model, component, layer, module and part."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from vlopd.geometry.coordinates import Term
-from vlopd.geometry.matrix import OBSERVED, Finding, Keys
-from vlopd.geometry.schema import STATUSES, Measure, Place, Row, beside_nulls, parameters
+from vlopd.geometry.matrix import OBSERVED, Keys, MatrixResult
+from vlopd.geometry.schema import STATUSES, Measure, Place, Row, parameters, rows_against_nulls
 from vlopd.models.names import classify
 from vlopd.weights.matching import LeftOut, MatchReport
 
@@ -19,34 +19,34 @@ PARTS = {
     **dict.fromkeys(("q", "k", "v", "qkv", "o"), "attention"),
     **{module: module for module in ("embedding", "head", "norm")},
 }
-"""The coarse division of modules that energy is reported by; all others are "other"."""
+"""Parts (groups of modules) that energy is reported by; all other modules are "other"."""
 
 
-def tensor_rows(finding: Finding, keys: Keys) -> Iterator[Row]:
+def tensor_rows(finding: MatrixResult, keys: Keys) -> Iterator[Row]:
     """The rows of one tensor."""
     values = [
-        folded(finding.terms[draw], finding.term_reasons, keys)
+        _measures_of_terms(finding.terms[draw], finding.term_reasons, keys)
         for draw in range(len(finding.draws))
     ]
     yield from rows_of(values, finding.draws, finding.place)
-    yield from rows_of(own_measures(finding, keys), finding.draws, finding.place)
+    yield from rows_of(_spectral_measures_of(finding, keys), finding.draws, finding.place)
 
 
 def rows_of(
     values: Sequence[Sequence[Measure]], draws: Sequence[str], place: Place
 ) -> Iterator[Row]:
-    """Rows of measures [draws][measures], the observed first."""
+    """Rows from measures [draws][measures], the observed update first."""
     nulls = list(dict.fromkeys(name for name in draws if name != OBSERVED))
     for same in zip(*values, strict=True):
         drawn: dict[str, list[float]] = {null: [] for null in nulls}
         for null, measure in zip(draws[1:], same[1:], strict=True):
             if measure.value is not None:
                 drawn[null].append(measure.value)
-        yield from beside_nulls(same[0], drawn, place)
+        yield from rows_against_nulls(same[0], drawn, place)
 
 
-def folded(terms: np.ndarray, reasons: dict[int, str], keys: Keys) -> list[Measure]:
-    """Measures of one draw's terms [T, 4]."""
+def _measures_of_terms(terms: np.ndarray, reasons: dict[int, str], keys: Keys) -> list[Measure]:
+    """Converts one draw's terms [T, 4] to measures."""
     found = []
     for i, (key, (top, bottom, mean, variance)) in enumerate(
         zip(keys.terms, terms.tolist(), strict=True)
@@ -58,7 +58,7 @@ def folded(terms: np.ndarray, reasons: dict[int, str], keys: Keys) -> list[Measu
     return found
 
 
-def own_measures(finding: Finding, keys: Keys) -> list[list[Measure]]:
+def _spectral_measures_of(finding: MatrixResult, keys: Keys) -> list[list[Measure]]:
     """The spectral measures of one tensor, [draws][measures]."""
     return [
         [
@@ -79,14 +79,13 @@ def own_measures(finding: Finding, keys: Keys) -> list[list[Measure]]:
     ]
 
 
-def group_rows(findings: Sequence[Finding], keys: Keys) -> list[Row]:
-    """Rows of the whole model and of each component, layer, module and part of it.
+def group_rows(findings: Sequence[MatrixResult], keys: Keys) -> list[Row]:
+    """Rows of the whole model and of each component, layer, module and part.
 
-    Norms and coordinate measures are those of the group taken as one vector. Spectral measures are
-    medians over the group's tensors, unweighted; `reason` counts them, and those that gave no
-    value.
+    Norms and coordinate measures are of the group's concatenated vector. Spectral measures are unweighted
+    medians over the group's tensors; `reason` counts the tensors with and without a value.
     """
-    groups: dict[tuple[str, str, int | None], list[Finding]] = {}
+    groups: dict[tuple[str, str, int | None], list[MatrixResult]] = {}
     for finding in findings:
         where = finding.place
         part = PARTS.get(where.module, "other")
@@ -112,19 +111,19 @@ def group_rows(findings: Sequence[Finding], keys: Keys) -> list[Row]:
             module=value if kind == "module" else "",
         )
         draws = members[0].draws
-        terms, reasons = summed(members, keys)
-        values = [folded(draw, reasons, keys) for draw in terms]
+        terms, reasons = _sum_terms(members, keys)
+        values = [_measures_of_terms(draw, reasons, keys) for draw in terms]
         if kind != "all":
-            extra = shares(members, findings)
+            extra = _energy_shares(members, findings)
             values = [own + new for own, new in zip(values, extra, strict=True)]
         rows += rows_of(values, draws, place)
         middle = Place("[median]") if kind == "all" else place
-        rows += rows_of(medians(members, keys), draws, middle)
+        rows += rows_of(_median_measures(members, keys), draws, middle)
     return rows
 
 
-def summed(members: Sequence[Finding], keys: Keys) -> tuple[np.ndarray, dict[int, str]]:
-    """The terms of several tensors added up [draws, T, 4], and why those that none of them has have no value."""
+def _sum_terms(members: Sequence[MatrixResult], keys: Keys) -> tuple[np.ndarray, dict[int, str]]:
+    """Sums the terms of several tensors to [draws, T, 4]; returns the reasons of terms that no tensor has."""
     stack = np.stack([finding.terms for finding in members])  # [tensors, draws, T, 4]
     counted = np.ones((len(members), stack.shape[2]), dtype=bool)
     for i, finding in enumerate(members):
@@ -135,12 +134,12 @@ def summed(members: Sequence[Finding], keys: Keys) -> tuple[np.ndarray, dict[int
     found[:, largest, 0] = stack[:, :, largest, 0].max(0)
     single = [i for i, key in enumerate(keys.terms) if key.fold in ("max", "sum")]
     found[:, single, 1] = 1.0
-    nobody = np.flatnonzero(~counted.any(0))
-    return found, {int(i): members[0].term_reasons[int(i)] for i in nobody}
+    absent = np.flatnonzero(~counted.any(0))
+    return found, {int(i): members[0].term_reasons[int(i)] for i in absent}
 
 
-def medians(members: Sequence[Finding], keys: Keys) -> list[list[Measure]]:
-    """Medians over tensors, [draws][measures], with the count of those that have no value."""
+def _median_measures(members: Sequence[MatrixResult], keys: Keys) -> list[list[Measure]]:
+    """Medians over tensors, [draws][measures], with counts of tensors without a value."""
     stack = np.stack([finding.measures for finding in members])  # [tensors, draws, M, 3]
     statuses = np.stack([finding.statuses for finding in members])
     found = []
@@ -166,10 +165,12 @@ def medians(members: Sequence[Finding], keys: Keys) -> list[list[Measure]]:
     return found
 
 
-def shares(members: Sequence[Finding], everything: Sequence[Finding]) -> list[list[Measure]]:
-    """A group's share of the update's energy and of the parameters; observed, then each null draw.
+def _energy_shares(
+    members: Sequence[MatrixResult], everything: Sequence[MatrixResult]
+) -> list[list[Measure]]:
+    """A group's share of the update's energy and of the parameters, and their ratio; observed, then each null draw.
 
-    The first alone misleads: the largest modules have the most energy whatever training does.
+    The energy share alone is misleading: the largest modules have the most energy under any update.
     """
     parameter_share = sum(f.numel for f in members) / sum(f.numel for f in everything)
     parts = np.sum([finding.energy for finding in members], axis=0)
@@ -188,23 +189,23 @@ def shares(members: Sequence[Finding], everything: Sequence[Finding]) -> list[li
 
 
 def left_out_rows(report: MatchReport) -> Iterator[Row]:
-    """Rows about what is not compared: its share of each checkpoint's entries, and every tensor of it with the reason.
+    """Rows on the tensors left out: their share of each checkpoint's entries, and each tensor with its reason.
 
-    None where everything is compared.
+    Empty where everything is compared.
     """
     count = f"{len(report.left_out)} tensors are not compared"
     for side, share in (("base", report.base_share), ("trained", report.trained_share)):
         if report.left_out:
             measure = Measure("left_out_share", f"of={side}", share, reason=count)
-            yield from beside_nulls(measure, {}, Place("[all]"))
+            yield from rows_against_nulls(measure, {}, Place("[all]"))
     for its in report.left_out:
         shares = parameters(base_share=its.base_share, trained_share=its.trained_share)
         measure = Measure("left_out", shares, None, "skipped", its.reason)
-        yield from beside_nulls(measure, {}, place_of(its))
+        yield from rows_against_nulls(measure, {}, _place_of(its))
 
 
 def unshared_rows(reports: Mapping[str, MatchReport], shared: set[str]) -> Iterator[Row]:
-    """A row for every tensor that is not compared in all of several checkpoints, saying in which it is not, and why."""
+    """A row per tensor that is not compared in all checkpoints, with the checkpoints that lack it and the reason."""
     left_out = {
         label: {its.name: its for its in report.left_out} for label, report in reports.items()
     }
@@ -212,17 +213,17 @@ def unshared_rows(reports: Mapping[str, MatchReport], shared: set[str]) -> Itera
     every |= {name for report in reports.values() for name in report.matched}
     for name in sorted(every - shared):
         own = [its[name] for its in left_out.values() if name in its]
-        place = place_of(own[0] if own else LeftOut(name, (), "", 0, 0, True))
+        place = _place_of(own[0] if own else LeftOut(name, (), "", 0, 0, True))
         reasons = [
             f"{label}: {left_out[label][name].reason if name in left_out[label] else 'tied'}"
             for label, report in reports.items()
             if name not in report.matched
         ]
         measure = Measure("left_out", "", None, "skipped", "; ".join(reasons))
-        yield from beside_nulls(measure, {}, place)
+        yield from rows_against_nulls(measure, {}, place)
 
 
-def place_of(its: LeftOut) -> Place:
+def _place_of(its: LeftOut) -> Place:
     where = classify(its.name)
     return Place(
         its.name, where.component, where.layer, where.module, "x".join(map(str, its.shape))

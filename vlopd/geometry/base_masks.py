@@ -1,7 +1,7 @@
-"""The coordinates that a tensor's base singles out: its principal and its smallest weights (arXiv 2606.13657).
+"""Masks defined by a tensor's base: its principal and its smallest weights (arXiv 2606.13657).
 
-Kept as one small integer a coordinate, a bit for each mask and ratio, so that one count of codes among the
-coordinates that moved gives every overlap at once.
+Stored as one small integer per coordinate, one bit per mask and ratio, so that one histogram of the codes of the
+changed coordinates gives all overlaps.
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from vlopd.geometry.linalg import product
-from vlopd.geometry.magnitudes import CHUNK, Cut, Test, count, cut, magnitudes, marked, places_of
+from vlopd.geometry.magnitudes import (
+    CHUNK,
+    OrderStatistic,
+    Test,
+    compare,
+    count,
+    kth_smallest,
+    magnitudes,
+    true_indices,
+)
 from vlopd.geometry.spectrum import ROWS, Factors, rank_at
 from vlopd.masks.select import quota
 
@@ -23,43 +32,43 @@ REASON = "the base does not define this mask: no matrix, too large, or all zero"
 
 
 @dataclass
-class Border:
-    """Where a mask ends: it takes all sizes beyond the cut and the first `room` of those that equal it."""
+class MaskBoundary:
+    """The threshold of a mask: it contains all sizes beyond the cut and the first `room` of those equal to it."""
 
-    cut: Cut
+    cut: OrderStatistic
     room: int
     bit: int
     beyond: Test
     upto: Test
     whole: bool = field(init=False)
-    """Whether all that equal the cut are members, so that no tie is broken."""
+    """Whether all entries equal to the cut are members, so that there are no ties to break."""
 
     def __post_init__(self):
         self.whole = self.room == self.cut.equal
 
     def mark(self, code: Tensor, size: Tensor) -> None:
-        """Sets the bit of the next stretch's members."""
-        member = marked(self.upto if self.room else self.beyond, size, self.cut.value)
+        """Sets the bit of the members in the next chunk."""
+        member = compare(self.upto if self.room else self.beyond, size, self.cut.value)
         if self.room and not self.whole:
-            equal = marked(eq, size, self.cut.value)
+            equal = compare(eq, size, self.cut.value)
             ties = count(equal)
             if ties > self.room:
-                member[places_of(equal)[self.room :]] = False
+                member[true_indices(equal)[self.room :]] = False
             self.room -= min(ties, self.room)
         code.add_(member.view(torch.uint8), alpha=self.bit)
 
 
 class BaseMasks:
-    """The masks of one tensor's base at every ratio.
+    """The base masks of one tensor at every ratio.
 
     principal            largest |entry| of the rank-floor(ratio * r) reconstruction; needs `factors`
     low_magnitude        smallest |entry| of the base
-    principal_not_low    in the first and not in the second
-    nonprincipal_or_low  not in the first, or in the second
+    principal_not_low    principal and not low_magnitude
+    nonprincipal_or_low  the complement of principal_not_low
 
-    The first two have ceil(ratio * numel) members; among equal values the lowest index comes first, so that a
-    mask does not depend on the machine. `ties`: parameter -> how many entries of the base equal
-    the largest member of low_magnitude (bf16 has many).
+    The first two have ceil(ratio * numel) members; ties go to the lowest index, so that a mask does not depend on
+    the machine. `ties`: ratio -> number of base entries equal to the largest member of low_magnitude, where the tie
+    is broken (bf16 has many).
     """
 
     def __init__(self, base: Tensor, factors: Factors | None, ratios: Sequence[float]):
@@ -74,10 +83,10 @@ class BaseMasks:
             self._add_low(flat)
             if factors is not None:
                 self._add_principal(base.flatten(1), factors)
-        self.select = selectors(len(ratios))
+        self.select = _mask_codes(len(ratios))
         table = self._no_codes()
         for code in self.code.split(CHUNK):
-            table += frequencies(code, len(table))
+            table += _count_codes(code, len(table))
         self.table = self._counts(table)
 
     def _add_low(self, flat: Tensor) -> None:
@@ -86,9 +95,9 @@ class BaseMasks:
         for ratio in sorted(self.ratios, reverse=True):
             members = quota(ratio, len(flat))
             if found is None or members <= found.smaller:
-                found = cut(sizes, members)
+                found = kth_smallest(sizes, members)
             bit = 2 << (2 * self.ratios.index(ratio))
-            border = Border(found, members - found.smaller, bit, lt, le)
+            border = MaskBoundary(found, members - found.smaller, bit, lt, le)
             self.ties[ratio] = 0 if border.whole else found.equal
             borders.append(border)
         self._mark(sizes, borders)
@@ -104,11 +113,11 @@ class BaseMasks:
             for to, left in zip(sizes.split(ROWS), factors.left.split(ROWS), strict=True):
                 to.copy_(product(left[:, :k], of_right)).abs_()
             members, flat = quota(ratio, m * n), sizes.view(-1)
-            found = cut(flat, m * n - members + 1)
+            found = kth_smallest(flat, m * n - members + 1)
             larger = m * n - found.smaller - found.equal
-            self._mark(flat, [Border(found, members - larger, 1 << (2 * i), gt, ge)])
+            self._mark(flat, [MaskBoundary(found, members - larger, 1 << (2 * i), gt, ge)])
 
-    def _mark(self, sizes: Tensor, borders: Sequence[Border]) -> None:
+    def _mark(self, sizes: Tensor, borders: Sequence[MaskBoundary]) -> None:
         for code, size in zip(self.code.split(CHUNK), sizes.split(CHUNK), strict=True):
             for border in borders:
                 border.mark(code, size)
@@ -117,20 +126,20 @@ class BaseMasks:
         return [(name, ratio) for name in NAMES for ratio in self.ratios]
 
     def members(self, name: str, ratio: float) -> int | None:
-        """How many coordinates a mask has; None where the base does not define it."""
+        """Number of coordinates of a mask; None where the base does not define it."""
         known = not self.empty and (name == "low_magnitude" or self.has_principal)
         return self.table[name, ratio] if known else None
 
     def tally(
         self, sizes: Tensor, codes: Tensor, thresholds: Sequence[float]
     ) -> list[tuple[int, dict[tuple[str, float], int]]]:
-        """(coordinates of a size > threshold, how many of them each mask has), by threshold; codes: of the sizes."""
+        """(coordinates with size > threshold, how many of them are in each mask), by threshold; codes: of the sizes."""
         tables = [self._no_codes() for _ in thresholds]
         for size, code in zip(sizes.split(CHUNK), codes.split(CHUNK), strict=True):
             for table, threshold in zip(tables, thresholds, strict=True):
-                visible = marked(gt, size, threshold)
-                # the code of what is not visible becomes 0, which is faster than taking out what is
-                table += frequencies(code * visible.view(torch.uint8), len(table))
+                visible = compare(gt, size, threshold)
+                # zeroing the codes below the threshold is faster than gathering those above
+                table += _count_codes(code * visible.view(torch.uint8), len(table))
                 table[0] -= len(visible) - count(visible)
         return [(int(table.sum()), self._counts(table)) for table in tables]
 
@@ -138,17 +147,17 @@ class BaseMasks:
         return torch.zeros(4 ** len(self.ratios), dtype=torch.int64)
 
     def _counts(self, table: Tensor) -> dict[tuple[str, float], int]:
-        """Entries of a table by code that belong to each mask."""
+        """Sums the histogram of codes into one count per mask."""
         return dict(zip(self.names(), (self.select @ table.cpu()).tolist(), strict=True))
 
 
-def frequencies(code: Tensor, number: int) -> Tensor:
-    """How often each of so many codes comes, [number] on the CPU."""
+def _count_codes(code: Tensor, number: int) -> Tensor:
+    """Histogram of the codes, [number] on the CPU."""
     return torch.bincount(code, minlength=number).cpu()
 
 
-def selectors(ratios: int) -> Tensor:
-    """Which codes belong to which mask, [masks, codes] of 0 and 1, in the order of `BaseMasks.names`."""
+def _mask_codes(ratios: int) -> Tensor:
+    """Membership of each code in each mask, [masks, codes] of 0 and 1, in the order of `BaseMasks.names`."""
     codes = torch.arange(4**ratios)
     rows: dict[str, list[Tensor]] = {name: [] for name in NAMES}
     for i in range(ratios):

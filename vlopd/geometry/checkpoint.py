@@ -1,4 +1,4 @@
-"""The geometry stage: two checkpoint folders in; geometry.csv and .parquet, match.json and summary.json out."""
+"""Measures the update between two checkpoint folders; writes geometry.csv and .parquet, match.json, summary.json."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vlopd.config.analysis import GeometryConfig
 from vlopd.digests import digest_json
 from vlopd.files import read_json, whole_file, write_json
 from vlopd.geometry.aggregate import group_rows, left_out_rows, tensor_rows
-from vlopd.geometry.matrix import Finding, examine, keys_of, matrices
+from vlopd.geometry.matrix import MatrixResult, keys_of, matrices, measure_matrix
 from vlopd.geometry.nulls import null_name
 from vlopd.geometry.schema import STATUSES, Place, Row
 from vlopd.models.config_files import config_of
@@ -46,14 +46,14 @@ HEADLINE = (
     ("[median]", "top_energy_ratio", "k=16"),
     ("[median]", "stable_rank", ""),
 )
-"""What summary.json repeats, with the energy share of every part."""
+"""The rows repeated in summary.json, with the energy share of every part."""
 
 ARROW = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
 PARTIAL = "partial"
-"""Folder of what is measured so far, a file a stored tensor; removed when the tables are written."""
+"""Folder of partial results, one file per stored tensor; removed when the tables are written."""
 
 
-def analyse(
+def measure_checkpoint(
     base_folder: Path,
     trained_folder: Path,
     out: Path,
@@ -64,21 +64,21 @@ def analyse(
     device: str = "cpu",
     write_record: Callable[[Path, Any], None] = write_json,
 ) -> Path:
-    """Measures what training did to every tensor, beside nulls, and writes the tables into `out`.
+    """Measures the update of every tensor against nulls, and writes the tables into `out`.
 
-    Returns the path of summary.json, the stage's record: it is written last and holds `inputs`. A killed
-    analysis of the same inputs goes on where it was. workers: threads, each with one tensor pair in memory and
-    one core (a core each unless told; 1 on a GPU). Raises RunError where the checkpoints cannot be read or are
+    Returns the path of summary.json, the stage's record, which is written last and holds `inputs`. A killed
+    analysis of the same inputs resumes. workers: threads, each with one tensor pair in memory and
+    one core (default: one per core; 1 on a GPU). Raises RunError where the checkpoints cannot be read or are
     not of one model.
     """
     deltas = stream(base_folder, trained_folder, classify, config.max_left_out)
     record = out / "summary.json"
-    record.unlink(missing_ok=True)  # an old record must never lie beside new tables
+    record.unlink(missing_ok=True)  # never leave an old record beside new tables
     model = config_of(base_folder)
     settings = config.model_dump(mode="json", exclude={"arms"})
-    partial = open_partial(out, {"inputs": inputs, "config": settings})
+    partial = _open_partial(out, {"inputs": inputs, "config": settings})
     workers = workers or (1 if device != "cpu" else os.cpu_count() or 1)
-    findings = measure(deltas, model, config, partial, progress, workers, device)
+    findings = _measure_matrices(deltas, model, config, partial, progress, workers, device)
     keys = keys_of(config)
     groups = group_rows(findings, keys)
     rows = [*groups, *(row for finding in findings for row in tensor_rows(finding, keys))]
@@ -86,7 +86,7 @@ def analyse(
 
     write_table(out, "geometry", rows)
     write_json(out / "match.json", asdict(deltas.report))
-    counts = {s: sum(s in statuses_of(f) for f in findings) for s in ("approximate", "failed")}
+    counts = {s: sum(s in _statuses_of(f) for f in findings) for s in ("approximate", "failed")}
     write_record(
         record,
         {
@@ -96,34 +96,34 @@ def analyse(
             "seed": config.seed,
             "tensors": len(deltas),
             "tensors_narrowed": len(deltas.report.narrowed),
-            "left_out": left_out(deltas.report),
+            "left_out": _left_out_summary(deltas.report),
             "fused_tensors_are_split": model is not None,
             "matrices": len(findings),
             "matrices_not_moved": sum(bool(finding.energy[0] == 0) for finding in findings),
             "matrices_without_spectrum": sum(bool(np.isnan(f.measures[0, 0, 0])) for f in findings),
             "matrices_approximate": counts["approximate"],
             "matrices_failed": counts["failed"],
-            "null_norm_error": null_norm_error(findings),
-            "headline": headline(groups),
+            "null_norm_error": _null_norm_error(findings),
+            "headline": _headline(groups),
         },
     )
     shutil.rmtree(partial)
     return record
 
 
-def left_out(report: MatchReport) -> dict[str, Any]:
-    """What summary.json says of the tensors that are not compared; match.json names all of them."""
+def _left_out_summary(report: MatchReport) -> dict[str, Any]:
+    """The entry of summary.json on the tensors that are not compared; match.json lists all of them."""
     return {
         "tensors": len(report.left_out),
         "base_share": report.base_share,
         "trained_share": report.trained_share,
         "largest": [its.name for its in report.left_out[:5]],
-        "said": report.said(),
+        "summary": report.summary(),
     }
 
 
-def headline(groups: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows that summary.json repeats, beside each null."""
+def _headline(groups: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows repeated in summary.json, one per null."""
     parts = [r for r in groups if r.name.startswith("[part=") and r.metric == "energy_share"]
     order = {key: i for i, key in enumerate(HEADLINE)}
     chosen = [row for row in groups if (row.name, row.metric, row.parameter) in order]
@@ -136,8 +136,8 @@ def headline(groups: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def null_norm_error(findings: Sequence[Finding]) -> dict[str, float]:
-    """How far the nulls' norms are from the update's, relative: over the whole model, and in the worst matrix."""
+def _null_norm_error(findings: Sequence[MatrixResult]) -> dict[str, float]:
+    """Relative error of the nulls' norms against the update's: of the whole model, and of the worst matrix."""
     energies = np.stack([finding.energy for finding in findings])  # [matrices, draws]
     moved = energies[energies[:, 0] > 0]
     if not len(moved) or energies.shape[1] == 1:
@@ -147,14 +147,14 @@ def null_norm_error(findings: Sequence[Finding]) -> dict[str, float]:
     return {"model": float(whole.max()), "worst_matrix": float(each.max())}
 
 
-def statuses_of(finding: Finding) -> set[str]:
+def _statuses_of(finding: MatrixResult) -> set[str]:
     return {STATUSES[s] for s in np.unique(finding.statuses[0])}
 
 
 # ------------------------------------------------------------------------------------------ measuring
 
 
-def measure(
+def _measure_matrices(
     deltas: Deltas,
     model: PretrainedConfig | None,
     config: GeometryConfig,
@@ -162,21 +162,21 @@ def measure(
     progress: bool,
     workers: int,
     device: str,
-) -> list[Finding]:
-    """The findings of all matrices, in the order of names; what `partial` holds is not measured again.
+) -> list[MatrixResult]:
+    """The results of all matrices, in the order of names; those in `partial` are not recomputed.
 
-    The largest tensors go first, so that no worker is left with one at the end.
+    Schedules the largest tensors first, to balance the workers.
     """
     order = {name: i for i, name in enumerate(deltas.report.matched)}
     sizes = deltas.sizes()
-    found: dict[str, list[Finding]] = {}
+    found: dict[str, list[MatrixResult]] = {}
 
-    def work(name: str) -> list[Finding]:
+    def work(name: str) -> list[MatrixResult]:
         path = partial / f"{order[name]:06}.npz"
         if path.exists():
-            return load_findings(path)
-        own = [examine(piece, config, device) for piece in matrices(read(name), model)]
-        save_findings(path, own)
+            return _load_findings(path)
+        own = [measure_matrix(piece, config, device) for piece in matrices(read(name), model)]
+        _save_findings(path, own)
         return own
 
     bar = tqdm(
@@ -191,10 +191,10 @@ def measure(
 
 @contextmanager
 def pool(workers: int):
-    """Yields `run(work, names)`, which gives (name, work(name)) as each is done.
+    """Yields `run(work, names)`, which yields (name, work(name)) as each completes.
 
-    Threads rather than processes: the time goes into torch, which lets other threads run, and what is imported
-    is in memory once. Each has one core, which small matrices use far better than one has many.
+    Threads rather than processes: torch releases the GIL, and imports are in memory once. One core per thread:
+    small matrices use several cores poorly.
     """
     if workers == 1:
         yield lambda work, names: ((name, work(name)) for name in names)
@@ -216,8 +216,8 @@ def pool(workers: int):
         torch.set_num_threads(threads)
 
 
-def open_partial(out: Path, about: dict[str, Any]) -> Path:
-    """The folder of partial results for these inputs; those of others are removed."""
+def _open_partial(out: Path, about: dict[str, Any]) -> Path:
+    """Opens the folder of partial results for these inputs; removes those of other inputs."""
     partial, digest = out / PARTIAL, digest_json(about)
     note = partial / "about.json"
     if partial.exists() and (not note.exists() or read_json(note)["digest"] != digest):
@@ -227,7 +227,7 @@ def open_partial(out: Path, about: dict[str, Any]) -> Path:
     return partial
 
 
-def save_findings(path: Path, findings: Sequence[Finding]) -> None:
+def _save_findings(path: Path, findings: Sequence[MatrixResult]) -> None:
     arrays: dict[str, Any] = {}
     about = []
     for i, finding in enumerate(findings):
@@ -239,12 +239,12 @@ def save_findings(path: Path, findings: Sequence[Finding]) -> None:
         np.savez(file, allow_pickle=False, about=np.array(json.dumps(about)), **arrays)
 
 
-def load_findings(path: Path) -> list[Finding]:
+def _load_findings(path: Path) -> list[MatrixResult]:
     found = []
     with np.load(path, allow_pickle=False) as file:
         for i, its in enumerate(json.loads(str(file["about"]))):
             found.append(
-                Finding(
+                MatrixResult(
                     Place(**its["place"]),
                     tuple(its["draws"]),
                     file[f"{i}.terms"],
@@ -261,7 +261,7 @@ def load_findings(path: Path) -> list[Finding]:
 
 
 def write_table(out: Path, name: str, rows: Sequence[Any]) -> None:
-    """NAME.parquet and NAME.csv of dataclass rows, one measure a row; an empty field is no value."""
+    """Writes dataclass rows, one measure each, to NAME.parquet and NAME.csv; None is an empty field."""
     table = pa.table(
         {
             field.name: pa.array(
@@ -277,6 +277,6 @@ def write_table(out: Path, name: str, rows: Sequence[Any]) -> None:
 
 
 def read_rows(folder: Path) -> Iterator[dict[str, str]]:
-    """The rows of a folder's geometry.csv."""
+    """Reads the rows of a folder's geometry.csv."""
     with (folder / "geometry.csv").open() as file:
         yield from csv.DictReader(file)

@@ -1,7 +1,7 @@
-"""Chance without drawing: nulls whose mean and deviation are known in closed form.
+"""Nulls whose mean and standard deviation are known in closed form.
 
-They hold for an update that is not rounded; where rounding to the stored precision matters, as it does for
-coordinates in bf16, their distance from the drawn nulls shows how much of a finding it makes.
+They hold for an unrounded update. Where rounding to the stored precision matters, as for coordinates in bf16, their
+distance from the drawn nulls shows how much of an excess is due to rounding.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import math
 
 
 def projected_share(dimensions: int, entries: int) -> tuple[float, float]:
-    """Mean and deviation of the share of an i.i.d. Gaussian update's energy in a fixed subspace.
+    """Mean and standard deviation of the share of an i.i.d. Gaussian update's energy in a fixed subspace.
 
-    The share is Beta(d/2, (N - d)/2), d of N dimensions; d = k^2 for the joint projection on top-k subspaces
+    The share is Beta(d/2, (N - d)/2), d of N dimensions; d = k^2 for the joint projection onto top-k subspaces
     (k^2 / (mn)), kn for the left one (k / m), km for the right one (k / n).
     """
     mean = dimensions / entries
@@ -20,7 +20,7 @@ def projected_share(dimensions: int, entries: int) -> tuple[float, float]:
 
 
 def hypergeometric(members: int, moved: int, n: int) -> tuple[float, float]:
-    """Mean and variance of |M and U| for a mask of `members` and `moved` coordinates placed at random among n."""
+    """Mean and variance of |M and U| for `members` and `moved` coordinates drawn uniformly from n."""
     if n == 0:
         return 0.0, 0.0
     mean = members * moved / n

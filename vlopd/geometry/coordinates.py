@@ -1,7 +1,7 @@
-"""Norms and coordinate-wise measures of an update: how much moved, how many coordinates, and which.
+"""Norms and coordinate-wise measures of an update: its size, sparsity, and overlap with the base's masks.
 
-Every one of them is a fold of counts or energies over coordinates, so a tensor's value and a
-model's are one formula: a `Term` keeps numerator and denominator, and terms of many tensors add up.
+Each is a ratio of counts or energies summed over coordinates, so one formula serves a tensor and the whole model:
+a `Term` keeps numerator and denominator, and the terms of many tensors add up.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlopd.geometry.base_masks import REASON, BaseMasks
 from vlopd.geometry.closed_forms import hypergeometric
-from vlopd.geometry.magnitudes import CHUNK, Test, count, marked, norm, top_energy, where_moved
+from vlopd.geometry.magnitudes import CHUNK, Test, compare, count, nonzero_entries, norm, top_energy
 from vlopd.geometry.schema import Measure, parameters
 from vlopd.masks.select import quota
 
@@ -26,14 +26,14 @@ UPDATE_ATOLS = (0.0, 1e-5)
 TAUS = (1e-4, 1e-3, 1e-2)
 
 Threshold = tuple[Test, float]
-"""A test and its limit."""
+"""A comparison and its limit."""
 
 
 class Term(NamedTuple):
-    """A measure before the division.
+    """A measure as numerator and denominator, additive over tensors.
 
     fold: `ratio` numerator / denominator, `root` the square root of that, `max` and `sum` the numerator
-    alone. A term with a reason is skipped, and adds nothing to a sum. `chance` is mean and variance of the
+    alone. A term with a reason is skipped, and contributes nothing to a sum. `chance` is mean and variance of the
     numerator where they have a closed form; they add up as well. `decided_by` as in `Measure`.
     """
 
@@ -70,7 +70,7 @@ class Term(NamedTuple):
 # --------------------------------------------------------------------------------------- thresholds
 
 
-def not_below(threshold: float, dtype: torch.dtype) -> float:
+def _not_below(threshold: float, dtype: torch.dtype) -> float:
     """The smallest value of `dtype` that is >= threshold: x < threshold exactly where x < this."""
     rounded = float(torch.tensor(threshold, dtype=dtype))
     if rounded >= threshold:
@@ -82,27 +82,27 @@ def not_below(threshold: float, dtype: torch.dtype) -> float:
 
 def not_above(threshold: float, dtype: torch.dtype) -> float:
     """The largest value of `dtype` that is <= threshold: x > threshold exactly where x > this."""
-    return -not_below(-threshold, dtype)
+    return -_not_below(-threshold, dtype)
 
 
 def thresholds(rms: float, dtype: torch.dtype) -> dict[tuple[str, str], Threshold]:
-    """What sizes of `dtype` are compared with, by metric and parameter; rms: that of the base."""
+    """The thresholds for |delta| of `dtype`, by metric and parameter; rms: of the base."""
     found: dict[tuple[str, str], Threshold] = {("frac_delta_eq_0", ""): (le, 0.0)}
     for atol in ATOLS:
         key = parameters(atol=atol)
         found["frac_isclose_zero", key] = (le, not_above(atol, dtype))
-        found["frac_abs_delta_lt", key] = (lt, not_below(atol, dtype))
+        found["frac_abs_delta_lt", key] = (lt, _not_below(atol, dtype))
     for tau in TAUS:
-        found["frac_abs_delta_lt_src_rms", parameters(tau=tau)] = (lt, not_below(tau * rms, dtype))
+        found["frac_abs_delta_lt_src_rms", parameters(tau=tau)] = (lt, _not_below(tau * rms, dtype))
     return found
 
 
 @dataclass
-class Seen:
-    """What one look at a tensor's coordinates tells.
+class CoordinateCounts:
+    """Counts of one pass over a tensor's coordinates.
 
-    within: coordinates on the near side of each threshold. within_share: those with |D| <= tau |w|.
-    sizes, codes: |D| and the base's masks of those that moved, and maybe of some that did not.
+    within: coordinates below each threshold. within_share: those with |D| <= tau |w|.
+    sizes, codes: |D| and the base's mask codes of all changed and possibly some unchanged coordinates.
     """
 
     within: dict[tuple[str, str], int]
@@ -114,12 +114,16 @@ class Seen:
     codes: Tensor
 
 
-def look(w: Tensor, d: Tensor, code: Tensor, limits: dict[tuple[str, str], Threshold]) -> Seen:
-    """One pass over a flat base, its delta and its masks' codes, of which only what moved is compared."""
+def count_coordinates(
+    w: Tensor, d: Tensor, code: Tensor, limits: dict[tuple[str, str], Threshold]
+) -> CoordinateCounts:
+    """Makes one pass over a flat base, its delta and its mask codes; compares changed coordinates only."""
     sizes, codes, moved = torch.empty_like(d), torch.empty_like(code), 0
-    seen = Seen(dict.fromkeys(limits, 0), dict.fromkeys(TAUS, 0), 0, 0.0, 0.0, sizes, codes)
+    seen = CoordinateCounts(
+        dict.fromkeys(limits, 0), dict.fromkeys(TAUS, 0), 0, 0.0, 0.0, sizes, codes
+    )
     for parts in zip(*(each.split(CHUNK) for each in (d, w, code)), strict=True):
-        b, a, c = where_moved(*parts)
+        b, a, c = nonzero_entries(*parts)
         if not len(b):
             continue
         here = slice(moved, moved + len(b))
@@ -128,11 +132,11 @@ def look(w: Tensor, d: Tensor, code: Tensor, limits: dict[tuple[str, str], Thres
         codes[here] = c
         size, reference = torch.abs(b, out=sizes[here]), wide.abs()
         for key, (test, limit) in limits.items():
-            seen.within[key] += count(marked(test, size, limit))
+            seen.within[key] += count(compare(test, size, limit))
         for tau in TAUS:
-            seen.within_share[tau] += count(marked(le, size, tau * reference))
+            seen.within_share[tau] += count(compare(le, size, tau * reference))
         before, after = (x.bfloat16().to(b.dtype) for x in (a, wide + b))
-        seen.same_in_bf16 += count(marked(eq, before, after))
+        seen.same_in_bf16 += count(compare(eq, before, after))
         seen.total += float(size.sum(dtype=torch.float64))
         seen.largest = max(seen.largest, float(size.max()))
 
@@ -165,17 +169,16 @@ def coordinate_terms(
     frac_abs_delta_le_src_abs   share of |D| <= tau |w|, coordinate by coordinate
     coord_top_energy_ratio      share of |D|^2 in the ceil(ratio * numel) largest coordinates
     update_density              share of |D| > atol
-    low_magnitude_ties          entries of the base that tie at the mask's cut, lowest index first
-    and density and overlap of the base's masks, see `overlap_terms`.
+    low_magnitude_ties          base entries equal to the mask's threshold; ties go to the lowest index
+    and density and overlap of the base's masks, see `_overlap_terms`.
 
-    base: as stored, in the shape of delta. Thresholds are compared as the decimals that they are, not as
-    rounded to any dtype.
+    base: as stored, in the shape of delta. Thresholds are compared exactly, not rounded to a dtype.
     """
     n = delta.numel()
     w, d = base.reshape(-1), delta.reshape(-1)
     energy, base_energy = norm(d) ** 2, norm(w) ** 2
     rms = math.sqrt(base_energy / n) if n else 0.0
-    seen = look(w, d, masks.code, thresholds(rms, d.dtype))
+    seen = count_coordinates(w, d, masks.code, thresholds(rms, d.dtype))
     ks = [quota(ratio, n) for ratio in ratios]
     tops = [top_energy(seen.sizes, k) if k < len(seen.sizes) else energy for k in ks]
 
@@ -199,7 +202,7 @@ def coordinate_terms(
         key = parameters(atol=atol)
         terms.append(Term("update_density", key, moved, n, decided_by="sizes"))
         for (name, ratio), both in tallies.items():
-            terms += overlap_terms(name, ratio, atol, masks.members(name, ratio), both, moved, n)
+            terms += _overlap_terms(name, ratio, atol, masks.members(name, ratio), both, moved, n)
     for name, ratio in masks.names():
         members = masks.members(name, ratio)
         reason = REASON if members is None else ""
@@ -213,15 +216,15 @@ def coordinate_terms(
     return terms
 
 
-def overlap_terms(
+def _overlap_terms(
     name: str, ratio: float, atol: float, members: int | None, both: int, moved: int, n: int
 ) -> list[Term]:
-    """How a mask M and the visible update U of one tensor (n coordinates) meet.
+    """Overlap of a mask M and the visible update U of one tensor (n coordinates).
 
     update_overlap_ratio     |M and U| / |U|, the share of the update inside M; by chance |M| / n
-    covered_by_update_ratio  |M and U| / |M|, the share of M that moved; by chance |U| / n
-    enrichment_vs_random     |M and U| / (|M| |U| / n), observed over chance. Over several tensors
-                             chance adds up, so that a layer that moves more is no enrichment.
+    covered_by_update_ratio  |M and U| / |M|, the share of M that changed; by chance |U| / n
+    enrichment_vs_random     |M and U| / (|M| |U| / n), observed over chance. Expectations add up over
+                             tensors, so that a layer with a denser update gives no enrichment.
     """
     key = parameters(ratio=ratio, atol=atol)
     reason = REASON if members is None else ""

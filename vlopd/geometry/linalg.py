@@ -1,10 +1,10 @@
-"""Products and eigenproblems of float64 matrices: the cost of every spectral measure.
+"""Products and eigenproblems of float64 matrices, which dominate the cost of the spectral measures.
 
-On a CPU they are NumPy's and SciPy's, whose BLAS and LAPACK are faster here than torch's on processors other than
-Intel's. Of an eigenproblem all values but few vectors are wanted, for which neither has a call: `eigh` works out all
-vectors, at twice the cost of all values. LAPACK's own steps are called one by one instead: tridiagonal form, all values
-(dsterf), inverse iteration for the leading vectors (dstein). Through ctypes, since SciPy's wrappers of them hold
-Python's lock and would have the workers wait for each other.
+On a CPU these use NumPy and SciPy, whose BLAS and LAPACK are faster than torch's on non-Intel processors. The
+eigenproblems need all values but few vectors, for which neither has a call: `eigh` computes all vectors, at twice the
+cost of all values. So LAPACK's steps are called one by one: tridiagonal form, all values (dsterf), inverse iteration
+for the leading vectors (dstein). They are called through ctypes, since SciPy's wrappers hold the GIL and would
+serialise the workers.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from scipy.linalg import cython_lapack
 from torch import Tensor
 
 FEW = 0.25
-"""Share of the vectors up to which inverse iteration is worth it; its cost rises with the square of their number."""
+"""Largest fraction of vectors for which inverse iteration pays off; its cost is quadratic in their number."""
 ORTHONORMAL = 1e-10
-"""Largest error of the vectors' products at which they are taken; usual are 1e-14."""
+"""Largest accepted error of the vectors' inner products; typical errors are 1e-14."""
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b; of A^T A half is worked out, for NumPy sees that it is symmetric."""
+    """a @ b; for A^T A NumPy computes only half, by symmetry."""
     if a.device.type != "cpu":
         return a @ b
     return torch.from_numpy(a.numpy() @ b.numpy())
@@ -54,8 +54,8 @@ def leading_eigenvectors(symmetric: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def by_inverse_iteration(matrix: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """(all eigenvalues, ascending; eigenvectors of the k largest [n, k], ascending).
 
-    Raises LinAlgError where k is too large for it to be worth it, and where the tridiagonal form falls apart, as that
-    of a matrix of low rank does: there values are equal, and their vectors are anything.
+    Raises LinAlgError where k is too large to pay off, and where the tridiagonal form splits, as for a low-rank
+    matrix: eigenvalues are then equal and their vectors arbitrary.
     """
     n = len(matrix)
     if k > FEW * n:
@@ -63,27 +63,27 @@ def by_inverse_iteration(matrix: np.ndarray, k: int) -> tuple[np.ndarray, np.nda
     reflectors = np.array(matrix, order="F")
     diagonal, beside, scales = np.empty(n), np.empty(n - 1), np.empty(n - 1)
     space = np.empty(64 * n)  # LAPACK's blocks have 32 columns
-    lapack("dsytrd", b"L", n, reflectors, n, diagonal, beside, scales, space, len(space))
+    _call_lapack("dsytrd", b"L", n, reflectors, n, diagonal, beside, scales, space, len(space))
     if not np.abs(beside).min() > np.finfo(float).eps * np.abs(diagonal).max():
-        raise np.linalg.LinAlgError("the tridiagonal form falls apart")
+        raise np.linalg.LinAlgError("the tridiagonal form splits")
 
     values = diagonal.copy()
-    lapack("dsterf", n, values, beside.copy())
+    _call_lapack("dsterf", n, values, beside.copy())
 
     leading, vectors = values[-k:].copy(), np.empty((n, k), order="F")
     block, ends = np.ones(n, np.int32), np.full(n, n, np.int32)  # one block
     spaces = np.empty(5 * n), np.empty(n, np.int32), np.empty(k, np.int32)
-    lapack("dstein", n, diagonal, beside, k, leading, block, ends, vectors, n, *spaces)
+    _call_lapack("dstein", n, diagonal, beside, k, leading, block, ends, vectors, n, *spaces)
     sides = b"L", b"L", b"N"
-    lapack("dormtr", *sides, n, k, reflectors, n, scales, vectors, n, space, len(space))
+    _call_lapack("dormtr", *sides, n, k, reflectors, n, scales, vectors, n, space, len(space))
     error = np.abs(vectors.T @ vectors - np.eye(k)).max()
     if not error < ORTHONORMAL:
         raise np.linalg.LinAlgError(f"vectors are not orthonormal: {error:g}")
     return values, vectors
 
 
-def lapack(name: str, *arguments: bytes | int | np.ndarray) -> None:
-    """Calls a LAPACK routine of SciPy's, without Python's lock. Raises LinAlgError by its last argument, `info`."""
+def _call_lapack(name: str, *arguments: bytes | int | np.ndarray) -> None:
+    """Calls one of SciPy's LAPACK routines without the GIL. Raises LinAlgError where `info` is set."""
     info = ctypes.c_int(-1)
     given = [
         value.ctypes.data_as(ctypes.c_void_p)
@@ -92,14 +92,14 @@ def lapack(name: str, *arguments: bytes | int | np.ndarray) -> None:
         for value in arguments
     ]
     types = [ctypes.c_void_p] * (len(given) + 1)
-    ctypes.CFUNCTYPE(None, *types)(address(name))(*given, ctypes.byref(info))
+    ctypes.CFUNCTYPE(None, *types)(_lapack_address(name))(*given, ctypes.byref(info))
     if info.value:
         raise np.linalg.LinAlgError(f"{name}: info = {info.value}")
 
 
 @cache
-def address(name: str) -> int:
-    """Where a routine of scipy.linalg.cython_lapack is, whose capsules are named by their C signatures."""
+def _lapack_address(name: str) -> int:
+    """Address of a routine of scipy.linalg.cython_lapack, whose capsules are named by their C signatures."""
     capsule = cython_lapack.__pyx_capi__[name]
     api = ctypes.pythonapi
     api.PyCapsule_GetName.restype, api.PyCapsule_GetName.argtypes = (

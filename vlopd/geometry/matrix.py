@@ -1,4 +1,4 @@
-"""One matrix: every measure of its update and of the nulls' draws, packed as arrays that are saved and added up."""
+"""Measures of one matrix: of its update and of each null draw, packed into arrays."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from vlopd.types import TensorName
 from vlopd.weights.delta import TensorDelta, difference
 
 OBSERVED = ""
-"""In a finding's list of draws: the update itself, always the first."""
+"""Name of the observed update among a result's draws, always the first."""
 
 
 class TermKey(NamedTuple):
-    """What a term is, whatever the tensor."""
+    """The fields of a term that are the same for every tensor."""
 
     metric: str
     parameter: str
@@ -48,15 +48,15 @@ class Keys:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What one matrix gave.
+class MatrixResult:
+    """The measures of one matrix.
 
     Worked example, one null of two draws, T terms and M measures:
         draws     ("", "gaussian", "gaussian")
         terms     [3, T, 4]  numerator, denominator, mean and variance of the numerator by chance (NaN: none)
         measures  [3, M, 3]  value (NaN: none), mean and deviation by chance (NaN: none)
-        statuses  [3, M]     places in STATUSES
-    Reasons, by term or measure, are those of the observed update.
+        statuses  [3, M]     indices into STATUSES
+    Reasons, by index of term or measure, are of the observed update.
     """
 
     place: Place
@@ -78,9 +78,9 @@ class Finding:
 
 
 def matrices(pair: TensorDelta, model: PretrainedConfig | None) -> Iterator[TensorDelta]:
-    """The matrices that one stored tensor holds, each [out, in]: q, k, v of a fused qkv, single experts.
+    """Splits a stored tensor into its matrices, each [out, in]: q, k, v of a fused qkv, single experts.
 
-    Without the model's configuration a tensor is taken whole.
+    Without the model's config the tensor is not split.
     """
     if model is None:
         yield pair
@@ -101,10 +101,10 @@ def matrices(pair: TensorDelta, model: PretrainedConfig | None) -> Iterator[Tens
         )
 
 
-def examine(pair: TensorDelta, config: GeometryConfig, device: str = "cpu") -> Finding:
-    """All measures of one matrix's update and its nulls; the base is factorised once.
+def measure_matrix(pair: TensorDelta, config: GeometryConfig, device: str = "cpu") -> MatrixResult:
+    """Measures one matrix's update and its nulls; factorises the base once.
 
-    In memory are the pair as stored and one fp32 update at a time, the observed one or a null's.
+    Holds the pair as stored and one fp32 update at a time, observed or null.
     """
     base, trained = pair.base.to(device), pair.trained.to(device)
     matrix, reason = as_matrix(base)
@@ -113,7 +113,7 @@ def examine(pair: TensorDelta, config: GeometryConfig, device: str = "cpu") -> F
         try:
             factors = base_factors(matrix, config)
         except FAILURES as error:
-            status, reason = "failed", why(error)
+            status, reason = "failed", _describe_error(error)
     masks = BaseMasks(base, factors, config.ratios)
 
     names, terms, measures = [], [], []
@@ -131,28 +131,28 @@ def examine(pair: TensorDelta, config: GeometryConfig, device: str = "cpu") -> F
         try:
             found = matrix_measures(matrix, factors, change.flatten(1), config)
         except FAILURES as error:
-            found = skipped_measures(config, why(error), "failed")
+            found = skipped_measures(config, _describe_error(error), "failed")
         measures.append(found)
         del change
     where = pair.where
     shape = "x".join(map(str, base.shape))
     place = Place(where.name, where.component, where.layer, where.module, shape)
-    return pack(place, names, terms, measures)
+    return _pack_result(place, names, terms, measures)
 
 
 FAILURES = (torch.linalg.LinAlgError, np.linalg.LinAlgError, torch.OutOfMemoryError, MemoryError)
-"""What a factorisation may die of; the tensor's rows then say so, and every aggregate counts it."""
+"""Errors a factorisation may raise; the tensor's rows then have status `failed`, and every aggregate counts them."""
 
 
-def why(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def pack(
+def _pack_result(
     place: Place, names: list[str], terms: list[list[Term]], measures: list[list[Measure]]
-) -> Finding:
+) -> MatrixResult:
     none = (np.nan, np.nan)
-    return Finding(
+    return MatrixResult(
         place=place,
         draws=tuple(names),
         terms=np.array(
@@ -171,7 +171,7 @@ def pack(
 
 
 def keys_of(config: GeometryConfig) -> Keys:
-    """The names of everything that `examine` measures under a config."""
+    """The names of all measures that `measure_matrix` computes under a config."""
     one = torch.ones(1, 1)
     factors = base_factors(one, config)
     masks = BaseMasks(one, factors, config.ratios)

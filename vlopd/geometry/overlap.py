@@ -1,7 +1,7 @@
-"""Do several runs move the same coordinates? Overlap of their visible updates, beside that of their nulls.
+"""Overlap of the visible updates of several runs, compared with that of their nulls.
 
-Two independent nulls overlap too, wherever rounding lets both be seen, so the global ratio over independence
-says little; the strata (by tensor, and by tensor and decile of |w|) and the nulls say how little.
+Independent nulls overlap too, at the coordinates where rounding makes both visible, so the global ratio over
+independence is uninformative alone; the strata (by tensor, and by tensor and decile of |w|) and the nulls correct it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vlopd.config.analysis import GeometryConfig
 from vlopd.geometry.aggregate import rows_of, unshared_rows
 from vlopd.geometry.checkpoint import write_table
 from vlopd.geometry.coordinates import UPDATE_ATOLS, Term, not_above
-from vlopd.geometry.magnitudes import cut, magnitudes, marked
+from vlopd.geometry.magnitudes import compare, kth_smallest, magnitudes
 from vlopd.geometry.matrix import OBSERVED
 from vlopd.geometry.nulls import null_delta, null_name
 from vlopd.geometry.schema import Measure, Place, Row, parameters
@@ -30,27 +30,27 @@ from vlopd.models.names import classify
 from vlopd.weights.delta import difference, stream
 
 STRATA = 10
-"""Groups of a tensor's coordinates by |w|, smallest first, as equal in size as ties allow."""
+"""Quantile groups of a tensor's coordinates by |w|, smallest first, equal in size up to ties."""
 
 
 @dataclass
 class OverlapRow(Row):
-    """A row about two runs; `first` and `second` are their names."""
+    """A row on a pair of runs, named `first` and `second`."""
 
     first: str
     second: str
 
 
-def overlap(
+def write_overlap(
     base: Path,
     runs: Mapping[str, Path],
     out: Path,
     config: GeometryConfig,
     progress: bool = True,
 ) -> Path:
-    """Writes overlap.csv and .parquet about every two of `runs` (name -> trained folder) from one base.
+    """Writes overlap.csv and .parquet on all pairs of `runs` (name -> trained folder) from one base.
 
-    Only parameters that all runs share are counted; others have a row that says so. Returns the path of overlap.csv.
+    Counts only parameters that all runs share; others get a row with the reason. Returns the path of overlap.csv.
     """
     deltas = {
         run: stream(base, folder, classify, config.max_left_out) for run, folder in runs.items()
@@ -67,13 +67,13 @@ def overlap(
             where, shape = first.where, "x".join(map(str, first.base.shape))
             places.append(Place(name, where.component, where.layer, where.module, shape))
             trained = {run: pair.trained for run, pair in pairs.items()}
-            for two, table in tables(name, first.base, trained, config).items():
+            for two, table in _count_tables(name, first.base, trained, config).items():
                 counts[two].append(table)
     draws = [OBSERVED]
     draws += [null_name(null) for null in config.nulls for _ in range(config.null_draws)]
     rows = []
     for (one, other), each in counts.items():
-        for row in pair_rows(np.stack(each), draws, places):
+        for row in _pair_rows(np.stack(each), draws, places):
             rows.append(OverlapRow(**vars(row), first=one, second=other))
         for row in unshared_rows({run: its.report for run, its in deltas.items()}, set(names)):
             rows.append(OverlapRow(**vars(row), first=one, second=other))
@@ -81,14 +81,14 @@ def overlap(
     return out / "overlap.csv"
 
 
-def tables(
+def _count_tables(
     name: str, base: Tensor, trained: Mapping[str, Tensor], config: GeometryConfig
 ) -> dict[tuple[str, str], np.ndarray]:
-    """For every two runs, counts [draws, atols, STRATA, 4] of one tensor's coordinates.
+    """For each pair of runs, counts [draws, atols, STRATA, 4] of one tensor's coordinates.
 
-    The last axis: moved in neither, in the first only, in the second only, in both.
+    The last axis: changed in neither, in the first only, in the second only, in both.
     """
-    strata = magnitude_strata(base)
+    strata = _magnitude_strata(base)
     plan = [
         (None, 0),
         *((null, draw) for null in config.nulls for draw in range(config.null_draws)),
@@ -98,53 +98,55 @@ def tables(
         moved: dict[str, list[Tensor]] = {}
         for run, after in trained.items():
             change = difference(base, after)
-            if null is not None:  # each run draws noise of its own
+            if null is not None:  # independent noise per run
                 change = null_delta(null, base, change, after.dtype, config.seed, draw, name, run)
             size = change.reshape(-1).abs()
             limits = [not_above(atol, size.dtype) for atol in UPDATE_ATOLS]
-            moved[run] = [marked(gt, size, limit) for limit in limits]
+            moved[run] = [compare(gt, size, limit) for limit in limits]
         for one, other in found:
             both = zip(moved[one], moved[other], strict=True)
-            found[one, other].append([table(strata, a, b) for a, b in both])
+            found[one, other].append([_count_table(strata, a, b) for a, b in both])
     return {two: np.array(each) for two, each in found.items()}
 
 
-def table(strata: Tensor, a: Tensor, b: Tensor) -> np.ndarray:
+def _count_table(strata: Tensor, a: Tensor, b: Tensor) -> np.ndarray:
     code = strata * 4 + a.to(torch.uint8) + 2 * b.to(torch.uint8)
     return torch.bincount(code, minlength=4 * STRATA).view(STRATA, 4).numpy()
 
 
-def magnitude_strata(base: Tensor) -> Tensor:
-    """The decile of |w| within its tensor of every coordinate, flat uint8; equal weights are in one decile."""
+def _magnitude_strata(base: Tensor) -> Tensor:
+    """The decile of |w| within its tensor of each coordinate, flat uint8; equal weights share a decile."""
     sizes, n = magnitudes(base.reshape(-1)), base.numel()
     strata = torch.zeros(n, dtype=torch.uint8)
     ks = sorted({max(1, n * i // STRATA) for i in range(1, STRATA)})
     for k in ks:
-        strata += marked(gt, sizes, cut(sizes, k).value).view(torch.uint8)
+        strata += compare(gt, sizes, kth_smallest(sizes, k).value).view(torch.uint8)
     return strata
 
 
-def pair_rows(counts: np.ndarray, draws: Sequence[str], places: Sequence[Place]) -> Iterator[Row]:
-    """Rows of two runs from counts [tensors, draws, atols, STRATA, 4]: all, by decile of |w|, by tensor."""
-    yield from rows_of([measures(counts[:, d]) for d in range(len(draws))], draws, Place("[all]"))
+def _pair_rows(counts: np.ndarray, draws: Sequence[str], places: Sequence[Place]) -> Iterator[Row]:
+    """Rows of a pair of runs from counts [tensors, draws, atols, STRATA, 4]: all, by decile of |w|, by tensor."""
+    yield from rows_of(
+        [_overlap_measures(counts[:, d]) for d in range(len(draws))], draws, Place("[all]")
+    )
     for stratum in range(STRATA):
         part = counts[:, :, :, stratum : stratum + 1]
         if part.sum():
-            values = [measures(part[:, d]) for d in range(len(draws))]
+            values = [_overlap_measures(part[:, d]) for d in range(len(draws))]
             yield from rows_of(values, draws, Place(f"[magnitude={stratum}]"))
     for i, place in enumerate(places):
-        values = [measures(counts[i : i + 1, d]) for d in range(len(draws))]
+        values = [_overlap_measures(counts[i : i + 1, d]) for d in range(len(draws))]
         yield from rows_of(values, draws, place)
 
 
-def measures(counts: np.ndarray) -> list[Measure]:
+def _overlap_measures(counts: np.ndarray) -> list[Measure]:
     """Overlap of two updates A and B from one draw's counts [tensors, atols, strata, 4].
 
     update_jaccard                        |A and B| / |A or B|
-    first_covered_by_second               |A and B| / |A|, by chance |B| / n; and the other way round
-    overlap_enrichment_vs_random          |A and B| over |A| |B| / n, chance being the same everywhere
-    ..._within_tensors                    chance added up tensor by tensor
-    ..._within_tensors_and_magnitudes     chance added up by tensor and decile of |w|
+    first_covered_by_second               |A and B| / |A|, by chance |B| / n; and vice versa
+    overlap_enrichment_vs_random          |A and B| / (|A| |B| / n), with chance uniform over all coordinates
+    ..._within_tensors                    chance summed over tensors
+    ..._within_tensors_and_magnitudes     chance summed over tensors and deciles of |w|
     """
     found = []
     for j, atol in enumerate(UPDATE_ATOLS):

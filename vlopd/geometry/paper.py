@@ -1,4 +1,4 @@
-"""The table row that arXiv 2606.13657 prints of a pair, with the row of its null under it."""
+"""The summary table of arXiv 2606.13657 for a pair: one row for the update, one per null."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vlopd.config.analysis import GeometryConfig
 
 
 class Column(NamedTuple):
-    """One column: which row of geometry.csv it shows, and by how much it is multiplied."""
+    """One column: the row of geometry.csv it shows, and a scale factor."""
 
     title: str
     name: str
@@ -42,10 +42,10 @@ def preset() -> GeometryConfig:
     return GeometryConfig(arms=(), ratios=(0.01, 0.05, 0.1, 0.2), null_draws=3)
 
 
-def table(rows: Iterable[Mapping[str, str]]) -> list[tuple[str, Sequence[str]]]:
-    """(label, cells in the order of COLUMNS) of the pair, and of each null with its deviation on a second line.
+def paper_table(rows: Iterable[Mapping[str, str]]) -> list[tuple[str, Sequence[str]]]:
+    """(label, cells in the order of COLUMNS) of the pair, and of each null with its sd on a second line.
 
-    rows: those of geometry.csv. Labels fold and cells are narrow, so that a terminal of 80 columns does.
+    rows: of geometry.csv. Labels wrap and cells are narrow, to fit a terminal of 80 columns.
     """
     wanted = {(c.name, c.metric, c.parameter) for c in COLUMNS}
     found: dict[tuple[str, str, str], dict[str, Mapping[str, str]]] = {}
@@ -54,12 +54,12 @@ def table(rows: Iterable[Mapping[str, str]]) -> list[tuple[str, Sequence[str]]]:
         if key in wanted:
             found.setdefault(key, {})[row["null"]] = row
     nulls = list(dict.fromkeys(null for own in found.values() for null in own if null))
-    lines: list[tuple[str, Sequence[str]]] = [("update", [cell(found, c, None) for c in COLUMNS])]
-    lines += [(null.replace("_", " "), [cell(found, c, null) for c in COLUMNS]) for null in nulls]
+    lines: list[tuple[str, Sequence[str]]] = [("update", [_cell(found, c, None) for c in COLUMNS])]
+    lines += [(null.replace("_", " "), [_cell(found, c, null) for c in COLUMNS]) for null in nulls]
     return lines
 
 
-def cell(
+def _cell(
     found: Mapping[tuple[str, str, str], Mapping[str, Mapping[str, str]]],
     column: Column,
     null: str | None,

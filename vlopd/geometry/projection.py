@@ -1,4 +1,4 @@
-"""Where an update lies relative to the base matrix's own principal subspaces, in float64."""
+"""Position of an update relative to the base matrix's principal subspaces, in float64."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from vlopd.geometry.spectrum import (
     ROWS,
     TOP,
     Factors,
-    Sum,
+    MatrixSum,
     factorise,
     gram,
+    matmul,
     rank_at,
-    roots,
     singular_values,
+    singular_values_of_gram,
     spectral_measures,
-    times,
     too_large,
-    transposed_times,
+    transposed_matmul,
 )
 
 SUBSPACE = "exact subspaces are needed; "
 
 
-def projection_measures(
-    base: Factors, delta: Sum, energy: float, squares: Tensor | None, ratios: Sequence[float]
+def _projection_measures(
+    base: Factors, delta: MatrixSum, energy: float, squares: Tensor | None, ratios: Sequence[float]
 ) -> list[Measure]:
     """Share of the update's energy inside the base's top-k subspaces (arXiv 2606.13657).
 
-    D is the update, [m, n]. The last column is the value for noise without structure.
+    D is the update, [m, n]. The last column is the expectation for isotropic noise.
 
     principal_projection_energy_ratio        |U_k^T D V_k|^2 / |D|^2    k^2 / (mn)
     left_principal_projection_energy_ratio   |U_k^T D|^2 / |D|^2        k / m
     right_principal_projection_energy_ratio  |D V_k|^2 / |D|^2          k / n
 
-    `squares` is D's Gram matrix on its shorter side where it is known: |D V_k|^2 = tr V_k^T (D^T D) V_k.
+    `squares`: D's Gram matrix on its shorter side, where known: |D V_k|^2 = tr V_k^T (D^T D) V_k.
     """
     m, n = delta.shape
     tall = m >= n
     along = delta if tall else delta.T  # [longer side, shorter side]
     near, far = (base.right, base.left) if tall else (base.left, base.right)
-    from_far = transposed_times(along, far).T  # [k, shorter side]
+    from_far = transposed_matmul(along, far).T  # [k, shorter side]
     joint = product(from_far, near).square()  # [k far, k near]
     far_energy = from_far.square().sum(1)
     if squares is None:
-        near_energy = times(along, near).square().sum(0)
+        near_energy = matmul(along, near).square().sum(0)
     else:
         near_energy = (near * product(squares, near)).sum(0).clamp(min=0)
     left, right = (far_energy, near_energy) if tall else (near_energy, far_energy)
@@ -73,12 +73,12 @@ def projection_measures(
     return found
 
 
-def sines(before: Tensor, after: Tensor, cuts: Sequence[int]) -> list[Tensor]:
+def _principal_angle_sines(before: Tensor, after: Tensor, cuts: Sequence[int]) -> list[Tensor]:
     """Sines of the principal angles between the spans of the first k columns, for every k in `cuts`.
 
     before, after: nested orthonormal bases [m, K]. The sines are the singular values of
-    (I - U_k U_k^T) U'_k, which has a part outside U_K and one between k and K; both are formed without
-    subtracting nearly equal numbers, so that angles far below 1e-8 keep their digits.
+    (I - U_k U_k^T) U'_k, which has a part outside U_K and one between k and K; both are computed without
+    cancellation, so that angles far below 1e-8 stay accurate.
     """
     inside = product(before.T, after)  # [K, K]
     outer = torch.zeros_like(inside)
@@ -88,14 +88,16 @@ def sines(before: Tensor, after: Tensor, cuts: Sequence[int]) -> list[Tensor]:
     found = []
     for k in cuts:
         between = inside[k:, :k]
-        found.append(roots(eigenvalues_of(outer[:k, :k] + product(between.T, between))))
+        found.append(
+            singular_values_of_gram(eigenvalues_of(outer[:k, :k] + product(between.T, between)))
+        )
     return found
 
 
-def rotation_measures(
+def _rotation_measures(
     base: Factors, trained: Factors, shape: tuple[int, int], ratios: Sequence[float]
 ) -> list[Measure]:
-    """How far the top-k subspaces turned: mean sine of their principal angles, in [0, 1]; see `sines`."""
+    """Rotation of the top-k subspaces: mean sine of their principal angles, in [0, 1]."""
     cuts = [rank_at(ratio, *shape) for ratio in ratios]
     found = []
     for metric, before, after in (
@@ -104,7 +106,7 @@ def rotation_measures(
     ):
         angles = [0.0] * len(cuts)
         if trained is not base:
-            angles = [float(each.mean()) for each in sines(before, after, cuts)]
+            angles = [float(each.mean()) for each in _principal_angle_sines(before, after, cuts)]
         for ratio, k, angle in zip(ratios, cuts, angles, strict=True):
             measure = Measure(metric, parameters(ratio=ratio), angle)
             if base.approximate:
@@ -114,11 +116,11 @@ def rotation_measures(
     return found
 
 
-def drift_measures(base: Factors, trained: Factors, delta_norm: float) -> list[Measure]:
-    """How far the singular values moved.
+def _drift_measures(base: Factors, trained: Factors, delta_norm: float) -> list[Measure]:
+    """Change of the singular values.
 
     spectral_drift_l2_ratio            |s' - s| / |s|    (the NSS of arXiv 2511.08567)
-    spectral_drift_to_delta_fro_ratio  |s' - s| / |D|    1 if D only rescales, 0 if it only turns
+    spectral_drift_to_delta_fro_ratio  |s' - s| / |D|    1 if D only rescales, 0 if it only rotates
     """
     names = ("spectral_drift_l2_ratio", "spectral_drift_to_delta_fro_ratio")
     if base.approximate:
@@ -135,33 +137,33 @@ def drift_measures(base: Factors, trained: Factors, delta_norm: float) -> list[M
 def matrix_measures(
     matrix: Tensor, base: Factors, delta: Tensor, config: GeometryConfig
 ) -> list[Measure]:
-    """Every spectral and subspace measure of an update `delta` to `matrix`, both [m, n] of any dtype.
+    """All spectral and subspace measures of an update `delta` to `matrix`, both [m, n] of any dtype.
 
-    `base` are the factors of `matrix`, shared by the observed update and its nulls; where they are
-    approximate, nothing is exact.
+    `base`: the factors of `matrix`, shared by the observed update and its nulls; where they are
+    approximate, so are all measures.
     """
     ratios, method, approximate = config.ratios, config.factorisation, base.approximate
     m, n = delta.shape
     r = min(m, n)
     energy = norm(delta) ** 2
-    change = Sum((delta,))
+    change = MatrixSum((delta,))
     squares, after = None, base
     if energy == 0:
         values = torch.zeros(1 if approximate else r, dtype=torch.float64)
     elif approximate:
         values = factorise(change, min(max(TOP), r), method, approximate).values
     else:
-        after = factorise(Sum((matrix, delta)), base.left.shape[1], method)
+        after = factorise(MatrixSum((matrix, delta)), base.left.shape[1], method)
         if method == "svd":
             values = singular_values(change, method)
         else:
             squares = gram(change)
-            values = roots(eigenvalues_of(squares))
+            values = singular_values_of_gram(eigenvalues_of(squares))
     return [
         *spectral_measures(values, energy, ratios, r, approximate),
-        *projection_measures(base, change, energy, squares, ratios),
-        *rotation_measures(base, after, (m, n), ratios),
-        *drift_measures(base, after, energy**0.5),
+        *_projection_measures(base, change, energy, squares, ratios),
+        *_rotation_measures(base, after, (m, n), ratios),
+        *_drift_measures(base, after, energy**0.5),
     ]
 
 
@@ -169,11 +171,11 @@ def base_factors(matrix: Tensor, config: GeometryConfig) -> Factors:
     """The factors of a base matrix [m, n], up to the largest of the config's ratios."""
     m, n = matrix.shape
     k = max(rank_at(ratio, m, n) for ratio in config.ratios)
-    return factorise(Sum((matrix,)), k, config.factorisation, too_large(m, n, config))
+    return factorise(MatrixSum((matrix,)), k, config.factorisation, too_large(m, n, config))
 
 
 def skipped_measures(config: GeometryConfig, reason: str, status: str = "skipped") -> list[Measure]:
-    """The rows of a parameter that is no matrix, or that failed: none is dropped silently."""
+    """Measures without values for a parameter that is not a matrix, or whose factorisation failed."""
     unit = torch.ones(1, 1, dtype=torch.float64)
     rows = matrix_measures(unit, base_factors(unit, config), unit, config)
     return [row._replace(value=None, status=status, reason=reason, chance=None) for row in rows]
@@ -193,7 +195,7 @@ def _ratio(
     status: str = "zero",
     reason: str = "nothing moved",
 ) -> Measure:
-    """part / whole; without a value, and with this status and reason, where `whole` is 0."""
+    """part / whole; no value, and the given status and reason, where `whole` is 0."""
     if whole == 0:
         return Measure(metric, parameter, None, status, reason)
     return Measure(metric, parameter, part / whole)

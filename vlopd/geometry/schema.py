@@ -1,4 +1,4 @@
-"""The shape of every geometry result: a row a measure and null; thresholds are values, not column names."""
+"""The schema of geometry results: one row per measure and null; thresholds are values, not column names."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from scipy.special import stdtr
 
 STATUSES = ("ok", "approximate", "zero", "skipped", "failed")
 EQUAL = 1e-9
-"""Relative differences below this are rounding of our own arithmetic, no excess."""
+"""Relative differences below this are floating-point rounding, not an excess."""
 DETAIL = ("norm", "sizes", "places", "signs")
-"""How much of an update decides a measure, besides the base: its norm; the sizes of its entries; which coordinates
-have them; their signs as well. Each takes in those before it."""
+"""The part of an update that determines a measure, besides the base: its norm; the sizes of its entries; their
+positions; their signs. Each includes those before it."""
 KEPT = {"permuted": "sizes", "sign_flipped": "places"}
-"""What of the update a null keeps; all others keep the norm. What that decides is no finding beside the null."""
+"""The part of the update that a null preserves; all others preserve the norm. Measures determined by it equal the
+null's by construction."""
 
 
 class Measure(NamedTuple):
-    """One number about one delta.
+    """One number of one delta.
 
-    status: `ok`; `approximate`, from a randomised factorisation; `zero`, undefined because nothing moved
-    (0/0); `skipped`, not computed; `failed`, tried in vain. The last three have no value; all but `ok` say
-    why in `reason`, and all are counted in every aggregate. `decided_by` is one of
-    DETAIL: a null that keeps so much of the update equals it by construction. `chance` is the mean and deviation under
-    an update without structure, where vlopd.geometry.closed_forms knows them without drawing.
+    status: `ok`; `approximate`, from a randomised factorisation; `zero`, undefined because the update is zero
+    (0/0); `skipped`, not computed; `failed`, raised an error. The last three have no value; all but `ok` have a
+    `reason`, and all are counted in every aggregate. `decided_by` is one of DETAIL: a null that preserves this part of
+    the update has the same value by construction. `chance` is the mean and standard deviation under an unstructured
+    update, where vlopd.geometry.closed_forms has a closed form.
     """
 
     metric: str
@@ -38,13 +39,13 @@ class Measure(NamedTuple):
     chance: tuple[float, float | None] | None = None
 
 
-class Standing(NamedTuple):
-    """Where an observed value stands among the draws of a null.
+class NullComparison(NamedTuple):
+    """An observed value compared with the draws of a null.
 
     excess_t = excess / (sd sqrt(1 + 1/S)) follows Student's t with S - 1 degrees of freedom where the
-    observed value is one more draw, so p = P(|t| > |excess_t|) is honest for few draws S too. For a null in
-    closed form sd is exact and p normal. Both are None where there is nothing to standardise by: fewer than
-    two draws, draws that are all equal, or a measure of what the null keeps of the update.
+    observed value is one more draw, so p = P(|t| > |excess_t|) is valid for few draws S too. For a null in
+    closed form sd is exact and p normal. Both are None where standardisation is undefined: fewer than
+    two draws, draws that are all equal, or a measure that the null preserves by construction.
     """
 
     null: str = ""
@@ -55,12 +56,12 @@ class Standing(NamedTuple):
     p: float | None = None
 
 
-@dataclass  # a frozen one takes seven times as long to make, and there are tens of thousands
+@dataclass  # a frozen one takes seven times as long to construct, and there are tens of thousands
 class Row:
-    """One line of geometry.csv: a measure of one tensor, or of a group, beside one null model.
+    """One row of geometry.csv: a measure of one tensor or group against one null model.
 
-    It begins with the fields of a `Place`.
-    excess = value - null_mean; null_sd is the sample deviation over draws; excess_t and p as in `Standing`.
+    Begins with the fields of a `Place`.
+    excess = value - null_mean; null_sd is the sample deviation over draws; excess_t and p as in `NullComparison`.
     """
 
     name: str
@@ -82,7 +83,7 @@ class Row:
 
 
 class Place(NamedTuple):
-    """The columns of a row that say what it is about."""
+    """The columns of a row that identify its tensor or group."""
 
     name: str
     component: str = ""
@@ -101,42 +102,42 @@ def parameters(**values: float | str) -> str:
     )
 
 
-def is_kept(null: str, measure: Measure) -> bool:
-    """Whether a null equals the update in this measure by construction."""
+def _is_preserved(null: str, measure: Measure) -> bool:
+    """Whether a null preserves this measure by construction."""
     return DETAIL.index(measure.decided_by) <= DETAIL.index(KEPT.get(null, "norm"))
 
 
-def standing(null: str, observed: Measure, values: Sequence[float]) -> Standing:
-    """Where `observed` stands among the draws `values` of a null."""
+def _compare_to_null(null: str, observed: Measure, values: Sequence[float]) -> NullComparison:
+    """Compares `observed` with the draws `values` of a null."""
     if not values:
-        return Standing(null)
+        return NullComparison(null)
     mean = math.fsum(values) / len(values)
     sd = None
     if len(values) > 1:
         sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
     if observed.value is None:
-        return Standing(null, mean, sd)
+        return NullComparison(null, mean, sd)
     excess = observed.value - mean
-    if is_kept(null, observed) or sd is None:
-        return Standing(null, mean, sd, excess)
+    if _is_preserved(null, observed) or sd is None:
+        return NullComparison(null, mean, sd, excess)
     if abs(excess) <= EQUAL * max(abs(observed.value), abs(mean)):
-        return Standing(null, mean, sd, excess, 0.0, 1.0)
+        return NullComparison(null, mean, sd, excess, 0.0, 1.0)
     if sd <= EQUAL * abs(mean):
-        return Standing(null, mean, sd, excess)
+        return NullComparison(null, mean, sd, excess)
     t = excess / (sd * math.sqrt(1 + 1 / len(values)))
-    return Standing(null, mean, sd, excess, t, 2 * float(stdtr(len(values) - 1, -abs(t))))
+    return NullComparison(null, mean, sd, excess, t, 2 * float(stdtr(len(values) - 1, -abs(t))))
 
 
-def beside_nulls(
+def rows_against_nulls(
     observed: Measure, draws: Mapping[str, Sequence[float]], place: Place
 ) -> list[Row]:
-    """The rows of a measure: one a null, or a single one where there is none.
+    """The rows of a measure: one per null, or a single one without nulls.
 
-    draws: null -> the values of the same measure under its draws, those that have one.
+    draws: null -> the values of the same measure under its draws, where defined.
     """
-    found = [standing(null, observed, values) for null, values in draws.items()]
+    found = [_compare_to_null(null, observed, values) for null, values in draws.items()]
     if observed.chance is not None:
-        found.append(in_closed_form(observed, *observed.chance))
+        found.append(_compare_to_closed_form(observed, *observed.chance))
     return [
         Row(
             *place,
@@ -152,15 +153,15 @@ def beside_nulls(
             observed.status,
             observed.reason,
         )
-        for its in found or [Standing()]
+        for its in found or [NullComparison()]
     ]
 
 
-def in_closed_form(observed: Measure, mean: float, sd: float | None) -> Standing:
-    """Where `observed` stands in a null whose mean and deviation are known."""
+def _compare_to_closed_form(observed: Measure, mean: float, sd: float | None) -> NullComparison:
+    """Compares `observed` with a null of known mean and standard deviation."""
     if observed.value is None:
-        return Standing("closed_form", mean, sd)
+        return NullComparison("closed_form", mean, sd)
     excess = observed.value - mean
     z = excess / sd if sd else None
     p = None if z is None else math.erfc(abs(z) / math.sqrt(2))
-    return Standing("closed_form", mean, sd, excess, z, p)
+    return NullComparison("closed_form", mean, sd, excess, z, p)

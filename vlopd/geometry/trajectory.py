@@ -1,7 +1,7 @@
-"""How an update grows over checkpoints: its direction towards the final one, and when its subspaces lock.
+"""Evolution of an update over checkpoints: cosine to the final update, and similarity of its subspaces.
 
-Beside a random walk: noise whose increments have the observed steps' sizes, rounded and matched in norm like
-any null. A walk of T equal steps has cosine sqrt(t / T) with its end too, so a rising cosine is no finding.
+Compared with a random walk: noise with increments of the observed sizes, rounded and matched in norm like
+any null. A walk of T equal steps also has cosine sqrt(t / T) to its end, so a rising cosine is not evidence.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vlopd.geometry.magnitudes import norm
 from vlopd.geometry.matrix import OBSERVED, matrices
 from vlopd.geometry.nulls import matched_delta
 from vlopd.geometry.schema import Measure, Place, Row, parameters
-from vlopd.geometry.spectrum import Factors, Sum, as_matrix, factorise, too_large
+from vlopd.geometry.spectrum import Factors, MatrixSum, as_matrix, factorise, too_large
 from vlopd.models.config_files import config_of
 from vlopd.models.names import classify
 from vlopd.seeding import generator
@@ -40,7 +40,7 @@ WALK = "random_walk"
 
 @dataclass
 class StepRow(Row):
-    """A row about one checkpoint of a run."""
+    """A row on one checkpoint of a run."""
 
     step: int
 
@@ -51,7 +51,7 @@ def step_of(folder: Path, position: int) -> int:
     return int(found[1]) if found else position
 
 
-def trajectory(
+def write_trajectory(
     base: Path,
     steps: Mapping[int, Path],
     out: Path,
@@ -59,11 +59,10 @@ def trajectory(
     progress: bool = True,
     tables: Mapping[int, Path] | None = None,
 ) -> Path:
-    """Writes trajectory.csv and .parquet of checkpoints (step -> folder), the last of which is the final one.
+    """Writes trajectory.csv and .parquet of checkpoints (step -> folder); the last is the final one.
 
-    tables: step -> the folder of that step's geometry.csv, whose aggregates are taken in. Tensors are split into
-    matrices, [out, in], as there. All checkpoints of one tensor are in memory at a time. Returns the path of
-    trajectory.csv.
+    tables: step -> the folder of that step's geometry.csv, whose group rows are included. Tensors are split into
+    matrices, [out, in], as there. Holds all checkpoints of one tensor in memory. Returns the path of trajectory.csv.
     """
     order = sorted(steps)
     model = config_of(base)
@@ -74,7 +73,7 @@ def trajectory(
         if all(name in its.report.matched for its in deltas.values())
     ]
     draws = [OBSERVED, *[WALK] * config.null_draws]
-    courses: list[list[Course]] = []  # [matrices][draws]
+    courses: list[list[UpdateSeries]] = []  # [matrices][draws]
     places = []
     with ExitStack() as stack:
         read = {step: stack.enter_context(its.reader()) for step, its in deltas.items()}
@@ -85,26 +84,28 @@ def trajectory(
                 shape = "x".join(map(str, first.base.shape))
                 places.append(Place(first.name, where.component, where.layer, where.module, shape))
                 changes = [pair.delta for pair in pairs]
-                own = [along(changes, config)]
+                own = [_compare_steps(changes, config)]
                 for draw in range(config.null_draws):
                     names_of_stream = (config.seed, draw, first.name)
-                    noise = walk(first.base, changes, pairs[-1].trained.dtype, *names_of_stream)
-                    own.append(along(noise, config))
+                    noise = _random_walk_null(
+                        first.base, changes, pairs[-1].trained.dtype, *names_of_stream
+                    )
+                    own.append(_compare_steps(noise, config))
                 courses.append(own)
-    rows = list(step_rows(order, courses, draws, places))
+    rows = list(_step_rows(order, courses, draws, places))
     reports = {f"step {step}": its.report for step, its in deltas.items()}
     unshared = list(unshared_rows(reports, set(names)))
     rows += [StepRow(**vars(row), step=step) for step in order for row in unshared]
     for step, folder in (tables or {}).items():
-        rows += [StepRow(**row, step=step) for row in aggregates(folder)]
+        rows += [StepRow(**row, step=step) for row in _read_group_rows(folder)]
     write_table(out, "trajectory", rows)
     return out / "trajectory.csv"
 
 
-def walk(
+def _random_walk_null(
     base: Tensor, changes: Sequence[Tensor], stored: torch.dtype, *names: str | int
 ) -> list[Tensor]:
-    """A random walk with the norms of `changes` [steps] after rounding; independent Gaussian increments."""
+    """Draws a random walk with the norms of `changes` [steps] after rounding; independent Gaussian increments."""
     direction = torch.zeros_like(changes[0])
     found, last = [], 0.0
     stream_ = generator("cpu", "null", WALK, *names)
@@ -120,11 +121,11 @@ def walk(
     return found
 
 
-class Course(NamedTuple):
-    """One matrix's updates D at each step, with their two partners E: the final update, and the one before.
+class UpdateSeries(NamedTuple):
+    """One matrix's update D at each step, compared with two partners E: the final and the previous update.
 
     products: (D.E, |D|^2, |E|^2). similar: |U_k^T U'_k|^2 / k of the top-k left and right singular subspaces, NaN
-    where there are none. `approximate` says why the subspaces are not exact; else it is empty.
+    where there are none. `approximate`: the reason why the subspaces are inexact; empty where exact.
     """
 
     products: np.ndarray  # [steps, 2, 3]
@@ -132,29 +133,36 @@ class Course(NamedTuple):
     approximate: str
 
 
-def along(changes: Sequence[Tensor], config: GeometryConfig) -> Course:
-    """The course of one matrix's updates, or of a null's."""
+def _compare_steps(changes: Sequence[Tensor], config: GeometryConfig) -> UpdateSeries:
+    """Compares the updates of one matrix, observed or null, over the steps."""
     flat = [as_matrix(change)[0] for change in changes]
-    subspaces = [None if m is None else top(m, config) for m in flat]
+    subspaces = [None if m is None else _leading_factors(m, config) for m in flat]
     products, similar = [], []
     for i, change in enumerate(changes):
         partners = (len(changes) - 1, i - 1 if i else None)
-        products.append([inner(change, None if p is None else changes[p]) for p in partners])
-        similar.append([sims(subspaces[i], None if p is None else subspaces[p]) for p in partners])
+        products.append(
+            [_inner_products(change, None if p is None else changes[p]) for p in partners]
+        )
+        similar.append(
+            [
+                _subspace_similarities(subspaces[i], None if p is None else subspaces[p])
+                for p in partners
+            ]
+        )
     approximate = next((s.approximate for s in subspaces if s is not None), "")
-    return Course(np.array(products), np.array(similar), approximate)
+    return UpdateSeries(np.array(products), np.array(similar), approximate)
 
 
-def top(matrix: Tensor, config: GeometryConfig) -> Factors | None:
+def _leading_factors(matrix: Tensor, config: GeometryConfig) -> Factors | None:
     if not matrix.any():
         return None
     m, n = matrix.shape
     return factorise(
-        Sum((matrix,)), min(max(RANKS), m, n), config.factorisation, too_large(m, n, config)
+        MatrixSum((matrix,)), min(max(RANKS), m, n), config.factorisation, too_large(m, n, config)
     )
 
 
-def inner(a: Tensor, b: Tensor | None) -> tuple[float, float, float]:
+def _inner_products(a: Tensor, b: Tensor | None) -> tuple[float, float, float]:
     if b is None:
         return 0.0, 0.0, 0.0
     product = sum(
@@ -164,8 +172,8 @@ def inner(a: Tensor, b: Tensor | None) -> tuple[float, float, float]:
     return product, norm(a) ** 2, norm(b) ** 2
 
 
-def sims(a: Factors | None, b: Factors | None) -> np.ndarray:
-    """Subspace similarities [left and right, ranks]; NaN where a rank is more than either has."""
+def _subspace_similarities(a: Factors | None, b: Factors | None) -> np.ndarray:
+    """Subspace similarities [left and right, ranks]; NaN where a rank exceeds either's."""
     found = np.full((2, len(RANKS)), np.nan)
     if a is None or b is None:
         return found
@@ -177,13 +185,13 @@ def sims(a: Factors | None, b: Factors | None) -> np.ndarray:
     return found
 
 
-def step_rows(
+def _step_rows(
     order: Sequence[int],
-    courses: Sequence[Sequence[Course]],
+    courses: Sequence[Sequence[UpdateSeries]],
     draws: Sequence[str],
     places: Sequence[Place],
 ) -> Iterator[StepRow]:
-    """The rows of courses [matrices][draws], of all together and of each."""
+    """The rows of the series [matrices][draws], of all matrices together and of each."""
     products = np.array([[each.products for each in own] for own in courses])
     similar = np.array([[each.similar for each in own] for own in courses])
     members = [(Place("[all]"), slice(None))]
@@ -192,15 +200,15 @@ def step_rows(
         approximate = next((o[0].approximate for o in courses[chosen] if o[0].approximate), "")
         for s, step in enumerate(order):
             values = [
-                directions(products[chosen, d, s].sum(0))
-                + medians(similar[chosen, d, s], approximate)
+                _cosine_measures(products[chosen, d, s].sum(0))
+                + _median_similarities(similar[chosen, d, s], approximate)
                 for d in range(len(draws))
             ]
             for row in rows_of(values, draws, place):
                 yield StepRow(**vars(row), step=step)
 
 
-def directions(products: np.ndarray) -> list[Measure]:
+def _cosine_measures(products: np.ndarray) -> list[Measure]:
     """cosine_to_final and cosine_to_previous from (D.E, |D|^2, |E|^2) of both, summed over tensors."""
     found = []
     for partner, (product, own, theirs) in zip(("final", "previous"), products, strict=True):
@@ -209,10 +217,10 @@ def directions(products: np.ndarray) -> list[Measure]:
     return found
 
 
-def medians(similar: np.ndarray, approximate: str) -> list[Measure]:
-    """Subspace similarities [tensors, 2, 2, ranks] as medians over the tensors that have them.
+def _median_similarities(similar: np.ndarray, approximate: str) -> list[Measure]:
+    """Medians of subspace similarities [tensors, 2, 2, ranks] over the tensors that have them.
 
-    approximate: why some of them are not exact; else empty.
+    approximate: the reason why some are inexact; empty where exact.
     """
     status = "approximate" if approximate else "ok"
     found = []
@@ -231,8 +239,8 @@ def medians(similar: np.ndarray, approximate: str) -> list[Measure]:
     return found
 
 
-def aggregates(folder: Path) -> Iterator[dict]:
-    """The rows of geometry.csv about the whole model and its parts, as `Row` has them."""
+def _read_group_rows(folder: Path) -> Iterator[dict]:
+    """The rows of geometry.csv on the whole model and its groups, with the fields of `Row`."""
     numbers = ("value", "null_mean", "null_sd", "excess", "excess_t", "p")
     with (folder / "geometry.csv").open() as file:
         for row in csv.DictReader(file):

@@ -1,1 +1,1 @@
-"""Masks: which coordinates may train. A mask is a dict of bool tensors by parameter name."""
+"""Masks: the coordinates that may train, as a dict of bool tensors by parameter name."""

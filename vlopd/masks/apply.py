@@ -1,4 +1,4 @@
-"""Masks applied to checkpoints, and the proof of what an arm did: coordinate by coordinate, bit by bit."""
+"""Applies masks to checkpoints, and verifies bit by bit which coordinates an arm changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOLERANCES = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 def transplanted(pair: TensorDelta, mask: Tensor) -> Tensor:
     """The trained value on the mask, the base value elsewhere, bit for bit, without arithmetic.
 
-    In the stored dtype; where the two are stored differently, in the one that holds both exactly.
+    In the stored dtype; where the two differ, in the narrowest dtype that holds both exactly.
     """
     dtype = torch.promote_types(pair.base.dtype, pair.trained.dtype)
     return torch.where(mask, pair.trained.to(dtype), pair.base.to(dtype))
@@ -28,12 +28,12 @@ def extrapolated(pair: TensorDelta, factor: float, mask: Tensor | None = None) -
     """w + factor * delta on the mask (everywhere without one), in float64, then rounded to the base's dtype."""
     base = pair.base.double()
     moved = (base + factor * (pair.trained.double() - base)).to(pair.base.dtype)
-    moved = moved.where(pair.delta != 0, pair.base)  # exact where nothing moved
+    moved = moved.where(pair.delta != 0, pair.base)  # exact where the delta is 0
     return moved if mask is None else moved.where(mask, pair.base)
 
 
 def delta_norm(pairs: Iterable[TensorDelta]) -> float:
-    """Frobenius norm of an update over the whole model, added up in float64."""
+    """Frobenius norm of an update over the whole model, accumulated in float64."""
     squares = (
         float(torch.linalg.vector_norm(pair.delta, dtype=torch.float64)) ** 2 for pair in pairs
     )
@@ -43,7 +43,7 @@ def delta_norm(pairs: Iterable[TensorDelta]) -> float:
 def moved_off_mask(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], mask: Mapping[str, Tensor]
 ) -> int:
-    """How many coordinates off the mask differ by any bit; a tensor that the mask does not name is off it."""
+    """Number of coordinates off the mask that differ in any bit; tensors missing from the mask are off it."""
     moved = 0
     for name, old in before.items():
         changed = different(old, after[name])
@@ -54,23 +54,23 @@ def moved_off_mask(
 def moved_on_mask(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None
 ) -> int:
-    """How many coordinates on the mask (all of them without one) differ by any bit."""
+    """Number of coordinates on the mask (all without one) that differ in any bit."""
     if mask is None:
         return moved_off_mask(before, after, {})
     named = {name: before[name] for name in mask}
     return moved_off_mask(named, after, {name: ~marked for name, marked in mask.items()})
 
 
-def identity(
+def agreement_by_tolerance(
     before: Mapping[str, Tensor],
     arm: Mapping[str, Tensor],
     other: Mapping[str, Tensor],
     mask: Mapping[str, Tensor] | None,
 ) -> list[dict[str, Any]]:
-    """How equal two arms are: the share of coordinates with |arm - other| <= tolerance, as stored.
+    """Agreement of two arms' weights: the fraction of coordinates with |arm - other| <= tolerance, as stored.
 
-    `all` and `on_mask` are the shares; `base_all` and `base_on_mask` those of |base - other|, which
-    is what an arm would have that never trained. Null where a share has no coordinates.
+    One row per tolerance. `all` and `on_mask` are the fractions; `base_all` and `base_on_mask` those of
+    |base - other|, the value for an untrained arm. Null where there are no coordinates.
     """
     totals = {"all": 0, "on_mask": 0}
     within = {

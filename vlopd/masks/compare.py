@@ -1,4 +1,4 @@
-"""How two masks of one model meet: Jaccard index, coverage, and enrichment over chance."""
+"""Overlap of two masks of one model: Jaccard index, coverage, and enrichment over chance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def density(mask: Mapping[str, Tensor]) -> float:
-    """Share of the coordinates that are in the mask, in [0, 1]."""
+    """Fraction of the coordinates that are in the mask, in [0, 1]."""
     total = sum(m.numel() for m in mask.values())
     return sum(int(m.sum()) for m in mask.values()) / total if total else 0.0
 
@@ -28,7 +28,7 @@ def densities_by(mask: Mapping[str, Tensor], label: Callable[[str], str]) -> dic
 
 
 def refuse_unlike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
-    """Raises ValueError naming the first tensor that only one has, or whose shape differs."""
+    """Raises ValueError naming the first tensor that only one mask has, or whose shape differs."""
     for name in sorted(a.keys() | b.keys()):
         if name not in a or name not in b or a[name].shape != b[name].shape:
             raise ValueError(f"the masks belong to different models: they differ at {name}")
@@ -37,17 +37,17 @@ def refuse_unlike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
 def jaccard(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """|a and b| / |a or b| over the whole model; NaN when both are empty.
 
-    Raises ValueError naming the first tensor that only one has, or whose shape differs.
+    Raises ValueError naming the first tensor that only one mask has, or whose shape differs.
     """
     return overlap(a, b).jaccard
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Counts of two masks over the same coordinates, and what chance would give.
+    """Overlap counts of two masks over the same coordinates, and the chance expectation.
 
-    `expected` is the mean of |a and b| if, within every class of coordinates, each mask were spread
-    evenly: |a_c| |b_c| / n_c summed over classes (one class: independence at the global densities).
+    `expected` is the mean of |a and b| if, within every class of coordinates, both masks were drawn
+    uniformly: |a_c| |b_c| / n_c summed over classes (one class: independence at the global densities).
     Ratios are NaN where they are 0/0.
     """
 
@@ -59,30 +59,30 @@ class Overlap:
 
     @property
     def jaccard(self) -> float:
-        return ratio(self.both, self.a + self.b - self.both)
+        return _ratio(self.both, self.a + self.b - self.both)
 
     @property
     def expected_jaccard(self) -> float:
         """The Jaccard index if `both` were `expected`."""
-        return ratio(self.expected, self.a + self.b - self.expected)
+        return _ratio(self.expected, self.a + self.b - self.expected)
 
     @property
     def coverage_of_a(self) -> float:
-        """The share of a that is in b."""
-        return ratio(self.both, self.a)
+        """The fraction of a that is in b."""
+        return _ratio(self.both, self.a)
 
     @property
     def coverage_of_b(self) -> float:
-        """The share of b that is in a."""
-        return ratio(self.both, self.b)
+        """The fraction of b that is in a."""
+        return _ratio(self.both, self.b)
 
     @property
     def enrichment(self) -> float:
         """Observed over expected; 1 is chance."""
-        return ratio(self.both, self.expected)
+        return _ratio(self.both, self.expected)
 
     def row(self) -> dict[str, float | int | None]:
-        """All of it as JSON, null for what is not defined."""
+        """All counts and ratios for JSON, null where undefined."""
         measures = {
             "jaccard": self.jaccard,
             "expected_jaccard": self.expected_jaccard,
@@ -95,32 +95,32 @@ class Overlap:
         return {**counts, "expected": self.expected, **defined}
 
 
-def ratio(part: float, whole: float) -> float:
+def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
-def counts(a: Tensor, b: Tensor) -> Overlap:
-    """Of one tensor, or one class of coordinates."""
+def _count_overlap(a: Tensor, b: Tensor) -> Overlap:
+    """The overlap in one tensor, or one class of coordinates."""
     n, in_a, in_b, both = a.numel(), int(a.sum()), int(b.sum()), int((a & b).sum())
     return Overlap(n, in_a, in_b, both, in_a * in_b / n if n else 0.0)
 
 
-def added(parts: Iterable[Overlap]) -> Overlap:
-    """Several classes together; chance adds up, so that a class that both prefer is no enrichment."""
+def sum_overlaps(parts: Iterable[Overlap]) -> Overlap:
+    """Sums over classes; expectations add up, so that a class that both masks prefer gives no enrichment."""
     columns = [(p.n, p.a, p.b, p.both, p.expected) for p in parts]
     n, a, b, both, expected = (sum(column) for column in zip(*columns, strict=True))
     return Overlap(int(n), int(a), int(b), int(both), float(expected))
 
 
 def overlap_by_tensor(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Overlap]:
-    """Raises ValueError for masks of different models."""
+    """The overlap in each tensor. Raises ValueError for masks of different models."""
     refuse_unlike(a, b)
-    return {name: counts(a[name], b[name]) for name in a}
+    return {name: _count_overlap(a[name], b[name]) for name in a}
 
 
 def overlap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Overlap:
-    """Over the whole model, against independence at the global densities."""
-    whole = added(overlap_by_tensor(a, b).values())
+    """The overlap over the whole model, against independence at the global densities."""
+    whole = sum_overlaps(overlap_by_tensor(a, b).values())
     expected = whole.a * whole.b / whole.n if whole.n else 0.0
     return Overlap(whole.n, whole.a, whole.b, whole.both, expected)
 
@@ -128,7 +128,7 @@ def overlap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Overlap:
 def overlap_by_class(
     a: Mapping[str, Tensor], b: Mapping[str, Tensor], classes: Iterable[tuple[str, Tensor]]
 ) -> Overlap:
-    """Over the whole model, against chance within every class of every tensor.
+    """The overlap over the whole model, against chance within every class of every tensor.
 
     `classes` gives each tensor's name and an int64 class for each of its coordinates, such as the
     quantile of its |w|.
@@ -149,4 +149,4 @@ def overlap_by_class(
                 float(expected),
             )
         )
-    return added(parts)
+    return sum_overlaps(parts)

@@ -1,5 +1,4 @@
-"""Mask files: one safetensors file of packed bits with its origin and a digest in the header, beside a
-readable JSON of the same."""
+"""Mask files: a safetensors file of packed bits with provenance and a digest in the header, and a JSON record."""
 
 from __future__ import annotations
 
@@ -31,11 +30,11 @@ def save_mask(
     classify: Callable[[str], TensorName],
     write_record: Callable[[Path, Any], None] = write_json,
 ) -> None:
-    """Writes NAME.safetensors (packed bits) and then, by `write_record`, its readable record NAME.json.
+    """Writes NAME.safetensors (packed bits) and then, by `write_record`, its JSON record NAME.json.
 
-    `inputs` is JSON: `rule`, and the digests of what the mask was made from, of which `base`, the
-    checkpoint that it may train, is checked on use. Both files hold them with shapes, counts and
-    densities, and a `digest` of all that and of every bit; equal masks are equal files.
+    `inputs` (JSON): `rule`, and the digests of the mask's inputs, of which `base`, the checkpoint that it is
+    applied to, is checked on use. Both files also hold shapes, counts, densities, and a `digest` of all
+    metadata and bits; equal masks give equal files.
     """
     assert "base" in inputs, "a mask must name the checkpoint it starts from"
     packed = {name: pack(marked.cpu()) for name, marked in mask.items()}
@@ -50,18 +49,17 @@ def save_mask(
     }
     metadata["digest"] = _digest(metadata, packed)
     record = path.with_name(f"{path.stem}.json")
-    record.unlink(missing_ok=True)  # an old record must never lie beside a new mask
+    record.unlink(missing_ok=True)  # never leave an old record beside a new mask
     with whole_file(path) as temporary:
-        # one header entry: safetensors shuffles several
+        # a single header entry: safetensors does not keep the order of several
         save_file(packed, temporary, {HEADER: json.dumps(metadata, sort_keys=True)})
     write_record(record, metadata)
 
 
 def load_mask(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads a mask and its metadata back.
+    """Reads a mask and its metadata.
 
-    Raises RunError when the file is missing, cut short, or any bit of it differs from what was
-    saved.
+    Raises RunError where the file is missing, truncated, or does not match its digest.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -70,7 +68,9 @@ def load_mask(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except FileNotFoundError:
         raise RunError(f"no mask {path}; run the stage that writes it first") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise RunError(f"{path} is not a whole mask ({error}); delete it and run again") from None
+        raise RunError(
+            f"{path} is not a complete mask ({error}); delete it and run again"
+        ) from None
     if not metadata:
         raise RunError(f"{path} is not a mask file of vlopd; make one with `vlopd mask make`")
     recorded = metadata.pop("digest", None)
@@ -96,16 +96,13 @@ def check_mask(
     shapes: Mapping[str, torch.Size],
     base_digest: str,
 ) -> None:
-    """Refuses a mask that was not made for this model, from this base checkpoint.
-
-    Raises RunError naming the first offending tensor, or both digests.
-    """
+    """Raises RunError for a mask of another model or base checkpoint, naming the first tensor or both digests."""
     check_shapes(mask, shapes)
     made_from = metadata["inputs"]["base"]
     if made_from != base_digest:
         raise RunError(
             f"the mask was made from base checkpoint {made_from[:12]}, this one is "
-            f'{base_digest[:12]}; rebuild it, or bring it in by a rule of type "file" with '
+            f'{base_digest[:12]}; rebuild it, or import it by a rule of type "file" with '
             "--allow-other-base"
         )
 
@@ -118,5 +115,5 @@ def check_shapes(mask: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -
         if name not in shapes:
             raise RunError(f"the mask is of another model: it has {name}, which the model lacks")
         if mask[name].shape != shapes[name]:
-            theirs, ours = tuple(mask[name].shape), tuple(shapes[name])
-            raise RunError(f"the mask is of another model: {name} is {theirs} there, {ours} here")
+            has, needs = tuple(mask[name].shape), tuple(shapes[name])
+            raise RunError(f"the mask is of another model: {name} is {has} there, {needs} here")

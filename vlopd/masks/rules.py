@@ -1,7 +1,6 @@
-"""Rules: pure functions of a base and a trained checkpoint, tensor by tensor, or of other masks.
+"""Mask rules: pure functions of a base and a trained checkpoint, tensor by tensor, or of other masks.
 
-A mask is a dict of bool tensors by parameter name. Wherever a rule takes a number of coordinates, it
-takes exactly that number, see `vlopd.masks.select`.
+A mask is a dict of bool tensors by parameter name. Counts of coordinates are exact, see `vlopd.masks.select`.
 """
 
 from __future__ import annotations
@@ -57,51 +56,55 @@ QUANTILES = 16
 def build_mask(
     rule: MaskConfig, pairs: Pairs = (), masks: Mapping[str, Mask] | None = None
 ) -> Mask:
-    """The mask that a rule asks for.
+    """Builds the mask of a rule.
 
-    `pairs`: base and trained tensors; for rules that look at the base alone, trained may be anything.
-    `masks`: those that the rule names, by the names it uses (a file's by its path).
+    `pairs`: base and trained tensors; rules that read only the base ignore the trained ones.
+    `masks`: the masks that the rule refers to, by name (a file's by its path).
 
-    Raises ConfigError for a part of the model that there is not, ValueError for masks of different models.
+    Raises ConfigError for a component, layer or module that the model lacks, ValueError for masks of different models.
     """
     masks = masks or {}
     match rule:
         case VisibleMask():
-            return {pair.name: visible_update(pair, rule) for pair in pairs}
+            return {pair.name: _visible_update(pair, rule) for pair in pairs}
         case TopFractionMask(by="delta"):
-            return take(pairs, lambda p: order_keys(p.delta), rule.fraction, rule.scope)
+            return _top_fraction(pairs, lambda p: order_keys(p.delta), rule.fraction, rule.scope)
         case TopFractionMask():
-            return take(pairs, lambda p: order_keys(relative(p)), rule.fraction, rule.scope)
+            return _top_fraction(
+                pairs, lambda p: order_keys(_relative_delta(p)), rule.fraction, rule.scope
+            )
         case EnergyMask():
-            return top_energy(pairs, rule.share, rule.scope)
+            return _top_energy(pairs, rule.share, rule.scope)
         case MagnitudeMask():
             order = reverse_keys if rule.which == "low" else order_keys
-            return take(pairs, lambda p: order(p.base), rule.fraction, rule.scope)
+            return _top_fraction(pairs, lambda p: order(p.base), rule.fraction, rule.scope)
         case PrincipalMask():
             order = order_keys if rule.which == "principal" else reverse_keys
-            return take(pairs, lambda p: order(approximation(p.base, rule)), rule.fraction)
+            return _top_fraction(
+                pairs, lambda p: order(_low_rank_approximation(p.base, rule)), rule.fraction
+            )
         case WholeMask():
-            return whole(pairs, rule)
+            return whole_parameters(pairs, rule)
         case RandomMask():
             return random_like(masks[rule.like], rule.seed, rule.match, pairs)
         case UnionMask() | IntersectionMask() | DifferenceMask():
-            return combined(rule.type, [masks[name] for name in rule.masks])
+            return combine(rule.type, [masks[name] for name in rule.masks])
         case ComplementMask():
             return {name: ~marked for name, marked in masks[rule.mask].items()}
         case FileMask():
             return dict(masks[rule.path])
 
 
-# ------------------------------------------------------------------------------ by what changed
+# ------------------------------------------------------------------------------ rules on the delta
 
 
 def visible(delta: Tensor, atol: float = 0.0) -> Tensor:
-    """|delta| > atol, for a delta taken from stored values: what the stored precision shows."""
+    """|delta| > atol, for a delta of stored values: the visible update."""
     return delta.abs() > atol
 
 
-def visible_update(pair: TensorDelta, rule: VisibleMask) -> Tensor:
-    """Where the update is larger than the rule's tolerance, in the rule's precision."""
+def _visible_update(pair: TensorDelta, rule: VisibleMask) -> Tensor:
+    """Coordinates whose update exceeds the rule's tolerance, in the rule's precision."""
     dtype = PRECISIONS.get(rule.precision)
     base, trained = pair.base, pair.trained
     if dtype is not None:
@@ -118,7 +121,7 @@ def visible_update(pair: TensorDelta, rule: VisibleMask) -> Tensor:
 
 
 def steps_between(a: Tensor, b: Tensor) -> Tensor:
-    """How many floats of their dtype (16 or 32 bits) lie between a and b, int64; 0 and -0 are one."""
+    """Distance from a to b in ulps of their dtype (16 or 32 bits), int64; 0 and -0 are equal."""
 
     def ordinal(x: Tensor) -> Tensor:
         bits = {2: torch.int16, 4: torch.int32}[x.element_size()]
@@ -129,19 +132,19 @@ def steps_between(a: Tensor, b: Tensor) -> Tensor:
     return (ordinal(a) - ordinal(b)).abs()
 
 
-def relative(pair: TensorDelta) -> Tensor:
-    """|delta| / |w|; infinite where a zero moved, 0 where nothing did."""
+def _relative_delta(pair: TensorDelta) -> Tensor:
+    """|delta| / |w|; infinite where a zero weight changed, 0 where delta is 0."""
     ratio = pair.delta.abs() / pair.base.to(pair.delta.dtype).abs()
     return ratio.where(pair.delta != 0, torch.zeros_like(ratio))
 
 
-def take(
+def _top_fraction(
     pairs: Pairs, keys: Callable[[TensorDelta], Tensor], fraction: float, scope: str = "tensor"
 ) -> Mask:
-    """The ceil(fraction * n) coordinates with the largest keys, of each tensor or of the whole model.
+    """Selects the ceil(fraction * n) coordinates with the largest keys, of each tensor or of the whole model.
 
-    A tensor that did not move still gets its quota (its lowest indices): the rule fixes density,
-    and arms that are compared at one density must have it everywhere.
+    An unchanged tensor still gets its quota (its lowest indices): the rule fixes the density,
+    so that arms can be compared at equal density in every tensor.
     """
     if scope == "tensor":
         found = {}
@@ -154,20 +157,20 @@ def take(
     return dict(zip(sizes, chosen, strict=True))
 
 
-def top_energy(pairs: Pairs, share: float, scope: str = "tensor") -> Mask:
-    """The fewest coordinates that hold `share` of the squared norm of the update, of each tensor or of all."""
+def _top_energy(pairs: Pairs, share: float, scope: str = "tensor") -> Mask:
+    """Selects the fewest coordinates that hold `share` of the update's squared norm, of each tensor or of all."""
     if scope == "tensor":
-        return {pair.name: top_energy([pair], share, "global")[pair.name] for pair in pairs}
+        return {pair.name: _top_energy([pair], share, "global")[pair.name] for pair in pairs}
     names = [pair.name for pair in pairs]
     chosen = select_energy(lambda: (order_keys(pair.delta) for pair in pairs), share)
     return dict(zip(names, chosen, strict=True))
 
 
-# ------------------------------------------------------------------------------- by the base
+# ------------------------------------------------------------------------------- rules on the base
 
 
-def approximation(base: Tensor, rule: PrincipalMask) -> Tensor:
-    """The best approximation of rank k of a matrix [m, everything else], in its shape; of a vector, itself."""
+def _low_rank_approximation(base: Tensor, rule: PrincipalMask) -> Tensor:
+    """The best rank-k approximation of a tensor as a matrix [m, everything else], in its shape; a vector unchanged."""
     matrix = base.flatten(1).double() if base.ndim > 1 else base[:, None].double()
     rank = rule.rank
     if rank is None:
@@ -175,8 +178,8 @@ def approximation(base: Tensor, rule: PrincipalMask) -> Tensor:
     return low_rank(matrix, rank).view(base.shape)
 
 
-def whole(pairs: Pairs, rule: WholeMask) -> Mask:
-    """All of the parameters that the rule names, nothing of the others."""
+def whole_parameters(pairs: Pairs, rule: WholeMask) -> Mask:
+    """Selects all coordinates of the parameters that the rule names."""
     shapes = {pair.where: pair.base.shape for pair in pairs}
     modules = {module for name in rule.modules for module in MODULE_GROUPS.get(name, (name,))}
     known: dict[str, tuple[set[str] | set[int], set[str] | set[int]]] = {
@@ -191,7 +194,7 @@ def whole(pairs: Pairs, rule: WholeMask) -> Mask:
     for key, (asked, there) in known.items():
         if unknown := sorted(map(str, asked - there)):
             has = ", ".join(map(str, sorted(there, key=lambda x: (str(type(x)), x))))
-            raise ConfigError(f"{key}: the model has no {unknown[0]!r}, it has {has}")
+            raise ConfigError(f"{key}: the model has no {unknown[0]!r}; it has {has}")
 
     def asked_for(where: TensorName) -> bool:
         return (
@@ -202,20 +205,22 @@ def whole(pairs: Pairs, rule: WholeMask) -> Mask:
 
     found = {w.name: torch.full(shape, asked_for(w)) for w, shape in shapes.items()}
     if not any(asked_for(where) for where in shapes):
-        raise ConfigError("components, layers and modules leave no parameter when taken together")
+        raise ConfigError(
+            "no parameter matches components, layers and modules together; remove one of them"
+        )
     return found
 
 
-# ----------------------------------------------------------------------------------- by chance
+# ----------------------------------------------------------------------------------- random rules
 
 
 def random_like(
     mask: Mapping[str, Tensor], seed: int, match: str = "tensor", pairs: Pairs = ()
 ) -> Mask:
-    """Uniformly drawn coordinates, exactly as many as `mask` has in each class of `match` (RandomMask).
+    """Draws coordinates uniformly, exactly as many as `mask` has in each class of `match` (RandomMask).
 
-    Each tensor has its own stream, named by (seed, tensor), so the order of tensors does not matter.
-    `pairs` give parameters their place and |w|; needed for all but "tensor" and "global".
+    Each tensor has its own random stream, named by (seed, tensor), so the order of tensors does not matter.
+    `pairs` provide component, module and |w|; not needed for "tensor" and "global".
     """
 
     def keys(name: str) -> Tensor:
@@ -225,7 +230,7 @@ def random_like(
     if match in ("magnitude", "visibility"):
         classes = quantiles if match == "magnitude" else binades
         return {
-            pair.name: stratified(mask[pair.name], keys(pair.name), classes(pair.base))
+            pair.name: _stratified(mask[pair.name], keys(pair.name), classes(pair.base))
             for pair in pairs
         }
     label: Callable[[str], object] = {"tensor": lambda name: name}.get(match, lambda name: "all")
@@ -246,8 +251,8 @@ def random_like(
     return {name: found[name] for name in mask}
 
 
-def stratified(like: Tensor, keys: Tensor, classes: Tensor) -> Tensor:
-    """In each class of coordinates those with the largest keys, as many as `like` has there."""
+def _stratified(like: Tensor, keys: Tensor, classes: Tensor) -> Tensor:
+    """Selects in each class the coordinates with the largest keys, as many as `like` has there."""
     shape, found = like.shape, torch.zeros_like(like).view(-1)
     like, keys, classes = like.reshape(-1), keys.reshape(-1), classes.reshape(-1)
     counts = torch.bincount(classes[like]) if bool(like.any()) else torch.zeros(0).long()
@@ -259,7 +264,7 @@ def stratified(like: Tensor, keys: Tensor, classes: Tensor) -> Tensor:
 
 
 def quantiles(base: Tensor) -> Tensor:
-    """Which of sixteen quantiles of the tensor's |w| each coordinate is in; equal ones are never parted."""
+    """The sixteen-quantile of |w| within its tensor of each coordinate; equal values share a quantile."""
     size = base.float().abs().flatten()
     ordered = size.sort().values
     n = len(ordered)
@@ -268,15 +273,15 @@ def quantiles(base: Tensor) -> Tensor:
 
 
 def binades(base: Tensor) -> Tensor:
-    """The exponent of each |w| as fp32 has it: within a binade the floats of any one format are equally far apart."""
+    """The fp32 exponent of each |w|: within a binade the floats of a format are equally spaced."""
     return order_keys(base).long() >> 23
 
 
 # --------------------------------------------------------------------------------- combinations
 
 
-def combined(how: str, masks: list[Mask]) -> Mask:
-    """union, intersection, or difference (the first without all others) of masks of one model.
+def combine(how: str, masks: list[Mask]) -> Mask:
+    """The union, intersection, or difference (the first without all others) of masks of one model.
 
     Raises ValueError naming the first tensor in which two differ in shape.
     """

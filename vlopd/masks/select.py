@@ -1,8 +1,8 @@
-"""Taking exactly so many coordinates of one tensor or many: the largest, the smallest, the most energetic.
+"""Selects an exact number of coordinates of one or many tensors: the largest, the smallest, the highest energy.
 
-Among equal values the lowest flat index comes first, and the earliest tensor: bf16 deltas are massively
-tied, and a mask must not depend on the machine. The threshold is found digit by digit in two histograms
-of 2^16 bins, so nothing is sorted, copied or concatenated.
+Ties go to the earliest tensor and the lowest flat index: bf16 deltas have many ties, and a mask must not depend on
+the machine. The threshold is found by a radix selection over two histograms of 2^16 bins, without sorting, copying
+or concatenating.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 Keys = Callable[[], Iterable[Tensor]]
-"""Gives int32 tensors of values >= 0, the same ones on every call."""
+"""Returns int32 tensors of values >= 0, the same on every call."""
 
 
 def quota(fraction: float, n: int) -> int:
-    """ceil(fraction * n) for the decimal as written: 7 % of 100 is 7, though 0.07 * 100 > 7."""
+    """ceil(fraction * n) for the decimal as written: 7 % of 100 is 7, although 0.07 * 100 > 7."""
     return math.ceil(Fraction(str(fraction)) * n)
 
 
 def select(keys: Keys, count: int) -> list[Tensor]:
-    """Marks the `count` largest keys of many tensors; ties to the earliest tensor, lowest index."""
+    """Selects the `count` largest keys of many tensors; ties to the earliest tensor, lowest index."""
     high = sum(torch.bincount(k.flatten() >> 16, minlength=1 << 15) for k in keys())
     top, above = _digit(high, count)
     low = sum(
@@ -36,10 +36,9 @@ def select(keys: Keys, count: int) -> list[Tensor]:
 
 
 def select_energy(keys: Keys, share: float) -> list[Tensor]:
-    """Marks the fewest largest magnitudes whose squares make up `share` of the sum of all squares, in (0, 1].
+    """Selects the fewest largest magnitudes whose squares make up `share`, in (0, 1], of the sum of all squares.
 
-    Keys are `order_keys`: the bits of an fp32 magnitude. Nothing is marked where all are zero. Sums
-    are in float64.
+    Keys are `order_keys`: the bits of an fp32 magnitude. Selects nothing where all are zero. Sums are in float64.
     """
     high = sum(
         torch.bincount(k.flatten() >> 16, _energy(k.flatten()), minlength=1 << 15) for k in keys()
@@ -53,7 +52,7 @@ def select_energy(keys: Keys, share: float) -> list[Tensor]:
     low = torch.stack(
         [torch.bincount(k & 0xFFFF, _energy(k), minlength=1 << 16) for k in inside]
     ).sum(0)
-    # rounding may leave the last bin a hair short of what is wanted
+    # rounding may leave the last bin slightly below the target
     bottom, above_low = _digit(low, min(wanted - above, float(low.sum()) * (1 - 1e-15)))
     threshold = (top << 16) | bottom
     each = float(_energy(torch.tensor([threshold], dtype=torch.int32)))

@@ -1,4 +1,4 @@
-"""A checkpoint folder's own description, read without importing any model's code."""
+"""Reads a checkpoint folder's config.json without importing model code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlopd.models.openclip import MODEL_TYPE as OPENCLIP
 
 
 def config_of(folder: Path) -> PretrainedConfig | None:
-    """The folder's config.json, None where it has none. Raises RunError where it is of no known model."""
+    """The folder's config; None without a config.json. Raises RunError for a model that transformers does not know."""
     path = folder / "config.json"
     if not path.is_file():
         return None
@@ -23,12 +23,12 @@ def config_of(folder: Path) -> PretrainedConfig | None:
         vlm.register()
     try:
         return AutoConfig.from_pretrained(folder)
-    except Exception as error:  # configurations check themselves, and raise what they like
+    except Exception as error:  # config classes raise arbitrary exceptions
         raise RunError(f"cannot read {path}: {first_line(error)}") from None
 
 
 def is_known(about: object) -> bool:
-    """Whether a config.json's content is of a model whose code is at hand, so that it says which weights there are."""
+    """Whether a config.json is of a model that transformers or vlopd implements, so that its weights are known."""
     kind = about.get("model_type") if isinstance(about, dict) else None
     ours = isinstance(kind, str) and (kind == OPENCLIP or kind in CONFIG_MAPPING)
     return ours and isinstance(about, dict) and not about.get("auto_map")

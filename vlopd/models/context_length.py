@@ -1,22 +1,22 @@
-"""How many tokens a model can read: the positions of its language model."""
+"""A model's context length: the number of positions of its language model."""
 
 from __future__ import annotations
 
 from transformers import PretrainedConfig
 
 FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
-"""Config fields that hold the number of positions; the first that is there counts."""
+"""Config fields for the number of positions; the first present is used."""
 
 EXTENDED = ("linear", "dynamic", "yarn")
-"""Kinds of rotary scaling whose factor lengthens the context, where the number of positions does not count it yet."""
+"""Types of rotary scaling whose factor extends the context, where the number of positions does not include it yet."""
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Tokens of prompt and completion together that a model takes; None where it has no such limit.
+    """Maximum tokens of prompt and completion together; None without a limit.
 
-    Of learned positions the table's size, of rotary ones what the model was trained for, lengthened by rotary scaling.
-    A sliding window is no limit, and neither are the linear biases (ALiBi) and states (Mamba) of models without
-    positions. A vision-language model's is its language model's.
+    For learned positions the table's size; for rotary ones the trained length, extended by rotary scaling. A sliding
+    window is no limit, and models without positions (ALiBi, Mamba) have none. For a vision-language model, that of its
+    language model.
     """
     text = config.get_text_config()
     attention = getattr(text, "attn_config", None)

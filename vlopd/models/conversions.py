@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint each tensor of a loaded model is made of, as transformers converts them.
+"""Maps each tensor of a loaded model to the checkpoint tensors it is converted from, as transformers does.
 
 Follows `transformers.core_model_loading`: a stored name is renamed and then belongs to at most one converter, which
-stacks, joins, splits or permutes what it collects.
+stacks, concatenates, splits or permutes the tensors it collects.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ Read = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Origin:
-    """The stored tensors that one tensor of a model is made of, and how."""
+    """The stored tensors that one model tensor is made of, and the conversion."""
 
     name: str  # of the model's tensor
     stored: tuple[tuple[str, str], ...]  # (name in the checkpoint, the converter's pattern for it)
     dtype: torch.dtype  # the narrowest that holds all of them
     converter: WeightConverter | None = None
-    first: str = ""  # the name that the converter goes by: of the first tensor that it makes
+    first: str = ""  # name of the first tensor that the converter makes, its key in transformers
     model: Any = None
 
     def read(self, read: Read) -> Tensor:
-        """The model's tensor, in `dtype`; `read` gives stored tensors by name."""
+        """The model's tensor, in `dtype`; `read` returns stored tensors by name."""
         if self.converter is None:
             return read(self.stored[0][0])
         return self.convert(read)[self.name]
 
     def convert(self, read: Read) -> dict[str, Tensor]:
-        """All tensors that the converter makes, by the model's names."""
+        """All tensors that the converter makes, by model name."""
         assert self.converter is not None
         converter = deepcopy(self.converter)
         for key, pattern in self.stored:
@@ -54,11 +54,10 @@ class Origin:
 
 
 def origins(model: PreTrainedModel, header: Mapping[str, Tensor]) -> dict[str, Origin]:
-    """{name in the model: where it comes from} for every tensor of `header` that the model takes.
+    """{name in the model: its origin} for every tensor of `header` that the model uses.
 
-    `header`: tensors on the meta device by their names in the checkpoint, shapes and dtypes as stored. A tied
-    parameter that is stored once is found under all of its names, but not in a model on the meta device, where nothing
-    has a place.
+    `header`: tensors on the meta device by checkpoint name, with stored shapes and dtypes. A tied parameter that is
+    stored once is found under all of its names, except in a model on the meta device, which has no data pointers.
     """
     state = model.state_dict()
     used = getattr(model, "_weight_conversions", None) or []

@@ -1,9 +1,9 @@
-"""The only file that knows a language model from a vision-language model.
+"""All differences between language and vision-language model families; no other file depends on them.
 
-Everything else holds a `LoadedModel` (load.py) and opaque dicts of model inputs (types.Prompts). To add a
-family, see CONTRIBUTING.md: most need nothing here; those whose forward wants unusual inputs, whose
-logits are post-processed need a line in one of the tables (names of parameters: atlas.py).
-`tests/test_families.py` is what "supported" means.
+The rest of the code holds a `LoadedModel` (loaded.py) and opaque dicts of model inputs (types.Prompts). To add a
+family, see CONTRIBUTING.md: most need nothing here; a family with unusual forward inputs or post-processed
+logits needs a line in one of the tables (parameter names: names.py).
+`tests/test_families.py` defines "supported".
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from vlopd.errors import ConfigError
 from vlopd.types import Completions, Example, Prompts
 
 PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
-"""Processor outputs that lie beside the tokens; all others belong to the images."""
+"""Per-token processor outputs; all others are per image."""
 
 UNUSED_OUTPUTS = ("labels",)
-"""Processor outputs that are no model input here (PaliGemma's makes labels unasked)."""
+"""Processor outputs that are not passed to the model (PaliGemma's processor always makes labels)."""
 
 COMPLETION_TYPE = {"paligemma": 1}
-"""What `token_type_ids` say of a completion token where that is not 0: PaliGemma's 0 sees both ways."""
+"""`token_type_ids` of completion tokens where not 0: in PaliGemma 0 means bidirectional attention."""
 
 FIRST_POSITION = {"paligemma": 1}
-"""Position of the first token, where it is not 0."""
+"""Position of the first token where not 0."""
 
 ENDS_THE_LINE = ("PaliGemmaProcessor",)
-"""Processors that put a line break after the prompt themselves."""
+"""Processors that append a line break to the prompt themselves."""
 
 HEAD_OF_TEXT_CONFIG = (
     "paligemma",
@@ -56,23 +56,23 @@ HEAD_OF_TEXT_CONFIG = (
     "granite4_vision",
     "granite_docling",
 )
-"""Image-text families that cap or scale their logits as their language model's config says; others do not."""
+"""Image-text families that cap or scale their logits by their text config's fields; others do not."""
 
 AFTER_HEAD = (
     ("final_logit_softcapping", lambda logits, cap: torch.tanh(logits / cap) * cap),  # Gemma
     ("logits_scaling", lambda logits, divisor: logits / divisor),  # Granite
     ("logit_scale", lambda logits, factor: logits * factor),  # Cohere
 )
-"""Config fields that change the output layer's logits, and how."""
+"""Config fields that post-process the output layer's logits, with the function."""
 
 CAUSAL = ("gpt_neox", "gpt_neox_japanese")
-"""Families whose configuration says `is_decoder = False` by default and which read left to right all the same."""
+"""Causal families whose config has `is_decoder = False` by default."""
 
 PLACEHOLDER = re.compile(r"image|img|video|vision|audio|row_\d+_col_\d+", re.IGNORECASE)
-"""Special tokens that stand for something seen or heard."""
+"""Special tokens that are placeholders of images, video or audio."""
 
 PRINTED_PART = re.compile(r"""\{['"]type['"]: ?['"]""", re.IGNORECASE)
-"""How Python or JSON prints a part of a message."""
+"""A message part as printed by Python or JSON."""
 
 PLAIN_TEMPLATE = (
     "{{ first_token }}{% for message in messages %}"
@@ -81,17 +81,17 @@ PLAIN_TEMPLATE = (
     "{% if part.type == 'image' %}{{ image_token }}{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endif %}{{ '\\n' }}{% endfor %}"
 )
-"""A chat template without markers, for models that have none: each message's pictures and text, a line each."""
+"""A chat template without role markers: the images and text of each message, one message per line."""
 
 
 # ---------------------------------------------------------------------------------- classes to load
 
 
 def sees_images(config: PretrainedConfig) -> bool:
-    """Whether a configuration is of a vision-language model.
+    """Whether a config is of a vision-language model.
 
-    Raises ConfigError for a family that is neither that nor a causal language model, and for those whose
-    prompt goes through an encoder.
+    Raises ConfigError for a model that is neither an image-text model nor a causal language model, and for
+    encoder-decoders.
     """
     if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
         raise ConfigError(
@@ -101,8 +101,8 @@ def sees_images(config: PretrainedConfig) -> bool:
     own_default = getattr(type(config), "is_decoder", None)
     if own_default is False and not config.is_decoder and config.model_type not in CAUSAL:
         raise ConfigError(
-            f"model type {config.model_type!r} is an encoder (is_decoder is false): each token sees those after "
-            "it; vlopd/models/families.py needs a decoder-only model"
+            f"model type {config.model_type!r} is an encoder (is_decoder is false) with bidirectional attention; "
+            "vlopd/models/families.py needs a decoder-only model"
         )
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return True
@@ -126,8 +126,8 @@ def tokenizer_of(processor: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
 
-def lacking(processor: Any, with_images: bool) -> str | None:
-    """What a processor has not, though transformers made one up: words of a tokenizer, an image processor."""
+def missing_parts(processor: Any, with_images: bool) -> str | None:
+    """What a processor built by transformers lacks: a vocabulary, an image processor; None if nothing."""
     tokenizer = tokenizer_of(processor)
     made_up = {*tokenizer.get_added_vocab(), *map(str, tokenizer.all_special_tokens)}
     if not tokenizer.get_vocab().keys() - made_up:
@@ -138,7 +138,7 @@ def lacking(processor: Any, with_images: bool) -> str | None:
 
 
 def placeholders(config: PretrainedConfig, tokenizer: Any) -> dict[str, int]:
-    """Tokens that stand for images, video or audio, with their ids: those of the config, and by their names."""
+    """Placeholder tokens of images, video or audio, with their ids: those in the config, and those matched by name."""
     special = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     found = {token: i for i, token in special.items() if PLACEHOLDER.search(token)}
     for field in ("image_token_id", "image_token_index", "video_token_id", "audio_token_id"):
@@ -149,10 +149,10 @@ def placeholders(config: PretrainedConfig, tokenizer: Any) -> dict[str, int]:
 
 
 def unsampleable_ids(config: PretrainedConfig, tokenizer: Any) -> list[int]:
-    """Ids that a sampler must not emit: placeholders (scoring would look for their images) and padding.
+    """Ids that a sampler must not emit: placeholders (a forward pass would expect their images) and padding.
 
-    Language models too: their teacher may have eyes. The end token stays sampleable, also where it
-    doubles as padding.
+    Also for language models, whose teacher may be a vision-language model. The end token stays sampleable, even where
+    it is also the padding token.
     """
     ids: set[int | None] = set(placeholders(config, tokenizer).values())
     if tokenizer.pad_token_id != tokenizer.eos_token_id:
@@ -164,10 +164,10 @@ def unsampleable_ids(config: PretrainedConfig, tokenizer: Any) -> list[int]:
 
 
 def set_template(processor: Any, template: str) -> None:
-    """Puts a chat template in place of the processor's own. It may use two names of ours:
+    """Replaces the processor's chat template. Two extra variables are defined for it:
 
-    `image_token`, what the processor replaces by an image; `first_token`, what the tokenizer puts first
-    by itself (empty where it puts nothing: prompts are tokenized without special tokens).
+    `image_token`, the processor's image placeholder; `first_token`, the token that the tokenizer prepends by default
+    (empty if none: prompts are tokenized without special tokens).
     """
     tokenizer = tokenizer_of(processor)
     bos = tokenizer.bos_token
@@ -191,13 +191,13 @@ def chat_messages(
     placeholders: Iterable[str] = (),
     wants_parts: bool = False,
 ) -> list[Any]:
-    """The example's messages as a chat template wants them: parts, or plain strings for a language model.
+    """The example's messages in the form that a chat template expects: parts, or plain strings for a language model.
 
-    With `wants_parts`, a plain string becomes a part too: the template would leave it out.
+    With `wants_parts`, plain strings become parts too, for templates that omit strings.
 
-    Where there are images, a placeholder's string within a text (`what does <image> mean`) is broken by a
-    space (`< image>`): it is the user's word, not an image. Whether a system message is allowed is for the
-    template to say: one that refuses it raises, and nothing is merged into another turn.
+    For a vision-language model, a placeholder string within a text (`what does <image> mean`) is broken by a
+    space (`< image>`), so that it does not stand for an image. A template that does not allow system messages raises;
+    they are never merged into another turn.
     """
 
     def clean(text: str) -> str:
@@ -227,10 +227,10 @@ def chat_messages(
 def encode(
     processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], with_images: bool
 ) -> Prompts:
-    """Tokenizes rendered prompts (template already applied) with their images, padded on the left.
+    """Tokenizes rendered prompts (template already applied) with their images, left-padded.
 
-    Prompts whose images are alike in number and size go through the processor together, which is faster;
-    others one by one, so that a prompt's inputs cannot depend on its neighbours'.
+    Prompts whose images agree in number and size are processed in one batch, which is faster;
+    others one by one, so that a prompt's inputs cannot depend on the rest of the batch.
     """
     pad_id = tokenizer_of(processor).pad_token_id or 0
     if with_images and len({tuple(image.size for image in each) for each in images}) == 1:
@@ -253,7 +253,7 @@ def encode(
             if any(name in row for row in rows)
         },
         {
-            name: join([row[name] for row in rows if name in row])
+            name: _concatenate_padded([row[name] for row in rows if name in row])
             for name in dict.fromkeys(name for row in rows for name in row)
             if name not in ("input_ids", "attention_mask", *PER_TOKEN_INPUTS)
         },
@@ -263,10 +263,10 @@ def encode(
 def process(
     processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]
 ) -> dict[str, Tensor]:
-    """Model inputs of prompts whose images are alike, padded on the left."""
-    if any(map(is_printed_part, texts)) and prints_parts(processor):
+    """Model inputs of prompts whose images agree in number and size, left-padded."""
+    if any(map(is_printed_part, texts)) and _prints_parts(processor):
         raise ConfigError(
-            "its chat template prints message parts as they are, it wants plain strings; "
+            "its chat template expects plain strings and prints message parts verbatim; "
             "set `template` to a .jinja file that takes parts"
         )
     if type(processor).__name__ in ENDS_THE_LINE:
@@ -278,20 +278,20 @@ def process(
         images=[list(each) for each in images] if images[0] else None,
         return_tensors="pt",
         padding=True,
-        # transformers' rule for processors: templates of LLaVA-1.5's time leave the BOS to the tokenizer
+        # transformers' rule for processors: older templates (LLaVA-1.5) leave the BOS to the tokenizer
         add_special_tokens=not texts[0].startswith(tokenizer.bos_token or ""),
     )
     return {name: value for name, value in inputs.items() if name not in UNUSED_OUTPUTS}
 
 
-def prints_parts(processor: Any) -> bool:
-    """Whether the chat template takes a message's parts for a string."""
+def _prints_parts(processor: Any) -> bool:
+    """Whether the chat template prints a message's parts as if they were a string."""
     message = {"role": "user", "content": as_parts("x")}
     return is_printed_part(processor.apply_chat_template([message], tokenize=False))
 
 
 def is_printed_part(text: str) -> bool:
-    """Whether a text looks like Python's print of a message's parts."""
+    """Whether a text contains message parts as printed by Python or JSON."""
     return PRINTED_PART.search(text) is not None
 
 
@@ -301,8 +301,8 @@ def pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
     return torch.cat([pad(row, (longest - row.shape[1], 0), value=value) for row in rows])
 
 
-def join(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenates on dim 0; other dimensions (patches, pixels) are filled up with zeros at their end."""
+def _concatenate_padded(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenates on dim 0, zero-padding the other dimensions (patches, pixels) at their end."""
     sizes = [max(size) for size in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
     filled = []
     for tensor in tensors:
@@ -314,11 +314,11 @@ def join(tensors: Sequence[Tensor]) -> Tensor:
 # ------------------------------------------------------------------------------------ forward passes
 
 
-def body(model: PreTrainedModel) -> Any:
-    """The model without its output layer. Raises ConfigError where the family does not divide so."""
+def backbone(model: PreTrainedModel) -> Any:
+    """The model without its output layer. Raises ConfigError for a family without such a submodule."""
     if model.base_model is model:
         raise ConfigError(
-            f"model type {model.config.model_type!r} has no part that stops before the output layer; "
+            f"model type {model.config.model_type!r} has no submodule without the output layer; "
             "it needs a case in vlopd/models/families.py"
         )
     return model.base_model
@@ -327,11 +327,10 @@ def body(model: PreTrainedModel) -> Any:
 def position_ids(model: PreTrainedModel, prompts: Prompts, added: int) -> dict[str, Tensor]:
     """Positions of the prompts and of `added` tokens after each, independent of padding.
 
-    {"position_ids": [B, P + added]}, or [axes, B, P + added] in families that place an image's tokens on
-    a grid (M-RoPE, arXiv 2409.12191). Those remember the grids of their last forward pass; being told the
-    positions, they never use what they remember. Empty for a model that takes none.
+    {"position_ids": [B, P + added]}, or [axes, B, P + added] in families with M-RoPE (arXiv 2409.12191), which cache
+    the image grids of their last forward pass; explicit positions bypass that cache. Empty for a model that takes none.
     """
-    base, mask = body(model), prompts.attention_mask
+    base, mask = backbone(model), prompts.attention_mask
     if "position_ids" not in inspect.signature(base.forward).parameters:
         return {}
     if hasattr(base, "get_rope_index") and prompts.per_image:
@@ -350,7 +349,7 @@ def completion_hidden(model: PreTrainedModel, prompts: Prompts, completions: Com
     """Hidden states that predict each completion token, flat: [N, H]."""
     added = completions.ids.shape[1]
     kind = COMPLETION_TYPE.get(model.config.model_type, 0)
-    hidden = body(model)(
+    hidden = backbone(model)(
         input_ids=torch.cat([prompts.input_ids, completions.ids], 1),
         attention_mask=torch.cat([prompts.attention_mask, completions.mask.long()], 1),
         use_cache=False,
@@ -362,7 +361,7 @@ def completion_hidden(model: PreTrainedModel, prompts: Prompts, completions: Com
 
 
 def logits_of(model: PreTrainedModel, hidden: Tensor, columns: int | Tensor) -> Tensor:
-    """Logits over the first so many of the vocabulary, or over those ids [V]: [N, H] -> [N, V]."""
+    """Logits over the first `columns` tokens of the vocabulary, or over the ids `columns` [V]: [N, H] -> [N, V]."""
     logits = model.get_output_embeddings()(hidden)
     logits = (
         logits[..., :columns]
@@ -381,33 +380,33 @@ def logits_of(model: PreTrainedModel, hidden: Tensor, columns: int | Tensor) -> 
 
 @torch.no_grad()
 def check_logits(model: PreTrainedModel) -> None:
-    """Compares `logits_of` with the model's own logits on three tokens, and looks whether later ones matter.
+    """Compares `logits_of` with the model's own logits on three tokens, and checks causality.
 
-    Raises ConfigError where a family treats its logits in a way that no table here knows, where they are not
-    finite, and where a token's state depends on the token after it.
+    Raises ConfigError where a family post-processes its logits in a way that no table here has, where they are not
+    finite, and where a token's hidden state depends on the next token.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     ids = torch.tensor([[5, 6, 7], [5, 6, 8]], device=model.device) % rows
     kind = model.config.model_type
-    # a family that sees its prompt both ways is told that these are a completion
+    # mark all tokens as completion for families with bidirectional attention over the prompt
     types = {"token_type_ids": torch.ones_like(ids)} if kind in COMPLETION_TYPE else {}
-    hidden = body(model)(input_ids=ids, **types).last_hidden_state
+    hidden = backbone(model)(input_ids=ids, **types).last_hidden_state
     ours = logits_of(model, hidden, 10**9)
     own = model(input_ids=ids, **types).logits
     if not bool(torch.isfinite(own).all()):
         raise ConfigError(
-            f"model type {kind!r} gives logits that are not finite in {str(own.dtype).removeprefix('torch.')}, "
-            'from finite weights: its activations overflow; try precision.compute = "fp32"'
+            f"model type {kind!r} has finite weights but logits that are not finite in "
+            f'{str(own.dtype).removeprefix("torch.")}: its activations overflow; try precision.compute = "fp32"'
         )
     if not torch.allclose(ours.float(), own.float(), rtol=1e-2, atol=1e-3):
         raise ConfigError(
-            f"model type {kind!r} changes its logits after the output layer by up to "
+            f"model type {kind!r} post-processes its logits after the output layer by up to "
             f"{float((ours - own).abs().max()):.3g}; add the config's field to AFTER_HEAD in "
             "vlopd/models/families.py"
         )
     first, second = hidden[:, :2].float()
     if float((first - second).abs().max()) > 1e-2 * float(first.abs().max()):
         raise ConfigError(
-            f"model type {kind!r} is no causal language model: a token's state changes with the token after it; "
+            f"model type {kind!r} is not causal: a token's hidden state depends on the next token; "
             "vlopd/models/families.py needs a decoder-only model"
         )

@@ -1,7 +1,7 @@
-"""Whether a checkpoint holds a whole model as plain numbers: nothing missing, packed, not finite, or of another model.
+"""Integrity checks of a checkpoint: missing, quantised, non-finite or mismatched tensors.
 
-What is read without weights (config.json, the headers of safetensors files) is judged by pure functions that
-say what is wrong, for models (load.py) and for deltas (delta.py) alike; the callers raise their own errors.
+The checks that need no weights (config.json, safetensors headers) are pure functions that return a description of the
+problem, shared by models (load.py) and deltas (weights/reader.py); the callers raise their own errors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 
 PLAIN = ("F64", "F32", "F16", "BF16")
-"""safetensors' names of the types whose numbers are the weights themselves; fp8 and narrower go with scales."""
+"""safetensors' names of the dtypes that store weights directly; fp8 and narrower come with scales."""
 
 PACKING = re.compile(
     r"(^|\.)("
@@ -36,37 +36,39 @@ PACKING = re.compile(
     r"|W_q|\w*qdata|Qidxs|codebooks"  # HQQ, torchao, QuIP#, AQLM
     r")$"
 )
-"""Names of tensors that only packed checkpoints have, beside their weights or in their place."""
+"""Names of tensors that only quantised checkpoints have, beside their weights or in their place."""
 
 INTEGER_BUFFER = re.compile(r"(^|[._])(ids?|index|indices|positions?|mask|bias)$")
-"""Names of integer tensors of several dimensions that are no weights: position ids, causal masks."""
+"""Names of multi-dimensional integer tensors that are not weights: position ids, causal masks."""
 
 CONSTANT = re.compile(
     r"(^|\.)((attn|attention)\.(masked_)?bias|inv_freq|position_ids|(cos|sin)_cached)$"
 )
-"""Causal masks and position tables that earlier versions stored and that models work out by themselves."""
+"""Causal masks and position tables that earlier versions stored and that models now compute."""
 
 EXPERT = re.compile(r"^(?P<layer>.*\bexperts)\.(?P<number>\d+)\.(?P<rest>.+)$")
 
-DEQUANTISED = "packed weights are not read: give the dequantised model, saved in bf16 or fp32"
+DEQUANTISED = (
+    "quantised weights are not supported: give the dequantised model, saved in bf16 or fp32"
+)
 
 
 def is_constant(name: str, shape: Sequence[int]) -> bool:
-    """Whether a stored tensor is one of those; a bias of that name with a value per unit is a parameter."""
+    """Whether a stored tensor is such a constant; a bias of that name with one value per unit is a parameter."""
     if not CONSTANT.search(name):
         return False
     return not name.endswith("bias") or len(shape) == 0 or tuple(shape[:2]) == (1, 1)
 
 
-class Stored(NamedTuple):
-    """A tensor as the header of its file describes it."""
+class TensorHeader(NamedTuple):
+    """Dtype and shape of a tensor, from the header of its file."""
 
     dtype: str  # safetensors' name, such as BF16
     shape: tuple[int, ...]
 
 
-def quantisation(config: Any) -> str | None:
-    """What a config.json says of quantised weights, in any of its parts; None where it says nothing."""
+def find_quantisation(config: Any) -> str | None:
+    """Describes the quantisation that a config.json declares, in any of its parts; None without one."""
     if not isinstance(config, Mapping):
         return None
     for key, value in config.items():
@@ -76,18 +78,18 @@ def quantisation(config: Any) -> str | None:
                 f"config.json has a {key} ({method or 'of no stated method'}); {DEQUANTISED} (or remove "
                 f"that key where the tensors are plain)"
             )
-        if (found := quantisation(value)) is not None:
+        if (found := find_quantisation(value)) is not None:
             return found
     return None
 
 
-def packing(tensors: Mapping[str, Stored]) -> str | None:
-    """Which of a checkpoint's tensors is packed: narrow, an integer, or a scale; None where all are plain."""
+def find_packed(tensors: Mapping[str, TensorHeader]) -> str | None:
+    """Names the first quantised tensor of a checkpoint (narrow dtype, integer, or scale); None without one."""
     for name, (dtype, shape) in sorted(tensors.items()):
         if PACKING.search(name):
-            return f"it holds {name}, which only quantised weights have; {DEQUANTISED}"
+            return f"it holds {name}, which only quantised checkpoints have; {DEQUANTISED}"
         if dtype in PLAIN or dtype.startswith("C"):
-            continue  # complex ones are no packed weights either: `not_real`
+            continue  # complex tensors are reported by `find_complex`
         integer = dtype == "BOOL" or dtype.startswith(("I", "U"))
         weight = name.rpartition(".")[2].endswith("weight")
         if not integer or weight or (len(shape) > 1 and not INTEGER_BUFFER.search(name)):
@@ -95,18 +97,18 @@ def packing(tensors: Mapping[str, Stored]) -> str | None:
     return None
 
 
-def not_real(tensors: Mapping[str, Stored]) -> str | None:
-    """Which of a checkpoint's tensors is complex; None where none is."""
+def find_complex(tensors: Mapping[str, TensorHeader]) -> str | None:
+    """Names the first complex tensor of a checkpoint; None without one."""
     for name, (dtype, _) in sorted(tensors.items()):
         if dtype.startswith("C"):
             return f"{name} is stored as {dtype}, complex numbers; weights are real: save it again in bf16 or fp32"
     return None
 
 
-def ragged(tensors: Mapping[str, Stored]) -> str | None:
-    """Which of a layer's experts, stored one by one, lacks a tensor or has one of another shape; None if none.
+def find_incomplete_experts(tensors: Mapping[str, TensorHeader]) -> str | None:
+    """Names the first expert, of those stored one by one, with a missing or mis-shaped tensor; None without one.
 
-    transformers stacks experts on loading, and does not say which one did not fit.
+    transformers stacks experts on loading and does not name the one that does not fit.
     """
     layers: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
     for name, stored in tensors.items():
@@ -125,10 +127,10 @@ def ragged(tensors: Mapping[str, Stored]) -> str | None:
     return None
 
 
-def read_headers(folder: Path) -> dict[str, Stored]:
-    """The tensors that transformers reads from a folder (one file, or an index's shards), from their headers.
+def read_headers(folder: Path) -> dict[str, TensorHeader]:
+    """Headers of the tensors that transformers loads from a folder (one file, or an index's shards).
 
-    Raises ConfigError with the file's name where one is missing or not whole, or there are only pickles.
+    Raises ConfigError naming the file where one is missing or incomplete, or there are only pickles.
     """
     if (folder / SINGLE).exists():
         paths = [folder / SINGLE]
@@ -138,30 +140,31 @@ def read_headers(folder: Path) -> dict[str, Stored]:
             paths = [folder / name for name in names]
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise ConfigError(
-                f"{folder / INDEX} is no index of shards; save the model again"
+                f"{folder / INDEX} is not an index of shards; save the model again"
             ) from None
     else:
         pickled = sorted(p.name for how in ("*.bin", "*.pt", "*.pth") for p in folder.glob(how))
-        why = f"only pickled weights ({pickled[0]}), which are refused" if pickled else "no weights"
-        raise ConfigError(f"{folder} holds {why}; it needs {SINGLE} or {INDEX}")
-    found: dict[str, Stored] = {}
+        held = (
+            f"only pickled weights ({pickled[0]}), which are refused" if pickled else "no weights"
+        )
+        raise ConfigError(f"{folder} holds {held}; it needs {SINGLE} or {INDEX}")
+    found: dict[str, TensorHeader] = {}
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
-                held = set(file.keys())
-                for tensor in held:
+                for tensor in set(file.keys()):
                     header = file.get_slice(tensor)
-                    found[tensor] = Stored(header.get_dtype(), tuple(header.get_shape()))
+                    found[tensor] = TensorHeader(header.get_dtype(), tuple(header.get_shape()))
         except (SafetensorError, OSError) as error:
-            why = f"not a whole safetensors file ({error})" if path.exists() else "missing"
-            raise ConfigError(f"{path} is {why}; copy or save the model again") from None
+            state = f"not a complete safetensors file ({error})" if path.exists() else "missing"
+            raise ConfigError(f"{path} is {state}; copy or save the model again") from None
     return found
 
 
 def refuse_partial(name: str, loading: Mapping[str, Any], model: nn.Module) -> None:
-    """Refuses a model whose tensors and those of its files are not one to one, by their names and shapes.
+    """Raises ConfigError where the model's tensors and its files' do not match one to one, by name and shape.
 
-    loading: transformers' `output_loading_info`, which knows of tied heads and of what a family leaves out.
+    loading: transformers' `output_loading_info`, which accounts for tied heads and keys that a family ignores.
     """
     kind = type(model).__name__
     mismatched = sorted(loading["mismatched_keys"])
@@ -175,35 +178,35 @@ def refuse_partial(name: str, loading: Mapping[str, Any], model: nn.Module) -> N
     missing = sorted(loading["missing_keys"])
     extra = sorted(key for key in loading["unexpected_keys"] if not CONSTANT.search(key))
     if missing:
-        instead = f", which has {few(extra)} instead" if extra else ""
+        instead = f", which has {first_names(extra)} instead" if extra else ""
         raise ConfigError(
-            f"{name} is not whole: {few(missing)} of {kind} {'are' if len(missing) > 1 else 'is'} not in its "
+            f"{name} is incomplete: {first_names(missing)} of {kind} {'are' if len(missing) > 1 else 'is'} not in its "
             f"file{instead}; save the whole model again, under its own names"
         )
     if extra:
         raise ConfigError(
-            f"{name}: {kind} as config.json describes it has no place for {few(extra)} of its file; give the "
-            "config.json that its weights were saved with, or save the model again without them"
+            f"{name}: {kind}, as config.json defines it, has no parameter for {first_names(extra)} of its file; give "
+            "the config.json that its weights were saved with, or save the model again without them"
         )
     if loading["error_msgs"]:
         raise ConfigError(f"{name}: {' '.join(str(loading['error_msgs'][0]).split())}")
 
 
-def few(names: Sequence[str]) -> str:
-    """The first three names, and how many there are."""
+def first_names(names: Sequence[str]) -> str:
+    """The first three names and, if there are more, the total."""
     more = f", ... ({len(names)} tensors in all)" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
 
 @torch.no_grad()
 def refuse_not_finite(name: str, model: nn.Module) -> None:
-    """Refuses a model with a NaN or an infinity in a parameter or a buffer that is stored with it, by its name."""
+    """Raises ConfigError naming the first parameter or persistent buffer with a NaN or an infinity."""
     seen: set[int] = set()
     for tensor_name, tensor in model.state_dict().items():
         if not tensor.is_floating_point() or not tensor.numel() or tensor.data_ptr() in seen:
             continue
         seen.add(tensor.data_ptr())
-        # the extremes of a tensor with a NaN are NaN; far faster than asking every entry
+        # aminmax propagates NaN, and is far faster than isfinite on every entry
         if not all(math.isfinite(float(extreme)) for extreme in tensor.aminmax()):
             bad = int((~torch.isfinite(tensor)).sum())
             dtype = str(tensor.dtype).removeprefix("torch.")

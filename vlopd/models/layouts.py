@@ -1,10 +1,10 @@
-"""Layouts of one model's weights, and how a tensor of one is read from another.
+"""Translates between checkpoint layouts of one model.
 
-A mixture of experts is stored with a matrix an expert (the hub's layout) or with all experts in one tensor (as
-transformers 5 holds them); stacks are [experts, in, out] or [experts, out, in]; modules have older names. What
-transformers does when it loads a checkpoint says where in the model every stored tensor goes. Two checkpoints
-translate where both fill the same parameters by moving values alone: stacking, joining, cutting, transposing.
-Conversions that compute, or permute within a matrix, have no translation here.
+A mixture of experts is stored with one matrix per expert (the hub's layout) or with all experts in one tensor (as
+transformers 5 holds them); stacks are [experts, in, out] or [experts, out, in]; modules have older names.
+transformers' loading conversions define which model parameter every stored tensor fills. Two checkpoints
+translate where both fill the same parameters by moving values only: stack, concatenate, slice, transpose.
+Conversions that compute, or permute within a matrix, are not supported.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ Shape = tuple[int, ...]
 Region = tuple[tuple[int, int], ...]
 """[start, stop) on every axis of a tensor."""
 SPLIT_NAMES = {"qkv": "qkv_proj", "gate_up": "gate_up_proj"}
-"""Fused modules whose parts other layouts store under q_proj, k_proj, v_proj; gate_proj, up_proj."""
+"""Fused modules that other layouts store as q_proj, k_proj, v_proj; gate_proj, up_proj."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A region of one checkpoint's tensor `name` and the region that it fills elsewhere: `target[into] = name[of]`.
+    """A region of tensor `name` and the region of the target that it fills: `target[into] = name[of]`.
 
-    Axes of length 1 may lead in either; `transposed` says that the last two axes are swapped on the way.
+    Either may have leading axes of length 1; `transposed`: the last two axes are swapped.
     """
 
     name: str
@@ -61,52 +61,55 @@ Pieces = tuple[Piece, ...]
 
 
 class Untranslatable(Exception):
-    """A conversion that is not understood, or tensors that do not fill what they should."""
+    """An unsupported conversion, or tensors that do not fill their target."""
 
 
-def translated(
+def translate_layout(
     ours: Mapping[str, Shape],
     our_config: PretrainedConfig,
     theirs: Mapping[str, Shape],
     their_config: PretrainedConfig,
 ) -> dict[str, Pieces]:
-    """{tensor of ours: the pieces of theirs that hold the same weights}, for all that translate exactly and in full.
+    """{name in `ours`: the pieces of tensors in `theirs` with the same weights}, for all that translate exactly.
 
     ours, theirs: shapes of two checkpoints' tensors by name.
     """
-    places, there = placed(ours, our_config), placed(theirs, their_config)
-    places, there = unfused(places, there, our_config), unfused(there, places, their_config)
+    places, there = _place_in_model(ours, our_config), _place_in_model(theirs, their_config)
+    places, there = (
+        _split_fused(places, there, our_config),
+        _split_fused(there, places, their_config),
+    )
     found: dict[str, list[Piece]] = {}
     for parameter in places.keys() & there.keys():
         for here in places[parameter]:
             for other in there[parameter]:
-                shared = intersection(here.into, other.into)
+                shared = _intersection(here.into, other.into)
                 if shared is not None:
                     piece = Piece(
                         other.name,
-                        origin(other, shared),
-                        origin(here, shared),
+                        _source_region(other, shared),
+                        _source_region(here, shared),
                         here.transposed != other.transposed,
                     )
                     found.setdefault(here.name, []).append(piece)
     used: dict[str, int] = {}
     for pieces in found.values():
         for piece in pieces:
-            used[piece.name] = used.get(piece.name, 0) + size(piece.of)
+            used[piece.name] = used.get(piece.name, 0) + _size(piece.of)
     return {
         name: tuple(pieces)
         for name, pieces in sorted(found.items())
-        if sum(size(piece.into) for piece in pieces) == math.prod(ours[name])
+        if sum(_size(piece.into) for piece in pieces) == math.prod(ours[name])
         and all(used[piece.name] == math.prod(theirs[piece.name]) for piece in pieces)
     }
 
 
 def ties_head(config: PretrainedConfig) -> bool:
-    """Whether the configuration's model has one tensor for its head and its embedding; False where that is unknown."""
+    """Whether the config's model ties its head to its embedding; False where unknown."""
     try:
-        model = on_meta(config)
+        model = _on_meta(config)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    except Exception:  # whatever a model's own code raises
+    except Exception:  # a model's code may raise anything
         return False
     return head is not None and head.weight is embedding.weight
 
@@ -114,15 +117,15 @@ def ties_head(config: PretrainedConfig) -> bool:
 # ------------------------------------------------------------------------------------ into the model
 
 
-def placed(shapes: Mapping[str, Shape], config: PretrainedConfig) -> dict[str, Pieces]:
-    """{parameter of the loaded model: what fills it} for a checkpoint's tensors, by name and shape.
+def _place_in_model(shapes: Mapping[str, Shape], config: PretrainedConfig) -> dict[str, Pieces]:
+    """{model parameter: the pieces that fill it} for a checkpoint's tensors, by name and shape.
 
-    Holds parameters that are filled in full; none for a model that transformers cannot build.
+    Only parameters that are filled completely; empty for a model that transformers cannot build.
     """
     try:
-        model = on_meta(config)
+        model = _on_meta(config)
         transforms = get_model_conversion_mapping(model)
-    except Exception:  # whatever a model's own code raises: nothing is known of its layouts then
+    except Exception:  # a model's code may raise anything; its layouts are then unknown
         return {}
     parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
@@ -140,7 +143,7 @@ def placed(shapes: Mapping[str, Shape], config: PretrainedConfig) -> dict[str, P
     found: dict[str, Pieces] = {}
     for parameter, names in groups.items():
         leaves = {
-            pattern: [Virtual.leaf(name, shapes[name]) for name in own]
+            pattern: [VirtualTensor.leaf(name, shapes[name]) for name in own]
             for pattern, own in names.items()
         }
         try:
@@ -149,8 +152,8 @@ def placed(shapes: Mapping[str, Shape], config: PretrainedConfig) -> dict[str, P
                 targets = {parameter: only}
             else:
                 (converter,) = {id(patterns[p]): patterns[p] for p in names if p}.values()
-                targets = converted(converter, parameter, leaves, parameters)  # type: ignore[arg-type]
-        except (Untranslatable, ValueError):  # ValueError: not the one that was unpacked
+                targets = _apply_converter(converter, parameter, leaves, parameters)  # type: ignore[arg-type]
+        except (Untranslatable, ValueError):  # ValueError: not exactly one to unpack
             continue
         for target, virtual in targets.items():
             if parameters.get(target) == virtual.shape and target not in found:
@@ -158,16 +161,15 @@ def placed(shapes: Mapping[str, Shape], config: PretrainedConfig) -> dict[str, P
     return found
 
 
-def on_meta(config: PretrainedConfig) -> PreTrainedModel:
-    """The configuration's model: names and shapes, no memory."""
+def _on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The config's model on the meta device."""
     model_class, _ = families.auto_classes(config)
     with torch.device("meta"):
         return model_class.from_config(copy.deepcopy(config))
 
 
-def described(config: PretrainedConfig) -> PreTrainedModel:
-    """As `on_meta`, of the class that the configuration itself names, where transformers has it (a model without a
-    head, a classifier)."""
+def _model_of_config(config: PretrainedConfig) -> PreTrainedModel:
+    """As `_on_meta`, of the class in the config's `architectures` if transformers has it (no head, a classifier)."""
     for name in config.architectures or ():
         kind = getattr(transformers, name, None)
         if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
@@ -175,35 +177,35 @@ def described(config: PretrainedConfig) -> PreTrainedModel:
             if found.config_class is type(config):
                 with torch.device("meta"):
                     return found(copy.deepcopy(config))
-    return on_meta(config)
+    return _on_meta(config)
 
 
 class Fit(NamedTuple):
-    """How a checkpoint's tensors fill the parameters of the model that its config.json describes."""
+    """How a checkpoint's tensors fill the parameters of its config.json's model."""
 
     lacking: dict[str, Shape]
-    """Parameters that nothing fills, with their shapes."""
+    """Unfilled parameters, with their shapes."""
     unlike: dict[str, tuple[Shape, Shape]]
     """{parameter: (shape in the file, shape in the model)} where the two differ."""
     unused: dict[str, Shape]
-    """Stored tensors that the model has no place for."""
+    """Stored tensors that are no parameter of the model."""
 
 
-def fit(config: PretrainedConfig, header: Mapping[str, Tensor]) -> Fit | None:
-    """The fit of tensors on the meta device, None where the model or a conversion cannot be had without weights.
+def fit_checkpoint(config: PretrainedConfig, header: Mapping[str, Tensor]) -> Fit | None:
+    """Matches tensors on the meta device to the config's model; None where that needs weights.
 
-    Raises ValueError where the configuration describes no model.
+    Raises ValueError for an invalid config.
     """
     try:
-        model = described(config)
+        model = _model_of_config(config)
         if not isinstance(model, PreTrainedModel):
             return None
-        model._weight_conversions = get_model_conversion_mapping(model)  # as loading would set it
+        model._weight_conversions = get_model_conversion_mapping(model)  # as from_pretrained does
         found = origins(model, header)
         held = {name: tuple(its.read(header.__getitem__).shape) for name, its in found.items()}
     except (AssertionError, ValueError, ZeroDivisionError) as error:
         raise ValueError(str(error) or type(error).__name__) from None
-    except Exception:  # whatever a model's own code raises
+    except Exception:  # a model's code may raise anything
         return None
     copies: dict[int, list[str]] = {}  # tied parameters are one
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -224,69 +226,69 @@ def fit(config: PretrainedConfig, header: Mapping[str, Tensor]) -> Fit | None:
 
 
 @dataclass(frozen=True)
-class Virtual:
-    """A tensor put together from stored ones, whose pieces say which region of which is where."""
+class VirtualTensor:
+    """A tensor assembled from regions of stored ones, without values."""
 
     shape: Shape
     pieces: Pieces
 
     @staticmethod
-    def leaf(name: str, shape: Sequence[int]) -> Virtual:
-        return Virtual(tuple(shape), (Piece(name, whole(shape), whole(shape)),))
+    def leaf(name: str, shape: Sequence[int]) -> VirtualTensor:
+        return VirtualTensor(tuple(shape), (Piece(name, _full_region(shape), _full_region(shape)),))
 
 
-def converted(
+def _apply_converter(
     converter: WeightConverter,
     first: str,
-    values: Mapping[str, list[Virtual]],
+    values: Mapping[str, list[VirtualTensor]],
     parameters: Mapping[str, Shape],
-) -> dict[str, Virtual]:
-    """{parameter: its tensor} of one of transformers' conversions; raises Untranslatable for others than are known.
+) -> dict[str, VirtualTensor]:
+    """{parameter: its tensor} after one of transformers' conversions. Raises Untranslatable for an unsupported one.
 
-    first: the first parameter that it fills. values: what is stored under each of its patterns, in order.
+    first: the first parameter that it fills. values: the stored tensors under each of its patterns, in order.
     """
     sources, targets = converter.source_patterns, converter.target_patterns
     if set(values) != set(sources):
         raise Untranslatable
     for operation in converter.operations:
-        values = applied(operation, values, sources, targets, parameters[first])
+        values = _apply_operation(operation, values, sources, targets, parameters[first])
     found = {}
     for pattern, (virtual,) in values.items():
         found[first.replace(targets[0], pattern, 1)] = virtual
     return found
 
 
-def applied(
+def _apply_operation(
     operation: ConversionOps,
-    values: Mapping[str, list[Virtual]],
+    values: Mapping[str, list[VirtualTensor]],
     sources: Sequence[str],
     targets: Sequence[str],
     expected: Shape,
-) -> dict[str, list[Virtual]]:
-    """What one operation makes of the tensors under each pattern."""
+) -> dict[str, list[VirtualTensor]]:
+    """Applies one operation to the tensors under each pattern."""
     if isinstance(operation, MergeModulelist) and operation.dim == 0:
-        stacks = {pattern: [stacked(own)] for pattern, own in values.items()}
+        stacks = {pattern: [_stack(own)] for pattern, own in values.items()}
         return stacks if len(stacks) > 1 else {targets[0]: stacks.popitem()[1]}
     if isinstance(operation, Concatenate) and operation.num_shards_attribute is None:
-        return {targets[0]: [joined([one for p in sources for one in values[p]], operation.dim)]}
+        return {
+            targets[0]: [_concatenate([one for p in sources for one in values[p]], operation.dim)]
+        }
     ((only,),) = values.values()
     if isinstance(operation, Chunk) and operation.num_shards_attribute is None:
         return {
             target: [part]
-            for target, part in zip(
-                targets, divided(only, len(targets), operation.dim), strict=True
-            )
+            for target, part in zip(targets, _chunk(only, len(targets), operation.dim), strict=True)
         }
     if isinstance(operation, Transpose) and len(only.shape) > 1:
         if {operation.dim0, operation.dim1} != {len(only.shape) - 2, len(only.shape) - 1}:
             raise Untranslatable
         as_is = operation.check_dims and only.shape == expected
-        return {targets[0]: [only if as_is else transposed(only)]}
+        return {targets[0]: [only if as_is else _transpose(only)]}
     raise Untranslatable
 
 
-def stacked(tensors: Sequence[Virtual]) -> Virtual:
-    """Along a new first axis, in the order of the number in their names, which counts from 0."""
+def _stack(tensors: Sequence[VirtualTensor]) -> VirtualTensor:
+    """Stacks along a new first axis, in the order of the number in their names, counted from 0."""
     names = [virtual.pieces[0].name.split(".") for virtual in tensors]
     numbers = [own for own in zip(*names, strict=True) if len(set(own)) > 1]
     if len(tensors) > 1 and numbers != [tuple(map(str, range(len(tensors))))]:
@@ -298,58 +300,58 @@ def stacked(tensors: Sequence[Virtual]) -> Virtual:
         for i, virtual in enumerate(tensors)
         for piece in virtual.pieces
     ]
-    return Virtual((len(tensors), *tensors[0].shape), tuple(pieces))
+    return VirtualTensor((len(tensors), *tensors[0].shape), tuple(pieces))
 
 
-def joined(tensors: Sequence[Virtual], axis: int) -> Virtual:
+def _concatenate(tensors: Sequence[VirtualTensor], axis: int) -> VirtualTensor:
     pieces, start, shape = [], 0, list(tensors[0].shape)
     for virtual in tensors:
         if len(virtual.shape) != len(shape):
             raise Untranslatable
-        pieces += [replace(p, into=shifted(p.into, axis, start)) for p in virtual.pieces]
+        pieces += [replace(p, into=_shift(p.into, axis, start)) for p in virtual.pieces]
         start += virtual.shape[axis]
         shape[axis] = virtual.shape[axis]
         if tuple(shape) != virtual.shape:
             raise Untranslatable
     shape[axis] = start
-    return Virtual(tuple(shape), tuple(pieces))
+    return VirtualTensor(tuple(shape), tuple(pieces))
 
 
-def divided(tensor: Virtual, count: int, axis: int) -> Iterator[Virtual]:
-    """Equal parts along an axis."""
+def _chunk(tensor: VirtualTensor, count: int, axis: int) -> Iterator[VirtualTensor]:
+    """Splits into equal parts along an axis."""
     step, rest = divmod(tensor.shape[axis], count)
     if rest:
         raise Untranslatable
     for i in range(count):
-        yield cut(tensor, axis, i * step, (i + 1) * step)
+        yield _slice_axis(tensor, axis, i * step, (i + 1) * step)
 
 
-def cut(tensor: Virtual, axis: int, start: int, stop: int) -> Virtual:
-    region = list(whole(tensor.shape))
+def _slice_axis(tensor: VirtualTensor, axis: int, start: int, stop: int) -> VirtualTensor:
+    region = list(_full_region(tensor.shape))
     region[axis] = (start, stop)
     pieces = []
     for piece in tensor.pieces:
-        shared = intersection(piece.into, tuple(region))
+        shared = _intersection(piece.into, tuple(region))
         if shared is not None:
-            into = shifted(shared, axis, -start)
-            pieces.append(replace(piece, of=origin(piece, shared), into=into))
+            into = _shift(shared, axis, -start)
+            pieces.append(replace(piece, of=_source_region(piece, shared), into=into))
     shape = list(tensor.shape)
     shape[axis] = stop - start
-    return Virtual(tuple(shape), tuple(pieces))
+    return VirtualTensor(tuple(shape), tuple(pieces))
 
 
-def transposed(tensor: Virtual) -> Virtual:
+def _transpose(tensor: VirtualTensor) -> VirtualTensor:
     pieces = [
-        replace(piece, into=swapped(piece.into), transposed=not piece.transposed)
+        replace(piece, into=_swap_last_axes(piece.into), transposed=not piece.transposed)
         for piece in tensor.pieces
     ]
-    return Virtual((*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2]), tuple(pieces))
+    return VirtualTensor((*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2]), tuple(pieces))
 
 
-def unfused(
+def _split_fused(
     places: Mapping[str, Pieces], there: Mapping[str, Pieces], config: PretrainedConfig
 ) -> dict[str, Pieces]:
-    """The same, with a fused q, k, v or gate, up as parts where the other model has them apart (Phi-3 as a Llama)."""
+    """Splits a fused qkv or gate_up where the other model stores the parts separately (Phi-3 as a Llama)."""
     found: dict[str, Pieces] = {}
     for parameter, pieces in places.items():
         where = classify(parameter)
@@ -366,44 +368,44 @@ def unfused(
         for name, part in zip(names, matrices, strict=True):
             rows = part.index[0]
             assert isinstance(rows, slice)
-            found[name] = cut(Virtual(shape, pieces), 0, rows.start, rows.stop).pieces
+            found[name] = _slice_axis(VirtualTensor(shape, pieces), 0, rows.start, rows.stop).pieces
     return found
 
 
 # ---------------------------------------------------------------------------------------------- regions
 
 
-def whole(shape: Sequence[int]) -> Region:
+def _full_region(shape: Sequence[int]) -> Region:
     return tuple((0, n) for n in shape)
 
 
-def size(region: Region) -> int:
+def _size(region: Region) -> int:
     return math.prod(stop - start for start, stop in region)
 
 
-def swapped(region: Region) -> Region:
+def _swap_last_axes(region: Region) -> Region:
     return (*region[:-2], region[-1], region[-2])
 
 
-def shifted(region: Region, axis: int, by: int) -> Region:
+def _shift(region: Region, axis: int, by: int) -> Region:
     start, stop = region[axis]
     return (*region[:axis], (start + by, stop + by), *region[axis + 1 :])
 
 
-def intersection(a: Region, b: Region) -> Region | None:
+def _intersection(a: Region, b: Region) -> Region | None:
     shared = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
     return shared if all(start < stop for start, stop in shared) else None
 
 
-def origin(piece: Piece, region: Region) -> Region:
-    """The region of the piece's own tensor that goes into `region`, which lies within piece.into."""
+def _source_region(piece: Piece, region: Region) -> Region:
+    """The region of the piece's stored tensor that fills `region`, a part of piece.into."""
     offsets = [
         (start - first, stop - first)
         for (start, stop), (first, _) in zip(region, piece.into, strict=True)
     ]
     missing = len(piece.of) - len(offsets)
     offsets = [(0, 1)] * missing + offsets[max(0, -missing) :]
-    own = swapped(tuple(offsets)) if piece.transposed else tuple(offsets)
+    own = _swap_last_axes(tuple(offsets)) if piece.transposed else tuple(offsets)
     return tuple(
         (first + start, first + stop)
         for (first, _), (start, stop) in zip(piece.of, own, strict=True)

@@ -1,4 +1,4 @@
-"""Loads one model with its own processor: a hub id, a local folder, or `builtin:NAME`."""
+"""Loads a model with its processor from a hub id, a local folder, a .gguf file or `builtin:NAME`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vlopd.models.openclip import vlm
 from vlopd.models.tokenizers import (
     PROBE,
     check_template_arguments,
-    no_row,
+    missing_row_message,
     read_template,
     template_text,
 )
@@ -35,13 +35,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 TOKENIZER_FILES = (
-    "; copy tokenizer.json, tokenizer_config.json and what lies beside them (a processor_config.json, for images) "
-    "from the model's own folder"
+    "; copy tokenizer.json, tokenizer_config.json and the files beside them (processor_config.json for images) "
+    "from the model's original folder"
 )
 
 
 def resolve(name: str) -> str:
-    """A path or hub id. `builtin:NAME` becomes the packaged folder; a .gguf file its dequantised copy.
+    """Resolves a model name to a path or hub id: `builtin:NAME` to the packaged folder, a .gguf file to its dequantised
+    copy.
 
     Raises ConfigError for an unknown built-in.
     """
@@ -62,9 +63,9 @@ def resolve(name: str) -> str:
 def load_model_config(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
-    """The model's configuration, without weights.
+    """Loads the model's config, without weights.
 
-    Raises ModelUnreadable when it cannot be read, ConfigError where it is of an adapter or of packed weights.
+    Raises ModelUnreadable where it cannot be read, ConfigError for an adapter or quantised weights.
     """
     vlm.register()
     where = resolve(name)
@@ -75,39 +76,39 @@ def load_model_config(
             config = AutoConfig.from_pretrained(
                 where, revision=revision, trust_remote_code=trust_remote_code
             )
-    except Exception as error:  # configurations check themselves, and raise what they like
-        if is_nowhere(where, revision):
+    except Exception as error:  # config classes raise arbitrary exceptions
+        if _does_not_exist(where, revision):
             raise ModelUnreadable(
-                f"cannot read the configuration of {name!r}: there is no such folder, and as a model id of the hub "
-                "it is not in the cache and could not be fetched"
+                f"cannot read the configuration of {name!r}: there is no such folder, and no such hub model in the "
+                "cache or that could be fetched; check the name"
             ) from None
-        raise unreadable(f"read the configuration of {name!r}", error) from None
+        raise _unreadable_error(f"read the configuration of {name!r}", error) from None
     if config is None:
         raise ConfigError(
             f"{name} is an adapter (it has {integrity.ADAPTER}), not a model; merge it into its base (PEFT's "
             "merge_and_unload, then save_pretrained) and give the merged folder"
         )
-    if packed := integrity.quantisation(config.to_dict()):
+    if packed := integrity.find_quantisation(config.to_dict()):
         raise ConfigError(f"{name} is quantised: {packed}")
     return config
 
 
-def is_nowhere(where: str, revision: str | None) -> bool:
-    """Whether there is neither a folder or file of that name nor a hub's model in the cache."""
+def _does_not_exist(where: str, revision: str | None) -> bool:
+    """Whether the name is neither a local path nor a hub model in the cache."""
     if Path(where).exists():
         return False
     try:
         return try_to_load_from_cache(where, "config.json", revision=revision) is None
-    except HFValidationError:  # no name of a hub's model
+    except HFValidationError:  # not a valid hub id
         return True
 
 
-def unreadable(what: str, error: Exception, remedy: str = "") -> ModelUnreadable:
-    """What a library raised over a user's file, as one line of ours with its remedy where there is one."""
-    said = str(error)
-    if "trust_remote_code" in said:
+def _unreadable_error(what: str, error: Exception, remedy: str = "") -> ModelUnreadable:
+    """A library's exception as a one-line error, with a remedy where one is known."""
+    message = str(error)
+    if "trust_remote_code" in message:
         remedy = "; set trust_remote_code = true beside its `model` if you trust its code"
-    elif "sdpa" in said:
+    elif "sdpa" in message:
         remedy = '; set attention = "eager" beside its `model`'
     return ModelUnreadable(f"cannot {what}: {first_line(error)}{remedy}")
 
@@ -119,11 +120,12 @@ def load_processor(
     template: str | None = None,
     template_arguments: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The processor of a vision-language model, or the tokenizer of a language model.
+    """Loads the processor of a vision-language model, or the tokenizer of a language model.
 
-    `template` takes the place of its chat template: a .jinja file, or `plain`.
+    `template` replaces its chat template: a .jinja file, or `plain`.
 
-    Raises ConfigError when it cannot be read, has no chat template, or one that knows none of the arguments.
+    Raises ConfigError where it cannot be read, has no chat template, or one that lacks an argument of
+    `template_arguments`.
     """
     config = load_model_config(name, revision, trust_remote_code)
     _, processor_class = families.auto_classes(config)
@@ -131,11 +133,11 @@ def load_processor(
         processor = processor_class.from_pretrained(
             resolve(name), revision=revision, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # processors raise what they like
-        raise unreadable(
+    except Exception as error:  # processors raise arbitrary exceptions
+        raise _unreadable_error(
             f"read the tokenizer or processor of {name!r}", error, TOKENIZER_FILES
         ) from None
-    if lacks := families.lacking(processor, families.sees_images(config)):
+    if lacks := families.missing_parts(processor, families.sees_images(config)):
         raise ModelUnreadable(
             f"cannot read the tokenizer or processor of {name!r}: its files hold {lacks}{TOKENIZER_FILES}"
         )
@@ -147,21 +149,21 @@ def load_processor(
     ):
         raise ConfigError(
             f'{name!r} has no chat template; set template = "plain" (bare text) or a .jinja file '
-            "beside its `model`"
+            "next to its `model`"
         )
     check_template_arguments(name, template_text(processor), template_arguments or {})
     return processor
 
 
 def load_generation_config(name: str, config: PretrainedConfig, revision: str | None = None) -> Any:
-    """The model's generation config, without weights; made from its configuration where it has none."""
+    """Loads the model's generation config; derived from its config where it has none."""
     where = resolve(name)
     try:
         return GenerationConfig.from_pretrained(where, revision=revision)
     except Exception as error:
         if isinstance(error, OSError) and not (Path(where) / "generation_config.json").exists():
             return GenerationConfig.from_model_config(config)
-        raise unreadable(f"read the generation_config.json of {name!r}", error) from None
+        raise _unreadable_error(f"read the generation_config.json of {name!r}", error) from None
 
 
 def load(
@@ -176,20 +178,20 @@ def load(
 ) -> LoadedModel:
     """Loads weights from safetensors only, in `dtype`, in evaluation mode (no dropout).
 
-    Raises ConfigError naming the model, and the tensor or token, where it is not whole: a file that is missing,
-    truncated or pickled, tensors that are missing, packed, not finite or another model's, an adapter, no
-    tokenizer, end tokens that are none, a chat template that leaves out the user's words.
+    Raises ConfigError naming the model, and the tensor or token: for missing, truncated or pickled files; missing,
+    quantised, non-finite or mismatched tensors; an adapter; a missing tokenizer; invalid end tokens; a chat template
+    that omits the user's text.
     """
-    check_builtin(name)
+    _check_builtin(name)
     config = load_model_config(name, revision, trust_remote_code)
     model_class, _ = families.auto_classes(config)
     processor = load_processor(name, revision, trust_remote_code, template, template_arguments)
-    # for its errors: transformers passes over a file that it cannot read
+    # for its errors: transformers silently ignores an unreadable file
     load_generation_config(name, config, revision)
     where = resolve(name)
     is_folder = Path(where).is_dir()
     if is_folder:
-        check_files(name, Path(where))
+        _check_files(name, Path(where))
     try:
         model, loading = model_class.from_pretrained(
             where,
@@ -203,10 +205,10 @@ def load(
         )
         if not is_folder:
             where = snapshot_download(where, revision=revision, local_files_only=True)
-    except Exception as error:  # loaders raise what they like
-        raise unreadable(f"load the weights of {name!r}", error) from None
+    except Exception as error:  # loaders raise arbitrary exceptions
+        raise _unreadable_error(f"load the weights of {name!r}", error) from None
     if not is_folder:
-        check_files(name, Path(where))
+        _check_files(name, Path(where))
     integrity.refuse_partial(name, loading, model)
     model = model.to(device).eval()
     integrity.refuse_not_finite(name, model)
@@ -217,46 +219,45 @@ def load(
 
 
 def check_unloaded(config: ModelConfig) -> None:
-    """Refuses what can be seen of a model without reading its weights."""
+    """Runs all checks of a model that need no weights. Raises ConfigError."""
     where_from = (config.model, config.revision, config.trust_remote_code)
     load_processor(*where_from, config.template, config.template_arguments)
     where = Path(resolve(config.model))
     if where.is_dir():
-        check_files(config.model, where)
+        _check_files(config.model, where)
 
 
-def check_files(name: str, folder: Path) -> None:
-    """Refuses weights that are damaged, packed, or short of a part of an expert; reads headers only."""
+def _check_files(name: str, folder: Path) -> None:
+    """Raises ConfigError for damaged or quantised weights or incomplete experts; reads headers only."""
     stored = integrity.read_headers(folder)
-    if packed := integrity.packing(stored):
+    if packed := integrity.find_packed(stored):
         raise ConfigError(f"{name} is quantised: {packed}")
-    if odd := integrity.not_real(stored):
+    if odd := integrity.find_complex(stored):
         raise ConfigError(f"{name}: {odd}")
-    if short := integrity.ragged(stored):
-        raise ConfigError(f"{name} is not whole: {short}")
+    if short := integrity.find_incomplete_experts(stored):
+        raise ConfigError(f"{name} is incomplete: {short}")
 
 
 def check_tokens(loaded: LoadedModel) -> None:
-    """Refuses a model whose tokenizer and template are not of its vocabulary, or say nothing of the user's words."""
+    """Raises ConfigError for a tokenizer that does not fit the model, or a template that omits the user's text."""
     name, tokenizer, rows = loaded.name, loaded.tokenizer, loaded.vocabulary_rows
     if set(loaded.end_ids) <= set(loaded.unsampleable_ids):
         raise ConfigError(
-            f"{name}: none of its end tokens {loaded.end_ids} can be sampled (padding, images and ids without "
-            "a token never are), so no completion would end; set eos_token_id in its generation_config.json"
+            f"{name}: none of its end tokens {loaded.end_ids} can be sampled (padding, image placeholders and ids "
+            "without a token never are), so no completion would end; set eos_token_id in its generation_config.json"
         )
     added = tokenizer.get_added_vocab()
     ordinary = {i for word, i in tokenizer.get_vocab().items() if word not in added}
     if ordinary and max(ordinary) >= rows:
         lost = sum(i >= rows for i in ordinary)
-        raise ConfigError(
-            f"{no_row(name, tokenizer, max(ordinary), rows)} ({lost} of {len(ordinary)} ordinary tokens have none)"
-        )
+        message = missing_row_message(name, tokenizer, max(ordinary), rows)
+        raise ConfigError(f"{message} ({lost} of {len(ordinary)} ordinary tokens have none)")
     if not 0 <= loaded.pad_id < rows:
-        raise ConfigError(f"padding: {no_row(name, tokenizer, loaded.pad_id, rows)}")
-    shown = [loaded.shows(content) for content in (PROBE, families.as_parts(PROBE))]
+        raise ConfigError(f"padding: {missing_row_message(name, tokenizer, loaded.pad_id, rows)}")
+    shown = [loaded.prints_user_text(content) for content in (PROBE, families.as_parts(PROBE))]
     if not any(shown) and False in shown:
         raise ConfigError(
-            f"the chat template of {name} leaves out what the user says; set `template` beside its `model` to a "
+            f"the chat template of {name} omits the user's text; set `template` next to its `model` to a "
             '.jinja file, or "plain"'
         )
     if any(shown):
@@ -270,7 +271,7 @@ def load_configured(
     device: torch.device | str = "cpu",
     folder: Path | str | None = None,
 ) -> LoadedModel:
-    """The model that a config names or, with `folder`, a checkpoint of it, loaded in the same way."""
+    """Loads a config's model or, with `folder`, a checkpoint of it with the same settings."""
     return load(
         str(folder or config.model),
         dtype,
@@ -283,8 +284,8 @@ def load_configured(
     )
 
 
-def check_builtin(name: str) -> None:
-    """Refuses a packaged built-in whose files are not those it was shipped with."""
+def _check_builtin(name: str) -> None:
+    """Raises ConfigError for a built-in whose files differ from the shipped ones."""
     folder = BUILTIN / name.removeprefix("builtin:")
     if not name.startswith("builtin:") or not folder.is_dir():
         return
@@ -292,4 +293,4 @@ def check_builtin(name: str) -> None:
     for path in sorted(folder.glob("*.safetensors")):
         known = digests.get(f"{folder.name}/{path.name}")
         if hashlib.sha256(path.read_bytes()).hexdigest() != known:
-            raise ConfigError(f"{path} is not the file that was shipped; reinstall vlopd")
+            raise ConfigError(f"{path} differs from the shipped file; reinstall vlopd")

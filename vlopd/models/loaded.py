@@ -1,4 +1,4 @@
-"""A model with its processor: how it renders prompts and reads examples."""
+"""`LoadedModel`: a model with its processor, which renders prompts, tokenizes, runs and decodes."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from transformers import PreTrainedModel
 from vlopd.errors import ConfigError, DataError, UserError, first_line
 from vlopd.models import families, thinking
 from vlopd.models.context_length import context_length
-from vlopd.models.tokenizers import ANSWER, PROBE, end_ids, no_row, template_text
+from vlopd.models.tokenizers import ANSWER, PROBE, end_ids, missing_row_message, template_text
 from vlopd.types import Completions, Example, Prompts
 
 
 class ModelUnreadable(ConfigError):
-    """A model's configuration, tokenizer or weights cannot be had, from where its name points."""
+    """A model's config, tokenizer or weights could not be loaded from the given path or hub id."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, its processor (or tokenizer), and how it renders prompts and scores completions."""
+    """A model with its processor (or tokenizer): renders prompts, scores and decodes completions."""
 
     name: str
     model: PreTrainedModel
     processor: Any
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
-    """Where its weights were read from; None for a model made in memory."""
+    """The checkpoint folder it was loaded from; None for a model made in memory."""
 
     @property
     def tokenizer(self) -> Any:
@@ -45,7 +45,7 @@ class LoadedModel:
 
     @property
     def chat_template(self) -> str | None:
-        """The processor's own, or its tokenizer's."""
+        """The processor's template, or its tokenizer's."""
         own = getattr(self.processor, "chat_template", None)
         return own or getattr(self.tokenizer, "chat_template", None)
 
@@ -60,28 +60,28 @@ class LoadedModel:
 
     @property
     def hidden_size(self) -> int:
-        """H, of the states that the output layer reads."""
+        """H, the input width of the output layer."""
         return self.model.get_output_embeddings().weight.shape[1]
 
     @cached_property
     def context_length(self) -> int | None:
-        """Tokens of prompt and completion together; None where there is no limit."""
+        """Maximum tokens of prompt and completion together; None without a limit."""
         return context_length(self.model.config)
 
     @cached_property
     def end_ids(self) -> list[int]:
-        """Tokens that end a completion, from the generation config. Raises ConfigError where they are none."""
+        """Tokens that end a completion, from the generation config. Raises ConfigError where they are invalid."""
         return end_ids(
             self.name, self.model.generation_config, self.tokenizer, self.vocabulary_rows
         )
 
     @cached_property
     def turn_end(self) -> int | None:
-        """The added token that the chat template closes the model's own turn with, an end if any is; else None."""
+        """The added token with which the chat template closes an assistant turn, preferably an end token; else None."""
         turns = [("user", PROBE), ("assistant", ANSWER)]
         try:
             text = self.apply_template([self.text_turn(*turn) for turn in turns], False)
-        except Exception:  # a template that takes no such turns
+        except Exception:  # a template that does not accept these turns
             return None
         after = text.rpartition(ANSWER)[2] if ANSWER in text else ""
         added = {i: word for word, i in self.tokenizer.get_added_vocab().items() if word in after}
@@ -96,18 +96,18 @@ class LoadedModel:
 
     @cached_property
     def unsampleable_ids(self) -> list[int]:
-        """Ids that a sampler must not emit: image placeholders, padding, and padded rows without a token."""
+        """Ids that a sampler must not emit: image placeholders, padding, and padding rows without a token."""
         named = set(self.tokenizer.get_vocab().values())
         nameless = set(range(self.vocabulary_rows)) - named
         return sorted(nameless | set(families.unsampleable_ids(self.model.config, self.tokenizer)))
 
     @cached_property
     def placeholders(self) -> dict[str, int]:
-        """Tokens that stand for images, video or audio, with their ids."""
+        """Placeholder tokens of images, video or audio, with their ids."""
         return families.placeholders(self.model.config, self.tokenizer)
 
     def apply_template(self, messages: list[Any], add_generation_prompt: bool = True) -> str:
-        """Messages in this model's own chat template, as text. Raises what the template raises."""
+        """Renders messages with this model's chat template, as text. Raises what the template raises."""
         return self.processor.apply_chat_template(
             messages,
             tokenize=False,
@@ -116,11 +116,11 @@ class LoadedModel:
         )
 
     def text_turn(self, role: str, text: str) -> dict[str, Any]:
-        """A turn without images, as the chat template takes it."""
+        """A turn without images, in the form that the chat template expects."""
         return {"role": role, "content": families.as_parts(text) if self.wants_parts else text}
 
-    def shows(self, content: Any) -> bool | None:
-        """Whether the chat template prints a user's words given as `content`; None where it raises."""
+    def prints_user_text(self, content: Any) -> bool | None:
+        """Whether the chat template prints a user turn's text given as `content`; None where it raises."""
         try:
             text = self.apply_template([{"role": "user", "content": content}])
         except Exception:
@@ -129,11 +129,13 @@ class LoadedModel:
 
     @cached_property
     def wants_parts(self) -> bool:
-        """Whether the chat template leaves out a turn that is a plain string, and prints one of parts."""
-        return not self.shows(PROBE) and bool(self.shows(families.as_parts(PROBE)))
+        """Whether the chat template omits turns that are plain strings, but prints turns of parts."""
+        return not self.prints_user_text(PROBE) and bool(
+            self.prints_user_text(families.as_parts(PROBE))
+        )
 
     def render_text(self, example: Example, add_generation_prompt: bool = True) -> str:
-        """The example's prompt in this model's own chat template, as text."""
+        """Renders the example's prompt with this model's chat template, as text."""
         return self.apply_template(
             families.chat_messages(example, self.sees_images, self.placeholders, self.wants_parts),
             add_generation_prompt,
@@ -141,22 +143,22 @@ class LoadedModel:
 
     @cached_property
     def generation_prompt(self) -> str:
-        """What the chat template puts before an answer; empty where it cannot be told."""
+        """The generation prompt that the chat template adds before an answer; empty where unknown."""
         probe = Example.ask("", "x")
         try:
             asked, ready = (self.render_text(probe, add) for add in (False, True))
-        except Exception:  # a template that wants a picture, say
+        except Exception:  # for example, a template that requires an image
             return ""
         return ready.removeprefix(asked) if ready.startswith(asked) else ""
 
     @cached_property
     def own_marks(self) -> tuple[thinking.Mark, ...]:
-        """The marks of thoughts that the tokenizer or the chat template has."""
+        """Reasoning delimiters of the tokenizer or the chat template."""
         return thinking.marks_of(self.tokenizer.get_added_vocab(), template_text(self.processor))
 
     @cached_property
     def marks(self) -> tuple[thinking.Mark, ...]:
-        """All marks that are looked for in its completions."""
+        """All reasoning delimiters searched for in completions."""
         return tuple(dict.fromkeys([*thinking.MARKS, *self.own_marks]))
 
     def encode(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Prompts:
@@ -166,13 +168,13 @@ class LoadedModel:
     def tokenize(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Prompts:
         """Rendered prompts with their images -> model inputs, on the CPU.
 
-        Raises ConfigError when images are given to a text-only model, UserError for an empty prompt and for
-        a token that the model has no row for.
+        Raises ConfigError for images and a text-only model, UserError for an empty prompt and for
+        a token without a row in the embedding.
         """
         if any(images) and not self.sees_images:
             raise ConfigError(
                 f"{self.name} is text-only but the prompt has an image; a text-only teacher needs "
-                'teacher.context = {type = "caption", column = ...}, a field that says what is in it'
+                'teacher.context = {type = "caption", column = ...}, a field with a description of the image'
             )
         prompts = families.encode(self.processor, texts, images, self.sees_images)
         self.check_prompts(prompts)
@@ -181,26 +183,26 @@ class LoadedModel:
     def check_prompts(self, prompts: Prompts) -> None:
         """Raises UserError for a prompt of no tokens, and for a token without a row in the embedding."""
         if not bool(prompts.attention_mask.any(1).all()):
-            raise UserError("the prompt came out empty: it has no tokens")
+            raise UserError("the rendered prompt is empty: it has no tokens")
         self.check_ids(prompts.input_ids[prompts.attention_mask.bool()])
 
     def check_ids(self, ids: Tensor) -> None:
-        """Raises UserError for a token id that the model has no row for."""
+        """Raises UserError for a token id without a row in the embedding."""
         rows = self.model.get_input_embeddings().weight.shape[0]
-        # some models read their image's features in place of a token that has no row
+        # some models replace a placeholder without a row by image features
         own = set(self.placeholders.values()) if self.sees_images else set()
         for i in ids.unique().tolist():
             if not 0 <= i < rows and i not in own:
-                raise UserError(no_row(self.name, self.tokenizer, i, rows))
+                raise UserError(missing_row_message(self.name, self.tokenizer, i, rows))
 
     def render(self, examples: Sequence[Example]) -> Prompts:
-        """Examples -> model inputs, in this model's template, resolution and padding. Raises as `prompts_of`."""
+        """Examples -> model inputs on the model's device, by its template and processor. Raises as `prompts_of`."""
         return self.prompts_of(examples).to(self.device, self.model.dtype)
 
     def prompts_of(self, examples: Sequence[Example]) -> Prompts:
         """As `render`, on the CPU.
 
-        Raises UserError with the example's id where the template or the processor cannot take it.
+        Raises UserError with the example's id where the template or the processor fails on it.
         """
         try:
             return self.tokenize(
@@ -208,37 +210,37 @@ class LoadedModel:
             )
         except ConfigError:
             raise
-        except Exception as error:  # templates and processors raise what they like
+        except Exception as error:  # templates and processors raise arbitrary exceptions
             if len(examples) > 1:
                 for example in examples:
                     self.prompts_of([example])
             raise UserError(
                 f"example {examples[0].id!r}: {self.name} cannot read its prompt: {first_line(error)}; "
-                "if its chat template is at fault, set `template` beside its `model`"
+                "if the chat template is at fault, set `template` next to its `model`"
             ) from error
 
     def refuse_too_long(
         self, examples: Sequence[Example], prompts: Prompts, new_tokens: int
     ) -> None:
-        """Raises DataError for the first example whose prompt leaves no room for so many more tokens."""
+        """Raises DataError for the first example whose prompt and `new_tokens` exceed the context length."""
         lengths = prompts.attention_mask.sum(1).tolist()
         for example, length in zip(examples, lengths, strict=True):
             if self.context_length is not None and length + new_tokens > self.context_length:
-                raise too_long(example.id, length, new_tokens, self)
+                raise too_long_error(example.id, length, new_tokens, self)
 
     def completion_hidden(self, prompts: Prompts, completions: Completions) -> Tensor:
         """[N, H] hidden states that predict each completion token."""
         return families.completion_hidden(self.model, prompts, completions)
 
     def logits(self, hidden: Tensor, columns: int | Tensor) -> Tensor:
-        """[N, H] -> [N, V] logits over the first so many of the vocabulary, or over those ids [V]."""
+        """[N, H] -> [N, V] logits over the first `columns` tokens of the vocabulary, or over the ids `columns` [V]."""
         return families.logits_of(self.model, hidden, columns)
 
     def decode(self, completions: Completions, prompts: Prompts | None = None) -> list[str]:
-        """Each completion's answer as text, without special tokens and thoughts; empty where a thought was cut off.
+        """Decodes each completion's answer, without special tokens and reasoning; empty if cut off while reasoning.
 
-        `prompts` are those that were completed, which may have opened a thought; without them, any that this
-        model's own template renders.
+        `prompts`: those that were completed, which may open a reasoning block; default: the generation prompt of this
+        model's template.
         """
         readings = self.read(completions.ids, completions.mask, prompts)
         return [reading.answer.strip() for reading in readings]
@@ -246,7 +248,7 @@ class LoadedModel:
     def read(
         self, ids: Tensor, mask: Tensor, prompts: Prompts | None = None
     ) -> list[thinking.Reading]:
-        """Thought and answer of each row's real tokens; `prompts` as in `decode`."""
+        """Splits each row's unmasked tokens into reasoning and answer; `prompts` as in `decode`."""
         if prompts is None:
             opened = [self.opened_by(self.generation_prompt)] * len(ids)
         else:
@@ -260,7 +262,7 @@ class LoadedModel:
         return found
 
     def opened_thoughts(self, prompts: Prompts) -> list[thinking.Mark | None]:
-        """The mark of the thought that each prompt leaves open, None where it leaves none open."""
+        """The delimiter of the reasoning block that each prompt leaves open, or None."""
         longest = 64 + len(
             self.generation_prompt
         )  # in tokens, which are no more than its characters
@@ -268,15 +270,15 @@ class LoadedModel:
         return [self.opened_by(tail) for tail in tails]
 
     def opened_by(self, prompt: str) -> thinking.Mark | None:
-        """The mark of the thought that a rendered prompt leaves open."""
+        """The delimiter of the reasoning block that a rendered prompt leaves open, or None."""
         return thinking.opened_by(prompt, self.generation_prompt, self.marks)
 
     def transcript(self, ids: Sequence[int]) -> str:
-        """A completion as text without special tokens, but with the marks of thoughts."""
+        """Decodes a completion without special tokens, except reasoning delimiters."""
         return self.with_marks(ids, self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def with_marks(self, ids: Sequence[int], plain: str) -> str:
-        """`plain`, the text of the ids without special tokens, with those of them that mark thoughts."""
+        """Inserts the special tokens that delimit reasoning into `plain`, the ids decoded without special tokens."""
         if not any(i in self.mark_tokens for i in ids):
             return plain
         pieces, row = [], []
@@ -291,15 +293,17 @@ class LoadedModel:
 
     @cached_property
     def mark_tokens(self) -> dict[int, str]:
-        """Special tokens, which decoding drops, that marks of thoughts are made of; by id."""
+        """Special tokens (which decoding drops) that are part of reasoning delimiters, by id."""
         added = self.tokenizer.added_tokens_decoder
         special = {i: str(token) for i, token in added.items() if token.special}
         kept = thinking.kept_tokens(special.values(), self.marks)
         return {i: token for i, token in special.items() if token in kept}
 
 
-def too_long(example: str, prompt_tokens: int, new_tokens: int, model: LoadedModel) -> DataError:
-    """The error of an example that a model has no room for."""
+def too_long_error(
+    example: str, prompt_tokens: int, new_tokens: int, model: LoadedModel
+) -> DataError:
+    """The error for an example that exceeds the model's context length."""
     return DataError(
         f"example {example!r}: {prompt_tokens} prompt tokens and up to {new_tokens} of completion "
         f"(rollout.max_new_tokens) are {prompt_tokens + new_tokens}, and {model.name} has "

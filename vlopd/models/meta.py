@@ -1,4 +1,4 @@
-"""A model's shapes without its weights, on the meta device."""
+"""Builds a model on the meta device: shapes without weights."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from vlopd.models import families
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The configuration's model on the meta device: names, shapes, and no memory. Leaves `config` as it is.
+    """The config's model on the meta device (names and shapes, no memory). Does not change `config`.
 
-    Raises ConfigError where no model can be built of it.
+    Raises ConfigError where no model can be built from it.
     """
     model_class, _ = families.auto_classes(config)
     try:
         return on_meta(model_class, config)
     except Exception as error:  # a family's own code, given the user's config.json
         raise ConfigError(
-            f"no model can be built of the config.json of {config.name_or_path}: {first_line(error)}"
+            f"no model can be built from the config.json of {config.name_or_path}: {first_line(error)}"
         ) from None
 
 

@@ -1,7 +1,7 @@
-"""The atlas: where a parameter sits, read off its name, and which matrices a stored tensor holds.
+"""Parameter names: component, layer and module of a parameter, and the matrices within a stored tensor.
 
-What no table knows is called "other", for all to see. A family whose parameters have names of their own
-needs a word in `COMPONENTS` or `MODULES`; one that fuses matrices in a layout of its own, in the tables below.
+A name that no table matches is "other". A family with its own parameter names needs a pattern in `COMPONENTS` or
+`MODULES`; one with its own fused layout, an entry in the tables below.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MODULES = (
     ("norm", re.compile(r"(norm\d?|layrnorm|layernorm_\w+|(^|\.)(ln|bn)_?\w+)$")),
     ("scale", re.compile(r"(^|\.)(lambda_\d|gamma(_\d)?|layer_scale\w*)$")),
     (
-        "token",  # learned vectors that are nobody's weights: class tokens, line breaks, queries, sinks
+        "token",  # learned vectors of no matrix: class tokens, line breaks, queries, sinks
         re.compile(
             r"(class_embedding|(cls|mask|register|query)_tokens?|image_newline|latents?|probe"
             r"|attn_pool\.query|attn\.sinks)$"
@@ -101,30 +101,30 @@ WRAPPERS = {
     "module",  # DataParallel, DDP, DeepSpeed
     "base_layer",  # PEFT, around an adapted module
 }
-"""Parts of a name that training frameworks put anywhere into it; they say nothing of where a parameter sits."""
+"""Parts that training frameworks insert anywhere into a name."""
 LAYER = re.compile(r"(?:layers?|blocks|h|resblocks)\.(\d+)\.")
 
 CONV1D = ("gpt2",)
-"""Language models whose linear layers are stored as [in, out]."""
+"""Model types of language models whose linear layers are stored as [in, out]."""
 
 INPUT_FIRST = re.compile(r"mm_input_projection_weight$|vision_tower\.proj$")
 """Other matrices that are stored as [in, out]."""
 
 SPLIT_QKV = ("phi3", "gpt2")
-"""Language models whose fused qkv is all of q, then k, then v. Others interleave the heads: left whole.
+"""Language models whose fused qkv is q, then k, then v. Others interleave the heads and are not split.
 
-All vision towers that fuse them put q, k and v one after the other.
+All vision towers that fuse them concatenate q, k and v.
 """
 
 EXPERTS_INPUT_FIRST = ("gpt_oss",)
 """Families whose stacks of experts are [experts, in, out]; others are [experts, out, in]."""
 
 INTERLEAVED_GATE_UP = ("gpt_oss",)
-"""Families whose gate and up take turns within a fused matrix: left whole."""
+"""Families whose gate and up rows alternate within a fused matrix, which is not split."""
 
 
 def classify(name: str) -> TensorName:
-    """Component, layer and module of a parameter; what no table knows is called "other", for all to see.
+    """Component, layer and module of a parameter; "other" where no pattern matches.
 
     >>> classify("model.language_model.layers.3.mlp.up_proj.weight")
     TensorName(name=..., component="language", layer=3, module="up")
@@ -134,7 +134,7 @@ def classify(name: str) -> TensorName:
     component = next((label for label, pattern in COMPONENTS if pattern.search(plain)), "other")
     module = next((label for label, pattern in MODULES if pattern.search(path)), "other")
     if component == "projector" and module in ("up", "down", "o"):
-        module = "projection"  # its matrices are a stack, not a transformer's
+        module = "projection"  # an MLP, not a transformer's matrices
     layer = LAYER.search(plain)
     return TensorName(name, component, int(layer.group(1)) if layer else None, module)
 
@@ -150,7 +150,7 @@ def unwrapped_name(name: str) -> str:
 class Part:
     """One matrix (or its bias) within a stored tensor: `tensor[index]`.
 
-    `transposed` says that it is stored as [in, out] rather than [out, in].
+    `transposed`: stored as [in, out] rather than [out, in].
     """
 
     module: str
@@ -160,7 +160,7 @@ class Part:
 
 
 def parts(where: TensorName, shape: Sequence[int], config: PretrainedConfig) -> tuple[Part, ...]:
-    """The matrices that a stored tensor holds, which tile it: q, k, v of a fused qkv; gate, up; experts.
+    """The matrices that tile a stored tensor: q, k, v of a fused qkv; gate, up; experts.
 
     >>> parts(classify("model.layers.0.self_attn.qkv_proj.weight"), (64, 32), phi3_config)
     (Part("q", None, (slice(0, 32), slice(None)), False), Part("k", ...), Part("v", ...))
@@ -182,7 +182,7 @@ def parts(where: TensorName, shape: Sequence[int], config: PretrainedConfig) -> 
     out = len(shape) - 1 if transposed else int(stacked)  # the dimension of output features
     sizes: Mapping[str, int] = {module: shape[out]}
     if module == "qkv":
-        sizes = qkv_sizes(where, shape[out], config)
+        sizes = _qkv_sizes(where, shape[out], config)
     elif module == "gate_up" and text.model_type not in INTERLEAVED_GATE_UP:
         sizes = {"gate": shape[out] // 2, "up": shape[out] // 2}
     found = []
@@ -199,8 +199,8 @@ def parts(where: TensorName, shape: Sequence[int], config: PretrainedConfig) -> 
     return tuple(found)
 
 
-def qkv_sizes(where: TensorName, size: int, config: PretrainedConfig) -> Mapping[str, int]:
-    """Output features of q, k and v in a fused tensor with `size` of them; heads as the component's config has."""
+def _qkv_sizes(where: TensorName, size: int, config: PretrainedConfig) -> Mapping[str, int]:
+    """Output features of q, k and v in a fused tensor with `size` of them, from the component's head counts."""
     if where.component == "language":
         own = config.get_text_config()
         if own.model_type not in SPLIT_QKV:
@@ -214,9 +214,9 @@ def qkv_sizes(where: TensorName, size: int, config: PretrainedConfig) -> Mapping
 
 
 def freeze(model: nn.Module, components: Sequence[str]) -> None:
-    """Takes the parameters of these components (vision, projector, language, embedding, head) out of training.
+    """Freezes the parameters of these components (vision, projector, language, embedding, head).
 
-    Raises ConfigError for a component that the model has no parameter of; a tied head counts as embedding.
+    Raises ConfigError for a component without parameters in the model; a tied head counts as embedding.
     """
     parameters = [
         (classify(name).component, parameter) for name, parameter in model.named_parameters()

@@ -1,4 +1,4 @@
-"""Writing a model as a Hugging Face folder."""
+"""Writes a model as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from vlopd.models.loaded import LoadedModel
 def save(
     loaded: LoadedModel, folder: Path, card: str, state: dict[str, Tensor] | None = None
 ) -> None:
-    """Writes a Hugging Face folder: weights (`state` in place of the model's own), configs, processor, card.
+    """Writes a Hugging Face folder: weights (`state` replaces the model's), configs, processor, model card.
 
-    `card` is the text of the model card. Tensor names are the model's own, so that masks, deltas and
-    checkpoints share one naming. config.json states the dtype that loads the weights as they are (`reload_dtype`),
-    whatever the dtype of the model in memory.
+    Tensors are saved under the model's parameter names, so that masks, deltas and checkpoints share one naming.
+    config.json has the dtype that loads the weights unrounded (`_reload_dtype`), whatever the dtype of the model in
+    memory.
 
     Raises UserError for a tensor of `state` with values that its dtype cannot hold.
     """
-    refuse_overflow(state or {})
-    dtype = reload_dtype(loaded.model, state or loaded.model.state_dict())
+    _refuse_overflow(state or {})
+    dtype = _reload_dtype(loaded.model, state or loaded.model.state_dict())
     before = loaded.model.config.dtype
     try:
         loaded.model.save_pretrained(folder, state_dict=state, save_original_format=False)
     finally:
         loaded.model.config.dtype = before
-    write_dtype(folder / "config.json", dtype)
+    _write_dtype(folder / "config.json", dtype)
     loaded.processor.save_pretrained(folder)
     (folder / "README.md").write_text(card)
 
 
-def refuse_overflow(state: Mapping[str, Tensor]) -> None:
+def _refuse_overflow(state: Mapping[str, Tensor]) -> None:
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite()).sum())
@@ -51,11 +51,11 @@ def refuse_overflow(state: Mapping[str, Tensor]) -> None:
             )
 
 
-def reload_dtype(model: PreTrainedModel, state: Mapping[str, Tensor]) -> torch.dtype:
-    """The narrowest dtype under which transformers loads every tensor of `state` as it is stored, unrounded.
+def _reload_dtype(model: PreTrainedModel, state: Mapping[str, Tensor]) -> torch.dtype:
+    """The narrowest dtype with which transformers loads every tensor of `state` unrounded.
 
-    Of one dtype: that. Of several: the narrowest that holds them all, but for tensors that the model class keeps in
-    float32 anyway (a router's bias beside bfloat16 weights: bfloat16).
+    Tensors that the model class keeps in float32 anyway do not count (float32 router biases beside bfloat16 weights:
+    bfloat16).
     """
     stored = {name: t.dtype for name, t in state.items() if t.is_floating_point()}
     present = sorted(set(stored.values()), key=lambda dtype: (dtype.itemsize, str(dtype)))
@@ -68,8 +68,8 @@ def reload_dtype(model: PreTrainedModel, state: Mapping[str, Tensor]) -> torch.d
     return widest(torch.float32, *present)
 
 
-def write_dtype(path: Path, dtype: torch.dtype) -> None:
-    """States `dtype` in a config.json and in the configs of its parts."""
+def _write_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Sets `dtype` in a config.json and its sub-configs."""
 
     def put(section: dict[str, Any], top: bool) -> None:
         for key, value in section.items():

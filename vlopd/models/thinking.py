@@ -1,8 +1,8 @@
-"""Where a reasoning model's thought ends and its answer begins.
+"""Splits the completions of reasoning models into reasoning and answer.
 
-Families mark thoughts with special tokens, with plain text of several tokens, or with channels, and some chat
-templates open the mark themselves, so that a completion has only its end. Every reader of answers (rewards,
-evaluation, captions) goes through `split`.
+Families delimit reasoning with special tokens, with plain text of several tokens, or with channels, and some chat
+templates contain the opening delimiter, so that a completion has only the closing one. All consumers of answers
+(rewards, evaluation, captions) use `split`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Mark:
-    """The strings with which a family opens and closes a thought; the first of each is the usual one."""
+    """A family's reasoning delimiters: opening and closing strings; the first of each is the usual one."""
 
     opening: tuple[str, ...]
     closing: tuple[str, ...]
     end: tuple[str, ...] = ()
-    """What may follow the answer and is not part of it."""
+    """Strings that end the answer and are not part of it."""
     header: str = ""
-    """What opening and closing go on to where they are headers (`<|channel|>analysis<|message|>`)."""
+    """The end of a header that opening and closing begin (`<|channel|>analysis<|message|>`)."""
 
     def __str__(self) -> str:
         return f"{self.opening[0]} ... {self.closing[0]}"
@@ -34,16 +34,16 @@ class Mark:
 
 
 class Reading(NamedTuple):
-    """A completion's two parts."""
+    """A completion split into reasoning and answer."""
 
     thought: str | None
-    """What precedes the answer, marks included; None where the model did not think aloud."""
+    """The reasoning before the answer, delimiters included; None without any."""
     answer: str
-    """The completion itself where there is no thought; empty where the thought never closes."""
+    """The whole completion without reasoning; empty where the reasoning never closes."""
     closed: bool = True
-    """False where the completion ends inside a thought: it was cut off, and has no answer."""
+    """False where the completion was cut off within the reasoning and has no answer."""
     mark: Mark | None = None
-    """The last thought's."""
+    """The delimiter of the last reasoning block."""
 
 
 def pair(opening: str, closing: str) -> Mark:
@@ -56,7 +56,7 @@ HARMONY = Mark(
     ("<|end|>", "<|return|>", "<|call|>", "<|start|>"),
     "<|message|>",
 )
-"""gpt-oss: a message a channel, of which only `final` is for the user."""
+"""gpt-oss: one message per channel, of which only `final` is for the user."""
 
 MARKS = (
     pair("<think>", "</think>"),  # DeepSeek-R1, Qwen3, QwQ, GLM-4.5, SmolLM3, Phi-4-reasoning, ...
@@ -84,7 +84,7 @@ MARKS = (
     ),
     HARMONY,
 )
-"""Read in every model's text: fine-tuning teaches them to models whose tokenizer and template have none."""
+"""Recognised in every model's completions: fine-tuned models use them without tokens or template support."""
 
 PROSE = (
     Mark(  # Granite 3.2
@@ -92,21 +92,21 @@ PROSE = (
         ("Here is my response:", "Here's my response:"),
     ),
 )
-"""Ordinary words, read only in the text of models whose template asks for them."""
+"""Ordinary words, recognised only for models whose template asks for them."""
 
 TAG = re.compile(r"</?[a-z_:]+>", re.IGNORECASE)
-"""Marks that are read in any case: `<Think>`, `<THINK>`."""
+"""Delimiters matched regardless of case: `<Think>`, `<THINK>`."""
 NAMED = re.compile(r"think|thought|reason", re.IGNORECASE)
 BRACKETED = re.compile(r"<[^<>\s'\"]{1,40}>|\[[^\[\]\s'\"]{1,40}\]|◁[^◁▷\s]{1,40}▷")
 QUOTED = re.compile(r"[\s(>:]?[`'\"“][`'\"”]")
-"""What is around a quoted mark: up to two characters before it and one after."""
+"""The characters around a quoted delimiter: up to two before it and one after."""
 LONGEST = 200
-"""Characters of a mark with its header, or with white space around it."""
+"""Maximum characters of a delimiter with its header, or with white space around it."""
 CLOSERS = (("begin", "end"), ("start", "end"), ("open", "close"), ("prefix", "suffix"))
 
 
 def marks_of(added_tokens: Iterable[str], template: str) -> tuple[Mark, ...]:
-    """The marks that a model's added tokens or chat template have; unknown ones are paired by their names.
+    """The delimiters among a model's added tokens or in its chat template; unknown ones are paired by name.
 
     >>> marks_of(["<ponder_think>", "</ponder_think>"], "")
     (Mark(("<ponder_think>",), ("</ponder_think>",)),)
@@ -121,27 +121,27 @@ def marks_of(added_tokens: Iterable[str], template: str) -> tuple[Mark, ...]:
         mark
         for mark in every
         for string in (mark.opening[0], mark.closing[0])
-        if string in template or any(string.startswith(folded(word)) for word in words)
+        if string in template or any(string.startswith(_fold_case(word)) for word in words)
     ]
     of_known = {string for mark in every for string in mark.strings}
-    unknown = {word for word in words if not {word, folded(word)} & of_known}
+    unknown = {word for word in words if not {word, _fold_case(word)} & of_known}
     own = [
         pair(word, closing)
         for word in sorted(unknown)
         if NAMED.search(word)
-        for closing in closings_of(word)
+        for closing in _closings_of(word)
         if closing in unknown
     ]
     return tuple(dict.fromkeys([*known, *own]))
 
 
-def folded(string: str) -> str:
-    """A tag in lower case, any other string as it is."""
+def _fold_case(string: str) -> str:
+    """Lower-cases a tag; returns any other string unchanged."""
     return string.lower() if TAG.fullmatch(string) else string
 
 
-def closings_of(opening: str) -> list[str]:
-    """What may close a mark, going by its name: `</x>`, `<|/x|>`, `<|end_x|>`, and `end` for `begin` or `start`."""
+def _closings_of(opening: str) -> list[str]:
+    """Candidate closing strings by name: `</x>`, `<|/x|>`, `<|end_x|>`, and `end` for `begin` or `start`."""
     found = [opening[:1] + "/" + opening[1:], opening[:2] + "/" + opening[2:]]
     for first, last in CLOSERS:
         for case in (str, str.upper, str.capitalize):
@@ -155,10 +155,10 @@ def closings_of(opening: str) -> list[str]:
 
 
 @cache
-def table(marks: tuple[Mark, ...]) -> tuple[re.Pattern[str], dict[str, tuple[Mark, bool]]]:
-    """(a pattern of all marks, {string, tags in lower case: (its mark, whether it opens)})."""
-    of = {folded(string): (mark, False) for mark in marks for string in mark.closing}
-    of |= {folded(string): (mark, True) for mark in marks for string in mark.opening}
+def _compile_marks(marks: tuple[Mark, ...]) -> tuple[re.Pattern[str], dict[str, tuple[Mark, bool]]]:
+    """(pattern of all delimiters, {string, tags in lower case: (its mark, whether it opens)})."""
+    of = {_fold_case(string): (mark, False) for mark in marks for string in mark.closing}
+    of |= {_fold_case(string): (mark, True) for mark in marks for string in mark.opening}
     longest_first = sorted(of, key=len, reverse=True)
     # some tokenizers decode a space after a special token
     spaced = [
@@ -171,23 +171,23 @@ def table(marks: tuple[Mark, ...]) -> tuple[re.Pattern[str], dict[str, tuple[Mar
 
 
 def split(text: str, opened: Mark | None = None, marks: Sequence[Mark] = MARKS) -> Reading:
-    """A completion's thought and answer; `opened` is the mark that its prompt opened.
+    """Splits a completion into reasoning and answer; `opened` is the delimiter that its prompt left open.
 
-    The answer is what follows the last thought. A thought that opens within another needs an end of its own, except
-    right after the first (a template's `<think>`, repeated by the model). A closing mark without an opening one ends a
-    thought that began with the completion. What only mentions a mark is no mark: in quotes or backticks or, within a
-    thought, an opening one in the middle of a line with a space or punctuation after it.
+    The answer follows the last reasoning block. A nested block needs a closing delimiter of its own, except
+    right after the first opening (a template's `<think>`, repeated by the model). A closing delimiter without an
+    opening one ends reasoning that began with the completion. Mentions do not count: a delimiter in quotes or
+    backticks or, within reasoning, an opening one in the middle of a line, followed by a space or punctuation.
     """
-    pattern, of = table(tuple(marks))
+    pattern, of = _compile_marks(tuple(marks))
     inside, depth = opened, int(opened is not None)
-    answer, last = 0, opened  # where the answer begins, and the mark that it follows
-    previous, was_opening = 0, opened is not None  # of the last mark: where it ends, what it did
+    answer, last = 0, opened  # start of the answer, and the mark before it
+    previous, was_opening = 0, opened is not None  # end and kind of the last mark
     for match in pattern.finditer(text):
-        mark, opens = of[folded(re.sub(r">\s+", ">", match[0]))]
+        mark, opens = of[_fold_case(re.sub(r">\s+", ">", match[0]))]
         if inside is not None and mark != inside:
             continue
-        # in doubt an opening mark opens: a number in a thought must not be graded
-        if is_mention(text, match.start(), match.end(), previous, opens and inside is not None):
+        # when ambiguous, an opening mark opens: a number within reasoning must not be scored
+        if _is_mention(text, match.start(), match.end(), previous, opens and inside is not None):
             continue
         end = match.end()
         if mark.header:
@@ -196,7 +196,7 @@ def split(text: str, opened: Mark | None = None, marks: Sequence[Mark] = MARKS) 
                 continue
             end = len(text) if found < 0 else found + len(mark.header)
         if not opens:
-            # each message of a channel is whole: those do not nest
+            # channels do not nest
             depth = 0 if mark.header else max(0, depth - 1)
             inside = mark if depth else None
             answer = end
@@ -209,17 +209,17 @@ def split(text: str, opened: Mark | None = None, marks: Sequence[Mark] = MARKS) 
         return Reading(None, text)
     if inside is not None:
         return Reading(text.strip(), "", False, inside)
-    said = text[answer:]
+    rest = text[answer:]
     for end_of_answer in last.end:
-        if end_of_answer in said:
-            said = said.split(end_of_answer)[0].rstrip()
-    return Reading(text[:answer].strip(), said.lstrip(), True, last)
+        if end_of_answer in rest:
+            rest = rest.split(end_of_answer)[0].rstrip()
+    return Reading(text[:answer].strip(), rest.lstrip(), True, last)
 
 
-def is_mention(text: str, start: int, end: int, previous: int, nested: bool) -> bool:
-    """Whether text[start:end] is spoken of rather than used; `previous` is where the mark before it ends.
+def _is_mention(text: str, start: int, end: int, previous: int, nested: bool) -> bool:
+    """Whether text[start:end] mentions a delimiter rather than uses it.
 
-    nested: it is an opening mark within a thought.
+    previous: end of the delimiter before it. nested: an opening delimiter within reasoning.
     """
     if QUOTED.fullmatch(text[max(0, start - 2) : start] + text[end : end + 1]):
         return True
@@ -230,15 +230,15 @@ def is_mention(text: str, start: int, end: int, previous: int, nested: bool) -> 
 
 
 def opened_by(prompt: str, generation_prompt: str, marks: Sequence[Mark]) -> Mark | None:
-    """The mark of the thought that a prompt leaves open, None where it leaves none open.
+    """The delimiter of the reasoning block that a prompt leaves open, or None.
 
-    prompt: its end is enough. generation_prompt: what the chat template puts before an answer; it may put a thought's
-    first words after the mark, too.
+    prompt: its last characters suffice. generation_prompt: added by the chat template before an answer; it may contain
+    the first words of the reasoning after the delimiter.
     """
     tail = "".join(prompt[-len(generation_prompt) - LONGEST :].split())
     for mark in marks:
         heads = ["".join(f"{each}{mark.header}".split()) for each in mark.opening]
-        if any(folded(tail[-len(head) :]) == folded(head) for head in heads):
+        if any(_fold_case(tail[-len(head) :]) == _fold_case(head) for head in heads):
             return mark
     own = split(generation_prompt, None, marks)
     begun = not own.closed and tail.endswith("".join(generation_prompt.split()))
@@ -246,15 +246,15 @@ def opened_by(prompt: str, generation_prompt: str, marks: Sequence[Mark]) -> Mar
 
 
 def kept_tokens(special: Iterable[str], marks: Sequence[Mark]) -> set[str]:
-    """Those special tokens that decoding must keep for marks to be found."""
+    """The special tokens that decoding must keep for delimiters to be found."""
     tokens = set(special)
     spoken = [
         mark
         for mark in marks
-        if any(is_part(t, string) for t in tokens for string in (*mark.opening, *mark.closing))
+        if any(_is_part(t, string) for t in tokens for string in (*mark.opening, *mark.closing))
     ]
-    return {t for t in tokens for mark in spoken if any(is_part(t, s) for s in mark.strings)}
+    return {t for t in tokens for mark in spoken if any(_is_part(t, s) for s in mark.strings)}
 
 
-def is_part(token: str, string: str) -> bool:
-    return token in string or folded(token) == folded(string)
+def _is_part(token: str, string: str) -> bool:
+    return token in string or _fold_case(token) == _fold_case(string)

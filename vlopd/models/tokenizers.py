@@ -1,4 +1,4 @@
-"""Chat templates, end tokens and rows of the embedding: what a tokenizer must agree on with its model."""
+"""Checks of a tokenizer against its model: chat template, end tokens, rows of the embedding."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from vlopd.errors import ConfigError, first_line
 from vlopd.models import families
 
 PROBE, ANSWER = "zyzzyva", "quokka"
-"""What a chat template is tried with: words that no template has of its own."""
+"""Words for probing chat templates, which no template contains."""
 
 
 def template_text(processor: Any) -> str:
-    """The chat template that renders prompts; of several, the default one."""
+    """The chat template that renders prompts; the default one of several."""
     template = getattr(processor, "chat_template", None)
     template = template or families.tokenizer_of(processor).chat_template or ""
     return template.get("default", "") if isinstance(template, dict) else str(template)
 
 
 def check_template_arguments(name: str, template: str, arguments: Mapping[str, Any]) -> None:
-    """Raises ConfigError for an argument that the model's chat template never mentions: it would change nothing."""
+    """Raises ConfigError for an argument that the chat template never uses, and so would have no effect."""
     if not arguments:
         return
-    # transformers' own tag, which says nothing of names
+    # transformers' own tag, which jinja does not parse
     plain = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)
     environment = Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
         known = meta.find_undeclared_variables(environment.parse(plain))
     except TemplateSyntaxError:
-        return  # rendering says what is wrong with it
+        return  # rendering raises it
     known -= {*TEMPLATE_NAMES}
     for argument in arguments:
         if argument in known:
@@ -48,7 +48,7 @@ def check_template_arguments(name: str, template: str, arguments: Mapping[str, A
 
 
 def read_template(template: str) -> str:
-    """The text of a chat template: a file's, or our plain one."""
+    """Reads a chat template: a file, or the built-in "plain" one."""
     if template == "plain":
         return families.PLAIN_TEMPLATE
     try:
@@ -63,23 +63,23 @@ def read_template(template: str) -> str:
 def end_ids(name: str, generation: Any, tokenizer: Any, rows: int) -> list[int]:
     """Tokens that end a completion: the generation config's, or the tokenizer's.
 
-    Raises ConfigError where there are none, or one is outside the vocabulary of `rows`.
+    Raises ConfigError where there are none, or one is outside the `rows` of the vocabulary.
     """
     ends = generation.eos_token_id
     ends = tokenizer.eos_token_id if ends is None else ends
     ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
     wrong = [i for i in ends if type(i) is not int or not 0 <= i < rows]
     if wrong or not ends:
-        what = "no eos_token_id" if ends in ([], [None]) else f"eos_token_id {wrong[0]!r}"
+        found = "no eos_token_id" if ends in ([], [None]) else f"eos_token_id {wrong[0]!r}"
         raise ConfigError(
-            f"{name} has {what}, and ids are 0 to {rows - 1}: no completion would end; set eos_token_id in its "
+            f"{name} has {found}, and valid ids are 0 to {rows - 1}: no completion would end; set eos_token_id in its "
             "generation_config.json to the ids of the tokens that end a turn"
         )
     return ends
 
 
-def no_row(name: str, tokenizer: Any, i: int, rows: int) -> str:
-    """Says that a token has no row in the model's embedding, and what to do."""
+def missing_row_message(name: str, tokenizer: Any, i: int, rows: int) -> str:
+    """The error message for a token without a row in the model's embedding."""
     return (
         f"token {tokenizer.convert_ids_to_tokens(i)!r} {i} has no row in the {rows} of {name}; give the "
         "tokenizer that the model was trained with, or resize the model (resize_token_embeddings)"

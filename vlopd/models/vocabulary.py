@@ -1,13 +1,13 @@
-"""Which tokens student and teachers share, worked out from tokenizers alone, before any weights are read.
+"""The vocabulary that student and teachers share, from their tokenizers alone, before any weights are read.
 
-What the models share is the completion. They must therefore agree on its tokens, but not on their ids, nor
-on the padded rows of their output layers, nor on special tokens that only one of them has:
+The models share the completion. They must therefore agree on its tokens, but not on their ids, nor
+on the padding rows of their output layers, nor on special tokens that only one of them has:
 
-    same strings, same ids     the rows that all have (output layers may be padded to different sizes)
-    same strings, other ids    the teacher's columns are taken in the student's order, completions translated
-    added tokens of one alone  left out of the loss, never sampled (image placeholders, say)
-    other ends of turn         the student's end token is read by the teacher as the teacher's own
-    other ordinary tokens      refused, with the first ten
+    same strings, same ids       the rows common to all (output layers may be padded to different sizes)
+    same strings, other ids      the teacher's columns are permuted to the student's order, completions translated
+    added tokens of one model    left out of the loss, never sampled (e.g. image placeholders)
+    other end-of-turn token      the student's end token is mapped to the teacher's
+    other ordinary tokens        refused, with the first ten
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from vlopd.models.tokenizers import end_ids
 from vlopd.types import Completions
 
 Columns = int | Tensor
-"""Vocabulary columns of one model: the first so many, or these ids [V]."""
+"""Vocabulary columns of one model: the first n (int), or the given ids [V]."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """One model's tokens: ids by string, which of them were added (special), which end a turn."""
+    """One model's tokens: ids by string, added (special) tokens, end-of-turn tokens."""
 
     name: str
     ids: dict[str, int]
@@ -42,7 +42,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class SharedVocabulary:
-    """The V tokens that the loss is over, as the student's columns and as each teacher's, in one order.
+    """The V tokens that the loss is over, as columns of the student and of each teacher, in one order.
 
     Worked example: student {a: 0, b: 1, c: 2}, teacher {b: 0, a: 1, c: 2, <image>: 3}:
         size 3, student 3, teachers (tensor([1, 0, 2]),)
@@ -52,25 +52,25 @@ class SharedVocabulary:
     student: Columns  # ascending where it is a tensor
     teachers: tuple[Columns, ...]
     notes: tuple[str, ...] = ()
-    """What was mapped or left out, for the pre-flight table."""
+    """Tokens mapped or left out, for the pre-flight table."""
 
     def targets(self, completions: Completions) -> Tensor:
         """The sampled tokens as columns of the shared vocabulary, [N]."""
         return self.columns_of(completions.ids[completions.mask])
 
     def columns_of(self, ids: Tensor) -> Tensor:
-        """The student's ids, all of them shared, as columns of the shared vocabulary."""
+        """Maps student ids, all of them shared, to columns of the shared vocabulary."""
         if isinstance(self.student, int):
             return ids
         return torch.searchsorted(self.student.to(ids.device), ids)
 
     def in_teacher(self, ids: Tensor, teacher: int) -> Tensor:
-        """The student's ids, all of them shared, as a teacher's."""
+        """Maps student ids, all of them shared, to a teacher's ids."""
         columns, targets = self.teachers[teacher], self.columns_of(ids)
         return targets if isinstance(columns, int) else columns.to(ids.device)[targets]
 
     def translate(self, completions: Completions, teacher: int, pad_id: int) -> Completions:
-        """The completions in a teacher's ids."""
+        """Translates the student's completions to a teacher's ids."""
         columns = self.teachers[teacher]
         if isinstance(columns, int) and isinstance(self.student, int):
             return completions
@@ -79,7 +79,7 @@ class SharedVocabulary:
         return Completions(ids, completions.mask, completions.logprobs, completions.ended)
 
     def translate_back(self, completions: Completions, teacher: int, pad_id: int) -> Completions:
-        """A teacher's completions, of shared tokens, in the student's ids."""
+        """Translates a teacher's completions, of shared tokens, to the student's ids."""
         columns = self.teachers[teacher]
         if isinstance(columns, int) and isinstance(self.student, int):
             return completions
@@ -93,15 +93,15 @@ class SharedVocabulary:
         )
         return Completions(ids, completions.mask, completions.logprobs, completions.ended)
 
-    def has(self, ids: Tensor) -> Tensor:
-        """Which of the student's ids are shared, bool of the same shape."""
+    def contains(self, ids: Tensor) -> Tensor:
+        """Whether each student id is shared, bool of the same shape."""
         if isinstance(self.student, int):
             return ids < self.student
         return torch.isin(ids, self.student.to(ids.device))
 
 
 def read_vocabulary(model: ModelConfig) -> Vocabulary:
-    """A model's vocabulary from its folder or hub id; no weights. Raises ConfigError when it cannot be had."""
+    """Reads a model's vocabulary from its folder or hub id, without weights. Raises ConfigError where that fails."""
     where = (model.model, model.revision, model.trust_remote_code)
     config = load_model_config(*where)
     tokenizer = families.tokenizer_of(
@@ -113,7 +113,7 @@ def read_vocabulary(model: ModelConfig) -> Vocabulary:
     words = [word for word in tokenizer.convert_ids_to_tokens(ends) if word]
     if not words:
         raise ConfigError(
-            f"{model.model}: its end tokens {ends} are no tokens of its tokenizer; set eos_token_id in its "
+            f"{model.model}: its end tokens {ends} are not in its tokenizer; set eos_token_id in its "
             "generation_config.json"
         )
     return Vocabulary(
@@ -125,32 +125,32 @@ def read_vocabulary(model: ModelConfig) -> Vocabulary:
     )
 
 
-def share(student: Vocabulary, teachers: Sequence[Vocabulary]) -> SharedVocabulary:
-    """Lines up the teachers' vocabularies with the student's.
+def share_vocabulary(student: Vocabulary, teachers: Sequence[Vocabulary]) -> SharedVocabulary:
+    """Aligns the teachers' vocabularies with the student's.
 
     Raises ConfigError with the first ten disagreements where ordinary tokens differ.
     """
     notes: list[str] = []
-    aligned = [align(student, teacher, notes) for teacher in teachers]
+    aligned = [_align_teacher(student, teacher, notes) for teacher in teachers]
     common = sorted(set(student.ids.values()).intersection(*aligned))
     if all(teacher.ids == student.ids for teacher in teachers):
         rows = min(each.rows for each in (student, *teachers))
         if common == list(range(len(common))) and all(
             row[i] == i for row in aligned for i in common
         ):
-            # nothing to map: the plain leading rows, those padded in every model included
+            # nothing to map: the leading rows, including those padded in every model
             return SharedVocabulary(rows, rows, (rows,) * len(teachers), tuple(notes))
     return SharedVocabulary(
         len(common),
-        as_columns(common),
-        tuple(as_columns([row[i] for i in common]) for row in aligned),
+        _as_columns(common),
+        tuple(_as_columns([row[i] for i in common]) for row in aligned),
         tuple(notes),
     )
 
 
-def align(student: Vocabulary, teacher: Vocabulary, notes: list[str]) -> dict[int, int]:
-    """{student id: teacher id} of every token that both have. Says in `notes` what it mapped or left out."""
-    refuse_other_tokens(student, teacher)
+def _align_teacher(student: Vocabulary, teacher: Vocabulary, notes: list[str]) -> dict[int, int]:
+    """{student id: teacher id} of every token that both have. Appends what was mapped or left out to `notes`."""
+    _refuse_other_tokens(student, teacher)
     row = {
         i: teacher.ids[word]
         for word, i in student.ids.items()
@@ -170,7 +170,7 @@ def align(student: Vocabulary, teacher: Vocabulary, notes: list[str]) -> dict[in
             row.pop(theirs_here, None)
             if ours_there is not None:
                 row[theirs_here] = ours_there
-        notes.append(f"the end {ours!r} is read by {teacher.name} as {theirs!r}: mapped")
+        notes.append(f"the end token {ours!r} is mapped to {theirs!r} of {teacher.name}")
         alone = [word for word in alone if word not in (ours, theirs)]
     if alone:
         few = ", ".join(map(repr, alone[:5])) + (", ..." if len(alone) > 5 else "")
@@ -180,8 +180,8 @@ def align(student: Vocabulary, teacher: Vocabulary, notes: list[str]) -> dict[in
     return row
 
 
-def refuse_other_tokens(student: Vocabulary, teacher: Vocabulary) -> None:
-    """Raises ConfigError where an ordinary token (one that was not added) is in one vocabulary only."""
+def _refuse_other_tokens(student: Vocabulary, teacher: Vocabulary) -> None:
+    """Raises ConfigError where an ordinary (not added) token is in one vocabulary only."""
     alone = [w for w in student.ids if w not in teacher.ids and w not in student.added]
     alone += [w for w in teacher.ids if w not in student.ids and w not in teacher.added]
     if not alone:
@@ -197,6 +197,6 @@ def refuse_other_tokens(student: Vocabulary, teacher: Vocabulary) -> None:
     )
 
 
-def as_columns(ids: list[int]) -> Columns:
+def _as_columns(ids: list[int]) -> Columns:
     """A count where the ids are 0, 1, 2, ...; a tensor otherwise."""
     return len(ids) if ids == list(range(len(ids))) else torch.tensor(ids)

@@ -45,10 +45,10 @@ from vlopd.data.dataset import FileDataset
 from vlopd.data.load import open_data, pick
 from vlopd.errors import ConfigError, DataError, RunError, UserError, first_line
 from vlopd.masks.files import check_shapes, load_mask
-from vlopd.masks.rules import Mask, whole
+from vlopd.masks.rules import Mask, whole_parameters
 from vlopd.models import families, names
 from vlopd.models.load import DTYPES, load_configured, load_model_config, resolve
-from vlopd.models.loaded import LoadedModel, too_long
+from vlopd.models.loaded import LoadedModel, too_long_error
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import checkpoint_folder, hub_folder, scores_of
 from vlopd.train.log import refuse_missing_trackers
@@ -277,7 +277,7 @@ def add_extents(
             case WholeMask():
                 one = torch.ones(1)
                 pairs = [TensorDelta(names.classify(n), one, one) for n in parameters]
-                taken = {n: bool(m.any()) for n, m in whole(pairs, rule).items()}
+                taken = {n: bool(m.any()) for n, m in whole_parameters(pairs, rule).items()}
                 known[mask] = {n: Extent(taken[n], taken[n]) for n in parameters}
             case FileMask():
                 held = mask_of_file(Path(rule.path), student)
@@ -388,7 +388,7 @@ def refuse_rows(config: ExperimentConfig, pair: ModelPair, seeds: Sequence[int])
     if isinstance(data, FileDataset):
         every = range(len(data))
         used = sorted({i for seed in seeds for i in pick(every, 0, count, seed)})
-        quick = data.unopened()
+        quick = data.with_headers_only()
     only_data = set(rollout.source.shares) == {"data"}
     measured = [Measured() for _ in range(1 + len(pair.teachers))]
     for i in used[:FEW]:
@@ -425,7 +425,7 @@ def beyond(loaded: LoadedModel, example: Example, new_tokens: int) -> DataError 
     length, limit = tokens_of(loaded, example), loaded.context_length
     if limit is None or length + new_tokens <= limit:
         return None
-    return too_long(example.id, length, new_tokens, loaded)
+    return too_long_error(example.id, length, new_tokens, loaded)
 
 
 def refuse_row(config: ExperimentConfig, pair: ModelPair, example: Example) -> int:

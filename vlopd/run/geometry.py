@@ -8,9 +8,9 @@ from typing import Any
 
 from vlopd.config.arms import TeacherArm
 from vlopd.config.experiment import ExperimentConfig
-from vlopd.geometry.checkpoint import PARTIAL, analyse
-from vlopd.geometry.overlap import overlap
-from vlopd.geometry.trajectory import trajectory
+from vlopd.geometry.checkpoint import PARTIAL, measure_checkpoint
+from vlopd.geometry.overlap import write_overlap
+from vlopd.geometry.trajectory import write_trajectory
 from vlopd.run.folder import RunFolder, up_to_date
 from vlopd.run.inputs import geometry_inputs, kept_steps, overlap_inputs
 from vlopd.run.resolve import arm_folder, base_arm
@@ -39,16 +39,16 @@ def write_geometry(its: Stage, config: ExperimentConfig, name: str) -> None:
         tables[step] = out / "steps" / str(step)
         own = {**its.inputs, "step": step}
         if not up_to_date(tables[step] / "summary.json", own):
-            analyse(before, folder, tables[step], config.geometry, own)
+            measure_checkpoint(before, folder, tables[step], config.geometry, own)
     if len(steps) > 1:
-        trajectory(before, steps, out, config.geometry, tables=tables)
+        write_trajectory(before, steps, out, config.geometry, tables=tables)
 
     def finish(_: Path, content: Any) -> None:
         tables = [p for p in out.rglob("*") if p.is_file() and p.parent.name != PARTIAL]
         its.finish(content, tables)
 
     folder = arm_folder(run, config, name)
-    analyse(before, folder, out, config.geometry, its.inputs, write_record=finish)
+    measure_checkpoint(before, folder, out, config.geometry, its.inputs, write_record=finish)
 
 
 def check_arms(run: RunFolder, config: ExperimentConfig, names: list[str]) -> None:
@@ -65,6 +65,6 @@ def make_overlap(run: RunFolder, config: ExperimentConfig, names: list[str]) -> 
             base, out = base_arm(config), run.root / "geometry"
             check_arms(run, config, [base, *names])
             arms = {name: arm_folder(run, config, name) for name in names}
-            overlap(run.checkpoint(base), arms, out, config.geometry)
+            write_overlap(run.checkpoint(base), arms, out, config.geometry)
             its.finish({}, [out / "overlap.csv", out / "overlap.parquet"])
     return its.made

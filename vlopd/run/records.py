@@ -13,7 +13,7 @@ from vlopd.bits import holds, widest
 from vlopd.config.arms import DistillArm
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.digests import digest_checkpoint
-from vlopd.masks.apply import identity, moved_off_mask, moved_on_mask
+from vlopd.masks.apply import agreement_by_tolerance, moved_off_mask, moved_on_mask
 from vlopd.models.load import DTYPES, load_configured, load_model_config, resolve
 from vlopd.models.loaded import LoadedModel
 from vlopd.run.folder import RunFolder
@@ -146,7 +146,10 @@ def identities(
     """How equal an arm's weights are to those of the trained arms that it was made from."""
     others = [a for a in config.ancestors(name) if isinstance(config.arms[a], DistillArm)]
     arm = read_tensors(run.checkpoint(name))
-    found = {o: identity(before, arm, read_tensors(run.checkpoint(o)), mask) for o in others}
+    found = {
+        o: agreement_by_tolerance(before, arm, read_tensors(run.checkpoint(o)), mask)
+        for o in others
+    }
     return found or None
 
 

@@ -24,7 +24,7 @@ from vlopd.config.models import (
     TeacherConfig,
 )
 from vlopd.config.objective import LossConfig, RewardConfig, RolloutConfig
-from vlopd.data.literals import in_words, value_at
+from vlopd.data.literals import cell_text, nested_value
 from vlopd.errors import ConfigError, DataError, UserError
 from vlopd.models import families
 from vlopd.models.load import (
@@ -36,7 +36,7 @@ from vlopd.models.load import (
 )
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.meta import meta_model
-from vlopd.models.vocabulary import SharedVocabulary, read_vocabulary, share
+from vlopd.models.vocabulary import SharedVocabulary, read_vocabulary, share_vocabulary
 from vlopd.train.losses import Sampled, TokenDivergence, chunked_divergence, logprobs_at
 from vlopd.train.sampler import sample
 from vlopd.train.teacher import Grader, Mixture, Teacher
@@ -89,7 +89,7 @@ class ModelPair:
         """
         parts = []
         unsampleable = torch.tensor(self.student.unsampleable_ids, dtype=torch.long)
-        banned = unsampleable[self.vocabulary.has(unsampleable)]
+        banned = unsampleable[self.vocabulary.contains(unsampleable)]
         for grader, rows in self.assign(examples):
             assert isinstance(grader, Teacher), "the config refuses to sample from a mixture"
             asked = [examples[i] for i in rows]
@@ -174,7 +174,7 @@ class ModelPair:
         rows: dict[str, list[int]] = {}
         for i, example in enumerate(examples):
             try:
-                name = in_words(value_at(example.fields, self.field))
+                name = cell_text(nested_value(example.fields, self.field))
             except DataError as error:
                 raise UserError(
                     f"example {example.id!r}: field {self.field!r} (teacher.field) {error}"
@@ -251,7 +251,7 @@ def shared_vocabulary(config: ExperimentConfig) -> SharedVocabulary:
         student if teacher.is_student else read_vocabulary(teacher)
         for teacher in config.teachers.values()
     ]
-    return share(student, others)
+    return share_vocabulary(student, others)
 
 
 def refuse_blind_models(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlopd.config.objective import RewardConfig
-from vlopd.data.answers import after_last_colon, names_one_of, words
+from vlopd.data.answers import after_last_colon, mentions_any, normalise
 from vlopd.errors import DataError
 from vlopd.types import Example
 
@@ -30,13 +30,13 @@ def verdict_match(example: Example, text: str) -> float:
 
 def answer_named(example: Example, text: str) -> float:
     """The answer stands in the completion as whole words; case, accents and punctuation are ignored."""
-    wanted = words(answer_of(example))
+    wanted = normalise(answer_of(example))
     if not wanted:
         raise DataError(
             f"example {example.id!r}: its answer {example.answer!r} has no word or number to be named; "
             'use reward.rule = "exact_match"'
         )
-    return float(names_one_of(text, [wanted]))
+    return float(mentions_any(text, [wanted]))
 
 
 def capital_named(example: Example, text: str) -> float:
@@ -48,7 +48,7 @@ def capital_named(example: Example, text: str) -> float:
     if example.fields["kind"] != "capital":
         return answer_named(example, text)
     names = (example.fields["capital"], *example.fields.get("aliases", ()))
-    return float(names_one_of(text, names))
+    return float(mentions_any(text, names))
 
 
 RULES: Mapping[str, Rule] = {

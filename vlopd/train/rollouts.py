@@ -128,7 +128,7 @@ def from_data(pair: ModelPair, examples: Sequence[Example], longest: int) -> Com
         answer = student.tokenizer(answer_of(example), add_special_tokens=False)["input_ids"]
         ids = torch.tensor([*answer, end])
         forbidden = torch.isin(ids, torch.tensor(student.unsampleable_ids, dtype=torch.long))
-        forbidden |= ~pair.vocabulary.has(ids)
+        forbidden |= ~pair.vocabulary.contains(ids)
         if bool(forbidden.any()):
             word = student.tokenizer.convert_ids_to_tokens(int(ids[forbidden][0]))
             raise DataError(

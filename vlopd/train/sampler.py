@@ -43,7 +43,7 @@ def sample(
     with nothing cut or banned, so that they equal what re-scoring gives however the tokens were drawn.
     `enough` is asked every LOOK tokens, given ids and mask [B, C] so far, which rows [B] need no more.
     """
-    model, body = loaded.model, families.body(loaded.model)
+    model, body = loaded.model, families.backbone(loaded.model)
     columns = loaded.vocabulary_rows if columns is None else columns
     allowed = (
         torch.arange(columns, device=loaded.device)

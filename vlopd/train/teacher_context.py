@@ -23,7 +23,7 @@ from vlopd.config.models import (
     SystemContext,
     TemplateContext,
 )
-from vlopd.data.literals import field_at, in_words
+from vlopd.data.literals import cell_text, nested_field
 from vlopd.errors import ConfigError, UserError
 from vlopd.types import Example
 
@@ -192,7 +192,7 @@ def with_parts_for_pictures(
 def field_of(example: Example, column: str) -> Any:
     """A field's value. Raises UserError with the known names where there is no such field, or it is null."""
     try:
-        value = field_at(example.fields, column)
+        value = nested_field(example.fields, column)
     except KeyError:
         raise UserError(
             f"example {example.id!r} has no field {column!r} (teacher.context.column); it has "
@@ -240,7 +240,7 @@ def as_written(value: Any) -> Any:
     """Keeps a null from being printed as the word None, and prints truth values as JSON writes them."""
     if value is None:
         raise MissingValue
-    return in_words(value) if isinstance(value, bool) else value
+    return cell_text(value) if isinstance(value, bool) else value
 
 
 @lru_cache

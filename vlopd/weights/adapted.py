@@ -15,11 +15,11 @@ from vlopd.weights import adapters
 if TYPE_CHECKING:  # transformers' models load with it, and only layouts that differ need them
     from vlopd.models.layouts import Region
 from vlopd.weights.matching import known_config
-from vlopd.weights.pairing import paired
+from vlopd.weights.pairing import pair_names
 from vlopd.weights.reader import Weights
 
 
-class Adapted(Weights):
+class AdaptedWeights(Weights):
     """A base checkpoint with a LoRA adapter merged into it, tensor by tensor, under the base's names."""
 
     FILE = adapters.WEIGHTS
@@ -28,22 +28,22 @@ class Adapted(Weights):
         refuse_both(folder)
         super().__init__(folder)
         self.base = base
-        shapes = {name: super(Adapted, self).shape(name) for name in super().names()}
+        shapes = {name: super(AdaptedWeights, self).shape(name) for name in super().names()}
         updates, whole = adapters.read_adapter(folder, shapes)
         wanted = {u.parameter: u.shape(shapes[u.a], shapes[u.b]) for u in updates}
         wanted |= {parameter: tuple(shapes[tensor]) for parameter, tensor in whole.items()}
         held = {name: tuple(base.shape(name)) for name in base.names()}
-        known = {theirs: ours for ours, theirs in paired(held, wanted)[0].items()}
+        known = {theirs: ours for ours, theirs in pair_names(held, wanted)[0].items()}
         for name, shape in wanted.items():
             if name not in known:
-                raise RunError(f"{folder}: its {name} is no parameter of {base.folder}")
+                raise RunError(f"{folder}: {name} is not a parameter of {base.folder}")
             if held[known[name]] != shape:
-                shapes_said = f"{held[known[name]]} in {base.folder}, {shape}"
                 raise RunError(
-                    f"{known[name]} is {shapes_said} in {folder}; these are not the same model"
+                    f"{known[name]} is {held[known[name]]} in {base.folder}, {shape} in {folder}; these are not the "
+                    "same model"
                 )
         for update in updates:
-            refuse_orientation(folder, base, known[update.parameter], update)
+            _refuse_orientation(folder, base, known[update.parameter], update)
         self._updates = {known[u.parameter]: u for u in updates}
         self._whole = {known[parameter]: tensor for parameter, tensor in whole.items()}
 
@@ -73,7 +73,7 @@ class Adapted(Weights):
             merged_in = super().read(self._whole[name]).to(merged_in.dtype)
         if name in self._updates:
             its = self._updates[name]
-            merged_in = adapters.merged(
+            merged_in = adapters.add_update(
                 merged_in, its.update(super().read(its.a), super().read(its.b))
             )
             if not torch.isfinite(merged_in).all():
@@ -85,19 +85,18 @@ class Adapted(Weights):
 
 
 def refuse_both(folder: Path) -> None:
-    """Raises RunError for a folder that holds a model and an adapter: which of the two is meant cannot be told."""
+    """Raises RunError for a folder that holds both a model and an adapter, which is ambiguous."""
     for name in (SINGLE, INDEX):
         if (folder / name).exists():
             raise RunError(
-                f"{folder} holds a model ({name}) and an adapter ({adapters.CONFIG}); move one of them to a folder of "
-                "its own"
+                f"{folder} holds a model ({name}) and an adapter ({adapters.CONFIG}); move one elsewhere"
             )
 
 
-def refuse_orientation(folder: Path, base: Weights, name: str, update: adapters.LowRank) -> None:
-    """Raises RunError for a square matrix that the model stores the other way round than the adapter says.
+def _refuse_orientation(folder: Path, base: Weights, name: str, update: adapters.LowRank) -> None:
+    """Raises RunError for a square matrix whose stored orientation contradicts the adapter's fan_in_fan_out.
 
-    PEFT keeps one fan_in_fan_out for all modules; a shape shows where it does not hold, a square one cannot.
+    PEFT keeps one fan_in_fan_out for all modules. A shape mismatch reveals a wrong one, except in a square matrix.
     """
     shape = base.shape(name)
     if len(shape) != 2 or shape[0] != shape[1] or "lora_embedding" in update.a:
@@ -109,6 +108,6 @@ def refuse_orientation(folder: Path, base: Weights, name: str, update: adapters.
 
     if parts(classify(name), shape, config)[0].transposed != update.transposed:
         raise RunError(
-            f"{folder}: {adapters.CONFIG} says fan_in_fan_out = {str(update.transposed).lower()}, but {name} is stored "
-            "the other way round; merge it with PEFT first"
+            f"{folder}: {adapters.CONFIG} has fan_in_fan_out = {str(update.transposed).lower()}, but {name} is stored "
+            "transposed; merge it with PEFT first"
         )

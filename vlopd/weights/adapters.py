@@ -1,6 +1,6 @@
-"""LoRA adapters in PEFT's format, as the full updates that they stand for; read without PEFT.
+"""Reads LoRA adapters in PEFT's format, without PEFT, as full-size weight updates.
 
-Only what is understood is merged; anything else (DoRA, biases of their own, other methods) is refused by name.
+Only plain LoRA is merged; any other method or option (DoRA, LoRA biases, ...) is refused by name.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ FACTOR = re.compile(
     r"^(?P<module>.+)\.(lora_(?P<side>[AB])\.weight|lora_embedding_(?P<embedded>[AB]))$"
 )
 REFUSED = {
-    "use_dora": "DoRA scales whole columns",
+    "use_dora": "DoRA rescales columns",
     "lora_bias": "the factors have biases",
     "layer_replication": "layers are replicated",
-    "target_parameters": "parameters are targeted without their modules",
-    "trainable_token_indices": "rows of the embedding are stored apart",
-    "alora_invocation_tokens": "it is active on some tokens only",
-    "arrow_config": "it routes between adapters",
-    "use_qalora": "its inputs are pooled",
-    "monteclora_config": "its weights are drawn at random",
-    "use_bdlora": "its factors are blocks",
-    "kasa_config": "it cuts singular values off the base",
+    "target_parameters": "parameters are targeted directly, not by module",
+    "trainable_token_indices": "embedding rows are stored separately",
+    "alora_invocation_tokens": "the adapter is active on some tokens only",
+    "arrow_config": "routes between adapters",
+    "use_qalora": "inputs are pooled",
+    "monteclora_config": "weights are sampled",
+    "use_bdlora": "the factors are block-diagonal",
+    "kasa_config": "truncates singular values of the base",
 }
-"""Keys of adapter_config.json that, set, mean something that is no W + s B A."""
+"""Keys of adapter_config.json that, when set, make the merged weight differ from W + s B A."""
 UNDERSTOOD = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode", "runtime_config"),
     *("base_model_name_or_path", "revision", "r", "lora_alpha", "rank_pattern", "alpha_pattern"),
@@ -45,10 +45,10 @@ UNDERSTOOD = {
     *("lora_dropout", "ensure_weight_tying", "megatron_core", "qalora_group_size"),
     *("eva_config", "corda_config", "lora_ga_config", "loftq_config", "velora_config"),
 }
-"""Keys that are taken into account, or that say how it was trained and not what the result is. Any other is refused
-where it is set: a later PEFT may mean more by it than W + s B A."""
+"""Keys that are handled here, or that affect training but not the merged weight. Any other key that is set is refused:
+in a later PEFT version it may change the merged weight."""
 KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica", None)
-"""Values of init_lora_weights under which the base stays as it was (null: PEFT's default, true)."""
+"""Values of init_lora_weights that leave the base unchanged (null: PEFT's default, true)."""
 CHANGE_BASE = {
     "pissa": "PiSSA",
     "olora": "OLoRA",
@@ -56,9 +56,8 @@ CHANGE_BASE = {
     "lora_ga": "LoRA-GA",
     "loftq": "LoftQ",
 }
-"""Beginnings of those under which W becomes W - s B A, or its quantised values, before training: added to the model
-that was given as the base, such factors are not what training changed. PEFT's conversion doubles the rank and
-writes true."""
+"""Prefixes of the values that change the base before training, to W - s B A or to quantised weights: added to the
+original base, such factors are not the training update. PEFT's conversion doubles the rank and writes true."""
 
 
 def is_adapter(folder: Path) -> bool:
@@ -76,7 +75,7 @@ class LowRank:
     transposed: bool  # the parameter is stored as [in, out]
 
     def update(self, a: Tensor, b: Tensor) -> Tensor:
-        """The update in fp32, in the shape of the parameter (a convolution's kernel has the last two sides).
+        """The update in fp32, in the parameter's shape (for a convolution, the last two dimensions are the kernel's).
 
         a: [r, in, ...], b: [out, r, ...]; the second kernel of a convolution is 1 x 1.
         """
@@ -94,15 +93,15 @@ class LowRank:
 def read_adapter(
     folder: Path, shapes: Mapping[str, Sequence[int]]
 ) -> tuple[list[LowRank], dict[str, str]]:
-    """(the low-rank updates, {parameter: tensor} of those that are stored whole) of an adapter folder.
+    """(low-rank updates, {parameter: tensor name} of parameters stored in full) of an adapter folder.
 
-    shapes: those of every tensor in its file. Raises RunError for an adapter that is no plain LoRA, naming
-    the setting or tensor.
+    shapes: of every tensor in the adapter's file. Raises RunError naming the setting or tensor for an adapter that is
+    not plain LoRA.
     """
     config = read_settings(folder / CONFIG)
     if not isinstance(config, dict):
-        raise RunError(f"{folder / CONFIG} holds no settings; save the adapter again")
-    check(folder, config)
+        raise RunError(f"{folder / CONFIG} is not a JSON object; save the adapter again")
+    _check_config(folder, config)
     sides: dict[str, dict[str, str]] = {}
     embedded, whole = set(), {}
     for name in shapes:
@@ -110,7 +109,7 @@ def read_adapter(
         found = FACTOR.match(plain)
         if found is None and ".lora_" in plain:
             raise RunError(
-                f"{folder / WEIGHTS}: {name} is no LoRA factor that can be merged; merge it with PEFT"
+                f"{folder / WEIGHTS}: {name} is not a mergeable LoRA factor; merge it with PEFT"
             )
         if found is None:
             whole[plain.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = name
@@ -124,12 +123,12 @@ def read_adapter(
         if set(names) != {"A", "B"}:
             raise RunError(f"{folder / WEIGHTS}: {module} has only one of its two LoRA factors")
         rank = shapes[names["A"]][0]
-        expected = by_pattern(config.get("rank_pattern"), module, config["r"])
+        expected = _value_for_module(config.get("rank_pattern"), module, config["r"])
         if rank != expected:
             raise RunError(
                 f"{folder}: {module} has rank {rank}, but {CONFIG} says {expected}; save the adapter again"
             )
-        alpha = by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+        alpha = _value_for_module(config.get("alpha_pattern"), module, config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         transposed = module in embedded or bool(config.get("fan_in_fan_out"))
         updates.append(LowRank(f"{module}.weight", names["A"], names["B"], scale, transposed))
@@ -138,7 +137,7 @@ def read_adapter(
     return updates, whole
 
 
-def check(folder: Path, config: Mapping[str, Any]) -> None:
+def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Raises RunError for a configuration that is not plain LoRA."""
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -151,9 +150,9 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
     for key in sorted(config.keys() - UNDERSTOOD):
         if config[key]:
             raise RunError(
-                f"{folder / CONFIG}: {key} is set, which is not known here; merge it with PEFT first"
+                f"{folder / CONFIG}: {key} is set, which is not supported here; merge it with PEFT first"
             )
-    check_initialisation(folder, config.get("init_lora_weights"))
+    _check_initialisation(folder, config.get("init_lora_weights"))
     for key in ("r", "lora_alpha"):
         value = config.get(key)
         if not isinstance(value, int | float) or not math.isfinite(value):
@@ -167,28 +166,28 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
                 raise RunError(f"{folder / CONFIG}: {key} has {pattern!r}: {error}") from None
 
 
-def check_initialisation(folder: Path, method: object) -> None:
-    """Raises RunError for an adapter whose method changes the base before it trains, unless it was converted."""
+def _check_initialisation(folder: Path, method: object) -> None:
+    """Raises RunError for an initialisation that changes the base before training, unless it was converted."""
     name = method.lower() if isinstance(method, str) else method
     if name in KEEP_BASE:
         return
     known = next((m for start, m in CHANGE_BASE.items() if str(name).startswith(start)), None)
-    why = f"{known} changes the base before training" if known else "which is not known here"
+    reason = f"{known} changes the base before training" if known else "not supported here"
     remedy = "merge it with PEFT into the base that it was trained on"
     if known != "LoftQ":
         remedy = f"save it with path_initial_model_for_weight_conversion, or {remedy}"
-    raise RunError(f"{folder / CONFIG}: init_lora_weights is {method!r} ({why}); {remedy}")
+    raise RunError(f"{folder / CONFIG}: init_lora_weights is {method!r} ({reason}); {remedy}")
 
 
-def by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    """The value whose key, a regular expression, matches the end of the module's name; as PEFT chooses."""
+def _value_for_module(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+    """The value whose key, a regular expression, matches the end of the module's name (PEFT's rule)."""
     for key, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default
 
 
-def merged(weight: Tensor, update: Tensor) -> Tensor:
-    """weight + update, added in fp32 or wider and rounded once to the precision that the weight is stored in."""
+def add_update(weight: Tensor, update: Tensor) -> Tensor:
+    """weight + update, added in fp32 or wider and rounded once to the weight's dtype."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     return (weight.to(wide) + update.to(wide)).to(weight.dtype)

@@ -1,14 +1,14 @@
-"""What training changed: (base, trained) tensor pairs streamed from two checkpoint folders.
+"""Deltas: (base, trained) tensor pairs streamed from two checkpoint folders.
 
 Only safetensors are read, one pair of tensors at a time, and only the tensors that a checkpoint's
-index names. A delta is the difference of the values as stored, taken in fp32 or wider: a difference
-taken in bf16 rounds a second time and hides updates. A LoRA adapter stands for its base with the adapter
+index names. A delta is the difference of the stored values, taken in fp32 or wider: a difference
+taken in bf16 rounds a second time and hides updates. A LoRA adapter is read as its base with the adapter
 merged, tensor by tensor, in the base's stored precision.
 
-Parameters are paired where that is sure: by name; by name without wrappers; under another prefix; and through
-transformers' own conversions between layouts (vlopd.models.layouts). What has no partner is counted, and above a
-share of either checkpoint refused. Buffers are no parameters: causal masks, position tables and integers that only
-some versions store are counted and named, but never compared, and no share of anything.
+Parameters are paired where the match is unambiguous: by name; by name without wrappers; under another prefix; and
+through transformers' own conversions between layouts (vlopd.models.layouts). Unpaired parameters are counted, and
+refused above a fraction of either checkpoint. Buffers (causal masks, position tables, integers that only some
+versions store) are listed but never compared, and count towards no fraction.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vlopd.weights import adapters
 
 if TYPE_CHECKING:  # transformers' models load with it, and only layouts that differ need them
     from vlopd.models.layouts import Pieces
-from vlopd.weights.adapted import Adapted, refuse_both
+from vlopd.weights.adapted import AdaptedWeights, refuse_both
 from vlopd.weights.matching import LEFT_OUT, MatchReport, match
 from vlopd.weights.reader import Weights
 
@@ -64,25 +64,27 @@ def difference(base: Tensor, trained: Tensor) -> Tensor:
 
 
 @contextmanager
-def opened(base: Path, trained: Path) -> Iterator[tuple[Weights, Weights]]:
-    """Both checkpoints, the second with its adapter merged where it is one."""
+def _open_pair(base: Path, trained: Path) -> Iterator[tuple[Weights, Weights]]:
+    """Opens both checkpoints; a trained folder that is an adapter is opened merged into the base."""
     if adapters.is_adapter(base):
         refuse_both(base)
         raise RunError(f"{base} is an adapter; the base is the model that adapters are added to")
     with Weights(base) as before:
-        after = Adapted(trained, before) if adapters.is_adapter(trained) else Weights(trained)
+        after = (
+            AdaptedWeights(trained, before) if adapters.is_adapter(trained) else Weights(trained)
+        )
         with after:
             yield before, after
 
 
 def match_report(base: Path, trained: Path, limit: float = LEFT_OUT) -> MatchReport:
-    """`match` of two folders; reads headers only, and tensors only of heads that may be tied."""
-    with opened(base, trained) as (before, after):
+    """`match` of two folders; reads headers only, plus the tensors of output heads that may be tied."""
+    with _open_pair(base, trained) as (before, after):
         return match(before, after, limit)
 
 
-def assembled(weights: Weights, pieces: Pieces, shape: torch.Size) -> Tensor:
-    """A tensor of `shape` from pieces of others, bit for bit; in the format that holds all of them."""
+def _assemble(weights: Weights, pieces: Pieces, shape: torch.Size) -> Tensor:
+    """Assembles a tensor of `shape` from pieces of others, bit for bit, in the dtype that holds all of them."""
     parts = []
     for piece in pieces:
         part = weights.read(piece.name, piece.of)
@@ -98,7 +100,7 @@ def assembled(weights: Weights, pieces: Pieces, shape: torch.Size) -> Tensor:
 
 
 class Deltas:
-    """The TensorDeltas of two checkpoint folders, in the order of names; see `stream`."""
+    """The TensorDeltas of two checkpoint folders, sorted by name; see `stream`."""
 
     def __init__(
         self,
@@ -120,14 +122,14 @@ class Deltas:
 
     @contextmanager
     def reader(self) -> Iterator[Callable[[str], TensorDelta]]:
-        """A function that reads one pair by its matched name; several threads may call it at once."""
-        with opened(self.base, self.trained) as (before, after):
+        """Yields a thread-safe function that reads one pair by its matched name."""
+        with _open_pair(self.base, self.trained) as (before, after):
 
             def read(name: str) -> TensorDelta:
                 if (pieces := self.report.converted.get(name)) is not None:
                     old = before.read(name)
                     return TensorDelta(
-                        self._classify(name), old, assembled(after, pieces, old.shape)
+                        self._classify(name), old, _assemble(after, pieces, old.shape)
                     )
                 ours, theirs = self.report.names(name)
                 return TensorDelta(self._classify(name), before.read(ours), after.read(theirs))
@@ -143,26 +145,26 @@ class Deltas:
 def stream(
     base: Path, trained: Path, classify: Callable[[str], TensorName], limit: float = LEFT_OUT
 ) -> Deltas:
-    """What changed between two checkpoint folders, tensor by tensor; may be iterated many times.
+    """Streams the deltas between two checkpoint folders, tensor by tensor; may be iterated many times.
 
-    Holds one pair of tensors at a time, both in the base's naming and layout. Its `report` says what matched and
-    what is left out, which is at most `limit` of either's entries. `trained` may be a LoRA adapter (a PEFT folder)
+    Holds one pair of tensors at a time, both in the base's naming and layout. `report` lists what matched and
+    what is left out, at most `limit` of either checkpoint's entries. `trained` may be a LoRA adapter (a PEFT folder)
     of `base`. Raises RunError where a checkpoint cannot be read or is of another model, and, while iterating, for a
-    tensor with values that are not finite.
+    tensor with non-finite values.
     """
     return Deltas(base, trained, classify, limit)
 
 
 def stream_whole(base: Path, trained: Path, classify: Callable[[str], TensorName]) -> Deltas:
-    """`stream` for what is built from an update: raises RunError where a parameter of the base has no partner.
+    """`stream` that raises RunError where a parameter of the base has no partner.
 
-    What is not compared would silently count as unmoved there.
+    For masks and arms built from a delta, where an unpaired parameter would silently count as unchanged.
     """
     deltas = stream(base, trained, classify)
     for its in deltas.report.left_out:
         if its.parameter:
             raise RunError(
-                f"{trained}: {its.name} {its.shape} is {its.reason}, so how it moved is not known; save the "
+                f"{trained}: {its.name} {its.shape} is {its.reason}, so its update is unknown; save the "
                 "whole model"
             )
     return deltas

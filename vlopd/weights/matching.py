@@ -1,4 +1,4 @@
-"""The parameters that two checkpoints share, what has no partner, and when that is too much."""
+"""Pairs the parameters of two checkpoints, and refuses the pair where too many have no partner."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ if TYPE_CHECKING:  # transformers' models load with it, and only layouts that di
     from transformers import PretrainedConfig
 
     from vlopd.models.layouts import Pieces
-from vlopd.weights.pairing import Changes, Shapes, paired, renamed_by, unwrapped
+from vlopd.weights.pairing import Changes, Shapes, pair_names, rename_prefixes, strip_wrappers
 from vlopd.weights.reader import FLOATS, Weights
 
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 
 
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
-"""A head that is tied to the embedding is stored once or twice, as the writer pleased."""
+"""A head that is tied to the embedding is stored once or twice, depending on the writer."""
 
 
 ADAPTER = re.compile(
     r"(^|\.)((lora|ia3|hada|lokr|vera|oft|boft|hra|adalora|vblora|fourierft|bone|miss|shira|c3a|road|randlora)_\w+"
     r"|modules_to_save|token_adapter|trainable_tokens_delta|prompt_encoder)(\.|$)"
 )
-"""Names of PEFT's own parameters within a wrapped model."""
+"""Names of PEFT's parameters within a wrapped model."""
 
 
 SAME_MODEL = 0.5
-"""Checkpoints that share less than this part of either's entries are not of one architecture."""
+"""Checkpoints with a larger unpaired fraction are reported as different architectures."""
 
 
 LEFT_OUT = 0.01
-"""The largest part of either checkpoint's parameters that may be left out; above it is a refusal. An embedding, a
-head, a vision tower or the experts are more than that; a value head is less, and counted. Constants (causal masks,
-rotary tables) and integers (position ids) are named, whatever their size, and are part of neither share."""
+"""The largest fraction of either checkpoint's parameters that may be left out. An embedding, a head, a vision tower or
+the experts exceed it; a value head does not, and is counted. Constants (causal masks, rotary tables) and integers
+(position ids) are listed, whatever their size, and count towards neither fraction."""
 
 
 @dataclass(frozen=True)
 class LeftOut:
     """A tensor that is not compared.
 
-    Its shares are of each checkpoint's parameters, 0 where it has no such tensor or the tensor is no parameter.
+    The shares are fractions of each checkpoint's parameters, 0 where the tensor is absent or not a parameter.
     """
 
     name: str
@@ -71,12 +71,12 @@ class MatchReport:
     extra: tuple[str, ...]  # in the trained checkpoint only
     skipped: tuple[str, ...]  # in both, but a constant, or in a format that is not compared
     aliased: Mapping[str, tuple[str, str]]  # matched: (name in the base, in the trained checkpoint)
-    converted: Mapping[str, Pieces]  # matched: what the trained checkpoint's layout has of it
+    converted: Mapping[str, Pieces]  # matched: the pieces of the trained checkpoint's layout
     tied: tuple[str, ...]  # a second copy of the embedding on one side, not counted twice
     adapted: tuple[str, ...]  # changed by a LoRA adapter; all others are then the base's own
     left_out: tuple[LeftOut, ...]  # missing, extra and skipped, the largest first
     narrowed: tuple[str, ...]
-    """Matched, but the trained dtype cannot hold the base's values: the delta has that rounding too."""
+    """Matched, but the trained dtype cannot hold the base's values, so the delta includes that rounding."""
 
     def names(self, matched: str) -> tuple[str, str]:
         """(name in the base, name in the trained checkpoint)."""
@@ -84,15 +84,15 @@ class MatchReport:
 
     @property
     def base_share(self) -> float:
-        """The part of the base's parameters that is not compared."""
+        """The fraction of the base's parameters that is not compared."""
         return math.fsum(its.base_share for its in self.left_out)
 
     @property
     def trained_share(self) -> float:
         return math.fsum(its.trained_share for its in self.left_out)
 
-    def said(self, most: int = 3) -> str:
-        """What is left out, in one line that names the largest; empty where everything is compared."""
+    def summary(self, most: int = 3) -> str:
+        """One line on the tensors left out, naming the largest; empty where everything is compared."""
         if not self.left_out:
             return ""
         count = len(self.left_out)
@@ -105,36 +105,36 @@ class MatchReport:
 
 
 def match(base: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchReport:
-    """Pairs parameters where that is sure, in the order of names; the module says how.
+    """Pairs the parameters of two checkpoints, by the rules in vlopd/weights/delta.py.
 
-    Raises RunError for a parameter whose shapes differ, for adapters that are not merged, and where more than `limit`
+    Raises RunError for a parameter whose shapes differ, for unmerged adapters, and where more than `limit`
     of either checkpoint's entries would not be compared.
     """
     sides = (base, trained)
     shapes = [{name: tuple(side.shape(name)) for name in side.names()} for side in sides]
-    buffers = {n for n in shapes[0] | shapes[1] if is_buffer(n, sides)}
+    buffers = {n for n in shapes[0] | shapes[1] if _is_buffer(n, sides)}
     ours, theirs = ({n: shape for n, shape in own.items() if n not in buffers} for own in shapes)
-    names, changes = paired(ours, theirs)
+    names, changes = pair_names(ours, theirs)
     unlike = {name: other for name, other in names.items() if ours[name] != theirs[other]}
     names = {name: other for name, other in names.items() if name not in unlike}
     missing, extra = ours.keys() - names.keys(), theirs.keys() - set(names.values())
     converted: dict[str, Pieces] = {}
     if missing and extra:
         here, there = {n: ours[n] for n in missing}, {n: theirs[n] for n in extra}
-        converted = in_another_layout(base, here, trained, there, changes)
+        converted = _match_layouts(base, here, trained, there, changes)
     for name, other in sorted(unlike.items()):
         if name not in converted:
-            refuse_shapes(name, ours[name], base, theirs[other], trained)
+            _refuse_shapes(name, ours[name], base, theirs[other], trained)
     missing -= converted.keys()
     extra -= {piece.name for pieces in converted.values() for piece in pieces}
-    refuse_unmerged(base, missing)
-    refuse_unmerged(trained, extra)
+    _refuse_unmerged(base, missing)
+    _refuse_unmerged(trained, extra)
     for name, (first, *more) in list(converted.items()):
         if not more and not first.transposed and ours[name] == theirs[first.name]:
-            names[name] = converted.pop(name)[0].name  # only a name of its own
-    refuse_square(base, trained, ours, names, converted)
+            names[name] = converted.pop(name)[0].name  # only renamed
+    _refuse_ambiguous_transpose(base, trained, ours, names, converted)
     pairs = {name: (name, other) for name, other in names.items()}
-    tied, heads = tied_heads(base, trained, missing, extra, pairs)
+    tied, heads = _tied_heads(base, trained, missing, extra, pairs)
     pairs |= heads
     missing -= {*tied, *heads}
     extra -= {*tied, *heads}
@@ -187,34 +187,34 @@ def match(base: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchRepo
         tied=tuple(sorted(tied)),
         adapted=trained.adapted,
         left_out=tuple(left_out),
-        narrowed=tuple(n for n in matched if loses(*stored[n])),
+        narrowed=tuple(n for n in matched if _cannot_hold(*stored[n])),
     )
-    refuse_left_out(base, trained, report, limit)
+    _refuse_left_out(base, trained, report, limit)
     return report
 
 
-def is_buffer(name: str, sides: Iterable[Weights]) -> bool:
-    """Whether a tensor is a parameter of none of the checkpoints that hold it."""
+def _is_buffer(name: str, sides: Iterable[Weights]) -> bool:
+    """Whether no checkpoint that holds the tensor stores it as a parameter."""
     return not any(side.is_parameter(name) for side in sides if name in side.names())
 
 
-def loses(own: str, *others: str) -> bool:
-    """Whether some of the other formats cannot hold all values of a tensor's own."""
+def _cannot_hold(own: str, *others: str) -> bool:
+    """Whether one of the other dtypes cannot represent every value of a tensor's own dtype."""
     return not all(holds(FLOATS[other], FLOATS[own]) for other in others)
 
 
-def tied_heads(
+def _tied_heads(
     base: Weights,
     trained: Weights,
     missing: set[str],
     extra: set[str],
     pairs: Mapping[str, tuple[str, str]],
 ) -> tuple[set[str], dict[str, tuple[str, str]]]:
-    """(heads that are a copy of their embedding, {head: names} of those that are not and need a partner).
+    """(heads that are a copy of their embedding, {head: (base name, trained name)} of untied heads).
 
-    Where a head that only one side stores equals its own embedding, it is the same parameter and not counted twice.
-    Where it was trained apart, its partner is the other side's embedding, if the model there ties the two (by its
-    config.json); otherwise that side has lost its head.
+    A head that only one side stores and that equals its embedding is the same parameter, and not counted twice.
+    An untied head is paired with the other side's embedding if that model ties the two (by its config.json);
+    otherwise it is missing on that side.
     """
     tied, heads = set(), {}
     embeddings = [pair for name, pair in pairs.items() if EMBEDDING.search(name)]
@@ -224,20 +224,20 @@ def tied_heads(
             for pair in embeddings:
                 if side.shape(head) != side.shape(pair[own]):
                     continue
-                if same_values(side.read(head), side.read(pair[own])):
+                if _same_values(side.read(head), side.read(pair[own])):
                     tied.add(head)
-                elif is_tied(known_config(other.folder) or known_config(side.folder)):
+                elif _is_tied(known_config(other.folder) or known_config(side.folder)):
                     heads[head] = (head, pair[1]) if own == 0 else (pair[0], head)
                 break
     return tied, heads
 
 
-def same_values(a: Tensor, b: Tensor) -> bool:
+def _same_values(a: Tensor, b: Tensor) -> bool:
     wide = torch.promote_types(a.dtype, b.dtype)
     return torch.equal(a.to(wide), b.to(wide))
 
 
-def is_tied(config: PretrainedConfig | None) -> bool:
+def _is_tied(config: PretrainedConfig | None) -> bool:
     if config is None:
         return False
     from vlopd.models.layouts import ties_head
@@ -245,27 +245,27 @@ def is_tied(config: PretrainedConfig | None) -> bool:
     return ties_head(config)
 
 
-def in_another_layout(
+def _match_layouts(
     base: Weights, ours: Shapes, trained: Weights, theirs: Shapes, changes: Changes
 ) -> dict[str, Pieces]:
-    """{our name: the pieces of their tensors} of what the two checkpoints lay out differently.
+    """{base name: the pieces of trained tensors} of parameters that the two checkpoints lay out differently.
 
-    ours, theirs: what has no partner. changes: of prefix, which are undone in their names. Needs a config.json.
+    ours, theirs: the unpaired parameters. changes: prefix changes, undone in the trained names. Needs a config.json.
     """
     configs = [known_config(weights.folder) for weights in (base, trained)]
     our_config, their_config = configs[0] or configs[1], configs[1] or configs[0]
     if our_config is None or their_config is None:
         return {}
-    from vlopd.models.layouts import translated
+    from vlopd.models.layouts import translate_layout
 
-    here, there = unwrapped(ours), unwrapped(theirs)
+    here, there = strip_wrappers(ours), strip_wrappers(theirs)
     back = [(new, old) for old, new in changes]
-    tries = ((here, renamed_by(back, there)), (renamed_by(changes, here), there))
+    tries = ((here, rename_prefixes(back, there)), (rename_prefixes(changes, here), there))
     found: dict[str, Pieces] = {}
     for own, other in tries[
         : 2 if changes else 1
     ]:  # one of the two has the names that the model has
-        pieces = translated(
+        pieces = translate_layout(
             {bare: ours[name] for bare, name in own.items()},
             our_config,
             {bare: theirs[name] for bare, name in other.items()},
@@ -280,7 +280,7 @@ def in_another_layout(
 
 
 def known_config(folder: Path) -> PretrainedConfig | None:
-    """The folder's config.json; None where it has none, or one that transformers does not know."""
+    """The folder's config; None without a config.json that transformers knows."""
     from vlopd.models.config_files import config_of
 
     try:
@@ -289,33 +289,33 @@ def known_config(folder: Path) -> PretrainedConfig | None:
         return None
 
 
-def refuse_shapes(
+def _refuse_shapes(
     name: str, ours: tuple[int, ...], base: Weights, theirs: tuple[int, ...], trained: Weights
 ) -> None:
-    why = "these are not the same model"
+    reason = "these are not the same model"
     if ours[1:] == theirs[1:] and (EMBEDDING.search(name) or HEAD.search(name)):
-        why += "; if one vocabulary was resized, resize the other alike (resize_token_embeddings)"
-    raise RunError(f"{name} is {ours} in {base.folder}, {theirs} in {trained.folder}; {why}")
+        reason += "; if one vocabulary was resized, resize the other too (resize_token_embeddings)"
+    raise RunError(f"{name} is {ours} in {base.folder}, {theirs} in {trained.folder}; {reason}")
 
 
-def refuse_unmerged(weights: Weights, names: set[str]) -> None:
-    """Raises RunError where parameters without a partner are an adapter's: small as they are, they hold the update."""
+def _refuse_unmerged(weights: Weights, names: set[str]) -> None:
+    """Raises RunError where unpaired parameters belong to an adapter: they hold the update, however small they are."""
     for name in sorted(names):
         if ADAPTER.search(name):
             raise RunError(
-                f"{weights.folder} holds {name}, part of an adapter that is not merged; save the model after "
+                f"{weights.folder} holds {name}, part of an unmerged adapter; save the model after "
                 "merge_and_unload(), or give the folder that the adapter was saved in"
             )
 
 
-def refuse_square(
+def _refuse_ambiguous_transpose(
     base: Weights,
     trained: Weights,
     ours: Shapes,
     names: Mapping[str, str],
     converted: Mapping[str, Pieces],
 ) -> None:
-    """Raises RunError for a stack of square matrices beside one that the two checkpoints store transposed."""
+    """Raises RunError for a stack of square matrices next to one that the two checkpoints store transposed."""
     turned = {
         n.rpartition(".")[0] for n, its in converted.items() if any(p.transposed for p in its)
     }
@@ -324,12 +324,12 @@ def refuse_square(
         if len(shape) == 3 and shape[1] == shape[2] and name.rpartition(".")[0] in turned:
             raise RunError(
                 f"{name} {shape} is square, and its neighbours are transposed between {base.folder} and "
-                f"{trained.folder}, so which way it lies cannot be told; save both in one layout"
+                f"{trained.folder}, so its orientation is ambiguous; save both in one layout"
             )
 
 
-def refuse_left_out(base: Weights, trained: Weights, report: MatchReport, limit: float) -> None:
-    """Raises RunError when too much of either checkpoint is not compared."""
+def _refuse_left_out(base: Weights, trained: Weights, report: MatchReport, limit: float) -> None:
+    """Raises RunError where too large a fraction of either checkpoint is not compared."""
     here, there = base.folder, trained.folder
     if not report.matched:
         one, other = (min(its.names(), default="nothing") for its in (base, trained))
@@ -344,12 +344,10 @@ def refuse_left_out(base: Weights, trained: Weights, report: MatchReport, limit:
     if report.skipped and report.left_out[0].name in report.skipped:
         remedy = "save both in bf16 or a wider format, dequantised if need be"
     elif not any((folder / "config.json").is_file() for folder in (here, there)):
-        remedy += (
-            ", or put the model's config.json beside the weights, which says how layouts translate"
-        )
+        remedy += ", or put the model's config.json beside the weights, which defines how layouts translate"
     if max(report.base_share, report.trained_share) > SAME_MODEL:
         remedy = f"these are not the same architecture, unless only their layouts differ: {remedy}"
     raise RunError(
-        f"{here} and {there}: {report.said()}; more than {limit:.2%} of either is refused; {remedy}; geometry's "
+        f"{here} and {there}: {report.summary()}; more than {limit:.2%} of either is refused; {remedy}; geometry's "
         "max_left_out admits more and measures the rest"
     )

@@ -1,58 +1,55 @@
-"""Which parameter of one checkpoint is which of another, by their names."""
+"""Pairs the parameters of two checkpoints by their names."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlopd.models.names import unwrapped_name
-
-if TYPE_CHECKING:  # transformers' models load with it, and only layouts that differ need them
-    pass
-
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 Changes = list[tuple[str, str]]
-"""(prefix here, prefix there), in the order in which they apply."""
+"""(prefix in the first, prefix in the second checkpoint), in the order in which they apply."""
 
 
-def paired(ours: Shapes, theirs: Shapes) -> tuple[dict[str, str], Changes]:
-    """({our name: their name}, the changes of prefix): by name, without wrappers, and under another prefix."""
+def pair_names(ours: Shapes, theirs: Shapes) -> tuple[dict[str, str], Changes]:
+    """({first name: second name}, prefix changes): by name, without wrappers, and under another prefix."""
     found = {name: name for name in ours.keys() & theirs.keys()}
-    left = unwrapped(ours.keys() - found.keys())
-    right = unwrapped(theirs.keys() - found.keys())
+    left = strip_wrappers(ours.keys() - found.keys())
+    right = strip_wrappers(theirs.keys() - found.keys())
     found |= {left[bare]: right[bare] for bare in left.keys() & right.keys()}
-    under, changes = renamed(
+    under, changes = _pair_by_prefix(
         {bare: ours[name] for bare, name in left.items()},
         {bare: theirs[name] for bare, name in right.items()},
     )
     return found | {left[bare]: right[other] for bare, other in under.items()}, changes
 
 
-def unwrapped(names: Iterable[str]) -> dict[str, str]:
-    """{name without wrappers: name}; those that two names share are left out."""
+def strip_wrappers(names: Iterable[str]) -> dict[str, str]:
+    """{name without wrappers: name}; ambiguous ones are left out."""
     bare = {name: unwrapped_name(name) for name in names}
     count = Counter(bare.values())
     return {plain: name for name, plain in bare.items() if count[plain] == 1}
 
 
-def renamed(ours: Shapes, theirs: Shapes) -> tuple[dict[str, str], Changes]:
-    """({our name: their name}, the changes of prefix) of parameters under another prefix, such as language_model.
+def _pair_by_prefix(ours: Shapes, theirs: Shapes) -> tuple[dict[str, str], Changes]:
+    """({first name: second name}, prefix changes) of parameters under another prefix, such as language_model.
 
-    Names and shapes of two checkpoints; those of equal name are left out. Of all changes of prefix that the
-    names admit, the one under which most parameters meet with equal shapes is taken, then the next. Where two
-    changes of equal number give a parameter different partners, none is sure.
+    Skips names that both checkpoints have. Greedily applies the prefix change that pairs the most parameters of
+    equal shape. Parameters to which two equally good changes give different partners stay unpaired.
     """
     left = {name: shape for name, shape in ours.items() if name not in theirs}
     right = {name: shape for name, shape in theirs.items() if name not in ours}
     found: dict[str, str] = {}
     changes: Changes = []
     while left and right:
-        votes = {change: meeting(left, right, change) for change in prefix_changes(left, right)}
+        votes = {
+            change: _pairs_under(left, right, change) for change in _prefix_changes(left, right)
+        }
         best = max(votes, key=lambda change: (len(votes[change]), change), default=None)
         if best is None or not votes[best]:
             break
@@ -66,7 +63,7 @@ def renamed(ours: Shapes, theirs: Shapes) -> tuple[dict[str, str], Changes]:
         unsure |= {other for name in unsure for other in partners[name]}
         before = len(found)
         for name in list(left):
-            partner = replaced(name, *best)
+            partner = _with_prefix(name, *best)
             if partner is not None and partner in right and not {name, partner} & unsure:
                 found[name] = partner
                 del left[name], right[partner]
@@ -77,16 +74,16 @@ def renamed(ours: Shapes, theirs: Shapes) -> tuple[dict[str, str], Changes]:
     return found, changes
 
 
-def meeting(left: Shapes, right: Shapes, change: tuple[str, str]) -> dict[str, str]:
-    """{name here: name there} of parameters that a change of prefix brings together with equal shapes."""
-    others = {name: replaced(name, *change) for name in left}
+def _pairs_under(left: Shapes, right: Shapes, change: tuple[str, str]) -> dict[str, str]:
+    """{first name: second name} of parameters of equal shape under a prefix change."""
+    others = {name: _with_prefix(name, *change) for name in left}
     return {n: other for n, other in others.items() if other and right.get(other) == left[n]}
 
 
-def prefix_changes(left: Mapping[str, Any], right: Mapping[str, Any]) -> set[tuple[str, str]]:
-    """(prefix here, prefix there) under which some stem of one side, up to its layer's number, becomes the other's.
+def _prefix_changes(left: Mapping[str, Any], right: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """Candidate prefix changes: those that map a stem (a name up to its layer number) of one side to one of the other.
 
-    Names without a layer are a stem as a whole, and meet in their module at least: norm.weight, not weight alone.
+    A name without a layer is a stem as a whole, and must share its module too: norm.weight, not just weight.
     """
 
     def stems(names: Mapping[str, Any]) -> set[tuple[str, ...]]:
@@ -104,18 +101,18 @@ def prefix_changes(left: Mapping[str, Any], right: Mapping[str, Any]) -> set[tup
     return changes
 
 
-def replaced(name: str, old: str, new: str) -> str | None:
-    """The name with another prefix, or None where it does not begin with the old one."""
+def _with_prefix(name: str, old: str, new: str) -> str | None:
+    """The name with its prefix replaced; None where it does not begin with the old one."""
     if old and not name.startswith(old + "."):
         return None
     rest = name[len(old) + 1 :] if old else name
     return f"{new}.{rest}" if new else rest
 
 
-def renamed_by(changes: Changes, names: Mapping[str, str]) -> dict[str, str]:
-    """The same under the first change of prefix that fits each name."""
+def rename_prefixes(changes: Changes, names: Mapping[str, str]) -> dict[str, str]:
+    """Renames each key by the first prefix change that fits it."""
     found = {}
     for bare, name in names.items():
-        others = (replaced(bare, *change) for change in changes)
+        others = (_with_prefix(bare, *change) for change in changes)
         found[next((other for other in others if other is not None), bare)] = name
     return found

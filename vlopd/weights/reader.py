@@ -1,4 +1,4 @@
-"""A checkpoint folder's tensors, read one at a time from safetensors."""
+"""Reads a checkpoint folder's tensors one at a time from safetensors."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ FLOATS = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-"""Stored formats whose values are compared and trained from. Integers do not train, and narrower floats mean little
-without the scales that they are stored with."""
+"""Stored dtypes that are compared and trained from. Integers do not train, and narrower floats need the scales that
+are stored beside them."""
 
 
 class Weights:
-    """The tensors of one checkpoint folder by name, read lazily; a context manager.
+    """Lazily reads the tensors of one checkpoint folder by name; a context manager.
 
     A folder has `model.safetensors`, or an index and its shards; where it has both, the single file
-    is read, as transformers does. Raises RunError for pickles, damaged files, and shards that lack
-    a tensor the index promises, and for weights that are packed (fp8, integers with scales beside them).
+    is read, as transformers does. Raises RunError for pickles, damaged files, shards that lack
+    a tensor of the index, and quantised weights (fp8, integers with scales beside them).
     """
 
     FILE = SINGLE
@@ -55,7 +55,7 @@ class Weights:
             raise
 
     def _open(self) -> dict[str, Path]:
-        """Opens all files; the path of the one that holds each tensor."""
+        """Opens all files; returns {tensor: the file that holds it}."""
         if adapters.is_adapter(self.folder) and self.FILE == SINGLE:
             raise RunError(
                 f"{self.folder} is an adapter ({adapters.CONFIG}); give it as the trained checkpoint, beside its "
@@ -64,7 +64,7 @@ class Weights:
         if (single := self.folder / self.FILE).exists():
             return dict.fromkeys(self._open_file(single), single)
         if not (self.folder / INDEX).exists():
-            digest_checkpoint(self.folder)  # says so where there are no weights, or only pickles
+            digest_checkpoint(self.folder)  # raises where there are no weights, or only pickles
             raise RunError(f"{self.folder} has neither {SINGLE} nor {INDEX}")
         index = read_settings(self.folder / INDEX)
         shards = index.get("weight_map") if isinstance(index, dict) else None
@@ -85,35 +85,36 @@ class Weights:
         return {name: self.folder / shard for name, shard in shards.items()}
 
     def _open_file(self, path: Path, holds: Mapping[str, str] | None = None) -> set[str]:
-        """The names of the tensors in it."""
+        """Opens one file; returns the names of its tensors."""
         try:
             file = self._stack.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
-            why = "missing" if not path.exists() else f"not a whole safetensors file ({error})"
-            first = first_cut(path) or next(
+            state = "missing" if not path.exists() else f"not a complete safetensors file ({error})"
+            first = _first_truncated(path) or next(
                 (name for name, shard in (holds or {}).items() if shard == path.name), None
             )
             lost = f", so {first} cannot be read" if first else ""
-            raise RunError(f"{path} is {why}{lost}; copy or save the checkpoint again") from None
+            raise RunError(f"{path} is {state}{lost}; copy or save the checkpoint again") from None
         self._files[path] = file
         return set(file.keys())
 
     def _refuse_packed(self) -> None:
         about = self.folder / "config.json"
-        why = integrity.quantisation(read_settings(about)) if about.is_file() else None
+        reason = integrity.find_quantisation(read_settings(about)) if about.is_file() else None
         slices = {name: self._slice(name) for name in self._where}
         stored = {
-            n: integrity.Stored(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()
+            n: integrity.TensorHeader(s.get_dtype(), tuple(s.get_shape()))
+            for n, s in slices.items()
         }
-        if why := why or integrity.packing(stored):
-            raise RunError(f"{self.folder} is quantised: {why}")
+        if reason := reason or integrity.find_packed(stored):
+            raise RunError(f"{self.folder} is quantised: {reason}")
 
     def _slice(self, name: str) -> Any:
         return self._files[self._where[name]].get_slice(name)
 
     @property
     def adapted(self) -> tuple[str, ...]:
-        """The tensors that a LoRA adapter changes; none but in `Adapted`."""
+        """The tensors that a LoRA adapter changes; empty except in `AdaptedWeights`."""
         return ()
 
     def __enter__(self) -> Weights:
@@ -145,13 +146,13 @@ class Weights:
         }
 
     def stored(self, name: str) -> str:
-        """The format that it is stored in, as safetensors names it."""
+        """The tensor's stored dtype, as safetensors names it."""
         return self._slice(name).get_dtype()
 
     def read(self, name: str, of: Region | None = None) -> Tensor:
-        """The tensor, or a region of it, as stored. Raises RunError when it holds a NaN or an infinity."""
+        """Reads the tensor, or a region of it, as stored. Raises RunError for a NaN or an infinity."""
         try:
-            # a file of its own, since the pages of a mapped file count as this process's while it is open
+            # reopened per tensor: the pages of a mapped file count as resident memory while it is open
             with safe_open(self._where[name], framework="pt") as file:
                 if of is None:
                     tensor = file.get_tensor(name)
@@ -160,7 +161,7 @@ class Weights:
         except (SafetensorError, OSError) as error:
             raise RunError(f"{self.folder}: cannot read {name} ({error})") from None
         wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()
-        # the extremes of a tensor with a NaN are NaN; far faster than asking every entry
+        # aminmax propagates NaN, and is far faster than isfinite on every entry
         if tensor.numel() and not all(map(math.isfinite, map(float, wide.aminmax()))):
             bad = int((~torch.isfinite(wide)).sum())
             raise RunError(
@@ -169,8 +170,8 @@ class Weights:
         return tensor
 
 
-def first_cut(path: Path) -> str | None:
-    """The first tensor that a truncated safetensors file lacks the end of, where its header is still whole."""
+def _first_truncated(path: Path) -> str | None:
+    """The first incomplete tensor of a truncated safetensors file whose header is intact."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -181,4 +182,4 @@ def first_cut(path: Path) -> str | None:
             (n for n, end in ends.items() if end > held), key=lambda n: ends[n], default=None
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
-        return None  # damaged beyond that; the caller names the file
+        return None  # the header is damaged too; the caller names the file

@@ -1,7 +1,7 @@
-"""A model's tensors as its checkpoint stores them: every value before it is rounded to the compute precision.
+"""Reads a model's tensors as its checkpoint stores them, before rounding to the compute precision.
 
-transformers casts each tensor of a checkpoint while it loads, and some of them it renames, stacks or splits (experts,
-fused projections). Here the same names and conversions are followed without the cast, one tensor at a time.
+transformers casts each tensor of a checkpoint on loading, and renames, stacks or splits some (experts, fused
+projections). Here the same renamings and conversions are applied without the cast, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from vlopd.models.loaded import LoadedModel
 from vlopd.weights.reader import Weights
 
 
-class Stored(Mapping[str, Tensor]):
-    """The floating-point tensors of a model by its own names, read from its checkpoint when asked for.
+class StoredTensors(Mapping[str, Tensor]):
+    """The floating-point tensors of a model by parameter name, read lazily from its checkpoint.
 
-    Each comes in its stored dtype; one that is made of several stored tensors in the widest of theirs.
+    Each is in its stored dtype; a tensor made of several stored ones is in the widest of their dtypes.
     """
 
     def __init__(self, origins: Mapping[str, Origin], weights: Weights):
@@ -37,26 +37,26 @@ class Stored(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._origins)
 
-    def beyond(self, held: Mapping[str, torch.dtype]) -> Stored:
-        """Those that the given dtypes, by name, cannot represent exactly."""
+    def not_exact_in(self, held: Mapping[str, torch.dtype]) -> StoredTensors:
+        """The tensors that the given dtypes, by name, cannot represent exactly."""
         lost = {n: o for n, o in self._origins.items() if n in held and not holds(held[n], o.dtype)}
-        return Stored(lost, self._weights)
+        return StoredTensors(lost, self._weights)
 
 
 @contextmanager
-def stored_tensors(loaded: LoadedModel) -> Iterator[Stored]:
+def stored_tensors(loaded: LoadedModel) -> Iterator[StoredTensors]:
     """Opens the checkpoint that a model was loaded from. Raises RunError where it cannot be read."""
     assert loaded.folder is not None, f"{loaded.name} was not loaded from a checkpoint"
     with Weights(loaded.folder) as weights:
-        yield Stored(origins(loaded.model, weights.header()), weights)
+        yield StoredTensors(origins(loaded.model, weights.header()), weights)
 
 
 @contextmanager
-def unrounded(loaded: LoadedModel) -> Iterator[Mapping[str, Tensor]]:
-    """The parameters that were rounded when the model was loaded, as stored; none for a model made in memory."""
+def rounded_on_load(loaded: LoadedModel) -> Iterator[Mapping[str, Tensor]]:
+    """The stored values of the parameters that loading rounded; empty for a model made in memory."""
     if loaded.folder is None:
         yield {}
         return
     parameters = {name: p.dtype for name, p in loaded.model.named_parameters()}
     with stored_tensors(loaded) as tensors:
-        yield tensors.beyond(parameters)
+        yield tensors.not_exact_in(parameters)

@@ -1,4 +1,4 @@
-"""Leading singular subspaces of a matrix, in float64, and the projection on those of an update."""
+"""Leading singular subspaces of a matrix, in float64, and the projection onto those of an update."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 FLOOR = 2.0**-44
-"""Eigenvalues of a Gram matrix below this share of the largest are its rounding: they are zero."""
+"""Eigenvalues of a Gram matrix below this fraction of the largest are rounding error and count as zero."""
 
 
-def leading_subspace(matrix: Tensor, rank: int) -> Tensor:
+def _leading_subspace(matrix: Tensor, rank: int) -> Tensor:
     """Orthonormal basis [min(m, n), k] of the leading singular subspace on the smaller side, float64.
 
-    From an eigendecomposition of that side's Gram matrix (the left one where m = n); k is less than `rank`
+    From an eigendecomposition of that side's Gram matrix (the left one where m = n); k < `rank`
     where the matrix has fewer singular values above rounding.
     """
     short = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
@@ -23,9 +23,9 @@ def leading_subspace(matrix: Tensor, rank: int) -> Tensor:
     return vectors.flip(1)[:, : min(rank, kept)]
 
 
-def leading_subspaces(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _leading_subspaces(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(left [m, k], right [n, k]): orthonormal bases of both sides' leading subspaces, float64."""
-    near = leading_subspace(matrix, rank)
+    near = _leading_subspace(matrix, rank)
     wide = matrix.double()
     if matrix.shape[0] <= matrix.shape[1]:
         return near, torch.linalg.qr(wide.T @ near).Q
@@ -33,31 +33,31 @@ def leading_subspaces(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def low_rank(matrix: Tensor, rank: int) -> Tensor:
-    """The nearest matrix of rank `rank` (or less, where the matrix has less), float64."""
-    near, wide = leading_subspace(matrix, rank), matrix.double()
+    """Best approximation of rank at most `rank`, float64."""
+    near, wide = _leading_subspace(matrix, rank), matrix.double()
     if matrix.shape[0] <= matrix.shape[1]:
         return near @ (near.T @ wide)
     return (wide @ near) @ near.T
 
 
 def update_projection(delta: Tensor, rank: int, side: str) -> Projection | None:
-    """The projection on the leading subspace(s) of an update [m, ...]; None for a vector.
+    """The projection onto the leading subspace(s) of an update [m, ...]; None for a vector.
 
-    side: "right", "left" or "both". Of an update that is all zero it projects everything to zero.
+    side: "right", "left" or "both". For an all-zero update it projects everything to zero.
     """
     if delta.ndim < 2:
         return None
-    left, right = (basis.float() for basis in leading_subspaces(delta.flatten(1), rank))
+    left, right = (basis.float() for basis in _leading_subspaces(delta.flatten(1), rank))
     return Projection(None if side == "right" else left, None if side == "left" else right)
 
 
 @dataclass(frozen=True)
 class Projection:
-    """The orthogonal projection of a matrix's gradient G [m, n] on a subspace of rank r ("subspace locking").
+    """Orthogonal projection of a matrix's gradient G [m, n] onto a subspace of rank r ("subspace locking").
 
     right  G V V^T  (arXiv 2606.07082, appendix on locking)
     left   U U^T G
-    Both at once where both are given. Tensors of more dimensions are matrices [m, everything else].
+    Applies both where both are given. Tensors with more dimensions are flattened to [m, n].
     """
 
     left: Tensor | None  # [m, r] fp32, orthonormal columns

@@ -28,8 +28,8 @@ from evals.lm import PLACEHOLDER
 from evals.tasks.kinds import mean_by_kind
 from vlopd.config.data import FileData
 from vlopd.data.images import open_picture
-from vlopd.data.literals import check_characters, in_words
-from vlopd.data.tables import Joined, Table, open_table
+from vlopd.data.literals import cell_text, check_characters
+from vlopd.data.tables import ConcatenatedTable, Table, open_table
 from vlopd.errors import ConfigError, DataError
 
 FOLDER = "VLOPD_BENCHMARKS"
@@ -99,7 +99,7 @@ def read(benchmark: Benchmark, root: str | None) -> Rows:
                 raise ConfigError(
                     f"vlopd_{name}: {place} has no column {column!r}; it has {part.columns}"
                 )
-    return Rows(place, folder, Joined([(part, range(len(part))) for part in parts]))
+    return Rows(place, folder, ConcatenatedTable([(part, range(len(part))) for part in parts]))
 
 
 def read_file(path: Path, benchmark: Benchmark) -> Table:
@@ -204,7 +204,7 @@ def text(row: Row, column: str) -> str:
     if not isinstance(value, (str, int, float)) or not str(value).strip():
         raise DataError(f"column {column!r} holds {value!r} in place of text")
     try:
-        return unmarked(str(in_words(value))).strip()
+        return unmarked(str(cell_text(value))).strip()
     except DataError as error:
         raise DataError(f"column {column!r} {error}") from None
 

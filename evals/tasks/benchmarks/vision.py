@@ -38,7 +38,7 @@ from evals.tasks.extraction import (
     short_answer,
     yes_or_no,
 )
-from vlopd.data.literals import in_words
+from vlopd.data.literals import cell_text
 from vlopd.errors import DataError
 
 CHOOSE = "{}\n{}\nAnswer with the letter of the right choice."
@@ -59,7 +59,7 @@ def listed(row: Row, column: str) -> list[str]:
             raise DataError(f"column {column!r} holds {value!r} in place of a list") from None
     if not isinstance(value, list) or not value:
         raise DataError(f"column {column!r} holds {value!r} in place of a list")
-    return [unmarked(str(in_words(each))).strip() for each in value]
+    return [unmarked(str(cell_text(each))).strip() for each in value]
 
 
 def at(choices: Sequence[str], index: Any, column: str) -> str:

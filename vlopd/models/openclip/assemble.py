@@ -1,4 +1,4 @@
-"""Puts an OpenCLIP student together: a tower of open_clip, a fresh projector, a causal language model."""
+"""Assembles an OpenCLIP student: an open_clip vision tower, a new projector, a causal language model."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ IMAGE_PARTS = """{%- set plain = namespace(messages=[]) %}
 {%- endfor %}
 {%- set messages = plain.messages %}
 """
-"""Goes before a chat template that wants strings: joins the parts of a message, images as placeholders."""
+"""Prefix for a chat template that expects strings: joins the parts of a message, images as placeholders."""
 
 
-def template_with_images(tokenizer: Any, image_token: str) -> str:
-    """The tokenizer's own chat template where it writes image parts as `image_token`, or one that does.
+def _template_with_images(tokenizer: Any, image_token: str) -> str:
+    """The tokenizer's chat template, extended if needed to write image parts as `image_token`.
 
-    Raises ConfigError when neither comes to exactly one placeholder for an image.
+    Raises ConfigError where neither writes exactly one placeholder per image.
     """
     probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
     own = tokenizer.get_chat_template()
@@ -52,18 +52,18 @@ def template_with_images(tokenizer: Any, image_token: str) -> str:
         try:
             text = tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError):
-            continue  # it wants strings
+            continue  # expects strings
         if text.count(image_token) == 1:
             return template
     raise ConfigError(
-        f"the chat template does not come to one {image_token!r} for an image; give another `template`"
+        f"the chat template does not write one {image_token!r} per image; give another `template`"
     )
 
 
-def load_tower(vision: str, pretrained: str | None) -> tuple[Any, dict[str, Any]]:
-    """open_clip's vision tower with its weights, and the `open_clip` entry of the config.
+def _load_tower(vision: str, pretrained: str | None) -> tuple[Any, dict[str, Any]]:
+    """Loads open_clip's vision tower with its weights, and the `open_clip` entry of the config.
 
-    Raises ConfigError for an unknown tower or tag, pickled or missing weights, and a mismatch of activation.
+    Raises ConfigError for an unknown tower or tag, pickled or missing weights, and an activation mismatch.
     """
     import open_clip
 
@@ -87,9 +87,9 @@ def load_tower(vision: str, pretrained: str | None) -> tuple[Any, dict[str, Any]
 
 
 def check_weights(vision: str, pretrained: str | None, quick_gelu: bool) -> None:
-    """Finds (or fetches) the file that open_clip would read, and refuses all but safetensors.
+    """Locates (or downloads) the file that open_clip would load, and refuses all but safetensors.
 
-    Raises ConfigError for a pickle, for weights that are not there, and for those of another activation.
+    Raises ConfigError for a pickle, for missing weights, and for an activation mismatch.
     """
     import open_clip
     from open_clip.factory import _find_checkpoint_in_dir, parse_model_name
@@ -115,7 +115,7 @@ def check_weights(vision: str, pretrained: str | None, quick_gelu: bool) -> None
     if path is None or not Path(path).is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(vision)) or "none"
         raise ConfigError(
-            f"no weights for {vision!r}: {path or where} is no file, and no tag (there are: {tags})"
+            f"no weights for {vision!r}: {path or where} is neither a file nor a tag (tags: {tags})"
         )
     if Path(path).suffix != ".safetensors":
         raise ConfigError(
@@ -124,10 +124,10 @@ def check_weights(vision: str, pretrained: str | None, quick_gelu: bool) -> None
 
 
 @torch.no_grad()
-def check_language(name: str, language: PreTrainedModel) -> None:
-    """Refuses a language model whose logits are not its output layer applied to its last hidden state.
+def _check_language(name: str, language: PreTrainedModel) -> None:
+    """Raises ConfigError where the logits are not the output layer applied to the last hidden state.
 
-    Asks the model rather than its config: caps, scales and biases go by many names.
+    Compares logits rather than config fields, since caps, scales and biases have many names.
     """
     ids = torch.arange(4)[None]
     hidden = language.base_model(input_ids=ids).last_hidden_state
@@ -135,8 +135,8 @@ def check_language(name: str, language: PreTrainedModel) -> None:
     difference = (language(input_ids=ids).logits - expected).abs().max().item()
     if difference > 0:
         raise ConfigError(
-            f"{name!r} changes its logits after the output layer (by up to {difference:.1e} here: a cap, "
-            "a scale or a bias), which an OpenCLIP student cannot; take another language model"
+            f"{name!r} post-processes its logits after the output layer (by up to {difference:.1e} here: a cap, "
+            "a scale or a bias), which an OpenCLIP student does not support; choose another language model"
         )
 
 
@@ -153,30 +153,32 @@ def assemble(
     image_token: str = "<image>",
     template: str | None = None,
 ) -> tuple[OpenClipVlmForConditionalGeneration, OpenClipVlmProcessor]:
-    """Puts a tower, a fresh projector and a language model together.
+    """Assembles a vision tower, a new projector and a language model.
 
     `vision` is an open_clip model name (with `pretrained`, a tag or a .safetensors file; without, random
     weights), `local-dir:PATH` or `hf-hub:ID`. `language` and `template` are as a config's model and
-    template. `seed` draws the projector, whatever else is random, and an embedding for `image_token` if the
-    tokenizer lacks it. The global random state is left as it was.
+    template. `seed` seeds the projector, random tower weights, and an embedding for `image_token` if the
+    tokenizer lacks it. Does not change the global random state.
 
-    Raises ConfigError for a tower, weights or a language model that will not do.
+    Raises ConfigError for an unsupported tower, weights or language model.
     """
     source = load(language, dtype, template=template)
     if source.sees_images:
-        raise ConfigError(f"{language!r} sees images already; give a text-only language model")
+        raise ConfigError(
+            f"{language!r} is a vision-language model; give a text-only language model"
+        )
     lm, tokenizer = source.model, source.tokenizer
-    check_language(language, lm)
+    _check_language(language, lm)
     tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)])
     image_token_id = tokenizer.convert_tokens_to_ids(image_token)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tower, open_clip = load_tower(vision, pretrained)
+        tower, open_clip = _load_tower(vision, pretrained)
         check_tower(tower, vision_layer, keep_class_token)
         if image_token_id >= source.vocabulary_rows:
             lm.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
         image_processor = OpenClipImageProcessor(**tower.preprocess_cfg)
-        blank = torch.zeros(1, 3, *size_pair(image_processor.size))
+        blank = torch.zeros(1, 3, *_size_pair(image_processor.size))
         try:
             with torch.no_grad():
                 features = image_tokens(tower, blank, vision_layer, keep_class_token)
@@ -196,19 +198,19 @@ def assemble(
             projector_hidden_size=projector_hidden_size,
         )
         projector = OpenClipVlmProjector(config)
-    with torch.device("meta"):  # the parts exist: only the frame is wanted
+    with torch.device("meta"):  # the parts exist already; only the module structure is needed
         model = OpenClipVlmForConditionalGeneration(config)
     if type(model.model.language_model) is not type(lm.base_model):
         raise ConfigError(
-            f"{language!r} is a {type(lm.base_model).__name__} inside, which transformers would rebuild as "
-            f"{type(model.model.language_model).__name__}; take another language model"
+            f"{language!r} contains a {type(lm.base_model).__name__}, which transformers would rebuild as "
+            f"{type(model.model.language_model).__name__}; choose another language model"
         )
     model.model.vision_tower = tower.to(dtype)
     model.model.multi_modal_projector = projector.to(dtype)
     model.model.language_model = lm.base_model
     model.lm_head.weight = lm.get_output_embeddings().weight
     model.generation_config = lm.generation_config
-    tokenizer.chat_template = template_with_images(tokenizer, image_token)
+    tokenizer.chat_template = _template_with_images(tokenizer, image_token)
     processor = OpenClipVlmProcessor(
         image_processor,
         tokenizer,
@@ -219,6 +221,6 @@ def assemble(
     return model.eval(), processor
 
 
-def size_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """A height and a width from either form of open_clip's image size."""
+def _size_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) from either form of open_clip's image size."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,8 +1,8 @@
 """A vision-language model of any open_clip vision tower, an MLP projector and any causal language model.
 
-`openclip_assemble.assemble` puts one together. To the rest of the house it is one more Hugging Face class: after
-`register()` the auto classes load such a folder. open_clip is imported where a tower is built or an image is
-transformed, not here: it takes seconds.
+`assemble` (assemble.py) creates one. The rest of the code treats it as one more Hugging Face class: after
+`register()` the auto classes load such a folder. open_clip, which takes seconds to import, is imported only where a
+tower is built or an image is transformed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vlopd.models.openclip import MODEL_TYPE
 
 
 def register() -> None:
-    """Makes transformers' auto classes know the classes below. Calling it again changes nothing."""
+    """Registers the classes below with transformers' auto classes. Idempotent."""
     AutoConfig.register(MODEL_TYPE, OpenClipVlmConfig, exist_ok=True)
     AutoModelForImageTextToText.register(
         OpenClipVlmConfig, OpenClipVlmForConditionalGeneration, exist_ok=True
@@ -53,7 +53,7 @@ def register() -> None:
 
 
 class OpenClipVlmConfig(PreTrainedConfig):
-    """What is needed to build the model again, without weights and without the network.
+    """All settings needed to rebuild the model without weights or network access.
 
     `open_clip` is the vision part of open_clip's `model_cfg`: embed_dim, quick_gelu and vision_cfg.
     `preprocess` is the tower's image transform (open_clip's PreprocessCfg).
@@ -82,9 +82,9 @@ class OpenClipVlmConfig(PreTrainedConfig):
 
 
 def build_tower(open_clip: dict[str, Any]) -> Any:
-    """open_clip's vision tower alone, with random weights.
+    """Builds open_clip's vision tower alone, with random weights.
 
-    Through the function that open_clip's own model classes use: the public way builds a text tower too.
+    Uses open_clip's internal function, since the public one also builds a text tower.
     """
     from open_clip.model import _build_vision_tower
 
@@ -92,18 +92,18 @@ def build_tower(open_clip: dict[str, Any]) -> Any:
 
 
 def check_tower(tower: Any, layer: int | None, keep_class_token: bool) -> None:
-    """Raises ConfigError for features that this tower does not have."""
+    """Raises ConfigError for features that this tower does not provide."""
     trunk = getattr(tower, "trunk", None)
     if layer is not None and trunk is not None and not hasattr(trunk, "forward_intermediates"):
         raise ConfigError(
             f"the timm model {type(trunk).__name__} has no intermediate features; "
-            f"vision_layer is {layer}, leave it out"
+            f"leave out vision_layer = {layer}"
         )
     class_token = hasattr(tower, "class_embedding") or getattr(trunk, "num_prefix_tokens", 0) > 0
     pooled = layer is None and getattr(tower, "attn_pool", None) is not None
     if keep_class_token and (pooled or not class_token):
         raise ConfigError(
-            f"the tower {type(trunk or tower).__name__} gives no class token; "
+            f"the tower {type(trunk or tower).__name__} has no class token; "
             "set keep_class_token to false"
         )
 
@@ -159,7 +159,7 @@ class OpenClipVlmPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _supports_sdpa = True  # the language model refuses for itself what it cannot do
+    _supports_sdpa = True  # the language model raises for an unsupported kernel
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -168,13 +168,13 @@ class OpenClipVlmPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)
-        # Loading builds the model without memory; what timm computes and does not store is then empty.
+        # Loading builds the model on the meta device, where timm's non-persistent buffers are empty.
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
 
 
 class OpenClipVlmModel(OpenClipVlmPreTrainedModel):
-    """Everything but the output layer."""
+    """The model without its output layer."""
 
     def __init__(self, config: OpenClipVlmConfig):
         super().__init__(config)
@@ -199,7 +199,7 @@ class OpenClipVlmModel(OpenClipVlmPreTrainedModel):
         return self.multi_modal_projector(features)
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
-        """Token embeddings [B, T, H], those of the images in the places of their placeholders.
+        """Token embeddings [B, T, H], with image features at the placeholders.
 
         Raises ValueError when placeholders and image features differ in number.
         """
@@ -237,7 +237,7 @@ class OpenClipVlmModel(OpenClipVlmPreTrainedModel):
         if input_ids is not None:
             inputs_embeds = self.embed(input_ids, pixel_values)
         elif pixel_values is not None:
-            raise ValueError("pixel_values need input_ids, which say where the images are")
+            raise ValueError("pixel_values need input_ids, which hold the image placeholders")
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -249,7 +249,7 @@ class OpenClipVlmModel(OpenClipVlmPreTrainedModel):
 
 
 class OpenClipVlmForConditionalGeneration(OpenClipVlmPreTrainedModel, GenerationMixin):
-    """The model with its output layer, which shares the embedding's weights where the language model's does."""
+    """The model with its output layer, tied to the embedding where the language model's is."""
 
     def __init__(self, config: OpenClipVlmConfig):
         super().__init__(config)
@@ -310,7 +310,7 @@ class OpenClipVlmForConditionalGeneration(OpenClipVlmPreTrainedModel, Generation
 
 
 class OpenClipImageProcessor(BaseImageProcessor):
-    """open_clip's own image transform for evaluation; the arguments are those of its PreprocessCfg."""
+    """open_clip's evaluation image transform; takes the arguments of its PreprocessCfg."""
 
     def __init__(self, **kwargs: Any):
         from open_clip.transform import PreprocessCfg
@@ -329,7 +329,7 @@ class OpenClipImageProcessor(BaseImageProcessor):
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
         if kwargs:
-            raise TypeError(f"the image transform is fixed; it takes no {', '.join(kwargs)}")
+            raise TypeError(f"the image transform is fixed; remove {', '.join(kwargs)}")
         names = PreprocessCfg.__dataclass_fields__
         transform = image_transform_v2(
             PreprocessCfg(**{name: getattr(self, name) for name in names}), is_train=False
@@ -340,7 +340,7 @@ class OpenClipImageProcessor(BaseImageProcessor):
 
 
 class OpenClipVlmProcessor(ProcessorMixin):
-    """Writes each image placeholder of the text out to `image_seq_length` of them; transforms the images."""
+    """Expands each image placeholder of the text to `image_seq_length` tokens; transforms the images."""
 
     def __init__(
         self,
