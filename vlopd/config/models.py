@@ -125,6 +125,16 @@ class TeacherConfig(ModelConfig):
     def is_student(self) -> bool:
         return self.model == "student"
 
+    def loaded_from(self, student: ModelConfig) -> ModelConfig:
+        """The model whose weights and processor this teacher has: its own, or the student's.
+
+        A teacher that is the student has the student's template arguments under its own.
+        """
+        if not self.is_student:
+            return self
+        arguments = {**student.template_arguments, **self.template_arguments}
+        return student.model_copy(update={"template_arguments": arguments})
+
 
 Named = dict[str, Annotated[TeacherConfig, BeforeValidator(as_table)]]
 
