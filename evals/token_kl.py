@@ -37,11 +37,13 @@ TOKENS = 256
 def grade_answers(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     """Writes KL(arm || teacher) at every token of the arm's greedy answers; whether there was anything to do.
 
-    Nothing is written for arms that are no student of this run, and where a teacher cannot read a task's questions
-    (its context is a field that they lack): tokens.json then says why.
+    Nothing is written without a teacher, for arms that are no student of this run, and where a teacher cannot read a
+    task's questions (its context is a field that they lack): tokens.json then says why.
     """
     about = config.arms.get(arm)
     if isinstance(about, (TeacherArm, CheckpointArm, ImportedArm)) or not config.eval.keep_images:
+        return False
+    if config.teacher is None:
         return False
     out, manager = run.eval(arm), Tasks.of(config.eval.tasks, config.eval.include)
     teachers = {n: teacher_content(run, config, its) for n, its in config.teachers.items()}
@@ -64,7 +66,14 @@ def grade_answers(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
         asked |= questions(task, config.eval)
     skipped: dict[str, str] = {}
     if any(asked.values()):
-        pair = load_pair(config, accelerator().device, run.checkpoint(arm))
+        pair = load_pair(
+            config.student,
+            config.teacher,
+            compute=config.precision.compute,
+            device=accelerator().device,
+            images=config.data.has_images,
+            student_folder=run.checkpoint(arm),
+        )
         for task, examples in asked.items():
             try:
                 rows = graded(pair, examples, config.eval.batch_size)
@@ -88,8 +97,8 @@ def graded(pair: ModelPair, examples: Sequence[Example], batch_size: int) -> lis
             completions = sample(
                 pair.student, prompts, min(longest, TOKENS), 0, columns=pair.vocabulary.student
             )
-            tokens = pair.divergence(ReverseKL(), batch, prompts, completions)
-        found += rows_of(pair, batch, completions, tokens.reverse_kl)
+            kl = pair.divergence(ReverseKL(), batch, prompts, completions).loss
+        found += rows_of(pair, batch, completions, kl)
     return found
 
 

@@ -140,7 +140,7 @@ Named = dict[str, Annotated[TeacherConfig, BeforeValidator(as_table)]]
 
 
 class RoutedTeachers(Section):
-    """Several teachers: each example is graded by the one that its field names."""
+    """Several teachers: each example has the one that its field names."""
 
     type: Literal["routed"] = "routed"
     field: str
@@ -148,7 +148,7 @@ class RoutedTeachers(Section):
 
 
 class MixedTeachers(Section):
-    """Several teachers as one: log p = sum_k w_k log p_k + const (a geometric mean of distributions)."""
+    """Several teachers as one distribution: log p = sum_k w_k log p_k + const (a geometric mean of distributions)."""
 
     type: Literal["mixed"] = "mixed"
     teachers: Named = Field(min_length=1)
@@ -173,6 +173,13 @@ TeachersConfig = Annotated[
     Annotated[TeacherConfig | RoutedTeachers | MixedTeachers, Field(discriminator="type")],
     BeforeValidator(as_teacher),
 ]
+
+
+def teachers_by_name(teacher: TeachersConfig | None) -> dict[str, TeacherConfig]:
+    """All teachers by name; a single one is called "teacher"."""
+    if teacher is None:
+        return {}
+    return {"teacher": teacher} if isinstance(teacher, TeacherConfig) else teacher.teachers
 
 
 class PrecisionConfig(Section):

@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from vlopd.config.base import Section
 from vlopd.config.data import DataConfig
-from vlopd.config.models import MixedTeachers, TeacherConfig, TeachersConfig
+from vlopd.config.models import MixedTeachers, TeacherConfig, TeachersConfig, teachers_by_name
 from vlopd.config.objective import (
     NLL,
     Estimator,
@@ -36,11 +36,7 @@ class RecipeSections(Section):
     @property
     def teachers(self) -> dict[str, TeacherConfig]:
         """All teachers by name; a single one is called "teacher"."""
-        if self.teacher is None:
-            return {}
-        if isinstance(self.teacher, TeacherConfig):
-            return {"teacher": self.teacher}
-        return self.teacher.teachers
+        return teachers_by_name(self.teacher)
 
 
 class Recipe(RecipeSections):

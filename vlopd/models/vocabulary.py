@@ -1,4 +1,4 @@
-"""Which tokens student and teachers share, worked out from tokenizers alone, before any weights are read.
+"""Which tokens student and teachers share, from their tokenizers alone, before any weights are read.
 
 What the models share is the completion. They must therefore agree on its tokens, but not on their ids, nor
 on the padded rows of their output layers, nor on special tokens that only one of them has:
@@ -132,7 +132,8 @@ def share(student: Vocabulary, teachers: Sequence[Vocabulary]) -> SharedVocabula
     """
     notes: list[str] = []
     aligned = [align(student, teacher, notes) for teacher in teachers]
-    common = sorted(set(student.ids.values()).intersection(*aligned))
+    own = {i for i in student.ids.values() if i < student.rows}
+    common = sorted(own.intersection(*aligned))
     if all(teacher.ids == student.ids for teacher in teachers):
         rows = min(each.rows for each in (student, *teachers))
         if common == list(range(len(common))) and all(
