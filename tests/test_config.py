@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from tests.conftest import recipe_of
 from vlopd.config.experiment import ExperimentConfig, explain
 from vlopd.config.input import load_config
-from vlopd.distill import lower
 from vlopd.errors import ConfigError
 from vlopd.files import read_json
 from vlopd.run.folder import RunFolder
+from vlopd.train.checks import lower
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.toml"))
 QUICKSTART = CONFIGS[[p.name for p in CONFIGS].index("quickstart.toml")]
@@ -190,8 +191,8 @@ def test_what_makes_no_sense_is_refused(overrides, message):
 
 def test_a_warm_up_beyond_the_end_is_said():
     """A rate that never reaches what the config says is noted, in the log and the arm's record."""
-    assert not load_config(QUICKSTART).notes
-    (note,) = load_config(QUICKSTART, ["train.steps=5"]).notes
+    assert not recipe_of(load_config(QUICKSTART)).notes
+    (note,) = recipe_of(load_config(QUICKSTART, ["train.steps=5"])).notes
     assert "optim.warmup_steps = 10 of train.steps = 5" in note
 
 

@@ -187,11 +187,11 @@ def test_a_caption_takes_the_pictures_place():
         ({"told": None}, (SMALL,), "'told' is empty"),
         ({"told": "  "}, (SMALL,), "'told' holds no text"),
         ({"told": ["a"]}, (SMALL,), "'told' holds no text"),
-        ({"told": "a ramp"}, (), "no picture that its caption"),
+        ({"told": "a ramp"}, (), "no picture for its caption"),
     ],
 )
 def test_a_caption_that_is_missing_names_its_example(fields, images, match):
-    """No field, no text in it, or nothing that it could stand for: one line with the id."""
+    """No field, no text in it, or no picture to replace: one line with the id."""
     with pytest.raises(UserError, match=match) as caught:
         with_caption(ask(images, **fields), "told")
     assert "'e7'" in str(caught.value)
