@@ -63,7 +63,7 @@ class ExperimentConfig(RecipeSections):
 
         Raises ConfigError where they do not fit together.
         """
-        sections = {name: getattr(self, name) for name in Recipe.model_fields}
+        sections = {name: section for name, section in self if name in Recipe.model_fields}
         if arm.own:
             sections |= {
                 name: section.model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""Models and teachers: where they are, how they are loaded, what a teacher is shown."""
+"""Models and teachers: where they are, how they are loaded, and a teacher's privileged context."""
 
 from __future__ import annotations
 

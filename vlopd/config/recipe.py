@@ -95,19 +95,19 @@ class Recipe(RecipeSections):
     @property
     def objective(self) -> str:
         """What the student is trained on, in a few words: `loss reverse_kl from TEACHER`, `reward exact_match`."""
-        told = []
+        parts = []
         if self.reward is None or self.reward.alpha > 0:
             writes = "teacher" in self.rollout.source.shares
             learns = bool(self.teachers) and (writes or not isinstance(self.loss, NLL))
             models = ", ".join(teacher.model for teacher in self.teachers.values())
-            told.append(f"loss {self.loss.type} {f'from {models}' if learns else 'on the data'}")
+            parts.append(f"loss {self.loss.type} {f'from {models}' if learns else 'on the data'}")
         if self.reward is not None:
-            told.append(f"reward {self.reward.rule}")
-        return " and ".join(told)
+            parts.append(f"reward {self.reward.rule}")
+        return " and ".join(parts)
 
     @property
     def notes(self) -> list[str]:
-        """What the settings bias or leave without effect, for the log and the arm's record."""
+        """Warnings of settings that bias a loss or have no effect, for the log and the arm's record."""
         found = []
         warmup, steps = self.optim.warmup_steps, self.train.steps
         if warmup >= steps:
