@@ -13,7 +13,7 @@ Writer = Literal["student", "teacher", "data"]
 
 
 class OneSource(Section):
-    """All completions are the student's samples (OPD), the teacher's (sequence-level KD), or the data's answers (SFT)."""
+    """All completions are the student's samples (OPD), the teacher's (sequence-level KD) or the data's answers (SFT)."""
 
     type: Writer = "student"
 
@@ -212,7 +212,7 @@ class SampledToken(Loss):
 
 
 class NLL(SampledToken):
-    """-log q: supervised fine-tuning on the data's answers, which needs no teacher; sequence-level KD on its samples."""
+    """-log q: supervised fine-tuning on the data (no teacher needed), sequence-level KD on the teacher's samples."""
 
     type: Literal["nll"] = "nll"
 
