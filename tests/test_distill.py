@@ -236,10 +236,11 @@ def test_an_arm_that_nothing_trains_is_refused(make_pair, make_config, tmp_path)
         distill(make_pair("vlm"), rows, recipe_of(config), tmp_path, SEED)
 
 
-def test_a_foreign_state_is_passed_over_and_a_damaged_one_refused(
+def test_a_foreign_state_is_ignored_and_a_damaged_one_refused(
     make_pair, make_config, tmp_path, capsys
 ):
-    """A state made from other inputs is not gone on from, and a line says so; a truncated one is an error."""
+    """A state of another identity is not resumed, with a warning, nor is any without an identity; a truncated one is
+    an error."""
     config = make_config("llm", train={"steps": 2, "prompts_per_step": 2, "save_every": 1})
     run(make_pair("llm"), config, tmp_path)
     run(make_pair("llm"), config, tmp_path, identity="y")
@@ -247,6 +248,9 @@ def test_a_foreign_state_is_passed_over_and_a_damaged_one_refused(
     rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [0, 1]
     path = tmp_path / "state" / "state.safetensors"
+    saved = path.read_bytes()
+    run(make_pair("llm"), config, tmp_path, identity=None)
+    assert len(metrics(tmp_path)) == 2 and path.read_bytes() == saved
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(RunError, match=r"state\.safetensors is damaged"):
         run(make_pair("llm"), config, tmp_path, identity="y")
@@ -473,7 +477,7 @@ def test_what_grows_has_each_step_once_after_kills(
         pair = make_pair(kind, **sections)
         data = load_data(config.data, 10, SEED)
         hooks = Hooks(keep, score, evaluate_every=1)
-        distill(pair, data, recipe_of(config), folder, SEED, hooks=hooks)
+        distill(pair, data, recipe_of(config), folder, SEED, hooks=hooks, identity="x")
         return weights(pair), kept
 
     class Killed(BaseException):
@@ -549,7 +553,7 @@ def test_the_last_update_is_checked_as_the_others_are(
     kept = []
     with pytest.raises(TrainingError, match=message):
         hooks = Hooks(keep=lambda step, trainable: kept.append(step))
-        distill(pair, data, recipe_of(config), tmp_path, SEED, hooks=hooks)
+        distill(pair, data, recipe_of(config), tmp_path, SEED, hooks=hooks, identity="x")
     assert not kept
     assert not (tmp_path / "state").exists()
     assert metrics(tmp_path) == []

@@ -89,7 +89,7 @@ def fail(models: Path, folder: Path, what: str, kind: str) -> None:
     if what in ("loss", "sampler") and not first:
         loaded = pair.teachers[0].loaded if what == "loss" else pair.student
         loaded.model.get_output_embeddings().register_forward_hook(spoil)
-    distill(pair, rows, recipe_of(config), folder, SEED, hooks=hooks)
+    distill(pair, rows, recipe_of(config), folder, SEED, hooks=hooks, identity=what)
 
 
 FAILURES = [

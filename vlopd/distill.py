@@ -98,16 +98,16 @@ def distill(
     hooks: Hooks = Hooks(),
     *,
     projections: Mapping[str, Projection] | None = None,
-    identity: str = "",
+    identity: str | None = None,
     title: str | None = None,
     accelerator: Accelerator | None = None,
 ) -> Trained:
     """Trains the pair's student in place.
 
     `seed` is of the data order and the sampling. With `mask` only its coordinates train; `projections` are of the
-    gradients, by parameter. Writes metrics.jsonl, samples.jsonl and a resumable state/ into `out`, and optimizer.jsonl
-    and heldout.jsonl where asked for. Resumes from a saved state there whose `identity` matches (a digest of everything
-    that decides the result). `title` names the run in messages, by default as its folder.
+    gradients, by parameter. Writes metrics.jsonl and samples.jsonl into `out`, and optimizer.jsonl and heldout.jsonl
+    where asked for. With an `identity` (a digest of everything that decides the result) it also saves its state there,
+    and resumes from a saved state whose `identity` matches. `title` names the run in messages; the folder's by default.
 
     Raises TrainingError when the loss, a gradient, a log-prob or an updated value is not finite. Of several
     processes all raise where one does.
@@ -132,7 +132,9 @@ def distill(
             )
         optimizer = build_optimizer(optim, trainable)
         averages = follow_student(pair, mask)
-        start = resume(out / "state", trainable, optimizer, averages, identity)
+        start = 0
+        if identity is not None:
+            start = resume(out / "state", trainable, optimizer, averages, identity)
         share = split_evenly(train.prompts_per_step, accelerator)
         pair.check_teachers_prompt(pick(data, 0, 1, seed))
         log = TrainingLog(out, title, train.steps, start, main, hooks.trackers)
@@ -199,7 +201,7 @@ def distill(
             with distributed.together(accelerator):
                 if hooks.keep and keeps and main:
                     hooks.keep(done, trainable)
-                if saves and main:
+                if saves and main and identity is not None:
                     save_state(out / "state", done, trainable, optimizer, averages, identity)
     return Trained(pair.student, trainable, out)
 

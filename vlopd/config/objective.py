@@ -13,7 +13,7 @@ Writer = Literal["student", "teacher", "data"]
 
 
 class OneSource(Section):
-    """All completions are the student's samples (OPD), the teacher's (sequence-level KD) or the data's answers (SFT)."""
+    """All completions are the student's samples (OPD), the teacher's (sequence-level KD), or the data's (SFT)."""
 
     type: Writer = "student"
 
