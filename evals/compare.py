@@ -326,6 +326,6 @@ def arms_about(run: RunFolder, config: ExperimentConfig) -> dict[str, dict[str, 
         path = run.arm_record(name)
         its: dict[str, Any] = dict.fromkeys(("training", "seed", "density"))
         if isinstance(arm, DistillArm):
-            its |= {"training": training_of(config.of_arm(arm)), "seed": arm.seed}
+            its |= {"training": training_of(config.recipe_of(arm)), "seed": arm.seed}
         found[name] = its | ({"density": read_json(path).get("density")} if path.exists() else {})
     return found

@@ -270,7 +270,7 @@ def configured(config: ExperimentConfig, name: str) -> ModelConfig:
     """How an arm's model is loaded: as the student, the teacher that it is, or the checkpoint that it names."""
     arm = config.arms.get(name)
     if isinstance(arm, TeacherArm):
-        return config.loaded_as(config.teacher_of(arm))
+        return config.teacher_of(arm).loaded_from(config.student)
     if isinstance(arm, CheckpointArm):
         return config.checkpoint_of(arm)
     return config.student

@@ -39,8 +39,8 @@ TOKENS = 256
 def grade_answers(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     """Writes KL(arm || teacher) at every token of the arm's greedy answers; whether there was anything to do.
 
-    Nothing is written for arms that are no student of this run, and where a teacher cannot read a task's questions
-    (its context is a field that they lack): tokens.json then says why.
+    Nothing is written without a teacher, for arms that are no student of this run, and where a teacher cannot read a
+    task's questions (its context is a field that they lack): tokens.json then says why.
     """
     if not has_tokens(config, arm):
         return False
@@ -53,7 +53,7 @@ def grade_answers(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
 def has_tokens(config: ExperimentConfig, arm: str) -> bool:
     """Whether an arm is a student of this run, whose answers a teacher can grade."""
     foreign = isinstance(config.arms.get(arm), (TeacherArm, CheckpointArm, ImportedArm))
-    return not foreign and bool(config.eval.keep_images)
+    return not foreign and bool(config.eval.keep_images) and config.teacher is not None
 
 
 def token_inputs(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[str, Any]:
@@ -88,7 +88,14 @@ def write_tokens(its: Stage, config: ExperimentConfig, arm: str) -> None:
             asked |= (of_task := questions(task, config.eval))
             leaves[task] = sorted(of_task)
     if any(asked.values()):
-        pair = load_pair(config, accelerator().device, run.checkpoint(arm))
+        pair = load_pair(
+            config.student,
+            config.teacher,
+            compute=config.precision.compute,
+            device=accelerator().device,
+            images=config.data.has_images,
+            student_folder=run.checkpoint(arm),
+        )
         for task, examples in asked.items():
             try:
                 rows = graded(pair, examples, config.eval.batch_size)
@@ -110,8 +117,8 @@ def graded(pair: ModelPair, examples: Sequence[Example], batch_size: int) -> lis
             completions = sample(
                 pair.student, prompts, min(longest, TOKENS), 0, columns=pair.vocabulary.student
             )
-            tokens = pair.divergence(ReverseKL(), batch, prompts, completions)
-        found += rows_of(pair, batch, completions, tokens.reverse_kl)
+            kl = pair.divergence(ReverseKL(), batch, prompts, completions).loss
+        found += rows_of(pair, batch, completions, kl)
     return found
 
 

@@ -27,8 +27,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from vlopd.config.arms import DistillArm
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.objective import RolloutConfig
+from vlopd.config.recipe import Recipe
 from vlopd.models.load import BUILTIN
 from vlopd.seeding import uniforms
 from vlopd.train.pair import ModelPair, load_pair
@@ -96,6 +98,24 @@ def sampled(pair: ModelPair, prompts: Prompts, tokens: int, seed: int = 0) -> Co
     return pair.sample(prompts, rollout, uniforms(len(prompts), tokens, seed))
 
 
+def pair_of(config: ExperimentConfig) -> ModelPair:
+    """The experiment's models, loaded on the CPU."""
+    return load_pair(
+        config.student,
+        config.teacher,
+        compute=config.precision.compute,
+        device="cpu",
+        images=config.data.has_images,
+    )
+
+
+def recipe_of(config: ExperimentConfig, arm: str = "full") -> Recipe:
+    """The recipe of an arm that is trained."""
+    about = config.arms[arm]
+    assert isinstance(about, DistillArm)
+    return config.recipe_of(about)
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory) -> dict[tuple[str, str], Path]:
     """{(kind, role): folder}, stored in bf16 as real checkpoints are."""
@@ -117,14 +137,14 @@ def make_pair(make_config):
     """(kind, compute precision, **sections of the config) -> a freshly loaded pair."""
 
     def make(kind: str, compute: str = "fp32", **sections) -> ModelPair:
-        return load_pair(make_config(kind, precision={"compute": compute}, **sections), "cpu")
+        return pair_of(make_config(kind, precision={"compute": compute}, **sections))
 
     return make
 
 
 @pytest.fixture
 def make_config(folders):
-    """(kind, **top-level sections) -> a miniature experiment on the tiny models."""
+    """(kind, **top-level sections, None for none) -> a miniature experiment on the tiny models."""
 
     def make(kind: str, **sections) -> ExperimentConfig:
         base = {

@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from tests.conftest import recipe_of
 from vlopd.config.analysis import GeometryConfig
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.explain import explain_errors
 from vlopd.config.input import load_config, section_of
 from vlopd.config.masks import MaskConfig
-from vlopd.distill import lower
 from vlopd.errors import ConfigError
 from vlopd.files import read_json
 from vlopd.run.folder import RunFolder
+from vlopd.train.checks import lower
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.toml"))
 QUICKSTART = CONFIGS[[p.name for p in CONFIGS].index("quickstart.toml")]
@@ -360,8 +361,8 @@ def test_a_contrast_may_be_of_any_two_arms():
 
 def test_a_warm_up_beyond_the_end_is_said():
     """A rate that never reaches what the config says is noted, in the log and the arm's record."""
-    assert not load_config(QUICKSTART).notes
-    (note,) = load_config(QUICKSTART, ["train.steps=5"]).notes
+    assert not recipe_of(load_config(QUICKSTART)).notes
+    (note,) = recipe_of(load_config(QUICKSTART, ["train.steps=5"])).notes
     assert "optim.warmup_steps = 10 of train.steps = 5" in note
 
 

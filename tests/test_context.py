@@ -136,8 +136,8 @@ def test_a_box_is_a_crop_of_the_first_picture():
         ([5, 2, 5, 10], "is 0 x 8 pixels"),
         ([9, 2, 5, 10], "is -4 x 8 pixels"),
         ([0.1, 0.2, 0.9, 1.0], "boxes are .* in pixels"),
-        ([-1, 0, 5, 5], "runs out of the picture of 20 x 10"),
-        ([0, 0, 21, 5], "runs out of the picture of 20 x 10"),
+        ([-1, 0, 5, 5], "exceeds the picture of 20 x 10"),
+        ([0, 0, 21, 5], "exceeds the picture of 20 x 10"),
         ([0, 0, float("nan"), 5], "finite"),
         ([0, 0, 5], "holds int"),
         ([True] * 4, "holds bool"),
@@ -187,11 +187,11 @@ def test_a_caption_takes_the_pictures_place():
         ({"told": None}, (SMALL,), "'told' is empty"),
         ({"told": "  "}, (SMALL,), "'told' holds no text"),
         ({"told": ["a"]}, (SMALL,), "'told' holds no text"),
-        ({"told": "a ramp"}, (), "no picture that its caption"),
+        ({"told": "a ramp"}, (), "no picture for its caption"),
     ],
 )
 def test_a_caption_that_is_missing_names_its_example(fields, images, match):
-    """No field, no text in it, or nothing that it could stand for: one line with the id."""
+    """No field, no text in it, or no picture to replace: one line with the id."""
     with pytest.raises(UserError, match=match) as caught:
         with_caption(ask(images, **fields), "told")
     assert "'e7'" in str(caught.value)

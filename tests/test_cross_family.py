@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.conftest import sampled
+from tests.conftest import pair_of, sampled
 from tests.families.llms import LLMS
 from tests.families.vlms import VLMS
 from tests.test_families import by_hand, row
@@ -11,7 +11,7 @@ from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.objective import ReverseKL
 from vlopd.data.shapes import ShapesDataset
 from vlopd.models import families
-from vlopd.train.pair import ModelPair, load_pair
+from vlopd.train.pair import ModelPair
 
 PAIRS = (
     ("qwen2_5_vl", "internvl"),
@@ -40,7 +40,7 @@ def make_pair(student: str, teacher: str, folder) -> ModelPair:
         "arms": {},
         "geometry": {"arms": []},
     }
-    return load_pair(ExperimentConfig.model_validate(config), "cpu")
+    return pair_of(ExperimentConfig.model_validate(config))
 
 
 def modality_of(student: str) -> str:

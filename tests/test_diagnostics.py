@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import recipe_of
 from vlopd import distributed
 from vlopd.config.objective import ReverseKL
 from vlopd.config.training import AdamW, RMSProp
-from vlopd.data.load import open_data, pick
+from vlopd.data.load import load_data, pick
 from vlopd.train.metrics import quarters, repeated, summarise
-from vlopd.train.optimizer_statistics import Look
+from vlopd.train.optimizer_statistics import UpdateStatistics
 from vlopd.train.optimizers import build_optimizer
 from vlopd.train.rollouts import collect
 from vlopd.train.sparse import Trainable
@@ -43,20 +44,20 @@ def test_a_steps_numbers(writer, kind, make_pair, make_config):
     for size in (None, 2):
         train = {"steps": 1, "prompts_per_step": 5, "micro_batch": size}
         config, pair = make_config(kind, **sections, train=train), make_pair(kind, **sections)
-        examples = pick(open_data(config, 5, 1), 0, 5, 1)
-        batches = collect(pair, config, examples, range(5), 1, 0)
+        examples = pick(load_data(config.data, 5, 1), 0, 5, 1)
+        batches = collect(pair, recipe_of(config), examples, range(5), 1, 0)
         with torch.no_grad():
-            graded = [
+            tokens = [
                 pair.divergence(ReverseKL(), b.examples, b.prompts, b.completions) for b in batches
             ]
-        rows.append(summarise(7, 0.5, 2.0, batches, graded, 1, distributed.accelerator()))
+        rows.append(summarise(7, 0.5, 2.0, batches, tokens, 1, distributed.accelerator()))
     assert rows[0].keys() == rows[1].keys()
     for key, value in rows[0].items():
         close = None if value is None else pytest.approx(value, rel=1e-4, abs=1e-5)
         assert rows[1][key] == close, key
     row = rows[0]
     whole = make_config(kind, **sections, train={"steps": 1, "prompts_per_step": 5})
-    (batch,) = collect(pair, whole, examples, range(5), 1, 0)
+    (batch,) = collect(pair, recipe_of(whole), examples, range(5), 1, 0)
     hidden = pair.student.completion_hidden(batch.prompts, batch.completions)
     with torch.no_grad():
         q = pair.student.logits(hidden, pair.vocabulary.student).double().log_softmax(-1)
@@ -87,16 +88,16 @@ def test_a_steps_numbers(writer, kind, make_pair, make_config):
 def test_what_is_infinite_where_the_loss_does_not_look_is_null(make_pair, make_config):
     """A token that the teacher bans makes the KL infinite: the row has null for it, and stays valid JSON."""
     config, pair = make_config("llm"), make_pair("llm")
-    examples = pick(open_data(config, 4, 1), 0, 4, 1)
-    batches = collect(pair, config, examples, range(4), 1, 0)
+    examples = pick(load_data(config.data, 4, 1), 0, 4, 1)
+    batches = collect(pair, recipe_of(config), examples, range(4), 1, 0)
     head = pair.teachers[0].loaded.model.get_output_embeddings()
     banned = torch.tensor([7])
     head.register_forward_hook(lambda _, inputs, output: output.index_fill(-1, banned, -math.inf))
     with torch.no_grad():
-        graded = [
+        tokens = [
             pair.divergence(ReverseKL(), b.examples, b.prompts, b.completions) for b in batches
         ]
-    row = summarise(0, 1.0, 1.0, batches, graded, 1, distributed.accelerator())
+    row = summarise(0, 1.0, 1.0, batches, tokens, 1, distributed.accelerator())
     assert row["kl"] is None
     assert row["student_entropy"] > 0
 
@@ -123,9 +124,9 @@ def test_evidence_is_what_numpy_says(config, density, kind, make_pair):
     for step in range(3):
         for value in trainable.parameters():
             value.grad = torch.randn(value.shape, generator=draws) * 10.0 ** (-step)
-        look = Look(trainable)
+        statistics = UpdateStatistics(trainable)
         optimizer.step(1e-3)
-        rows = look.rows(step, trainable, optimizer)
+        rows = statistics.rows(step, trainable, optimizer)
         trainable.write_back()
     chosen = {
         n: s for n, s in trainable.slots.items() if n.endswith("mlp.up_proj.weight")
@@ -143,12 +144,12 @@ def test_evidence_is_what_numpy_says(config, density, kind, make_pair):
 
     state = optimizer.state()
     v = every(lambda n, s: state[n]["exp_avg_sq" if config.type == "adamw" else "square_avg"])
-    before, after = every(lambda n, s: look.before[n]), every(lambda n, s: s.values.data)
+    before, after = every(lambda n, s: statistics.before[n]), every(lambda n, s: s.values.data)
     assert row["coordinates"] == len(before)
     assert row["sqrt_v_variation"] == pytest.approx(np.sqrt(v).std() / np.sqrt(v).mean(), rel=1e-9)
     assert row["update_rms"] == pytest.approx(np.sqrt(((after - before) ** 2).mean()), rel=1e-5)
     assert row["unmoved_fp32_fraction"] == pytest.approx((after == before).mean())
-    old = every(lambda n, s: look.before[n].bfloat16())
+    old = every(lambda n, s: statistics.before[n].bfloat16())
     new = every(lambda n, s: s.values.data.bfloat16())
     assert row["unmoved_bf16_fraction"] == pytest.approx((old == new).mean())
     assert row["unmoved_bf16_fraction"] > row["unmoved_fp32_fraction"]

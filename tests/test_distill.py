@@ -8,24 +8,28 @@ import torch
 from safetensors.torch import load_file
 
 from evals.harness import held_out_scores
+from tests.conftest import recipe_of
 from vlopd import distributed
-from vlopd.config.arms import DistillArm
-from vlopd.data.load import open_data, pick
-from vlopd.distill import Stopwatch, TrainingError, backward, distill
+from vlopd.data.load import load_data, pick
+from vlopd.distill import Hooks, backward, distill
 from vlopd.errors import ConfigError, RunError
 from vlopd.models.names import classify
-from vlopd.train.log import TrainingLog, open_trackers
+from vlopd.train.checks import TrainingError, refuse_overflow
+from vlopd.train.log import Stopwatch, TrainingLog, open_trackers
+from vlopd.train.optimizers import build_optimizer
 from vlopd.train.rollouts import collect
 from vlopd.train.sparse import Trainable
 from vlopd.types import Example
 
-ARM = DistillArm(seed=1)
+SEED = 1
 
 
-def run(pair, config, folder, mask=None, identity="x"):
-    size = config.train.steps * config.train.prompts_per_step
-    data = open_data(config, size, ARM.seed)
-    return distill(pair, data, config, ARM, folder, "test", mask, identity)
+def run(pair, config, folder, mask=None, identity="x", **hooks):
+    recipe = recipe_of(config)
+    data = load_data(recipe.data, recipe.prompts, SEED)
+    return distill(
+        pair, data, recipe, folder, SEED, mask, Hooks(**hooks), identity=identity, title="test"
+    )
 
 
 def weights(pair):
@@ -72,7 +76,7 @@ def test_splitting_or_permuting_a_step_changes_no_gradient(
 
     def gradient(pair, batches):
         trainable = Trainable(pair.student.model)
-        backward(pair, config, batches, distributed.accelerator(), Stopwatch())
+        backward(pair, recipe_of(config), batches, distributed.accelerator(), Stopwatch())
         found = [v.grad.flatten() for v in trainable.parameters() if v.grad is not None]
         return torch.cat(found).double()
 
@@ -84,8 +88,8 @@ def test_splitting_or_permuting_a_step_changes_no_gradient(
         config = make_config(kind, **sections, train=train)
         pair = fresh()
         n = train["prompts_per_step"]
-        examples = pick(open_data(config, 8, 1), 0, n, 1)
-        batches = collect(pair, config, examples, range(n), 1, 0)
+        examples = pick(load_data(config.data, 8, 1), 0, n, 1)
+        batches = collect(pair, recipe_of(config), examples, range(n), 1, 0)
         assert len(batches) == 8 // size
         found.append(gradient(pair, batches))
         if size == 8:
@@ -190,7 +194,7 @@ def test_an_averaged_teacher_follows_the_student(updates, kind, make_pair, make_
         }
         pair, config = make_pair(kind, **sections), make_config(kind, **sections)
         start = weights(pair)
-        distill(pair, open_data(config, 4, 1), config, ARM, tmp_path / str(steps), "test")
+        distill(pair, load_data(config.data, 4, 1), recipe_of(config), tmp_path / str(steps), SEED)
         after[steps] = weights(pair)
     teacher = dict(pair.teachers[0].loaded.model.named_parameters())
     assert any(not torch.equal(start[n], after[1][n]) for n in start)
@@ -224,18 +228,19 @@ def test_an_arm_that_nothing_trains_is_refused(make_pair, make_config, tmp_path)
     config = make_config("vlm", train={"steps": 2, "prompts_per_step": 2, "freeze": freeze})
     rows = [
         replace(Example.ask(e.id, e.question, answer=e.answer), fields=e.fields)
-        for e in open_data(config, 4, 1)
+        for e in load_data(config.data, 4, 1)
     ]
     with pytest.raises(
-        TrainingError, match=r"in 2 steps nothing that trains got a gradient.*vision"
+        TrainingError, match=r"in 2 steps no trained parameter got a gradient.*vision"
     ):
-        distill(make_pair("vlm"), rows, config, ARM, tmp_path, "test")
+        distill(make_pair("vlm"), rows, recipe_of(config), tmp_path, SEED)
 
 
-def test_a_foreign_state_is_passed_over_and_a_damaged_one_refused(
+def test_a_foreign_state_is_ignored_and_a_damaged_one_refused(
     make_pair, make_config, tmp_path, capsys
 ):
-    """A state made from other inputs is not gone on from, and a line says so; a truncated one is an error."""
+    """A state of another identity is not resumed, with a warning, nor is any without an identity; a truncated one is
+    an error."""
     config = make_config("llm", train={"steps": 2, "prompts_per_step": 2, "save_every": 1})
     run(make_pair("llm"), config, tmp_path)
     run(make_pair("llm"), config, tmp_path, identity="y")
@@ -243,6 +248,9 @@ def test_a_foreign_state_is_passed_over_and_a_damaged_one_refused(
     rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [0, 1]
     path = tmp_path / "state" / "state.safetensors"
+    saved = path.read_bytes()
+    run(make_pair("llm"), config, tmp_path, identity=None)
+    assert len(metrics(tmp_path)) == 2 and path.read_bytes() == saved
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(RunError, match=r"state\.safetensors is damaged"):
         run(make_pair("llm"), config, tmp_path, identity="y")
@@ -256,8 +264,8 @@ def test_kl_goes_down_on_one_batch(kind, make_pair, make_config, tmp_path):
         train={"steps": 130, "prompts_per_step": 4},
     )
     pair = make_pair(kind)
-    data = open_data(config, 4, 5)
-    distill(pair, data, config, ARM, tmp_path, "test")
+    data = load_data(config.data, 4, 5)
+    distill(pair, data, recipe_of(config), tmp_path, SEED)
     kl = [row["kl"] for row in metrics(tmp_path)]
     assert sum(kl[-10:]) / 10 < 0.4 * kl[0]
 
@@ -316,9 +324,10 @@ def test_looking_at_held_out_questions_changes_nothing(kind, make_pair, make_con
             eval={"during": during if looks else None},
         )
         pair, folder = make_pair(kind), tmp_path / str(looks)
-        data = open_data(config, 9, 1)
+        data = load_data(config.data, 9, 1)
         evaluate = held_out_scores(config) if looks else None
-        distill(pair, data, config, ARM, folder, "test", evaluate=evaluate)
+        hooks = Hooks(evaluate=evaluate, evaluate_every=2)
+        distill(pair, data, recipe_of(config), folder, SEED, hooks=hooks)
         rows = [{k: v for k, v in row.items() if "second" not in k} for row in metrics(folder)]
         ends.append((weights(pair), rows))
     (before, a), (after, b) = ends
@@ -344,12 +353,14 @@ def test_updates_on_the_same_completions(kind, make_pair, make_config, tmp_path)
     run(pair, config, tmp_path)
     other = make_pair(kind, **sections)
     trainable = Trainable(other.student.model)
-    examples = pick(open_data(config, 4, ARM.seed), 0, 4, ARM.seed)
-    batches = collect(other, config, examples, range(4), ARM.seed, 0)
+    examples = pick(load_data(config.data, 4, SEED), 0, 4, SEED)
+    batches = collect(other, recipe_of(config), examples, range(4), SEED, 0)
     losses = []
     for _ in range(2):
         trainable.zero_grad()
-        losses.append(backward(other, config, batches, distributed.accelerator(), Stopwatch())[0])
+        losses.append(
+            backward(other, recipe_of(config), batches, distributed.accelerator(), Stopwatch())[0]
+        )
         for value in trainable.parameters():
             if value.grad is not None:
                 value.data -= 0.05 * value.grad
@@ -398,7 +409,7 @@ def test_teachers_grade_a_rollout_once(
     }
     if teacher == "routed":
         config = make_config(kind, **sections)
-        names = {str(e.fields["kind"]) for e in pick(open_data(config, 6, 1), 0, 6, 1)}
+        names = {str(e.fields["kind"]) for e in pick(load_data(config.data, 6, 1), 0, 6, 1)}
         sections["teacher"]["teachers"] = dict.fromkeys(sorted(names), own)
     config = make_config(kind, **sections)
     ends, reads = [], []
@@ -409,7 +420,9 @@ def test_teachers_grade_a_rollout_once(
             body = each.loaded.model.model
             body.register_forward_hook(lambda module, inputs, output, calls=calls: calls.append(1))
         if anew:
-            monkeypatch.setattr("vlopd.distill.backward", lambda *words: backward(*words[:5]))
+            monkeypatch.setattr(
+                "vlopd.distill.backward", lambda *arguments: backward(*arguments[:5])
+            )
         run(pair, config, tmp_path / str(anew))
         ends.append(weights(pair))
         reads.append(len(calls))
@@ -431,10 +444,10 @@ def logs(folder):
 
 MOMENTS = [
     ("collect", 1, "before"),  # the base is scored, nothing is trained
-    ("look_at_held_out", 3, "after"),  # step 2 is scored, its state not yet saved
+    ("evaluate_held_out", 3, "after"),  # step 2 is scored, its state not yet saved
     ("save_state", 1, "before"),
     ("save_state", 1, "after"),
-    ("look_at_held_out", 6, "after"),  # the last step, of which no state is saved
+    ("evaluate_held_out", 6, "after"),  # the last step, of which no state is saved
 ]
 
 
@@ -449,7 +462,6 @@ def test_what_grows_has_each_step_once_after_kills(
     train = {"steps": 5, "prompts_per_step": 2, "save_every": 2, "sample_every": 1}
     train |= {"evidence_every": 1, "keep_steps": [2, 3], "updates_per_rollout": 2}
     sections = {"train": train, "rollout": {"max_new_tokens": 3}}
-    sections["eval"] = {"during": {"every": 1, "tasks": ["shapes_text_validation"]}}
     config = make_config(kind, **sections)
 
     def score(student):
@@ -463,8 +475,9 @@ def test_what_grows_has_each_step_once_after_kills(
             kept[step] = {name: x.clone() for name, x in trainable.state().items()}
 
         pair = make_pair(kind, **sections)
-        data = open_data(config, 10, ARM.seed)
-        distill(pair, data, config, ARM, folder, "test", keep=keep, evaluate=score)
+        data = load_data(config.data, 10, SEED)
+        hooks = Hooks(keep, score, evaluate_every=1)
+        distill(pair, data, recipe_of(config), folder, SEED, hooks=hooks, identity="x")
         return weights(pair), kept
 
     class Killed(BaseException):
@@ -536,18 +549,11 @@ def test_the_last_update_is_checked_as_the_others_are(
     the step and the parameter or the example; no later state, score or kept step is written."""
     train = {"prompts_per_step": 2, "save_every": 1, "keep_steps": [1]}
     config = make_config(kind, train={**train, "steps": steps}, optim=optim)
-    pair, data = make_pair(kind), open_data(config, 4, 1)
+    pair, data = make_pair(kind), load_data(config.data, 4, 1)
     kept = []
     with pytest.raises(TrainingError, match=message):
-        distill(
-            pair,
-            data,
-            config,
-            ARM,
-            tmp_path,
-            "test",
-            keep=lambda step, trainable: kept.append(step),
-        )
+        hooks = Hooks(keep=lambda step, trainable: kept.append(step))
+        distill(pair, data, recipe_of(config), tmp_path, SEED, hooks=hooks, identity="x")
     assert not kept
     assert not (tmp_path / "state").exists()
     assert metrics(tmp_path) == []
@@ -555,9 +561,6 @@ def test_the_last_update_is_checked_as_the_others_are(
 
 def test_a_moment_that_overflows_is_named(make_pair, make_config, tmp_path):
     """A second moment that is infinite, whose coordinate would never move again, is refused by its name."""
-    from vlopd.distill import refuse_overflow
-    from vlopd.train.optimizers import build_optimizer
-
     pair, config = make_pair("llm"), make_config("llm")
     trainable = Trainable(pair.student.model)
     optimizer = build_optimizer(config.optim, trainable)
@@ -599,8 +602,12 @@ def test_curves_go_to_tensorboard(make_pair, make_config, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = make_config("llm", tracking={"trackers": ["tensorboard"]})
-    run(make_pair("llm"), config, tmp_path)
+    config = make_config("llm")
+
+    def opened():
+        return open_trackers(["tensorboard"], "test", tmp_path, config.model_dump(mode="json"))
+
+    run(make_pair("llm"), config, tmp_path, trackers=opened())
     (folder,) = (tmp_path / "trackers").iterdir()
     events = EventAccumulator(str(folder)).Reload()
     told = [round(event.value, 5) for event in events.Scalars("kl")]
@@ -610,16 +617,12 @@ def test_curves_go_to_tensorboard(make_pair, make_config, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         "".join(f"{json.dumps(row)}\n" for row in metrics(tmp_path)[:2])
     )
-    with TrainingLog(tmp_path, "test", 4, 2, True, open_trackers(config, tmp_path, "test")) as log:
+    with TrainingLog(tmp_path, "test", 4, 2, True, opened()) as log:
         log.track(2, {"kl": 7.0})
     again = {e.step: e.value for e in EventAccumulator(str(folder)).Reload().Scalars("kl")}
     assert again == {0: before[0], 1: before[1], 2: 7.0}
     with pytest.raises(ConfigError, match="names 'wandb', which is not installed: pip install"):
-        run(
-            make_pair("llm"),
-            make_config("llm", tracking={"trackers": ["wandb"]}),
-            tmp_path / "other",
-        )
+        open_trackers(["wandb"], "test", tmp_path / "other", {})
 
 
 def test_samples_hold_both_models_logprobs(kind, make_pair, make_config, tmp_path):

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.conftest import recipe_of
 from tests.families import llms, vlms
 from tests.test_geometry import RATIOS, reference
 from vlopd.config.analysis import GeometryConfig
-from vlopd.config.arms import DistillArm
-from vlopd.data.load import open_data
+from vlopd.data.load import load_data
 from vlopd.distill import distill
 from vlopd.geometry.checkpoint import measure_checkpoint, read_rows
 
@@ -125,8 +125,7 @@ def test_a_trained_pair_agrees_with_float64(kind, folders, make_pair, make_confi
     train = {"steps": 5, "prompts_per_step": 4}
     config = make_config(kind, optim={"learning_rate": 1e-4}, train=train)
     pair = make_pair(kind, optim={"learning_rate": 1e-4}, train=train)
-    arm = DistillArm(seed=1)
-    distill(pair, open_data(config, 20, arm.seed), config, arm, tmp_path / "arm", "test", None, "x")
+    distill(pair, load_data(config.data, 20), recipe_of(config), tmp_path / "arm")
     base, trained = folders[kind, "student"], tmp_path / "trained"
     pair.student.model.bfloat16().save_pretrained(trained)
     measure_checkpoint(base, trained, tmp_path / "out", CONFIG, {}, progress=False, workers=1)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from tests.conftest import build, sampled
+from tests.conftest import build, pair_of, sampled
 from tests.families.llms import LLMS
 from vlopd.bits import different, holds
 from vlopd.config.masks import VisibleMask
@@ -26,7 +26,6 @@ from vlopd.run.folder import RunFolder
 from vlopd.run.make import make_arm
 from vlopd.run.resolve import read_tensors
 from vlopd.train.optimizers import build_optimizer
-from vlopd.train.pair import load_pair
 from vlopd.train.sparse import Trainable
 from vlopd.weights.delta import stream
 from vlopd.weights.stored import rounded_on_load, stored_tensors
@@ -167,7 +166,7 @@ def test_the_stored_result_is_adamw_of_the_base_in_float64(
         precision={"compute": compute},
         optim={"learning_rate": 1e-6, "weight_decay": 0.1, "max_grad_norm": None},
     )
-    optim, pair, data = config.optim, load_pair(config, "cpu"), make_data(kind, 2)
+    optim, pair, data = config.optim, pair_of(config), make_data(kind, 2)
     model = pair.student.model
     generator = torch.Generator().manual_seed(0)
     marked = {
@@ -278,7 +277,7 @@ def test_a_moving_average_starts_from_the_stored_values(kind, base, students, ma
         teacher={"model": "student", "ema": 0.9},
         precision={"compute": "bf16"},
     )
-    pair = load_pair(config, "cpu")
+    pair = pair_of(config)
     with rounded_on_load(pair.student) as stored:
         trainable = Trainable(pair.student.model, stored=stored)
     ((average, _),) = follow_student(pair, None)
@@ -362,7 +361,7 @@ def test_stored_in_fp16_and_refused_where_that_overflows(students, make_config, 
 def test_a_model_that_was_changed_in_memory_is_not_its_checkpoint(students, make_config):
     """Values that would be read past a change to the loaded model are refused, with the parameter's name."""
     config = make_config("llm", student=str(students["llm", "fp32"]), precision={"compute": "bf16"})
-    pair = load_pair(config, "cpu")
+    pair = pair_of(config)
     pair.student.model.lm_head.weight.data[0, 0] += 1
     with (
         rounded_on_load(pair.student) as stored,

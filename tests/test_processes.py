@@ -87,7 +87,7 @@ def check_failures(out: Path) -> None:
     raised = [json.loads((out / f"process-{k}.json").read_text()) for k in (0, 1)]
     told = {case: (raised[0][case], raised[1][case]) for case in raised[0]}
     for kind in ("llm", "vlm"):
-        rows = pick(together.examples(kind, 2), 0, 2, together.ARM.seed)
+        rows = pick(together.examples(kind, 2), 0, 2, together.SEED)
         broken = next(k for k, e in enumerate(rows) if e.id.endswith("-0"))
         what = f"example {rows[broken].id!r} has no answer"
         assert told[f"row {kind}"][broken].startswith(f"DataError: {what}")
@@ -113,7 +113,7 @@ def check_failures(out: Path) -> None:
 def check_pictures(which: str, models: Path, out: Path) -> None:
     """Six steps with weight decay end in the weights of one process, the same bits on both; tower alone or all."""
     rows = together.every_other_with_picture()
-    steps = [pick(rows, 2 * step, 2, together.ARM.seed) for step in range(6)]
+    steps = [pick(rows, 2 * step, 2, together.SEED) for step in range(6)]
     assert {sum(bool(e.images) for e in step) for step in steps} == {0, 1, 2}
     alone = out / f"{which}-alone"
     expected = together.train_with_few_pictures(models, alone, which)

@@ -14,6 +14,7 @@ from evals.compare import compare
 from evals.harness import evaluate_arm
 from evals.scoring import one_row_a_question
 from tests.command import call
+from tests.conftest import pair_of, recipe_of
 from vlopd import pipeline
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.models import ModelConfig
@@ -28,7 +29,7 @@ from vlopd.models.names import classify
 from vlopd.preflight import inputs
 from vlopd.run.folder import RunFolder
 from vlopd.run.make import make_arm
-from vlopd.train.pair import load_pair, without_weights
+from vlopd.train.pair import without_weights
 from vlopd.train.rollouts import write
 from vlopd.types import Example
 from vlopd.weights.delta import match_report
@@ -95,7 +96,7 @@ def test_the_count_of_tokens_is_the_models_own(kind, make_config, tmp_path):
     """A row that just fits passes, and one token more is refused; training agrees."""
     data = rows_file(tmp_path / "data.jsonl", kind, ["how many red " * 20])
     config = make_config(kind, data=data)
-    pair = load_pair(config, "cpu")
+    pair = pair_of(config)
     example = Example.ask(
         "row-0", "how many red " * 20, (Image.open(tmp_path / "red.png"),) if kind == "vlm" else ()
     )
@@ -109,10 +110,10 @@ def test_the_count_of_tokens_is_the_models_own(kind, make_config, tmp_path):
         uniforms = torch.rand(1, new, dtype=torch.float64)
         if lengths[0] == max(lengths):
             if fits:
-                write(pair, its, [example], ("student",), uniforms)
+                write(pair, its.rollout, [example], ("student",), uniforms)
             else:
                 with pytest.raises(DataError, match=r"'row-0': .* positions"):
-                    write(pair, its, [example], ("student",), uniforms)
+                    write(pair, its.rollout, [example], ("student",), uniforms)
 
 
 def test_a_teachers_context_counts(kind, make_config, folders, tmp_path):
@@ -122,15 +123,19 @@ def test_a_teachers_context_counts(kind, make_config, folders, tmp_path):
     teacher = {"model": str(folders[kind, "teacher"]), "context": context}
     (line,) = inputs.findings(make_config(kind, data=data, teacher=teacher), ["full"])
     assert str(folders[kind, "teacher"]) in line and "256 positions" in line
-    pair = load_pair(make_config(kind, data=data, teacher=teacher), "cpu")
+    pair = pair_of(make_config(kind, data=data, teacher=teacher))
     example = Example.ask(
         "row-0", "how many red", (Image.open(tmp_path / "red.png"),) if kind == "vlm" else ()
     )
     done = write(
-        pair, make_config(kind), [example], ("student",), torch.rand(1, 6, dtype=torch.float64)
+        pair,
+        make_config(kind).rollout,
+        [example],
+        ("student",),
+        torch.rand(1, 6, dtype=torch.float64),
     )
     with pytest.raises(DataError, match=r"'row-0': .* positions"):
-        pair.grade([example], done.completions)
+        pair.teacher_forward([example], done.completions)
 
 
 @pytest.mark.parametrize(
@@ -724,8 +729,8 @@ def test_training_refuses_an_empty_mask(kind, make_pair, make_config, make_data,
     pair = make_pair(kind)
     config = make_config(kind, masks={"m": WHOLE}, arms={"x": {"type": "distill", "mask": "m"}})
     empty = {n: torch.zeros_like(p).bool() for n, p in pair.student.model.named_parameters()}
-    with pytest.raises(ConfigError, match=r"x: nothing is left to train: mask 'm'"):
-        distill(pair, make_data(kind, 4), config, config.arms["x"], tmp_path, "x", empty)
+    with pytest.raises(ConfigError, match=r"x: nothing is left to train: the mask"):
+        distill(pair, make_data(kind, 4), recipe_of(config, "x"), tmp_path / "x", 2, empty)
 
 
 def test_one_line_of_what_is_missing(make_config, monkeypatch, capsys, folders, tmp_path):

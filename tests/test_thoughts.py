@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from evals.harness import Subject, evaluate
 from evals.lm import ArmLM
 from evals.tasks.extraction import conclusion, number_answer
-from tests.conftest import tiny_language
+from tests.conftest import recipe_of, tiny_language
 from tests.test_check import call
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.models import ModelConfig
@@ -304,7 +304,7 @@ def test_rewards_read_the_answer(kind, ends, folders, make_pair, make_config, ma
         config = make_config(
             kind, **{**sections, "rollout": {**sections["rollout"], "temperature": 0.05}}
         )
-        (batch,) = collect(own, config, [example], range(1), 0, 0)
+        (batch,) = collect(own, recipe_of(config), [example], range(1), 0, 0)
         assert batch.rewards.tolist() == [worth, worth]
 
 
@@ -435,7 +435,7 @@ def test_a_teacher_that_is_the_student_has_its_own_arguments(kind, make_config):
     student = {"model": "s", "template_arguments": {"enable_thinking": False, "date": "d"}}
     teacher = {"model": "student", "template_arguments": {"enable_thinking": True}}
     config = make_config(kind, student=student, teacher=teacher)
-    told = config.loaded_as(config.teachers["teacher"])
+    told = config.teachers["teacher"].loaded_from(config.student)
     assert told.model == "s"
     assert told.template_arguments == {"enable_thinking": True, "date": "d"}
     assert config.student.template_arguments["enable_thinking"] is False

@@ -6,13 +6,13 @@ import shutil
 import pytest
 import torch
 
-from tests.conftest import sampled
+from tests.conftest import pair_of, sampled
 from vlopd.config.objective import ReverseKL, RolloutConfig
 from vlopd.errors import ConfigError
 from vlopd.models.load import load
 from vlopd.models.vocabulary import Vocabulary, share_vocabulary
 from vlopd.seeding import uniforms
-from vlopd.train.pair import load_pair, shared_vocabulary
+from vlopd.train.pair import shared_vocabulary
 
 WORDS = ("<s>", "</s>", "red", "blue", "left", "right")
 
@@ -100,7 +100,7 @@ def test_disagreeing_vocabularies_are_refused_before_weights_are_read(
     rewrite_tokenizer(tmp_path / "teacher", lambda v: v.update(crimson=v.pop("red")))
     config = make_config(kind, student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"))
     with pytest.raises(ConfigError, match=r"disagree on 2 of .*'(red|crimson)'"):
-        load_pair(config, "cpu")
+        pair_of(config)
 
 
 def permute(vocabulary):
@@ -125,7 +125,7 @@ def test_a_remapped_teacher_grades_as_the_unmapped_one(
             for was, now in ids.values():
                 new[now] = old[was].clone()
     after.model.save_pretrained(other)
-    plain, mapped = make_pair(kind), load_pair(make_config(kind, teacher=str(other)), "cpu")
+    plain, mapped = make_pair(kind), pair_of(make_config(kind, teacher=str(other)))
     assert mapped.vocabulary.notes and not plain.vocabulary.notes
     examples = make_data(kind)
     results = []
@@ -167,7 +167,7 @@ def test_a_student_with_a_token_more_never_samples_it(
         head[new] = 50 * head[:new].mean(0)
     loaded.model.save_pretrained(student)
     loaded.processor.save_pretrained(student)
-    pair = load_pair(make_config(kind, student=str(student)), "cpu")
+    pair = pair_of(make_config(kind, student=str(student)))
     assert "'<box>'" in pair.vocabulary.notes[-1] and pair.vocabulary.size == new
     prompts = pair.student.render(make_data(kind))
     completions = sampled(pair, prompts, 12, 0)
@@ -186,5 +186,5 @@ def test_shared_vocabulary_of_the_built_in_pairs(make_config):
             "context": {"type": "caption", "column": "caption"},
         },
     )
-    shared = shared_vocabulary(config)
+    shared = shared_vocabulary(config.student, config.teachers.values())
     assert isinstance(shared.student, int) and not shared.notes

@@ -13,16 +13,15 @@ from pathlib import Path
 
 import torch
 
+from tests.conftest import pair_of, recipe_of
 from vlopd import distributed
-from vlopd.config.arms import DistillArm
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.data.shapes import ShapesDataset
-from vlopd.distill import distill
+from vlopd.distill import Hooks, distill
 from vlopd.errors import UserError
-from vlopd.train.pair import load_pair
 from vlopd.types import Example
 
-ARM = DistillArm(seed=7)
+SEED = 7
 NAN = float("nan")
 
 
@@ -62,15 +61,15 @@ def train_with_few_pictures(models: Path, folder: Path, which: str) -> dict[str,
         optim={"learning_rate": 1e-2, "weight_decay": 0.5, "eps": 1e-3},
         train={"steps": 6, "prompts_per_step": 2, "freeze": freeze},
     )
-    pair = load_pair(config, "cpu")
-    distill(pair, every_other_with_picture(), config, ARM, folder, which)
+    pair = pair_of(config)
+    distill(pair, every_other_with_picture(), recipe_of(config), folder, SEED)
     return {name: p.detach().clone() for name, p in pair.student.model.named_parameters()}
 
 
 def fail(models: Path, folder: Path, what: str, kind: str) -> None:
     """Trains where one process alone meets something that it cannot go on from."""
     first = distributed.accelerator().is_main_process
-    sections, rows, more = {}, examples(kind, 2), {}
+    sections, rows, hooks = {}, examples(kind, 2), Hooks()
     if what == "row":
         rows = [replace(rows[0], answer=None), rows[1]]
         sections["rollout"] = {"source": "data"}
@@ -79,10 +78,9 @@ def fail(models: Path, folder: Path, what: str, kind: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "state").write_text("where a folder should be")
     if what == "held-out":
-        sections["eval"] = {"during": {"every": 1, "tasks": ["shapes_text_validation"]}}
-        more["evaluate"] = lambda student: 1 / 0
+        hooks = Hooks(evaluate=lambda student: 1 / 0, evaluate_every=1)
     config = make_config(models, kind, **sections)
-    pair = load_pair(config, "cpu")
+    pair = pair_of(config)
 
     def spoil(module, inputs, output):
         if what == "loss" or not torch.is_grad_enabled():  # sampling has no gradients
@@ -91,7 +89,7 @@ def fail(models: Path, folder: Path, what: str, kind: str) -> None:
     if what in ("loss", "sampler") and not first:
         loaded = pair.teachers[0].loaded if what == "loss" else pair.student
         loaded.model.get_output_embeddings().register_forward_hook(spoil)
-    distill(pair, rows, config, ARM, folder, what, **more)
+    distill(pair, rows, recipe_of(config), folder, SEED, hooks=hooks, identity=what)
 
 
 FAILURES = [

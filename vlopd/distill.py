@@ -1,152 +1,185 @@
-"""On-policy distillation: the loop. Start reading here.
+"""On-policy distillation: the training loop. Start reading here.
 
-Each step: 1. the student samples completions of the step's prompts; 2. the teacher, reading the same
-examples in its own template and resolution, grades every token of them; 3. the loss at the completion tokens,
-averaged over the whole step, is back-propagated through the student's log-probs only (not through the
-sampling); 4. the optimizer moves the trained coordinates' fp32 values, which are rounded into the model.
+Each step: 1. the student samples completions of the step's prompts; 2. the teacher's forward pass over them, on the
+same examples in its own template and resolution; 3. the loss at the completion tokens, averaged over the whole step,
+is back-propagated through the student's log-probs only (not through the sampling); 4. the optimizer updates the
+trained coordinates' fp32 values, which are rounded into the model.
 
-The baselines are this same loop: completions may be the teacher's or the data's (sources.py), and a
-reward's advantages may be mixed in or stand alone (rewards.py). Retraining a subnetwork is it with a mask.
+The baselines are this same loop: completions may be the teacher's or the data's (train/rollouts.py), and a reward's
+advantages may be mixed into the loss or replace it (train/rewards.py); where nothing is learned from a teacher, none
+is needed. Retraining a subnetwork is this loop with a mask.
 
-What it does not do, and why: no replay buffer (a step's completions are used in that step, once unless
-train.updates_per_rollout says more) and no reference model (the teacher is the only other opinion); no
-`Trainer` subclass and no callbacks (the loop is short enough to edit).
+There is no replay buffer (a step's completions are used in that step, once unless train.updates_per_rollout says
+more), no reference model besides the teacher, and no `Trainer` subclass: the loop is short enough to edit.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
+from accelerate.tracking import GeneralTracker
 from torch import Tensor
 
 from vlopd import distributed
-from vlopd.config.arms import DistillArm
-from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.recipe import Recipe
 from vlopd.data.load import pick
-from vlopd.errors import ConfigError, RunError, UserError
-from vlopd.files import whole_folder
+from vlopd.errors import ConfigError, RunError
+from vlopd.files import read_jsonl
 from vlopd.models import names
 from vlopd.models.loaded import LoadedModel
-from vlopd.train.log import TrainingLog, open_trackers
+from vlopd.models.save import save
+from vlopd.train.checks import TrainingError, refuse_broken, refuse_not_finite, refuse_overflow
+from vlopd.train.log import Stopwatch, TrainingLog, sample_rows
 from vlopd.train.losses import TokenDivergence, token_weights
-from vlopd.train.metrics import finite, summarise
-from vlopd.train.optimizer_statistics import MOMENTS, Look
-from vlopd.train.optimizers import Optimizers, build_optimizer, learning_rate
-from vlopd.train.pair import Graded, ModelPair
+from vlopd.train.metrics import summarise
+from vlopd.train.optimizer_statistics import UpdateStatistics
+from vlopd.train.optimizers import build_optimizer, learning_rate
+from vlopd.train.pair import ModelPair, TeacherForward
 from vlopd.train.resume import Averages, resume, save_state
 from vlopd.train.rollouts import Batch, collect
 from vlopd.train.sparse import Trainable
 from vlopd.types import Example
-from vlopd.weights.stored import rounded_on_load
+from vlopd.weights.stored import rounded_on_load, stored_tensors
 from vlopd.weights.subspace import Projection
 
 Evaluate = Callable[[LoadedModel], Mapping[str, Mapping[str, float]]]
-"""Scores a model on the held-out questions of eval.during: {task: {metric: mean}}."""
+"""Scores a model on held-out questions: {task: {metric: mean}}."""
 
-Grades = dict[int, list[Graded]]
-"""What the teachers make of a step's micro-batches, by their place."""
+Forwards = dict[int, list[TeacherForward]]
+"""The teachers' forward passes over a step's micro-batches, by index."""
 
 
-class TrainingError(UserError):
-    """Training cannot go on; the last good state is intact."""
+@dataclass(frozen=True)
+class Hooks:
+    """What observes a training run; nothing here affects its numbers. Called in the first of several processes."""
+
+    keep: Callable[[int, Trainable], None] | None = None
+    """Called after each of train.keep_steps, with its number."""
+    evaluate: Evaluate | None = None
+    """Scores the student, for heldout.jsonl: before the first step, after the last, and every `evaluate_every`."""
+    evaluate_every: int | None = None
+    trackers: Sequence[GeneralTracker] = ()
+    """Started trackers of accelerate, finished with the training (train/log.py: open_trackers)."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training run: the student, its trained coordinates, the folder with the logs."""
+
+    student: LoadedModel
+    trainable: Trainable
+    out: Path
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl, one a step."""
+        return read_jsonl(self.out / "metrics.jsonl")
+
+    def save(self, folder: Path | str) -> None:
+        """Writes the student as a Hugging Face folder, each tensor in the dtype of the checkpoint it came from."""
+        with stored_tensors(self.student) as stored:
+            state = {**self.student.model.state_dict(), **self.trainable.merged(dict(stored))}
+        save(self.student, Path(folder), f"{self.student.name}, trained by vlopd.\n", state)
 
 
 def distill(
     pair: ModelPair,
     data: Sequence[Example],
-    config: ExperimentConfig,
-    arm: DistillArm,
-    folder: Path,
-    title: str,
+    recipe: Recipe,
+    out: Path | str,
+    seed: int = 1,
     mask: Mapping[str, Tensor] | None = None,
-    identity: str = "",
-    accelerator: Accelerator | None = None,
+    hooks: Hooks = Hooks(),
+    *,
     projections: Mapping[str, Projection] | None = None,
-    keep: Callable[[int, Trainable], None] | None = None,
-    evaluate: Evaluate | None = None,
-) -> Trainable:
-    """Trains the pair's student in place and returns its trained coordinates.
+    identity: str | None = None,
+    title: str | None = None,
+    accelerator: Accelerator | None = None,
+) -> Trained:
+    """Trains the pair's student in place.
 
-    `config` is the experiment as the arm sees it (`ExperimentConfig.of_arm`). Writes metrics.jsonl,
-    samples.jsonl and a resumable state/ into `folder`, and optimizer.jsonl and heldout.jsonl where they are
-    asked for; a state left there by a killed run with the same `identity` (a digest of everything that
-    decides the result) is gone on from. `projections` are of the gradients, by parameter; `keep` gets the number
-    of each of train.keep_steps. `evaluate` only looks: no later number of the training depends on it.
+    `seed` is of the data order and the sampling. With `mask` only its coordinates train; `projections` are of the
+    gradients, by parameter. Writes metrics.jsonl and samples.jsonl into `out`, and optimizer.jsonl and heldout.jsonl
+    where asked for. With an `identity` (a digest of everything that decides the result) it also saves its state there,
+    and resumes from a saved state whose `identity` matches. `title` names the run in messages; the folder's by default.
 
     Raises TrainingError when the loss, a gradient, a log-prob or an updated value is not finite. Of several
     processes all raise where one does.
     """
+    out = Path(out)
+    title = out.name if title is None else title
     accelerator = accelerator or distributed.accelerator()
-    train, rollout = config.train, config.rollout
+    train, optim, group = recipe.train, recipe.optim, recipe.rollout.completions_per_prompt
     main = accelerator.is_main_process
     with distributed.together(accelerator):
+        if recipe.needs_teacher and not pair.teachers:
+            raise ConfigError(
+                f"{recipe.needs_teacher} needs a teacher: load_pair(student, teacher)"
+            )
         names.freeze(pair.student.model, train.freeze)
         with rounded_on_load(pair.student) as stored:
             trainable = Trainable(pair.student.model, mask, projections, stored=stored)
         if trainable.count == 0:
             raise ConfigError(
-                f"{title}: nothing is left to train: mask {arm.mask!r} has no coordinate outside of train.freeze = "
+                f"{title}: nothing is left to train: the mask has no coordinate outside of train.freeze = "
                 f"{list(train.freeze)}; the arm would be the base under another name"
             )
-        optimizer = build_optimizer(config.optim, trainable)
+        optimizer = build_optimizer(optim, trainable)
         averages = follow_student(pair, mask)
-        start = resume(folder / "state", trainable, optimizer, averages, identity)
+        start = 0
+        if identity is not None:
+            start = resume(out / "state", trainable, optimizer, averages, identity)
         share = split_evenly(train.prompts_per_step, accelerator)
-        pair.check_teachers_prompt(pick(data, 0, 1, arm.seed))
-        trackers = open_trackers(config, folder, title) if main else []
-        log = TrainingLog(folder, title, train.steps, start, main, trackers)
-    refuse_other_starts(start, folder, accelerator)
-    reached = start > 0  # whether anything that trains has had a gradient
+        pair.check_teachers_prompt(pick(data, 0, 1, seed))
+        log = TrainingLog(out, title, train.steps, start, main, hooks.trackers)
+    refuse_other_starts(start, out, accelerator)
+    has_gradient = start > 0  # whether any trained value has had one
     with log:
-        for note in config.notes:
+        for note in recipe.notes:
             log.note(note)
         if start == 0:
-            look_at_held_out(config, 0, pair, log, accelerator, evaluate)
+            evaluate_held_out(hooks, 0, train.steps, pair.student, log, accelerator)
         for step in range(start, train.steps):
             clock = Stopwatch()
             with distributed.together(accelerator):
-                examples = pick(
-                    data, step * train.prompts_per_step + share.start, len(share), arm.seed
-                )
-                rate = learning_rate(config.optim, step, train.steps)
+                first = step * train.prompts_per_step + share.start
+                examples = pick(data, first, len(share), seed)
+                rate = learning_rate(optim, step, train.steps)
                 clock.lap("data")
 
-                # 1. the student samples (or whoever else writes)
-                batches = collect(pair, config, examples, share, arm.seed, step)
+                # 1. the student samples (or the teacher or the data writes)
+                batches = collect(pair, recipe, examples, share, seed, step)
                 clock.lap("rollout")
 
             rows: list[dict[str, Any]] = []
-            grades: Grades | None = {} if train.updates_per_rollout > 1 else None
-            for _ in range(train.updates_per_rollout):
-                # 2. and 3. the teacher grades, the student learns
+            forwards: Forwards | None = {} if train.updates_per_rollout > 1 else None
+            for update in range(train.updates_per_rollout):
+                # 2. and 3. the teacher's forward pass, the loss, the student's backward pass
                 trainable.zero_grad()
-                loss, graded = backward(pair, config, batches, accelerator, clock, grades)
+                loss, tokens = backward(pair, recipe, batches, accelerator, clock, forwards)
+                norm = gather_gradients(trainable, optim.max_grad_norm, accelerator)
+                has_gradient |= any(value.grad is not None for value in trainable.parameters())
+                rows.append(summarise(step, loss, norm, batches, tokens, group, accelerator))
+                refuse_not_finite(rows[-1], batches, tokens, out, title, accelerator)
 
                 # 4. the update
-                norm = gather_gradients(trainable, config.optim.max_grad_norm, accelerator)
-                reached |= any(value.grad is not None for value in trainable.parameters())
-                group = rollout.completions_per_prompt
-                rows.append(summarise(step, loss, norm, batches, graded, group, accelerator))
-                refuse_not_finite(rows[-1], batches, graded, folder, title, accelerator)
                 with distributed.together(accelerator):
-                    if len(rows) == 1 and step % train.sample_every == 0:
-                        log_samples(log, step, pair, batches[0], graded[0], group)
+                    if update == 0 and step % train.sample_every == 0:
+                        log.samples(step, *sample_rows(pair.student, batches[0], tokens[0], group))
                     is_due = train.evidence_every and step % train.evidence_every == 0
-                    look = Look(trainable) if is_due and len(rows) == 1 else None
+                    statistics = UpdateStatistics(trainable) if is_due and update == 0 else None
                     optimizer.step(rate)
                     refuse_overflow(
-                        step, rate, trainable, optimizer, folder, title, config.optim.weight_decay
+                        step, rate, trainable, optimizer, out, title, optim.weight_decay
                     )
-                    if look is not None:
-                        log.append("optimizer.jsonl", look.rows(step, trainable, optimizer))
+                    if statistics is not None:
+                        log.append("optimizer.jsonl", statistics.rows(step, trainable, optimizer))
                     trainable.write_back()
                     clock.lap("update")
             for average, decay in averages:
@@ -157,71 +190,70 @@ def distill(
             keeps, saves = done in train.keep_steps, done % train.save_every == 0
             if keeps or saves or done == train.steps:
                 with distributed.together(accelerator):
-                    refuse_broken(done, pair, batches[0], graded[0], config, folder, title)
-                    if done == train.steps and not reached:
-                        raise TrainingError(
-                            f"{title}: in {done} steps nothing that trains got a gradient, so this arm would be the "
-                            f"base; the data does not read {next(iter(trainable.slots))}, say: see train.freeze, "
-                            "the arm's mask and data.image"
-                        )
-            row = rows[0]  # of the weights that wrote the completions
+                    chunk = recipe.loss.chunk_tokens
+                    refuse_broken(done, pair, batches[0], tokens[0], chunk, optim, out, title)
+                    if done == train.steps and not has_gradient:
+                        refuse_untrained(done, trainable, title)
+            row = rows[0]  # of the weights that sampled the completions
             with distributed.together(accelerator):
                 log.step({**row, "learning_rate": rate, **clock.seconds(row["completion_tokens"])})
-            look_at_held_out(config, done, pair, log, accelerator, evaluate)
+            evaluate_held_out(hooks, done, train.steps, pair.student, log, accelerator)
             with distributed.together(accelerator):
-                if keep and keeps and main:
-                    keep(done, trainable)
-                if saves and main:
-                    save_state(folder / "state", done, trainable, optimizer, averages, identity)
-    return trainable
+                if hooks.keep and keeps and main:
+                    hooks.keep(done, trainable)
+                if saves and main and identity is not None:
+                    save_state(out / "state", done, trainable, optimizer, averages, identity)
+    return Trained(pair.student, trainable, out)
 
 
 def backward(
     pair: ModelPair,
-    config: ExperimentConfig,
+    recipe: Recipe,
     batches: Sequence[Batch],
     accelerator: Accelerator,
     clock: Stopwatch,
-    grades: Grades | None = None,
+    forwards: Forwards | None = None,
 ) -> tuple[float, list[TokenDivergence]]:
-    """Adds up the gradient of the step's loss over this process's micro-batches.
+    """Accumulates the gradient of the step's loss over this process's micro-batches.
 
-    `grades` keeps what the teachers make of each from one update to the next: within a step they do not move.
-    Returns this process's part of the loss, and what is known of every token, micro-batch by micro-batch.
+    `forwards` caches the teachers' forward passes from one update to the next: within a step teachers do not change.
+    Returns this process's part of the loss, and loss and diagnostics of every token, by micro-batch.
     """
     n_tokens, n_completions = count(batches, accelerator)
-    longest = config.rollout.max_new_tokens
-    graded: list[TokenDivergence] = []
+    longest = recipe.rollout.max_new_tokens
+    found: list[TokenDivergence] = []
     loss = 0.0
     with distributed.together(accelerator):
         for k, batch in enumerate(batches):
             completions = batch.completions
-            theirs = grades.get(k) if grades else None
+            theirs = None if forwards is None else forwards.get(k)
             if theirs is None:
-                theirs = pair.grade(batch.examples, completions)
-                if grades is not None:
-                    grades[k] = theirs
+                theirs = pair.teacher_forward(batch.examples, completions)
+                if forwards is not None:
+                    forwards[k] = theirs
             clock.lap("teacher")
             tokens = pair.loss_of(
-                config.loss, theirs, batch.prompts, completions, config.reward, batch.advantages
+                recipe.loss, theirs, batch.prompts, completions, recipe.reward, batch.advantages
             )
-            weights = token_weights(config.loss, completions.mask, n_tokens, n_completions, longest)
+            weights = token_weights(recipe.loss, completions.mask, n_tokens, n_completions, longest)
             part = (tokens.loss * weights).sum()
-            if part.requires_grad:  # not where nothing that trains was read: eyes alone, no picture
+            if (
+                part.requires_grad
+            ):  # false if no trained parameter was used: a vision tower, no picture
                 part.backward()
             loss += part.item()
-            graded.append(TokenDivergence(*(column.detach() for column in tokens)))
+            found.append(tokens._replace(loss=tokens.loss.detach()))
             clock.lap("student")
-    return loss, graded
+    return loss, found
 
 
 def gather_gradients(
     trainable: Trainable, max_norm: float | None, accelerator: Accelerator
 ) -> float:
-    """Sums gradients over processes and clips them; returns their norm before that.
+    """Sums gradients over processes and clips them; returns their norm before clipping.
 
-    A process that has no gradient of a value (no row of its own with a picture, say) adds zeros. Where none
-    has, there is none, as with one process: optimizers pass such a value by, weight decay included.
+    A process without a gradient of a value (none of its rows has a picture, say) adds zeros. Where no process has
+    one, the value has none, as with a single process: optimizers skip it, weight decay included.
     """
     values = list(trainable.parameters())
     if accelerator.num_processes > 1:
@@ -235,7 +267,7 @@ def gather_gradients(
 
 
 def follow_student(pair: ModelPair, mask: Mapping[str, Tensor] | None) -> Averages:
-    """Teachers that follow the student: only the trained coordinates move, so only those are averaged."""
+    """Teachers that are moving averages of the student. Only the trained coordinates differ and are averaged."""
     averages = []
     trains = {name: p.requires_grad for name, p in pair.student.model.named_parameters()}
     for teacher in pair.teachers:
@@ -266,214 +298,37 @@ def count(batches: Sequence[Batch], accelerator: Accelerator) -> tuple[int, int]
     return int(sums[0]), int(sums[1])
 
 
-def look_at_held_out(
-    config: ExperimentConfig,
-    step: int,
-    pair: ModelPair,
+def evaluate_held_out(
+    hooks: Hooks,
+    done: int,
+    steps: int,
+    student: LoadedModel,
     log: TrainingLog,
     accelerator: Accelerator,
-    evaluate: Evaluate | None,
 ) -> None:
-    """Scores the student after `step` steps, if that is due; the first process does, the others wait."""
-    during = config.eval.during
-    if evaluate is None or during is None:
+    """Scores the student after `done` of `steps` steps, if due; the first process evaluates, the others wait."""
+    if hooks.evaluate is None:
         return
-    if step % during.every and step != config.train.steps:
-        return
-    with distributed.together(accelerator):
-        if accelerator.is_main_process:
-            log.held_out(step, evaluate(pair.student))
+    is_due = done in (0, steps) or (hooks.evaluate_every and done % hooks.evaluate_every == 0)
+    if is_due:
+        with distributed.together(accelerator):
+            if accelerator.is_main_process:
+                log.held_out(done, hooks.evaluate(student))
 
 
-# --------------------------------------------------------------------------------------- bookkeeping
-
-
-class Stopwatch:
-    """Seconds by name; what a name takes in several laps adds up."""
-
-    def __init__(self) -> None:
-        self.started = self.last = self.now()
-        self.laps: dict[str, float] = {}
-
-    @staticmethod
-    def now() -> float:
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()  # kernels are still under way when their calls return
-        return time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now, key = self.now(), f"{name}_seconds"
-        self.laps[key] = self.laps.get(key, 0.0) + now - self.last
-        self.last = now
-
-    def seconds(self, tokens: int) -> dict[str, float]:
-        total = self.last - self.started
-        return {
-            **{name: round(each, 4) for name, each in self.laps.items()},
-            "seconds": round(total, 4),
-            "tokens_per_second": round(tokens / total, 1),
-        }
-
-
-def refuse_other_starts(start: int, folder: Path, accelerator: Accelerator) -> None:
-    """Raises RunError where the processes did not find the same state."""
+def refuse_other_starts(start: int, out: Path, accelerator: Accelerator) -> None:
+    """Raises RunError where the processes did not find the same saved state."""
     starts = distributed.gathered(accelerator, start)
     if len(set(starts)) > 1:
         raise RunError(
-            f"the processes would go on from steps {starts}: they do not see the same {folder / 'state'}; "
+            f"the processes would resume from steps {starts}: they do not see the same {out / 'state'}; "
             "put the run folder where all of them see it"
         )
 
 
-def refuse_not_finite(
-    row: Mapping[str, Any],
-    batches: Sequence[Batch],
-    graded: Sequence[TokenDivergence],
-    folder: Path,
-    title: str,
-    accelerator: Accelerator,
-) -> None:
-    """Raises TrainingError where a loss, gradient or log-prob is not finite, on all processes if on one.
-
-    Each process saves its batches first.
-    """
-    own: list[str] = []
-    for batch, tokens in zip(batches, graded, strict=True):
-        mask = batch.completions.mask
-        fine = torch.ones_like(mask)
-        fine[mask] = tokens.loss.isfinite() & batch.completions.logprobs[mask].isfinite()
-        own += [e.id for e, ok in zip(batch.examples, fine.all(1).tolist(), strict=True) if not ok]
-    # loss and norm are of all processes, and so the same on each
-    sound = finite(row["loss"]) and finite(row["grad_norm"])
-    if sound and not distributed.on_any(accelerator, bool(own)):
-        return
-    every = [example for batch in batches for example in batch.examples]
-    where = folder / "not-finite"
-    with (
-        distributed.together(accelerator),
-        whole_folder(where / f"process-{accelerator.process_index}") as temporary,
-    ):
-        for k, (batch, tokens) in enumerate(zip(batches, graded, strict=True)):
-            about = {"ids": batch.completions.ids, "mask": batch.completions.mask}
-            about |= {"sampler_logprobs": batch.completions.logprobs, **tokens._asdict()}
-            save_file(
-                {name: x.clone() for name, x in about.items()},
-                temporary / f"batch-{k}.safetensors",
-            )
-        told = [{"id": e.id, "question": e.question, "answer": e.answer} for e in every]
-        examples = {"step": row["step"], "not_finite": own, "examples": told}
-        (temporary / "examples.json").write_text(json.dumps(examples, indent=1))
-    several = accelerator.num_processes > 1
-    bad = [
-        f"{id} (process {k})" if several else id
-        for k, ids in enumerate(distributed.gathered(accelerator, own))
-        for id in ids
-    ]
-    shown = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+def refuse_untrained(done: int, trainable: Trainable, title: str) -> None:
+    """Raises TrainingError: no trained parameter was used in any forward pass."""
     raise TrainingError(
-        f"{title}: at step {row['step']} the loss is {row['loss']} and the gradient's norm "
-        f"{row['grad_norm']}; not finite are the tokens of "
-        f"{shown or f'no example among {every[0].id} to {every[-1].id}, so the gradient alone'}; the batch is "
-        f"in {where}, the last good state in {folder / 'state'}; a lower optim.learning_rate may help"
+        f"{title}: in {done} steps no trained parameter got a gradient, so this arm would be the base; the data does "
+        f"not use {next(iter(trainable.slots))}, for one: see train.freeze, the arm's mask and data.image"
     )
-
-
-def refuse_overflow(
-    step: int,
-    rate: float,
-    trainable: Trainable,
-    optimizer: Optimizers,
-    folder: Path,
-    title: str,
-    decay: float = 0.0,
-) -> None:
-    """Raises TrainingError where an update left a value, or what the optimizer keeps of it, not finite.
-
-    An infinite second moment, which a gradient beyond 1.8e19 gives, would stop its coordinate for good and say
-    nothing. All tensors go through one norm, and so through one wait for the device.
-    """
-    left = {f"the values of {name}": values for name, values in trainable.state().items()}
-    for name, entries in optimizer.state().items():
-        for key in MOMENTS:
-            if isinstance(moment := entries.get(key), Tensor):
-                left[f"{key} of {name}"] = moment
-    tensors = [tensor for tensor in left.values() if tensor.numel()]
-    if bool(torch.nn.utils.get_total_norm(tensors, math.inf).isfinite()):
-        return
-    what, tensor = next((w, x) for w, x in left.items() if not bool(x.isfinite().all()))
-    raise TrainingError(
-        f"{title}: the update of step {step}, at learning rate {rate:g}, left "
-        f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} numbers in {what} not finite; the last good "
-        f"state is in {folder / 'state'}; {lower(rate, decay)}, or set optim.max_grad_norm"
-    )
-
-
-def lower(rate: float, decay: float) -> str:
-    """Which setting to lower: decay, where it alone makes values grow with every update (|1 - rate * decay| > 1)."""
-    if rate * decay > 2:
-        return f"lower optim.weight_decay, under which values are multiplied by 1 - {rate:g} * {decay:g}"
-    return "lower optim.learning_rate"
-
-
-def refuse_broken(
-    done: int,
-    pair: ModelPair,
-    batch: Batch,
-    tokens: TokenDivergence,
-    config: ExperimentConfig,
-    folder: Path,
-    title: str,
-) -> None:
-    """Raises TrainingError where the student, after `done` steps, gives a log-prob that is no longer finite.
-
-    Of the step's first micro-batch, whose `tokens` are known: what the next step's loss would find, for weights
-    that are kept before there is one.
-    """
-    mask, chunk = batch.completions.mask, config.loss.chunk_tokens
-    logprobs = pair.student_logprobs(batch.prompts, batch.completions, chunk)
-    fine = torch.ones_like(mask)
-    fine[mask] = logprobs.isfinite() | ~tokens.student_logprobs.isfinite()
-    bad = [e.id for e, ok in zip(batch.examples, fine.all(1).tolist(), strict=True) if not ok]
-    if bad:
-        raise TrainingError(
-            f"{title}: after {done} steps the student's log-probs of {', '.join(bad[:5])} are not finite, so these "
-            f"weights are not kept; the last good state is in {folder / 'state'}; "
-            f"{lower(config.optim.learning_rate, config.optim.weight_decay)}"
-        )
-
-
-def log_samples(
-    log: TrainingLog,
-    step: int,
-    pair: ModelPair,
-    batch: Batch,
-    tokens: TokenDivergence,
-    group: int,
-    most: int = 4,
-) -> None:
-    """A few completions of this step, of different prompts, with both models' log-prob of every token."""
-    completions, tokenizer = batch.completions, pair.student.tokenizer
-    counts = completions.mask.sum(1).tolist()
-    ours, theirs = (
-        column.split(counts) for column in (tokens.student_logprobs, tokens.teacher_logprobs)
-    )
-    chosen = range(0, len(batch.examples), group)[:most]
-    rows = []
-    for k in chosen:
-        ids = completions.ids[k][completions.mask[k]].tolist()
-        row = {
-            "writer": batch.writers[k],
-            "completion": pair.student.transcript(ids),
-            "tokens": tokenizer.convert_ids_to_tokens(ids),
-            "student_logprobs": [rounded(x) for x in ours[k].tolist()],
-            "teacher_logprobs": [rounded(x) for x in theirs[k].tolist()],
-        }
-        if batch.rewards is not None:
-            row["reward"] = float(batch.rewards[k])
-        rows.append(row)
-    log.samples(step, [batch.examples[k] for k in chosen], rows)
-
-
-def rounded(logprob: float) -> float | None:
-    """For JSON, which has no infinity: a teacher may ban a token."""
-    return round(logprob, 4) if math.isfinite(logprob) else None

@@ -78,7 +78,8 @@ def write_report(its: Stage, config: ExperimentConfig) -> None:
             for name, entry in compared["tasks"].items()
             for question in examples.questions(run, name, entry)
         ],
-        "training": training_context(data["training"], roles, drawn),
+        "training": training_context(data["training"]),
+        "curves": training_curves(data["training"], roles, drawn),
         "held_out": rows_of(data["held_out"]),
         "probes": rows_of(data["probes"]),
         "alignment": rows_of(data["alignment"]),
@@ -184,20 +185,37 @@ def across(table: pd.DataFrame, head: Callable[[Context], str]) -> Context | Non
     return {"columns": ["Arm", *map(head, rows[0][1])], "rows": rows}
 
 
-def training_context(
-    training: pd.DataFrame, roles: Mapping[str, str], drawn: dict[str, str]
-) -> list[Context]:
-    """The KL curves, and where each arm ended: means over its last tenth of steps."""
+CURVES = {
+    "kl": ("KL to the teacher", "KL(student || teacher), nats/token"),
+    "reward": ("Reward", "mean reward of the student's samples"),
+    "loss": ("Loss", "training loss"),
+}
+"""What the training curves show: the first of which there are values."""
+
+
+def training_context(training: pd.DataFrame) -> list[Context]:
+    """The state at the end of each arm's training: means over its last tenth of steps."""
     if training.empty:
         return []
-    label = "KL(student || teacher), nats/token"
-    draw(drawn, "training", figures.curves(training, roles, "kl", label))
     ends = []
     for arm, part in training.groupby("arm", sort=False):
         last = part.tail(max(1, len(part) // 10)).mean(numeric_only=True)
         seconds = float(part["seconds"].sum()) if "seconds" in part else None
-        ends.append({**last.to_dict(), "arm": arm, "steps": len(part), "seconds": seconds})
+        known = {"kl": None, **last.dropna().to_dict()}
+        ends.append({**known, "arm": arm, "steps": len(part), "seconds": seconds})
     return ends
+
+
+def training_curves(
+    training: pd.DataFrame, roles: Mapping[str, str], drawn: dict[str, str]
+) -> Context | None:
+    """Draws the training curves; their title and the label of their values."""
+    for value, (title, label) in CURVES.items():
+        if value in training and training[value].notna().any():
+            known = training.dropna(subset=[value])
+            draw(drawn, "training", figures.curves(known, roles, value, label))
+            return {"title": title, "label": label}
+    return None
 
 
 def geometry_context(
@@ -276,6 +294,8 @@ def environment() -> Environment:
 
 
 def teachers_of(config: ExperimentConfig) -> str:
-    """`teacher X`, or all of several by name."""
+    """`teacher X`, all of several by name, or `no teacher`."""
+    if config.teacher is None:
+        return "no teacher"
     names = [f"{name} {about.model}" for name, about in config.teachers.items()]
     return ", ".join(names) + ("" if len(names) == 1 else f" ({config.teacher.type})")

@@ -117,20 +117,26 @@ def generations(run: RunFolder, arms: Sequence[str]) -> list[dict[str, Any]]:
         wanted = sorted({steps[round(i * (len(steps) - 1) / 2)] for i in range(SAMPLES_PER_ARM)})
         for step in wanted:
             row = next(row for row in rows if row["step"] == step)
+            columns = {
+                model: row[f"{model}_logprobs"]
+                for model in ("student", "teacher")
+                if f"{model}_logprobs" in row  # no teacher's where there is none
+            }
             tokens = [
-                {
-                    "text": shown(text),
-                    "student": student,
-                    "teacher": teacher,
-                    "strength": min(1.0, max(0.0, teacher / LEAST_LOGPROB)),
-                }
-                for text, student, teacher in zip(
-                    row["tokens"], row["student_logprobs"], row["teacher_logprobs"], strict=True
-                )
+                token_of(text, {model: column[k] for model, column in columns.items()})
+                for k, text in enumerate(row["tokens"])
             ]
             picture = data_uri(run.arm(arm), row["image"])
             found.append({**row, "arm": arm, "tokens": tokens, "picture": picture})
     return found
+
+
+def token_of(text: str, logprobs: Mapping[str, float | None]) -> dict[str, Any]:
+    """A sampled token with its log-probs as its title and the teacher's as its colour; null is a banned token."""
+    told = (f"{model} {'-inf' if x is None else format(x, '.2f')}" for model, x in logprobs.items())
+    teacher = logprobs.get("teacher", 0.0)
+    strength = 1.0 if teacher is None else min(1.0, max(0.0, teacher / LEAST_LOGPROB))
+    return {"text": shown(text), "title": f"{', '.join(told)} nats", "strength": strength}
 
 
 def data_uri(root: Path, name: str | None) -> str | None:

@@ -167,7 +167,7 @@ def training(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
     for arm in config.arms:
         path = run.arm(arm) / "metrics.jsonl"
         if path.exists() and (rows := read_jsonl(path)):
-            frame = pd.DataFrame(rows)
+            frame = pd.DataFrame(rows).apply(pd.to_numeric)  # a column of nulls has no type
             frame.insert(0, "arm", arm)
             frames.append(frame)
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()

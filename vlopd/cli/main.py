@@ -139,8 +139,15 @@ def check(
                 console.print(f"[red]not ready[/]: {escape(line)}", soft_wrap=True)
             if lines:
                 raise typer.Exit(1)
-            examples = first_examples(config)
-            rows = preflight(load_pair(config, device), config, examples)
+            examples = first_examples(config.data, config.teachers)
+            pair = load_pair(
+                config.student,
+                config.teacher,
+                compute=config.precision.compute,
+                device=device,
+                images=config.data.has_images,
+            )
+            rows = preflight(pair, config, examples)
     except UserError as error:
         console.print(f"[red]not ready[/]: {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None

@@ -30,7 +30,7 @@ from vlopd.config.masks import (
     WholeMask,
 )
 from vlopd.config.models import ModelConfig, PrecisionConfig, TeacherConfig, as_table
-from vlopd.config.recipe import Recipe
+from vlopd.config.recipe import Recipe, RecipeSections
 from vlopd.config.roles import Roles, roles_of
 from vlopd.config.training import Muon
 from vlopd.errors import ConfigError
@@ -43,7 +43,7 @@ class TrackingConfig(Section):
     """wandb runs offline unless WANDB_MODE is set."""
 
 
-class ExperimentConfig(Recipe):
+class ExperimentConfig(RecipeSections):
     """All settings that determine the results of an experiment."""
 
     name: Name
@@ -57,34 +57,30 @@ class ExperimentConfig(Recipe):
     eval: EvalConfig = EvalConfig()
     tracking: TrackingConfig = TrackingConfig()
 
-    def of_arm(self, arm: DistillArm) -> ExperimentConfig:
-        """The experiment as this arm sees it: its own sections put over the run's.
+    def recipe_of(self, arm: DistillArm) -> Recipe:
+        """How an arm is trained: its own sections merged into the run's.
 
-        Raises ConfigError where they do not fit.
+        Raises ConfigError where they do not fit together.
         """
-        if not arm.own:
-            return self
-        tree = self.model_dump(mode="json", include=set(Recipe.model_fields), exclude_none=True)
-        merge(tree, arm.own)
+        sections = {name: section for name, section in self if name in Recipe.model_fields}
+        if arm.own:
+            sections |= {
+                name: section.model_dump(mode="json")
+                for name, section in sections.items()
+                if name in arm.own and section is not None
+            }
+            merge(sections, arm.own)
         try:
-            recipe = Recipe.model_validate(tree)
+            return Recipe.model_validate(sections)
         except ValidationError as error:
             raise ConfigError(explain_errors(error, Recipe)) from None
-        return self.model_copy(update={k: v for k, v in recipe if k in arm.own})
 
     @property
     def roles(self) -> Roles:
         """What each arm is for: as it says itself, or by the defaults of config/roles.py."""
         trained = {n: arm for n, arm in self.arms.items() if isinstance(arm, DistillArm)}
-        recipes = {name: self.of_arm(arm) for name, arm in trained.items()}
+        recipes = {name: self.recipe_of(arm) for name, arm in trained.items()}
         return roles_of(self.arms, self.masks, recipes)
-
-    @property
-    def teachers(self) -> dict[str, TeacherConfig]:
-        """All teachers by name; a single one is called "teacher"."""
-        if isinstance(self.teacher, TeacherConfig):
-            return {"teacher": self.teacher}
-        return self.teacher.teachers
 
     def checkpoint_of(self, arm: CheckpointArm) -> ModelConfig:
         """A foreign checkpoint, to be loaded as the student is."""
@@ -93,16 +89,6 @@ class ExperimentConfig(Recipe):
     def teacher_of(self, arm: TeacherArm) -> TeacherConfig:
         """The teacher that an arm is: the one it names, or the only one."""
         return self.teachers[arm.teacher or next(iter(self.teachers))]
-
-    def loaded_as(self, teacher: TeacherConfig) -> ModelConfig:
-        """Where a teacher's weights and processor come from: its own, or the student's.
-
-        A teacher that is the student has the student's template arguments under its own.
-        """
-        if not teacher.is_student:
-            return teacher
-        arguments = {**self.student.template_arguments, **teacher.template_arguments}
-        return self.student.model_copy(update={"template_arguments": arguments})
 
     @model_validator(mode="before")
     @classmethod
@@ -124,6 +110,7 @@ class ExperimentConfig(Recipe):
         if "images" in self.arms:
             raise ValueError("arms.images: evals/images/ is for the questions' pictures; rename it")
         self._refuse_equal_draws()
+        self._check_recipes()
         for name, mask in self.masks.items():
             for other in mask.combines:
                 key = "like" if isinstance(mask, RandomMask) else "mask(s)"
@@ -133,12 +120,11 @@ class ExperimentConfig(Recipe):
         for name in self.masks:
             self.read_by(name)
         for name, arm in self.arms.items():
-            if isinstance(arm, DistillArm):
-                try:
-                    self.of_arm(arm)
-                except ConfigError as error:
-                    raise ValueError(f"arms.{name}: {error}") from None
             if isinstance(arm, TeacherArm):
+                if not self.teachers:
+                    raise ValueError(
+                        f"arms.{name} is a teacher, and there is none; set teacher = MODEL, or leave the arm out"
+                    )
                 if arm.teacher is None and len(self.teachers) > 1:
                     raise ValueError(
                         f"arms.{name}.teacher must say which of {sorted(self.teachers)} it is"
@@ -155,7 +141,7 @@ class ExperimentConfig(Recipe):
             if (
                 isinstance(arm, DistillArm)
                 and arm.mask
-                and isinstance(self.of_arm(arm).optim, Muon)
+                and isinstance(self.recipe_of(arm).optim, Muon)
             ):
                 self._refuse_cut_matrices(name, arm.mask)
         for name in self.geometry.arms:
@@ -170,6 +156,15 @@ class ExperimentConfig(Recipe):
         for contrast in self.eval.contrasts or ():
             roles.contrast(contrast)
         return self
+
+    def _check_recipes(self) -> None:
+        """The sections fit together as each arm trains with them."""
+        for name, arm in self.arms.items():
+            if isinstance(arm, DistillArm):
+                try:
+                    self.recipe_of(arm)
+                except ConfigError as error:
+                    raise ValueError(f"arms.{name}: {error}" if arm.own else str(error)) from None
 
     def _refuse_equal_draws(self) -> None:
         """Two random masks of one seed are one mask, and no two controls."""
@@ -194,7 +189,7 @@ class ExperimentConfig(Recipe):
         arm = self.arms[reference.arm]
         if not isinstance(arm, DistillArm):
             raise ValueError(f"{where} names {text!r}, but {reference.arm} is not trained")
-        train = self.of_arm(arm).train
+        train = self.recipe_of(arm).train
         if reference.step not in train.keep_steps or reference.step > train.steps:
             raise ValueError(
                 f"{where} names {text!r}, but of {train.steps} steps train.keep_steps keeps "

@@ -125,6 +125,16 @@ class TeacherConfig(ModelConfig):
     def is_student(self) -> bool:
         return self.model == "student"
 
+    def loaded_from(self, student: ModelConfig) -> ModelConfig:
+        """The model whose weights and processor this teacher has: its own, or the student's.
+
+        A teacher that is the student has the student's template arguments under its own.
+        """
+        if not self.is_student:
+            return self
+        arguments = {**student.template_arguments, **self.template_arguments}
+        return student.model_copy(update={"template_arguments": arguments})
+
 
 Named = dict[str, Annotated[TeacherConfig, BeforeValidator(as_table)]]
 
@@ -138,7 +148,7 @@ class RoutedTeachers(Section):
 
 
 class MixedTeachers(Section):
-    """Several teachers as one: log p = sum_k w_k log p_k + const (a geometric mean of distributions)."""
+    """Several teachers as one distribution: log p = sum_k w_k log p_k + const (a geometric mean of distributions)."""
 
     type: Literal["mixed"] = "mixed"
     teachers: Named = Field(min_length=1)
@@ -163,6 +173,13 @@ TeachersConfig = Annotated[
     Annotated[TeacherConfig | RoutedTeachers | MixedTeachers, Field(discriminator="type")],
     BeforeValidator(_as_teacher),
 ]
+
+
+def teachers_by_name(teacher: TeachersConfig | None) -> dict[str, TeacherConfig]:
+    """All teachers by name; a single one is called "teacher"."""
+    if teacher is None:
+        return {}
+    return {"teacher": teacher} if isinstance(teacher, TeacherConfig) else teacher.teachers
 
 
 class PrecisionConfig(Section):

@@ -1,4 +1,4 @@
-"""Who writes the completions, and what they are trained towards: rollout, loss, reward."""
+"""The source of completions and the training objective: rollout, loss, reward."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from pydantic import BeforeValidator, Field, model_validator
 from vlopd.config.base import Count, Part, PartOrZero, Section, Share, Temperature, Weight
 
 Writer = Literal["student", "teacher", "data"]
-
-
-"""Who wrote a completion."""
+"""The source of one completion."""
 
 
 class OneSource(Section):
-    """All completions are the student's samples (OPD), the teacher's (sequence-level KD), or the data's answers."""
+    """All completions are the student's samples (OPD), the teacher's (sequence-level KD), or the data's (SFT)."""
 
     type: Writer = "student"
 
@@ -34,7 +32,7 @@ class MixedSource(Section):
 
     @property
     def shares(self) -> dict[Writer, float]:
-        """Relative to each other, those above 0."""
+        """Unnormalised probabilities of the writers, those above 0."""
         every: dict[Writer, float] = {
             "student": self.student,
             "teacher": self.teacher,
@@ -60,18 +58,18 @@ SourceConfig = Annotated[
 
 
 class RolloutConfig(Section):
-    """Where completions come from, and how the models that write them sample."""
+    """Where completions come from, and how they are sampled."""
 
     source: SourceConfig = OneSource()
     max_new_tokens: Count = 16
-    """Longer answers of the data are cut there."""
+    """Longer answers of the data are truncated."""
     completions_per_prompt: Count = 1
     temperature: Temperature = 1.0
-    """Of the sampling alone; the loss has temperatures of its own."""
+    """Sampling temperature; a loss has its own temperatures."""
     top_k: Count | None = None
-    """Samples among the likeliest so many tokens, after the temperature."""
+    """Top-k sampling: keep the k most likely tokens, after the temperature; null for all."""
     top_p: Share = 1.0
-    """Samples among the fewest likeliest tokens whose probabilities reach this, after top_k."""
+    """Nucleus sampling: keep the smallest set of most likely tokens with this mass, after top_k."""
 
     @property
     def is_on_policy(self) -> bool:
@@ -80,46 +78,46 @@ class RolloutConfig(Section):
 
     @property
     def is_students_distribution(self) -> bool:
-        """Whether tokens are drawn from the model's own distribution, at temperature 1, nothing cut."""
+        """Whether tokens are drawn from the model's own distribution, at temperature 1, untruncated."""
         return self.temperature == 1 and self.top_k is None and self.top_p == 1
 
 
 class FullSupport(Section):
-    """All of the shared vocabulary."""
+    """The whole shared vocabulary."""
 
     type: Literal["full"] = "full"
 
 
 class TopK(Section):
-    """The likeliest tokens at each position; which they are is not differentiated."""
+    """The k most likely tokens at each position; the selection is not differentiated."""
 
     k: Count = 64
     tail: Literal["bucket", "renormalise", "none"] = "bucket"
-    """Of the tokens outside: `bucket` counts them together as one more token (a divergence again), `renormalise`
-    divides by the mass inside (a token at which one model bans all that are inside counts 0), `none` leaves them
-    out (no divergence: the KLs can be negative)."""
+    """Treatment of the other tokens: `bucket` merges them into one token (a divergence again), `renormalise` divides by
+    the mass inside (0 where one model bans all tokens inside), `none` omits them (not a divergence: the KLs can be
+    negative)."""
 
 
 class TeacherTopK(TopK):
-    """The teacher's k likeliest tokens."""
+    """The teacher's k most likely tokens."""
 
     type: Literal["teacher_top_k"] = "teacher_top_k"
 
 
 class StudentTopK(TopK):
-    """The student's k likeliest tokens."""
+    """The student's k most likely tokens."""
 
     type: Literal["student_top_k"] = "student_top_k"
 
 
 class UnionTopK(TopK):
-    """Tokens among the k likeliest of either, k to 2k of them."""
+    """Tokens among the k most likely of either model, k to 2k of them."""
 
     type: Literal["union"] = "union"
 
 
 class IntersectionTopK(TopK):
-    """Tokens among the k likeliest of both, 0 to k of them."""
+    """Tokens among the k most likely of both models, 0 to k of them."""
 
     type: Literal["intersection"] = "intersection"
 
@@ -131,14 +129,14 @@ SupportConfig = Annotated[
 
 
 class Loss(Section):
-    """What all losses share. Computed in chunks of tokens; the result does not depend on them."""
+    """Settings of all losses. Computed in chunks of tokens; the result does not depend on their size."""
 
     chunk_tokens: Count = 1024
-    """Completion tokens whose [*, V] logits are held at once, forward and backward."""
+    """Completion tokens whose [*, V] logits are in memory at once, forward and backward."""
     normalisation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
-    """Of a step's summed token losses, over all micro-batches and processes. `token_mean` divides by the step's
-    completion tokens; `sequence_mean` averages each completion's own mean, so that short ones weigh as much as
-    long ones; `fixed_length` divides by completions times rollout.max_new_tokens."""
+    """Reduction of a step's token losses, over all micro-batches and processes. `token_mean` divides the sum by the
+    step's completion tokens; `sequence_mean` averages the completions' means, so that short ones weigh as much as
+    long ones; `fixed_length` divides the sum by completions times rollout.max_new_tokens."""
 
 
 class Divergence(Loss):
@@ -166,13 +164,13 @@ class Divergence(Loss):
 
 
 class ReverseKL(Divergence):
-    """KL(q || p) = sum_v q_v log(q_v / p_v): that of on-policy distillation, mode-seeking."""
+    """KL(q || p) = sum_v q_v log(q_v / p_v): on-policy distillation, mode-seeking."""
 
     type: Literal["reverse_kl"] = "reverse_kl"
 
 
 class ForwardKL(Divergence):
-    """KL(p || q) = sum_v p_v log(p_v / q_v): that of knowledge distillation, mass-covering."""
+    """KL(p || q) = sum_v p_v log(p_v / q_v): knowledge distillation, mass-covering."""
 
     type: Literal["forward_kl"] = "forward_kl"
 
@@ -183,7 +181,7 @@ class JSD(Divergence):
     type: Literal["jsd"] = "jsd"
     beta: Weight = Field(0.5, le=1)
     normalised: bool = False
-    """Divides by beta (1 - beta): forward KL at 0, reverse KL at 1, continuous, and as steep near p for all beta."""
+    """Divides by beta (1 - beta): forward KL at 0, reverse KL at 1, continuous, and of equal curvature at q = p."""
 
     @model_validator(mode="after")
     def check_ends(self) -> JSD:
@@ -210,11 +208,11 @@ class SkewForwardKL(Divergence):
 
 
 class SampledToken(Loss):
-    """A loss of the completion's own tokens alone, at temperature 1."""
+    """A loss of the sampled tokens' log-probs alone, at temperature 1."""
 
 
 class NLL(SampledToken):
-    """-log q: supervised fine-tuning on the data's answers, sequence-level KD on the teacher's samples."""
+    """-log q: supervised fine-tuning on the data (no teacher needed), sequence-level KD on the teacher's samples."""
 
     type: Literal["nll"] = "nll"
 
@@ -222,7 +220,7 @@ class NLL(SampledToken):
 class Estimator(SampledToken):
     """The reverse KL from the sampled token alone, d = log q - log p there, both at temperature 1.
 
-    What is said of their means holds for completions that the student sampled at rollout.temperature 1.
+    Expectations below are over completions that the student sampled at rollout.temperature 1.
     """
 
 
@@ -231,7 +229,7 @@ class K1(Estimator):
 
     type: Literal["k1"] = "k1"
     clip: Part | None = 0.2
-    """PPO's bound on how far the ratio of the student's to the sampler's probability pays; null for none."""
+    """PPO's clip range of the student's to the sampler's probability ratio; null for none."""
 
 
 class K2(Estimator):
@@ -256,14 +254,14 @@ class RewardConfig(Section):
     """Verifiable rewards of whole completions, as group-normalised advantages (GRPO, arXiv 2402.03300).
 
     The objective is alpha * loss + (1 - alpha) * policy gradient. Under k1, which is a policy gradient too, the
-    advantages are what is mixed: alpha * (log p - log q) + (1 - alpha) * the reward's, clipped together.
+    advantages are mixed: alpha * (log p - log q) + (1 - alpha) * the reward's, clipped together.
     """
 
     rule: Literal["exact_match", "verdict_match", "answer_named", "capital_named"]
     """1 for a right completion, 0 for another, by a rule of vlopd/train/rewards.py."""
     alpha: PartOrZero = 0.0
-    """The teacher's share; 0 is reinforcement learning alone (RLVR), with the teacher only looking on."""
+    """Weight of the loss; 0 is reinforcement learning alone (RLVR), where a teacher, if any, is a diagnostic."""
     scale: Literal["std", "none"] = "std"
     """Whether advantages are divided by their group's standard deviation (GRPO) or left (arXiv 2503.20783)."""
     clip: Part | None = 0.2
-    """PPO's bound on how far the importance ratio pays, also of k1's part; null for none."""
+    """PPO's clip range of the importance ratio, also of k1's part; null for none."""

@@ -1,4 +1,4 @@
-"""How an arm is trained: the sections that an arm may have of its own."""
+"""The recipe: everything that decides how a student is trained, but for the seed and the mask."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from vlopd.config.base import Section
 from vlopd.config.data import DataConfig
-from vlopd.config.models import MixedTeachers, TeachersConfig
+from vlopd.config.models import MixedTeachers, TeacherConfig, TeachersConfig, teachers_by_name
 from vlopd.config.objective import (
     NLL,
     Estimator,
@@ -18,10 +18,14 @@ from vlopd.config.objective import (
 from vlopd.config.training import AdamW, OptimConfig, TrainConfig
 
 
-class Recipe(Section):
-    """How an arm is trained: the sections that an arm may have of its own."""
+class RecipeSections(Section):
+    """The sections of a recipe. A run has them, and an arm may have its own over them (`ExperimentConfig.recipe_of`).
 
-    teacher: TeachersConfig
+    They need not fit together: an arm's own may be what makes them a Recipe.
+    """
+
+    teacher: TeachersConfig | None = None
+    """Null where nothing is learned from one: supervised fine-tuning on the data, or a reward with alpha = 0."""
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = ReverseKL()
@@ -29,9 +33,18 @@ class Recipe(Section):
     optim: OptimConfig = AdamW()
     train: TrainConfig
 
+    @property
+    def teachers(self) -> dict[str, TeacherConfig]:
+        """All teachers by name; a single one is called "teacher"."""
+        return teachers_by_name(self.teacher)
+
+
+class Recipe(RecipeSections):
+    """How a student is trained: where completions come from, the objective, the optimizer, the loop's settings."""
+
     @model_validator(mode="after")
-    def check_recipe(self) -> Recipe:
-        """The loss and the reward can be had from the completions that there are."""
+    def check_writers(self) -> Recipe:
+        """The loss and the reward can be computed from the completions of the configured source."""
         rollout, writers = self.rollout, set(self.rollout.source.shares)
         if isinstance(self.loss, NLL) and "student" in writers:
             raise ValueError(
@@ -44,7 +57,9 @@ class Recipe(Section):
                 '"student", or a loss over the vocabulary'
             )
         if "teacher" in writers and isinstance(self.teacher, MixedTeachers):
-            raise ValueError("rollout.source: mixed teachers grade together, but cannot sample")
+            raise ValueError(
+                "rollout.source: mixed teachers score completions together, but cannot sample"
+            )
         if self.reward is not None and not rollout.is_on_policy:
             raise ValueError('reward needs the student\'s own samples: rollout.source = "student"')
         if self.reward is not None and rollout.completions_per_prompt < 2:
@@ -53,9 +68,46 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def check_teacher(self) -> Recipe:
+        """There is a teacher where the rollout or the objective needs one."""
+        if self.teacher is None and self.needs_teacher:
+            raise ValueError(
+                f"{self.needs_teacher} needs a teacher: set teacher = MODEL, or train without one, on the data alone "
+                '(loss.type = "nll", rollout.source = "data") or on a reward alone (reward.alpha = 0)'
+            )
+        return self
+
+    @property
+    def needs_teacher(self) -> str | None:
+        """The setting that needs a teacher; None where a teacher would be a diagnostic alone."""
+        if "teacher" in self.rollout.source.shares:
+            return f"rollout.source = {self.rollout.source.type!r}"
+        if isinstance(self.loss, NLL) or (self.reward is not None and self.reward.alpha == 0):
+            return None
+        return f"loss {self.loss.type}"
+
+    @property
+    def prompts(self) -> int:
+        """Prompts of the whole training."""
+        return self.train.steps * self.train.prompts_per_step
+
+    @property
+    def objective(self) -> str:
+        """What the student is trained on, in a few words: `loss reverse_kl from TEACHER`, `reward exact_match`."""
+        parts = []
+        if self.reward is None or self.reward.alpha > 0:
+            writes = "teacher" in self.rollout.source.shares
+            learns = bool(self.teachers) and (writes or not isinstance(self.loss, NLL))
+            models = ", ".join(teacher.model for teacher in self.teachers.values())
+            parts.append(f"loss {self.loss.type} {f'from {models}' if learns else 'on the data'}")
+        if self.reward is not None:
+            parts.append(f"reward {self.reward.rule}")
+        return " and ".join(parts)
+
     @property
     def notes(self) -> list[str]:
-        """What the settings make untrue or meaningless, for the log and the arm's record."""
+        """Warnings of settings that bias a loss or have no effect, for the log and the arm's record."""
         found = []
         warmup, steps = self.optim.warmup_steps, self.train.steps
         if warmup >= steps:

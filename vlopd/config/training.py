@@ -23,36 +23,34 @@ WeightDecay = Annotated[float, between(SMALLEST, 1e6, or_zero=True)]
 
 
 class ComponentRates(Section):
-    """Factors of the learning rate by component; what the atlas calls "other" has the rate itself."""
+    """Factors of the learning rate by component (models/names.py); component "other" has factor 1."""
 
     vision: Factor = 1.0
     projector: Factor = 1.0
     language: Factor = 1.0
     embedding: Factor = 1.0
-    """A head that is tied to the embedding counts as embedding."""
+    """A head tied to the embedding counts as embedding."""
     head: Factor = 1.0
 
 
 Decay = PartOrZero
-
-
-"""What a running average keeps of itself a step."""
+"""Decay of a running average per step."""
 
 Epsilon = Annotated[float, between(1e-30, 1)]
 """Added to the root of a second moment: with 0, a coordinate without gradients is 0 / 0."""
 
 
 class OptimizerBase(Section):
-    """What all optimizers share. They move the fp32 values of the trained coordinates and nothing else."""
+    """Settings of all optimizers. They update the fp32 values of the trained coordinates and nothing else."""
 
     learning_rate: Positive = 1e-6
     component_rates: ComponentRates = ComponentRates()
-    """`{vision = 0.1}` trains the vision tower at a tenth of the rate. To not train it at all: train.freeze."""
+    """`{vision = 0.1}` trains the vision tower at a tenth of the rate; to freeze it: train.freeze."""
     weight_decay: WeightDecay = 0.0
-    """AdamW, Lion and Muon: values *= 1 - rate * decay. SGD and RMSProp add decay * values to the gradient. A step
-    whose rows do not reach a parameter (a tower, without a picture) leaves it as it is, decay and momentum too."""
+    """AdamW, Lion and Muon: values *= 1 - rate * decay. SGD and RMSProp add decay * values to the gradient. A parameter
+    unused in a step (a vision tower, without a picture) is skipped, decay and momentum included."""
     max_grad_norm: Positive | None = 1.0
-    """Clips the norm over trained coordinates; null for none."""
+    """Clips the gradient's norm over trained coordinates; null for no clipping."""
     warmup_steps: Number = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
 
@@ -85,7 +83,7 @@ class RMSProp(OptimizerBase):
 
     type: Literal["rmsprop"] = "rmsprop"
     alpha: Decay = 0.99
-    """Of the average of squared gradients."""
+    """Decay of the average of squared gradients."""
     eps: Epsilon = 1e-8
     momentum: Decay = 0.0
 
@@ -98,20 +96,20 @@ class Lion(OptimizerBase):
 
 
 class Muon(OptimizerBase):
-    """torch.optim.Muon: hidden matrices move along their orthogonalised momentum.
+    """torch.optim.Muon: updates hidden matrices along their orthogonalised momentum.
 
-    AdamW moves the rest: embeddings, positions, head, norms, biases, and what is not two-dimensional. Fused
-    matrices are taken as they are stored. A mask must take each hidden matrix whole or not at all.
+    AdamW updates the rest: embeddings, positions, head, norms, biases, and tensors that are not two-dimensional. Fused
+    matrices are orthogonalised as stored. A mask must contain each hidden matrix whole or not at all.
     """
 
     type: Literal["muon"] = "muon"
     momentum: Decay = 0.95
     nesterov: bool = True
     scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    """Factor of a matrix's rate: 0.2 sqrt(max(m, n)), so that AdamW's rates serve (arXiv 2502.16982), or
-    sqrt(max(1, m / n)), its first author's."""
+    """Factor of a matrix's rate: 0.2 sqrt(max(m, n)), for which AdamW's rates suit (arXiv 2502.16982), or the original
+    sqrt(max(1, m / n))."""
     adamw_learning_rate: Positive | None = None
-    """Of what AdamW moves; null for `learning_rate`."""
+    """Rate of AdamW's part; null for `learning_rate`."""
     adamw_betas: tuple[Decay, Decay] = (0.9, 0.999)
     adamw_eps: Epsilon = 1e-8
 
@@ -131,24 +129,27 @@ Component = Literal["vision", "projector", "language", "embedding", "head"]
 
 
 class TrainConfig(Section):
+    """Settings of the training loop."""
+
     steps: Count
+    """Rollouts, each with `updates_per_rollout` optimizer updates."""
     prompts_per_step: Count
     """Prompts of one step over all processes, each with rollout.completions_per_prompt completions."""
     updates_per_rollout: Count = 1
-    """Optimizer updates on the same completions, at the step's rate; above 1, k1 and rewards weigh them by importance
-    ratios. Teachers grade them once; one that averages the student moves once a step, after the last."""
+    """Optimizer updates on the same completions, at the step's rate; above 1, k1 and rewards use importance ratios.
+    Teachers run one forward pass for all of them; a moving-average teacher is updated once a step, after the last."""
     micro_batch: Count | None = None
-    """Completions of one forward and backward; null for all of the process's at once."""
+    """Completions of one forward and backward pass; null for all of the process's at once."""
     freeze: Annotated[tuple[Component, ...], Unique] = ()
-    """Components of the student that do not train."""
+    """Components of the student that are not trained."""
     save_every: Count = 50
-    """Steps between resumable states; a killed run goes on from the last."""
+    """Steps between saved states; a killed run resumes from the last."""
     sample_every: Count = 25
     """Steps between sample generations written to samples.jsonl."""
     evidence_every: Count | None = None
-    """Steps between looks at the optimizer (optimizer.jsonl), which copy the trained values once; null for none."""
+    """Steps between optimizer statistics (optimizer.jsonl), which copy the trained values once; null for none."""
     keep_steps: Annotated[tuple[Count, ...], Unique] = ()
-    """Steps after which every trained arm keeps a checkpoint, for masks and arms to name, as in `full@12`."""
+    """Steps after which each trained arm keeps a checkpoint, which masks and arms name as in `full@12`."""
 
     @model_validator(mode="after")
     def check_anything_trains(self) -> TrainConfig:

@@ -1,17 +1,23 @@
-"""Sources of examples: the built-in visual world, capitals, reasoning-gym, emoji, and any file or hub data set."""
+"""Loads the examples of a data section: the built-in visual world, capitals, reasoning-gym, emoji, a file or hub id."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from vlopd import seeding
-from vlopd.config.data import CapitalsData, EmojiData, FileData, ReasoningData, ShapesData
-from vlopd.config.experiment import ExperimentConfig
-from vlopd.config.models import ImageContext
+from vlopd.config.data import (
+    CapitalsData,
+    DataConfig,
+    EmojiData,
+    FileData,
+    ReasoningData,
+    ShapesData,
+)
+from vlopd.config.models import ImageContext, TeacherConfig
 from vlopd.data.capitals import CapitalsDataset
 from vlopd.data.dataset import FileDataset
 from vlopd.data.emoji import EmojiDataset
@@ -23,12 +29,14 @@ from vlopd.types import Example
 Item = TypeVar("Item")
 
 
-def open_data(config: ExperimentConfig, size: int, seed: int) -> Sequence[Example]:
-    """An experiment's examples. The built-in worlds give `size` of them for a seed; a file has its own.
+def load_data(
+    data: DataConfig, size: int, seed: int = 1, teachers: Iterable[TeacherConfig] = ()
+) -> Sequence[Example]:
+    """The examples of a data section. The built-in worlds give `size` of them for a seed; a file has its own.
 
-    Columns with pictures for a teacher alone (its image context) are opened too.
+    Columns with pictures for one of the `teachers` alone (its image context) are opened too.
     """
-    match data := config.data:
+    match data:
         case ShapesData():
             return ShapesDataset(data.split, size, seed, data.modality)
         case CapitalsData():
@@ -38,26 +46,26 @@ def open_data(config: ExperimentConfig, size: int, seed: int) -> Sequence[Exampl
         case EmojiData():
             return EmojiDataset(data.split, size, seed)
         case FileData():
-            return FileDataset(data, teachers_pictures(config))
+            return FileDataset(data, picture_columns(teachers))
 
 
-def teachers_pictures(config: ExperimentConfig) -> list[str]:
-    """The columns with pictures that teachers alone are shown."""
-    contexts = [teacher.context for teacher in config.teachers.values()]
+def picture_columns(teachers: Iterable[TeacherConfig]) -> list[str]:
+    """The columns of the teachers' image contexts."""
+    contexts = [teacher.context for teacher in teachers]
     return [context.column for context in contexts if isinstance(context, ImageContext)]
 
 
-def files_of(config: ExperimentConfig) -> list[Path]:
-    """The files that an experiment's examples come from, pictures included; none for a world that is code alone.
+def files_of(data: DataConfig, teachers: Sequence[TeacherConfig] = ()) -> list[Path]:
+    """The files that a data section's examples come from, pictures included; none for a world that is code alone.
 
-    Raises UserError as `open_data` does.
+    Raises UserError as `load_data` does.
     """
-    match data := config.data:
+    match data:
         case FileData():
             path = Path(data.path)
-            if path.is_file() and not data.has_images and not teachers_pictures(config):
+            if path.is_file() and not data.has_images and not picture_columns(teachers):
                 return [path]  # without reading its rows, for every arm anew
-            source = open_data(config, 0, 0)
+            source = load_data(data, 0, 0, teachers)
             assert isinstance(source, FileDataset)
             return source.files()
         case EmojiData():
@@ -66,7 +74,7 @@ def files_of(config: ExperimentConfig) -> list[Path]:
 
 
 def pick(data: Sequence[Item], start: int, count: int, seed: int) -> list[Item]:
-    """Examples `start` to `start + count` of an endless, epoch-wise shuffled stream over `data` (places, of a range).
+    """Examples `start` to `start + count` of an endless stream over `data` that is reshuffled every epoch.
 
     A function of its arguments alone, so that a resumed run needs no saved position.
     """

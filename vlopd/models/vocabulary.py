@@ -132,7 +132,8 @@ def share_vocabulary(student: Vocabulary, teachers: Sequence[Vocabulary]) -> Sha
     """
     notes: list[str] = []
     aligned = [_align_teacher(student, teacher, notes) for teacher in teachers]
-    common = sorted(set(student.ids.values()).intersection(*aligned))
+    own = {i for i in student.ids.values() if i < student.rows}
+    common = sorted(own.intersection(*aligned))
     if all(teacher.ids == student.ids for teacher in teachers):
         rows = min(each.rows for each in (student, *teachers))
         if common == list(range(len(common))) and all(

@@ -1,8 +1,8 @@
-"""What can be known of a run before its first step, and is refused then: `vlopd run`, `vlopd check`.
+"""Checks of a run's inputs before its first step: `vlopd run`, `vlopd check`.
 
-Headers tell most of it. Values are read only of what would be read when other arms are trained: checkpoints in
-folders, teachers of single arms. Every finding is one line that names the thing and the remedy; evals/preflight.py has
-those of the tasks. What is found here would otherwise stop a run when the arms before it are trained.
+Most are of file headers and configurations. Values are read only of what would first be read after other arms have
+trained: checkpoints in folders, teachers of single arms. Every finding is one line that names the thing and the
+remedy; evals/preflight.py has those of the tasks. An input refused here would otherwise stop a run halfway.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ from vlopd.config.masks import (
     UnionMask,
     WholeMask,
 )
-from vlopd.config.models import ImageContext, ModelConfig
+from vlopd.config.models import ImageContext, ModelConfig, TeacherConfig
+from vlopd.config.recipe import Recipe
+from vlopd.config.training import Component, TrainConfig
 from vlopd.data.dataset import FileDataset
-from vlopd.data.load import open_data, pick
+from vlopd.data.load import load_data, pick
 from vlopd.errors import ConfigError, DataError, RunError, UserError, first_line
 from vlopd.masks.files import check_shapes, load_mask
 from vlopd.masks.rules import Mask, whole_parameters
@@ -61,22 +63,22 @@ from vlopd.weights import delta
 from vlopd.weights.delta import TensorDelta
 
 FEW = 8
-"""Rows whose prompts are made in full, pictures and all."""
+"""Rows whose prompts are rendered in full, pictures included."""
 BUILT_IN_ROWS = 64
-"""Of a built-in world, whose rows are alike."""
+"""Rows that are checked of a built-in world; they are alike."""
 CLOSE_ROWS = 64
-"""Of the rows that may be too long, those with pictures that are made in full, longest first."""
+"""Rows with pictures that may be too long and are rendered in full, longest first."""
 
 
 class Findings:
-    """Lines of what is wrong, each once."""
+    """Error lines, without repeats."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
     @contextmanager
     def catch(self, where: str = ""):
-        """Keeps a UserError as a line and goes on."""
+        """Turns a UserError into a line."""
         try:
             yield
         except UserError as error:
@@ -86,18 +88,18 @@ class Findings:
 
 
 def findings(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
-    """What would stop these arms or what they are made from; empty where nothing would."""
+    """The errors that would stop these arms, or those that they are made from, one line each."""
     found = Findings()
     needed = list(dict.fromkeys(a for name in names for a in (name, *config.ancestors(name))))
     with found.catch():
-        refuse_missing_trackers(config)
+        refuse_missing_trackers(config.tracking.trackers)
     for name in needed:
         with found.catch(f"arms.{name}: "):
             refuse_missing_files(config, name)
     trained = {n: arm for n in needed if isinstance(arm := config.arms[n], DistillArm)}
     for name, arm in trained.items():
         with found.catch(f"arms.{name}: " if arm.own else ""):
-            split_among_processes(config.of_arm(arm))
+            split_among_processes(config.recipe_of(arm).train)
     extents: dict[str, Extents] = {}
     with suppress(UserError):  # a student that cannot be read is found below, with its teachers
         student = without_weights(config.student)
@@ -109,24 +111,31 @@ def findings(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
             refuse_another_model(config, text)
     pairs: dict[str, ModelPair] = {}
     seeds: dict[str, list[int]] = {}
-    recipes: dict[str, tuple[str, ExperimentConfig, ModelPair]] = {}
+    recipes: dict[str, tuple[str, Recipe, ModelPair]] = {}
     for name, arm in trained.items():
-        its = config.of_arm(arm)
+        recipe = config.recipe_of(arm)
         where = f"arms.{name}: " if arm.own else ""
         with found.catch(where):
-            models = its.model_dump_json(include={"teacher", "data"})
+            models = recipe.model_dump_json(include={"teacher", "data"})
             if models not in pairs:
-                pairs[models] = load_pair(its, "meta", load=without_weights)
-            key = its.model_dump_json(include={"teacher", "data", "rollout", "reward", "train"})
-            recipes.setdefault(key, (where, its, pairs[models]))
+                pairs[models] = load_pair(
+                    config.student,
+                    recipe.teacher,
+                    device="meta",
+                    images=recipe.data.has_images,
+                    load=without_weights,
+                )
+            key = recipe.model_dump_json(include={"teacher", "data", "rollout", "reward", "train"})
+            recipes.setdefault(key, (where, recipe, pairs[models]))
             seeds.setdefault(key, []).append(arm.seed)
             if arm.mask is None or arm.mask in extents:
                 marked = None if arm.mask is None else extents[arm.mask]
-                refuse_nothing_to_train(its, name, arm.mask, marked, pairs[models].student)
-    for key, (where, its, pair) in recipes.items():
+                freeze, student = recipe.train.freeze, pairs[models].student
+                refuse_nothing_to_train(freeze, name, arm.mask, marked, student)
+    for key, (where, recipe, pair) in recipes.items():
         with found.catch(where):
-            refuse_rows(its, pair, sorted(set(seeds[key])))
-    if not found.lines:  # what costs as much as loading comes last
+            refuse_rows(recipe, pair, sorted(set(seeds[key])))
+    if not found.lines:  # the most expensive check, loading whole models, comes last
         for model in teachers_loaded_late(config, needed):
             with found.catch():
                 load_configured(model, DTYPES[config.precision.compute])
@@ -138,7 +147,7 @@ def findings(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
 
 
 def evaluated(config: ExperimentConfig, names: Sequence[str]) -> dict[str, LoadedModel]:
-    """The models that arms are evaluated with, without weights, by what the config calls them.
+    """The models that arms are evaluated with, without weights, by their config keys.
 
     Raises UserError where a configuration or a tokenizer cannot be read.
     """
@@ -146,7 +155,7 @@ def evaluated(config: ExperimentConfig, names: Sequence[str]) -> dict[str, Loade
     for name in names:
         arm = config.arms[name]
         if isinstance(arm, TeacherArm):
-            model = config.loaded_as(config.teacher_of(arm))
+            model = config.teacher_of(arm).loaded_from(config.student)
             found[f"arms.{name}"] = without_weights(model)
         elif isinstance(arm, CheckpointArm):
             model = config.checkpoint_of(arm)
@@ -165,7 +174,7 @@ def refuse_another_shape(config: ExperimentConfig, name: str) -> None:
     assert isinstance(arm, TeacherArm)
     ours, theirs = (
         {n: p.shape for n, p in without_weights(model).model.named_parameters()}
-        for model in (config.student, config.loaded_as(config.teacher_of(arm)))
+        for model in (config.student, config.teacher_of(arm).loaded_from(config.student))
     )
     for parameter, shape in ours.items():
         if theirs.get(parameter) != shape:
@@ -231,13 +240,14 @@ def refuse_another_model(config: ExperimentConfig, text: str) -> None:
 
 
 def teachers_loaded_late(config: ExperimentConfig, names: Sequence[str]) -> list[ModelConfig]:
-    """The teachers that are first loaded when another arm is trained; those of the first arm are loaded at once."""
+    """The teachers that are first loaded after another arm has trained; those of the first arm are loaded at once."""
     arms = [config.arms[name] for name in names]
-    trained = [config.of_arm(arm) for arm in arms if isinstance(arm, DistillArm)]
+    trained = [config.recipe_of(arm) for arm in arms if isinstance(arm, DistillArm)]
     if not trained:
         return []
-    at_once = {where(t) for t in trained[0].teachers.values() if t in config.teachers.values()}
-    late = [teacher for its in trained for teacher in its.teachers.values()]
+    shared = list(config.teachers.values())
+    at_once = {where(t) for t in trained[0].teachers.values() if t in shared}
+    late: list[TeacherConfig] = [t for recipe in trained for t in recipe.teachers.values()]
     late += [config.teacher_of(arm) for arm in arms if isinstance(arm, TeacherArm)]
     found = {where(teacher): teacher for teacher in late if not teacher.is_student}
     return [teacher for key, teacher in found.items() if key not in at_once]
@@ -248,12 +258,12 @@ def where(model: ModelConfig) -> tuple[str, str | None]:
 
 
 class Extent(NamedTuple):
-    """How much of a parameter is in a mask, as far as its rule tells."""
+    """How much of a parameter is in a mask, as far as its rule determines."""
 
     some: bool
-    """There may be coordinates in it."""
+    """Some coordinate may be in the mask."""
     all: bool
-    """Every coordinate is sure to be in it."""
+    """Every coordinate is certainly in the mask."""
 
 
 Extents = dict[str, Extent]
@@ -313,7 +323,7 @@ def extent(rule: MaskConfig, parts: Sequence[Extent]) -> Extent:
             return parts[0]
         case MagnitudeMask() | TopFractionMask() | PrincipalMask():
             return Extent(True, rule.fraction == 1)
-        case _:  # by an update that is not known yet
+        case _:  # from an update that is not known yet
             return Extent(True, False)
 
 
@@ -330,32 +340,32 @@ def mask_of_file(path: Path, student: LoadedModel) -> Mask:
 
 
 def refuse_nothing_to_train(
-    its: ExperimentConfig,
+    freeze: Sequence[Component],
     name: str,
     mask: str | None,
     marked: Extents | None,
     student: LoadedModel,
 ) -> None:
     """Raises ConfigError for an arm without a coordinate to train; `marked` are its mask's extents."""
-    model, freeze = student.model, list(its.train.freeze)
+    model = student.model
     if marked is not None and not any(e.some for e in marked.values()):
         raise ConfigError(
-            f"arms.{name}: mask {mask!r} has no coordinate, so nothing is left to train; mend masks.{mask}"
+            f"arms.{name}: mask {mask!r} has no coordinate, so nothing is left to train; change masks.{mask}"
         )
     try:
-        names.freeze(model, its.train.freeze)
+        names.freeze(model, freeze)
         left = [n for n, p in model.named_parameters() if p.requires_grad]
     finally:
         model.requires_grad_(True)
     if not any(marked is None or marked[n].some for n in left):
         raise ConfigError(
-            f"arms.{name}: train.freeze = {freeze} leaves nothing of mask {mask!r} to train"
+            f"arms.{name}: train.freeze = {list(freeze)} leaves nothing of mask {mask!r} to train"
         )
 
 
-def split_among_processes(config: ExperimentConfig) -> None:
+def split_among_processes(train: TrainConfig) -> None:
     """Raises ConfigError where a step's prompts do not divide among a launcher's processes."""
-    processes, prompts = int(os.environ.get("WORLD_SIZE", "1")), config.train.prompts_per_step
+    processes, prompts = int(os.environ.get("WORLD_SIZE", "1")), train.prompts_per_step
     if prompts % processes:
         raise ConfigError(
             f"train.prompts_per_step = {prompts} does not divide among {processes} processes"
@@ -366,23 +376,23 @@ def split_among_processes(config: ExperimentConfig) -> None:
 
 
 class Reader(NamedTuple):
-    """A model that reads the data, with what it makes of an example."""
+    """A model that reads the data, with its view of an example."""
 
     loaded: LoadedModel
     view: Callable[[Example], Example]
     quick_view: Callable[[Example], Example]
-    """Of an example whose pictures are not decoded."""
+    """The same for an example whose pictures are not decoded."""
 
 
-def refuse_rows(config: ExperimentConfig, pair: ModelPair, seeds: Sequence[int]) -> None:
-    """Raises UserError for the first row, of those that training uses, that cannot be used, with the count of its like.
+def refuse_rows(recipe: Recipe, pair: ModelPair, seeds: Sequence[int]) -> None:
+    """Raises UserError for the first row of those that training uses that cannot be used; if too long, with the count.
 
     Of a file all rows are read, with the headers of their pictures. Prompts are counted in bytes, which are never
-    fewer than tokens, and tokenized where that is too many; those with pictures that may not fit are made in full.
+    fewer than tokens, and tokenized where that is too many; those with pictures that may not fit are rendered in full.
     """
-    train, rollout = config.train, config.rollout
-    data = open_data(config, train.steps * train.prompts_per_step, seeds[0])
-    count = min(len(data), train.steps * train.prompts_per_step)
+    rollout = recipe.rollout
+    data = load_data(recipe.data, recipe.prompts, seeds[0], recipe.teachers.values())
+    count = min(len(data), recipe.prompts)
     used: Sequence[int] = range(min(count, BUILT_IN_ROWS))
     quick = data
     if isinstance(data, FileDataset):
@@ -395,11 +405,11 @@ def refuse_rows(config: ExperimentConfig, pair: ModelPair, seeds: Sequence[int])
         for reader, so_far in zip(readers_of(pair, data[i]), measured, strict=False):
             view = reader.view(data[i])
             so_far.add(view.images, tokens_of(reader.loaded, view))
-    close: dict[int, tuple[float, int]] = {}  # by how much it may be too long, its new tokens
+    close: dict[int, tuple[float, int]] = {}  # tokens that it may be too long by, its new tokens
     long: dict[int, DataError] = {}
     for i in used:
         example = quick[i]
-        answer_tokens = refuse_row(config, pair, example)
+        answer_tokens = refuse_row(recipe, pair, example)
         new_tokens = answer_tokens if only_data else rollout.max_new_tokens
         for reader, so_far in zip(readers_of(pair, example), measured, strict=False):
             view, limit = reader.quick_view(example), reader.loaded.context_length
@@ -421,32 +431,31 @@ def refuse_rows(config: ExperimentConfig, pair: ModelPair, seeds: Sequence[int])
 
 
 def beyond(loaded: LoadedModel, example: Example, new_tokens: int) -> DataError | None:
-    """The error of a prompt that leaves no room for so many tokens; None where it does."""
+    """The error for a prompt that leaves no room for so many new tokens; None where it fits."""
     length, limit = tokens_of(loaded, example), loaded.context_length
     if limit is None or length + new_tokens <= limit:
         return None
     return too_long_error(example.id, length, new_tokens, loaded)
 
 
-def refuse_row(config: ExperimentConfig, pair: ModelPair, example: Example) -> int:
+def refuse_row(recipe: Recipe, pair: ModelPair, example: Example) -> int:
     """Raises UserError where a row lacks what routes, rewards or completions from the data need.
 
-    Returns the tokens of its answer as a completion, 0 where the data writes none.
+    Returns the number of tokens of its answer as a completion, 0 where no completions are from the data.
     """
     pair.assign([example])
-    if config.reward is not None:
+    if recipe.reward is not None:
         answer_of(example)
-        RULES[config.reward.rule](example, "")
-    if "data" not in config.rollout.source.shares:
+        RULES[recipe.reward.rule](example, "")
+    if "data" not in recipe.rollout.source.shares:
         return 0
-    return from_data(pair, [example], config.rollout.max_new_tokens).ids.shape[1]
+    return from_data(pair, [example], recipe.rollout.max_new_tokens).ids.shape[1]
 
 
 def readers_of(pair: ModelPair, example: Example) -> list[Reader]:
-    """The student and the teachers that grade an example."""
-    ((grader, _),) = pair.assign([example])
+    """The student and the teachers that read an example."""
     found = [Reader(pair.student, as_it_is, as_it_is)]
-    for teacher in grader.members:
+    for teacher in (member for each, _ in pair.assign([example]) for member in each.members):
         quick = teacher.view
         if isinstance(teacher.context, ImageContext):  # a crop would decode the picture
             quick = partial(with_field, teacher.context.column)
@@ -465,7 +474,7 @@ def with_field(column: str, example: Example) -> Example:
 
 
 class Measured:
-    """What pictures cost a model in tokens, from prompts made in full."""
+    """Tokens per picture of a model, from prompts rendered in full."""
 
     def __init__(self) -> None:
         self.tokens, self.pixels = 0.0, 1
@@ -476,7 +485,7 @@ class Measured:
             self.pixels = max(self.pixels, max(pixels(image) for image in images))
 
     def at_most(self, example: Example, text: str) -> float:
-        """An upper bound on the tokens of a prompt; infinite where no picture was measured."""
+        """An upper bound on a prompt's tokens; infinite where no picture was measured."""
         of_pictures = sum(
             self.tokens * max(1.0, pixels(image) / self.pixels) if self.tokens else float("inf")
             for image in example.images
@@ -489,23 +498,23 @@ def pixels(image: Image.Image) -> int:
 
 
 def text_of(loaded: LoadedModel, example: Example) -> str:
-    """The prompt before its pictures are put in. Raises UserError with the example's id where there is none."""
+    """The prompt before pictures are expanded. Raises UserError with the example's id where it cannot be rendered."""
     try:
         return loaded.render_text(example)
     except UserError:
         raise
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # a template may raise anything
         raise unreadable(loaded, example, error) from None
 
 
 def tokens_of(loaded: LoadedModel, example: Example) -> int:
-    """The length of a prompt. Raises UserError with the example's id where it cannot be made."""
+    """The length of a prompt in tokens. Raises UserError with the example's id where it cannot be tokenized."""
     text = text_of(loaded, example)
     try:
         prompts = families.encode(loaded.processor, [text], [example.images], loaded.sees_images)
     except UserError:
         raise
-    except Exception as error:  # so do processors
+    except Exception as error:  # so may a processor
         raise unreadable(loaded, example, error) from None
     return prompts.input_ids.shape[1]
 

@@ -1,9 +1,9 @@
 """Memory and time of a training step, estimated from configurations alone: no weights, no tokenizer.
 
-What autograd keeps and how many operations a forward takes are not guessed from a formula of one
-architecture: the model is built on torch's meta device, which computes shapes and no values, and its own
-forward is run there once. Everything else is counted from parameters as trainable.py, rollout.py and
-losses.py hold them. Not counted: loading a checkpoint, the device's context, allocator fragmentation.
+Saved activations and FLOPs of a forward pass do not come from a formula for one architecture: the model is built on
+torch's meta device, which computes shapes and no values, and its own forward is run there once. Everything else is
+counted from parameters as train/sparse.py, sampler.py and losses.py hold them. Not counted: loading a checkpoint, the
+device's context, allocator fragmentation.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from vlopd.models import names
 from vlopd.models.meta import on_meta
 
 SAMPLER_BYTES = 32
-"""Of a vocabulary entry and sequence, rollout.draw: logits and a copy in fp32, three arrays in fp64."""
+"""A vocabulary entry and sequence, sampler.draw: logits and a copy in fp32, three arrays in fp64."""
 
 
 STUDENT_LOGIT_BYTES, TEACHER_LOGIT_BYTES = 24, 8
-"""Of a vocabulary entry and token, losses.py: logits and log-probs in fp32, the student's gradients and products."""
+"""A vocabulary entry and token, losses.py: logits and log-probs in fp32, the student's gradients and products."""
 
 
 LOGIT_PASSES = 6
-"""Times that those bytes move: written once, read twice, and all again in the backward pass."""
+"""Times that these bytes move: written once, read twice, and all again in the backward pass."""
 
 
 UPDATE_BYTES = 44
@@ -41,31 +41,31 @@ UPDATE_BYTES = 44
 
 
 CALLS_PER_PARAMETER = 8
-"""Tiny `nn.Linear` calls that cost what a forward spends on a parameter tensor beside arithmetic (on a CPU: 4 to 9)."""
+"""Overhead of a forward pass per parameter tensor, in tiny `nn.Linear` calls (on a CPU: 4 to 9)."""
 
 
 class Reader(NamedTuple):
-    """A model, real or on the meta device, and the prompts that it reads."""
+    """A model, real or on the meta device, and the size of its prompts."""
 
     model: PreTrainedModel
     prompt_tokens: int
-    """Of one prompt, image tokens included."""
+    """Tokens of one prompt, image tokens included."""
     attention: str = "sdpa"
     patches: int | None = None
     """Image patches of one prompt (0 without images); None: one image, or a prompt full of them (`patches_of`)."""
 
 
 class DeviceSpeed(NamedTuple):
-    """What a device does at best (`measure_device`)."""
+    """Peak rates of a device (`measure_device`)."""
 
     matmul_flops: float  # a second
     memory_bytes_per_second: float
     memory_bytes: int  # free now
-    call_seconds: float  # of one tiny nn.Linear: the price of calling anything at all
+    call_seconds: float  # of one tiny nn.Linear: the overhead of a call
 
 
 class Memory(NamedTuple):
-    """Bytes of each thing that a training step holds at some time."""
+    """Bytes of a training step, by kind."""
 
     student_weights: int
     teacher_weights: int
@@ -76,7 +76,9 @@ class Memory(NamedTuple):
     kv_cache: int  # of one micro-batch at its full length
     sampling: int  # the sampler's arrays over the vocabulary
     activations: int  # what autograd keeps of one micro-batch
-    working: int  # one layer of the model that needs most: a forward without gradients, or a layer's backward
+    working: (
+        int  # one layer of the largest model: a forward without gradients, or a layer's backward
+    )
     logits: int  # one chunk of completion tokens: both models' logits, log-probs and gradients
     dense_gradient: (
         int  # the largest parameter's before its trained coordinates are taken, and an addend
@@ -98,7 +100,7 @@ class Seconds(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory in bytes, item by item and at the height of each phase, and seconds of one step."""
+    """Memory in bytes, by kind and at the peak of each phase, and seconds of one step."""
 
     memory: Memory
     rollout_bytes: int
@@ -156,7 +158,7 @@ def language_cost(reader: Reader, dtype: torch.dtype, tokens: int) -> tuple[int,
     misses what today's norms, rotary positions and gated or routed MLPs keep. Attention counts in full,
     not its causal half; windows are ignored where the kernel ignores them.
 
-    Raises UserError for a family whose forward looks at values (gated linear attention, for one).
+    Raises UserError for a family whose forward depends on values (gated linear attention, for one).
     """
     tokens |= 1  # no width of a model is odd, so [T, T] means probabilities
     model = on_meta(AutoModel, reader.model.config.get_text_config())
@@ -171,7 +173,7 @@ def language_cost(reader: Reader, dtype: torch.dtype, tokens: int) -> tuple[int,
 
     ids = torch.ones(1, tokens, dtype=torch.long, device="meta")
     with (
-        torch.enable_grad(),  # whoever asks
+        torch.enable_grad(),  # also within no_grad
         FlopCounterMode(display=False, custom_mapping=ROUTED_FLOPS) as counter,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
@@ -182,7 +184,7 @@ def language_cost(reader: Reader, dtype: torch.dtype, tokens: int) -> tuple[int,
                 f"model type {reader.model.config.model_type!r} cannot be estimated without its weights: its "
                 f"forward needs values ({str(error).splitlines()[0]}); measure a short run instead"
             ) from error
-    del out  # held until here, so that no storage's id was given to a second one
+    del out  # held until here, so that no storage's id was reused
     square = (tokens, tokens)
     return counter.get_total_flops(), sum(
         tensor.untyped_storage().nbytes()
@@ -260,7 +262,7 @@ def estimate(
 
     Every teacher reads every completion, which for routed teachers is an upper bound. `completions_per_step` is
     the share of one process. A `trained_fraction` under 1 is a mask's density, spread over all tensors.
-    `costs` are those of student and teachers by `forward_cost`, for who asks more than once.
+    `costs` are those of student and teachers by `forward_cost`, to compute them once for several estimates.
 
     Seconds are the sum of arithmetic at `matmul_flops`, bytes moved at `memory_bytes_per_second` (weights,
     what is kept written and read, the cache three times a token because it grows by concatenation), and
@@ -356,7 +358,7 @@ def output_weight(reader: Reader) -> Tensor:
 
 
 def calls_of(reader: Reader) -> int:
-    """Tiny calls that cost what one forward of the model spends beside arithmetic."""
+    """Overhead of one forward pass of the model, in tiny calls."""
     return CALLS_PER_PARAMETER * len(list(reader.model.parameters()))
 
 

@@ -1,13 +1,12 @@
-"""What to know of a pair before training it: `vlopd check`.
+"""The pre-flight of a pair before training: `vlopd check`.
 
-Each row of the table is one fact of every model side by side, and passes, fails, or only informs. Peers'
-users lose days to what these rows show: teachers that never get the image, templates that differ, ids that
-disagree, logits that are not the model's.
+Each row of the table is one property of every model side by side, and passes, fails, or only informs. They catch what
+costs days elsewhere: teachers that never get the image, templates that differ, ids that disagree, wrong logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +20,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from vlopd import seeding
 from vlopd.config.arms import CheckpointArm, DistillArm
+from vlopd.config.data import DataConfig
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import TopFractionMask
-from vlopd.config.models import ModelConfig
-from vlopd.config.objective import ReverseKL
-from vlopd.data.load import open_data
+from vlopd.config.models import ModelConfig, TeacherConfig
+from vlopd.config.objective import NLL, ReverseKL
+from vlopd.data.load import load_data
 from vlopd.errors import ConfigError, UserError
 from vlopd.models import families
 from vlopd.models.context_length import context_length
@@ -42,21 +42,19 @@ from vlopd.models.meta import meta_model
 from vlopd.models.vocabulary import SharedVocabulary
 from vlopd.preflight import memory
 from vlopd.train.losses import TOP_K, Sampled, token_divergence
-from vlopd.train.pair import ModelPair, refuse_blind_models, shared_vocabulary
+from vlopd.train.pair import ModelPair, refuse_text_only, shared_vocabulary
 from vlopd.train.teacher_context import teacher_view
 from vlopd.types import Completions, Example, Prompts
 
-"""k of the top-k overlap."""
-
 FEW = 8
-"""Examples that a check looks at."""
+"""Examples of a check."""
 
 ASSUMED_PROMPT_TOKENS = 512
-"""Where there is no tokenizer to count with."""
+"""Where there is no tokenizer."""
 
 
 class CheckRow(NamedTuple):
-    """One line of the table: a value a model, or one for all; `ok` is None where nothing passes or fails."""
+    """One line of the table: a value a model, or one for all; `ok` is None for information."""
 
     what: str
     values: tuple[str, ...]
@@ -70,11 +68,10 @@ def preflight(
 ) -> list[CheckRow]:
     """The table for a loaded pair, on a few examples; one column for the student, one a teacher."""
     for arm in checkpoint_arms(config):
-        load_configured(
-            arm, DTYPES[config.precision.compute]
-        )  # refused here rather than after training
+        # refused here rather than after training
+        load_configured(arm, DTYPES[config.precision.compute])
     models = (pair.student, *(teacher.loaded for teacher in pair.teachers))
-    views = views_of(config, examples)
+    views = views_of(config.teachers, examples)
     lengths, prompt_facts = prompt_rows(models, views)
 
     def row(what: str, of: Callable[[LoadedModel], Any]) -> CheckRow:
@@ -91,7 +88,7 @@ def preflight(
         row("never sampled", lambda m: tokens_of(m, m.unsampleable_ids)),
         *prompt_facts,
         context_row(models, lengths, config.rollout.max_new_tokens),
-        *thought_rows(config, models, views),
+        *thought_rows(list(config.teachers), models, views, learns_answers(config)),
     ]
     prompts = pair.student.render(examples)
     uniforms = seeding.uniforms(len(examples), config.rollout.max_new_tokens, "check")
@@ -114,16 +111,18 @@ def preflight(
 def preflight_meta(
     config: ExperimentConfig, device: torch.device, architectures: Path
 ) -> list[CheckRow]:
-    """The table without weights: everything that configurations and, where they are at hand, tokenizers tell.
+    """The table without weights, from configurations and, where present, tokenizers.
 
-    A model's configuration is read from `architectures`/<its name>/config.json where that is kept, so that
-    no hub is needed.
+    A model's configuration is read from `architectures`/<its name>/config.json where there is one, without the hub.
     """
-    wanted = (config.student, *map(config.loaded_as, config.teachers.values()))
+    teachers = config.teachers
+    wanted = (config.student, *(each.loaded_from(config.student) for each in teachers.values()))
     found = [model_config(model, architectures) for model in wanted]
-    refuse_blind_models(config, dict(zip(["student", *config.teachers], found, strict=True)))
+    if config.data.has_images:
+        by_name = dict(zip(["student", *teachers], found, strict=True))
+        refuse_text_only(config.student, teachers, by_name)
     for arm in checkpoint_arms(config):
-        with suppress(ModelUnreadable):  # its files need not be here
+        with suppress(ModelUnreadable):  # without weights, its files may be missing
             where = (arm.model, arm.revision, arm.trust_remote_code)
             load_processor(*where, arm.template, arm.template_arguments)
     models = [meta_model(about) for about in found]
@@ -141,7 +140,7 @@ def preflight_meta(
             tuple(f"{m.get_output_embeddings().weight.shape[0]:,}" for m in models),
         ),
         CheckRow("sees images", tuple("yes" if families.sees_images(c) else "no" for c in found)),
-        *vocabulary_rows_of(config),
+        *vocabulary_rows_of(config.student, list(teachers.values())),
     ]
     lengths, prompts = meta_prompts(config, wanted, models)
     readers = [
@@ -162,7 +161,7 @@ def checkpoint_arms(config: ExperimentConfig) -> list[ModelConfig]:
 def meta_prompts(
     config: ExperimentConfig, wanted: Sequence[ModelConfig], models: Sequence[PreTrainedModel]
 ) -> tuple[list[int], list[CheckRow]]:
-    """(prompt tokens of each model, rows): of real examples where data and tokenizers can be read, else assumed."""
+    """(prompt tokens of each model, rows): from examples where data and tokenizers can be read, else assumed."""
     assumed = [ASSUMED_PROMPT_TOKENS] * len(models)
     assumption = assumed, [CheckRow("prompt tokens, assumed", tuple(map(str, assumed)))]
     loaded = []
@@ -179,16 +178,18 @@ def meta_prompts(
     for own in loaded:
         check_tokens(own)
     try:
-        examples = first_examples(config)
+        examples = first_examples(config.data, config.teachers)
     except UserError:
         return assumption
-    views = views_of(config, examples)
+    views = views_of(config.teachers, examples)
     lengths, rows = prompt_rows(loaded, views)
-    return lengths, rows + thought_rows(config, loaded, views)
+    return lengths, rows + thought_rows(
+        list(config.teachers), loaded, views, learns_answers(config)
+    )
 
 
 def turn_row(models: Sequence[LoadedModel]) -> CheckRow:
-    """Does a completion end where the chat template ends a turn? Else it runs on, into turns of its own making."""
+    """Is the chat template's end of turn an end token? Else completions run on into further turns."""
     ends = [model.turn_end for model in models]
     open_ended = [
         f"{model.name} closes a turn with {tokens_of(model, [end])}, but its completions end at "
@@ -204,16 +205,24 @@ def turn_row(models: Sequence[LoadedModel]) -> CheckRow:
     )
 
 
-def first_examples(config: ExperimentConfig) -> list[Example]:
-    """A few examples to look at. Raises UserError where the data cannot be read."""
-    data = open_data(config, FEW, seed=0)
-    return [data[i] for i in range(min(FEW, len(data)))]
+def first_examples(data: DataConfig, teachers: Mapping[str, TeacherConfig]) -> list[Example]:
+    """The first examples. Raises UserError where the data cannot be read."""
+    examples = load_data(data, FEW, 0, teachers.values())
+    return [examples[i] for i in range(min(FEW, len(examples)))]
 
 
-def views_of(config: ExperimentConfig, examples: Sequence[Example]) -> list[list[Example]]:
-    """The examples as the student and as each teacher, in its context, is given them."""
-    contexts = [None, *(teacher.context for teacher in config.teachers.values())]
+def views_of(
+    teachers: Mapping[str, TeacherConfig], examples: Sequence[Example]
+) -> list[list[Example]]:
+    """The examples as the student sees them, and as each teacher does, in its context."""
+    contexts = [None, *(teacher.context for teacher in teachers.values())]
     return [[teacher_view(context, example) for example in examples] for context in contexts]
+
+
+def learns_answers(config: ExperimentConfig) -> bool:
+    """Whether an arm trains on the data's answers."""
+    arms = [arm for arm in config.arms.values() if isinstance(arm, DistillArm)]
+    return any("data" in config.recipe_of(arm).rollout.source.shares for arm in arms)
 
 
 def prompt_rows(
@@ -238,12 +247,12 @@ def prompt_rows(
 
 
 def thought_rows(
-    config: ExperimentConfig,
+    teachers: Sequence[str],
     models: Sequence[LoadedModel],
     views: Sequence[Sequence[Example]],
+    learns_answers: bool,
 ) -> list[CheckRow]:
-    """How each model marks its thoughts and whether its prompt opens one, and what does not go together there."""
-    names = ["student", *config.teachers]
+    """Each model's marks of a thought and whether its prompt opens one, with the mismatches."""
     opened = [
         model.opened_by(model.render_text(own[0])) for model, own in zip(models, views, strict=True)
     ]
@@ -256,7 +265,7 @@ def thought_rows(
         for own, mark in zip(marks, opened, strict=True)
     ]
     rows = [CheckRow("thoughts", tuple(values))]
-    for name, mark in zip(names[1:], opened[1:], strict=True):
+    for name, mark in zip(teachers, opened[1:], strict=True):
         if bool(mark) != bool(opened[0]):
             inside, outside = (name, "student") if mark else ("student", name)
             note = (
@@ -264,8 +273,7 @@ def thought_rows(
                 "completion as a thought, the other as an answer; see template_arguments"
             )
             rows.append(CheckRow("thoughts differ", (note,)))
-    arms = [config.of_arm(a) for a in config.arms.values() if isinstance(a, DistillArm)]
-    if opened[0] and any("data" in each.rollout.source.shares for each in arms):
+    if opened[0] and learns_answers:
         note = (
             "the student's prompt opens a thought: the data's answers are learnt as thoughts unless each begins "
             "with one and closes it; see student.template_arguments"
@@ -296,7 +304,7 @@ def context_row(
 
 
 def model_config(model: ModelConfig, architectures: Path) -> PretrainedConfig:
-    """A model's configuration: the one kept in `architectures` or, where there is none, its own."""
+    """A model's configuration, from `architectures` or, where it is not there, its own."""
     folder = architectures / model.model
     if (folder / "config.json").is_file():
         return load_model_config(str(folder))
@@ -311,17 +319,17 @@ def components(model: PreTrainedModel) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
-def vocabulary_rows_of(config: ExperimentConfig) -> list[CheckRow]:
-    """What the tokenizers share, where all can be read."""
+def vocabulary_rows_of(student: ModelConfig, teachers: Sequence[TeacherConfig]) -> list[CheckRow]:
+    """The tokens that all models share, where all tokenizers can be read."""
     try:
-        vocabulary = shared_vocabulary(config)
+        vocabulary = shared_vocabulary(student, teachers)
     except ModelUnreadable as error:
         return [CheckRow("shared tokens", (f"not checked: {error}",))]
     return shared_rows(vocabulary)
 
 
 def shared_rows(vocabulary: SharedVocabulary) -> list[CheckRow]:
-    """How many tokens the models share, and what was mapped or left out."""
+    """The number of shared tokens, and the notes on those mapped or left out."""
     return [
         CheckRow("shared tokens", (f"{vocabulary.size:,}",)),
         *(CheckRow("vocabulary", (note,)) for note in vocabulary.notes),
@@ -334,7 +342,7 @@ def estimate_rows(
     device: torch.device,
     must_fit: bool = False,
 ) -> list[CheckRow]:
-    """Memory and seconds of a step on the present device, dense and under each mask of known density."""
+    """Memory and seconds of a step on this device, dense and under each mask of known density."""
     dtype = DTYPES[config.precision.compute]
     speed = memory.measure_device(device, dtype)
     densities = {"all coordinates": 1.0}
@@ -407,7 +415,7 @@ def special_tokens(model: LoadedModel) -> str:
 
 
 def rows_and_tokens(model: LoadedModel) -> str:
-    """Rows of the output layer, and how many of them have no token."""
+    """Rows of the output layer, and those without a token."""
     nameless = model.vocabulary_rows - len(set(model.tokenizer.get_vocab().values()))
     return f"{model.vocabulary_rows:,}" + (f" ({nameless:,} padded)" if nameless > 0 else "")
 
@@ -415,9 +423,9 @@ def rows_and_tokens(model: LoadedModel) -> str:
 def sight_row(
     pair: ModelPair, examples: Sequence[Example], prompts: Prompts, completions: Completions
 ) -> CheckRow:
-    """Does each model see the image? Its mean log-prob change when every image is blanked must not be 0.
+    """Does each model use the image? Its mean log-prob change when every image is blanked must not be 0.
 
-    A teacher that reads a caption instead has no picture to be blanked.
+    A teacher that reads a caption instead has no picture to blank.
     """
     blank = [blanked(example) for example in examples]
     blind = pair.student_logprobs(pair.student.render(blank), completions)
@@ -457,30 +465,29 @@ def mean_change(before: Tensor, after: Tensor) -> float:
 def agreement_rows(
     pair: ModelPair, examples: Sequence[Example], prompts: Prompts, completions: Completions
 ) -> list[CheckRow]:
-    """How far student and teacher are apart on the student's own completions."""
+    """Sampler against trainer, and the divergence of student and teacher, on the student's own completions."""
     hidden = pair.student.completion_hidden(prompts, completions)
     student = pair.student.logits(hidden, pair.vocabulary.student)
-    teacher = pair.teacher_logits(examples, completions)
+    teacher = pair.teacher_logits(examples, completions) if pair.teachers else None
     sampled = Sampled(pair.vocabulary.targets(completions), completions.logprobs[completions.mask])
-    tokens = token_divergence(ReverseKL(), student, teacher, sampled)
-    top1 = (student.argmax(-1) == teacher.argmax(-1)).float().mean()
+    tokens = token_divergence(NLL() if teacher is None else ReverseKL(), student, teacher, sampled)
     gap = float((tokens.student_logprobs - sampled.logprobs).abs().max())
     bound = 1e-3 if pair.student.model.dtype == torch.float32 else 0.5
+    consistency = CheckRow(
+        "sampler against trainer",
+        (f"{gap:.1e} nats at most",),
+        gap < bound,
+        "sampling and scoring disagree: check the family's positions in vlopd/models/families.py",
+    )
+    entropies = [e for e in (tokens.student_entropy, tokens.teacher_entropy) if e is not None]
+    entropy = CheckRow("mean entropy", tuple(f"{each.mean():.4f} nats" for each in entropies))
+    if teacher is None or tokens.top_overlap is None:
+        return [consistency, entropy]
+    top1 = (student.argmax(-1) == teacher.argmax(-1)).float().mean()
     return [
-        CheckRow(
-            "sampler against trainer",
-            (f"{gap:.1e} nats at most",),
-            gap < bound,
-            "sampling and scoring disagree: check the family's positions in vlopd/models/families.py",
-        ),
+        consistency,
         CheckRow("mean reverse KL", (f"{tokens.loss.mean():.4f} nats a token",)),
-        CheckRow(
-            "mean entropy",
-            tuple(
-                f"{each.mean():.4f} nats"
-                for each in (tokens.student_entropy, tokens.teacher_entropy)
-            ),
-        ),
+        entropy,
         CheckRow("top-1 agreement", (f"{top1:.1%} of {completions.n_tokens} tokens",)),
         CheckRow(
             f"top-{min(TOP_K, pair.vocabulary.size)} overlap", (f"{tokens.top_overlap.mean():.1%}",)

@@ -21,10 +21,10 @@ from vlopd.config.arms import (
     TransplantArm,
 )
 from vlopd.config.experiment import ExperimentConfig
-from vlopd.config.recipe import training_of
-from vlopd.data.load import open_data
+from vlopd.config.recipe import Recipe, training_of
+from vlopd.data.load import load_data
 from vlopd.digests import digest_checkpoint, digest_json
-from vlopd.distill import Evaluate, distill
+from vlopd.distill import Evaluate, Hooks, distill
 from vlopd.errors import RunError
 from vlopd.files import whole_folder
 from vlopd.masks.apply import delta_norm, extrapolated, transplanted
@@ -52,6 +52,7 @@ from vlopd.run.resolve import (
     teacher_folder,
 )
 from vlopd.run.stage import Stage
+from vlopd.train.log import open_trackers
 from vlopd.train.pair import load_pair
 from vlopd.train.resume import is_state_of
 from vlopd.train.sparse import Trainable
@@ -104,13 +105,20 @@ def train_arm(
     its: Stage, config: ExperimentConfig, name: str, arm: DistillArm, how: Making
 ) -> None:
     """Distils the student from the base, under the arm's mask if it has one, and proves the mask held."""
-    config, run, inputs = config.of_arm(arm), its.run, its.inputs
+    recipe, run, inputs = config.recipe_of(arm), its.run, its.inputs
     base = run.checkpoint(base_arm(config))
     refuse_other_base(own_other_base(run, config, arm), inputs["base"], how.allow_other_base)
     accelerator = distributed.accelerator()
     distributed.main_process_alone(accelerator, lambda: clear(run.arm(name), digest_json(inputs)))
-    # the student as it is: the base arm, unless that is stored in less than the student's own precision
-    pair = load_pair(config, accelerator.device, base if keeps_base(config) else None)
+    pair = load_pair(
+        config.student,
+        recipe.teacher,
+        compute=config.precision.compute,
+        device=accelerator.device,
+        images=recipe.data.has_images,
+        # the base arm, unless that is stored in less than the student's own precision
+        student_folder=base if keeps_base(config) else None,
+    )
     before, mask, projections = read_tensors(base), None, None
     if arm.mask is not None:
         mask = read_mask(run, config, arm.mask)
@@ -118,36 +126,38 @@ def train_arm(
         projections = read_projections(
             run, config, arm.subspace, dict(pair.student.model.named_parameters())
         )
-    prompts = config.train.steps * config.train.prompts_per_step
-    data = open_data(config, prompts, arm.seed)
+    data = load_data(recipe.data, recipe.prompts, arm.seed, recipe.teachers.values())
     started = time.perf_counter()
     folder = run.arm(name)
 
     def keep(step: int, trainable: Trainable) -> None:
         with whole_folder(run.kept(name, step)) as checkpoint:
-            text = card(config, name, f"{describe(config, arm)}, of which {step} are done", inputs)
+            text = card(config, name, f"{describe(recipe, arm)}, {step} of them done", inputs)
             save(pair.student, checkpoint, text, trainable.merged(before))
 
+    with distributed.together(accelerator):
+        names = config.tracking.trackers if accelerator.is_main_process else ()
+        settings = {**config.model_dump(mode="json"), **recipe.model_dump(mode="json")}
+        trackers = open_trackers(names, f"{config.name}-{name}", folder, settings)
+    every = config.eval.during.every if config.eval.during else None
     trainable = distill(
         pair,
         data,
-        config,
-        arm,
+        recipe,
         folder,
-        name,
-        # what is stored but no parameter (running means of a tower) does not train
+        arm.seed,
+        # buffers of the checkpoint (running means of a tower) do not train
         mask and {n: mask[n] for n, _ in pair.student.model.named_parameters()},
-        digest_json(inputs),
-        accelerator,
-        projections,
-        keep,
-        how.evaluate,
-    )
+        Hooks(keep, how.evaluate, every, trackers),
+        projections=projections,
+        identity=digest_json(inputs),
+        accelerator=accelerator,
+    ).trainable
 
     def write() -> None:
         merged = trainable.merged(before)
         with whole_folder(run.checkpoint(name)) as checkpoint:
-            text = card(config, name, describe(config, arm), inputs)
+            text = card(config, name, describe(recipe, arm), inputs)
             save(pair.student, checkpoint, text, merged)
         proof = off_mask(before, read_tensors(run.checkpoint(name)), mask)
         if proof["off_mask"] is not None:
@@ -162,13 +172,13 @@ def train_arm(
             mask=arm.mask,
             seed=arm.seed,
             discovery_seeds=seeds_of(config, name),
-            steps=config.train.steps,
+            steps=recipe.train.steps,
             total_parameters=trainable.total,
             trained_parameters=trainable.count,
             density=trainable.count / trainable.total,
             seconds=round(time.perf_counter() - started, 1),
             device=str(accelerator.device),
-            notes=config.notes,
+            notes=recipe.notes,
             **proof,
             identity=identities(run, config, name, before, mask),
         )
@@ -186,13 +196,13 @@ def clear(folder: Path, identity: str) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def describe(config: ExperimentConfig, arm: DistillArm) -> str:
-    teachers = ", ".join(teacher.model for teacher in config.teachers.values())
-    told = f"{training_of(config)}, loss {config.loss.type} from {teachers}, {config.train.steps} steps"
-    told += f", mask {arm.mask}" if arm.mask else ""
+def describe(recipe: Recipe, arm: DistillArm) -> str:
+    """How an arm was trained, in a few words for its model card."""
+    text = f"{training_of(recipe)}, {recipe.objective}, {recipe.train.steps} steps"
+    text += f", mask {arm.mask}" if arm.mask else ""
     if arm.subspace:
-        told += f", gradients projected on rank {arm.subspace.rank} of {arm.subspace.of}"
-    return told
+        text += f", gradients projected on rank {arm.subspace.rank} of {arm.subspace.of}"
+    return text
 
 
 def read_projections(

@@ -18,7 +18,6 @@ from vlopd.config.arms import (
 )
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import FileMask, MaskConfig
-from vlopd.config.recipe import Recipe
 from vlopd.digests import digest_checkpoint, file_digest
 from vlopd.files import read_json
 from vlopd.geometry.trajectory import step_of
@@ -35,9 +34,6 @@ from vlopd.run.resolve import (
     other_base,
     teacher_content,
 )
-
-RUN_WIDE = ("student", "precision", *Recipe.model_fields)
-"""Sections of the config that decide a distilled arm's weights, unless it has its own."""
 
 
 def made_from(
@@ -59,15 +55,15 @@ def made_from(
         return {**arm.model_dump(mode="json", exclude={"role"}), "files": files}
     inputs = {"base": arm_digest(run, base_arm(config)), "files": files}
     if isinstance(arm, DistillArm):
-        its = config.of_arm(arm)
-        resolved = its.model_dump(mode="json")
-        teachers = its.teachers.items()
+        recipe = config.recipe_of(arm)
+        teachers = recipe.teachers
+        settings = config.model_dump(mode="json", include={"student", "precision"})
         inputs |= {
             "student": read_json(run.arm_record(base_arm(config)))["inputs"],
-            "teachers": {n: teacher_content(run, its, each, whole) for n, each in teachers},
-            "data": data_content(its, whole),
+            "teachers": {n: teacher_content(run, config, t, whole) for n, t in teachers.items()},
+            "data": data_content(recipe.data, tuple(teachers.values()), whole),
             "arm": arm.model_dump(mode="json", include={"type", "seed", "mask", "subspace"}),
-            "recipe": {key: resolved[key] for key in RUN_WIDE},
+            "recipe": settings | recipe.model_dump(mode="json"),
         }
     else:
         inputs["arm"] = arm.model_dump(mode="json", exclude={"role"})

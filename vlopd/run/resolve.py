@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vlopd.config.arms import BaseArm, CheckpointArm, ImportedArm, TeacherArm
+from vlopd.config.data import DataConfig
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import Reference
 from vlopd.config.models import ModelConfig, TeacherConfig
@@ -97,11 +98,13 @@ def teacher_content(
     return model_content(teacher, whole)
 
 
-def data_content(config: ExperimentConfig, whole: bool = False) -> dict[str, str]:
+def data_content(
+    data: DataConfig, teachers: Sequence[TeacherConfig], whole: bool = False
+) -> dict[str, str]:
     """{file: sha256} of the files that an arm's examples come from; of many, such as pictures, those of an ending as
     one."""
     by_ending: dict[str, list[Path]] = {}
-    for path in files_of(config):
+    for path in files_of(data, teachers):
         by_ending.setdefault(path.suffix, []).append(path)
     content: dict[str, str] = {}
     for ending, paths in by_ending.items():

@@ -1,32 +1,37 @@
-"""What a training run leaves to read: metrics.jsonl, samples.jsonl with pictures, a progress bar, trackers."""
+"""Logs of a training run: metrics.jsonl, samples.jsonl with pictures, held-out scores, a progress bar, trackers."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from tqdm import tqdm
 
-from vlopd.config.experiment import ExperimentConfig
 from vlopd.errors import ConfigError
 from vlopd.files import json_lines, without_nan, write_jsonl
+from vlopd.models.loaded import LoadedModel
+from vlopd.train.losses import TokenDivergence
+from vlopd.train.rollouts import Batch
 from vlopd.types import Example
 
 GROWING = ("metrics.jsonl", "samples.jsonl", "optimizer.jsonl", "heldout.jsonl")
-"""What grows while an arm trains."""
+"""Files that training appends to."""
 
 
 def first_stale(name: str, start: int) -> int:
-    """The first step that is not to be in a file where training goes on from `start`, as it comes again.
+    """The first step whose rows a file loses when training resumes from `start`, as they are written again.
 
-    Held-out scores are of the weights after `step` steps, so those of the state that is gone on from are there
-    already; those of the base come again where there is no state. All else is of what step `step` did.
+    Held-out scores are of the weights after `step` steps, so those of the resumed state stay; those of the base are
+    written again where there is no state. All other rows are of step `step` itself.
     """
     return start + 1 if name == "heldout.jsonl" and start > 0 else start
 
@@ -34,8 +39,8 @@ def first_stale(name: str, start: int) -> int:
 class TrainingLog:
     """Appends one line a step; on resume, lines after the resumed step are dropped first.
 
-    Only one of several processes is `active`; the others' logs do nothing. `trackers` get the same numbers, those
-    of earlier steps too.
+    Only one of several processes is `active`; the others' logs do nothing. `trackers`, started, get the same numbers,
+    on resume those of earlier steps too, and are finished at the end.
     """
 
     def __init__(
@@ -76,12 +81,12 @@ class TrainingLog:
             tracker.finish()
 
     def note(self, text: str) -> None:
-        """A line beside the progress bar."""
+        """Prints a line above the progress bar."""
         if self.active:
             self.bar.write(f"{self.bar.desc}: {text}")
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """One step's numbers: to metrics.jsonl and, the telling ones, to the progress bar."""
+        """Writes one step's metrics to metrics.jsonl, and a few to the progress bar."""
         if not self.active:
             return
         self.append("metrics.jsonl", [row])
@@ -94,23 +99,24 @@ class TrainingLog:
         self.bar.update()
 
     def held_out(self, step: int, scores: Mapping[str, Mapping[str, float]]) -> None:
-        """Scores after `step` steps, by task and metric; null for one that is no number."""
+        """Writes scores after `step` steps, by task and metric; null for NaN."""
         if not self.active:
             return
         rows = [{"step": step, "task": task, **without_nan(each)} for task, each in scores.items()]
         self.append("heldout.jsonl", rows)
         flat = {name: x for row in rows for name, x in by_task(row).items()}
         self.track(step, flat)
-        told = (f"{name} {'none' if x is None else format(x, '.3f')}" for name, x in flat.items())
-        self.note(f"step {step}: {', '.join(told)}")
+        words = (f"{name} {'none' if x is None else format(x, '.3f')}" for name, x in flat.items())
+        self.note(f"step {step}: {', '.join(words)}")
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Lines at the end of one of the arm's files."""
+        """Appends rows to one of the log's files."""
         if self.active:
             with (self.folder / name).open("a") as file:
                 file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
     def track(self, step: int, row: Mapping[str, Any]) -> None:
+        """Sends a row's numbers to the trackers."""
         numbers = {name: x for name, x in row.items() if isinstance(x, (int, float))}
         for tracker in self.trackers:
             tracker.log(numbers, step=step)
@@ -118,7 +124,7 @@ class TrainingLog:
     def samples(
         self, step: int, examples: Sequence[Example], rows: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Sample generations, each with its picture under samples/."""
+        """Writes sample generations, each with its picture under samples/."""
         if not self.active:
             return
         lines = []
@@ -139,13 +145,73 @@ class TrainingLog:
         self.append("samples.jsonl", lines)
 
 
+class Stopwatch:
+    """Seconds by name; several laps of one name add up."""
+
+    def __init__(self) -> None:
+        self.started = self.last = self.now()
+        self.laps: dict[str, float] = {}
+
+    @staticmethod
+    def now() -> float:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # kernels are still running when their calls return
+        return time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Adds the time since the last lap to `name`."""
+        now, key = self.now(), f"{name}_seconds"
+        self.laps[key] = self.laps.get(key, 0.0) + now - self.last
+        self.last = now
+
+    def seconds(self, tokens: int) -> dict[str, float]:
+        """Seconds by name and in all, and tokens per second."""
+        total = self.last - self.started
+        return {
+            **{name: round(each, 4) for name, each in self.laps.items()},
+            "seconds": round(total, 4),
+            "tokens_per_second": round(tokens / total, 1),
+        }
+
+
+def sample_rows(
+    student: LoadedModel, batch: Batch, tokens: TokenDivergence, group: int, most: int = 4
+) -> tuple[list[Example], list[dict[str, Any]]]:
+    """(examples, rows of samples.jsonl): a few completions of different prompts, with both models' log-probs."""
+    completions = batch.completions
+    counts = completions.mask.sum(1).tolist()
+    columns = {"student_logprobs": tokens.student_logprobs}
+    if tokens.teacher_logprobs is not None:
+        columns["teacher_logprobs"] = tokens.teacher_logprobs
+    by_row = {name: column.split(counts) for name, column in columns.items()}
+    chosen = range(0, len(batch.examples), group)[:most]
+    rows = []
+    for k in chosen:
+        ids = completions.ids[k][completions.mask[k]].tolist()
+        row: dict[str, Any] = {
+            "writer": batch.writers[k],
+            "completion": student.transcript(ids),
+            "tokens": student.tokenizer.convert_ids_to_tokens(ids),
+        }
+        row |= {name: [rounded(x) for x in each[k].tolist()] for name, each in by_row.items()}
+        if batch.rewards is not None:
+            row["reward"] = float(batch.rewards[k])
+        rows.append(row)
+    return [batch.examples[k] for k in chosen], rows
+
+
+def rounded(logprob: float) -> float | None:
+    """For JSON, which has no infinity: a teacher may ban a token."""
+    return round(logprob, 4) if math.isfinite(logprob) else None
+
+
 def by_task(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of heldout.jsonl as trackers name its scores, {task/metric: score}."""
+    """A row of heldout.jsonl as {task/metric: score}, the names that trackers get."""
     return {f"{row['task']}/{name}": x for name, x in row.items() if name not in ("step", "task")}
 
 
 def rows_before(path: Path, step: int) -> list[dict[str, Any]]:
-    """The rows of earlier steps. A last line that a kill cut short is of a later one, and goes too."""
+    """The rows of earlier steps. A last line that a kill truncated is of a later one, and is dropped."""
     rows = []
     for _, line in json_lines(path) if path.exists() else ():
         with suppress(ValueError):
@@ -153,33 +219,35 @@ def rows_before(path: Path, step: int) -> list[dict[str, Any]]:
     return [row for row in rows if row["step"] < step]
 
 
-def open_trackers(config: ExperimentConfig, folder: Path, arm: str) -> list[GeneralTracker]:
-    """The configured trackers of accelerate, started, with the resolved config.
+def open_trackers(
+    names: Sequence[str], project: str, folder: Path, config: Mapping[str, Any]
+) -> list[GeneralTracker]:
+    """Starts trackers of accelerate for one training run, with files under `folder` and `config` as its settings.
 
     Raises ConfigError for one that is not installed.
     """
-    refuse_missing_trackers(config)
+    refuse_missing_trackers(names)
     trackers: list[GeneralTracker] = []
-    for name in config.tracking.trackers:
+    for name in names:
         if name == "wandb":
             (folder / "trackers").mkdir(parents=True, exist_ok=True)
             os.environ.setdefault("WANDB_MODE", "offline")
             os.environ.setdefault("WANDB_DIR", str(folder / "trackers"))
         kind = LOGGER_TYPE_TO_CLASS[name]
         where = [str(folder / "trackers")] if kind.requires_logging_directory else []
-        # what a killed run left is logged again; tensorboard is told that it no longer counts
+        # a resumed run logs its earlier steps again; tensorboard drops those of before
         again = {"purge_step": 0} if name == "tensorboard" else {}
-        trackers.append(kind(f"{config.name}-{arm}", *where, **again))
+        trackers.append(kind(project, *where, **again))
     for tracker in trackers:
         tracker.start()
-        tracker.store_init_configuration(flat(config.model_dump(mode="json")))
+        tracker.store_init_configuration(flat(config))
     return trackers
 
 
-def refuse_missing_trackers(config: ExperimentConfig) -> None:
-    """Raises ConfigError for a configured tracker that is not installed."""
+def refuse_missing_trackers(names: Sequence[str]) -> None:
+    """Raises ConfigError for a tracker that is not installed."""
     available = {str(name) for name in get_available_trackers()}
-    for name in config.tracking.trackers:
+    for name in names:
         if name not in available:
             raise ConfigError(
                 f"tracking.trackers names {name!r}, which is not installed: pip install {name}"
@@ -187,7 +255,7 @@ def refuse_missing_trackers(config: ExperimentConfig) -> None:
 
 
 def flat(table: Mapping[str, Any], where: str = "") -> dict[str, str | int | float | bool]:
-    """Nested tables as dotted keys; what is no number or truth value as text.
+    """Nested tables as dotted keys; values that are neither numbers nor booleans as text.
 
     >>> flat({"optim": {"betas": [0.9, 0.99]}})
     {"optim.betas": "[0.9, 0.99]"}

@@ -1,24 +1,25 @@
 """Losses between student and teacher, as pure functions on flat completion tokens.
 
-They see logits over the shared vocabulary and, for the estimators, which column was sampled: no prompts, no
-padding, no images. Everything is computed in fp32 (or wider), in nats. Checked in value and gradient against
-float64 references. Throughout: q the student, p the teacher, 0 log 0 = 0.
+Inputs are logits over the shared vocabulary and, for the estimators, the sampled column: no prompts, no padding,
+no images. Everything is computed in fp32 (or wider), in nats. Values and gradients are tested against float64
+references. Throughout: q the student, p the teacher, 0 log 0 = 0.
 
-A loss is put together from three parts, each of which knows nothing of the others:
+A divergence is composed of three independent parts:
 
     temperature    both models' logits are divided by their own; the loss is not multiplied by T^2
-    support        which columns count, and what becomes of the rest (`on_support`)
-    divergence     sum_v f(q_v, p_v), of two distributions or of what a support leaves of them
+    support        the columns that are compared, and the treatment of the tail (`on_support`)
+    divergence     sum_v f(q_v, p_v), of two distributions or of their restriction to a support
 
-A loss of the sampled token (nll, k1, k2, k3) looks at one column instead. A reward's policy gradient is mixed in
-by its share. Diagnostics are always exact: over the full vocabulary, at temperature 1.
+A loss of the sampled token (nll, k1, k2, k3) uses one column instead. A reward's policy gradient is mixed in
+with weight 1 - alpha. Diagnostics are always exact: over the full vocabulary, at temperature 1. Without a teacher,
+which nll and a pure reward do not need, those that compare with it are None.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,27 +46,36 @@ from vlopd.config.objective import (
 )
 
 TOP_K = 16
-"""Likeliest tokens of each model that the overlap diagnostics compare (as arXiv 2604.13016 does)."""
+"""Top tokens of each model that the overlap diagnostics compare (as arXiv 2604.13016 does)."""
+
+NO_TEACHER = "Recipe refuses a loss that needs a teacher without one"
 
 
 class TokenDivergence(NamedTuple):
-    """What is known of each completion token, [N] each, in nats unless said; only `loss` carries a gradient."""
+    """Loss and diagnostics of each completion token, [N] each, in nats unless said; only `loss` carries a gradient.
+
+    Those with a teacher in them are None where there is no teacher.
+    """
 
     loss: Tensor
-    reverse_kl: Tensor
     student_entropy: Tensor
-    teacher_entropy: Tensor
     student_logprobs: Tensor  # of the sampled token, at temperature 1
-    teacher_logprobs: Tensor
-    top_overlap: Tensor  # fraction of the two models' TOP_K likeliest tokens that they share
-    student_shared_mass: Tensor  # the student's probability of those shared tokens, a fraction
-    teacher_shared_mass: Tensor
+    reverse_kl: Tensor | None = None
+    teacher_entropy: Tensor | None = None
+    teacher_logprobs: Tensor | None = None
+    top_overlap: Tensor | None = (
+        None  # fraction of the two models' TOP_K top tokens that they share
+    )
+    student_shared_mass: Tensor | None = (
+        None  # the student's probability of the shared ones, a fraction
+    )
+    teacher_shared_mass: Tensor | None = None
 
 
 class Sampled(NamedTuple):
     """The tokens of the completions: columns [N] of the shared vocabulary, the sampler's log-probs [N], nats.
 
-    `advantages` [N] are the reward's, each completion's at all of its tokens; empty, [0], without a reward.
+    `advantages` [N] are the reward's, a completion's value at each of its tokens; empty, [0], without a reward.
     """
 
     columns: Tensor
@@ -252,20 +262,21 @@ def policy_gradient(advantage: Tensor, student: Tensor, old: Tensor, clip: float
     return torch.maximum(surrogate, -advantage * ratio.clamp(1 - clip, 1 + clip))
 
 
-def of_sampled(loss: SampledToken, student: Tensor, teacher: Tensor, old: Tensor) -> Tensor:
-    """The loss of the completions' own tokens from log-probs [N] of student, teacher and sampler, to [N] nats.
+def of_sampled(loss: SampledToken, student: Tensor, teacher: Tensor | None, old: Tensor) -> Tensor:
+    """The loss at the sampled tokens from log-probs [N] of student, teacher and sampler, to [N] nats.
 
-    nll is -log q, whoever wrote the token. With d = log q - log p at a token sampled from q (names:
-    http://joschu.net/blog/kl-approx.html):
+    nll is -log q, whoever wrote the token, and needs no teacher. With d = log q - log p at a token sampled from q
+    (names: http://joschu.net/blog/kl-approx.html):
 
         k1  d; the mean is the reverse KL, but its own gradient has mean 0. So it is a policy gradient with the
             fixed advantage -d, whose mean is the reverse KL's gradient where data are used once.
         k2  d^2 / 2; its gradient's mean is that of the reverse KL, its value's only as p -> q.
         k3  1 / e^d - 1 + d, not negative; the mean is the reverse KL, its gradient's that of the forward KL.
     """
-    difference = student - teacher
     if isinstance(loss, NLL):
         return -student
+    assert teacher is not None, NO_TEACHER
+    difference = student - teacher
     if isinstance(loss, K1):
         return policy_gradient(-difference.detach(), student, old, loss.clip)
     if isinstance(loss, K2):
@@ -279,26 +290,32 @@ def of_sampled(loss: SampledToken, student: Tensor, teacher: Tensor, old: Tensor
 def token_divergence(
     loss: LossConfig,
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | None,
     sampled: Sampled,
     reward: RewardConfig | None = None,
 ) -> TokenDivergence:
-    """[N, V] logits of both, in any precision -> the loss and diagnostics of every token.
+    """[N, V] logits of both models, in any precision -> loss and diagnostics of every token.
 
     With a reward the loss is alpha * loss + (1 - alpha) * the policy gradient of `sampled.advantages`; under k1
-    it is the policy gradient of both advantages together.
+    it is the policy gradient of both advantages together. `teacher_logits` are None without a teacher.
     """
     wide = torch.promote_types(student_logits.dtype, torch.float32)
-    student_logits, teacher_logits = student_logits.to(wide), teacher_logits.to(wide)
+    student_logits = student_logits.to(wide)
     student = log_softmax(student_logits)
-    teacher = log_softmax(teacher_logits)
-    q, p = (x.gather(1, sampled.columns[:, None])[:, 0] for x in (student, teacher))
-    old, ours, theirs = sampled.logprobs.to(wide), student, teacher
+    q = student.gather(1, sampled.columns[:, None])[:, 0]
+    teacher = p = None
+    if teacher_logits is not None:
+        teacher_logits = teacher_logits.to(wide)
+        teacher = log_softmax(teacher_logits)
+        p = teacher.gather(1, sampled.columns[:, None])[:, 0]
+    old = sampled.logprobs.to(wide)
     if reward is not None and reward.alpha == 0:
         value = torch.zeros_like(q)
     elif isinstance(loss, SampledToken):
         value = of_sampled(loss, q, p, old)
     else:
+        assert teacher is not None and teacher_logits is not None, NO_TEACHER
+        ours, theirs = student, teacher
         if loss.student_temperature != 1:
             ours = log_softmax(student_logits / loss.student_temperature)
         if loss.teacher_temperature != 1:
@@ -308,27 +325,33 @@ def token_divergence(
         advantages, alpha = sampled.advantages.to(wide), reward.alpha
         if isinstance(loss, K1):
             both = (1 - alpha) * advantages
-            if alpha > 0:  # a teacher that only looks on may ban the token: 0 times infinity
+            if (
+                alpha > 0
+            ):  # at 0 the teacher is a diagnostic and may ban the token: 0 times infinity
+                assert p is not None, NO_TEACHER
                 both = alpha * (p - q).detach() + both
             value = policy_gradient(both, q, old, reward.clip)
         else:
             rewarded = policy_gradient(advantages, q, old, reward.clip)
             value = alpha * value + (1 - alpha) * rewarded
     with torch.no_grad():
+        own = TokenDivergence(value, entropy(student), q.detach())
+        if teacher is None:
+            return own
         plain = reward is None and is_plain_reverse_kl(loss)
-        return TokenDivergence(
-            value,
-            value.detach() if plain else kl(student, teacher),
-            entropy(student),
-            entropy(teacher),
-            q.detach(),
-            p,
-            *top_overlap(student, teacher),
+        overlap, student_mass, teacher_mass = top_overlap(student, teacher)
+        return own._replace(
+            reverse_kl=value.detach() if plain else kl(student, teacher),
+            teacher_entropy=entropy(teacher),
+            teacher_logprobs=p,
+            top_overlap=overlap,
+            student_shared_mass=student_mass,
+            teacher_shared_mass=teacher_mass,
         )
 
 
 def is_plain_reverse_kl(loss: LossConfig) -> bool:
-    """Whether the loss is what the diagnostics report anyway: it is not worked out twice then."""
+    """Whether the loss is the reverse KL of the diagnostics, which is then not computed twice."""
     return (
         isinstance(loss, ReverseKL)
         and isinstance(loss.support, FullSupport)
@@ -337,8 +360,8 @@ def is_plain_reverse_kl(loss: LossConfig) -> bool:
 
 
 def top_overlap(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of log-probs [N, V]: the share of each model's TOP_K likeliest tokens that is the other's too, and the
-    probability that student and teacher give to those shared tokens; [N] each.
+    """From log-probs [N, V]: the fraction of the TOP_K top tokens that both models have in common, and the
+    probability mass that student and teacher give to these; [N] each.
     """
     k = min(TOP_K, student.shape[1])
     ours, theirs = student.topk(k).indices, teacher.topk(k).indices
@@ -369,20 +392,23 @@ def chunked_divergence(
     loss: LossConfig,
     student_hidden: Tensor,
     student_head: Callable[[Tensor], Tensor],
-    teacher_hidden: Tensor,
-    teacher_head: Callable[[Tensor], Tensor],
+    teacher_hidden: Tensor | None,
+    teacher_head: Callable[[Tensor], Tensor] | None,
     sampled: Sampled,
     reward: RewardConfig | None = None,
 ) -> TokenDivergence:
     """The loss from hidden states, holding at most `loss.chunk_tokens` rows of logits at once.
 
-    `student_hidden` [N, H] and `teacher_hidden` [N, H'] are mapped by their heads to [*, V]. Each chunk's
-    logits are computed again in the backward pass rather than kept. Equal to the unchunked loss.
+    `student_hidden` [N, H] and `teacher_hidden` [N, H'] are mapped by their heads to [*, V]; None for both of the
+    teacher's without one. Each chunk's logits are recomputed in the backward pass rather than kept. Equal to the
+    unchunked loss.
     """
 
-    def piece(student: Tensor, teacher: Tensor, *token: Tensor) -> TokenDivergence:
-        with torch.no_grad():
-            teacher_logits = teacher_head(teacher)
+    def piece(student: Tensor, teacher: Tensor | None, *token: Tensor) -> TokenDivergence:
+        teacher_logits = None
+        if teacher is not None and teacher_head is not None:
+            with torch.no_grad():
+                teacher_logits = teacher_head(teacher)
         tokens = Sampled(*token)
         return token_divergence(loss, student_head(student), teacher_logits, tokens, reward)
 
@@ -391,7 +417,18 @@ def chunked_divergence(
         return piece(student_hidden, teacher_hidden, *sampled)
     columns = (student_hidden, teacher_hidden, *sampled)
     pieces = [
-        checkpoint(piece, *(column[i : i + size] for column in columns), use_reentrant=False)
+        checkpoint(
+            piece, *(c if c is None else c[i : i + size] for c in columns), use_reentrant=False
+        )
         for i in range(0, n, size)
     ]
-    return TokenDivergence(*(torch.cat(column) for column in zip(*pieces, strict=True)))
+    return by_column(torch.cat, pieces)
+
+
+def by_column(
+    join: Callable[[list[Tensor]], Tensor], pieces: Sequence[TokenDivergence]
+) -> TokenDivergence:
+    """Joins the pieces column by column; a column without a teacher stays None."""
+    columns = zip(*pieces, strict=True)
+    joined: Any = (None if c[0] is None else join(list(c)) for c in columns)
+    return TokenDivergence(*joined)

@@ -1,4 +1,4 @@
-"""What each step says of itself: metrics.jsonl's row, from what the loss has worked out anyway.
+"""A step's metrics: its row of metrics.jsonl, from tensors that the loss has computed anyway.
 
 Means are over the step's completion tokens (log-probs in nats) or completions, over all processes.
 """
@@ -19,10 +19,10 @@ from vlopd.train.rollouts import Batch
 
 QUARTERS = 4
 GRAM = 4
-"""Tokens in a row whose return counts as a repetition."""
+"""Tokens of an n-gram that counts as a repetition when it recurs."""
 
 Sums = dict[str, tuple[float, float]]
-"""Of each measure: the sum of what is averaged, and how many there are."""
+"""By metric: the sum of the averaged values, and their count."""
 
 
 def summarise(
@@ -30,27 +30,28 @@ def summarise(
     loss: float,
     norm: float,
     batches: Sequence[Batch],
-    graded: Sequence[TokenDivergence],
+    tokens: Sequence[TokenDivergence],
     group: int,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """The step's numbers. `loss` is this process's part of the step's loss, `norm` the gradient's.
+    """The step's metrics, from its micro-batches and their `tokens`.
 
-    A measure of which there is nothing (no completion of the student's own, no fourth quarter) is null, and so
-    is one that is infinite where the loss does not look (a token that the teacher bans).
+    `loss` is this process's part of the step's loss, `norm` the gradient's. A metric without values is null (of a
+    teacher, where there is none; of the student's own completions or the fourth quarter, where there are none), and
+    so is one that is infinite (the KL where the teacher bans a token).
     """
-    parts = [measure(batch, tokens) for batch, tokens in zip(batches, graded, strict=True)]
+    parts = [measure(batch, each) for batch, each in zip(batches, tokens, strict=True)]
     rewards = [batch.rewards for batch in batches if batch.rewards is not None]
     if rewards:
         parts.append(measure_groups(torch.cat(rewards).view(-1, group)))
     sums = reduced(add(parts), accelerator)
-    gaps = [own_gaps(batch, tokens) for batch, tokens in zip(batches, graded, strict=True)]
+    gaps = [own_gaps(batch, each) for batch, each in zip(batches, tokens, strict=True)]
     gap = max(float(each.max()) if len(each) else 0.0 for each in gaps)
     if accelerator.num_processes > 1:
         own = torch.tensor([loss, gap], dtype=torch.float64, device=accelerator.device)
         every = accelerator.gather(own).view(-1, 2)
         loss, gap = float(every[:, 0].sum()), float(every[:, 1].max())
-    n_tokens, n_completions = sums["kl"][1], sums["truncated_fraction"][1]
+    n_tokens, n_completions = sums["student_entropy"][1], sums["truncated_fraction"][1]
     means = {name: total / count if count else None for name, (total, count) in sums.items()}
     return {
         "step": step,
@@ -70,21 +71,23 @@ def finite(value: float | None) -> bool:
 def measure(batch: Batch, tokens: TokenDivergence) -> Sums:
     """Sums and counts of one micro-batch.
 
-    kl                      reverse KL of the student from the teacher, whatever the loss; by quarter of a
-                            completion as kl_quarter_1 to 4
+    kl                      KL(student || teacher), whatever the loss; by quarter of a completion as kl_quarter_1 to 4
     *_entropy               of either model, full vocabulary, temperature 1
-    top_overlap_fraction    of the 16 likeliest tokens of each model, how many are the other's too
-    *_shared_mass_fraction  what either model gives to those
+    top_overlap_fraction    of either model's top 16 tokens, those that both have in common
+    *_shared_mass_fraction  either model's probability of these
     logprob_gap             |sampler's - trainer's log-prob| of the student's own completions, temperature 1
-    truncated_fraction      completions that met the length limit
-    repeated_fraction       4-grams of a completion that it has had before
+    truncated_fraction      completions that reached the length limit
+    repeated_fraction       4-grams of a completion that occurred in it before
     """
     mask = batch.completions.mask
-    quarter = quarters(mask)
+    quarter, kl = quarters(mask), tokens.reverse_kl
     repeats, grams = repeated(batch.completions.ids, mask)
     return {
-        "kl": total(tokens.reverse_kl),
-        **{f"kl_quarter_{k + 1}": total(tokens.reverse_kl[quarter == k]) for k in range(QUARTERS)},
+        "kl": total(kl),
+        **{
+            f"kl_quarter_{k + 1}": total(kl if kl is None else kl[quarter == k])
+            for k in range(QUARTERS)
+        },
         "student_entropy": total(tokens.student_entropy),
         "teacher_entropy": total(tokens.teacher_entropy),
         "top_overlap_fraction": total(tokens.top_overlap),
@@ -96,7 +99,10 @@ def measure(batch: Batch, tokens: TokenDivergence) -> Sums:
     }
 
 
-def total(values: Tensor) -> tuple[float, float]:
+def total(values: Tensor | None) -> tuple[float, float]:
+    """(sum, count); nothing of None."""
+    if values is None:
+        return 0.0, 0.0
     return float(values.double().sum()), float(values.numel())
 
 
@@ -116,7 +122,7 @@ def quarters(mask: Tensor) -> Tensor:
 
 
 def repeated(ids: Tensor, mask: Tensor) -> tuple[float, float]:
-    """How many 4-grams of the completions came before in the same completion, and how many there are."""
+    """(4-grams of the completions that occurred before in the same completion, all 4-grams)."""
     repeats, grams = 0, 0
     for row, keep in zip(ids.cpu(), mask.cpu(), strict=True):
         windows = (
@@ -128,7 +134,7 @@ def repeated(ids: Tensor, mask: Tensor) -> tuple[float, float]:
 
 
 def measure_groups(rewards: Tensor) -> Sums:
-    """[prompts, group] rewards: their mean, and how many groups teach anything, not all scoring the same."""
+    """[prompts, group] rewards: their mean, and the groups with a learning signal, whose rewards are not all equal."""
     mixed = (rewards != rewards[:, :1]).any(1)
     return {"reward": total(rewards), "mixed_group_fraction": total(mixed)}
 

@@ -1,12 +1,12 @@
-"""What the optimizer was doing at a step: evidence on why AdamW and SGD move weights differently.
+"""Optimizer statistics of a step: why AdamW and SGD move weights differently.
 
-For each (component, module) and for all of them together, over trained coordinates (arXiv 2606.13657 and
-2602.07729 look at these):
+For each (component, module) and for all of them together, over trained coordinates (as in arXiv 2606.13657 and
+2602.07729):
 
     momentum_alignment       cos(m, g): the first moment after the update against the step's (clipped) gradient
-    sqrt_v_variation         standard deviation over mean of sqrt(v): how unlike the coordinates' step sizes are
-    unmoved_fp32_fraction    coordinates whose value this update left as it was
-    unmoved_bf16_fraction    the same after rounding: what a checkpoint stored in bf16 would show
+    sqrt_v_variation         standard deviation over mean of sqrt(v): the spread of the coordinates' step sizes
+    unmoved_fp32_fraction    coordinates whose value this update did not change
+    unmoved_bf16_fraction    the same after rounding to bf16, as a checkpoint stored in bf16 shows
     update_rms               root mean square of the update
 """
 
@@ -26,24 +26,24 @@ from vlopd.train.sparse import Trainable
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
 MOMENTS = (*FIRST_MOMENTS, *SECOND_MOMENTS)
-"""How torch's and timm's optimizers call what they keep."""
+"""Names in the state of torch's and timm's optimizers."""
 
 
-class Look:
-    """Takes the values before an update; `rows` after it compares. Holds a copy of the trained values."""
+class UpdateStatistics:
+    """Statistics of one update: made before it, which copies the trained values; `rows` after it."""
 
     def __init__(self, trainable: Trainable):
         self.before = {name: values.clone() for name, values in trainable.state().items()}
 
     def rows(self, step: int, trainable: Trainable, optimizer: Optimizers) -> list[dict[str, Any]]:
-        """A row for each (component, module), and one for all; null where the optimizer keeps no such moment."""
+        """A row for each (component, module), and one for all; null where the optimizer has no such moment."""
         state = optimizer.state()
         sums: defaultdict[tuple[str, str], defaultdict[str, float]] = defaultdict(
             lambda: defaultdict(float)
         )
         for name, slot in trainable.slots.items():
             gradient = slot.values.grad
-            if gradient is None:  # the forward pass never came by
+            if gradient is None:  # parameter unused in this forward pass
                 continue
             where = names.classify(name)
             moments = {
@@ -65,7 +65,7 @@ class Look:
 def sums_of(
     before: Tensor, after: Tensor, gradient: Tensor, moments: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """What adds up over tensors, in float64."""
+    """Sums over a tensor, in float64, which add up over tensors."""
     found = {
         "coordinates": float(after.numel()),
         "unmoved fp32": float((before == after).sum()),

@@ -1,6 +1,6 @@
 """Optimizers of the trained coordinates' fp32 values, and the schedule of their learning rate.
 
-The optimizers are torch's and timm's; here they are told which coordinates are theirs and at what rate.
+The optimizers are torch's and timm's; this module builds their parameter groups.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ NO_HIDDEN_MATRIX = ("embedding", "position", "token", "patch", "norm", "scale", 
 """Modules that Muon leaves to AdamW, even where they are two-dimensional: tables, inputs and outputs."""
 
 Groups = list[dict[str, Any]]
-"""torch's parameter groups: named values, and the `factor` of the learning rate that is theirs."""
+"""torch's parameter groups: named values, and the group's `factor` of the learning rate."""
 
 
 class Optimizers:
-    """One torch optimizer, or Muon and its AdamW, as one."""
+    """One torch optimizer, or Muon and its AdamW behind one interface."""
 
     def __init__(self, *parts: torch.optim.Optimizer):
         self.parts = parts
@@ -38,9 +38,7 @@ class Optimizers:
             part.step()
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """By parameter name, what the optimizer remembers of it: tensors, numbers, None.
-
-        A parameter that the forward pass never touches has nothing.
+        """The optimizer's state by parameter name: tensors, numbers, None. Empty for a parameter without gradients.
 
         >>> optimizers.state()["lm_head.weight"]
         {"step": tensor(3.), "exp_avg": tensor(...), "exp_avg_sq": tensor(...)}
@@ -53,7 +51,7 @@ class Optimizers:
         }
 
     def load_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Puts back what `state` gave, each tensor on the device where torch keeps it."""
+        """Restores `state`, each tensor on the device where torch keeps it."""
         for part in self.parts:
             names = [name for group in part.param_groups for name in group["param_names"]]
             kept = {k: dict(state[name]) for k, name in enumerate(names) if state.get(name)}
@@ -135,7 +133,7 @@ def muon_and_adamw(
 
 
 def is_hidden_matrix(parameter: Tensor, name: str) -> bool:
-    """Whether Muon is meant for it: a linear map between hidden features (arXiv 2502.16982)."""
+    """Whether Muon applies: a linear map between hidden features (arXiv 2502.16982)."""
     where = names.classify(name)
     return (
         parameter.ndim == 2

@@ -1,27 +1,29 @@
-"""A student and its teacher or teachers, which share a vocabulary and nothing else.
+"""A student and its teacher or teachers, if any, which share a vocabulary and nothing else.
 
 Each model renders its own prompt, with its own template, processor and image resolution; what they share
-is the completion's tokens. The loss sees logits over the shared vocabulary at the completion's positions.
+is the completion's tokens. Losses are over the shared vocabulary at the completion's positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from vlopd.config.experiment import ExperimentConfig
+from vlopd import distributed
 from vlopd.config.models import (
     CaptionContext,
     MixedTeachers,
     ModelConfig,
     RoutedTeachers,
     TeacherConfig,
+    TeachersConfig,
+    teachers_by_name,
 )
 from vlopd.config.objective import LossConfig, RewardConfig, RolloutConfig
 from vlopd.data.literals import cell_text, nested_value
@@ -37,35 +39,43 @@ from vlopd.models.load import (
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.meta import meta_model
 from vlopd.models.vocabulary import SharedVocabulary, read_vocabulary, share_vocabulary
-from vlopd.train.losses import Sampled, TokenDivergence, chunked_divergence, logprobs_at
+from vlopd.train.losses import (
+    Sampled,
+    TokenDivergence,
+    by_column,
+    chunked_divergence,
+    logprobs_at,
+)
 from vlopd.train.sampler import sample
-from vlopd.train.teacher import Grader, Mixture, Teacher
+from vlopd.train.teacher import AnyTeacher, Mixture, Teacher
 from vlopd.types import Completions, Example, Prompts
 
 
-class Graded(NamedTuple):
-    """A grader with the rows of a batch that are its own, and its hidden states [N_k, H'] at their tokens."""
+class TeacherForward(NamedTuple):
+    """A teacher's forward pass over its rows of a batch: hidden states [N_k, H'] that predict their tokens."""
 
-    grader: Grader
+    teacher: AnyTeacher
     rows: list[int]
     hidden: Tensor
 
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Student and teachers, ready to sample and to score.
+    """Student and teachers, loaded; without a teacher, sampling and the losses that need none.
 
-    `field` names the example's field that chooses among `graders`; None where there is one grader only.
+    `by_name` are the teachers that score examples, a mixture as one. Of several, an example's field `field` names
+    its own; None where there is one at most.
     """
 
     student: LoadedModel
-    graders: Mapping[str, Grader]
+    by_name: Mapping[str, AnyTeacher]
     vocabulary: SharedVocabulary
     field: str | None = None
 
     @property
     def teachers(self) -> tuple[Teacher, ...]:
-        return tuple(member for grader in self.graders.values() for member in grader.members)
+        """All teacher models, the members of a mixture included."""
+        return tuple(member for teacher in self.by_name.values() for member in teacher.members)
 
     def sample(self, prompts: Prompts, rollout: RolloutConfig, uniforms: Tensor) -> Completions:
         """The student's completions, of shared tokens only. `uniforms` [B, max_new_tokens]."""
@@ -83,38 +93,42 @@ class ModelPair:
     def teacher_sample(
         self, examples: Sequence[Example], rollout: RolloutConfig, uniforms: Tensor
     ) -> Completions:
-        """Each example's own teacher's completion, in its context, as the student's ids.
+        """A completion of each example by its teacher, in the teacher's context, as the student's ids.
 
-        Of shared tokens only, and none that either model takes for an image's placeholder.
+        Of shared tokens only, and without either model's image placeholders.
         """
         parts = []
         unsampleable = torch.tensor(self.student.unsampleable_ids, dtype=torch.long)
         banned = unsampleable[self.vocabulary.contains(unsampleable)]
-        for grader, rows in self.assign(examples):
-            assert isinstance(grader, Teacher), "the config refuses to sample from a mixture"
+        for teacher, rows in self.assign(examples):
+            assert isinstance(teacher, Teacher), "Recipe refuses to sample from a mixture"
             asked = [examples[i] for i in rows]
-            prompts = grader.render(asked)
-            grader.loaded.refuse_too_long(asked, prompts, rollout.max_new_tokens)
+            prompts = teacher.render(asked)
+            teacher.loaded.refuse_too_long(asked, prompts, rollout.max_new_tokens)
             theirs = sample(
-                grader.loaded,
+                teacher.loaded,
                 prompts,
                 rollout.max_new_tokens,
                 rollout.temperature,
                 uniforms[rows],
-                self.vocabulary.teachers[grader.index],
+                self.vocabulary.teachers[teacher.index],
                 rollout.top_k,
                 rollout.top_p,
-                self.vocabulary.in_teacher(banned, grader.index).tolist(),
+                self.vocabulary.in_teacher(banned, teacher.index).tolist(),
             )
             pad = self.student.pad_id
-            parts.append((rows, self.vocabulary.translate_back(theirs, grader.index, pad)))
+            parts.append((rows, self.vocabulary.translate_back(theirs, teacher.index, pad)))
         return Completions.joined(parts, self.student.pad_id)
 
-    def grade(self, examples: Sequence[Example], completions: Completions) -> list[Graded]:
-        """What the teachers make of the completions: the costly, gradient-free half of the loss."""
+    def teacher_forward(
+        self, examples: Sequence[Example], completions: Completions
+    ) -> list[TeacherForward]:
+        """The teachers' forward passes over the completions: the costly, gradient-free half of the loss."""
         return [
-            Graded(grader, rows, grader.hidden([examples[i] for i in rows], completions.take(rows)))
-            for grader, rows in self.assign(examples)
+            TeacherForward(
+                teacher, rows, teacher.hidden([examples[i] for i in rows], completions.take(rows))
+            )
+            for teacher, rows in self.assign(examples)
         ]
 
     def divergence(
@@ -128,22 +142,24 @@ class ModelPair:
 
         `prompts` are the examples as the student reads them; teachers render their own.
         """
-        return self.loss_of(loss, self.grade(examples, completions), prompts, completions)
+        forwards = self.teacher_forward(examples, completions)
+        return self.loss_of(loss, forwards, prompts, completions)
 
     def loss_of(
         self,
         loss: LossConfig,
-        graded: Sequence[Graded],
+        forwards: Sequence[TeacherForward],
         prompts: Prompts,
         completions: Completions,
         reward: RewardConfig | None = None,
         advantages: Tensor | None = None,
     ) -> TokenDivergence:
-        """As `divergence`, of completions that are graded, and with a reward's `advantages` [B] mixed in."""
+        """As `divergence`, from the teachers' forward passes, with a reward's `advantages` [B] mixed in."""
         student_hidden = self.student.completion_hidden(prompts, completions)
         per_token = None if advantages is None else spread(advantages, completions.mask)
+        no_teacher = (None, list(range(len(completions.ids))), None)
         pieces, order = [], []
-        for grader, rows, teacher_hidden in graded:
+        for teacher, rows, hidden in forwards or (no_teacher,):
             tokens, mine = tokens_of_rows(completions, rows), completions.take(rows)
             sampled = Sampled(self.vocabulary.targets(mine), mine.logprobs[mine.mask])
             if per_token is not None:
@@ -155,22 +171,22 @@ class ModelPair:
                     loss,
                     student_hidden if tokens is None else student_hidden[tokens],
                     lambda hidden: self.student.logits(hidden, self.vocabulary.student),
-                    teacher_hidden,
-                    grader.logits,
+                    hidden,
+                    None if teacher is None else teacher.logits,
                     sampled,
                     reward,
                 )
             )
             order.append(tokens)
-        return TokenDivergence(*(in_order(column, order) for column in zip(*pieces, strict=True)))
+        return by_column(lambda column: in_order(column, order), pieces)
 
-    def assign(self, examples: Sequence[Example]) -> list[tuple[Grader, list[int]]]:
-        """Each grader with the rows of the batch that are its own.
+    def assign(self, examples: Sequence[Example]) -> list[tuple[AnyTeacher, list[int]]]:
+        """Each teacher with its rows of the batch; none without a teacher.
 
         Raises UserError with the example's id where its field names no teacher.
         """
         if self.field is None:
-            return [(next(iter(self.graders.values())), list(range(len(examples))))]
+            return [(teacher, list(range(len(examples)))) for teacher in self.by_name.values()]
         rows: dict[str, list[int]] = {}
         for i, example in enumerate(examples):
             try:
@@ -179,19 +195,19 @@ class ModelPair:
                 raise UserError(
                     f"example {example.id!r}: field {self.field!r} (teacher.field) {error}"
                 ) from None
-            if name is None or name not in self.graders:
+            if name is None or name not in self.by_name:
                 raise UserError(
                     f"example {example.id!r}: field {self.field!r} is {name!r}, which is not among the "
-                    f"teachers {', '.join(self.graders)} (teacher.teachers)"
+                    f"teachers {', '.join(self.by_name)} (teacher.teachers)"
                 )
             rows.setdefault(name, []).append(i)
-        return [(self.graders[name], mine) for name, mine in rows.items()]
+        return [(self.by_name[name], mine) for name, mine in rows.items()]
 
     def check_teachers_prompt(self, examples: Sequence[Example]) -> None:
-        """Raises UserError where a teacher cannot read these: no eyes for the image, no such field."""
-        for grader, rows in self.assign(examples):
-            for teacher in grader.members:
-                teacher.render([examples[i] for i in rows])
+        """Raises UserError where a teacher cannot read these: a picture for a text-only model, a missing field."""
+        for teacher, rows in self.assign(examples):
+            for member in teacher.members:
+                member.render([examples[i] for i in rows])
 
     @torch.no_grad()
     def student_logprobs(
@@ -208,16 +224,15 @@ class ModelPair:
 
     @torch.no_grad()
     def teacher_logits(self, examples: Sequence[Example], completions: Completions) -> Tensor:
-        """The grading teacher's logits at every completion token, [N, V], unchunked."""
+        """Each example's teacher's logits at every completion token, [N, V], unchunked."""
         pieces, order = [], []
-        for grader, rows in self.assign(examples):
-            hidden = grader.hidden([examples[i] for i in rows], completions.take(rows))
-            pieces.append(grader.logits(hidden))
+        for teacher, rows, hidden in self.teacher_forward(examples, completions):
+            pieces.append(teacher.logits(hidden))
             order.append(tokens_of_rows(completions, rows))
         return in_order(pieces, order)
 
     def teacher_logprobs(self, examples: Sequence[Example], completions: Completions) -> Tensor:
-        """The grading teacher's log-probability of every completion token, [N] nats."""
+        """Each example's teacher's log-probability of every completion token, [N] nats."""
         logits = self.teacher_logits(examples, completions)
         return logprobs_at(logits, self.vocabulary.targets(completions))
 
@@ -230,7 +245,7 @@ def in_order(pieces: Sequence[Tensor], order: Sequence[Tensor | None]) -> Tensor
 
 
 def spread(per_row: Tensor, mask: Tensor) -> Tensor:
-    """[B] values, [B, C] mask -> [N]: each row's value at all of its tokens."""
+    """[B] values, [B, C] mask -> [N]: each row's value at each of its tokens."""
     return per_row[:, None].expand(mask.shape)[mask]
 
 
@@ -244,33 +259,32 @@ def tokens_of_rows(completions: Completions, rows: Sequence[int]) -> Tensor | No
     return flat[part][completions.mask[part]]
 
 
-def shared_vocabulary(config: ExperimentConfig) -> SharedVocabulary:
-    """Lines up all vocabularies of an experiment; no weights are read. Raises ConfigError."""
-    student = read_vocabulary(config.student)
-    others = [
-        student if teacher.is_student else read_vocabulary(teacher)
-        for teacher in config.teachers.values()
-    ]
-    return share_vocabulary(student, others)
+def shared_vocabulary(
+    student: ModelConfig, teachers: Iterable[TeacherConfig] = ()
+) -> SharedVocabulary:
+    """Lines up the teachers' vocabularies with the student's; no weights are read. Raises ConfigError."""
+    own = read_vocabulary(student)
+    others = [own if each.is_student else read_vocabulary(each) for each in teachers]
+    return share_vocabulary(own, others)
 
 
-def refuse_blind_models(
-    config: ExperimentConfig, about: Mapping[str, PretrainedConfig] | None = None
+def refuse_text_only(
+    student: ModelConfig,
+    teachers: Mapping[str, TeacherConfig],
+    known: Mapping[str, PretrainedConfig] | None = None,
 ) -> None:
-    """Raises ConfigError where the data has pictures and a model can neither see nor read them.
+    """Raises ConfigError for a text-only model of data with images, unless it is a teacher that reads a caption.
 
-    `about` gives the models' configurations by name (student, teachers); they are read where it does not.
+    `known` are model configurations by name ("student", a teacher's); the others are read.
     """
-    if not config.data.has_images:
-        return
-    for name, model in {"student": config.student, **config.teachers}.items():
+    for name, model in {"student": student, **teachers}.items():
         if isinstance(model, TeacherConfig):
             if isinstance(model.context, CaptionContext) or model.is_student:
                 continue
             remedy = f'give it a text view: {name}.context = {{type = "caption", column = ...}}'
         else:
             remedy = "use a vision-language model, or data without images"
-        own = (about or {}).get(name)
+        own = (known or {}).get(name)
         if own is None:
             own = load_model_config(model.model, model.revision, model.trust_remote_code)
         if not families.sees_images(own):
@@ -285,7 +299,7 @@ def without_weights(
     device: Any = "meta",
     folder: Path | str | None = None,
 ) -> LoadedModel:
-    """A model's tokenizer or processor with its parameters' names and shapes, in the place of `load_configured`."""
+    """A model's tokenizer or processor with its parameters' names and shapes; takes the place of `load_configured`."""
     name, revision = str(folder or config.model), None if folder else config.revision
     about = load_model_config(name, revision, config.trust_remote_code)
     model = meta_model(about)
@@ -296,36 +310,42 @@ def without_weights(
 
 
 def load_pair(
-    config: ExperimentConfig,
-    device: torch.device | str,
+    student: ModelConfig | str,
+    teacher: TeachersConfig | str | None = None,
+    *,
+    compute: Literal["fp32", "bf16"] = "bf16",
+    device: torch.device | str | None = None,
+    images: bool = False,
     student_folder: Path | str | None = None,
     load: Callable[..., LoadedModel] = load_configured,
 ) -> ModelPair:
-    """Loads all models in the compute precision; `student_folder` takes the place of the configured student.
+    """Loads student and teachers in the `compute` precision, by default on the device that training uses.
 
-    Raises ConfigError, before any weights are read, when the vocabularies disagree or a model cannot see
-    the data's images.
+    `images` says that the data has images. `student_folder` takes the place of the configured student.
+
+    Raises ConfigError, before any weights are read, where vocabularies disagree or, with `images`, a model is
+    text-only.
     """
-    dtype = DTYPES[config.precision.compute]
-    refuse_blind_models(config)
-    vocabulary = shared_vocabulary(config)
-
-    def teacher(index: int, about: TeacherConfig) -> Teacher:
-        folder = student_folder if about.is_student else None
-        loaded = load(config.loaded_as(about), dtype, device, folder)
+    student = ModelConfig(model=student) if isinstance(student, str) else student
+    plan = TeacherConfig(model=teacher) if isinstance(teacher, str) else teacher
+    configs = teachers_by_name(plan)
+    dtype = DTYPES[compute]
+    device = distributed.accelerator().device if device is None else device
+    if images:
+        refuse_text_only(student, configs)
+    vocabulary = shared_vocabulary(student, configs.values())
+    teachers: dict[str, Teacher] = {}
+    for index, (name, its) in enumerate(configs.items()):
+        folder = student_folder if its.is_student else None
+        loaded = load(its.loaded_from(student), dtype, device, folder)
         loaded.model.requires_grad_(False)
-        return Teacher(loaded, vocabulary, index, about.context, about.ema)
-
-    teachers = {
-        name: teacher(index, about) for index, (name, about) in enumerate(config.teachers.items())
-    }
-    student = load(config.student, dtype, device, student_folder)
-    plan = config.teacher
+        teachers[name] = Teacher(loaded, vocabulary, index, its.context, its.ema)
+    trained = load(student, dtype, device, student_folder)
     if isinstance(plan, RoutedTeachers):
-        return ModelPair(student, teachers, vocabulary, plan.field)
+        return ModelPair(trained, teachers, vocabulary, plan.field)
     if isinstance(plan, MixedTeachers):
         weights = [plan.weights.get(name, 1.0) for name in teachers]
         total = sum(weights)
         mixture = Mixture(tuple(teachers.values()), tuple(weight / total for weight in weights))
-        return ModelPair(student, {"mixture": mixture}, vocabulary)
-    return ModelPair(student, teachers, vocabulary)
+        return ModelPair(trained, {"mixture": mixture}, vocabulary)
+    return ModelPair(trained, teachers, vocabulary)

@@ -1,4 +1,4 @@
-"""A training run's resumable state: one safetensors file, whole or not there, that goes on bit for bit."""
+"""A training run's saved state: one safetensors file, whole or absent, from which training resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vlopd.train.optimizers import Optimizers
 from vlopd.train.sparse import Trainable
 
 Averages = list[tuple[Trainable, float]]
-"""Fp32 values of teachers that are moving averages of the student, each with its decay a step."""
+"""Fp32 values of teachers that are moving averages of the student, each with its decay per step."""
 
 
 def save_state(
@@ -30,9 +30,9 @@ def save_state(
     averages: Averages,
     identity: str,
 ) -> None:
-    """One safetensors file: values, the optimizer's state, averages and the step, whole or not at all."""
+    """Writes one safetensors file, atomically: values, the optimizer's state, averages and the step."""
     tensors = {f"values/{n}": values for n, values in trainable.state().items()}
-    plain: dict[str, dict[str, Any]] = {}  # what is no tensor goes to the header, as JSON
+    plain: dict[str, dict[str, Any]] = {}  # not tensors: into the header, as JSON
     for name, entries in optimizer.state().items():
         for key, value in entries.items():
             if isinstance(value, Tensor):
@@ -49,7 +49,7 @@ def save_state(
 
 
 def digest(about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """A sha256 over all that a state says: its header's entries, and every tensor's name, shape and bits."""
+    """A sha256 over the whole state: its header's entries, and every tensor's name, dtype, shape and bits."""
     total = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
     for label in sorted(tensors):
         tensor = tensors[label].detach().cpu()
@@ -77,9 +77,9 @@ def resume(
     averages: Averages,
     identity: str,
 ) -> int:
-    """Loads the state, if there is one, and returns the step to go on from.
+    """Loads the saved state, if there is one with this `identity`, and returns its step; 0 without.
 
-    A state that was made from other inputs is passed over, with a line that says so. Raises RunError for a damaged one.
+    A state of another identity is ignored, with a warning. Raises RunError for a damaged one.
     """
     path = folder / "state.safetensors"
     if not path.exists():
@@ -92,16 +92,15 @@ def resume(
         raise RunError(
             f"{path} is damaged ({error}); delete it to train this arm from its start"
         ) from None
-    said = about.pop("digest", None)
-    if said != digest(about, tensors):
+    expected = about.pop("digest", None)
+    if expected != digest(about, tensors):
         raise RunError(
-            f"{path} is damaged (its content is not what its digest says); delete it to train this arm from "
-            "its start"
+            f"{path} is damaged (its digest does not match); delete it to train this arm from its start"
         )
     if about.get("identity") != identity:
-        # a killed run whose data or models have changed since, under the same names
+        # of a killed run whose data or models have changed since, under the same names
         if is_first_process():
-            why = "was made from other inputs than are there now: training from the start"
+            why = "was made from other inputs than the present ones: training from the start"
             print(f"vlopd: {path} {why}", file=sys.stderr)
         return 0
     trainable.load_state({name: tensors[f"values/{name}"] for name in trainable.slots})

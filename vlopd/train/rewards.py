@@ -1,4 +1,4 @@
-"""Verifiable rewards: is a completion right? And what a group of completions of one prompt says of each.
+"""Verifiable rewards: whether a completion is right, and group-relative advantages (GRPO).
 
 A rule is a pure function of the example and the completion's text, 1.0 for right and 0.0 for wrong.
 """
@@ -19,28 +19,28 @@ Rule = Callable[[Example, str], float]
 
 
 def exact_match(example: Example, text: str) -> float:
-    """The whole completion is the answer, but for white space around it."""
+    """The completion equals the answer, apart from surrounding white space."""
     return float(text.strip() == answer_of(example).strip())
 
 
 def verdict_match(example: Example, text: str) -> float:
-    """What stands after the last colon is what stands there in the answer."""
+    """The text after the last colon equals that of the answer."""
     return float(after_last_colon(text) == after_last_colon(answer_of(example)))
 
 
 def answer_named(example: Example, text: str) -> float:
-    """The answer stands in the completion as whole words; case, accents and punctuation are ignored."""
+    """The answer occurs in the completion as whole words; case, accents and punctuation are ignored."""
     wanted = normalise(answer_of(example))
     if not wanted:
         raise DataError(
-            f"example {example.id!r}: its answer {example.answer!r} has no word or number to be named; "
+            f"example {example.id!r}: its answer {example.answer!r} has no word or number to match; "
             'use reward.rule = "exact_match"'
         )
     return float(mentions_any(text, [wanted]))
 
 
 def capital_named(example: Example, text: str) -> float:
-    """The capital, under any of its names, stands in the completion (data.type = "capitals")."""
+    """The capital, under any of its names, occurs in the completion (data.type = "capitals")."""
     if "capital" not in example.fields:
         raise DataError(
             f"example {example.id!r} has no field 'capital'; this rule is for data.type = \"capitals\""
@@ -60,7 +60,7 @@ RULES: Mapping[str, Rule] = {
 
 
 def answer_of(example: Example) -> str:
-    """Raises DataError where the example has none, or one without a character: an empty completion would be right."""
+    """Raises DataError where the example has no answer, or an empty one: an empty completion would be right."""
     if example.answer is None:
         raise DataError(
             f"example {example.id!r} has no answer, which rewards and completions from the data need; "
@@ -82,15 +82,15 @@ def reward(config: RewardConfig, examples: Sequence[Example], texts: Sequence[st
 
 
 def group_advantages(rewards: Tensor, group: int, scale: str) -> Tensor:
-    """[B] rewards, `group` completions of a prompt one after the other -> [B] advantages.
+    """[B] rewards, `group` adjacent completions per prompt -> [B] advantages.
 
-    (r - mean) / std over the group (GRPO, arXiv 2402.03300; std of the whole group, not Bessel's), or r - mean
-    (arXiv 2503.20783). 0 where a group scores all the same, which says nothing of its members.
+    (r - mean) / std over the group (GRPO, arXiv 2402.03300; population std, without Bessel's correction), or r - mean
+    (arXiv 2503.20783). 0 where all rewards of a group are equal: no learning signal.
     """
     groups = rewards.view(-1, group)
     centred = groups - groups.mean(1, keepdim=True)
     if scale == "std":
         centred = centred / groups.std(1, keepdim=True, correction=0)
-    # rounding would leave a mean beside its equals, and a deviation that is not quite 0
+    # rounding can leave the mean unequal to its equal members, and a deviation that is not exactly 0
     mixed = (groups != groups[:, :1]).any(1, keepdim=True)
     return torch.where(mixed, centred, 0.0).flatten()

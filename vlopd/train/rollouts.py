@@ -1,7 +1,7 @@
-"""Where a step's completions come from: the student (OPD), the teacher (sequence-level KD), the data (SFT).
+"""A step's completions: sampled by the student (OPD) or the teacher (sequence-level KD), or the data's answers (SFT).
 
-Whoever wrote them, what the loop gets is the same: micro-batches of prompts with completions in the
-student's ids and, with a reward, an advantage each.
+Whoever wrote them, the result is the same: micro-batches of prompts with completions in the student's ids and,
+with a reward, an advantage each.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vlopd import seeding
-from vlopd.config.experiment import ExperimentConfig
-from vlopd.config.objective import Writer
+from vlopd.config.objective import RewardConfig, RolloutConfig, Writer
+from vlopd.config.recipe import Recipe
 from vlopd.errors import DataError
 from vlopd.train.pair import ModelPair
 from vlopd.train.rewards import answer_of, group_advantages, reward
@@ -23,9 +23,9 @@ from vlopd.types import Completions, Example, Prompts
 
 @dataclass(frozen=True)
 class Batch:
-    """Completions of one forward and backward, each with its example, its prompt and who wrote it.
+    """A micro-batch: completions, each with its example, its prompt and its writer.
 
-    Completions of one prompt follow each other; a group may go on in the next batch.
+    Completions of one prompt are adjacent; a group may continue in the next micro-batch.
     """
 
     examples: Sequence[Example]  # B
@@ -38,7 +38,7 @@ class Batch:
 
 def collect(
     pair: ModelPair,
-    config: ExperimentConfig,
+    recipe: Recipe,
     examples: Sequence[Example],
     share: range,
     seed: int,
@@ -46,11 +46,11 @@ def collect(
 ) -> list[Batch]:
     """This process's completions of a step: rollout.completions_per_prompt for each of its examples.
 
-    `share` are the examples' places among the step's prompts. What is written does not depend on how the
-    step is split into micro-batches and processes: random numbers belong to the prompt's place.
+    `share` are the examples' indices among the step's prompts. Random numbers belong to an index, so completions do
+    not depend on how the step is split into micro-batches and processes.
     """
-    rollout, n = config.rollout, config.rollout.completions_per_prompt
-    prompts = config.train.prompts_per_step
+    rollout, n = recipe.rollout, recipe.rollout.completions_per_prompt
+    prompts = recipe.train.prompts_per_step
     everyones = [
         seeding.uniforms(prompts, rollout.max_new_tokens, "rollout", seed, step, k)
         for k in range(n)
@@ -59,24 +59,24 @@ def collect(
     writers = choose_writers(rollout.source.shares, prompts, n, seed, step)
     mine = writers[share.start * n : share.stop * n]
     repeated = [example for example in examples for _ in range(n)]
-    size = config.train.micro_batch or len(repeated)
+    size = recipe.train.micro_batch or len(repeated)
     batches = [
         write(
             pair,
-            config,
+            rollout,
             repeated[i : i + size],
             tuple(mine[i : i + size]),
             uniforms[i : i + size],
         )
         for i in range(0, len(repeated), size)
     ]
-    return batches if config.reward is None else rewarded(pair, config, batches)
+    return batches if recipe.reward is None else rewarded(pair, recipe.reward, batches, n)
 
 
 def choose_writers(
     shares: dict[Writer, float], prompts: int, n: int, seed: int, step: int
 ) -> list[Writer]:
-    """Who writes each of the step's completions, prompt by prompt, drawn by their shares."""
+    """The writer of each of the step's completions, prompt by prompt, drawn with probabilities `shares`."""
     names = list(shares)
     if len(names) == 1:
         return names * (prompts * n)
@@ -88,26 +88,26 @@ def choose_writers(
 
 def write(
     pair: ModelPair,
-    config: ExperimentConfig,
+    rollout: RolloutConfig,
     examples: Sequence[Example],
     writers: tuple[Writer, ...],
     uniforms: Tensor,
 ) -> Batch:
-    """One micro-batch. Its prompts are the student's view of all its examples, whoever writes."""
+    """One micro-batch. Its prompts are those that the student reads, whoever writes the completions."""
     prompts = pair.student.render(examples)
     if set(writers) != {"data"}:
-        pair.student.refuse_too_long(examples, prompts, config.rollout.max_new_tokens)
+        pair.student.refuse_too_long(examples, prompts, rollout.max_new_tokens)
     parts: list[tuple[Sequence[int], Completions]] = []
     for writer in sorted(set(writers)):
         rows = [i for i, each in enumerate(writers) if each == writer]
         asked = [examples[i] for i in rows]
         if writer == "data":
-            part = from_data(pair, asked, config.rollout.max_new_tokens)
+            part = from_data(pair, asked, rollout.max_new_tokens)
         elif writer == "teacher":
-            part = pair.teacher_sample(asked, config.rollout, uniforms[rows])
+            part = pair.teacher_sample(asked, rollout, uniforms[rows])
         else:
             own = prompts if len(rows) == len(examples) else pair.student.render(asked)
-            part = pair.sample(own, config.rollout, uniforms[rows])
+            part = pair.sample(own, rollout, uniforms[rows])
         parts.append((rows, part))
     completions = Completions.joined(parts, pair.student.pad_id)
     pair.student.refuse_too_long(examples, prompts, completions.ids.shape[1])
@@ -115,10 +115,10 @@ def write(
 
 
 def from_data(pair: ModelPair, examples: Sequence[Example], longest: int) -> Completions:
-    """The data's answers as completions: their tokens and an end token, cut at `longest`; log-probs are 0.
+    """The data's answers as completions: their tokens and an end token, truncated at `longest`; log-probs are 0.
 
-    Raises DataError with the example's id for an answer that is missing, or that has a token which the
-    teacher lacks or which stands for an image.
+    Raises DataError with the example's id for an answer that is missing, or that has an image placeholder or a
+    token that the teacher lacks.
     """
     student = pair.student
     own_end = student.tokenizer.eos_token_id
@@ -132,8 +132,8 @@ def from_data(pair: ModelPair, examples: Sequence[Example], longest: int) -> Com
         if bool(forbidden.any()):
             word = student.tokenizer.convert_ids_to_tokens(int(ids[forbidden][0]))
             raise DataError(
-                f"example {example.id!r}: its answer has the token {word!r}, which is not one that both "
-                "models can write; mend the answer, or leave the row out"
+                f"example {example.id!r}: its answer has the token {word!r}, which is an image placeholder or not in "
+                "both models' vocabularies; change the answer, or leave the row out"
             )
         rows.append(ids)
     width = min(longest, max(map(len, rows)))
@@ -151,15 +151,15 @@ def from_data(pair: ModelPair, examples: Sequence[Example], longest: int) -> Com
     )
 
 
-def rewarded(pair: ModelPair, config: ExperimentConfig, batches: Sequence[Batch]) -> list[Batch]:
-    """The batches with each completion's reward and its advantage within its prompt's group."""
-    assert config.reward is not None
+def rewarded(
+    pair: ModelPair, config: RewardConfig, batches: Sequence[Batch], group: int
+) -> list[Batch]:
+    """The batches with each completion's reward and its advantage within its prompt's group of `group`."""
     scores = [
-        reward(config.reward, batch.examples, pair.student.decode(batch.completions, batch.prompts))
+        reward(config, batch.examples, pair.student.decode(batch.completions, batch.prompts))
         for batch in batches
     ]
-    group = config.rollout.completions_per_prompt
-    advantages = group_advantages(torch.cat(scores), group, config.reward.scale)
+    advantages = group_advantages(torch.cat(scores), group, config.scale)
     sizes = [len(batch.examples) for batch in batches]
     device = pair.student.device
     return [

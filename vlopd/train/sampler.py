@@ -1,8 +1,8 @@
-"""Sampling completions from a model: the student while distilling, any arm while evaluating.
+"""Sampling completions from a model: the student in training, any arm in evaluation.
 
-A plain key-value-cache loop rather than `generate`, for three reasons: the random numbers are ours (so a
-resumed run samples what an uninterrupted one would, and micro-batches sample what one batch would), the
-sampler's own log-probs come with the tokens, and no default of a checkpoint's generation config can slip in.
+A plain key-value-cache loop rather than `generate`, for three reasons: random numbers are arguments (so a resumed
+run samples what an uninterrupted one would, and micro-batches sample what one batch would), the sampler's own
+log-probs come with the tokens, and no default of a checkpoint's generation config applies.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from vlopd.models import families
 from vlopd.models.loaded import LoadedModel
 from vlopd.types import Completions, Prompts
 
-LOOK = 8
-"""Tokens between looks at whether an answer has all that is wanted of it."""
+CHECK_EVERY = 8
+"""Tokens between calls of `enough`."""
 
 
 @torch.no_grad()
@@ -34,14 +34,14 @@ def sample(
     banned_ids: Sequence[int] = (),
     enough: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Completions:
-    """Samples one completion a prompt; temperature 0 takes the likeliest token (the first of equals).
+    """Samples one completion a prompt; temperature 0 is greedy (the first of equal tokens).
 
     `uniforms` [B, max_new_tokens] decide the draws (seeding.uniforms); temperature 0 needs none. `top_k` and
-    `top_p` cut the distribution's tail, after the temperature. `columns` limits sampling to a part of the
-    vocabulary (what the teachers have too): the first so many tokens, or these ids [V]. Image placeholders,
-    padding and `banned_ids` are never sampled. `logprobs` are the model's own over the columns at temperature 1
-    with nothing cut or banned, so that they equal what re-scoring gives however the tokens were drawn.
-    `enough` is asked every LOOK tokens, given ids and mask [B, C] so far, which rows [B] need no more.
+    `top_p` truncate the distribution, after the temperature. `columns` restricts sampling to a part of the
+    vocabulary (the tokens shared with the teachers): the first so many, or these ids [V]. Image placeholders,
+    padding and `banned_ids` are never sampled. `logprobs` are the model's own over the columns at temperature 1,
+    nothing truncated or banned, and so equal to re-scoring however the tokens were drawn. `enough` gets ids and mask
+    [B, C] every CHECK_EVERY tokens and returns the rows [B] to stop.
     """
     model, body = loaded.model, families.backbone(loaded.model)
     columns = loaded.vocabulary_rows if columns is None else columns
@@ -80,7 +80,7 @@ def sample(
         logprobs.append(logprob * alive)
         masks.append(alive)
         alive = alive & ~torch.isin(token, ends)
-        if enough is not None and position % LOOK == LOOK - 1:
+        if enough is not None and position % CHECK_EVERY == CHECK_EVERY - 1:
             alive = alive & ~enough(torch.stack(tokens, 1), torch.stack(masks, 1))
         if not alive.any():
             break
@@ -119,10 +119,10 @@ def draw(
 
 
 def truncated(probabilities: Tensor, top_k: int | None, top_p: float) -> Tensor:
-    """[B, V] probabilities with 0 outside the `top_k` likeliest and then outside the nucleus `top_p`.
+    """[B, V] probabilities, set to 0 outside the top k and then outside the nucleus `top_p`; not renormalised.
 
-    The nucleus (arXiv 1904.09751) is the fewest likeliest tokens whose share of what top_k left reaches top_p;
-    the token that reaches it is in. What is left does not sum to 1.
+    The nucleus (arXiv 1904.09751) is the smallest set of the most likely tokens whose share of the mass in the top k
+    reaches top_p, the token that reaches it included.
     """
     ordered, columns = probabilities.sort(dim=-1, descending=True, stable=True)
     if top_k is not None:

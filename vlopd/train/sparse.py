@@ -1,14 +1,13 @@
-"""Which coordinates train, and their fp32 values.
+"""The trained coordinates of a model and their fp32 values.
 
-The model's own parameters hold the compute precision and never see an optimizer. `Trainable` keeps, for
-each parameter that trains, the fp32 values of its trained coordinates only (all of them, or those of a
-mask) and a gradient of the same size. The values start from the tensor that the checkpoint stores, not from
-its rounding to the compute precision. As soon as a parameter's dense gradient exists, its trained
-coordinates are gathered and the dense gradient is freed. The optimizer sees nothing else, so weight
-decay, momentum and clipping cannot reach a frozen coordinate, optimizer state shrinks with density, and
-a mask of all ones is dense training, bit for bit.
+The model's own parameters are in the compute precision, and no optimizer updates them. `Trainable` holds, for each
+trained parameter, the fp32 values of its trained coordinates only (all of them, or those of a mask) and a gradient of
+the same size. The values start from the tensor in the checkpoint, not from its rounding to the compute precision. As
+soon as a parameter's dense gradient exists, its trained coordinates are gathered and the dense gradient is freed. The
+optimizer has nothing else, so weight decay, momentum and clipping cannot change a frozen coordinate, optimizer state
+shrinks with density, and a mask of all ones is dense training, bit for bit.
 
-A parameter that trains in part is kept in the storage that takes the fewest bytes, see `cheapest`.
+A partly trained parameter uses the storage of the fewest bytes, see `cheapest`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ Storage = Literal["whole", "listed", "packed", "dense"]
 
 
 CHUNK = 1 << 20
-"""Coordinates whose positions are spelled out at once: bounds what a gather needs beside its result."""
+"""Coordinates whose indices are expanded at once: bounds the temporary memory of a gather."""
 
 
 class Listed:
@@ -82,8 +81,8 @@ def cheapest(n: int, count: int, shared: bool) -> Storage:
     listed  4 a trained coordinate for its index, 16 for value, gradient and moments
     packed  a bit a coordinate, 16 a trained one
     whole   all coordinates train: no masking at all
-    dense   12 a coordinate for gradient and moments, and the frozen values and where they are; only where
-            the fp32 values are the parameter itself (`shared`)
+    dense   12 a coordinate for gradient and moments, and the frozen values with their indices; only where the fp32
+            values are the parameter itself (`shared`)
     """
     if count == n:
         return "whole"
@@ -96,13 +95,13 @@ def cheapest(n: int, count: int, shared: bool) -> Storage:
 
 
 def locate(marked: Tensor) -> Listed | Packed:
-    """Where the marked coordinates are, in fewer bytes."""
+    """The indices of the marked coordinates, in the smaller storage."""
     n, count = marked.numel(), int(marked.sum())
     return Listed(marked) if cheapest(n, count, False) == "listed" else Packed(marked)
 
 
 class Slot:
-    """One parameter, all of which trains: fp32 `values` of its shape, the parameter itself where that is fp32.
+    """A wholly trained parameter: fp32 `values` of its shape, the parameter itself where that is fp32.
 
     `stored` is the parameter before it was rounded; None where the parameter holds it exactly.
     """
@@ -119,7 +118,7 @@ class Slot:
         return self.count == self.parameter.numel()
 
     def gather(self, dense: Tensor) -> Tensor:
-        """What of a gradient is the values'; may be `dense` itself, and may change it."""
+        """Gradient entries of the trained coordinates; may alias `dense` and modify it."""
         return dense
 
     def write_back(self) -> None:
@@ -128,16 +127,16 @@ class Slot:
             self.parameter.data.copy_(self.values.data)
 
     def put_into(self, tensor: Tensor) -> None:
-        """Writes the values into a tensor of the parameter's shape, and no other coordinate."""
+        """Writes the values into a tensor of the parameter's shape; other coordinates keep theirs."""
         tensor.copy_(self.values.data)
 
     def trained(self, tensor: Tensor) -> Tensor:
-        """Of a tensor of the values' shape (a gradient, a moment), what belongs to trained coordinates."""
+        """The entries of trained coordinates in a tensor of the values' shape (a gradient, a moment)."""
         return tensor
 
 
 class CompactSlot(Slot):
-    """One parameter that trains in part: fp32 `values` [K] of its trained coordinates."""
+    """A partly trained parameter: fp32 `values` [K] of its trained coordinates."""
 
     def __init__(
         self, parameter: nn.Parameter, where: Listed | Packed, stored: Tensor | None = None
@@ -158,10 +157,9 @@ class CompactSlot(Slot):
 
 
 class DenseSlot(Slot):
-    """One fp32 parameter that trains in most of its coordinates: `values` is the parameter itself.
+    """A mostly trained fp32 parameter: `values` is the parameter itself.
 
-    The gradient of frozen coordinates is 0, and what an optimizer does to them (weight decay) is undone
-    after every step.
+    The gradient of frozen coordinates is 0, and their updates (weight decay) are undone after every step.
     """
 
     def __init__(self, parameter: nn.Parameter, marked: Tensor):
@@ -191,7 +189,7 @@ class DenseSlot(Slot):
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """In fp32, or in fp64 where it is stored so; the tensor itself where it already is."""
+    """The tensor in fp32, or in fp64 if stored so; itself if it already is."""
     return tensor.to(widest(tensor.dtype, torch.float32))
 
 
@@ -227,14 +225,13 @@ Choice = Callable[[int, int, bool], Storage]
 class Trainable:
     """The trained coordinates of a model.
 
-    `mask` maps parameter names to bool tensors of the parameter's shape; a parameter that it does not
-    name, or of which it marks nothing, is frozen whole (and autograd skips it). Without a mask all train,
-    but for parameters that do not require a gradient beforehand. `projections` maps names of matrices to
-    what their gradients are projected on before anything else; the optimizer's steps, which scale each
-    coordinate by itself, may leave the subspace.
+    `mask` maps parameter names to bool tensors of the parameter's shape; a parameter that it does not name, or
+    without a marked coordinate, is frozen (and autograd skips it). Without a mask all train, except parameters that
+    do not require a gradient beforehand. `projections`, by matrix name, are applied to the gradients before anything
+    else; the optimizer's updates, which scale coordinates separately, may leave the subspace.
 
-    `stored` gives, by name, the parameters that were rounded when the model was loaded as the checkpoint stores
-    them (`vlopd.weights.stored.unrounded`): their values start from there. All others start from the model.
+    `stored` has, by name, the checkpoint's tensors of the parameters that were rounded when the model was loaded
+    (`vlopd.weights.stored.unrounded`): their values start from these, all others from the model.
 
     Raises ValueError for a mask that names no parameter of the model or has another shape, and UserError for a
     parameter that is not its stored tensor, rounded.
@@ -271,7 +268,7 @@ class Trainable:
         self.total = sum(p.numel() for p in self.model_parameters.values())
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What the optimizer gets."""
+        """The values, for the optimizer."""
         return (slot.values for slot in self.slots.values())
 
     @property
@@ -293,7 +290,7 @@ class Trainable:
         return {name: slot.values.data for name, slot in self.slots.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Puts back what `state` gave, and writes it to the model."""
+        """Restores `state`, and writes it to the model."""
         for name, slot in self.slots.items():
             slot.values.data.copy_(state[name])
         self.write_back()
@@ -305,7 +302,7 @@ class Trainable:
         self.write_back()
 
     def merged(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The base's tensors with the trained values put in, each rounded once to its tensor's stored precision.
+        """The base's tensors with the trained values, each rounded once to its tensor's stored precision.
 
         Frozen coordinates are the base's own bits, whatever the compute precision was, and so are trained ones
         whose rounded value equals the base's (0 and -0 do).
@@ -318,15 +315,15 @@ class Trainable:
         return merged
 
     def moved_off_mask(self, base: Mapping[str, Tensor]) -> int:
-        """How many coordinates that do not train differ, in the model, from the base by any bit.
+        """The number of untrained coordinates of the model that differ from the base by any bit.
 
-        `base`: what the model was loaded from, before it was rounded to the compute precision.
+        `base`: the checkpoint's tensors, before they were rounded to the compute precision.
         """
         moved = 0
         for name, parameter in self.model_parameters.items():
             before = base[name].to(parameter.dtype)
             after = parameter.detach().cpu().clone()
-            if name in self.slots:  # what trains may differ: take it from the same place in both
+            if name in self.slots:  # trained coordinates may differ: the same values into both
                 before = before.clone()
                 for tensor in (before, after):
                     self.slots[name].put_into(tensor)

@@ -1,7 +1,7 @@
-"""A teacher: one model, what it is shown, and how its vocabulary lines up with the student's; or several.
+"""A teacher: one model with its context and its place in the shared vocabulary; or a mixture of several.
 
-Both kinds answer the same two questions, so that the pair does not care which it has: the hidden states
-that predict each completion token, and the logits of such states over the shared vocabulary.
+Both have the same interface: the hidden states that predict each completion token, and the logits of such states
+over the shared vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vlopd.types import Completions, Example, Prompts
 
 @dataclass(frozen=True)
 class Teacher:
-    """One model in its context. `index` is its place in the shared vocabulary; `ema` as configured."""
+    """One model in its context. `index` is its place in the shared vocabulary; `ema` the configured decay."""
 
     loaded: LoadedModel
     vocabulary: SharedVocabulary
@@ -65,13 +65,13 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several teachers as one: log p = sum_k w_k log p_k + const, weights summing to 1."""
+    """Several teachers as one distribution: log p = sum_k w_k log p_k + const, weights summing to 1."""
 
     members: tuple[Teacher, ...]
     weights: tuple[float, ...]
 
     def hidden(self, examples: Sequence[Example], completions: Completions) -> Tensor:
-        """The members' hidden states side by side, [N, H'_1 + H'_2 + ...]."""
+        """The members' hidden states, concatenated: [N, H'_1 + H'_2 + ...]."""
         return torch.cat([member.hidden(examples, completions) for member in self.members], -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -85,4 +85,4 @@ class Mixture:
         return mixed
 
 
-Grader = Teacher | Mixture
+AnyTeacher = Teacher | Mixture

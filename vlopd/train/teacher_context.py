@@ -1,7 +1,7 @@
-"""The teacher's view of an example: what it is shown and the student is not.
+"""The teacher's view of an example: privileged context that the student does not see.
 
 Pure functions Example -> Example. They change the messages or the pictures and nothing else: id, answer and
-fields stay, so teacher and student speak of the same example.
+fields stay those of the student's example.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Part = Mapping[str, Any]
 
 
 def teacher_view(context: ContextConfig | None, example: Example) -> Example:
-    """The example as a teacher in this context, if any, reads it. Raises UserError with the example's id."""
+    """The example with a teacher's context, if any. Raises UserError with the example's id."""
     match context:
         case None:
             return example
@@ -46,7 +46,7 @@ def teacher_view(context: ContextConfig | None, example: Example) -> Example:
 
 
 def with_system(example: Example, text: str) -> Example:
-    """A system turn put first; where there is one, `text` goes before its own, a blank line between."""
+    """Prepends a system turn; where there is one, prepends `text` to it, a blank line between."""
     first, *rest = example.messages
     if first["role"] == "system":
         text = f"{text}\n\n{text_of(parts_of(first))}"
@@ -57,13 +57,13 @@ def with_system(example: Example, text: str) -> Example:
 
 
 def with_template(example: Example, template: str) -> Example:
-    """The last user turn's text becomes the template, rendered; its pictures stay where they are.
+    """Replaces the last user turn's text with the rendered template; its pictures keep their places.
 
-    The template sees the example's fields and, over fields of the same name, `question` (that turn's text)
-    and `answer`. It runs in jinja's sandbox.
+    The template's variables are the example's fields and, over fields of the same name, `question` (that turn's
+    text) and `answer`. It runs in jinja's sandbox.
 
-    Raises ConfigError for a template that is not jinja, or names what the example does not have; UserError
-    where a value that it prints is missing, or nothing is left to read.
+    Raises ConfigError for a template that is not jinja, or has an unknown variable; UserError where a printed value
+    is missing, or the rendered text is empty.
     """
     index = last_user_turn(example)
     parts = parts_of(example.messages[index])
@@ -81,7 +81,7 @@ def with_template(example: Example, template: str) -> Example:
             f"{here} prints a value that is missing (no value here: {empty or 'inside a field'}); "
             "fill the column or put the expression in {% if %}"
         ) from None
-    except Exception as error:  # whatever an expression of the user's raises
+    except Exception as error:  # an expression of the user's may raise anything
         raise ConfigError(f"{here} fails: {error}") from None
     if not text.strip():
         raise UserError(f"{here} leaves no text")
@@ -91,14 +91,13 @@ def with_template(example: Example, template: str) -> Example:
 
 
 def with_images(example: Example, column: str) -> Example:
-    """The pictures become those of a field: one, a list of them, or a crop of the example's first picture.
+    """Replaces the pictures with those of a field: one, a list of them, or a crop of the example's first picture.
 
     A crop is a box [x0, y0, x1, y1] in pixels of that picture as the student sees it (upright), x1 and y1
-    excluded; fractions of a pixel are rounded. New pictures stand where the first one stood, or before the
-    last user turn's text.
+    exclusive; fractions of a pixel are rounded. New pictures go where the first one was, or before the last user
+    turn's text.
 
-    Raises UserError for a field that is missing or of another type, and a box that is empty or runs out of
-    the picture.
+    Raises UserError for a field that is missing or of another type, and a box that is empty or exceeds the picture.
     """
     value = field_of(example, column)
     pictures = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -114,9 +113,9 @@ def with_images(example: Example, column: str) -> Example:
 
 
 def with_caption(example: Example, column: str) -> Example:
-    """The text of a field in place of the pictures: what a teacher without eyes reads.
+    """Replaces the pictures with the text of a field, for a text-only teacher.
 
-    Raises UserError where the field holds no text, or the example has no picture to stand for.
+    Raises UserError where the field holds no text, or the example has no picture.
     """
     value = field_of(example, column)
     if not isinstance(value, str) or not value.strip():
@@ -126,7 +125,7 @@ def with_caption(example: Example, column: str) -> Example:
         )
     if not example.images:
         raise UserError(
-            f"example {example.id!r} has no picture that its caption could stand for; set data.image, "
+            f"example {example.id!r} has no picture for its caption to replace; set data.image, "
             'or use teacher.context = {type = "template", ...}'
         )
     return with_parts_for_pictures(example, [text_part(value)], ())
@@ -149,7 +148,7 @@ def text_of(parts: Sequence[Part]) -> str:
 
 
 def last_user_turn(example: Example) -> int:
-    """Its index. Raises UserError where there is none."""
+    """The index of the last user turn. Raises UserError where there is none."""
     for index in reversed(range(len(example.messages))):
         if example.messages[index]["role"] == "user":
             return index
@@ -157,7 +156,7 @@ def last_user_turn(example: Example) -> int:
 
 
 def with_turn(example: Example, index: int, parts: Sequence[Part]) -> Example:
-    """The example with other content in one of its turns."""
+    """The example with the content of one turn replaced."""
     messages = list(example.messages)
     messages[index] = {**messages[index], "content": list(parts)}
     return replace(example, messages=tuple(messages))
@@ -166,10 +165,9 @@ def with_turn(example: Example, index: int, parts: Sequence[Part]) -> Example:
 def with_parts_for_pictures(
     example: Example, new: Sequence[Part], images: tuple[Image.Image, ...]
 ) -> Example:
-    """`new` parts where the first picture stood (or before the last user turn's text); no other picture.
+    """Puts `new` parts where the first picture was (or before the last user turn's text) and drops all pictures.
 
-    A turn that is left with text alone becomes one part, so that templates which join parts without a space
-    do not glue the caption to the question.
+    A turn that is left with text alone becomes one part: some templates join parts without a space.
     """
     turns = [parts_of(message) for message in example.messages]
     places = [
@@ -211,7 +209,7 @@ def is_number(value: Any) -> bool:
 
 
 def crop(example: Example, column: str, box: Sequence[float]) -> Image.Image:
-    """The box of the example's first picture. A side under 2 pixels is refused: fractions given for pixels."""
+    """Crops the example's first picture. Refuses a side under 2 pixels: fractions given for pixels."""
     here = f"example {example.id!r}: field {column!r}, box {list(box)}"
     if not example.images:
         raise UserError(f"{here}: the example has no picture to crop; set data.image")
@@ -225,7 +223,7 @@ def crop(example: Example, column: str, box: Sequence[float]) -> Image.Image:
             "boxes are [x0, y0, x1, y1] in pixels"
         )
     if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
-        raise UserError(f"{here} runs out of the picture of {width} x {height} pixels")
+        raise UserError(f"{here} exceeds the picture of {width} x {height} pixels")
     return example.images[0].crop((x0, y0, x1, y1))
 
 
@@ -237,7 +235,7 @@ class MissingValue(Exception):
 
 
 def as_written(value: Any) -> Any:
-    """Keeps a null from being printed as the word None, and prints truth values as JSON writes them."""
+    """Refuses to print a null as the word None, and prints booleans as JSON does."""
     if value is None:
         raise MissingValue
     return cell_text(value) if isinstance(value, bool) else value
