@@ -159,6 +159,7 @@ def import_scores(run: RunFolder, folder: Path, name: str, config: EvalConfig) -
 
     Raises RunError where it lacks a task of the config.
     """
+    samples = samples_of(folder, config.tasks)  # refused before what is there is withdrawn
     with stage(run, f"evals/{name}") as its:
         if its.is_due(lambda _: imported_inputs(folder, config)):
             out = run.eval(name)
@@ -166,7 +167,7 @@ def import_scores(run: RunFolder, folder: Path, name: str, config: EvalConfig) -
             merged: dict[str, Any] = {**read_json(last), "arm": name}
             merged["checkpoint_digest"] = digest_json(its.inputs["checkpoint"])
             merged |= {key: {} for key in PER_TASK}
-            for task, path in samples_of(folder, config.tasks).items():
+            for task, path in samples.items():
                 rows = one_row_a_question(task, read_jsonl(path))
                 write_jsonl(out / f"samples_{task}.jsonl", [tidy(row, {}) for row in rows])
                 for key, value in about_rows(rows).items():

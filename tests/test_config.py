@@ -295,7 +295,7 @@ def test_roles_are_said_or_follow_without_a_doubt(overrides, roles):
         (["arms.full.role='variant'", "arms.b={type='distill', role='replicate'}"], "needs an arm with role"),
         (["arms.b={type='distill', role='subnetwork'}"], "under a mask; give it a mask"),
         (["arms.b={type='extrapolate', of='full', factor=2.0, role='control'}"], "under a mask; give it a mask"),
-        (["arms.b={type='distill', role='base'}"], r"arms\.b\.role: .*'full', 'replicate'.*, not 'base'"),
+        (["arms.b={type='distill', role='base'}"], r"arms\.b\.role: .*'full', 'replicate'.*; got 'base'"),
         (["arms.b={type='checkpoint', model='m', role='base'}"], r"arms\.base and arms\.b are both the base"),
         (["eval.contrasts=['full - random']"], r"'full - random' needs an arm whose mask is of type \"random\""),
         (["eval.contrasts=['full - nope']"], "eval.contrasts names 'nope'"),
