@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from evals import stats
-from evals.pairing import Answers, read_answers, read_results
+from evals.pairing import PairedScores, read_paired_scores, read_results
 from evals.report.verdict import verdict
 from evals.roles import Role, Roles, roles_of
 from evals.stats import Scores
@@ -86,7 +86,7 @@ def compare_arms(
     tasks = {}
     for task, metric in first["primary_metric"].items():
         further = first.get("pass_at", {}).get(task, [])
-        answers = read_answers(evals, arms, task, metric, further)
+        answers = read_paired_scores(evals, arms, task, metric, further)
         tasks[task] = compare_task(answers, roles, config)
         tasks[task]["chance"] = first.get("chance", {}).get(task)
         for arm in arms:
@@ -106,7 +106,7 @@ def compare_arms(
     return out
 
 
-def compare_task(answers: Answers, roles: Roles, config: EvalConfig) -> dict[str, Any]:
+def compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> dict[str, Any]:
     """One task's entry of compare.json, but for what results.json alone knows."""
     scores, base, full = answers.scores, roles.first("base"), roles.first("full")
     teacher = roles.first("teacher")
@@ -199,7 +199,7 @@ def adjust(contrasts: Sequence[dict[str, Any]], declared: Sequence[str] | None) 
         contrast["p_holm"] = p
 
 
-def over_seeds(answers: Answers, roles: Roles, config: EvalConfig) -> list[dict[str, Any]]:
+def over_seeds(answers: PairedScores, roles: Roles, config: EvalConfig) -> list[dict[str, Any]]:
     """The main contrasts between arms that differ in the training seed alone (or the random mask's), as groups."""
     single = [(arm,) for arm in roles.of if not any(arm in own for own in roles.families.values())]
     families = [*roles.families.values(), *single]
@@ -234,7 +234,7 @@ def over_seeds(answers: Answers, roles: Roles, config: EvalConfig) -> list[dict[
 class Measure:
     """The numbers of one task as JSON values, at the config's confidence."""
 
-    answers: Answers
+    answers: PairedScores
     config: EvalConfig
     base: str | None
     full: str | None

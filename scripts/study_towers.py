@@ -15,7 +15,7 @@ from pathlib import Path
 
 from evals import stats
 from evals.harness import open_arm
-from evals.vision.alignment import told_by_rows
+from evals.vision.alignment import caption_by_rows
 from vlopd.data.shapes import ShapesDataset
 from vlopd.models.names import classify
 from vlopd.run.folder import RunFolder
@@ -35,7 +35,7 @@ def main() -> None:
     for rest, seeing in product(args.arms, args.arms):
         loaded = open_arm(run, config, rest)
         loaded.model.load_state_dict(towers[seeing], strict=False)
-        said = told_by_rows(loaded, [example.images[0] for example in world])
+        said = caption_by_rows(loaded, [example.images[0] for example in world])
         right = [float(a == b) for a, b in zip(said, references, strict=True)]
         found = stats.mean_with_error(right)
         print(f"{rest:12} {seeing:12} {100 * found.mean:6.1f} +- {100 * found.standard_error:.1f}")

@@ -128,12 +128,12 @@ def unready_tasks(config: ExperimentConfig, names: list[str]) -> list[str]:
 
     try:
         lines = lost_contrasts(config)
-        lines += tasks.findings(config.eval, inputs.evaluated(config, names))
+        lines += tasks.find_problems(config.eval, inputs.evaluated(config, names))
     except UserError as error:
         return [str(error)]
     for name in names:
         if isinstance(arm := config.arms[name], ImportedArm):
-            its = tasks.imported_findings(config.eval.tasks, Path(arm.results))
+            its = tasks.find_import_problems(config.eval.tasks, Path(arm.results))
             lines += [f"arms.{name}: {line}" for line in its]
     return lines
 
@@ -169,12 +169,12 @@ def say_left_out(folder: Path) -> None:
 
 def make_evals(run: RunFolder, config: ExperimentConfig, names: list[str]) -> None:
     from evals.harness import evaluate_arm
-    from evals.token_kl import grade_answers
+    from evals.token_kl import write_token_kl
 
     for name in names:
         with run.making(run.eval(name)):
             made = evaluate_arm(run, config, name)
-            made |= grade_answers(run, config, name)
+            made |= write_token_kl(run, config, name)
         say(f"evaluation of {name}", run.eval(name) / "results.json", made)
 
 
@@ -422,12 +422,12 @@ def vision(
         raise ConfigError(f"--pictures {pictures}: at least 1")
     if scorer and scorer.startswith("local-dir:") and not Path(scorer[10:]).is_dir():
         raise ConfigError(f"--scorer {scorer}: no such folder")
-    from evals.vision.stage import look
+    from evals.vision.stage import vision_report
 
     folder, config = RunFolder.open(run)
     names = chosen(config, arm, list(config.arms))
     with folder.making(folder.root / "evals" / "vision.json"):
-        say("vision", look(folder, config, names, scorer, pictures), True)
+        say("vision", vision_report(folder, config, names, scorer, pictures), True)
 
 
 @app.command()
