@@ -76,7 +76,7 @@ class GenerationSettings(BaseModel):
             raise ConfigError(f"task {task}: unknown generation_kwargs.{name}; {known}")
         rule = first["msg"].removeprefix("Input should be ")
         raise ConfigError(
-            f"task {task}: generation_kwargs.{name} must be {rule}; got {first['input']!r}"
+            f"task {task}: generation_kwargs.{name} is {first['input']!r}; it must be {rule}"
         )
 
     @property

@@ -37,10 +37,10 @@ def metrics(folder):
 
 
 GRADED = [
-    {"loss": {"type": "reverse_kl"}, "rollout": {"max_new_tokens": 6, "base": "data"}},
+    {"loss": {"type": "reverse_kl"}, "rollout": {"max_new_tokens": 6, "source": "data"}},
     {
         "loss": {"type": "forward_kl", "normalisation": "sequence_mean"},
-        "rollout": {"max_new_tokens": 6, "base": "data"},
+        "rollout": {"max_new_tokens": 6, "source": "data"},
     },
     {"loss": {"type": "k1", "normalisation": "fixed_length"}},
     {

@@ -136,11 +136,11 @@ def test_a_teachers_context_counts(kind, make_config, folders, tmp_path):
 @pytest.mark.parametrize(
     ("sections", "more", "message"),
     [
-        ({"rollout": {"base": "data"}, "loss": {"type": "nll"}}, {"answer": None}, "'row-0' has no answer"),
-        ({"rollout": {"base": "data"}, "loss": {"type": "nll"}}, {"answer": " "}, "'row-0' has an empty answer"),
+        ({"rollout": {"source": "data"}, "loss": {"type": "nll"}}, {"answer": None}, "'row-0' has no answer"),
+        ({"rollout": {"source": "data"}, "loss": {"type": "nll"}}, {"answer": " "}, "'row-0' has an empty answer"),
         ({"reward": {"rule": "exact_match"}, "rollout": {"completions_per_prompt": 2}}, {"answer": ""},
          "'row-0' has an empty answer"),
-        ({"rollout": {"base": "data"}, "loss": {"type": "nll"}}, {"answer": "<image>"}, "its answer has the token"),
+        ({"rollout": {"source": "data"}, "loss": {"type": "nll"}}, {"answer": "<image>"}, "its answer has the token"),
         ({"reward": {"rule": "exact_match"}, "rollout": {"completions_per_prompt": 2}}, {"answer": None},
          "'row-0' has no answer"),
         ({"reward": {"rule": "capital_named"}, "rollout": {"completions_per_prompt": 2}}, {},
@@ -345,7 +345,7 @@ WRONG = [
     (ROWS, filters('{function: regex, regex_pattern: "([0-9])"}'), None),
     (ROWS, settings(until=3), "generation_kwargs.until is 3"),
     (ROWS, settings(until=[3]), "generation_kwargs.until"),
-    (ROWS, settings(max_gen_toks=0), "generation_kwargs.max_gen_toks must be greater than 0; got 0"),
+    (ROWS, settings(max_gen_toks=0), "generation_kwargs.max_gen_toks is 0; it must be greater than 0"),
     (ROWS, settings(max_gen_toks=-1), "generation_kwargs.max_gen_toks is -1"),
     (ROWS, settings(max_gen_toks="many"), "generation_kwargs.max_gen_toks is 'many'"),
     (ROWS, settings(do_sample=True, temperature=-1.0), "generation_kwargs.temperature is -1.0"),
@@ -510,7 +510,7 @@ def test_a_comparison_of_nothing_is_refused(make_config, task, tmp_path):
     )
     evaluate_arm(run, config, "base")
     with pytest.raises(
-        RunError, match=r"nothing can be compared \(mine: its metrics are of all questions"
+        RunError, match=r"nothing can be compared \(mine: its metrics are corpus-level"
     ):
         compare(run, config)
 

@@ -73,7 +73,7 @@ def fail(models: Path, folder: Path, what: str, kind: str) -> None:
     sections, rows, more = {}, examples(kind, 2), {}
     if what == "row":
         rows = [replace(rows[0], answer=None), rows[1]]
-        sections["rollout"] = {"base": "data"}
+        sections["rollout"] = {"source": "data"}
     if what == "disk":
         sections["train"] = {"steps": 2, "prompts_per_step": 2, "save_every": 1}
         folder.mkdir(parents=True, exist_ok=True)
