@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from evals import stats
-from evals.pairing import Answers, read_answers, read_results
+from evals.pairing import PairedScores, read_paired_scores, read_results
 from evals.stats import Scores
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.arms import DistillArm, Role
@@ -97,7 +97,7 @@ def comparison(
     tasks = {}
     for task, metric in first["primary_metric"].items():
         further = first.get("pass_at", {}).get(task, [])
-        answers = read_answers(run.root / "evals", arms, task, metric, further)
+        answers = read_paired_scores(run.root / "evals", arms, task, metric, further)
         tasks[task] = compare_task(answers, roles, config)
         tasks[task]["chance"] = first.get("chance", {}).get(task)
         for arm in arms:
@@ -116,7 +116,7 @@ def comparison(
     }
 
 
-def compare_task(answers: Answers, roles: Roles, config: EvalConfig) -> dict[str, Any]:
+def compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> dict[str, Any]:
     """One task's entry of compare.json, but for what results.json alone knows."""
     scores, base, full = answers.scores, roles.first("base"), roles.first("full")
     teacher = roles.first("teacher")
@@ -202,7 +202,7 @@ def mean_scores(scores: Mapping[str, Scores], arms: str | Sequence[str]) -> Scor
     return np.mean([scores[arm] for arm in arms], axis=0)
 
 
-def over_seeds(answers: Answers, roles: Roles, config: EvalConfig) -> list[dict[str, Any]]:
+def over_seeds(answers: PairedScores, roles: Roles, config: EvalConfig) -> list[dict[str, Any]]:
     """The main contrasts between arms that differ in the training seed alone (or the control mask's), as groups."""
     single = [(arm,) for arm in roles.of if not any(arm in own for own in roles.families)]
     groups: dict[str, list[tuple[str, ...]]] = {
@@ -239,7 +239,7 @@ def over_seeds(answers: Answers, roles: Roles, config: EvalConfig) -> list[dict[
 class Measure:
     """The numbers of one task as JSON values, at the config's confidence."""
 
-    answers: Answers
+    answers: PairedScores
     config: EvalConfig
     base: str | None
     full: str | None

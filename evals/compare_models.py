@@ -68,10 +68,10 @@ def refuse_unready(names: Mapping[str, str], config: EvalConfig) -> None:
     lines: list[str] = []
     for name, model in names.items():
         if is_scores(model):
-            lines += preflight.imported_findings(config.tasks, Path(model))
+            lines += preflight.find_import_problems(config.tasks, Path(model))
         else:
             loaded[name] = without_weights(ModelConfig(model=model))
-    lines += preflight.findings(config, loaded)
+    lines += preflight.find_problems(config, loaded)
     if lines:
         raise ConfigError("; ".join(lines))
 

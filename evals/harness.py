@@ -1,7 +1,6 @@
-"""Arms -> lm-eval -> results.json and per-question rows.
+"""Evaluates arms with lm-eval: results.json and one row per question.
 
-One model at a time, task by task. What is there is not asked again: a task is evaluated when its checkpoint, its
-definition or its settings are new.
+One model at a time, task by task. A task is evaluated only when its checkpoint, definition or settings have changed.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import numpy as np
 from lm_eval.utils import handle_non_serializable
 
 from evals.lm import PLACEHOLDER, ArmLM
-from evals.scoring import Tasks, argument, as_list, one_row_a_question, score
+from evals.scoring import Tasks, argument, as_list, one_row_a_question, score_task
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.arms import CheckpointArm, ImportedArm, TeacherArm
 from vlopd.config.experiment import ExperimentConfig
@@ -34,19 +33,19 @@ from vlopd.run.resolve import arm_content, scores_of, teacher_folder
 from vlopd.run.stage import Stage, stage
 
 MERGED = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
-"""Of lm-eval's results, what has an entry a task."""
+"""Entries of lm-eval's results that are keyed by task."""
 PER_TASK = (
     *("data_digest", "prompt_digest", "primary_metric", "chance", "extraction_failure_fraction"),
     *("thought_truncated_fraction", "pass_at", "not_compared"),
 )
-"""Of ours."""
+"""Our entries that are keyed by task."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: `open` loads it, `about` goes into its results.json.
+    """A model to evaluate: `open` loads it, `about` is copied into its results.json.
 
-    `content` gives {file: sha256} of what it is loaded from; of true, with every file read.
+    `content(whole)` returns {file: sha256} of its files; with `whole`, every file is read.
     """
 
     name: str
@@ -86,7 +85,7 @@ def subject_of(
         config.precision.compute,
         lambda: open_arm(run, config, arm),
         about,
-        configured(config, arm).template_arguments,
+        _model_config_of(config, arm).template_arguments,
     )
 
 
@@ -99,32 +98,35 @@ def evaluate(run: RunFolder, subject: Subject, config: EvalConfig) -> bool:
     """
     manager = Tasks.of(config.tasks, config.include)
     with stage(run, f"evals/{subject.name}") as its:
+        record = run.checksums.record(its.artifact)
+        if record.exists() and not _images_exist(run, read_json(record)):
+            run.checksums.start(its.artifact)  # everything that shows them is made again
         if not its.is_due(lambda whole: evaluation_inputs(manager, subject, config, whole)):
             return False
-        merged = kept_results(its)
+        merged = _reusable_results(its)
         lm = None
         for task, own in its.inputs["tasks"].items():
             if task in merged["inputs"]["tasks"]:
                 continue
             if lm is None:
                 if merged["inputs"]["tasks"]:  # what is kept survives a kill
-                    write_results(its, merged)
+                    _write_results(its, merged)
                 title = f"eval {subject.name}"
                 lm = ArmLM(subject.open(), config.batch_size, title, sampled=config.sampled)
                 merged |= {**subject.about, "arm": subject.name}
                 merged["checkpoint_digest"] = digest_weights(its.inputs["checkpoint"])
-                merged |= {"precision": subject.compute, **digests_of(lm.loaded)}
-            results = score(lm, task, manager, config, config.limit, subject.name)
+                merged |= {"precision": subject.compute, **_digests_of(lm.loaded)}
+            results = score_task(lm, task, manager, config, config.limit, subject.name)
             merged["leaves"][task] = sorted({*results["samples"], *results["results"]})
             for leaf, rows in results.pop("samples").items():
-                add_task(merged, results, leaf, rows, manager, config, run)
+                _add_task(merged, results, leaf, rows, manager, config, run)
             for key in MERGED:
                 merged.setdefault(key, {}).update(results.pop(key))
             merged |= results
             merged["inputs"]["tasks"][task] = {**own}
-            write_results(its, merged)
+            _write_results(its, merged)
         if lm is None:  # tasks were only dropped
-            write_results(its, merged)
+            _write_results(its, merged)
     return True
 
 
@@ -132,11 +134,11 @@ def evaluation_inputs(
     manager: Tasks, subject: Subject, config: EvalConfig, whole: bool
 ) -> dict[str, Any]:
     """The digests of all that decides a model's results; `whole` as in digests.file_digest."""
-    tasks = {task: inputs_of(manager, task, config, subject) for task in config.tasks}
+    tasks = {task: _inputs_of(manager, task, config, subject) for task in config.tasks}
     return {"checkpoint": dict(subject.content(whole)), "tasks": tasks}
 
 
-def write_results(its: Stage, merged: Mapping[str, Any]) -> None:
+def _write_results(its: Stage, merged: Mapping[str, Any]) -> None:
     """results.json of the tasks evaluated so far, and first the checksums of it and of their rows."""
     out = its.run.root / its.artifact
     plain = json.loads(json.dumps(merged, default=handle_non_serializable))
@@ -145,7 +147,7 @@ def write_results(its: Stage, merged: Mapping[str, Any]) -> None:
     its.run.checksums.finish(its.artifact, without_nan(plain), present)
 
 
-def pictures_are_there(run: RunFolder, results: Mapping[str, Any]) -> bool:
+def _images_exist(run: RunFolder, results: Mapping[str, Any]) -> bool:
     """Whether the pictures that rows show were not deleted. Raises RunError where one is not as it was written."""
     for leaf in results.get("pictures", ()):
         if not (run.root / "evals" / "images" / leaf).is_dir():
@@ -169,8 +171,8 @@ def import_scores(run: RunFolder, folder: Path, name: str, config: EvalConfig) -
             merged |= {key: {} for key in PER_TASK}
             for task, path in samples.items():
                 rows = one_row_a_question(task, read_jsonl(path))
-                write_jsonl(out / f"samples_{task}.jsonl", [tidy(row, {}) for row in rows])
-                for key, value in about_rows(rows).items():
+                write_jsonl(out / f"samples_{task}.jsonl", [_sample_row(row, {}) for row in rows])
+                for key, value in _task_entries(rows).items():
                     merged[key][task] = value
             rows_written = [out / f"samples_{task}.jsonl" for task in config.tasks]
             its.finish(without_nan(merged), rows_written)
@@ -184,9 +186,9 @@ def imported_inputs(folder: Path, config: EvalConfig) -> dict[str, Any]:
 
 
 def samples_of(folder: Path, tasks: Sequence[str]) -> dict[str, Path]:
-    """The samples of each task in an lm-eval output folder. Raises RunError where one is not there."""
+    """The samples file of each task in an lm-eval output folder. Raises RunError for a missing one."""
     _, *samples = scores_of(folder)
-    by_task = {task_of(path): path for path in samples}
+    by_task = {_task_of(path): path for path in samples}
     for task in tasks:
         if task not in by_task:
             raise RunError(
@@ -195,17 +197,17 @@ def samples_of(folder: Path, tasks: Sequence[str]) -> dict[str, Path]:
     return {task: by_task[task] for task in tasks}
 
 
-def task_of(samples: Path) -> str:
+def _task_of(samples: Path) -> str:
     """samples_<task>_<time>.jsonl -> task"""
     return samples.stem.removeprefix("samples_").rpartition("_")[0]
 
 
-def kept_results(its: Stage) -> dict[str, Any]:
+def _reusable_results(its: Stage) -> dict[str, Any]:
     """Earlier results of the same checkpoint, without the tasks that are to be evaluated again or are gone."""
     out = its.run.root / its.artifact
     fresh: dict[str, Any] = {"inputs": {**its.inputs, "tasks": {}}, "leaves": {}}
     old = its.before
-    if not old or not pictures_are_there(its.run, old):
+    if not old:
         return fresh
     kept = unchanged_tasks(old["inputs"], its.inputs)
     if not kept:
@@ -229,8 +231,8 @@ def unchanged_tasks(before: Mapping[str, Any], inputs: Mapping[str, Any]) -> dic
     return {t: i for t, i in inputs["tasks"].items() if before["tasks"].get(t) == i}
 
 
-def inputs_of(manager: Tasks, task: str, config: EvalConfig, subject: Subject) -> dict[str, Any]:
-    """What decides a task's results for a checkpoint."""
+def _inputs_of(manager: Tasks, task: str, config: EvalConfig, subject: Subject) -> dict[str, Any]:
+    """The inputs that determine a task's results for a checkpoint."""
     settings = config.model_dump(
         mode="json", include={"limit", "batch_size", "fewshot", "chat_template", "sampled"}
     )
@@ -242,8 +244,8 @@ def inputs_of(manager: Tasks, task: str, config: EvalConfig, subject: Subject) -
     }
 
 
-def digests_of(loaded: LoadedModel) -> dict[str, Any]:
-    """Digests of what turns a question into a model's input, and what its chat template is given."""
+def _digests_of(loaded: LoadedModel) -> dict[str, Any]:
+    """Digests of the chat template and processor, and the template arguments."""
     processor = loaded.processor.to_json_string() if loaded.sees_images else None
     template = loaded.chat_template
     return {
@@ -254,7 +256,7 @@ def digests_of(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def open_arm(run: RunFolder, config: ExperimentConfig, name: str) -> LoadedModel:
-    """An arm's model as training would load it, in the compute precision."""
+    """Loads an arm's model as for training, in the compute precision."""
     arm = config.arms.get(name)
     folder: Path | None = run.checkpoint(name)
     if isinstance(arm, TeacherArm):
@@ -263,12 +265,15 @@ def open_arm(run: RunFolder, config: ExperimentConfig, name: str) -> LoadedModel
     elif isinstance(arm, CheckpointArm):
         folder = None
     return load_configured(
-        configured(config, name), DTYPES[config.precision.compute], accelerator().device, folder
+        _model_config_of(config, name),
+        DTYPES[config.precision.compute],
+        accelerator().device,
+        folder,
     )
 
 
-def configured(config: ExperimentConfig, name: str) -> ModelConfig:
-    """How an arm's model is loaded: as the student, the teacher that it is, or the checkpoint that it names."""
+def _model_config_of(config: ExperimentConfig, name: str) -> ModelConfig:
+    """The loading settings of an arm's model: the student's, its teacher's, or its checkpoint's."""
     arm = config.arms.get(name)
     if isinstance(arm, TeacherArm):
         return config.teacher_of(arm).loaded_from(config.student)
@@ -278,19 +283,19 @@ def configured(config: ExperimentConfig, name: str) -> ModelConfig:
 
 
 def held_out_scores(config: ExperimentConfig) -> Evaluate:
-    """For the training loop: the means of a student on the questions of eval.during, {task: {metric: mean}}."""
+    """A function for the training loop: mean scores of a student on eval.during, {task: {metric: mean}}."""
     during = config.eval.during
     assert during is not None
-    # here, so that an unknown task is an error before any training
+    # resolved here, so that an unknown task raises before training
     manager = Tasks.of(during.tasks, config.eval.include)
 
     def evaluate(student: LoadedModel) -> dict[str, dict[str, float]]:
         lm = ArmLM(student, config.eval.batch_size, "held-out", True, config.eval.sampled)
         found = {}
         for task in during.tasks:
-            results = score(lm, task, manager, config.eval, during.limit, student.name)
+            results = score_task(lm, task, manager, config.eval, during.limit, student.name)
             for leaf, rows in results["samples"].items():
-                whole = results["results"][leaf]  # an F1 of all questions is no mean over them
+                whole = results["results"][leaf]  # a corpus-level metric such as F1 is not a mean
                 found[leaf] = {
                     metric: whole.get(
                         f"{metric},none", float(np.mean([r["numbers"][metric] for r in rows]))
@@ -302,7 +307,7 @@ def held_out_scores(config: ExperimentConfig) -> Evaluate:
     return evaluate
 
 
-def add_task(
+def _add_task(
     merged: dict[str, Any],
     results: Mapping[str, Any],
     task: str,
@@ -311,13 +316,13 @@ def add_task(
     config: EvalConfig,
     run: RunFolder,
 ) -> None:
-    """Writes a task's rows, and what results.json says of them beyond lm-eval's own."""
+    """Writes a task's rows, and adds our entries on them to the results."""
     declared = results["configs"][task].get("metadata") or {}
     chance = declared.pop("chance", None)  # a function that the YAML names
-    kept = keep_images(manager.loaded[task], run, task, config.keep_images, rows)
+    kept = _save_images(manager.loaded[task], run, task, config.keep_images, rows)
     pictures = [name for name in merged.get("pictures", ()) if name != task]
     merged["pictures"] = [*pictures, task] if kept else pictures
-    about = about_rows(rows)
+    about = _task_entries(rows)
     if chance:
         about["chance"] = chance([row["doc"] for row in rows])
     for key in PER_TASK:
@@ -325,12 +330,12 @@ def add_task(
     for key, value in about.items():
         merged[key][task] = value
     write_jsonl(
-        run.eval(merged["arm"]) / f"samples_{task}.jsonl", [tidy(row, kept) for row in rows]
+        run.eval(merged["arm"]) / f"samples_{task}.jsonl", [_sample_row(row, kept) for row in rows]
     )
 
 
-def about_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What results.json says of a task's rows: digests, the metric to compare by, failures to answer."""
+def _task_entries(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Our entries of results.json on a task's rows: digests, primary metric, extraction failures."""
     numbers = list(rows[0]["numbers"])
     about: dict[str, Any] = {
         "data_digest": digest_json([row["doc_hash"] for row in rows]),
@@ -339,7 +344,7 @@ def about_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if numbers:
         about["primary_metric"] = numbers[0]
     else:
-        about["not_compared"] = "its metrics are of all questions at once"
+        about["not_compared"] = "its metrics are corpus-level"
     if passes := [metric for metric in numbers if metric.startswith("pass@")]:
         about["pass_at"] = passes
     if "extraction_failure" in numbers:
@@ -350,17 +355,17 @@ def about_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return about
 
 
-def tidy(row: Mapping[str, Any], images: Mapping[int, str]) -> dict[str, Any]:
-    """One question of one arm: what was asked, what came, what it scored."""
+def _sample_row(row: Mapping[str, Any], images: Mapping[int, str]) -> dict[str, Any]:
+    """One row of samples_<task>.jsonl: question, target, completion, scores."""
     doc = row["doc"]
     return {
         "doc_id": row["doc_id"],
         "doc_hash": row["doc_hash"],
         "prompt_hash": row["prompt_hash"],
-        "question": question_of(row),
+        "question": _question_of(row),
         "target": str(row["target"]),
         "completion": row["completion"],
-        **thoughts_of(row.get("readings")),
+        **_reasoning_columns(row.get("readings")),
         **{metric: float(value) for metric, value in row["numbers"].items()},
         "group": doc.get("kind"),
         "cluster": doc.get("cluster"),
@@ -368,29 +373,29 @@ def tidy(row: Mapping[str, Any], images: Mapping[int, str]) -> dict[str, Any]:
     }
 
 
-def thoughts_of(readings: Sequence[Reading] | None) -> dict[str, Any]:
-    """Columns of a model that thinks aloud: what it thought, and in what share of its samples without an end."""
+def _reasoning_columns(readings: Sequence[Reading] | None) -> dict[str, Any]:
+    """Columns of a reasoning model: the reasoning, and the fraction of samples cut off within it."""
     if not readings:
         return {}
-    told = [reading.thought for reading in readings]
+    thoughts = [reading.thought for reading in readings]
     return {
-        "thought": told[0] if len(told) == 1 else json.dumps(told),
+        "thought": thoughts[0] if len(thoughts) == 1 else json.dumps(thoughts),
         "thought_truncated": float(np.mean([not reading.closed for reading in readings])),
     }
 
 
-def question_of(row: Mapping[str, Any]) -> str:
-    """The question as the data has it, or the prompt where the data has no such column."""
+def _question_of(row: Mapping[str, Any]) -> str:
+    """The `question` column of the data, or the prompt where there is none."""
     asked = row["doc"].get("question")
     if asked is None:
         asked = argument(row, 0, 0)
     return str(asked).replace(PLACEHOLDER, "").strip()
 
 
-def keep_images(
+def _save_images(
     task: Any, run: RunFolder, name: str, count: int, rows: Sequence[Mapping[str, Any]]
 ) -> dict[int, str]:
-    """Saves the first picture of the first questions, for all arms; {doc_id: path inside the run folder}."""
+    """Saves the first image of the first questions, shared by all arms; returns {doc_id: path in the run folder}."""
     if task.config.doc_to_image is None:
         return {}
     kept: dict[int, Path] = {}

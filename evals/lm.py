@@ -1,7 +1,7 @@
-"""The one lm-eval model class for our loaded models, text and image alike.
+"""The lm-eval model class for `LoadedModel`, for text and image tasks.
 
-Prompts are tokenized, cut and decoded as lm-eval's own classes do it, so that numbers equal theirs; generation
-goes through the sampler that training uses. Text and image requests may come in one call.
+Tokenizes, truncates and decodes as lm-eval's own classes do, so that scores equal theirs; generates with
+the training sampler. Text and image requests may be mixed in one call.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from vlopd.train.sampler import sample
 from vlopd.types import Completions, Example, Prompts, parts_at_marks
 
 PLACEHOLDER = "<image>"
-"""How lm-eval's image tasks mark an image in a prompt, whatever the model's own token is."""
+"""lm-eval's image placeholder in prompts, whatever the model's own token is."""
 
 DEFAULT_MAX_GEN_TOKS = 256
-"""lm-eval's, where a task says nothing."""
+"""lm-eval's default."""
 
 
-class Asked(BaseModel):
-    """A task's `generation_kwargs`: those that mean something here, under the names that lm-eval knows."""
+class GenerationSettings(BaseModel):
+    """A task's supported `generation_kwargs`, under lm-eval's names."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     until: str | list[str] | None = None
@@ -61,8 +61,8 @@ class Asked(BaseModel):
     num_beams: Literal[1] = 1
 
     @classmethod
-    def by(cls, task: str, settings: Mapping[str, Any] | None) -> Asked:
-        """Raises ConfigError with the task and the setting."""
+    def parse(cls, task: str, settings: Mapping[str, Any] | None) -> GenerationSettings:
+        """Parses generation_kwargs. Raises ConfigError with the task and the setting."""
         try:
             return cls.model_validate(settings or {})
         except ValidationError as error:
@@ -74,14 +74,14 @@ class Asked(BaseModel):
                 f"did you mean {near[0]!r}?" if near else f"known are {', '.join(cls.model_fields)}"
             )
             raise ConfigError(f"task {task}: unknown generation_kwargs.{name}; {known}")
-        said = first["msg"].removeprefix("Input should be ")
+        rule = first["msg"].removeprefix("Input should be ")
         raise ConfigError(
-            f"task {task}: generation_kwargs.{name} is {first['input']!r}; it should be {said}"
+            f"task {task}: generation_kwargs.{name} is {first['input']!r}; it must be {rule}"
         )
 
     @property
     def tokens(self) -> int:
-        """The most new tokens, in lm-eval's order of their names."""
+        """Maximum new tokens, from the first of lm-eval's names that is set."""
         names = (self.max_gen_toks, self.max_new_tokens, self.max_tokens)
         return next(
             (n for n in (*names, self.max_completion_tokens) if n is not None), DEFAULT_MAX_GEN_TOKS
@@ -89,7 +89,7 @@ class Asked(BaseModel):
 
 
 class Decoding(NamedTuple):
-    """How a request's answer is generated."""
+    """Decoding settings of a request."""
 
     tokens: int
     temperature: float
@@ -98,13 +98,13 @@ class Decoding(NamedTuple):
 
 
 class ArmLM(LM):
-    """Scores one loaded model; results do not depend on the batch size in fp32.
+    """lm-eval's interface to one loaded model; results do not depend on the batch size in fp32.
 
-    With `sampled`, generation is sampled as it says, whatever the task wants; `draw` numbers the pass, and
-    each question has random numbers of its own in each.
+    `sampled` overrides the tasks' decoding settings; `draw` numbers the pass, and each question has its own
+    random stream in each pass.
     """
 
-    MULTIMODAL = True  # lm-eval asks before it hands out requests with pictures
+    MULTIMODAL = True  # lm-eval checks this before it sends requests with images
 
     def __init__(
         self,
@@ -126,30 +126,30 @@ class ArmLM(LM):
 
     @property
     def max_length(self) -> int:
-        """The model's context in tokens; without a limit of its own, what lm-eval takes."""
+        """The model's context length in tokens; without a limit, lm-eval's default."""
         own = self.loaded.context_length
         return own or resolve_max_length(self.loaded.model.config, self.loaded.tokenizer)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template's text, for lm-eval's record."""
+        """The chat template's text, for lm-eval's record."""
         return self.loaded.chat_template if chat_template else None
 
     def apply_chat_template(
         self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True
     ) -> str:
-        """Messages whose text marks images with <image>, as this model's own prompt."""
-        messages = [{**turn, "content": parts(turn["content"])} for turn in chat_history]
+        """Renders messages, with images as <image>, by this model's chat template."""
+        messages = [{**turn, "content": image_parts(turn["content"])} for turn in chat_history]
         return self.loaded.render_text(Example("", tuple(messages)), add_generation_prompt)
 
     # ------------------------------------------------------------------------------ lm-eval's requests
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers, each cut at the first stop string of its request; thoughts are not answers and not cut.
+        """Generates answers, each cut at the first stop string of its request; reasoning is removed, not cut.
 
-        As lm-eval's own classes do it where they are told a model's `think_end_token`, but empty where a thought was
-        cut off. `readings` keeps the thoughts.
+        Equals lm-eval's own classes with `think_end_token`, except that an answer is empty where the reasoning was cut
+        off. `readings` keeps the reasoning.
         """
-        # the same request comes once a sample where a task has `repeats`
+        # a task with `repeats` sends the same request several times
         occurrences: Counter[str] = Counter()
         names = []
         for request in requests:
@@ -167,9 +167,9 @@ class ArmLM(LM):
             prompts = self.encode(batch, self.max_length - how.tokens)
 
             def enough(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-                """What comes after a stop string is cut anyway; but a blank line may precede a thought."""
+                """Whether generation may stop: a stop string occurred; but blank lines may precede reasoning."""
                 texts = self.decode(ids, mask, prompts)
-                kept = [cut(text, stop) for text, stop in zip(texts, stops, strict=True)]
+                kept = [cut_at_stops(text, stop) for text, stop in zip(texts, stops, strict=True)]
                 thinks = bool(self.loaded.own_marks)
                 found = [
                     k != t and (bool(k.strip()) or not thinks)
@@ -191,39 +191,39 @@ class ArmLM(LM):
             for request, reading in zip(batch, readings, strict=True):
                 place = (str(request.task_name), request.doc_id)
                 self.readings.setdefault(place, []).append(reading)
-            return [cut(r.answer, stop) for r, stop in zip(readings, stops, strict=True)]
+            return [cut_at_stops(r.answer, stop) for r, stop in zip(readings, stops, strict=True)]
 
         return self.in_batches(requests, answer, disable_tqdm, key=self.decoding)
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether greedy decoding would say it).
+        """(log-probability of the continuation, whether it is the greedy one) per request.
 
-        Raises ConfigError where the prompt opens a thought, which the continuation would be read as.
+        Raises ConfigError where the prompt opens a reasoning block, which would contain the continuation.
         """
         for request in requests:
             self.refuse_open_thought(str(request.task_name), request.args[0])
 
         def score(indices: Sequence[int]) -> list[tuple[float, bool]]:
             batch = [requests[i] for i in indices]
-            if has_images(batch[0]):
+            if _has_images(batch[0]):
                 rows = [self.pair_ids(r.args[0], r.args[1])[1] for r in batch]
                 return self.score(self.encode(batch), rows)
             pairs = [self.pair_ids(r.args[0], r.args[1]) for r in batch]
-            # what does not fit is cut from the left, as lm-eval does
+            # truncated on the left, as in lm-eval
             contexts = [c[-max(1, self.max_length + 1 - len(row)) :] for c, row in pairs]
             return self.score(self.prompts(contexts), [row for _, row in pairs])
 
         return self.in_batches(requests, score, disable_tqdm)
 
     def refuse_open_thought(self, task: str, prompt: str) -> None:
-        """Raises ConfigError where a prompt, after which choices are to be scored, opens a thought."""
+        """Raises ConfigError where a prompt for scored choices opens a reasoning block."""
         if self.loaded.opened_by(prompt):
             raise ConfigError(
-                f"task {task}: {self.loaded.name}'s prompt opens a thought, in which a choice would be "
-                "scored; close it (template_arguments = {enable_thinking = false}, where its template has "
-                "that), set eval.chat_template = false, or take a task that generates"
+                f"task {task}: {self.loaded.name}'s prompt opens a thought, within which choices would be "
+                "scored; disable thinking (template_arguments = {enable_thinking = false}, if its template has "
+                "that), set eval.chat_template = false, or use a generative task"
             )
 
     def loglikelihood_rolling(
@@ -252,8 +252,11 @@ class ArmLM(LM):
         disable_tqdm: bool,
         key: Callable[[Instance], Any] = lambda r: 0,
     ) -> list[Any]:
-        """Batches of one kind (images or not, then `key`), longest prompt first; answers in request order."""
-        kinds = [(has_images(request), key(request)) for request in requests]
+        """Answers requests in batches of one kind (images or not, then `key`), longest prompt first.
+
+        Returns the answers in request order.
+        """
+        kinds = [(_has_images(request), key(request)) for request in requests]
         groups: dict[Any, list[int]] = {}
         for i, kind in enumerate(kinds):
             groups.setdefault(kind, []).append(i)
@@ -270,8 +273,8 @@ class ArmLM(LM):
         return answers
 
     def decoding(self, request: Instance) -> Decoding:
-        """What a request asks for, or `sampled` in its place."""
-        asked = Asked.by(str(request.task_name), request.args[1])
+        """The decoding settings of a request, or those of `sampled`."""
+        asked = GenerationSettings.parse(str(request.task_name), request.args[1])
         tokens = asked.tokens
         if self.sampled is not None:
             return Decoding(
@@ -286,29 +289,29 @@ class ArmLM(LM):
 
     @property
     def prefix_id(self) -> int:
-        """What stands before a text that has no context."""
+        """The token before a text without context."""
         bos = self.loaded.tokenizer.bos_token_id
         return self.loaded.end_ids[0] if bos is None else bos
 
     def text_ids(self, text: str) -> list[int]:
-        """A text's tokens; the tokenizer's own BOS comes first unless the text begins with one."""
+        """Tokenizes a text, with the tokenizer's BOS unless the text begins with it."""
         tokenizer = self.loaded.tokenizer
         prefix = tokenizer.decode([self.prefix_id])
         return tokenizer(text, add_special_tokens=not text.startswith(prefix))["input_ids"]
 
     def encode(self, batch: Sequence[Instance], longest: int | None = None) -> Prompts:
-        """Prompts of one kind. Text beyond `longest` tokens is cut from the left; pictures cannot be.
+        """Encodes prompts of one kind. Text beyond `longest` tokens is truncated on the left; image prompts cannot be.
 
-        Raises ConfigError where a prompt with pictures is longer, or a text prompt has no room at all.
+        Raises ConfigError where a prompt with images is longer, or a text prompt does not fit at all.
         """
         task = batch[0].task_name
         if longest is not None and longest < 1:
             raise ConfigError(
-                f"task {task} asks for more new tokens than {self.loaded.name}'s context of "
+                f"task {task} needs more new tokens than {self.loaded.name}'s context of "
                 f"{self.max_length}; lower its max_gen_toks"
             )
         texts = [request.args[0] for request in batch]
-        if not has_images(batch[0]):
+        if not _has_images(batch[0]):
             return self.prompts([self.text_ids(text)[-(longest or 0) :] for text in texts])
         prompts = self.loaded.encode(texts, [images_of(request) for request in batch])
         if longest is not None and prompts.input_ids.shape[1] > longest:
@@ -319,7 +322,7 @@ class ArmLM(LM):
         return prompts
 
     def prompts(self, rows: Sequence[Sequence[int]]) -> Prompts:
-        """Token ids -> model inputs, padded on the left."""
+        """Token ids -> model inputs, left-padded."""
         ids = [torch.tensor([row], dtype=torch.long) for row in rows]
         masks = [torch.ones_like(row) for row in ids]
         padded = Prompts(pad_left(ids, self.loaded.pad_id), pad_left(masks, 0))
@@ -327,7 +330,7 @@ class ArmLM(LM):
         return padded.to(self.loaded.device, self.loaded.model.dtype)
 
     def pair_ids(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """(context's tokens, the continuation's as they come after it): lm-eval's convention."""
+        """(context ids, continuation ids after it), by lm-eval's convention."""
         if not context:
             ids = self.loaded.tokenizer(continuation, add_special_tokens=False)["input_ids"]
             return ([self.prefix_id], ids) if ids[0] != self.prefix_id else (ids[:1], ids[1:])
@@ -340,12 +343,12 @@ class ArmLM(LM):
     def decode(
         self, ids: torch.Tensor, mask: torch.Tensor, prompts: Prompts | None = None
     ) -> list[str]:
-        """The answer of each row's real tokens as text, without special tokens and thoughts (LoadedModel.read)."""
+        """Decodes the answer of each row, without special tokens and reasoning (LoadedModel.read)."""
         return [reading.answer for reading in self.loaded.read(ids, mask, prompts)]
 
     @torch.no_grad()
     def score(self, prompts: Prompts, rows: list[list[int]]) -> list[tuple[float, bool]]:
-        """Total log-probability and greedy agreement of given tokens after each prompt."""
+        """(total log-probability, whether greedy) of the given tokens after each prompt."""
         length = max(map(len, rows))
         ids = torch.zeros(len(rows), length, dtype=torch.long)
         mask = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -368,14 +371,14 @@ class ArmLM(LM):
         ]
 
 
-def parts(content: str | list[Any]) -> str | list[Any]:
-    """`<image>how many` -> an image part and a text part; text without a mark stays a string."""
+def image_parts(content: str | list[Any]) -> str | list[Any]:
+    """Splits `<image>how many` into an image part and a text part; text without images stays a string."""
     if not isinstance(content, str) or PLACEHOLDER not in content:
         return content
     return parts_at_marks(content, PLACEHOLDER)
 
 
-def has_images(request: Instance) -> bool:
+def _has_images(request: Instance) -> bool:
     return bool(images_of(request))
 
 
@@ -385,7 +388,7 @@ def images_of(request: Instance) -> list[Image.Image]:
     return [image.convert("RGB") for image in request.args[2].get("visual") or []]
 
 
-def cut(text: str, until: str | Sequence[str]) -> str:
+def cut_at_stops(text: str, until: str | Sequence[str]) -> str:
     for stop in [until] if isinstance(until, str) else until:
         if stop:
             text = text.split(stop)[0]

@@ -1,4 +1,4 @@
-"""The arms' evaluations, read back and joined by question: evals/<arm>/ -> aligned scores."""
+"""Reads the arms' evaluations and pairs their scores by question: evals/<arm>/ -> aligned scores."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from vlopd.files import read_json, read_jsonl
 
 
 @dataclass(frozen=True)
-class Answers:
-    """One task's scores under every arm, aligned: `scores[arm][i]` belongs to question i.
+class PairedScores:
+    """One task's scores of all arms, paired by question: `scores[arm][i]` belongs to question i.
 
-    further[metric][arm] are those of other metrics: pass@k of sampled answers.
+    further[metric][arm]: scores of other metrics, such as pass@k of sampled answers.
     """
 
     task: str
@@ -30,7 +30,7 @@ class Answers:
 
 
 def read_results(evals: Path, arms: Sequence[str]) -> dict[str, Any]:
-    """results.json of every arm. Raises RunError on a missing arm or on data that differ."""
+    """Reads results.json of every arm. Raises RunError for a missing arm or data that differ."""
     missing = [arm for arm in arms if not (evals / arm / "results.json").exists()]
     if missing:
         raise RunError(
@@ -45,18 +45,18 @@ def read_results(evals: Path, arms: Sequence[str]) -> dict[str, Any]:
                 task = next(t for t in {**mine, **theirs} if mine.get(t) != theirs.get(t))
                 raise RunError(
                     f"{first} and {arm} were evaluated with different {key} on {task} "
-                    f"({mine.get(task)} and {theirs.get(task)}): they cannot be compared; delete the older of "
+                    f"({mine.get(task)} and {theirs.get(task)}) and cannot be compared; delete the older of "
                     f"{evals / first} and {evals / arm} and evaluate again"
                 )
     return results
 
 
-def read_answers(
+def read_paired_scores(
     evals: Path, arms: Sequence[str], task: str, metric: str, further: Sequence[str] = ()
-) -> Answers:
+) -> PairedScores:
     """Joins the arms' samples of a task on (doc_id, doc_hash), in the first arm's order.
 
-    Raises RunError when the arms were not asked the same questions, or scores are not in [0, 1].
+    Raises RunError where the arms have different questions, or scores are not in [0, 1].
     """
     tables = {}
     for arm in arms:
@@ -64,31 +64,31 @@ def read_answers(
         rows = read_jsonl(path)
         tables[arm] = {(row["doc_id"], row["doc_hash"]): row for row in rows}
         if len(tables[arm]) < len(rows):
-            raise RunError(f"{path} has several rows a question; evaluate {arm} again")
+            raise RunError(f"{path} has several rows per question; evaluate {arm} again")
         if not rows:
             raise RunError(f"{path} has no rows; evaluate {arm} again")
         for row in rows:
             value = row.get(metric)
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise RunError(
-                    f"{path}: question {row['doc_id']} has {metric} = {value}, and scores that are compared lie in "
+                    f"{path}: question {row['doc_id']} has {metric} = {value}, but compared scores must be in "
                     f"[0, 1]; list such a metric first in the task's metric_list, and evaluate {arm} again"
                 )
         if tables[arm].keys() != tables[arms[0]].keys():
-            apart = len(tables[arm].keys() ^ tables[arms[0]].keys())
+            unpaired = len(tables[arm].keys() ^ tables[arms[0]].keys())
             raise RunError(
-                f"{arms[0]} ({len(tables[arms[0]])} questions) and {arm} ({len(tables[arm])}) were "
-                f"asked {apart} different ones of {task}; delete evals/ and evaluate again"
+                f"{arms[0]} ({len(tables[arms[0]])} questions) and {arm} ({len(tables[arm])}) differ in "
+                f"{unpaired} questions of {task}; delete evals/ and evaluate again"
             )
     order = tables[arms[0]]
     clusters = [row["cluster"] for row in order.values()]
-    # a cluster a question is no clustering at all, and leaves the exact methods for 0/1 scores open
+    # one cluster per question is no clustering, so the exact methods for 0/1 scores apply
     clustered = None not in clusters and len(set(clusters)) < len(clusters)
 
     def scores_of(name: str) -> dict[str, Scores]:
         return {arm: np.array([float(tables[arm][k][name]) for k in order]) for arm in arms}
 
-    return Answers(
+    return PairedScores(
         task,
         metric,
         scores_of(metric),

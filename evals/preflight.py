@@ -1,7 +1,7 @@
-"""What can be known of an evaluation before anything is trained or loaded, and is refused then.
+"""Checks evaluation tasks before anything is trained.
 
-A task's rows are read as they will be asked: prompt, target, choices and pictures of every question, a chat prompt of
-a few, and the score of each target as an answer. Every finding is one line.
+Reads a task's rows as the evaluation will: prompt, target, choices and images of every question, the full chat prompt
+of a few, and the score of each target as an answer. Every problem is reported in one line.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import aggregation_registry
 
 from evals.harness import samples_of
-from evals.lm import PLACEHOLDER, ArmLM, Asked
+from evals.lm import PLACEHOLDER, ArmLM, GenerationSettings
 from evals.scoring import (
     TASKS,
     Tasks,
     as_list,
-    digits,
+    digit_target_message,
     is_corpus_metric,
     load_task,
-    near,
+    nearest_hint,
     one_row_a_question,
+    preserve_random_state,
     unknown_metric,
-    untouched_randomness,
 )
-from evals.task_columns import Written, changed, empty_cell, unknown_column
+from evals.task_columns import VerbatimRows, differs_from_file, empty_cell, unknown_column
 from vlopd.config.analysis import EvalConfig
 from vlopd.errors import RunError, UserError, first_line
 from vlopd.files import read_jsonl
@@ -39,16 +39,16 @@ from vlopd.models import families
 from vlopd.models.loaded import LoadedModel
 
 FEW = 4
-"""Questions whose whole prompt is made, few-shot examples and pictures included; and the longest."""
+"""Questions whose full prompt is built, with few-shot examples and images."""
 SHOWN = 16
-"""Questions whose pictures are counted."""
+"""Questions whose images are counted."""
 LM_EVAL = Path(lm_eval.__file__).parent
 
 
-def findings(config: EvalConfig, models: Mapping[str, LoadedModel]) -> list[str]:
-    """What would stop these models on the config's tasks, those of `during` included; empty where nothing would.
+def find_problems(config: EvalConfig, models: Mapping[str, LoadedModel]) -> list[str]:
+    """Problems of evaluating these models on the config's tasks, including those of `during`; empty without any.
 
-    models: as they will be evaluated, by what the config calls them; their weights are not used.
+    models: by their name in the config; their weights are not used.
     """
     during = config.during
     wanted = {task: config.limit for task in config.tasks}
@@ -63,10 +63,10 @@ def findings(config: EvalConfig, models: Mapping[str, LoadedModel]) -> list[str]
     comparable = False
     for task, limit in wanted.items():
         try:
-            with untouched_randomness():
+            with preserve_random_state():
                 loaded = load_task(manager, task, config.fewshot)["tasks"]
                 for leaf, its in loaded.items():
-                    look = Look(leaf, its, config, limit, manager.task_index[task].yaml_path)
+                    look = TaskCheck(leaf, its, config, limit, manager.task_index[task].yaml_path)
                     comparable |= look.refuse_bad_rows()
                     for name, model in models.items():
                         look.refuse_unreadable(name, model)
@@ -74,14 +74,14 @@ def findings(config: EvalConfig, models: Mapping[str, LoadedModel]) -> list[str]
             found.append(" ".join(str(error).split()))
     if not found and not comparable:
         found.append(
-            f"eval.tasks: no metric of {', '.join(wanted)} is a number a question, so that nothing could be "
+            f"eval.tasks: no metric of {', '.join(wanted)} is a number per question, so nothing could be "
             "compared; add a task whose metric_list begins with one"
         )
     return found
 
 
-def imported_findings(tasks: Sequence[str], folder: Path) -> list[str]:
-    """What would stop another lm-eval run's answers from being an arm."""
+def find_import_problems(tasks: Sequence[str], folder: Path) -> list[str]:
+    """Problems of importing another lm-eval run's scores as an arm."""
     try:
         for task, path in samples_of(folder, tasks).items():
             one_row_a_question(task, read_jsonl(path))
@@ -90,8 +90,8 @@ def imported_findings(tasks: Sequence[str], folder: Path) -> list[str]:
     return []
 
 
-class Look:
-    """One task's rows up to the limit, each with its prompt."""
+class TaskCheck:
+    """Checks one task's rows up to the limit."""
 
     def __init__(self, name: str, task: Any, config: EvalConfig, limit: int | None, yaml: Any):
         self.name, self.task, self.config = name, task, config
@@ -100,7 +100,7 @@ class Look:
         self.docs: list[Any] = list(islice(task.eval_docs, limit))
         split = task.config.test_split or task.config.validation_split
         text = all(isinstance(value, str) for doc in self.docs for value in doc.values())
-        self.written = None if text else Written(task, split)
+        self.written = None if text else VerbatimRows(task, split)
         self.texts: list[Any] = [self.of(i, task.doc_to_text) for i in range(len(self.docs))]
 
     def is_in(self, folder: Path) -> bool:
@@ -108,23 +108,23 @@ class Look:
 
     @property
     def new_tokens(self) -> int:
-        """The most tokens of an answer, 0 where none is generated."""
+        """Maximum tokens of an answer; 0 if the task does not generate."""
         if self.task.OUTPUT_TYPE != "generate_until":
             return 0
-        return Asked.by(self.name, self.task.config.generation_kwargs).tokens
+        return GenerationSettings.parse(self.name, self.task.config.generation_kwargs).tokens
 
     @property
-    def is_graded(self) -> bool:
-        """Whether lm-eval compares answers with the target; else the task's own function scores."""
+    def compares_target(self) -> bool:
+        """Whether lm-eval compares answers with the target, rather than the task's own function."""
         kind = self.task.OUTPUT_TYPE
         return self.task.config.process_results is None and kind != "loglikelihood_rolling"
 
     def refuse_bad_settings(self) -> None:
-        """Raises RunError or ConfigError for settings that would fail, or mean nothing, whatever the rows."""
+        """Raises RunError or ConfigError for invalid settings, independent of the rows."""
         task, config = self.task, self.task.config
-        where = f"mend {self.yaml}"
+        where = f"fix {self.yaml}"
         if task.OUTPUT_TYPE == "generate_until":
-            Asked.by(self.name, config.generation_kwargs)
+            GenerationSettings.parse(self.name, config.generation_kwargs)
         if config.process_results is None:
             for metric, function in task._metric_fn_list.items():
                 if function is None:
@@ -134,10 +134,10 @@ class Look:
                 named = [
                     m.get("aggregation") for m in config.metric_list or () if m["metric"] == metric
                 ]
-                said = str(named[0] if named else None)
+                aggregation = str(named[0] if named else None)
                 raise RunError(
-                    f"task {self.name}: {metric}'s aggregation {said!r} is none that lm-eval knows"
-                    f"{near(said, aggregation_registry)}; {where}"
+                    f"task {self.name}: {metric}'s aggregation {aggregation!r} is unknown to lm-eval"
+                    f"{nearest_hint(aggregation, aggregation_registry)}; {where}"
                 )
         if self.is_in(LM_EVAL):
             return
@@ -145,36 +145,38 @@ class Look:
             value = config[setting]
             if value is not None and (type(value) is not int or value < least):
                 raise RunError(
-                    f"task {self.name}: {setting} is {value!r}; it is a whole number from {least} up: {where}"
+                    f"task {self.name}: {setting} is {value!r}; it must be an integer of at least {least}: {where}"
                 )
-        if self.is_graded and config.doc_to_target in (None, "", []):
+        if self.compares_target and config.doc_to_target in (None, "", []):
             raise RunError(
-                f"task {self.name}: its doc_to_target is empty, and answers are compared with it; name the column "
+                f"task {self.name}: its doc_to_target is empty, but answers are compared with it; name the column "
                 f"of the right answers in {self.yaml}"
             )
         settings = ["doc_to_text", "doc_to_image"]
-        settings += ["doc_to_target"] if self.is_graded and config.doc_to_choice is None else []
+        settings += (
+            ["doc_to_target"] if self.compares_target and config.doc_to_choice is None else []
+        )
         for setting in settings:
             if (name := unknown_column(task, setting)) is not None:
                 raise RunError(
-                    f"task {self.name}: {setting} names a column {name!r}, and the rows have "
+                    f"task {self.name}: {setting} names a column {name!r}, but the rows have "
                     f"{', '.join(task.features)}; {where}"
                 )
 
     def refuse_unwritten(self, index: int) -> None:
-        """Raises RunError where what is asked, or right, is not what the file says, or is an empty cell's."""
+        """Raises RunError where question, target or choices differ from the data file, or read an empty cell."""
         config, doc = self.task.config, self.docs[index]
         makes = {"doc_to_text": self.task.doc_to_text}
-        if self.is_graded:
+        if self.compares_target:
             makes["doc_to_target"] = self.task.doc_to_target
         if config.doc_to_choice is not None:
             makes["doc_to_choice"] = self.task.doc_to_choice
         own = doc if self.written is None else self.written.row(index, doc)
         for setting, make in makes.items():
-            if own is not doc and (pair := changed(make, doc, own)):
+            if own is not doc and (pair := differs_from_file(make, doc, own)):
                 raise self.error(
                     index,
-                    f"its {setting} is {pair[0]!r} where the data file says {pair[1]!r}: `datasets` guesses the type "
+                    f"its {setting} is {pair[0]!r} where the data file has {pair[1]!r}: `datasets` infers the type "
                     "of a column; write its values as text: in quotes in a JSON-lines file, or, if they look like "
                     "dates, in a parquet file",
                 )
@@ -185,12 +187,12 @@ class Look:
                 )
 
     def of(self, index: int, make: Any, *args: Any) -> Any:
-        """What one of the task's functions makes of a question. Raises RunError with its number."""
+        """Applies one of the task's functions to a question. Raises RunError with the question's number."""
         try:
             return make(self.docs[index], *args)
         except UserError:
             raise
-        except Exception as error:  # templates and task files raise what they like
+        except Exception as error:  # templates and task files raise arbitrary exceptions
             raise self.error(
                 index, f"cannot be read: {first_line(error)}; {self.yaml} names its columns"
             ) from None
@@ -199,9 +201,9 @@ class Look:
         return RunError(f"task {self.name}, question {index} (from 0): {what}")
 
     def refuse_bad_rows(self) -> bool:
-        """Raises RunError for a target that is no answer, marks that are not the pictures', a score that is no number.
+        """Raises RunError for invalid targets, mismatched image placeholders and invalid scores.
 
-        Returns whether a metric is a number a question.
+        Returns whether a metric is a number per question.
         """
         comparable = not self.docs or self.task.OUTPUT_TYPE != "loglikelihood_rolling"
         for i, text in enumerate(self.texts):
@@ -214,7 +216,7 @@ class Look:
             target = self.of(i, self.task.doc_to_target)
             if self.task.OUTPUT_TYPE == "multiple_choice":
                 self.refuse_no_choice(i, target)
-            elif self.task.config.doc_to_target not in (None, "") and not readable(target):
+            elif self.task.config.doc_to_target not in (None, "") and not _has_content(target):
                 raise self.error(i, f"its target is {target!r}; fill it in or leave the row out")
             if self.task.config.filter_list and self.task.OUTPUT_TYPE == "generate_until":
                 self.refuse_bad_filters(i, target)
@@ -223,7 +225,7 @@ class Look:
         return comparable
 
     def is_scored(self, index: int) -> bool:
-        """Whether a target can be graded as an answer: it takes no filter and, of lm-eval's own tasks, no code."""
+        """Whether a target can be scored as an answer: without filters and, for lm-eval's own tasks, without code."""
         config = self.task.config
         if config.filter_list or (config.repeats or 1) > 1:
             return False
@@ -238,27 +240,27 @@ class Look:
         if text.count(PLACEHOLDER) != len(images):
             raise self.error(
                 index,
-                f"doc_to_text marks {text.count(PLACEHOLDER)} pictures with {PLACEHOLDER} and doc_to_image gives "
-                f"{len(images)}; mend {self.yaml}",
+                f"doc_to_text marks {text.count(PLACEHOLDER)} pictures with {PLACEHOLDER} and doc_to_image returns "
+                f"{len(images)}; fix {self.yaml}",
             )
 
     def refuse_bad_filters(self, index: int, target: Any) -> None:
-        """Raises RunError where a filter fails on the target as an answer, or on an answer that says nothing."""
+        """Raises RunError where a filter fails on the target as an answer, or on an empty answer."""
         config = self.task.config
-        graded = self.is_scored(0) or not self.is_in(LM_EVAL)
+        scored = self.is_scored(0) or not self.is_in(LM_EVAL)
         for answer in (str(target[0] if isinstance(target, list) and target else target), ""):
             asked = Instance("generate_until", self.docs[index], ("", {}), 0)
             asked.resps = [answer] * (config.repeats or 1)
             for ensemble in self.task._filters:
                 try:
                     ensemble.apply([asked])
-                    if graded and (config.repeats or 1) == 1:
-                        said = asked.filtered_resps[ensemble.name]
-                        self.task.process_results(self.docs[index], [said])
-                except Exception as error:  # filters raise what they like
+                    if scored and (config.repeats or 1) == 1:
+                        filtered = asked.filtered_resps[ensemble.name]
+                        self.task.process_results(self.docs[index], [filtered])
+                except Exception as error:  # filters raise arbitrary exceptions
                     raise RunError(
                         f"task {self.name}: its filter {ensemble.name!r} (filter_list) fails on the answer "
-                        f"{answer!r}: {type(error).__name__}: {first_line(error)}; mend {self.yaml}"
+                        f"{answer!r}: {type(error).__name__}: {first_line(error)}; fix {self.yaml}"
                     ) from None
 
     def refuse_no_choice(self, index: int, target: Any) -> None:
@@ -272,40 +274,40 @@ class Look:
             word = self.docs[index].get(str(column).strip("{} "))
             is_word = isinstance(word, str) and is_place and word in choices
             if is_word and (gold >= len(choices) or choices[gold] != word):
-                raise self.error(index, digits(gold, choices))
+                raise self.error(index, digit_target_message(gold, choices))
             if not (0 <= gold < len(choices) if is_place else gold in choices):
                 raise self.error(
                     index,
                     f"its target is {gold!r}, which is none of its {len(choices)} choices {choices}; "
-                    "a target is a choice, or its place from 0",
+                    "a target is a choice, or its index from 0",
                 )
 
     def refuse_bad_scores(self, index: int, target: Any) -> bool:
-        """Raises RunError where the target, as an answer, has a score that is not finite, or no first score at all.
+        """Raises RunError where the target, scored as an answer, gets a score that is not finite or not in [0, 1].
 
         Returns whether any score is a number.
         """
         kind = self.task.OUTPUT_TYPE
-        said: list[list[Any]] = [[(-1.0, True)]]
+        answers: list[list[Any]] = [[(-1.0, True)]]
         if kind == "multiple_choice":
-            said = [
+            answers = [
                 [(-float(k), k == 0) for k in range(len(self.task.doc_to_choice(self.docs[index])))]
             ]
         elif kind == "generate_until":
             answer = str(target[0] if isinstance(target, list) and target else target)
-            said = [[answer], [f"\\boxed{{{answer}}}"], [f"The answer is {answer}."]]
+            answers = [[answer], [f"\\boxed{{{answer}}}"], [f"The answer is {answer}."]]
         best: list[float] = []
-        for results in said:
+        for results in answers:
             scores = self.of(index, self.task.process_results, results)
             numbers = {m: float(x) for m, x in scores.items() if not is_corpus_metric(x)}
             for place, (metric, value) in enumerate(numbers.items()):
                 where = f"its {metric} is {value} for its own target {target!r}"
                 if not math.isfinite(value):
-                    raise self.error(index, f"{where}; mend {self.yaml}")
+                    raise self.error(index, f"{where}; fix {self.yaml}")
                 if place == 0 and not 0 <= value <= 1:
                     raise self.error(
                         index,
-                        f"{where}; scores that are compared lie in [0, 1]: list such a metric first in {self.yaml}",
+                        f"{where}; compared scores must be in [0, 1]: list such a metric first in {self.yaml}",
                     )
             if not self.is_in(LM_EVAL):
                 self.refuse_no_sum(numbers)
@@ -315,7 +317,7 @@ class Look:
         if best and max(best) == 0 and kind == "generate_until" and self.is_in(TASKS):
             raise self.error(
                 index,
-                f"its target {target!r} is graded 0 as an answer: no answer would be right; mend the row",
+                f"its target {target!r} scores 0 as an answer, so no answer would be right; fix the row",
             )
         return bool(best)
 
@@ -323,24 +325,24 @@ class Look:
         """Raises RunError for a metric that cannot be aggregated."""
         for metric, value in numbers.items():
             total = self.task.aggregation().get(metric)
-            if total is None:  # one that is not listed: lm-eval takes its mean
+            if total is None:  # not listed: lm-eval uses the mean
                 continue
             try:
                 total([value])
-            except Exception as error:  # a task's own functions raise what they like
+            except Exception as error:  # a task's functions raise arbitrary exceptions
                 raise RunError(
-                    f"task {self.name}: {metric} is a number a question, and its aggregation fails on it "
-                    f"({type(error).__name__}: {first_line(error)}); mend metric_list in {self.yaml}"
+                    f"task {self.name}: {metric} is a number per question, but its aggregation fails on it "
+                    f"({type(error).__name__}: {first_line(error)}); fix metric_list in {self.yaml}"
                 ) from None
 
     # ---- by model
 
     def refuse_unreadable(self, name: str, loaded: LoadedModel) -> None:
-        """Raises RunError where a model sees no pictures, its template takes no prompt, or its context is too short."""
+        """Raises RunError for images and a text-only model, a template that fails, or too long prompts."""
         images = [self.images(i) for i in range(min(FEW, len(self.docs)))]
         if any(images) and not loaded.sees_images:
             raise RunError(
-                f"task {self.name} shows pictures, and {name} ({loaded.name}) is text-only; choose other eval.tasks, "
+                f"task {self.name} has pictures, but {name} ({loaded.name}) is text-only; choose other eval.tasks, "
                 "or leave that arm out"
             )
         lm = ArmLM(loaded, quiet=True)
@@ -349,7 +351,7 @@ class Look:
         limit = loaded.context_length
         if limit is not None and self.new_tokens >= limit:
             raise RunError(
-                f"task {self.name} asks for up to {self.new_tokens} new tokens (max_gen_toks), and {name} "
+                f"task {self.name} needs up to {self.new_tokens} new tokens (max_gen_toks), but {name} "
                 f"({loaded.name}) has {limit} positions; choose another task or model"
             )
         sample = range(min(FEW, len(self.docs)))
@@ -357,14 +359,14 @@ class Look:
         for i in sample:
             prompt = self.prompt(i, lm, templated)
             if self.task.OUTPUT_TYPE in ("loglikelihood", "multiple_choice"):
-                lm.refuse_open_thought(self.name, prompt_text(prompt))
+                lm.refuse_open_thought(self.name, _prompt_text(prompt))
             length = self.tokens(i, prompt, lm, images[i])
             self.refuse_too_long(i, length, name, loaded)
-            overhead = max(overhead, length - len(lm.text_ids(prompt_text(self.texts[i]))))
+            overhead = max(overhead, length - len(lm.text_ids(_prompt_text(self.texts[i]))))
         if limit is None:
             return
         for i, text in enumerate(self.texts):
-            words = prompt_text(text)
+            words = _prompt_text(text)
             if len(words.encode()) + overhead + self.new_tokens > limit:
                 self.refuse_too_long(i, len(lm.text_ids(words)) + overhead, name, loaded)
 
@@ -374,7 +376,7 @@ class Look:
         return as_list(self.of(index, self.task.doc_to_image))
 
     def prompt(self, index: int, lm: ArmLM, templated: bool) -> Any:
-        """The question as lm-eval would ask it, few-shot examples included."""
+        """The prompt that lm-eval builds, with few-shot examples."""
         shots = self.task.config.num_fewshot or 0
 
         def ask(doc: Any) -> Any:
@@ -392,7 +394,7 @@ class Look:
                     raise
                 raise self.error(
                     index,
-                    f"there are {len(self.task.sampler.df)} rows to draw {shots} examples and a spare from "
+                    f"there are {len(self.task.sampler.df)} rows, too few to draw {shots} examples and a spare from "
                     f"({first_line(error)}); lower eval.fewshot, or the task's num_fewshot",
                 ) from None
 
@@ -401,7 +403,7 @@ class Look:
     def tokens(self, index: int, prompt: Any, lm: ArmLM, images: Sequence[Any]) -> int:
         loaded = lm.loaded
         if not images:
-            return len(lm.text_ids(prompt_text(prompt)))
+            return len(lm.text_ids(_prompt_text(prompt)))
         shown = [image.convert("RGB") for image in self.images(index)]  # examples' too
         encoded = self.of(
             index,
@@ -415,18 +417,18 @@ class Look:
             raise self.error(
                 index,
                 f"{length} prompt tokens and up to {self.new_tokens} of an answer (max_gen_toks) are "
-                f"{length + self.new_tokens}, and {name} ({loaded.name}) has {limit} positions; choose another task "
+                f"{length + self.new_tokens}, but {name} ({loaded.name}) has {limit} positions; choose another task "
                 "or model, or fewer eval.fewshot",
             )
 
 
-def prompt_text(prompt: Any) -> str:
-    """A prompt, or the longest of several (a question whose choices are prompts)."""
+def _prompt_text(prompt: Any) -> str:
+    """A prompt as text, or the longest of several (a question whose choices are prompts)."""
     return max(map(str, prompt), key=len, default="") if isinstance(prompt, list) else str(prompt)
 
 
-def readable(target: Any) -> bool:
-    """Whether a target holds anything: no null, no NaN, no empty text or list."""
+def _has_content(target: Any) -> bool:
+    """Whether a target is not null, NaN, or an empty text or list."""
     if isinstance(target, float):
         return math.isfinite(target)
     return target is not None and (not isinstance(target, (str, list, tuple)) or len(target) > 0)

@@ -1,6 +1,6 @@
-"""One model on one task, through lm-eval: tasks, few-shot pictures, sampled passes, a row a question.
+"""Scores one model on one task through lm-eval: task lookup, few-shot images, sampled passes, one row per question.
 
-lm-eval's own cache is keyed by request alone and would hand one model another's answers, so it is off.
+lm-eval's own cache is keyed by request alone and would return another model's answers, so it is off.
 """
 
 from __future__ import annotations
@@ -38,28 +38,27 @@ LM = models.__file__
 
 
 class Tasks(TaskManager):
-    """lm-eval's tasks, ours among them. Few-shot examples bring their pictures."""
+    """lm-eval's task manager with our tasks; adds images of few-shot examples."""
 
     loaded: dict[str, Any]
 
     @classmethod
     def of(cls, tasks: Sequence[str], include: str | None = None) -> Tasks:
-        """Our tasks and those in the folder `include`; lm-eval's fourteen thousand are scanned only when one of them
-        is asked for.
+        """Our tasks and those in the folder `include`; lm-eval's fourteen thousand are scanned only when needed.
 
-        Raises ConfigError for a task that none has, and for a folder that is not there.
+        Raises ConfigError for an unknown task, and for a missing folder.
         """
         if include is not None and not Path(include).is_dir():
             raise ConfigError(f"eval.include: no folder {include!r}")
-        ours = cls(include_path=folders(include), include_defaults=False)
+        ours = cls(include_path=_folders(include), include_defaults=False)
         if all(ours.has(task) for task in tasks):
             return ours
-        refuse_broken([task for task in tasks if not ours.has(task)], include)
-        every = every_task(include)
+        _refuse_broken([task for task in tasks if not ours.has(task)], include)
+        every = _all_tasks(include)
         for task in tasks:
             if not every.has(task):
                 known = ", ".join(ours.all_tasks)
-                raise ConfigError(f"eval.tasks: no task {task!r}; ours are {known}")
+                raise ConfigError(f"eval.tasks: no task {task!r}; built-in are {known}")
         return every
 
     def has(self, task: str) -> bool:
@@ -73,22 +72,22 @@ class Tasks(TaskManager):
                 task.config.doc_to_image is not None
                 and task.config.output_type != "loglikelihood_rolling"
             ):
-                show_pictures_of_examples(task)
+                _add_fewshot_images(task)
         return found
 
     def digest(self, task: str) -> str:
-        """Of everything that decides what a task asks and how it is scored; lm-eval's version."""
+        """Digest of a task's files (questions and scoring) and lm-eval's version."""
         files = sorted(files_of_task(self.task_index, task))
         contents = [[path.name, file_digest(path)] for path in files]
         return digest_json([task, lm_eval.__version__, sorted(contents)])
 
 
-def folders(include: str | None) -> list[str]:
+def _folders(include: str | None) -> list[str]:
     return [str(TASKS), *([include] if include else [])]
 
 
-def refuse_broken(tasks: Sequence[str], include: str | None) -> None:
-    """Raises ConfigError where a YAML file of the user's that names such a task is broken: lm-eval passes over it."""
+def _refuse_broken(tasks: Sequence[str], include: str | None) -> None:
+    """Raises ConfigError for an invalid YAML file that names one of the tasks; lm-eval silently skips it."""
     for path in sorted(Path(include).rglob("*.yaml")) if include else ():
         text = path.read_text(errors="replace")
         for task in tasks:
@@ -96,23 +95,23 @@ def refuse_broken(tasks: Sequence[str], include: str | None) -> None:
                 continue
             try:
                 load_yaml(path, resolve_func=False)
-            except Exception as error:  # what it includes may be missing too
+            except Exception as error:  # an included file may be missing too
                 raise ConfigError(
                     f"eval.tasks: {path}, which names task {task!r}, cannot be read as YAML: {first_line(error)}"
                 ) from None
 
 
 @cache
-def every_task(include: str | None) -> Tasks:
-    """Ours and lm-eval's own, which take ten seconds to list: once a process."""
-    return Tasks(include_path=folders(include))
+def _all_tasks(include: str | None) -> Tasks:
+    """Our tasks and lm-eval's, which take ten seconds to list; cached per process."""
+    return Tasks(include_path=_folders(include))
 
 
-def show_pictures_of_examples(task: Any) -> None:
-    """Makes a task hand out the pictures of a question's few-shot examples before its own.
+def _add_fewshot_images(task: Any) -> None:
+    """Patches a task to return the images of a question's few-shot examples before its own.
 
-    lm-eval puts the examples' text into the prompt and forgets their pictures (its issue 2948). It builds one
-    question at a time, the examples first, so that the last that were drawn are the question's.
+    lm-eval adds the examples' text to the prompt but not their images (its issue 2948). It builds one
+    question at a time, examples first, so the examples drawn last are the question's.
     """
     draw, picture = task.sampler.sample, task.doc_to_image
     drawn: list[Any] = []
@@ -132,12 +131,12 @@ def as_list(images: Any) -> list[Any]:
     return list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
 
 
-def score(
+def score_task(
     lm: ArmLM, task: str, manager: Tasks, config: EvalConfig, limit: int | None, name: str
 ) -> dict[str, Any]:
-    """lm-eval's results of a model on a task, with every question's sample; no random state is touched.
+    """lm-eval's results of a model on a task, with one row per question; preserves all random states.
 
-    With `config.sampled` a pass a sample: each sample's row has lists in `completion` and in every metric.
+    With `config.sampled` one pass per sample, merged by `_merge_passes`.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     templated = config.chat_template
@@ -146,9 +145,9 @@ def score(
     passes = []
     for draw in range(config.sampled.n if config.sampled else 1):
         lm.draw, lm.readings = draw, {}
-        with untouched_randomness():
+        with preserve_random_state():
             loaded = load_task(manager, task, config.fewshot)
-            # not simple_evaluate, which also asks pip for every package's version, a second each time
+            # not simple_evaluate, which queries pip for all package versions, one second per call
             try:
                 results = lm_eval.evaluate(
                     lm,
@@ -156,16 +155,16 @@ def score(
                     limit=limit,
                     apply_chat_template=templated,
                     fewshot_as_multiturn=templated,
-                    bootstrap_iters=1,  # closed-form errors only; ours are in compare.json
+                    bootstrap_iters=1,  # standard errors are computed in compare.json
                     log_samples=True,
                 )
             except UserError:
                 raise
-            except Exception as error:  # filters, metrics and task files raise what they like
+            except Exception as error:  # filters, metrics and task files raise arbitrary exceptions
                 if any(f.f_code.co_filename == LM for f, _ in walk_tb(error.__traceback__)):
-                    raise  # the model's: not the task's fault
+                    raise  # raised by the model, not the task
                 raise RunError(
-                    f"task {task} cannot be scored: {type(error).__name__}: {first_line(error)}; mend "
+                    f"task {task} cannot be scored: {type(error).__name__}: {first_line(error)}; fix "
                     f"{manager.task_index[task].yaml_path}"
                 ) from None
         assert results is not None
@@ -178,13 +177,13 @@ def score(
     for results in passes:
         for leaf, rows in results["samples"].items():
             results["samples"][leaf] = one_row_a_question(leaf, rows)
-    return passes[0] if config.sampled is None else over_samples(passes)
+    return passes[0] if config.sampled is None else _merge_passes(passes)
 
 
 def load_task(manager: Tasks, task: str, fewshot: int | None) -> Any:
-    """The task (or group of tasks) as lm-eval's simple_evaluate prepares it, with its default seeds.
+    """Loads a task (or group of tasks) as lm-eval's simple_evaluate does, with its default seeds.
 
-    Raises RunError where it cannot be had: its data, a column, a split.
+    Raises RunError where its data, a column or a split is missing.
     """
     random.seed(0)
     np.random.seed(1234)
@@ -193,25 +192,25 @@ def load_task(manager: Tasks, task: str, fewshot: int | None) -> Any:
         loaded = manager.load([task])
     except UserError:
         raise
-    except IndexError as error:  # lm-eval looks at the first
-        seen = {k: v for f, _ in walk_tb(error.__traceback__) for k, v in f.f_locals.items()}
-        if "test_target" in seen:
+    except IndexError as error:  # lm-eval checks the first question
+        found = {k: v for f, _ in walk_tb(error.__traceback__) for k, v in f.f_locals.items()}
+        if "test_target" in found:
             raise RunError(
-                f"task {task}, question 0 (from 0): {digits(seen['test_target'], seen['test_choice'])}"
+                f"task {task}, question 0 (from 0): {digit_target_message(found['test_target'], found['test_choice'])}"
             ) from None
         raise RunError(f"task {task} has no questions: its split is empty") from None
-    except Exception as error:  # datasets, templates and task files raise what they like
+    except Exception as error:  # datasets, templates and task files raise arbitrary exceptions
         entry = manager.task_index[task]
-        for name in metrics_of(entry.cfg or {}):
+        for name in _metrics_of(entry.cfg or {}):
             if isinstance(error, KeyError) and name not in metric_registry:
                 raise RunError(unknown_metric(task, name, entry.yaml_path)) from None
         choices = (entry.cfg or {}).get("doc_to_choice")
         if isinstance(error, ValueError) and isinstance(choices, str) and choices.isidentifier():
             raise RunError(
-                f"task {task}: doc_to_choice names a column {choices!r}, which the rows lack; mend {entry.yaml_path}"
+                f"task {task}: doc_to_choice names a column {choices!r}, which the rows lack; fix {entry.yaml_path}"
             ) from None
         raise RunError(
-            f"task {task} cannot be had: {first_line(error)}; its data, columns and settings are in "
+            f"task {task} could not be loaded: {first_line(error)}; its data, columns and settings are in "
             f"{manager.task_index[task].yaml_path}"
         ) from None
     for its in loaded["tasks"].values():
@@ -222,15 +221,15 @@ def load_task(manager: Tasks, task: str, fewshot: int | None) -> Any:
     return loaded
 
 
-def digits(target: Any, choices: Any) -> str:
-    """What is wrong with a target of digits, which lm-eval takes for a choice's place."""
+def digit_target_message(target: Any, choices: Any) -> str:
+    """The error message for a target of digits, which lm-eval reads as the index of a choice."""
     return (
-        f"its target {target!r} is read as a choice's place (from 0) among its {len(choices)} choices {choices}; "
-        "where a choice is meant, name the column itself (doc_to_target: COLUMN, text and no template)"
+        f"its target {target!r} is read as an index (from 0) into its {len(choices)} choices {choices}; "
+        "if it is the choice itself, name the column (doc_to_target: COLUMN, text and no template)"
     )
 
 
-def metrics_of(settings: Mapping[str, Any]) -> list[str]:
+def _metrics_of(settings: Mapping[str, Any]) -> list[str]:
     listed = settings.get("metric_list") or []
     return [
         str(each["metric"]) for each in listed if isinstance(each, Mapping) and "metric" in each
@@ -238,27 +237,25 @@ def metrics_of(settings: Mapping[str, Any]) -> list[str]:
 
 
 def unknown_metric(task: str, name: str, yaml: Any) -> str:
-    return (
-        f"task {task}: no metric {name!r}{near(name, metric_registry)}; mend metric_list in {yaml}"
-    )
+    return f"task {task}: no metric {name!r}{nearest_hint(name, metric_registry)}; fix metric_list in {yaml}"
 
 
-def near(name: str, known: Iterable[str]) -> str:
+def nearest_hint(name: str, known: Iterable[str]) -> str:
     found = difflib.get_close_matches(name, list(known), 1)
     return f", did you mean {found[0]!r}?" if found else f"; there are {', '.join(sorted(known))}"
 
 
 def one_row_a_question(task: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """lm-eval's rows, a filter each, joined: the first filter's metrics as they are, others as `metric,filter`.
+    """Joins lm-eval's rows, one per filter: the first filter's metrics by name, others as `metric,filter`.
 
-    Raises RunError with the question for a metric that is NaN, infinite or missing there.
+    Raises RunError with the question for a metric that is NaN, infinite or missing.
     """
     found: dict[int, dict[str, Any]] = {}
     for row in rows:
-        metrics = numbers_of(task, row)
+        metrics = _numeric_metrics(task, row)
         first = found.get(row["doc_id"])
         if first is None:
-            found[row["doc_id"]] = {**row, "completion": completion_of(row), "numbers": metrics}
+            found[row["doc_id"]] = {**row, "completion": _completion_of(row), "numbers": metrics}
         else:
             first["numbers"] |= {f"{m},{row['filter']}": v for m, v in metrics.items()}
     joined = [found[doc_id] for doc_id in sorted(found)]
@@ -267,33 +264,33 @@ def one_row_a_question(task: str, rows: Sequence[dict[str, Any]]) -> list[dict[s
         for metric in every:
             if metric not in row["numbers"]:
                 raise RunError(
-                    f"task {task}, {which(row)}: no {metric}, which other questions have"
+                    f"task {task}, {_question_label(row)}: no {metric}, which other questions have"
                 )
     return joined
 
 
-def numbers_of(task: str, row: Mapping[str, Any]) -> dict[str, float]:
-    """A row's metrics that are numbers. Raises RunError with the question for one that is NaN or infinite."""
+def _numeric_metrics(task: str, row: Mapping[str, Any]) -> dict[str, float]:
+    """A row's numeric metrics. Raises RunError with the question for one that is NaN or infinite."""
     numbers = {
         metric: row[metric] for metric in row["metrics"] if not is_corpus_metric(row[metric])
     }
     for metric, value in numbers.items():
         if not math.isfinite(value):
             raise RunError(
-                f"task {task}, {which(row)}: its {metric} is {value}; mend how the task scores it "
+                f"task {task}, {_question_label(row)}: its {metric} is {value}; fix how the task scores it "
                 "(its process_results), or leave the question out"
             )
     return numbers
 
 
-def which(row: Mapping[str, Any]) -> str:
-    """A question by its number and its first words."""
+def _question_label(row: Mapping[str, Any]) -> str:
+    """A label of a question for messages: its number and first words."""
     asked = row["doc"].get("question") if isinstance(row["doc"], Mapping) else None
     return f"question {row['doc_id']} (from 0{f', {shorten(str(asked), 60)!r}' if asked else ''})"
 
 
-def over_samples(passes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One result of several passes: metrics are means over them, completions lists, pass@k beside a 0/1 metric."""
+def _merge_passes(passes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Merges sampled passes: metrics are means over them, completions lists, with pass@k for a 0/1 primary metric."""
     first = passes[0]
     n = len(passes)
     for task, rows in first["samples"].items():
@@ -306,7 +303,7 @@ def over_samples(passes: Sequence[dict[str, Any]]) -> dict[str, Any]:
             row["numbers"] = {m: float(np.mean(v)) for m, v in values.items()}
             if primary is not None and set(values[primary]) <= {0.0, 1.0}:
                 right = int(sum(values[primary]))
-                for k in powers_of_two(n):
+                for k in _powers_of_two(n):
                     row["numbers"][f"pass@{k}"] = float(stats.pass_at_k([right], n, k)[0])
         for metric in rows[0]["numbers"]:
             mean = float(np.mean([row["numbers"][metric] for row in rows]))
@@ -314,18 +311,18 @@ def over_samples(passes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return first
 
 
-def powers_of_two(n: int) -> list[int]:
-    """2, 4, 8... up to n, and n."""
+def _powers_of_two(n: int) -> list[int]:
+    """2, 4, 8, ... up to n, and n."""
     return sorted({n, *(2**i for i in range(1, n.bit_length()) if 2**i <= n)})
 
 
 def is_corpus_metric(value: Any) -> bool:
-    """Whether a row's metric is no number: a part of one that is worked out of all questions at once."""
+    """Whether a row's metric is not a number but an input of a corpus-level metric."""
     return not isinstance(value, (bool, int, float, np.number))
 
 
-def completion_of(row: Mapping[str, Any]) -> str:
-    """The generated text; of several choices the likeliest; else the responses as JSON."""
+def _completion_of(row: Mapping[str, Any]) -> str:
+    """The generated text, or the most likely choice, or else the responses as JSON."""
     responses = row["filtered_resps"]
     if isinstance(responses[0], str):
         return responses[0]
@@ -336,7 +333,7 @@ def completion_of(row: Mapping[str, Any]) -> str:
 
 
 def argument(row: Mapping[str, Any], request: int, place: int) -> Any:
-    """An argument of one of a question's requests: (prompt, continuation or settings, ...)."""
+    """One argument of one of a question's requests: (prompt, continuation or settings, ...)."""
     arguments = row["arguments"]
     if isinstance(arguments, Mapping):  # as lm-eval writes them to a file
         return arguments[f"gen_args_{request}"][f"arg_{place}"]
@@ -344,8 +341,8 @@ def argument(row: Mapping[str, Any], request: int, place: int) -> Any:
 
 
 @contextmanager
-def untouched_randomness() -> Iterator[None]:
-    """lm-eval reseeds python's, numpy's and torch's global generators; this puts them back."""
+def preserve_random_state() -> Iterator[None]:
+    """Restores python's, numpy's and torch's global random states, which lm-eval reseeds."""
     python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

@@ -1,8 +1,8 @@
-"""Errors, intervals and tests for scores of the same questions under several arms.
+"""Standard errors, intervals and tests for scores of the same questions under several arms.
 
-Pure functions of numpy arrays, one entry a question, aligned across arms. A score is whatever the
-task's metric gives (0/1 mostly); means, errors and differences are in its unit. `clusters` names
-the group of each question (a passage, an image) where questions are not independent of each other.
+Pure functions of numpy arrays, one entry per question, aligned across arms. A score is the value of the
+task's metric (mostly 0/1); means, errors and differences are in its unit. `clusters` names
+the group of each question (a passage, an image) where questions are not independent.
 Sources: Miller 2024 (arXiv 2411.00640) for the errors, Bowyer et al. 2025 (2503.01747) for why the
 normal interval is not used on few questions.
 """
@@ -24,14 +24,14 @@ Scores = NDArray[np.float64]
 
 FEW_QUESTIONS = 100
 FEW_EVENTS = 10
-"""Below either, 0/1 scores do not get the usual interval, which is then too narrow."""
+"""Below either, 0/1 scores get exact or adjusted intervals, since the normal one is too narrow."""
 BLOCK = 2_000_000
-"""Bootstrap weights drawn at once, so that memory does not grow with draws x questions."""
+"""Bootstrap weights per block, to bound memory."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` questions; error and interval are nan where there is a single unit."""
+    """A mean over `n` questions; error and interval are nan for a single unit."""
 
     n: int
     mean: float
@@ -42,7 +42,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference(Estimate):
-    """A mean paired difference and the p-value of `test` against no difference."""
+    """A mean paired difference and the p-value of `test` for zero difference."""
 
     p: float
     test: Literal["mcnemar", "paired_t"]
@@ -50,9 +50,9 @@ class Difference(Estimate):
 
 @dataclass(frozen=True)
 class Recovery:
-    """A share of a gain. `value`, `low`, `high` are None unless `status` is "ok".
+    """A fraction of a gain. `value`, `low`, `high` are None unless `status` is "ok".
 
-    "undefined": the gain's interval includes 0. "negative": there is a loss, so nothing to recover.
+    "undefined": the gain's interval includes 0. "negative": the gain is negative.
     """
 
     value: float | None
@@ -75,8 +75,8 @@ class NonInferiority:
 class SeedDifference:
     """A mean difference of two groups of training seeds, with an interval over seeds and questions.
 
-    `sd_a` and `sd_b` are the deviations of the seeds' scores; nan for a single seed, whose share of the
-    training noise is then not in the interval.
+    `sd_a` and `sd_b` are the standard deviations over seeds; nan for a single seed, whose training noise is then
+    not in the interval.
     """
 
     seeds_a: int
@@ -90,7 +90,7 @@ class SeedDifference:
 
 @dataclass(frozen=True)
 class Rank:
-    """Place among controls, 1 the best, and the permutation p-value it gives."""
+    """Rank among controls, 1 the best, and its permutation p-value."""
 
     rank: int
     of: int
@@ -105,13 +105,13 @@ def mean_with_error(
 
     The interval is Student's t over units (questions or clusters); Wilson's for few 0/1 scores.
     """
-    x = scores(x)
+    x = _as_scores(x)
     error, units = standard_error(x, clusters)
     events = min(x.sum(), len(x) - x.sum())
-    if clusters is None and binary(x) and (len(x) < FEW_QUESTIONS or events < FEW_EVENTS):
+    if clusters is None and _is_binary(x) and (len(x) < FEW_QUESTIONS or events < FEW_EVENTS):
         low, high = proportion_confint(int(x.sum()), len(x), alpha=1 - confidence, method="wilson")
     else:
-        low, high = t_interval(x.mean(), error, units, confidence)
+        low, high = _t_interval(x.mean(), error, units, confidence)
     return Estimate(len(x), float(x.mean()), error, float(low), float(high))
 
 
@@ -123,20 +123,20 @@ def paired_difference(
     Unclustered 0/1 scores are tested by exact McNemar, others by the paired t. Few discordant pairs
     get the adjusted Wald interval of Bonett and Price 2012 (J. Educ. Behav. Stat. 37, 479).
     """
-    a, b = scores(a), scores(b)
+    a, b = _as_scores(a), _as_scores(b)
     if a.shape != b.shape:
-        raise ValueError(f"paired scores need the same questions, got {len(a)} and {len(b)}")
+        raise ValueError(f"paired scores need the same questions; got {len(a)} and {len(b)}")
     d = a - b
     error, units = standard_error(d, clusters)
-    low, high = t_interval(d.mean(), error, units, confidence)
+    low, high = _t_interval(d.mean(), error, units, confidence)
     test: Literal["mcnemar", "paired_t"]
-    if clusters is None and binary(a) and binary(b):
+    if clusters is None and _is_binary(a) and _is_binary(b):
         wins, losses = int((d > 0).sum()), int((d < 0).sum())
         if len(d) < FEW_QUESTIONS or wins + losses < FEW_EVENTS:
-            low, high = adjusted_wald(wins, losses, len(d), confidence)
-        p, test = mcnemar_exact(wins, losses), "mcnemar"
+            low, high = _adjusted_wald(wins, losses, len(d), confidence)
+        p, test = _mcnemar_exact(wins, losses), "mcnemar"
     else:
-        p, test = t_test(d.mean(), error, units), "paired_t"
+        p, test = _t_test(d.mean(), error, units), "paired_t"
     return Difference(len(d), float(d.mean()), error, float(low), float(high), p, test)
 
 
@@ -147,15 +147,15 @@ def non_inferiority(
     clusters: ArrayLike | None = None,
     confidence: float = 0.95,
 ) -> NonInferiority:
-    """Is a no worse than b by more than `margin`? H0: mean(a - b) <= -margin.
+    """Tests H0: mean(a - b) <= -margin (a is worse than b by at least `margin`).
 
-    Not the same as "p > 0.05 against no difference". Unclustered 0/1 scores are tested by Tango's score test
-    (1998, Stat. Med. 17, 891), which keeps its level where few questions are discordant; others by the t of the
-    paired differences. `low` is the lower end of the difference's interval.
+    Not the same as "p > 0.05 for zero difference". Unclustered 0/1 scores are tested by Tango's score test
+    (1998, Stat. Med. 17, 891), which keeps its level where few questions are discordant; others by the paired t.
+    `low` is the lower end of the difference's interval.
     """
     found = paired_difference(a, b, clusters, confidence)
-    a, b = scores(a), scores(b)
-    if clusters is None and binary(a) and binary(b):
+    a, b = _as_scores(a), _as_scores(b)
+    if clusters is None and _is_binary(a) and _is_binary(b):
         p = tango(int((a > b).sum()), int((a < b).sum()), len(a), margin)
     else:
         _, units = standard_error(a - b, clusters)
@@ -189,9 +189,9 @@ def seed_difference(
 ) -> SeedDifference:
     """Mean over seeds of a minus that of b, from scores [seeds of a, n] and [seeds of b, n].
 
-    Two-level bootstrap: seeds are drawn anew within each group and questions (or clusters) for both at once.
-    One seed fewer than there are is drawn, which makes the variance between seeds unbiased (Rao and Wu 1988,
-    J. Am. Stat. Assoc. 83, 231); of two or three seeds it is known badly all the same.
+    Two-level bootstrap: resamples seeds within each group, and questions (or clusters) jointly.
+    Draws one seed fewer than available, which makes the variance between seeds unbiased (Rao and Wu 1988,
+    J. Am. Stat. Assoc. 83, 231); with two or three seeds it remains poorly estimated.
     """
     both = [np.asarray(x, dtype=np.float64) for x in (a, b)]
     if (
@@ -201,10 +201,10 @@ def seed_difference(
         raise ValueError("scores of seeds must be [seeds, questions], of the same questions")
     n = both[0].shape[1]
     names = np.arange(n) if clusters is None else clusters
-    sums = [cluster_sums(x.T, names) for x in both]  # [units, seeds]
-    sizes = cluster_sums(np.ones(n), names)
+    sums = [_cluster_sums(x.T, names) for x in both]  # [units, seeds]
+    sizes = _cluster_sums(np.ones(n), names)
     rng, found = np.random.default_rng(seed), []
-    for drawn in resampled(np.column_stack([*sums, sizes]), draws, rng):
+    for drawn in _resampled(np.column_stack([*sums, sizes]), draws, rng):
         means = []
         for own in (drawn[:, : len(both[0])], drawn[:, len(both[0]) : -1]):
             each = own / drawn[:, -1:]  # [draws, seeds]
@@ -231,24 +231,24 @@ def paired_bootstrap(
     confidence: float = 0.95,
     clusters: ArrayLike | None = None,
 ) -> tuple[float, float]:
-    """Percentile interval of mean(a - b) over resampled questions or clusters: a check on the closed forms."""
-    found = seed_difference([scores(a)], [scores(b)], draws, seed, confidence, clusters)
+    """Percentile bootstrap interval of mean(a - b) over questions or clusters, to check the closed forms."""
+    found = seed_difference([_as_scores(a)], [_as_scores(b)], draws, seed, confidence, clusters)
     return found.low, found.high
 
 
 def pass_at_k(successes: ArrayLike, n: int, k: int) -> Scores:
-    """Chance that at least one of k answers is right, from `successes` of n sampled ones, a question each.
+    """Probability that at least one of k answers is right, from `successes` of n samples, per question.
 
     1 - C(n - c, k) / C(n, k), unbiased (arXiv 2107.03374).
     """
     if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} needs at least {k} samples, there are {n}")
+        raise ValueError(f"pass@{k} needs at least {k} samples; got {n}")
     c = np.asarray(successes, dtype=np.float64)
     return 1.0 - comb(n - c, k) / comb(n, k)
 
 
-def mcnemar_exact(wins: int, losses: int) -> float:
-    """Two-sided exact McNemar p-value from the discordant pairs; 1 when there are none."""
+def _mcnemar_exact(wins: int, losses: int) -> float:
+    """Two-sided exact McNemar p-value from the discordant pairs; 1 without any."""
     return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
@@ -261,19 +261,19 @@ def recovery(
     confidence: float = 0.95,
     clusters: ArrayLike | None = None,
 ) -> Recovery:
-    """(sub - base) / (full - base), with a percentile interval from a paired bootstrap over items.
+    """(sub - base) / (full - base), with a percentile interval from a paired bootstrap over questions.
 
-    With `clusters`, whole clusters are drawn.
+    With `clusters`, whole clusters are resampled.
     """
-    sub, base, full = scores(sub), scores(base), scores(full)
+    sub, base, full = _as_scores(sub), _as_scores(base), _as_scores(full)
     gain = paired_difference(full, base, clusters, confidence)
     if not gain.low > 0:  # nan too
         return Recovery(None, None, None, "negative" if gain.high < 0 else "undefined")
     rows = np.stack([sub - base, full - base], axis=1)
     if clusters is not None:
-        rows = cluster_sums(rows, clusters)
+        rows = _cluster_sums(rows, clusters)
     rng = np.random.default_rng(seed)
-    parts, wholes = np.concatenate(list(resampled(rows, draws, rng))).T
+    parts, wholes = np.concatenate(list(_resampled(rows, draws, rng))).T
     ratios = parts[wholes != 0] / wholes[wholes != 0]
     tail = (1 - confidence) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail])
@@ -281,22 +281,22 @@ def recovery(
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment: the family-wise error over these contrasts is kept."""
+    """Holm's step-down adjustment, which controls the family-wise error rate."""
     if not pvalues:
         return []
     return [float(p) for p in multipletests(pvalues, method="holm")[1]]
 
 
 def minimum_detectable_effect(sd: float, n: int, power: float = 0.8, alpha: float = 0.05) -> float:
-    """The mean difference found with probability `power` by a two-sided test at `alpha`.
+    """The mean difference detected with probability `power` by a two-sided test at level `alpha`.
 
-    (z_{1 - alpha/2} + z_power) sd / sqrt(n), sd that of the paired differences (Miller 2024).
+    (z_{1 - alpha/2} + z_power) sd / sqrt(n), sd of the paired differences (Miller 2024).
     """
     return float((stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) * sd / np.sqrt(n))
 
 
 def rank_among(value: float, controls: Sequence[float]) -> Rank:
-    """Rank of a value among k controls, ties against it; p = rank/(k+1), so at least 1/(k+1)."""
+    """Rank of a value among k controls, ties counted against it; p = rank/(k+1) >= 1/(k+1)."""
     k = len(controls)
     rank = 1 + sum(control >= value for control in controls)
     return Rank(rank, k + 1, rank / (k + 1), 1 / (k + 1))
@@ -305,18 +305,18 @@ def rank_among(value: float, controls: Sequence[float]) -> Rank:
 # ----------------------------------------------------------------------------------------- helpers
 
 
-def scores(x: ArrayLike) -> Scores:
+def _as_scores(x: ArrayLike) -> Scores:
     x = np.asarray(x, dtype=np.float64)
     if x.ndim != 1 or not len(x) or not np.isfinite(x).all():
-        raise ValueError(f"scores must be one finite number a question, got shape {x.shape}")
+        raise ValueError(f"scores must be one finite number per question; got shape {x.shape}")
     return x
 
 
-def binary(x: Scores) -> bool:
+def _is_binary(x: Scores) -> bool:
     return bool(np.isin(x, (0.0, 1.0)).all())
 
 
-def cluster_sums(x: NDArray[np.float64], clusters: ArrayLike) -> NDArray[np.float64]:
+def _cluster_sums(x: NDArray[np.float64], clusters: ArrayLike) -> NDArray[np.float64]:
     """Sums of x ([n] or [n, k]) over each cluster."""
     names, index = np.unique(np.asarray(clusters), return_inverse=True)
     if len(index) != len(x):
@@ -326,13 +326,13 @@ def cluster_sums(x: NDArray[np.float64], clusters: ArrayLike) -> NDArray[np.floa
     return sums
 
 
-def resampled(
+def _resampled(
     rows: NDArray[np.float64], draws: int, rng: np.random.Generator
 ) -> Iterator[NDArray[np.float64]]:
-    """Sums of rows [units, k] over units drawn with replacement, as blocks [some draws, k], `draws` in all.
+    """Yields bootstrap sums of rows [units, k] over resampled units, in blocks [some draws, k], `draws` in all.
 
-    Drawing units is drawing multinomial weights; units that are alike share one, so 0/1 scores of two differences
-    need nine weights a draw however many questions there are.
+    Resampling units is drawing multinomial weights; equal units share one weight, so two differences of 0/1 scores
+    need nine weights per draw for any number of questions.
     """
     rows, counts = np.unique(rows, axis=0, return_counts=True)
     block = max(1, BLOCK // len(rows))
@@ -350,29 +350,29 @@ def standard_error(x: Scores, clusters: ArrayLike | None) -> tuple[float, int]:
     """
     deviations = x - x.mean()
     if clusters is not None:
-        deviations = cluster_sums(deviations, clusters)
+        deviations = _cluster_sums(deviations, clusters)
     units = len(deviations)
     if units < 2:
         return float("nan"), units
     return float(np.sqrt(units / (units - 1) * np.sum(deviations**2)) / len(x)), units
 
 
-def t_interval(mean: float, error: float, units: int, confidence: float) -> tuple[float, float]:
+def _t_interval(mean: float, error: float, units: int, confidence: float) -> tuple[float, float]:
     if units < 2:
         return float("nan"), float("nan")
     half = stats.t.ppf((1 + confidence) / 2, units - 1) * error
     return mean - half, mean + half
 
 
-def t_test(mean: float, error: float, units: int) -> float:
-    """Two-sided p-value of mean = 0; 1 where the data cannot say."""
+def _t_test(mean: float, error: float, units: int) -> float:
+    """Two-sided p-value of mean = 0; 1 for a single unit."""
     if units < 2 or mean == 0:
         return 1.0
     return float(2 * stats.t.sf(abs(mean) / error, units - 1)) if error else 0.0
 
 
-def adjusted_wald(wins: int, losses: int, n: int, confidence: float) -> tuple[float, float]:
-    """Interval of a difference of paired proportions, one imagined win and loss added."""
+def _adjusted_wald(wins: int, losses: int, n: int, confidence: float) -> tuple[float, float]:
+    """Adjusted Wald interval of a difference of paired proportions: adds one win and one loss."""
     up, down = (wins + 1) / (n + 2), (losses + 1) / (n + 2)
     error = np.sqrt((up + down - (up - down) ** 2) / (n + 2))
     half = stats.norm.ppf((1 + confidence) / 2) * error

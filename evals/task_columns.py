@@ -1,4 +1,4 @@
-"""What a task's templates read of its rows: columns that are not there, empty cells, values that a reader guessed."""
+"""Checks of the columns that a task's templates read: missing columns, empty cells, inferred types."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from vlopd.data.tables import Table, open_files
 from vlopd.errors import UserError
 
 DECIDES = (nodes.If, nodes.CondExpr, nodes.Or, nodes.Test)
-"""What a template that expects an empty cell has."""
+"""Nodes of a template that handles empty cells."""
 
 
 def unknown_column(task: Any, setting: str) -> str | None:
-    """A column that a setting names and the rows lack: lm-eval would take the name for the text itself."""
+    """The column that a setting names and the rows lack; lm-eval would use the name as the text. None if present."""
     named = task.config[setting]
     for name in named if isinstance(named, list) else [named]:
         if isinstance(name, str) and name.isidentifier() and name not in task.features:
@@ -29,17 +29,17 @@ def unknown_column(task: Any, setting: str) -> str | None:
 
 
 def empty_cell(task: Any, template: Any, doc: Mapping[str, Any]) -> str | None:
-    """The column of a null or NaN that a template (or a column's name) reads, which it would print as a word."""
+    """The column with a null or NaN that a template (or column name) would print as a word; None without one."""
     if not isinstance(template, str):
         return None
     if template in task.features:
-        return template if is_null(doc[template]) else None
+        return template if _is_null(doc[template]) else None
     try:
         tree = utils.env.parse(template)
     except TemplateError:
-        return None  # said where it is rendered
+        return None  # rendering raises it
     names = sorted(meta.find_undeclared_variables(tree) & set(doc))
-    found = next((name for name in names if is_null(doc[name])), None)
+    found = next((name for name in names if _is_null(doc[name])), None)
     if found is not None and next(tree.find_all(DECIDES), None) is None:
         return found
     printed: list[Any] = []
@@ -49,15 +49,15 @@ def empty_cell(task: Any, template: Any, doc: Mapping[str, Any]) -> str | None:
         return value
 
     utils.env.overlay(finalize=keep).from_string(template).render(**doc)
-    return found or ", ".join(names) if any(map(is_null, printed)) else None
+    return found or ", ".join(names) if any(map(_is_null, printed)) else None
 
 
-def is_null(value: Any) -> bool:
+def _is_null(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-class Written:
-    """The rows of a task as their JSON or CSV files have them, where the task's rows are those of local files."""
+class VerbatimRows:
+    """The verbatim rows of a task whose data are local JSON or CSV files."""
 
     def __init__(self, task: Any, split: str):
         self.table: Table | None = None
@@ -74,21 +74,21 @@ class Written:
                 self.read = task.dataset[split]
                 self.table = table if len(table) == len(task.eval_docs) else None
         except (UserError, ValueError, OSError):
-            return  # a file that only `datasets` reads
+            return  # a file that only `datasets` can read
 
     def row(self, index: int, doc: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The question with its cells that are no text, unless process_docs changed them, as the file has them."""
+        """The question with verbatim values for its cells that are not text and that process_docs did not change."""
         if self.table is None:
             return doc
         own, read = self.table[index], self.read[index]
         kept = {
             k for k, v in doc.items() if not isinstance(v, str) and k in own and read.get(k) == v
         }
-        return {k: natural(own[k]) if k in kept else v for k, v in doc.items()}
+        return {k: _parse_cell(own[k]) if k in kept else v for k, v in doc.items()}
 
 
-def natural(word: Any) -> Any:
-    """A CSV cell as a number or a truth where it prints again as it was written."""
+def _parse_cell(word: Any) -> Any:
+    """Converts a CSV cell to a number or bool where that prints unchanged."""
     if not isinstance(word, str):
         return word
     if word in ("True", "False"):
@@ -102,12 +102,14 @@ def natural(word: Any) -> Any:
     return word
 
 
-def changed(make: Any, doc: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[str, str] | None:
-    """(what a task's function makes of a question, what it makes of the file's own row) where they differ."""
+def differs_from_file(
+    make: Any, doc: Mapping[str, Any], own: Mapping[str, Any]
+) -> tuple[str, str] | None:
+    """(a task function's result on a question, its result on the file's verbatim row) where they differ, else None."""
     read = make(doc)
     try:
         written = make(own)
-    except Exception:  # made for what `datasets` gives, an empty cell of a record for one
+    except Exception:  # the function may need the types that `datasets` infers
         return None
     pair = shorten(str(read), 60), shorten(str(written), 60)
     return pair if str(read) != str(written) else None

@@ -1,6 +1,6 @@
-"""Where an arm's answers part from its teacher, token by token: evals/<arm>/tokens_<task>.jsonl.
+"""Per-token KL of an arm's greedy answers to its teacher: evals/<arm>/tokens_<task>.jsonl.
 
-For the first questions of each task that asks for text: those whose pictures are kept for the report.
+For the first eval.keep_images questions of each generative task.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from evals.harness import unchanged_tasks
-from evals.lm import images_of, parts
-from evals.scoring import Tasks, load_task, untouched_randomness
+from evals.lm import image_parts, images_of
+from evals.scoring import Tasks, load_task, preserve_random_state
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.arms import CheckpointArm, ImportedArm, TeacherArm
 from vlopd.config.experiment import ExperimentConfig
@@ -33,14 +33,14 @@ from vlopd.train.sampler import sample
 from vlopd.types import Completions, Example
 
 TOKENS = 256
-"""An answer's tokens that are looked at."""
+"""Maximum tokens per answer."""
 
 
-def grade_answers(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
-    """Writes KL(arm || teacher) at every token of the arm's greedy answers; whether there was anything to do.
+def write_token_kl(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
+    """Writes KL(arm || teacher) at every token of the arm's greedy answers; returns whether anything was done.
 
-    Nothing is written without a teacher, for arms that are no student of this run, and where a teacher cannot read a
-    task's questions (its context is a field that they lack): tokens.json then says why.
+    Skips runs without a teacher, arms that are not students of this run, and tasks whose questions a teacher cannot
+    read (they lack the field of its context); tokens.json records the reason.
     """
     if not has_tokens(config, arm):
         return False
@@ -85,7 +85,7 @@ def write_tokens(its: Stage, config: ExperimentConfig, arm: str) -> None:
     asked: dict[str, list[Example]] = {}
     for task in config.eval.tasks:
         if task not in kept:
-            asked |= (of_task := questions(task, config.eval))
+            asked |= (of_task := _recorded_prompts(task, config.eval))
             leaves[task] = sorted(of_task)
     if any(asked.values()):
         pair = load_pair(
@@ -98,7 +98,7 @@ def write_tokens(its: Stage, config: ExperimentConfig, arm: str) -> None:
         )
         for task, examples in asked.items():
             try:
-                rows = graded(pair, examples, config.eval.batch_size)
+                rows = _token_kl_rows(pair, examples, config.eval.batch_size)
             except UserError as error:
                 skipped[task] = str(error)
             else:
@@ -106,8 +106,10 @@ def write_tokens(its: Stage, config: ExperimentConfig, arm: str) -> None:
     its.finish({"skipped": skipped, "leaves": leaves}, sorted(out.glob("tokens_*.jsonl")))
 
 
-def graded(pair: ModelPair, examples: Sequence[Example], batch_size: int) -> list[dict[str, Any]]:
-    """The pair's divergence on the student's greedy answers, a row a question."""
+def _token_kl_rows(
+    pair: ModelPair, examples: Sequence[Example], batch_size: int
+) -> list[dict[str, Any]]:
+    """Per-token KL of the pair on the student's greedy answers, one row per question."""
     found = []
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
@@ -118,11 +120,11 @@ def graded(pair: ModelPair, examples: Sequence[Example], batch_size: int) -> lis
                 pair.student, prompts, min(longest, TOKENS), 0, columns=pair.vocabulary.student
             )
             kl = pair.divergence(ReverseKL(), batch, prompts, completions).loss
-        found += rows_of(pair, batch, completions, kl)
+        found += _rows_of(pair, batch, completions, kl)
     return found
 
 
-def rows_of(
+def _rows_of(
     pair: ModelPair, batch: Sequence[Example], completions: Completions, kl: torch.Tensor
 ) -> list[dict[str, Any]]:
     counts = completions.mask.sum(1).tolist()
@@ -139,8 +141,8 @@ def rows_of(
     return rows
 
 
-class Questions(LM):
-    """A model that answers nothing and remembers what it was asked, as chat messages."""
+class PromptRecorder(LM):
+    """An lm-eval model that records the prompts as chat messages and returns empty answers."""
 
     MULTIMODAL = True
 
@@ -173,15 +175,15 @@ class Questions(LM):
 
 
 @cache
-def questions(task: str, config: EvalConfig) -> Mapping[str, list[Example]]:
-    """{task or member of a group: its first questions as both models will render them}; of text answers only.
+def _recorded_prompts(task: str, config: EvalConfig) -> Mapping[str, list[Example]]:
+    """{task or member of a group: its first questions as examples}, for generative tasks only.
 
-    The same for every arm, so made once a process.
+    The same for every arm, so cached per process.
     """
     manager = Tasks.of([task], config.include)
-    lm = Questions()
+    lm = PromptRecorder()
     limit = min(config.keep_images, config.limit or config.keep_images)
-    with untouched_randomness():
+    with preserve_random_state():
         lm_eval.evaluate(
             lm,
             load_task(manager, task, config.fewshot),
@@ -194,7 +196,7 @@ def questions(task: str, config: EvalConfig) -> Mapping[str, list[Example]]:
     found: dict[str, list[Example]] = {}
     for request in lm.asked:
         turns = json.loads(request.args[0])
-        messages = tuple({**turn, "content": parts(turn["content"])} for turn in turns)
+        messages = tuple({**turn, "content": image_parts(turn["content"])} for turn in turns)
         fields = {**request.doc, "tokens": request.args[1].get("max_gen_toks", TOKENS)}
         example = Example(str(request.doc_id), messages, tuple(images_of(request)), fields=fields)
         found.setdefault(str(request.task_name), []).append(example)

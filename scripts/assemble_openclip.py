@@ -1,11 +1,11 @@
-"""Puts an OpenCLIP student together: a vision tower, a fresh projector, a causal language model.
+"""Assembles an OpenCLIP student: a vision tower, a new projector, a causal language model.
 
     python scripts/assemble_openclip.py ViT-B-32 HuggingFaceTB/SmolLM2-135M-Instruct students/clip-smollm2 \
         --pretrained laion2b_s34b_b79k
 
 VISION is an open_clip name, `local-dir:FOLDER` or `hf-hub:ID`; LANGUAGE a hub id, a folder or `builtin:NAME`.
-The folder it writes is a model like any other: `student = "students/clip-smollm2"`. Its projector is random:
-distil with `train.freeze = ["vision", "language", "embedding", "head"]` first, or train all of it.
+The output folder is used as a model: `student = "students/clip-smollm2"`. Its projector is random: distil with
+`train.freeze = ["vision", "language", "embedding", "head"]` first, or train all of it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(
         int | None, typer.Option(help="block; the tower's output if not given")
     ] = None,
 ) -> None:
-    """Assembles, saves and says what came of it."""
+    """Assembles and saves the model, and prints its size."""
     if out.exists():
         sys.exit(f"{out} is there already; name another folder")
     try:
@@ -43,11 +43,11 @@ def main(
     except UserError as error:
         sys.exit(str(error))
     tower = f"{vision} ({pretrained or 'random weights'})"
-    card = f"# {out.name}\n\n{tower}, a fresh projector (seed {seed}), {language}.\n"
+    card = f"# {out.name}\n\n{tower}, a new projector (seed {seed}), {language}.\n"
     with whole_folder(out) as folder:
         save(LoadedModel(str(out), model, processor), folder, card)
     tokens = model.config.image_seq_length
-    print(f"{out}: {model.num_parameters():,} parameters, {tokens} tokens an image")
+    print(f"{out}: {model.num_parameters():,} parameters, {tokens} tokens per image")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Time and peak memory of the paper's metric set, the obvious way and ours, on SmolLM2-135M and a noised copy.
+"""Benchmarks time and peak memory of the paper's metric set, naive and ours, on SmolLM2-135M and a noised copy.
 
-    python scripts/bench_geometry.py                   # all four, each in a process of its own
+    python scripts/bench_geometry.py                   # all four, each in its own process
     python scripts/bench_geometry.py --layers 6        # the embedding and the first layers only
 
-The baseline computes what arXiv 2606.13657's public analysis reports, in the obvious way: deltas in bf16, and a
-matrix at a time the singular values of the delta and full fp32 SVDs of the base, of the trained matrix, and of
+The baseline computes the metrics of arXiv 2606.13657's public analysis naively: deltas in bf16, and per
+matrix the singular values of the delta and full fp32 SVDs of the base, of the trained matrix, and of
 the base again for its masks, which are sorted by topk. Ours computes more (float64, exact counts, both sides'
-rotations, four masks) and writes its tables; with 3 draws of the Gaussian null beside every number, too. The
-last way stops after the factorisations and what is read off them, and so says what they leave for the rest.
-Both may use `--threads` cores: the baseline as torch spreads it, ours as that many workers.
+rotations, four masks) and writes its tables; also with 3 draws of the Gaussian null. The
+last variant stops after the factorisations and the measures from them, a lower bound on the rest.
+Both may use `--threads` cores: the baseline by torch's threading, ours as that many workers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ WAYS = ("baseline", "ours", "ours, 3 null seeds", "ours, spectral rows only")
 def make_pair(root: Path, layers: int) -> tuple[Path, Path]:
     """SmolLM2-135M, and itself plus Gaussian noise of 7e-4 of each tensor's r.m.s., rounded back to bf16."""
     from vlopd.models.gguf.smollm2 import (
-        folder as builtin,  # loads transformers' models, which no way needs
+        folder as builtin,  # loads transformers' models, which no variant needs
     )
 
     base, trained = root / "base", root / "trained"
@@ -71,7 +71,7 @@ def make_pair(root: Path, layers: int) -> tuple[Path, Path]:
 
 
 def baseline(base: Path, trained: Path) -> list[dict[str, float]]:
-    """The published metric set, one dict a tensor."""
+    """The published metric set, one dict per tensor."""
     found = []
     with (
         safe_open(base / "model.safetensors", framework="pt") as before,
@@ -159,7 +159,7 @@ def masks(w: Tensor, delta: Tensor) -> dict[str, float]:
 
 
 def spectral_rows(base: Path, trained: Path, config: GeometryConfig, threads: int) -> None:
-    """Our factorisations and what is read off them, without coordinates, masks and tables: a bound on the rest."""
+    """Our factorisations and spectral measures, without coordinates, masks and tables: a lower bound."""
     deltas = stream(base, trained, classify)
 
     def work(name: str) -> None:
@@ -178,7 +178,7 @@ def spectral_rows(base: Path, trained: Path, config: GeometryConfig, threads: in
 
 
 def one(way: str, base: Path, trained: Path, threads: int) -> None:
-    """Runs one way in this process and prints seconds and peak bytes as JSON."""
+    """Runs one variant in this process and prints seconds and peak bytes as JSON."""
     torch.set_num_threads(threads)
     torch.linalg.svd(torch.randn(64, 64).double() @ torch.randn(64, 64).double())  # loads libraries
     start = time.perf_counter()
@@ -199,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=1, help="medians over so many")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds for the medians")
     parser.add_argument("--only", choices=WAYS, help="one of the four")
     parser.add_argument("--in-process", nargs=3, metavar=("WAY", "SOURCE", "TRAINED"))
     args = parser.parse_args()
@@ -219,7 +219,9 @@ def main() -> None:
         )
         ways = [args.only] if args.only else WAYS
         found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-        for turn in range(args.rounds):  # in turn, so that a busy machine slows all of them
+        for turn in range(
+            args.rounds
+        ):  # interleaved, so that load on the machine affects all variants
             for way in ways:
                 command = [sys.executable, __file__, "--threads", str(args.threads)]
                 command += ["--in-process", way, str(base), str(trained)]

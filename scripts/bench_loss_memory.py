@@ -1,11 +1,11 @@
-"""Peak memory of a loss in chunks against the same loss at once, at a large model's vocabulary.
+"""Benchmarks peak memory of a chunked loss against the unchunked one, at a large model's vocabulary size.
 
     python scripts/bench_loss_memory.py                                # reverse KL, chunks of 64 tokens
     python scripts/bench_loss_memory.py 'loss={type="jsd"}' 'loss={type="k1"}' --chunk-tokens 32
 
-Each measurement is one forward and backward of `chunked_divergence` in a process of its own: on a CPU, the
-growth of the process's largest resident size over that before the loss; on a GPU, of its largest allocation.
-Hidden states, heads and the head's gradient (39 MB of it here) are in both; the heads are made before.
+Each measurement is one forward and backward of `chunked_divergence` in its own process: on a CPU, the
+growth of the peak resident size over that before the loss; on a GPU, of the peak allocation.
+Both include hidden states, heads and the head's gradient (39 MB here); the heads are created before.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vlopd.train.losses import Sampled, chunked_divergence
 
 
 def peak_bytes(loss: LossConfig, tokens: int, vocabulary: int, width: int, device: str) -> int:
-    """Bytes that one forward and backward adds to what was there before."""
+    """Peak bytes that one forward and backward pass adds."""
     torch.manual_seed(0)
     columns = torch.randint(0, vocabulary, (tokens,), device=device)
     hidden = torch.randn(tokens, width, device=device, requires_grad=True)
@@ -39,7 +39,7 @@ def peak_bytes(loss: LossConfig, tokens: int, vocabulary: int, width: int, devic
         for leaf in (hidden, heads[0].weight):
             leaf.grad = None
 
-    step(1)  # loads kernels and libraries, which are no part of the loss
+    step(1)  # loads kernels and libraries
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

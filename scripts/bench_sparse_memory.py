@@ -1,20 +1,20 @@
-"""Peak memory and step time of training a fifth of a Llama's coordinates, against all of them and against PEFT.
+"""Benchmarks peak memory and step time of training a fifth of a Llama's coordinates, against dense training and PEFT.
 
     python scripts/bench_sparse_memory.py                    # memory in fp32 and in bf16, time in fp32
     python scripts/bench_sparse_memory.py --compute bf16     # bf16 alone; steps are slow on a CPU without it
 
-Child processes train the same Llama (98 M parameters, random weights) with AdamW on the same tokens, one each:
+Each child process trains the same Llama (98 M parameters, random weights) with AdamW on the same tokens:
 
-    dense    all coordinates, by our own `Trainable`
+    dense    all coordinates, by our `Trainable`
     sparse   a random fifth of every tensor
-    shira    PEFT's SHiRA, whose rank is the one that comes nearest to as many coordinates (linear layers only)
-    linear   by `Trainable`, as many coordinates in each linear layer as SHiRA has, and none elsewhere
+    shira    PEFT's SHiRA, with the rank nearest to that many coordinates (linear layers only)
+    linear   by `Trainable`, as many coordinates in each linear layer as SHiRA, and none elsewhere
 
-Printed for each: trained coordinates; bytes of gradients and optimizer state after a step, summed over the
-tensors; what the process's peak (VmHWM) adds to its resident size with the model loaded, which is values,
-indices, gradients, state, activations and what passes; what it adds to that with the libraries loaded, which
-is the model too; the whole process's peak. Then the ratios to dense. A fifth process times the four in turn.
-On a GPU the peaks are those of the allocator, without libraries.
+Prints for each: trained coordinates; bytes of gradients and optimizer state after a step, summed over the
+tensors; the process's peak (VmHWM) minus its resident size with the model loaded (values, indices, gradients, state,
+activations and temporaries); minus that with the libraries loaded (which adds the model); the whole process's peak.
+Then the ratios to dense. A fifth process times the four, interleaved.
+On a GPU the peaks are the allocator's, without libraries.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ SIZES = dict(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compute", choices=["fp32", "bf16"], action="append")
-    parser.add_argument("--tokens", type=int, default=64, help="of each of two sequences")
-    parser.add_argument("--timed-tokens", type=int, default=256, help="the same, of timed steps")
-    parser.add_argument("--rounds", type=int, default=7, help="of timed steps; 0 for none")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of each of two sequences")
+    parser.add_argument("--timed-tokens", type=int, default=256, help="the same, for timed steps")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of timed steps; 0 for none")
     parser.add_argument("--child", choices=[*MODES, "time"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.compute = args.compute or ["fp32", "bf16"]
@@ -62,8 +62,8 @@ def main() -> None:
         found = time_steps(args) if seconds else measure_memory(args.child, args)
         print(json.dumps(found))
         return
-    # for memory, freed tensors go back to the system at once: an allocator that keeps its pages shows them as
-    # used; for time, the allocator is the user's, since fetching pages anew would cost more than the step
+    # for memory, freed tensors are returned to the system at once, since an allocator that keeps pages counts them as
+    # used; for time, the default allocator, since remapping pages would cost more than the step
     returning = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     returning["MALLOC_MMAP_THRESHOLD_"] = "65536"
 
@@ -85,12 +85,12 @@ def main() -> None:
         return json.loads(out.stdout.splitlines()[-1])
 
     for compute in args.compute:
-        tell_memory(compute, {mode: child(mode, compute) for mode in MODES})
+        print_memory(compute, {mode: child(mode, compute) for mode in MODES})
     if args.rounds:
-        tell_time(args.compute[0], child("time", args.compute[0]))
+        print_time(args.compute[0], child("time", args.compute[0]))
 
 
-def tell_memory(compute: str, found: dict[str, dict[str, Any]]) -> None:
+def print_memory(compute: str, found: dict[str, dict[str, Any]]) -> None:
     first = found["dense"]
     print(f"{first['device']}, {compute}, {first['total']:,} parameters, AdamW")
     print(f"{'':8}" + "".join(f"{title:>16}" for title, *_ in COLUMNS))
@@ -102,7 +102,7 @@ def tell_memory(compute: str, found: dict[str, dict[str, Any]]) -> None:
         print(f"{mode:8}" + "".join(ratios))
 
 
-def tell_time(compute: str, rounds: dict[str, list[float]]) -> None:
+def print_time(compute: str, rounds: dict[str, list[float]]) -> None:
     count = len(rounds["dense"])
     print(
         f"{compute}: seconds of a step, median of {count} rounds; ratio to dense in the same round: median "
@@ -115,9 +115,9 @@ def tell_time(compute: str, rounds: dict[str, list[float]]) -> None:
 
 
 def measure_memory(mode: str, args: argparse.Namespace) -> dict[str, float | int | str]:
-    """One mode in this process, over three steps."""
+    """Runs one mode in this process for three steps."""
     import torch
-    from transformers import LlamaForCausalLM  # noqa: F401 - so that their size is not the model's
+    from transformers import LlamaForCausalLM  # noqa: F401 - so that the library's size does not count as the model's
 
     import vlopd.masks
     import vlopd.train.optimizers  # noqa: F401
@@ -145,7 +145,7 @@ def measure_memory(mode: str, args: argparse.Namespace) -> dict[str, float | int
 
 
 def time_steps(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of the modes' steps in turn: what else the machine does falls on all of them."""
+    """Seconds per step of the modes, interleaved so that load on the machine affects all of them."""
     import torch
 
     args.tokens = args.timed_tokens
@@ -178,7 +178,7 @@ def llama(args: argparse.Namespace):
 
 
 def trainer(mode: str, model, ids):
-    """(trained values, a function that makes one step)."""
+    """(trained values, a function that runs one step)."""
     import torch
 
     from vlopd.config.training import AdamW
@@ -207,7 +207,7 @@ def trainer(mode: str, model, ids):
 
 
 def linears(model):
-    """The weights that SHiRA trains: all linear layers but the head."""
+    """The weights that SHiRA trains: all linear layers except the head."""
     import torch
 
     return {
@@ -218,14 +218,14 @@ def linears(model):
 
 
 def rank_of_shira(total: int) -> int:
-    """SHiRA's r, with r (m + n) coordinates in every linear layer, that comes nearest to the density."""
+    """SHiRA's rank r, with r (m + n) coordinates per linear layer, nearest to the density."""
     wide, narrow = SIZES["intermediate_size"], SIZES["hidden_size"]
     a_rank = SIZES["num_hidden_layers"] * (4 * 2 * narrow + 3 * (wide + narrow))
     return round(DENSITY * total / a_rank)
 
 
 def mask_of(mode: str, model, rank: int):
-    """None, a random fifth of every tensor, or as many as SHiRA has in linear layers."""
+    """The mask of a mode: None, a random fifth of every tensor, or SHiRA's count in each linear layer."""
     import torch
 
     from vlopd.masks.select import largest
@@ -240,7 +240,7 @@ def mask_of(mode: str, model, rank: int):
 
 
 def shira(model, rank: int):
-    """(trained values, step, zero_grad) of SHiRA with torch's AdamW, set as ours is."""
+    """(trained values, step, zero_grad) of SHiRA with torch's AdamW and our settings."""
     import torch
     from peft import ShiraConfig, get_peft_model
 

@@ -1,24 +1,22 @@
-"""Trains the built-in pairs from nothing and writes them, with digests and cards, to vlopd/builtin/.
+"""Trains the built-in pairs from scratch and writes them, with digests and cards, to vlopd/builtin/.
 
     python scripts/build_builtin.py                          # all four models, about 25 minutes on 2 cores
     python scripts/build_builtin.py shapes-student           # one of them
 
-Plain supervised training on the visual world (vlopd/data/shapes.py), several questions packed behind
-one shared prompt prefix with a block mask. Phase 0 asks only what is in a cell, until the loss is low
-(without it, perception is not learned for thousands of steps); phase 1 asks every kind of question.
+Supervised training on the shapes data set (vlopd/data/shapes.py), with several questions packed behind
+one shared prompt prefix by a block mask. Phase 0 has only questions on single cells, until the loss is low
+(without it, perception is not learned for thousands of steps); phase 1 has all kinds of questions.
 
-The teacher keeps entropy on purpose: label smoothing of 0.02. A teacher trained to zero entropy has
-log-odds near 12 on every token, so reverse KL sees little but "right or wrong"; smoothing caps the
-log-odds near 8 and costs no accuracy. It also learns to go on from mistakes: at 10 % of its answer
-positions the token that it reads (never the one that it must say) is a random one. A student's
-rollouts are full of mistakes, and a teacher that has only seen faultless prefixes grades what follows
-a mistake at random.
+The teacher keeps some entropy: label smoothing of 0.02. A teacher trained to zero entropy has
+log-odds near 12 on every token, so reverse KL is almost a 0/1 loss; smoothing caps the
+log-odds near 8 and costs no accuracy. It also learns to continue after mistakes: 10 % of its input
+answer tokens (never the labels) are replaced by random ones. A student's rollouts contain many mistakes,
+and a teacher trained on correct prefixes only has arbitrary log-probs after a mistake.
 
-The student is trained to the end of its schedule, so that a later gain is not mere annealing, but on
-drawings of another palette (what it calls red is magenta; the text student: on scenes told in another
-word order): it reasons well and misreads the teacher's world, as a small model does that meets a new
-domain. (A student that lacked the skill instead, by a mix of questions poor in four kinds, gained
-nothing from 32,000 on-policy questions: there was no right answer among its samples to reinforce.)
+The student is trained to the end of its schedule, so that a later gain is not just annealing, but on
+images of another palette (its red is magenta; the text student: scenes in another word order): it reasons well
+under a domain shift to the teacher's data. (A student that lacked the skill instead, by a mix of questions with few
+of four kinds, gained nothing from 32,000 on-policy questions: its samples contained no right answer to reinforce.)
 """
 
 from __future__ import annotations
@@ -70,7 +68,7 @@ ELSEWHERE = {
     "blue": (50, 160, 220),
     "yellow": (238, 120, 45),
 }
-"""The student's palette: what it calls red is magenta, green is lime, blue is cyan, yellow is orange."""
+"""The student's palette: its red is magenta, green is lime, blue is cyan, yellow is orange."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast):
-    """A standard Hugging Face model, with fan-in initialisation, and its processor."""
+    """Builds a standard Hugging Face model, with fan-in initialisation, and its processor."""
     torch.manual_seed(recipe.seed)
     width, layers, ffn = recipe.language
     language = LlamaConfig(
@@ -208,7 +206,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast):
 
 @torch.no_grad()
 def initialise(model) -> None:
-    """Fan-in scale everywhere; unit embeddings; halved outputs of each residual branch; a timid head."""
+    """Initialises with fan-in scale, unit embeddings, halved residual branch outputs and a small head."""
     residual = ("o_proj", "out_proj", "fc2", "down_proj")
     for name, p in model.named_parameters():
         if "embed_tokens" in name or "position_embedding" in name or "class_embedding" in name:
@@ -222,7 +220,7 @@ def initialise(model) -> None:
 
 
 def draw_turns(scene: shapes.Scene, rng: random.Random, phase: int) -> list[shapes.Question]:
-    """Phase 0: every occupied cell and two empty ones. Phase 1: five questions of the mix, two cells."""
+    """Draws questions. Phase 0: every occupied cell and two empty ones. Phase 1: five of the mix, two cells."""
     empty = [cell for cell in range(9) if cell not in scene]
     cells = [*scene, *rng.sample(empty, 2)]
     rng.shuffle(cells)
@@ -239,7 +237,7 @@ def draw_turns(scene: shapes.Scene, rng: random.Random, phase: int) -> list[shap
 
 
 def pack(scenes, turns, tokenizer, n_image_tokens: int, place_first: bool):
-    """Packs all turns of a scene behind one prefix; turns see the prefix and themselves only.
+    """Packs all turns of a scene behind one prefix; turns attend to the prefix and themselves only.
 
     Returns input_ids [B, T], the allowed-attention mask [B, 1, T, T], position_ids and labels [B, T].
     """
@@ -274,7 +272,7 @@ def pack(scenes, turns, tokenizer, n_image_tokens: int, place_first: bool):
 
 
 def corrupt(batch, share: float, generator: torch.Generator):
-    """Replaces a share of the answer tokens that the model reads by random answer tokens; labels stay."""
+    """Replaces a fraction of the input answer tokens by random answer tokens; labels are unchanged."""
     ids, allowed, position, labels = batch
     answers = labels[labels != -100]
     random_tokens = answers[torch.randint(len(answers), ids.shape, generator=generator)]
@@ -373,7 +371,7 @@ def smoothing_floor(epsilon: float, classes: int) -> float:
 def greedy_accuracy(
     model, processor, recipe: Recipe, split: shapes.Split, n: int, own_world: bool = False
 ) -> dict[str, float]:
-    """Full-string exact match of greedy answers through the plain processor and `generate`.
+    """Full-string exact match of greedy answers, with the unmodified processor and `generate`.
 
     On the world as it is, or, with `own_world`, as the model was trained on it.
     """
@@ -417,7 +415,7 @@ def greedy_accuracy(
 
 
 def as_trained_on(example: Example, recipe: Recipe) -> Example:
-    """The same question about the same scene, drawn or told as in the recipe's training."""
+    """The same question and scene, rendered as in the recipe's training."""
     fields = example.fields
     scene, question = shapes.scene_from_json(str(fields["scene"])), str(fields["question"])
     if recipe.vision:

@@ -1,9 +1,9 @@
-"""Fetches the drawings of the task `emoji` into data/emoji: two packages of npm, 136 MB, of which 25 MB are kept.
+"""Downloads the drawings of the task `emoji` to data/emoji: two npm packages, 136 MB, of which 25 MB are kept.
 
     .venv/bin/python scripts/download_emoji.py [--out data/emoji]
 
-Needs npm, which asks the registry that it is set up for. The packages are known by their SHA-512; of each,
-emoji.json and the 64-pixel drawings are kept, and nothing else is unpacked. ATTRIBUTION.md says whose they are.
+Needs npm with a configured registry. The packages are verified by SHA-512; only emoji.json and the 64-pixel
+drawings are unpacked. ATTRIBUTION.md has the copyright holders and licences.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHA512 = {
     "twitter": "7F+uCuHH+7Qnrc15P5tnbvKkg9E6tlzi4MnT2uW1RlN4pLYTza6cP/dstIfSDMtpjFLWuZewWg8jBbuL2eyELQ==",
     "google": "ZRexfzs7MVoLnmzZmNsO4TKhnAJp5D++Vm6PpUpH/jEQQlemp3l88CjZ+DoZ2faM9R4QxZkOPJCoT8DlPhfQ3A==",
 }
-"""Of the packages' archives, in base64, as npm writes it."""
+"""Digests of the packages' archives, in base64, as in npm."""
 
 ATTRIBUTION = f"""# Whose drawings these are
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/emoji"))
     out = parser.parse_args().out
     if out.exists():
-        sys.exit(f"download_emoji: {out} is there already; remove it to fetch it again")
+        sys.exit(f"download_emoji: {out} exists already; remove it to download again")
     if shutil.which("npm") is None:
         sys.exit("download_emoji: npm is needed (Debian: apt-get install npm)")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -54,13 +54,13 @@ def main() -> None:
             check(archive, SHA512[artist])
             extract(archive, artist, made)
         (made / "ATTRIBUTION.md").write_text(ATTRIBUTION)
-        made.rename(out)  # whole or not at all
+        made.rename(out)  # atomic
     print(f"download_emoji: {len(list(out.glob('img/*/64/*.png')))} drawings in {out}")
 
 
 def fetch(package: str, folder: Path) -> Path:
-    """The package's archive."""
-    print(f"download_emoji: fetching {package}")
+    """Downloads a package; returns its archive."""
+    print(f"download_emoji: downloading {package}")
     words = ["npm", "pack", package, "--silent"]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     if done.returncode:
@@ -70,7 +70,7 @@ def fetch(package: str, folder: Path) -> Path:
 
 
 def check(archive: Path, sha512: str) -> None:
-    """Refuses an archive that is not the one that we know."""
+    """Exits where the archive's digest differs from the expected one."""
     found = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
     if found != sha512:
         sys.exit(
@@ -79,7 +79,7 @@ def check(archive: Path, sha512: str) -> None:
 
 
 def extract(archive: Path, artist: str, out: Path) -> None:
-    """Keeps emoji.json and the artist's 64-pixel drawings, under their names in the package."""
+    """Extracts emoji.json and the artist's 64-pixel drawings, under their names in the package."""
     wanted = re.compile(rf"package/(emoji\.json|img/{artist}/64/[0-9a-f-]+\.png)")
     with tarfile.open(archive) as members:
         for member in members:

@@ -1,15 +1,15 @@
-"""Is p honest? The share of rows outside the nulls' prediction intervals where there is nothing to find.
+"""Calibration of p: the fraction of rows outside the nulls' prediction intervals for updates drawn from the null.
 
-    python scripts/study_calibration.py                # 150 pairs a null and precision: about three minutes on 2 cores
-    python scripts/study_calibration.py --pairs 30     # a quick look
+    python scripts/study_calibration.py                # 150 pairs per null and precision: three minutes on 2 cores
+    python scripts/study_calibration.py --pairs 30     # a quick run
 
-Every pair has a fresh base matrix and a structured update of it (scaled rows and columns, heavy tails, two
-directions), of which one draw of the null is taken; that draw is the trained matrix, which is then examined beside
-draws of the same null as any other would be. So p < 0.05 should hold for 5 % of its rows, and p < 0.01 for 1 %. Nulls
-that take something from the update (its entries, its rows' energies) take it from the draw, as in use.
+Every pair has a new base matrix and a structured update of it (scaled rows and columns, heavy tails, two
+directions), of which one null draw is taken as the trained matrix and measured against further draws of the same
+null. So p < 0.05 should hold for 5 % of the rows, and p < 0.01 for 1 %. Nulls that preserve a property of the update
+(its entries, its row energies) take it from the draw, as in use.
 
-The last table is of updates that do have structure: noise with two planted directions, beside Gaussian noise.
-Rows of one pair hang together, so shares have the error of a few times `pairs` rows, not of their count.
+The last table is of updates with structure: noise with two planted directions, against the Gaussian null.
+Rows of one pair are correlated, so the error of a fraction is that of a few times `pairs` rows, not of their count.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ FAMILIES = {
     "rotation": ("top_subspace", "right_subspace"),
     "drift": ("spectral_drift",),
 }
-"""Beginnings of the metrics' names."""
+"""Prefixes of the metrics' names."""
 BANDS = {0.05: (0.03, 0.07), 0.01: (0.003, 0.025)}
 
 
 class Outcome(NamedTuple):
-    """One row beside its null."""
+    """One row against its null."""
 
     draws: int
     family: str
@@ -125,7 +125,7 @@ def outcomes(
     numbers: Sequence[int] = DRAWS,
     shape: tuple[int, int] = SHAPE,
 ) -> list[Outcome]:
-    """The rows of one pair beside its null that have a p, for several numbers of draws."""
+    """The rows of one pair that have a p, for several numbers of draws."""
     config = GeometryConfig(nulls=(null,), null_draws=max(numbers), ratios=RATIOS)
     base, update = base_and_update(pair, stored, shape, planted)
     if not planted:
@@ -146,9 +146,7 @@ def outcomes(
             if row.null != null_name(null) or row.p is None:
                 continue
             assert row.null_sd is not None and row.null_mean is not None
-            if row.null_sd > EQUAL * abs(
-                row.null_mean
-            ):  # else the null has no spread: nothing to judge
+            if row.null_sd > EQUAL * abs(row.null_mean):  # else the null has no spread
                 found.append(Outcome(draws, family_of(row.metric), row.p, abs(row.excess_t or 0.0)))
     return found
 
@@ -162,7 +160,7 @@ def work(
 
 
 def line(label: str, own: Sequence[Outcome], marked: bool = False) -> str:
-    """Label, count, and the two shares in percent; where `marked`, ! follows one outside its band."""
+    """Label, count, and the two fractions in percent; with `marked`, ! follows one outside its band."""
     cells = [f"{label:42} {len(own):8}"]
     for level, (low, high) in BANDS.items():
         share = sum(each.p < level for each in own) / max(len(own), 1)
@@ -172,7 +170,7 @@ def line(label: str, own: Sequence[Outcome], marked: bool = False) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=150, help="of each null and precision")
+    parser.add_argument("--pairs", type=int, default=150, help="pairs per null and precision")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     tasks = [
@@ -204,7 +202,11 @@ def main() -> None:
     for null, family in product(map(null_name, NULLS), FAMILIES):
         own = [each for (of, _, planted), its in found.items() for each in its
                if of == null and not planted and each.family == family]  # fmt: skip
-        print(line(f"{null}, {family}", own) if own else f"{null}, {family}: all kept by the null")
+        print(
+            line(f"{null}, {family}", own)
+            if own
+            else f"{null}, {family}: all preserved by the null"
+        )
     print(
         f"{'planted directions, precision, family':42} {'rows':>8}  p<.05 %  p<.01 %   median |t|"
     )

@@ -1,10 +1,9 @@
-"""Which half of a vision-language student holds what training gave it: the vision tower, or the rest?
+"""Swaps vision towers between two arms, to locate the gain of training in the tower or in the rest of the model.
 
     python scripts/study_towers.py runs/quickstart            # base and full, a minute on two cores
 
-The towers of two arms are swapped, and each of the four models describes the same test pictures of the visual world by
-its answers to `list top row` and so on. Printed: descriptions that are the reference to the letter, % with standard
-error over pictures.
+Each of the four combinations captions the same shapes test images by its answers to `list top row` etc. Prints the
+percentage of captions identical to the reference, with the standard error over images.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from evals import stats
 from evals.harness import open_arm
-from evals.vision.alignment import told_by_rows
+from evals.vision.alignment import caption_by_rows
 from vlopd.data.shapes import ShapesDataset
 from vlopd.models.names import classify
 from vlopd.run.folder import RunFolder
@@ -31,18 +30,18 @@ def main() -> None:
     world = list(ShapesDataset("test", args.pictures, 0))
     references = [str(example.fields["caption"]) for example in world]
     towers = {arm: tower(open_arm(run, config, arm).model) for arm in args.arms}
-    print(f"{args.pictures} pictures; the rest of, with the tower of: right to the letter, %")
-    for rest, seeing in product(args.arms, args.arms):
+    print(f"{args.pictures} pictures; the rest of, with the tower of: exact match, %")
+    for rest, vision in product(args.arms, args.arms):
         loaded = open_arm(run, config, rest)
-        loaded.model.load_state_dict(towers[seeing], strict=False)
-        said = told_by_rows(loaded, [example.images[0] for example in world])
-        right = [float(a == b) for a, b in zip(said, references, strict=True)]
+        loaded.model.load_state_dict(towers[vision], strict=False)
+        captions = caption_by_rows(loaded, [example.images[0] for example in world])
+        right = [float(a == b) for a, b in zip(captions, references, strict=True)]
         found = stats.mean_with_error(right)
-        print(f"{rest:12} {seeing:12} {100 * found.mean:6.1f} +- {100 * found.standard_error:.1f}")
+        print(f"{rest:12} {vision:12} {100 * found.mean:6.1f} +- {100 * found.standard_error:.1f}")
 
 
 def tower(model):
-    """The state of the vision tower, by the model's own names."""
+    """The state dict of the vision tower, by the model's parameter names."""
     return {n: t for n, t in model.state_dict().items() if classify(n).component == "vision"}
 
 

@@ -1,16 +1,16 @@
-"""Trains a small CLIP on the visual world's scenes in words, so that captions can be scored without the network.
+"""Trains a small CLIP on shapes images and scene descriptions, to score captions without network access.
 
     python scripts/train_scorer.py          # about eight minutes -> runs/scorer
 
-`evals.vision.stage.alignment.load_scorer("local-dir:runs/scorer")` reads it back.
+`evals.vision.alignment.load_scorer("local-dir:runs/scorer")` loads it.
 
-Scenes are of the train split, which no model is evaluated on. Every picture comes with a neighbour: one object has
-another colour, shape or place, or two have swapped theirs, so that a scorer must know what is where. It begins with
-scenes of one object, until places are learned. (In a trial with 70 such steps of 700 they never were: R@1 was 0.81,
-and a description with one object in a wrong place scored below the right one in 0.53 of cases.)
+Scenes are of the train split, which no model is evaluated on. Every image comes with a hard negative: one object has
+another colour, shape or cell, or two have swapped cells, so that the scorer must bind objects to cells. Training starts
+with scenes of one object, until cells are learned. (In a trial with 70 such steps of 700 they were not: R@1 was 0.81,
+and a description with one object in a wrong cell scored below the right one in 0.53 of cases.)
 
-Prints, on scenes of the test split, the retrieval R@1 of both directions beside chance, and how often the right
-description scores higher than its neighbour's (chance: a half).
+Prints, on scenes of the test split, the retrieval R@1 of both directions with chance, and how often the right
+description scores higher than the hard negative's (chance: 0.5).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from vlopd.data import shapes
 from vlopd.files import whole_folder, write_json, write_text
 
 ALONE = 0.25
-"""Share of the steps with scenes of one object."""
+"""Fraction of the steps with scenes of one object."""
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 WORDS = [*SPECIAL, *PREFIX.split(), *shapes.vocabulary()]
 CONFIG: dict[str, Any] = {
@@ -66,7 +66,7 @@ CONFIG: dict[str, Any] = {
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Words split at white space, between <bos> and <eos>."""
+    """A tokenizer of words split at white space, between <bos> and <eos>."""
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.post_processor = processors.TemplateProcessing(
@@ -77,14 +77,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def draw(rng: random.Random, split: shapes.Split, alone: bool = False) -> shapes.Scene:
-    """A scene of the split or, `alone`, of one object (there are 108: they are of no split)."""
+    """Draws a scene of the split or, with `alone`, of one object (108 scenes, of no split)."""
     if not alone:
         return shapes.draw_scene(rng, split)
     return {rng.randrange(9): (rng.choice(list(shapes.COLOURS)), rng.choice(shapes.SHAPES))}
 
 
-def neighbour(scene: shapes.Scene, rng: random.Random) -> shapes.Scene:
-    """Another scene of as many objects: one has another place, colour or shape, or two have swapped theirs."""
+def hard_negative(scene: shapes.Scene, rng: random.Random) -> shapes.Scene:
+    """Draws a hard negative: one object has another cell, colour or shape, or two have swapped cells."""
     values: list[Sequence[Any]] = [range(9), list(shapes.COLOURS), shapes.SHAPES]
     while True:
         objects = [[cell, *scene[cell]] for cell in scene]
@@ -99,18 +99,18 @@ def neighbour(scene: shapes.Scene, rng: random.Random) -> shapes.Scene:
 
 
 def batch(rng: random.Random, size: int, alone: bool) -> list[shapes.Scene]:
-    """`size` training scenes, every second one a neighbour of the one before."""
+    """Draws `size` training scenes, every second one a hard negative of the one before."""
     found: list[shapes.Scene] = []
     while len(found) < size:
         scene = draw(rng, "train", alone)
-        other = neighbour(scene, rng)
+        other = hard_negative(scene, rng)
         if alone or shapes.split_of(other) == "train":
             found += [scene, other]
     return found
 
 
 def train(steps: int, scenes_per_step: int, learning_rate: float, seed: int) -> open_clip.CLIP:
-    """Contrastive training (open_clip's own loss), AdamW, constant rate for half of the steps, then cosine."""
+    """Contrastive training (open_clip's loss) with AdamW, constant rate for half of the steps, then cosine."""
     torch.manual_seed(seed)
     rng = random.Random(f"scorer {seed}")
     clip, tokenizer, loss_of = open_clip.CLIP(**CONFIG["model_cfg"]), build_tokenizer(), ClipLoss()
@@ -151,7 +151,7 @@ def train(steps: int, scenes_per_step: int, learning_rate: float, seed: int) -> 
 
 
 def measure(scorer: Scorer, n: int, seed: int = 0) -> str:
-    """What the scorer can tell on `n` scenes of the test split, all different, in words."""
+    """Measures the scorer on `n` distinct scenes of the test split; returns a sentence."""
     rng = random.Random(f"scorer test {seed}")
     distinct: dict[str, shapes.Scene] = {}
     while len(distinct) < n:
@@ -161,7 +161,7 @@ def measure(scorer: Scorer, n: int, seed: int = 0) -> str:
     images = scorer.images([shapes.render(scene, rng.randrange(2**31)) for scene in scenes])
     right, wrong = (
         scorer.captions([shapes.scene_caption(scene) for scene in each])
-        for each in (scenes, [neighbour(scene, rng) for scene in scenes])
+        for each in (scenes, [hard_negative(scene, rng) for scene in scenes])
     )
     found = retrieval(images, right)
     to_text, to_image = (
@@ -169,24 +169,24 @@ def measure(scorer: Scorer, n: int, seed: int = 0) -> str:
         for way in ("image_to_text", "text_to_image")
     )
     own, other = ((images * texts).sum(1).numpy() for texts in (right, wrong))
-    said = mean_with_error((own > other).astype(float))
+    wins = mean_with_error((own > other).astype(float))
     return (
         f"on {n} scenes of the test split: R@1 {to_text} image to text, {to_image} text to image (chance "
-        f"{found['chance']:.4f}); the right description scores higher than its neighbour's in "
-        f"{said.mean:.3f} +- {said.standard_error:.3f} (chance 0.5); mean CLIPScore {clip_score(own).mean():.2f} "
-        f"right, {clip_score(other).mean():.2f} a neighbour's"
+        f"{found['chance']:.4f}); the right description scores higher than the hard negative's in "
+        f"{wins.mean:.3f} +- {wins.standard_error:.3f} (chance 0.5); mean CLIPScore {clip_score(own).mean():.2f} "
+        f"right, {clip_score(other).mean():.2f} the hard negative's"
     )
 
 
 def main(
     out: Path = Path("runs/scorer"),
     steps: int = 900,
-    scenes_per_step: Annotated[int, typer.Option(help="half of them neighbours")] = 96,
+    scenes_per_step: Annotated[int, typer.Option(help="half of them hard negatives")] = 96,
     learning_rate: float = 1e-3,
     seed: int = 0,
     test_scenes: int = 500,
 ) -> None:
-    """Trains, saves and measures."""
+    """Trains, saves and measures the scorer."""
     clip = train(steps, scenes_per_step, learning_rate, seed)
     with whole_folder(out) as folder:
         save_file(
@@ -195,9 +195,9 @@ def main(
         )
         write_json(folder / "open_clip_config.json", CONFIG)
         build_tokenizer().save_pretrained(folder)
-    said = measure(load_scorer(f"local-dir:{out}"), test_scenes)
-    write_text(out / "README.md", f"# {out.name}\n\n{steps} steps, seed {seed}; {said}.\n")
-    print(f"{out}: {said}")
+    summary = measure(load_scorer(f"local-dir:{out}"), test_scenes)
+    write_text(out / "README.md", f"# {out.name}\n\n{steps} steps, seed {seed}; {summary}.\n")
+    print(f"{out}: {summary}")
 
 
 if __name__ == "__main__":

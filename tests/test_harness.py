@@ -12,9 +12,9 @@ from lm_eval.tasks import TaskManager
 from evals import harness, stats
 from evals.compare import compare, plain
 from evals.harness import evaluate_arm
-from evals.lm import ArmLM, Asked
+from evals.lm import ArmLM, GenerationSettings
 from evals.report.verdict import Teller, no_worse, p_value, points, verdict
-from evals.scoring import TASKS, Tasks, score
+from evals.scoring import TASKS, Tasks, score_task
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.models import ModelConfig
 from vlopd.errors import ConfigError, RunError
@@ -114,8 +114,8 @@ def test_few_shot_examples_bring_their_pictures(make_pair):
 
     lm = Looking(model, 2, quiet=True)
     config = EvalConfig(tasks=("shapes",), fewshot=2)
-    results = score(lm, "shapes", Tasks.of(["shapes"]), config, 3, "few")
-    plain = score(
+    results = score_task(lm, "shapes", Tasks.of(["shapes"]), config, 3, "few")
+    plain = score_task(
         ArmLM(model, 2, quiet=True), "shapes", Tasks.of(["shapes"]), EvalConfig(), 3, "none"
     )
     own = Tasks.of(["shapes"]).load(["shapes"])["tasks"]["shapes"].own_image
@@ -232,10 +232,10 @@ def test_bad_tasks_are_one_clear_line(folders, tmp_path):
     lm = ArmLM(loaded, 2, quiet=True)
     for task, message in (
         ("none", "task none has no questions"),
-        ("wrong", "wrong cannot be had: 'asked'"),
+        ("wrong", "wrong could not be loaded: 'asked'"),
     ):
         with pytest.raises(RunError, match=message) as error:
-            score(lm, task, manager, EvalConfig(), None, "bad")
+            score_task(lm, task, manager, EvalConfig(), None, "bad")
         assert "\n" not in str(error.value)
 
 
@@ -298,15 +298,15 @@ def test_a_task_that_fails_while_it_is_scored(make_config, folders, tmp_path):
     with pytest.raises(
         RunError, match=r"task mine cannot be scored: ZeroDivisionError: division by zero; mend"
     ):
-        score(lm, "mine", manager, config, None, "student")
+        score_task(lm, "mine", manager, config, None, "student")
     lm.batch_size = None
     with pytest.raises(TypeError):
-        score(lm, "mine", manager, config, None, "student")
+        score_task(lm, "mine", manager, config, None, "student")
 
 
 def test_new_tokens_under_lm_evals_other_names():
     """A limit on new tokens counts under each name that lm-eval knows, in its order."""
-    assert Asked.by("t", {"max_new_tokens": 3, "max_tokens": 5}).tokens == 3
-    assert Asked.by("t", {"max_completion_tokens": 5}).tokens == 5
-    assert Asked.by("t", {"max_new_tokens": 3, "max_gen_toks": 9}).tokens == 9
-    assert Asked.by("t", None).tokens == 256
+    assert GenerationSettings.parse("t", {"max_new_tokens": 3, "max_tokens": 5}).tokens == 3
+    assert GenerationSettings.parse("t", {"max_completion_tokens": 5}).tokens == 5
+    assert GenerationSettings.parse("t", {"max_new_tokens": 3, "max_gen_toks": 9}).tokens == 9
+    assert GenerationSettings.parse("t", None).tokens == 256

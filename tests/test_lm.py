@@ -5,7 +5,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from evals.lm import ArmLM, cut, parts
+from evals.lm import ArmLM, cut_at_stops, image_parts
 from vlopd.types import Example
 
 
@@ -83,10 +83,18 @@ def test_text_and_image_requests_in_one_call_keep_their_order(make_pair, make_da
 
 def test_image_marks_become_image_parts():
     """lm-eval's <image> in a prompt becomes an image part where it stands; other text stays a string."""
-    assert parts("how many") == "how many"
-    assert parts("<image>how many") == [{"type": "image"}, {"type": "text", "text": "how many"}]
-    assert [p["type"] for p in parts("a<image>b<image>")] == ["text", "image", "text", "image"]
-    assert cut("a b. c", [".", "b"]) == "a "
+    assert image_parts("how many") == "how many"
+    assert image_parts("<image>how many") == [
+        {"type": "image"},
+        {"type": "text", "text": "how many"},
+    ]
+    assert [p["type"] for p in image_parts("a<image>b<image>")] == [
+        "text",
+        "image",
+        "text",
+        "image",
+    ]
+    assert cut_at_stops("a b. c", [".", "b"]) == "a "
 
 
 def test_generation_ends_at_stop_strings(make_pair, make_data):
@@ -106,5 +114,5 @@ def test_generation_ends_at_stop_strings(make_pair, make_data):
         short = words.generate_until([request("generate_until", asked[0][0], settings)], True)
     finally:
         model.model.base_model.forward = forward
-    assert short == [cut(whole[0], stop)]
+    assert short == [cut_at_stops(whole[0], stop)]
     assert len(steps) <= 16

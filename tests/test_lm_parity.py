@@ -8,7 +8,7 @@ import torch
 from lm_eval.tasks import TaskManager
 
 from evals.lm import ArmLM
-from evals.scoring import TASKS, Tasks, score
+from evals.scoring import TASKS, Tasks, score_task
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.models import ModelConfig
 from vlopd.models.load import BUILTIN, load_configured
@@ -39,7 +39,7 @@ def theirs(model: str, folder, task: str, **how):
 def ours(folder, task: str, batch_size: int, **settings):
     config = EvalConfig(tasks=(task,), batch_size=batch_size, **settings)
     lm = ArmLM(open_model(folder), batch_size, quiet=True)
-    return score(lm, task, Tasks.of([task]), config, LIMIT, "ours")
+    return score_task(lm, task, Tasks.of([task]), config, LIMIT, "ours")
 
 
 def answers(results, task: str):
@@ -132,5 +132,7 @@ doc_to_text: "{{{{question}}}}"
             bootstrap_iters=1,
         )
         lm = ArmLM(open_model(folder), 2, quiet=True)
-        got = score(lm, task, manager, EvalConfig(tasks=(task,), chat_template=False), None, "ours")
+        got = score_task(
+            lm, task, manager, EvalConfig(tasks=(task,), chat_template=False), None, "ours"
+        )
         assert plain(answers(got, task)) == answers(expected, task)

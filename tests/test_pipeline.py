@@ -255,7 +255,8 @@ def test_what_a_config_invalidates_is_made_again(miniature, tmp_path, monkeypatc
 def test_mistakes_are_one_line_and_exit_code_2(miniature, tmp_path, monkeypatch, capsys):
     """An unknown key, a missing data file, another config, an unknown arm, task or model."""
     run = tmp_path / "run"
-    assert vlopd(monkeypatch, "run", miniature, "--out", run, "--arm", "base") == 0
+    arms = ("--arm", "base", "--arm", "full")
+    assert vlopd(monkeypatch, "run", miniature, "--out", run, *arms, "--until", "arms") == 0
     capsys.readouterr()
 
     def refused(message: str, *words) -> None:
@@ -268,6 +269,8 @@ def test_mistakes_are_one_line_and_exit_code_2(miniature, tmp_path, monkeypatch,
     refused("did you mean 'steps'", "run", miniature, "train.step=3", "--out", tmp_path / "x")
     refused("student.model: ", "run", miniature, "student='elsewhere'", "--out", run)
     refused('precision.stored: "auto" -> "fp32"', "eval", run, "precision.stored=fp32")
+    refused("arms/full is not what the config says (made from another recipe.train.steps: 3 -> 4",
+            "eval", run, "train.steps=4", "--arm", "full")  # fmt: skip
     refused("no data file", "run", miniature, "data={type='file', path='gone.jsonl'}",
             "--out", tmp_path / "y", "--arm", "full")  # fmt: skip
     refused("no arm 'nope'", "run", miniature, "--out", run, "--arm", "nope")

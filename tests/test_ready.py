@@ -287,11 +287,11 @@ SCORED = [
          "question 0 (from 0): its score is nan"),
         (ROWS, SCORED, "def score(doc, r):\n    return {'score': float('inf') if doc['answer'] == '1' else 1.0}",
          "question 1 (from 0): its score is inf"),
-        (ROWS, SCORED, "def score(doc, r):\n    return {'score': 100.0}", "scores that are compared lie in [0, 1]"),
+        (ROWS, SCORED, "def score(doc, r):\n    return {'score': 100.0}", "compared scores must be in [0, 1]"),
         (ROWS, SCORED, "def score(doc, r):\n    return {'score': (1, 2)}", "nothing could be compared"),
         (ROWS, SCORED, "def score(doc, r):\n    return {'score': 1 / 0}", "division by zero"),
         (ROWS, ["generation_kwargs: {until: [], max_gen_toks: 300}"], "",
-         "asks for up to 300 new tokens (max_gen_toks)"),
+         "needs up to 300 new tokens (max_gen_toks)"),
         ([*ROWS, {"question": "red " * 300, "answer": "1"}], [], "", "question 2 (from 0): 3"),
         (ROWS, ["doc_to_image: !function module.image"], "def image(doc):\n    return []", None),
         (ROWS, ["num_fewshot: 1", "fewshot_split: train"], "", "train"),
@@ -300,7 +300,7 @@ SCORED = [
 def test_a_task_that_cannot_be_asked(kind, rows, changes, code, message, task, folders):
     """Columns, targets, scores, contexts and splits of a user's task: one line with the question, no weights read."""
     student = without_weights(ModelConfig(model=str(folders[kind, "student"])))
-    lines = tasks.findings(task(rows, changes, code), {"student": student})
+    lines = tasks.find_problems(task(rows, changes, code), {"student": student})
     if message is None:
         assert lines == []
     else:
@@ -325,21 +325,21 @@ WRONG = [
     ([row("1"), row(None)], ["doc_to_target: '{{answer|trim}}'"], "question 1 (from 0): its doc_to_target reads"),
     ([row({"x": "1"}), row({"x": None})], ["doc_to_target: '{{answer.x}}'"], "question 1 (from 0): its doc_to_target"),
     ([row("1"), row(None)], ["doc_to_target: \"{{answer or 'x'}}\""], None),
-    ([row(3), row(2.5)], [], "question 0 (from 0): its doc_to_target is '3.0' where the data file says '3'"),
+    ([row(3), row(2.5)], [], "question 0 (from 0): its doc_to_target is '3.0' where the data file has '3'"),
     ([row(3), row(2.5)], ["doc_to_target: answer"], "question 0 (from 0): its doc_to_target is '3.0' where the"),
-    ([row({"x": 3}), row({"x": 2.5})], ["doc_to_target: '{{answer.x}}'"], "'3.0' where the data file says '3'"),
+    ([row({"x": 3}), row({"x": 2.5})], ["doc_to_target: '{{answer.x}}'"], "'3.0' where the data file has '3'"),
     ([row(3), row(2.5)], ["doc_to_target: '{{answer|int}}'"], None),
     ([row(3), row(4)], [], None),
-    ([row("2024-01-31"), row("2024-02-01")], [], "is '2024-01-31 00:00:00' where the data file says '2024-01-31'"),
+    ([row("2024-01-31"), row("2024-02-01")], [], "is '2024-01-31 00:00:00' where the data file has '2024-01-31'"),
     ([row("1", n=3), row("1", n=2.5)], [], None),
     ([row("1", n=3), row("1", n=2.5)], ["doc_to_text: '{{n}} and'"], "its doc_to_text is '3.0 and' where"),
     (ROWS, ["doc_to_target: ''"], "its doc_to_target is empty"),
-    (ROWS, ["doc_to_target: anwser"], "doc_to_target names a column 'anwser', and the rows have question, answer"),
+    (ROWS, ["doc_to_target: anwser"], "doc_to_target names a column 'anwser', but the rows have question, answer"),
     (ROWS, ["doc_to_text: asked"], "doc_to_text names a column 'asked'"),
     (ROWS, ["doc_to_image: [picture]"], "doc_to_image names a column 'picture'"),
     # a choice of digits is no place
-    ([row("4"), row("5")], [*CHOICE, 'doc_to_choice: ["4", "5"]'], "its target 4 is read as a choice's place"),
-    ([row("1"), row("2")], [*CHOICE, 'doc_to_choice: ["1", "2", "3"]'], "its target 1 is read as a choice's place"),
+    ([row("4"), row("5")], [*CHOICE, 'doc_to_choice: ["4", "5"]'], "its target 4 is read as an index"),
+    ([row("1"), row("2")], [*CHOICE, 'doc_to_choice: ["1", "2", "3"]'], "its target 1 is read as an index"),
     ([row("1"), row("2")], [*CHOICE, 'doc_to_choice: ["1", "2"]', "doc_to_target: answer"], None),
     (ROWS, [*CHOICE, "doc_to_choice: options"], "doc_to_choice names a column 'options', which the rows lack"),
     # filters, metrics and settings
@@ -350,7 +350,7 @@ WRONG = [
     (ROWS, filters('{function: regex, regex_pattern: "([0-9])"}'), None),
     (ROWS, settings(until=3), "generation_kwargs.until is 3"),
     (ROWS, settings(until=[3]), "generation_kwargs.until"),
-    (ROWS, settings(max_gen_toks=0), "generation_kwargs.max_gen_toks is 0; it should be greater than 0"),
+    (ROWS, settings(max_gen_toks=0), "generation_kwargs.max_gen_toks is 0; it must be greater than 0"),
     (ROWS, settings(max_gen_toks=-1), "generation_kwargs.max_gen_toks is -1"),
     (ROWS, settings(max_gen_toks="many"), "generation_kwargs.max_gen_toks is 'many'"),
     (ROWS, settings(do_sample=True, temperature=-1.0), "generation_kwargs.temperature is -1.0"),
@@ -359,12 +359,12 @@ WRONG = [
     (ROWS, settings(max_new_token=3), "generation_kwargs.max_new_token; did you mean 'max_new_tokens'?"),
     (ROWS, settings(num_beams=4), "generation_kwargs.num_beams is 4"),
     (ROWS, ["metric_list: [{metric: exact_match, aggregation: maen, higher_is_better: true}]"],
-     "exact_match's aggregation 'maen' is none that lm-eval knows, did you mean 'mean'?"),
+     "exact_match's aggregation 'maen' is unknown to lm-eval, did you mean 'mean'?"),
     (ROWS, ["metric_list: [{metric: exact_mach}]"], "no metric 'exact_mach', did you mean 'exact_match'?"),
     (ROWS, ["metric_list: [{metric: exact_mach, aggregation: mean, higher_is_better: true}]"],
      "no metric 'exact_mach', did you mean 'exact_match'?"),
     (ROWS, ["metric_list: [{metric: exact_match, aggregation: f1, higher_is_better: true}]"],
-     "exact_match is a number a question, and its aggregation fails on it"),
+     "exact_match is a number per question, but its aggregation fails on it"),
     (ROWS, ["repeats: many"], "repeats is 'many'"),
     (ROWS, ["num_fewshot: -1"], "num_fewshot is -1"),
     (ROWS, ["num_fewshot: 5"], "lower eval.fewshot, or the task's num_fewshot"),
@@ -377,7 +377,7 @@ def test_a_task_that_says_what_is_not_so(rows, changes, message, task, folders):
     one line; what is right passes."""
     changes = list({c.partition(":")[0]: c for c in changes}.values())
     student = without_weights(ModelConfig(model=str(folders["llm", "student"])))
-    lines = tasks.findings(task(rows, changes), {"student": student})
+    lines = tasks.find_problems(task(rows, changes), {"student": student})
     if message is None:
         assert lines == []
     else:
@@ -387,10 +387,10 @@ def test_a_task_that_says_what_is_not_so(rows, changes, message, task, folders):
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
-        (("007", "8"), "question 0 (from 0): its doc_to_target is '7' where the data file says '007'"),
-        (("7", "NA"), "question 0 (from 0): its doc_to_target is '7.0' where the data file says '7'"),
-        (("yes", "NA"), "question 1 (from 0): its doc_to_target is 'None' where the data file says 'NA'"),
-        (("2.50", "3.5"), "question 0 (from 0): its doc_to_target is '2.5' where the data file says '2.50'"),
+        (("007", "8"), "question 0 (from 0): its doc_to_target is '7' where the data file has '007'"),
+        (("7", "NA"), "question 0 (from 0): its doc_to_target is '7.0' where the data file has '7'"),
+        (("yes", "NA"), "question 1 (from 0): its doc_to_target is 'None' where the data file has 'NA'"),
+        (("2.50", "3.5"), "question 0 (from 0): its doc_to_target is '2.5' where the data file has '2.50'"),
         (("7", "8"), None),
         (("2.5", "True"), None),
     ],
@@ -399,7 +399,7 @@ def test_golds_of_a_csv_keep_their_words(cells, message, task, tmp_path):
     """`datasets` makes 7 of 007 and nothing of NA in a CSV file: refused with the question and both words."""
     (tmp_path / "rows.csv").write_text("question,answer\n" + "".join(f"how,{c}\n" for c in cells))
     data = f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.csv'}}}}}"
-    lines = tasks.findings(task(ROWS, ["dataset_path: csv", data]), {})
+    lines = tasks.find_problems(task(ROWS, ["dataset_path: csv", data]), {})
     assert [message in line for line in lines] == ([] if message is None else [True]), lines
 
 
@@ -407,17 +407,17 @@ def test_golds_that_a_task_passes_on(task):
     """A task's process_docs that leaves the guessed golds alone is refused too; one that mends them passes."""
     process = ["process_docs: !function module.process"]
     code = "def process(d):\n    return d.map(lambda r: {'more': r['question'] + '?'})"
-    (line,) = tasks.findings(task([row(3), row(2.5)], process, code), {})
-    assert "its doc_to_target is '3.0' where the data file says '3'" in line
+    (line,) = tasks.find_problems(task([row(3), row(2.5)], process, code), {})
+    assert "its doc_to_target is '3.0' where the data file has '3'" in line
     code = "def process(d):\n    return d.map(lambda r: {'gold': f\"{r['answer']:g}\"}, remove_columns=['answer'])"
     mended = [*process, "doc_to_target: gold"]
-    assert tasks.findings(task([row(3), row(2.5)], mended, code), {}) == []
+    assert tasks.find_problems(task([row(3), row(2.5)], mended, code), {}) == []
 
 
 def test_a_task_file_that_is_no_yaml(tmp_path):
     """A broken file of the task's name is named, instead of a task that is not there."""
     (tmp_path / "broken.yaml").write_text("task: broken\ndoc_to_text: '{{question")
-    (line,) = tasks.findings(EvalConfig(tasks=("broken",), include=str(tmp_path)), {})
+    (line,) = tasks.find_problems(EvalConfig(tasks=("broken",), include=str(tmp_path)), {})
     assert f"{tmp_path / 'broken.yaml'}, which names task 'broken', cannot be read as YAML" in line
 
 
@@ -429,15 +429,15 @@ def test_marks_are_as_many_as_pictures(task, folders):
         kind: without_weights(ModelConfig(model=str(folders[kind, "student"])))
         for kind in ("llm", "vlm")
     }
-    (line,) = tasks.findings(task(ROWS, [picture], code), {"student": loaded["vlm"]})
+    (line,) = tasks.find_problems(task(ROWS, [picture], code), {"student": loaded["vlm"]})
     assert (
-        "question 0 (from 0): doc_to_text marks 0 pictures with <image> and doc_to_image gives 1"
+        "question 0 (from 0): doc_to_text marks 0 pictures with <image> and doc_to_image returns 1"
         in line
     )
     marked = [picture, "doc_to_text: '<image>{{question}}'"]
-    assert tasks.findings(task(ROWS, marked, code), {"student": loaded["vlm"]}) == []
-    (line,) = tasks.findings(task(ROWS, marked, code), {"student": loaded["llm"]})
-    assert "task mine shows pictures, and student" in line and "is text-only" in line
+    assert tasks.find_problems(task(ROWS, marked, code), {"student": loaded["vlm"]}) == []
+    (line,) = tasks.find_problems(task(ROWS, marked, code), {"student": loaded["llm"]})
+    assert "task mine has pictures, but student" in line and "is text-only" in line
 
 
 def test_our_tasks_are_ready(folders):
@@ -447,7 +447,7 @@ def test_our_tasks_are_ready(folders):
         ("vlm", ("shapes", "shapes_colour")),
     ):
         student = without_weights(ModelConfig(model=str(folders[kind, "student"])))
-        assert tasks.findings(EvalConfig(tasks=names, limit=50), {"student": student}) == []
+        assert tasks.find_problems(EvalConfig(tasks=names, limit=50), {"student": student}) == []
 
 
 def test_a_target_that_our_rule_cannot_read(monkeypatch, tmp_path, folders):
@@ -457,8 +457,8 @@ def test_a_target_that_our_rule_cannot_read(monkeypatch, tmp_path, folders):
     rows = [{"question": "how many", "answer": f"so #### {x}"} for x in ("4", "some")]
     write_jsonl(folder / "test.jsonl", rows)
     monkeypatch.setenv("VLOPD_BENCHMARKS", str(tmp_path))
-    (line,) = tasks.findings(EvalConfig(tasks=("vlopd_gsm8k",)), {})
-    assert "task vlopd_gsm8k, question 1 (from 0): its target 'some' is graded 0" in line
+    (line,) = tasks.find_problems(EvalConfig(tasks=("vlopd_gsm8k",)), {})
+    assert "task vlopd_gsm8k, question 1 (from 0): its target 'some' scores 0" in line
 
 
 def test_a_score_that_depends_on_the_answer(kind, make_config, task, tmp_path):
@@ -515,7 +515,7 @@ def test_a_comparison_of_nothing_is_refused(make_config, task, tmp_path):
     )
     evaluate_arm(run, config, "base")
     with pytest.raises(
-        RunError, match=r"nothing can be compared \(mine: its metrics are of all questions"
+        RunError, match=r"nothing can be compared \(mine: its metrics are corpus-level"
     ):
         compare(run, config)
 
@@ -583,7 +583,7 @@ def test_a_run_is_refused_before_anything_is_made(kind, folders, monkeypatch, ca
             "--out",
             tmp_path / "e",
         )
-        assert code == 2 and "task shapes shows pictures, and student" in said
+        assert code == 2 and "task shapes has pictures, but student" in said
 
 
 def test_a_comparison_of_models_is_refused_before_they_are_loaded(

@@ -187,7 +187,7 @@ def test_rank_among_controls_has_a_floor():
 def test_wrong_input_is_refused():
     """Missing or infinite scores, or those of other questions, are an error and not a number."""
     for bad in ([], [1.0, np.nan], [[1.0]]):
-        with pytest.raises(ValueError, match="one finite number a question"):
+        with pytest.raises(ValueError, match="one finite number per question"):
             stats.mean_with_error(bad)
     with pytest.raises(ValueError, match="got 2 and 3"):
         stats.paired_difference([0, 1], [0, 1, 1])

@@ -8,7 +8,7 @@ from lm_eval.api.instance import Instance
 
 from evals.harness import evaluate_arm
 from evals.lm import ArmLM
-from evals.scoring import Tasks, score
+from evals.scoring import Tasks, score_task
 from evals.tasks import shapes_choice as task
 from vlopd.config.analysis import EvalConfig
 from vlopd.data import shapes, shapes_choice
@@ -118,7 +118,7 @@ def test_the_teachers_can_do_it(model, tasks):
     """Through lm-eval, the built-in teachers choose right nine times out of ten, from pictures and from words."""
     lm = ArmLM(load(model, torch.float32), 40, quiet=True)
     for name in tasks:
-        results = score(lm, name, Tasks.of([name]), EvalConfig(), 20, model)
+        results = score_task(lm, name, Tasks.of([name]), EvalConfig(), 20, model)
         assert results["results"][name]["acc,none"] >= 0.9
         for row in results["samples"][name]:
             assert len(row["filtered_resps"]) == 4 and row["target"] == row["doc"]["answer"]

@@ -4,7 +4,7 @@ import pytest
 
 from evals.harness import evaluate_arm
 from evals.report.build import build_report
-from evals.vision.stage import look
+from evals.vision.stage import vision_report
 from vlopd.errors import ConfigError
 from vlopd.files import read_json
 from vlopd.run.folder import RunFolder
@@ -26,9 +26,9 @@ def test_towers_are_probed_and_reported(make_config, tmp_path):
     run = RunFolder.create(tmp_path / "run", config)
     for arm in config.arms:
         make_arm(run, config, arm)
-    path = look(run, config, list(config.arms), None, 40)
+    path = vision_report(run, config, list(config.arms), None, 40)
     written = path.stat().st_mtime_ns
-    assert look(run, config, list(config.arms), None, 40).stat().st_mtime_ns == written
+    assert vision_report(run, config, list(config.arms), None, 40).stat().st_mtime_ns == written
     found = read_json(path)
     assert set(found["towers"]) == {"full", "frozen"} and found["alignment"] == {}
     frozen, full = found["towers"]["frozen"], found["towers"]["full"]
@@ -45,5 +45,5 @@ def test_a_blind_student_has_no_tower(make_config, tmp_path):
     config = make_config("llm", arms={"base": {"type": "base"}})
     run = RunFolder.create(tmp_path / "run", config)
     make_arm(run, config, "base")
-    with pytest.raises(ConfigError, match="sees no pictures"):
-        look(run, config, ["base"], None, 10)
+    with pytest.raises(ConfigError, match="is text-only"):
+        vision_report(run, config, ["base"], None, 10)

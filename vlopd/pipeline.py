@@ -129,7 +129,13 @@ def arm_of(checkpoint: str) -> str | None:
     return Reference.parse(checkpoint).arm
 
 
-def plan(run: RunFolder, config: ExperimentConfig, names: Sequence[str], until: str) -> Plan:
+def plan(
+    run: RunFolder,
+    config: ExperimentConfig,
+    names: Sequence[str],
+    until: str,
+    geometry: bool = True,
+) -> Plan:
     """What `run_all` of these arms would keep and make, and why.
 
     The comparison and the report are not in it: they take seconds, and follow where all arms are evaluated.
@@ -137,7 +143,7 @@ def plan(run: RunFolder, config: ExperimentConfig, names: Sequence[str], until: 
     planner = Planner(run, config)
     for name in names:
         planner.arm(name)
-    if until != "arms":
+    if until != "arms" and geometry:
         planner.geometry([name for name in config.geometry.arms if name in names])
     if until in ("evals", "report"):
         planner.evals(names)
@@ -211,12 +217,26 @@ def make_geometry(run: RunFolder, config: ExperimentConfig, names: Sequence[str]
 
 def make_evals(run: RunFolder, config: ExperimentConfig, names: Sequence[str], say: Say) -> None:
     from evals.harness import evaluate_arm
-    from evals.token_kl import grade_answers
+    from evals.token_kl import write_token_kl
 
     for name in names:
         made = evaluate_arm(run, config, name)
-        made |= grade_answers(run, config, name)
+        made |= write_token_kl(run, config, name)
         say(f"evaluation of {name}", run.eval(name) / "results.json", made)
+
+
+def make_vision(
+    run: RunFolder,
+    config: ExperimentConfig,
+    names: Sequence[str],
+    scorer: str | None,
+    pictures: int,
+    say: Say,
+) -> None:
+    """Probes the arms' vision towers and, with a `scorer`, aligns their captions; not a part of `run_all`."""
+    from evals.vision.stage import vision_report
+
+    say("vision", vision_report(run, config, names, scorer, pictures), True)
 
 
 def make_comparison(run: RunFolder, config: ExperimentConfig, say: Say) -> None:
@@ -232,6 +252,18 @@ def make_report(run: RunFolder, config: ExperimentConfig, say: Say) -> None:
 
 
 # --------------------------------------------------------------------------------- what is refused first
+
+
+def refuse_outdated(run: RunFolder, planned: Plan, kinds: Sequence[str]) -> None:
+    """Raises ConfigError where a stage by itself would work from what the config no longer describes.
+
+    kinds: of the artifacts that the stage reads, as in "arms". What is not made yet is for the stage to say.
+    """
+    for artifact, why in planned.items():
+        if artifact.startswith(tuple(kinds)) and why is not None and why != "new":
+            raise ConfigError(
+                f"{artifact} is not what the config says ({why}); make it again with `vlopd run {run.root}`"
+            )
 
 
 def refuse_unready(config: ExperimentConfig, planned: Plan) -> None:
@@ -265,11 +297,11 @@ def unready_tasks(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
     from vlopd.preflight import inputs
 
     try:
-        lines = preflight.findings(config.eval, inputs.evaluated(config, list(names)))
+        lines = preflight.find_problems(config.eval, inputs.evaluated(config, list(names)))
     except UserError as error:
         return [str(error)]
     for name in names:
         if isinstance(arm := config.arms[name], ImportedArm):
-            its = preflight.imported_findings(config.eval.tasks, Path(arm.results))
+            its = preflight.find_import_problems(config.eval.tasks, Path(arm.results))
             lines += [f"arms.{name}: {line}" for line in its]
     return lines

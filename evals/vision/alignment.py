@@ -1,8 +1,8 @@
-"""How well captions fit their images by an open_clip model (CLIPScore), beside what that scorer can tell at all.
+"""Image-text alignment of captions by an open_clip model (CLIPScore), with the scorer's own limits.
 
-A score is comparable with scores of the same scorer only, by digest of its weights. It knows little of counts,
-relations and writing, and flatters a student whose vision tower is the scorer's own. So every result has a ceiling
-(the references' own score), a floor (captions beside other images) and the scorer's retrieval on the references.
+Scores are comparable only for the same scorer, by digest of its weights. CLIP is weak on counts, relations and text in
+images, and biased upward for a student whose vision tower is the scorer's. So every result has a ceiling (the
+references' score), a floor (captions with other images) and the scorer's retrieval accuracy on the references.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def batches(items: Sequence[T], size: int) -> list[Sequence[T]]:
 
 
 class Captioned(NamedTuple):
-    """An image, what was said of it, and what is right to say."""
+    """An image with a model's caption and the reference caption."""
 
     image: Image.Image
     caption: str
@@ -55,7 +55,7 @@ class Captioned(NamedTuple):
 
 @dataclass(frozen=True)
 class Scorer:
-    """A CLIP of open_clip with its own tokenizer and image transform. `digest` is of its weights."""
+    """An open_clip CLIP with its tokenizer and image transform. `digest`: of its weights."""
 
     name: str
     clip: Any
@@ -87,7 +87,7 @@ class Scorer:
         return torch.cat(found).double().cpu()
 
     def truncated(self, captions: Sequence[str]) -> NDArray[np.bool_]:
-        """Whether each caption, with its prefix, is longer than the context (77 tokens in most), so is cut."""
+        """Whether each caption, with its prefix, exceeds the context length (mostly 77 tokens) and is truncated."""
         longer = self.tokenizer.context_length + 1
         pad = self.tokenizer([""], longer)[0, -1]
         tokens = self.tokenizer([PREFIX + caption for caption in captions], longer)
@@ -101,11 +101,11 @@ def load_scorer(
     plumbing_check: bool = False,
     device: torch.device | str = "cpu",
 ) -> Scorer:
-    """An open_clip model by name with `pretrained` (a .safetensors file, or a tag), or `local-dir:FOLDER`.
+    """Loads an open_clip model by name with `pretrained` (a .safetensors file, or a tag), or `local-dir:FOLDER`.
 
-    With `plumbing_check`, weights may be left out: they are then random (seed 0), and what comes of them is
-    called `plumbing_check`, never a score. Raises ConfigError for that without being asked, for pickles, and for
-    what cannot be loaded.
+    With `plumbing_check`, weights may be omitted: they are then random (seed 0), and results are named
+    `plumbing_check` instead of a score. Raises ConfigError for missing weights otherwise, for pickles, and where
+    loading fails.
     """
     import open_clip
 
@@ -120,8 +120,8 @@ def load_scorer(
             )
         if random and not plumbing_check:
             raise ConfigError(
-                f"the scorer {name!r} has no weights, and what random ones say is no score: name some by "
-                "`pretrained`, or ask for a plumbing_check"
+                f"the scorer {name!r} has no weights, and random ones give no score: set `pretrained`, "
+                "or request a plumbing_check"
             )
         check_weights(name, pretrained, bool(config.get("quick_gelu", False)))
         with torch.random.fork_rng(devices=[]):
@@ -140,28 +140,28 @@ def load_scorer(
 
 
 def digest_tensors(state: Mapping[str, Tensor]) -> str:
-    """One sha256 over names, types, shapes and bytes, whichever file they came from."""
+    """One sha256 over names, dtypes, shapes and bytes, independent of the file."""
     total = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name]
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(content(tensor))
+        total.update(_tensor_bytes(tensor))
     return total.hexdigest()
 
 
-def content(tensor: Tensor) -> bytes:
+def _tensor_bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().tobytes()
 
 
 def shared_tower_fraction(scorer: Scorer, student: LoadedModel) -> float:
-    """Share of the matrices of the scorer's vision tower that the student's vision tower has too, bit for bit.
+    """Fraction of the matrices of the scorer's vision tower that the student's vision tower contains bit for bit.
 
-    In bf16, so that how either is stored does not matter, and by content, so that names do not; the scorer's
-    fused q, k, v may be three matrices there. Matrices of one value throughout are left out.
+    Compared in bf16, independent of stored dtypes, and by content, independent of names; the scorer's
+    fused qkv may be three matrices there. Constant matrices are left out.
     """
     known = {
-        fingerprint(parameter)
+        _fingerprint(parameter)
         for name, parameter in student.model.named_parameters()
         if classify(name).component == "vision" and parameter.ndim >= 2
     }
@@ -171,14 +171,14 @@ def shared_tower_fraction(scorer: Scorer, student: LoadedModel) -> float:
             continue
         thirds = parameter.chunk(3) if parameter.shape[0] % 3 == 0 else ()
         shared.append(
-            fingerprint(parameter) in known
-            or (len(thirds) == 3 and known >= {fingerprint(third) for third in thirds})
+            _fingerprint(parameter) in known
+            or (len(thirds) == 3 and known >= {_fingerprint(third) for third in thirds})
         )
     return float(np.mean(shared)) if shared else 0.0
 
 
-def fingerprint(tensor: Tensor) -> str:
-    return hashlib.sha256(content(tensor.to(torch.bfloat16))).hexdigest()
+def _fingerprint(tensor: Tensor) -> str:
+    return hashlib.sha256(_tensor_bytes(tensor.to(torch.bfloat16))).hexdigest()
 
 
 # ----------------------------------------------------------------------------------------- the scores
@@ -190,9 +190,9 @@ def clip_score(cosine: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def retrieval(images: Tensor, texts: Tensor) -> dict[str, Any]:
-    """R@1 among n images [n, D] and their texts [n, D], all different, beside chance, 1/n.
+    """R@1 among n images [n, D] and their texts [n, D], all distinct, with chance 1/n.
 
-    The share of images whose own text has the highest cosine, and the reverse. A tie is a miss.
+    The fraction of images whose own text has the highest cosine, and vice versa. A tie is a miss.
     """
     cosines = images @ texts.T
     own = cosines.diagonal()
@@ -216,12 +216,12 @@ def score_captions(
     students: Sequence[LoadedModel] = (),
     batch_size: int = 64,
 ) -> tuple[dict[str, Any], Rows]:
-    """Alignment of captions with their images: (summary, a row a pair), both ready for JSON.
+    """Alignment of captions with their images: (summary, one row per pair), both ready for JSON.
 
-    The score is `clip_score`, or `plumbing_check` where the scorer's weights are random. `students` are the
-    models whose captions these are; a trained one's base belongs here too, since training moves the tower.
-    `mismatched` is the mean score of captions beside the other images (null for a single pair). Retrieval is
-    over the pairs whose reference has not come before. Raises RunError where there are no pairs.
+    The score is `clip_score`, or `plumbing_check` where the scorer's weights are random. `students`: the models that
+    wrote the captions, and for a trained one also its base, whose tower may be the scorer's. `mismatched`: the
+    mean score of captions with the other images (null for a single pair). Retrieval is over the pairs with distinct
+    references. Raises RunError where there are no pairs.
     """
     if not pairs:
         raise RunError(
@@ -229,15 +229,15 @@ def score_captions(
         )
     name = "plumbing_check" if scorer.random else "clip_score"
     images = scorer.images([pair.image for pair in pairs], batch_size)
-    said = scorer.captions([pair.caption for pair in pairs], batch_size)
-    right = scorer.captions([pair.reference for pair in pairs], batch_size)
-    own, reference = ((images * texts).sum(1).numpy() for texts in (said, right))
+    captions = scorer.captions([pair.caption for pair in pairs], batch_size)
+    references = scorer.captions([pair.reference for pair in pairs], batch_size)
+    own, reference = ((images * texts).sum(1).numpy() for texts in (captions, references))
     scores, ceiling = clip_score(own), clip_score(reference)
-    every = clip_score((images @ said.T).numpy())  # [image, caption]
+    every = clip_score((images @ captions.T).numpy())  # [image, caption]
     n = len(pairs)
     floor = float(every.sum() - scores.sum()) / (n * (n - 1)) if n > 1 else None
     firsts = list({pair.reference: i for i, pair in reversed([*enumerate(pairs)])}.values())
-    found = retrieval(images[firsts], right[firsts])
+    found = retrieval(images[firsts], references[firsts])
     cut = scorer.truncated([pair.caption for pair in pairs])
     shared = {student.name: shared_tower_fraction(scorer, student) for student in students}
     summary = {
@@ -256,7 +256,7 @@ def score_captions(
         "truncated_captions": int(cut.sum()),
         "retrieval": found,
         "shared_tower_fraction": shared,
-        "warnings": warnings_of(found, shared, int(cut.sum())),
+        "warnings": _warnings_of(found, shared, int(cut.sum())),
     }
     rows = [
         {
@@ -274,30 +274,30 @@ def score_captions(
     return without_nan(summary), rows
 
 
-def warnings_of(found: Mapping[str, Any], shared: Mapping[str, float], cut: int) -> list[str]:
-    """What a reader of the score must know."""
-    said = []
+def _warnings_of(found: Mapping[str, Any], shared: Mapping[str, float], cut: int) -> list[str]:
+    """Caveats on the score."""
+    warnings = []
     for way in ("image_to_text", "text_to_image"):
         if not found[way]["interval"][0] > found["chance"]:
-            said.append(
+            warnings.append(
                 f"the scorer's own {way} retrieval on the references ({found[way]['mean']:.3f}) is not above "
-                f"chance ({found['chance']:.3f}): its scores mean nothing"
+                f"chance ({found['chance']:.3f}): its scores are meaningless"
             )
     for student, fraction in shared.items():
         if fraction > 0:
-            said.append(
-                f"{fraction:.0%} of the matrices of the scorer's vision tower are {student}'s own: "
-                "it flatters that model"
+            warnings.append(
+                f"{fraction:.0%} of the matrices of the scorer's vision tower are {student}'s: "
+                "its score for that model is biased upward"
             )
     if cut:
-        said.append(f"{cut} captions are longer than the scorer's context and were cut")
-    return said
+        warnings.append(f"{cut} captions exceed the scorer's context length and were truncated")
+    return warnings
 
 
 def difference(rows: Rows, others: Rows) -> dict[str, Any]:
-    """Paired difference of two models' scores of the same pictures: rows - others.
+    """Paired difference of two models' scores of the same images: rows - others.
 
-    Raises RunError where scorer or pictures differ.
+    Raises RunError where scorers or images differ.
     """
     name = next(key for key in ("clip_score", "plumbing_check") if key in rows[0])
     for key, what in (("scorer_digest", "scorers"), ("reference", "pictures")):
@@ -312,10 +312,10 @@ def difference(rows: Rows, others: Rows) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------- the captions
 
 
-def answers(
+def greedy_answers(
     loaded: LoadedModel, examples: Sequence[Example], max_new_tokens: int, batch_size: int = 32
 ) -> list[str]:
-    """The likeliest completion of each prompt, token by token."""
+    """The greedy completion of each prompt."""
     texts = []
     for some in batches(examples, batch_size):
         prompts = loaded.render(some)
@@ -324,35 +324,36 @@ def answers(
     return texts
 
 
-def told_by_rows(loaded: LoadedModel, images: Sequence[Image.Image]) -> list[str]:
-    """Descriptions of pictures of the visual world by a model that answers its questions and cannot caption.
+def caption_by_rows(loaded: LoadedModel, images: Sequence[Image.Image]) -> list[str]:
+    """Captions of shapes images by a model that answers questions on them but cannot caption.
 
-    Its answers to `list top row`, `list middle row` and `list bottom row`, joined by `in_words`.
+    Joins its answers to `list top row`, `list middle row` and `list bottom row` with `join_rows`.
     """
     asked = [
         Example.ask(f"{i}", f"list {row} row", [image])
         for i, image in enumerate(images)
         for row in shapes.ROWS
     ]
-    return [in_words(rows) for rows in batches(answers(loaded, asked, 14), len(shapes.ROWS))]
+    return [
+        join_rows(rows) for rows in batches(greedy_answers(loaded, asked, 14), len(shapes.ROWS))
+    ]
 
 
-def in_words(rows: Sequence[str]) -> str:
-    """Answers about the three rows as one description, in the words of `shapes.scene_in_words`.
+def join_rows(rows: Sequence[str]) -> str:
+    """Joins the answers for three rows into one caption, in the format of `shapes.scene_caption`.
 
-    Empty cells are not mentioned. Whatever else is said of a cell stays, right or wrong; what comes after the
-    third cell of a row has no place and is dropped.
+    Omits empty cells. Keeps any other text of a cell, right or wrong; drops text after the third cell of a row.
 
-    >>> in_words(["red circle , nothing , nothing", "nothing , blue cross , nothing", "nothing , nothing , nothing"])
+    >>> join_rows(["red circle , nothing , nothing", "nothing , blue cross , nothing", "nothing , nothing , nothing"])
     "top-left red circle , middle-center blue cross ;"
     """
-    said = [cell for row in rows for cell in (row.split(" , ") + ["nothing"] * 3)[:3]]
-    told = [
+    cells = [cell for row in rows for cell in (row.split(" , ") + ["nothing"] * 3)[:3]]
+    phrases = [
         f"{place} {words}"
-        for place, words in zip(shapes.CELLS, said, strict=True)
+        for place, words in zip(shapes.CELLS, cells, strict=True)
         if words not in ("", "nothing")
     ]
-    return " , ".join(told) + " ;"
+    return " , ".join(phrases) + " ;"
 
 
 def score_shapes(
@@ -365,18 +366,18 @@ def score_shapes(
     max_new_tokens: int = 64,
     bases: Sequence[LoadedModel] = (),
 ) -> tuple[dict[str, Any], Rows]:
-    """Has a model caption `n` pictures of the visual world, and scores what it says, as `score_captions`.
+    """Has a model caption `n` shapes images, and scores the captions as `score_captions`.
 
-    With `prompt` it is asked that of each picture; without, what is in each row (`told_by_rows`). The
-    references are the scenes in words; `exact_match` is the share of captions that are theirs to the letter.
+    Captions come from `prompt` or, without one, from `caption_by_rows`. The references are the scene descriptions;
+    `exact_match` is the fraction of captions identical to them.
     """
     world = list(shapes.ShapesDataset(split, n, seed))
     images = [example.images[0] for example in world]
     if prompt is None:
-        captions = told_by_rows(loaded, images)
+        captions = caption_by_rows(loaded, images)
     else:
         asked = [Example.ask(e.id, prompt, e.images) for e in world]
-        captions = answers(loaded, asked, max_new_tokens)
+        captions = greedy_answers(loaded, asked, max_new_tokens)
     references = [str(example.fields["caption"]) for example in world]
     pairs = [Captioned(*each) for each in zip(images, captions, references, strict=True)]
     summary, rows = score_captions(pairs, scorer, [loaded, *bases])

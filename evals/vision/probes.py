@@ -1,8 +1,8 @@
-"""Did distillation move a vision tower? What its features say of a picture before and after, and how alike they are.
+"""Compares a vision tower's features before and after distillation: linear probes, CKA and cosine drift, zero-shot.
 
-Features are what the tower hands to the projector, averaged over an image's tokens, in whatever family: the
-language model sees nothing else of a picture. A linear probe asks what can still be read off them, linear CKA and
-cosines how far they turned, and a tower of open_clip can be put back into its CLIP and asked without training.
+Features are the tower's outputs at the projector, averaged over an image's tokens, in any family: the language model
+gets no other input from an image. Linear probes measure the decodable information, linear CKA and cosines the drift,
+and an open_clip tower can be put back into its CLIP for zero-shot classification.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ Label = str | int
 SHUFFLES = 10
 
 
-class Pictures(NamedTuple):
-    """Images and, by name, labels of each: {"red": [0, 2, 1]}."""
+class LabelledImages(NamedTuple):
+    """Images with one or more named labels: {"red": [0, 2, 1]}."""
 
     images: Sequence[Image.Image]
     labels: Mapping[str, Sequence[Label]]
 
 
-def shapes_pictures(split: shapes.Split, n: int, seed: int = 0) -> Pictures:
-    """Pictures of the visual world: how many objects, how many red, how many circles, is there a red circle.
+def shapes_pictures(split: shapes.Split, n: int, seed: int = 0) -> LabelledImages:
+    """Shapes images with labels: number of objects, of red objects, of circles; presence of a red circle.
 
-    Splits are by scene (`shapes.split_of`): no scene is in two of them.
+    Splits are by scene (`shapes.split_of`), so no scene is in two splits.
     """
     rows = list(shapes.ShapesDataset(split, n, seed))
     scenes = [[*shapes.scene_from_json(str(row.fields["scene"])).values()] for row in rows]
@@ -59,7 +59,7 @@ def shapes_pictures(split: shapes.Split, n: int, seed: int = 0) -> Pictures:
         "circle": [sum(shape == "circle" for _, shape in scene) for scene in scenes],
         "red circle": [int(("red", "circle") in scene) for scene in scenes],
     }
-    return Pictures([row.images[0] for row in rows], labels)
+    return LabelledImages([row.images[0] for row in rows], labels)
 
 
 # ------------------------------------------------------------------------------------------- features
@@ -68,34 +68,34 @@ def shapes_pictures(split: shapes.Split, n: int, seed: int = 0) -> Pictures:
 def tower_features(
     loaded: LoadedModel, images: Sequence[Image.Image], batch_size: int = 32
 ) -> Features:
-    """What the vision tower hands to the projector, the mean over each image's tokens: [I, W] float64.
+    """The vision tower's outputs at the projector, averaged over each image's tokens: [I, W] float64.
 
-    The model is shown each picture as a prompt, so that any family's own processor and forward pass do the work.
-    Pictures of one size go through together; others one by one. Raises RunError for a model without eyes, and
-    for one whose projector the atlas of names does not know.
+    Each image goes through the model as a prompt, with the family's own processor and forward pass.
+    Images of one size are batched; others go one by one. Raises RunError for a text-only model, and
+    for one whose projector is not in vlopd/models/names.py.
     """
-    projectors = projectors_of(loaded.model)
+    projectors = _projector_modules(loaded.model)
     if not projectors:
         raise RunError(
-            f"{loaded.name} has no projector that vlopd/models/names.py knows, so where its vision tower ends "
-            "cannot be told; name a vision-language model, or its projector there"
+            f"{loaded.name} has no projector that vlopd/models/names.py matches, so the end of its vision tower is "
+            "unknown; use a vision-language model, or add its projector's name there"
         )
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
 
-    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        seen.append(next(x for x in values if x.is_floating_point()))
+        inputs.append(next(x for x in values if x.is_floating_point()))
 
-    hooks = [each.register_forward_pre_hook(look, with_kwargs=True) for each in projectors]
+    hooks = [each.register_forward_pre_hook(record, with_kwargs=True) for each in projectors]
     alike = len({image.size for image in images}) == 1
     found = []
     try:
         for some in batches(images, batch_size if alike else 1):
-            seen.clear()
+            inputs.clear()
             asked = [Example.ask("", "what is this", [image]) for image in some]
             sample(loaded, loaded.render(asked), 1, temperature=0.0)
             # image by image in every family, as [I, S, W] or flat
-            tokens = seen[0].reshape(len(some), -1, seen[0].shape[-1])
+            tokens = inputs[0].reshape(len(some), -1, inputs[0].shape[-1])
             found.append(tokens.double().mean(1).cpu().numpy())
     finally:
         for hook in hooks:
@@ -103,8 +103,8 @@ def tower_features(
     return np.concatenate(found)
 
 
-def projectors_of(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules all of whose parameters are a projector's."""
+def _projector_modules(model: nn.Module) -> list[nn.Module]:
+    """The outermost modules whose parameters all belong to the projector."""
     components = defaultdict(set)
     for name, _ in model.named_parameters():
         pieces = name.split(".")
@@ -120,24 +120,24 @@ def projectors_of(model: nn.Module) -> list[nn.Module]:
 def linear_cka(x: Features, y: Features) -> float:
     """Linear centred kernel alignment of features of the same n images, [n, W] and [n, W']: 0 to 1.
 
-    |Y'X|^2 / (|X'X| |Y'Y|), Frobenius norms, columns centred (arXiv 1905.00414, eq. 5). 1 where one is the
-    other turned and scaled; nan where either is constant. With few images for the width it is high by chance.
+    |Y'X|^2 / (|X'X| |Y'Y|), Frobenius norms, columns centred (arXiv 1905.00414, eq. 5). 1 where they differ by a
+    rotation and scale; nan where either is constant. High by chance for few images relative to the width.
     """
-    x, y = x - x[0], y - y[0]  # so that what is constant becomes exactly 0
+    x, y = x - x[0], y - y[0]  # constant features become exactly 0
     x, y = x - x.mean(0), y - y.mean(0)
     across = np.linalg.norm(y.T @ x) ** 2
     within = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
     return float(across / within) if within else float("nan")
 
 
-def mean_cosine(x: Features, y: Features) -> float:
+def _mean_cosine(x: Features, y: Features) -> float:
     """Mean over images of the cosine of their features, [n, W] both; nan where some are all 0."""
     lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     return float(np.mean((x * y).sum(1) / lengths)) if lengths.all() else float("nan")
 
 
 def drift(x: Features, y: Features, seed: int = 0) -> dict[str, Any]:
-    """Linear CKA and mean cosine of two towers' features, and the mean of both over shuffles of the images.
+    """Linear CKA and mean cosine of two towers' features, and their means over shuffled images.
 
     The cosine is null where the widths differ.
     """
@@ -149,8 +149,8 @@ def drift(x: Features, y: Features, seed: int = 0) -> dict[str, Any]:
         "width": [x.shape[1], y.shape[1]],
         "linear_cka": linear_cka(x, y),
         "linear_cka_shuffled": float(np.mean([linear_cka(x, s) for s in shuffled])),
-        "cosine": mean_cosine(x, y) if same_width else None,
-        "cosine_shuffled": float(np.mean([mean_cosine(x, s) for s in shuffled]))
+        "cosine": _mean_cosine(x, y) if same_width else None,
+        "cosine_shuffled": float(np.mean([_mean_cosine(x, s) for s in shuffled]))
         if same_width
         else None,
     }
@@ -159,12 +159,12 @@ def drift(x: Features, y: Features, seed: int = 0) -> dict[str, Any]:
 def linear_probe(
     train: Features, train_labels: Sequence[Label], test: Features
 ) -> NDArray[np.generic]:
-    """The test images' labels by logistic regression on standardised features (L2, C = 1): [n_test].
+    """Predicts the test images' labels by logistic regression on standardised features (L2, C = 1): [n_test].
 
-    Raises RunError where the training images have but one label.
+    Raises RunError where the training images have a single label.
     """
     if len(set(train_labels)) < 2:
-        raise RunError(f"every training picture has the label {train_labels[0]!r}; give others too")
+        raise RunError(f"every training picture has the label {train_labels[0]!r}; add others")
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     return probe.fit(train, train_labels).predict(test)
 
@@ -172,28 +172,29 @@ def linear_probe(
 # ---------------------------------------------------------------------------------------------- probes
 
 
-def both_features(
-    loaded: LoadedModel, train: Pictures, test: Pictures
+def train_test_features(
+    loaded: LoadedModel, train: LabelledImages, test: LabelledImages
 ) -> tuple[Features, Features]:
-    """A tower's features of the training and the test pictures."""
-    learned, asked = (tower_features(loaded, pictures.images) for pictures in (train, test))
+    """A tower's features of the training and the test images."""
+    learned, asked = (tower_features(loaded, each.images) for each in (train, test))
     return learned, asked
 
 
 def probe_towers(
     base: LoadedModel,
     trained: LoadedModel,
-    train: Pictures,
-    test: Pictures,
+    train: LabelledImages,
+    test: LabelledImages,
     before: tuple[Features, Features] | None = None,
 ) -> tuple[dict[str, Any], Rows]:
-    """Drift of a model's vision tower between two checkpoints: (summary, a row a test picture and label).
+    """Drift of a model's vision tower between two checkpoints: (summary, one row per test image and label).
 
-    For each label a linear probe is fitted on either tower's features of `train` and tested on `test`; `chance`
-    is the commonest training label's accuracy, `difference` is trained - base, paired by picture. `drift` is of
-    the features of `test`. `before` are the base's `both_features`, where they are there already.
+    For each label a linear probe is fitted on each tower's features of `train` and tested on `test`; `chance`
+    is the majority class's accuracy, `difference` is trained - base, paired by image. `drift` is of the features of
+    `test`. `before`: precomputed `train_test_features` of the base.
     """
-    before, after = before or both_features(base, train, test), both_features(trained, train, test)
+    before = before or train_test_features(base, train, test)
+    after = train_test_features(trained, train, test)
     probes, rows = {}, []
     for name, truth in test.labels.items():
         learned = train.labels[name]
@@ -229,7 +230,7 @@ def zero_shot(
     labels: Sequence[str],
     templates: Sequence[str] = (f"{PREFIX}{{}}",),
 ) -> list[dict[str, Any]]:
-    """Accuracy of each CLIP that names images by the nearest class name, without training; a dict a scorer.
+    """Zero-shot accuracy of each CLIP by the nearest class name; one dict per scorer.
 
     Class names are the distinct labels, each in every template (open_clip's build_zero_shot_classifier).
     `chance` is 1 / classes; `difference` is to the first scorer, paired by image.
@@ -260,15 +261,14 @@ def zero_shot(
 
 
 def with_tower_of(scorer: Scorer, student: LoadedModel) -> Scorer:
-    """The CLIP with a student's vision tower in place of its own, for a zero-shot probe of that tower.
+    """Replaces the CLIP's vision tower by a student's, for a zero-shot probe of that tower.
 
-    The student must be an OpenCLIP student (`openclip_assemble.assemble`) of the same tower. Raises ConfigError
-    where it is not.
+    Raises ConfigError unless the student is an OpenCLIP student (`openclip.assemble`) with the same tower architecture.
     """
     model = student.model
     if not isinstance(model, OpenClipVlmForConditionalGeneration):
         raise ConfigError(
-            f"{student.name} has no open_clip tower, so it cannot be probed by class names; use probe_towers"
+            f"{student.name} has no open_clip tower and cannot be probed by class names; use probe_towers"
         )
     clip = copy.deepcopy(scorer.clip)
     state = {
@@ -278,7 +278,7 @@ def with_tower_of(scorer: Scorer, student: LoadedModel) -> Scorer:
         clip.visual.load_state_dict(state)
     except RuntimeError as error:
         raise ConfigError(
-            f"{student.name}'s vision tower is not {scorer.name}'s: {first_line(error)}; name the CLIP that the "
+            f"{student.name}'s vision tower does not fit {scorer.name}: {first_line(error)}; use the CLIP that the "
             "student was assembled from"
         ) from None
     name, digest = (

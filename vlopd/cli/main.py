@@ -74,6 +74,14 @@ def say_plan(run: RunFolder, planned: pipeline.Plan) -> None:
         console.print(f"[bold]to be made[/]: {escape(line)}", soft_wrap=True)
 
 
+def check_results(run: RunFolder, config: ExperimentConfig) -> None:
+    """Refuses to compare or report results that the config no longer describes."""
+    if run.changes:
+        planned = pipeline.plan(run, config, list(config.arms), "evals", geometry=False)
+        say_plan(run, planned)
+        pipeline.refuse_outdated(run, planned, ["arms", "masks", "evals"])
+
+
 def say_verdict(run: RunFolder) -> None:
     from evals.report.verdict import verdict
 
@@ -209,8 +217,12 @@ def geometry(
     """The geometry of a run's arms, or of any checkpoint folders, each number beside its nulls."""
     if not trained or is_run(base):
         folder, config = pipeline.prepare(base, trained or ())
+        names = list(config.geometry.arms)
+        planned = pipeline.plan(folder, config, names, "geometry")
+        say_plan(folder, planned)
+        pipeline.refuse_outdated(folder, planned, ["arms", "masks"])
         folder.adopt(config)
-        pipeline.make_geometry(folder, config, list(config.geometry.arms), say)
+        pipeline.make_geometry(folder, config, names, say)
         return
     if out is None:
         raise ConfigError("checkpoints need --out DIR for the tables")
@@ -229,8 +241,9 @@ def evaluate(target: Target, overrides: Overrides = None, arm: Arms = None) -> N
     """Scores arms through lm-eval."""
     folder, config = pipeline.prepare(target, overrides or ())
     names = chosen(config, arm, list(config.arms))
-    planned = pipeline.plan(folder, config, names, "evals")
+    planned = pipeline.plan(folder, config, names, "evals", geometry=False)
     say_plan(folder, planned)
+    pipeline.refuse_outdated(folder, planned, ["arms", "masks"])
     pipeline.refuse_unready(config, planned)
     folder.adopt(config)
     pipeline.make_evals(folder, config, names, say)
@@ -251,11 +264,9 @@ def vision(
         raise ConfigError(f"--pictures {pictures}: at least 1")
     if scorer and scorer.startswith("local-dir:") and not Path(scorer[10:]).is_dir():
         raise ConfigError(f"--scorer {scorer}: no such folder")
-    from evals.vision.stage import look
-
     folder, config = RunFolder.open(run)
     names = chosen(config, arm, list(config.arms))
-    say("vision", look(folder, config, names, scorer, pictures), True)
+    pipeline.make_vision(folder, config, names, scorer, pictures, say)
 
 
 @app.command()
@@ -281,6 +292,7 @@ def compare(
     first, *others = what
     if not others or is_run(Path(first)):
         folder, config = pipeline.prepare(Path(first), others)
+        check_results(folder, config)
         folder.adopt(config)
         pipeline.make_comparison(folder, config, say)
     else:
@@ -291,6 +303,7 @@ def compare(
 def report(target: Target, overrides: Overrides = None) -> None:
     """The report: report.html, report.md, figures and tables; and first the comparison, where all is evaluated."""
     folder, config = pipeline.prepare(target, overrides or ())
+    check_results(folder, config)
     folder.adopt(config)
     if all((folder.eval(name) / "results.json").exists() for name in config.arms):
         pipeline.make_comparison(folder, config, say)
