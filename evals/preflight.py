@@ -66,10 +66,10 @@ def find_problems(config: EvalConfig, models: Mapping[str, LoadedModel]) -> list
             with preserve_random_state():
                 loaded = load_task(manager, task, config.fewshot)["tasks"]
                 for leaf, its in loaded.items():
-                    look = TaskCheck(leaf, its, config, limit, manager.task_index[task].yaml_path)
-                    comparable |= look.refuse_bad_rows()
+                    check = TaskCheck(leaf, its, config, limit, manager.task_index[task].yaml_path)
+                    comparable |= check.refuse_bad_rows()
                     for name, model in models.items():
-                        look.refuse_unreadable(name, model)
+                        check.refuse_unreadable(name, model)
         except UserError as error:
             found.append(" ".join(str(error).split()))
     if not found and not comparable:

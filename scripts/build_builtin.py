@@ -373,7 +373,7 @@ def greedy_accuracy(
 ) -> dict[str, float]:
     """Full-string exact match of greedy answers, with the unmodified processor and `generate`.
 
-    On the world as it is, or, with `own_world`, as the model was trained on it.
+    On the standard data set or, with `own_world`, rendered as in the model's training.
     """
     model.eval()
     modality: shapes.Modality = "image" if recipe.vision else "text"
@@ -421,8 +421,8 @@ def as_trained_on(example: Example, recipe: Recipe) -> Example:
     if recipe.vision:
         drawing = shapes.render(scene, int(fields["jitter"]), recipe.palette, recipe.shade)
         return Example.ask(example.id, question, [drawing], example.answer, fields)
-    told = shapes.scene_caption(scene, recipe.place_first)
-    return Example.ask(example.id, f"{told} {question}", (), example.answer, fields)
+    caption = shapes.scene_caption(scene, recipe.place_first)
+    return Example.ask(example.id, f"{caption} {question}", (), example.answer, fields)
 
 
 CARD = """---

@@ -263,7 +263,7 @@ def tiled(model_type: str, make_processor: Callable[..., Any]) -> Recipe:
 
 
 def qwen3_5() -> Recipe:
-    """As Qwen3-VL without its side entrance; every other layer is linear attention."""
+    """Qwen3-VL without DeepStack; every other layer is linear attention."""
     text = dict(
         head_dim=16,
         layer_types=["linear_attention", "full_attention"],

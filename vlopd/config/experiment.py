@@ -83,11 +83,11 @@ class ExperimentConfig(RecipeSections):
         return roles_of(self.arms, self.masks, recipes)
 
     def checkpoint_of(self, arm: CheckpointArm) -> ModelConfig:
-        """A foreign checkpoint, to be loaded as the student is."""
+        """The settings of a foreign checkpoint, loaded like the student."""
         return self.student.model_copy(update={"model": arm.model})
 
     def teacher_of(self, arm: TeacherArm) -> TeacherConfig:
-        """The teacher that an arm is: the one it names, or the only one."""
+        """The teacher of a teacher arm: the one it names, or the only one."""
         return self.teachers[arm.teacher or next(iter(self.teachers))]
 
     @model_validator(mode="before")
@@ -99,7 +99,7 @@ class ExperimentConfig(RecipeSections):
 
     @model_validator(mode="after")
     def check_references(self) -> ExperimentConfig:
-        """Every mask and arm that is named exists, and what it is made from comes before it."""
+        """Checks that all named masks and arms exist, and that no mask or arm depends on itself."""
 
         def need(names: Mapping[str, Any], name: str, where: str) -> None:
             if name not in names:
@@ -126,9 +126,7 @@ class ExperimentConfig(RecipeSections):
                         f"arms.{name} is a teacher, and there is none; set teacher = MODEL, or leave the arm out"
                     )
                 if arm.teacher is None and len(self.teachers) > 1:
-                    raise ValueError(
-                        f"arms.{name}.teacher must say which of {sorted(self.teachers)} it is"
-                    )
+                    raise ValueError(f"arms.{name}.teacher must be one of {sorted(self.teachers)}")
                 need(
                     self.teachers, arm.teacher or next(iter(self.teachers)), f"arms.{name}.teacher"
                 )
@@ -167,7 +165,7 @@ class ExperimentConfig(RecipeSections):
                     raise ValueError(f"arms.{name}: {error}" if arm.own else str(error)) from None
 
     def _refuse_equal_draws(self) -> None:
-        """Two random masks of one seed are one mask, and no two controls."""
+        """Raises ValueError for two random masks with the same settings and seed, which are the same mask."""
         drawn: dict[RandomMask, str] = {}
         for name, mask in self.masks.items():
             if isinstance(mask, RandomMask):
@@ -197,7 +195,7 @@ class ExperimentConfig(RecipeSections):
             )
 
     def _refuse_cut_matrices(self, arm: str, mask: str) -> None:
-        """Before the first arm trains; the mask itself is looked at again before this one does."""
+        """Raises ValueError for Muon with a mask that takes parts of matrices, as far as the rule determines it."""
         if not self._takes_whole_matrices(mask):
             raise ValueError(
                 f"arms.{arm}: Muon orthogonalises whole matrices, and the mask {mask!r} takes coordinates out "
@@ -205,7 +203,7 @@ class ExperimentConfig(RecipeSections):
             )
 
     def _takes_whole_matrices(self, mask: str) -> bool:
-        """As far as the rule tells; what a file holds is seen when it is read."""
+        """Whether the rule selects whole matrices only; true for files, which are checked on loading."""
         rule = self.masks[mask]
         if isinstance(rule, RandomMask) and rule.match in ("global", "module"):
             return False
@@ -227,7 +225,7 @@ class ExperimentConfig(RecipeSections):
         return mask_of(its) is not None or bool(checkpoints_of(its))
 
     def ancestors(self, arm: str) -> list[str]:
-        """The arms whose deltas `arm` is made from, nearest first (at most one visit each)."""
+        """The arms whose deltas `arm` depends on, nearest first."""
         found: list[str] = []
         queue = [arm]
         while queue:
@@ -243,7 +241,7 @@ class ExperimentConfig(RecipeSections):
         return found
 
     def read_by(self, mask: str, above: tuple[str, ...] = ()) -> list[str]:
-        """The checkpoints that a mask is made from, through all masks that it is made from."""
+        """The checkpoints that a mask depends on, directly or through other masks."""
         if mask in above:
             raise ValueError(f"masks.{mask}: leads back to itself by {' <- '.join(above)}")
         rule = self.masks[mask]

@@ -58,7 +58,7 @@ def read_turns(value: Any) -> list[Turn]:
     if isinstance(value, Mapping):
         names = [name for name, each in value.items() if isinstance(each, list)]
         if len({len(value[name]) for name in names}) > 1:
-            raise DataError(f"has lists of different lengths under {names}; mend the row")
+            raise DataError(f"has lists of different lengths under {names}; fix the row")
         value = [
             dict(zip(names, each, strict=True))
             for each in zip(*(value[name] for name in names), strict=True)
@@ -119,7 +119,7 @@ def split_answer(turns: Sequence[Turn]) -> tuple[list[Turn], str | None]:
         answer = _turn_text(last)
     if not turns or turns[-1]["role"] != "user":
         raise DataError(
-            "has no user turn at its end, or before the assistant turn at its end; mend or remove the row"
+            "has no user turn at its end, or before the assistant turn at its end; fix or remove the row"
         )
     if not any(part["type"] == "text" and part["text"].strip() for part in turns[-1]["content"]):
         raise DataError("holds no text in its last user turn; fill it in or remove the row")
@@ -169,7 +169,7 @@ def insert_images(turns: Sequence[Turn], images: int, mark: str | None) -> list[
     elif marked != images:
         what = f"{mark!r}" if mark is not None else "image parts"
         raise DataError(
-            f"the question has {marked} {what} and the row {images} images; mend the row or "
+            f"the question has {marked} {what} and the row {images} images; fix the row or "
             + ("data.image_mark" if mark is not None else "name its pictures: data.image")
         )
     return placed

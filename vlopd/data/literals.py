@@ -186,7 +186,7 @@ def check_characters(value: Any) -> None:
                         f"is not UTF-8 (byte 0x{code - 0xDC00:02x}); save the file as UTF-8"
                     ) from None
                 raise DataError(
-                    f"has half of a surrogate pair (\\u{code:04x}) for a character; mend or remove the row"
+                    f"has half of a surrogate pair (\\u{code:04x}) for a character; fix or remove the row"
                 ) from None
         case list():
             for each in value:

@@ -113,7 +113,7 @@ def open_lines(path: Path) -> TextTable:
             except UnicodeDecodeError:
                 raise ValueError(f"line {number} is not UTF-8; save the file as UTF-8") from None
             raise ValueError(
-                f"line {number} is not JSON ({_json_error(error)}); mend or remove it"
+                f"line {number} is not JSON ({_json_error(error)}); fix or remove it"
             ) from None
         if not isinstance(row, dict):
             raise ValueError(f"line {number} is not an object {{...}}; write one row per line")

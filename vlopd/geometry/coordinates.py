@@ -119,7 +119,7 @@ def count_coordinates(
 ) -> CoordinateCounts:
     """Makes one pass over a flat base, its delta and its mask codes; compares changed coordinates only."""
     sizes, codes, moved = torch.empty_like(d), torch.empty_like(code), 0
-    seen = CoordinateCounts(
+    counts = CoordinateCounts(
         dict.fromkeys(limits, 0), dict.fromkeys(TAUS, 0), 0, 0.0, 0.0, sizes, codes
     )
     for parts in zip(*(each.split(CHUNK) for each in (d, w, code)), strict=True):
@@ -132,22 +132,22 @@ def count_coordinates(
         codes[here] = c
         size, reference = torch.abs(b, out=sizes[here]), wide.abs()
         for key, (test, limit) in limits.items():
-            seen.within[key] += count(compare(test, size, limit))
+            counts.within[key] += count(compare(test, size, limit))
         for tau in TAUS:
-            seen.within_share[tau] += count(compare(le, size, tau * reference))
+            counts.within_share[tau] += count(compare(le, size, tau * reference))
         before, after = (x.bfloat16().to(b.dtype) for x in (a, wide + b))
-        seen.same_in_bf16 += count(compare(eq, before, after))
-        seen.total += float(size.sum(dtype=torch.float64))
-        seen.largest = max(seen.largest, float(size.max()))
+        counts.same_in_bf16 += count(compare(eq, before, after))
+        counts.total += float(size.sum(dtype=torch.float64))
+        counts.largest = max(counts.largest, float(size.max()))
 
-    seen.sizes, seen.codes = sizes[:moved], codes[:moved]
+    counts.sizes, counts.codes = sizes[:moved], codes[:moved]
     still = len(d) - moved
-    seen.same_in_bf16 += still
+    counts.same_in_bf16 += still
     for tau in TAUS:
-        seen.within_share[tau] += still
+        counts.within_share[tau] += still
     for key, (test, limit) in limits.items():
-        seen.within[key] += still * test(0.0, limit)
-    return seen
+        counts.within[key] += still * test(0.0, limit)
+    return counts
 
 
 # ------------------------------------------------------------------------------------------ measures
@@ -178,26 +178,28 @@ def coordinate_terms(
     w, d = base.reshape(-1), delta.reshape(-1)
     energy, base_energy = norm(d) ** 2, norm(w) ** 2
     rms = math.sqrt(base_energy / n) if n else 0.0
-    seen = count_coordinates(w, d, masks.code, thresholds(rms, d.dtype))
+    counts = count_coordinates(w, d, masks.code, thresholds(rms, d.dtype))
     ks = [quota(ratio, n) for ratio in ratios]
-    tops = [top_energy(seen.sizes, k) if k < len(seen.sizes) else energy for k in ks]
+    tops = [top_energy(counts.sizes, k) if k < len(counts.sizes) else energy for k in ks]
 
     terms = [
         Term("relative_delta_fro", "", energy, base_energy, "root", decided_by="norm"),
         Term("delta_rms", "", energy, n, "root", decided_by="norm"),
-        Term("delta_linf_norm", "", seen.largest, fold="max", decided_by="sizes"),
-        Term("delta_mean_abs", "", seen.total, n, decided_by="sizes"),
-        Term("frac_delta_eq_0", "precision=bf16", seen.same_in_bf16, n, decided_by="places"),
+        Term("delta_linf_norm", "", counts.largest, fold="max", decided_by="sizes"),
+        Term("delta_mean_abs", "", counts.total, n, decided_by="sizes"),
+        Term("frac_delta_eq_0", "precision=bf16", counts.same_in_bf16, n, decided_by="places"),
     ]
-    for (metric, key), number in seen.within.items():
+    for (metric, key), number in counts.within.items():
         terms.append(Term(metric, key, number, n, decided_by="sizes"))
-    for tau, number in seen.within_share.items():
+    for tau, number in counts.within_share.items():
         key = parameters(tau=tau)
         terms.append(Term("frac_abs_delta_le_src_abs", key, number, n, decided_by="places"))
     for ratio, top in zip(ratios, tops, strict=True):
         key = parameters(ratio=ratio)
         terms.append(Term("coord_top_energy_ratio", key, top, energy, decided_by="sizes"))
-    found = masks.tally(seen.sizes, seen.codes, [not_above(atol, d.dtype) for atol in UPDATE_ATOLS])
+    found = masks.tally(
+        counts.sizes, counts.codes, [not_above(atol, d.dtype) for atol in UPDATE_ATOLS]
+    )
     for atol, (moved, tallies) in zip(UPDATE_ATOLS, found, strict=True):
         key = parameters(atol=atol)
         terms.append(Term("update_density", key, moved, n, decided_by="sizes"))

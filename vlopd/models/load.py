@@ -149,7 +149,7 @@ def load_processor(
     ):
         raise ConfigError(
             f'{name!r} has no chat template; set template = "plain" (bare text) or a .jinja file '
-            "next to its `model`"
+            "beside its `model`"
         )
     check_template_arguments(name, template_text(processor), template_arguments or {})
     return processor
@@ -257,7 +257,7 @@ def check_tokens(loaded: LoadedModel) -> None:
     shown = [loaded.prints_user_text(content) for content in (PROBE, families.as_parts(PROBE))]
     if not any(shown) and False in shown:
         raise ConfigError(
-            f"the chat template of {name} omits the user's text; set `template` next to its `model` to a "
+            f"the chat template of {name} omits the user's text; set `template` beside its `model` to a "
             '.jinja file, or "plain"'
         )
     if any(shown):

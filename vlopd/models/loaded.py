@@ -216,7 +216,7 @@ class LoadedModel:
                     self.prompts_of([example])
             raise UserError(
                 f"example {examples[0].id!r}: {self.name} cannot read its prompt: {first_line(error)}; "
-                "if the chat template is at fault, set `template` next to its `model`"
+                "if the chat template is at fault, set `template` beside its `model`"
             ) from error
 
     def refuse_too_long(
