@@ -5,6 +5,7 @@ One model at a time, task by task. A task is evaluated only when its checkpoint,
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -399,12 +400,18 @@ def _save_images(
     if task.config.doc_to_image is None:
         return {}
     kept: dict[int, Path] = {}
+    changed = False
     for row in rows[:count]:
         if own := as_list(task.own_image(row["doc"])):
             path = run.root / "evals" / "images" / name / f"{row['doc_id']}.png"
-            with whole_file(path) as temporary:
-                own[0].convert("RGB").save(temporary, "PNG")
+            image = io.BytesIO()
+            own[0].convert("RGB").save(image, "PNG")
+            # another arm may have saved it already, and be shown with it
+            if not path.exists() or path.read_bytes() != image.getvalue():
+                changed = True
+                with whole_file(path) as temporary:
+                    temporary.write_bytes(image.getvalue())
             kept[row["doc_id"]] = path
-    if kept:
+    if kept and (changed or not run.checksums.path(f"images/{name}").exists()):
         run.checksums.write(f"images/{name}", kept.values())
     return {doc_id: run.checksums.name(path) for doc_id, path in kept.items()}

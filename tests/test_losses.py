@@ -710,7 +710,7 @@ def test_losses_that_are_always_zero_are_refused(table, message):
         ('loss={type="k1", support={type="full"}}', "unknown key 'loss.support'"),
         ('loss.support={type="teacher_top_k", kk=3}', "did you mean 'k'"),
         ('loss.support={type="top"}', "teacher_top_k"),
-        ("loss.teacher_temperature=0", "not between 0.01 and 100"),
+        ("loss.teacher_temperature=0", "must be between 0.01 and 100"),
     ],
 )
 def test_config_errors_name_the_key(override, message):

@@ -380,7 +380,7 @@ def test_what_vouches_goes_before_what_is_made_again(tmp_path):
     assert problem.file == record and "arms/full" in problem.remedy
     sums.write_bytes(held)
     assert not lost_checksums(run)
-    run.checksums.start("arms/full", record)
+    run.checksums.start("arms/full")
     rows.write_text("half a li")
     assert not record.exists() and not sums.exists() and not lost_checksums(run)
 
