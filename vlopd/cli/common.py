@@ -41,4 +41,4 @@ def say_left_out(folder: Path) -> None:
     """Names what the two checkpoints of a geometry have that is not compared."""
     left_out = read_json(folder / "summary.json")["left_out"]
     if left_out["summary"]:
-        console.print(f"[yellow]left out[/]: {escape(left_out['said'])}", soft_wrap=True)
+        console.print(f"[yellow]left out[/]: {escape(left_out['summary'])}", soft_wrap=True)
