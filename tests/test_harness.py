@@ -22,7 +22,7 @@ from vlopd.files import read_json, read_jsonl
 from vlopd.models.load import BUILTIN, load_configured
 from vlopd.run.folder import RunFolder
 from vlopd.run.make import make_arm
-from vlopd.run.resolve import scores_of
+from vlopd.run.resolve import score_files
 
 TEXT = {"llm": "shapes_text", "vlm": "shapes"}
 
@@ -204,7 +204,7 @@ def test_scores_and_models_from_elsewhere_are_arms(make_config, tmp_path):
     with pytest.raises(RunError, match="no samples of task capitals; it has shapes_text"):
         evaluate_arm(run, lacking, "theirs")
     with pytest.raises(RunError, match=r"no results_\*\.json"):
-        scores_of(tmp_path / "run")
+        score_files(tmp_path / "run")
     with pytest.raises(RunError, match="different data_digest on shapes_text"):
         evaluate_arm(run, with_eval(config, limit=4), "base")
         compare(run, config)
