@@ -240,7 +240,7 @@ def make_vision(
     pictures: int,
     on_artifact: OnArtifact,
 ) -> None:
-    """Probes the arms' vision towers and, with a `scorer`, scores their captions by CLIPScore; not part of `run_all`."""
+    """Probes the arms' vision towers and, with a `scorer`, scores their captions (CLIPScore); not in `run_all`."""
     from evals.vision.stage import vision_report
 
     on_artifact("vision", vision_report(run, config, names, scorer, pictures), True)
