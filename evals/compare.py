@@ -204,9 +204,9 @@ def mean_scores(scores: Mapping[str, Scores], arms: str | Sequence[str]) -> Scor
 
 def over_seeds(answers: PairedScores, roles: Roles, config: EvalConfig) -> list[dict[str, Any]]:
     """The main contrasts between arms that differ in the training seed alone (or the control mask's), as groups."""
-    single = [(arm,) for arm in roles.of if not any(arm in own for own in roles.families)]
+    single = [(arm,) for arm in roles.of if not any(arm in own for own in roles.seed_groups)]
     groups: dict[str, list[tuple[str, ...]]] = {
-        role: [own for own in (*roles.families, *single) if roles.of[own[0]] == role]
+        role: [own for own in (*roles.seed_groups, *single) if roles.of[own[0]] == role]
         for role in ("base", "full", "subnetwork")
     }
     kinds = {group.arms: group.kind for group in roles.controls}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from vlopd.config.roles import Unpooled
+from vlopd.config.roles import UnpooledControl
 
 Entry = Mapping[str, Any]
 UNREADABLE = 0.5
@@ -49,7 +49,7 @@ def verdict(record: Entry) -> list[str]:
             else " (one seed per arm)"
         )
     sentences += [
-        f"{capital(Unpooled(**its).line)}; it is compared on its own."
+        f"{capital(UnpooledControl(**its).line)}; it is compared on its own."
         for its in record["not_pooled"]
     ]
     for arm, made_of in record["other_base"].items():
