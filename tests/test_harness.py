@@ -45,13 +45,13 @@ def with_eval(config, **changes):
 def asked(monkeypatch) -> list[str]:
     """The tasks that are really evaluated from here on."""
     found: list[str] = []
-    original = harness.score
+    original = harness.score_task
 
     def counting(lm, task, *rest):
         found.append(task)
         return original(lm, task, *rest)
 
-    monkeypatch.setattr(harness, "score", counting)
+    monkeypatch.setattr(harness, "score_task", counting)
     return found
 
 
@@ -296,7 +296,7 @@ def test_a_task_that_fails_while_it_is_scored(make_config, folders, tmp_path):
     manager = Tasks.of(["mine"], str(tmp_path))
     lm = ArmLM(model, quiet=True)
     with pytest.raises(
-        RunError, match=r"task mine cannot be scored: ZeroDivisionError: division by zero; mend"
+        RunError, match=r"task mine cannot be scored: ZeroDivisionError: division by zero; fix"
     ):
         score_task(lm, "mine", manager, config, None, "student")
     lm.batch_size = None

@@ -595,7 +595,9 @@ def test_replicates_are_taken_as_a_sample_of_seeds(tmp_path):
     run = make_run(tmp_path / "run", config, n=120, images=False)
     record = read_json(run.arm_record("sparser"))
     write_json(run.arm_record("sparser"), {**record, "density": 0.01})
-    evaluations = [{"step": s, "task": "shapes_validation", "exact_match": s / 50} for s in (0, 20, 40)]
+    evaluations = [
+        {"step": s, "task": "shapes_validation", "exact_match": s / 50} for s in (0, 20, 40)
+    ]
     evaluations[1]["exact_match"] = 0.9
     write_jsonl(run.arm("full") / "heldout.jsonl", evaluations)
     seeds = {

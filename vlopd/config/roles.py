@@ -177,7 +177,7 @@ def _full_arm(
     for other in pool[1:]:
         if differs := _arm_differences(arms, settings, pool[0], other):
             raise ValueError(
-                f"arms.{pool[0]} and arms.{other} could each be the full arm, with which others are compared, and "
+                f"arms.{pool[0]} and arms.{other} could each be the full arm of the comparison, and "
                 f'differ in {_join_some(differs)}; give one of them role = "full", or all role = "variant"'
             )
     return pool[0] if pool else None
