@@ -13,15 +13,15 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from evals.harness import Subject, evaluate
 from evals.lm import ArmLM
 from evals.tasks.extraction import number_answer, strip_reasoning
+from tests.command import call
 from tests.conftest import recipe_of, tiny_language
-from tests.test_check import call
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.models import ModelConfig
 from vlopd.errors import ConfigError
 from vlopd.models.load import load, load_configured
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.thinking import HARMONY, MARKS, kept_tokens, marks_of, opened_by, pair, split
-from vlopd.run.checksums import Checksums
+from vlopd.run.folder import RunFolder
 from vlopd.train.rollouts import collect
 from vlopd.types import Completions, Example
 
@@ -378,7 +378,7 @@ def test_a_task_grades_the_answer_alone(template, added, said, tmp_path):
     teach(loaded, Example.ask("", "how many"), said)
     config = EvalConfig(tasks=("whole", "cut"), include=str(tmp_path))
     subject = Subject("arm", lambda whole: {"weights": "x"}, "fp32", lambda: loaded, {})
-    evaluate(Checksums(tmp_path), subject, config)
+    evaluate(RunFolder(tmp_path), subject, config)
     results = json.loads((tmp_path / "evals" / "arm" / "results.json").read_text())
     out = tmp_path / "evals" / "arm"
     assert results["results"]["whole"]["exact_match,none"] == 1
@@ -424,7 +424,7 @@ def test_results_record_template_arguments(kind, folders, tmp_path):
             return replace(loaded, template_arguments=arguments)
 
         subject = Subject("arm", lambda whole: {"weights": "x"}, "fp32", opened, {}, arguments)
-        evaluate(Checksums(tmp_path), subject, config)
+        evaluate(RunFolder(tmp_path), subject, config)
         results = json.loads((tmp_path / "evals" / "arm" / "results.json").read_text())
         assert results["template_arguments"] == arguments
     assert asked == [{"enable_thinking": True}, {"enable_thinking": False}]
@@ -498,7 +498,7 @@ def test_check_says_who_thinks(tmp_path, monkeypatch, capsys):
     teacher = byte_level(tmp_path / "teacher", CHATML)
     path = tmp_path / "checked.toml"
     path.write_text(CHECKED.format(folder=student, teacher=teacher, arguments=""))
-    code, out = call(monkeypatch, capsys, path)
+    code, out = call(monkeypatch, capsys, "check", path)
     out = " ".join(out.split())
     assert code == 0
     assert "<think> ... </think>; its prompt opens one" in out and "none" in out
@@ -507,8 +507,8 @@ def test_check_says_who_thinks(tmp_path, monkeypatch, capsys):
     path.write_text(
         CHECKED.format(folder=student, teacher=teacher, arguments="enable_thinking = false")
     )
-    code, out = call(monkeypatch, capsys, path)
+    code, out = call(monkeypatch, capsys, "check", path)
     assert code == 0 and "opens a" not in out
     path.write_text(CHECKED.format(folder=student, teacher=teacher, arguments="thinking = false"))
-    code, out = call(monkeypatch, capsys, path)
+    code, out = call(monkeypatch, capsys, "check", path)
     assert code == 1 and "no argument 'thinking'; it has enable_thinking" in " ".join(out.split())
