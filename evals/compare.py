@@ -1,7 +1,7 @@
-"""Every contrast between the arms of a run, paired by question: evals/*/ -> compare.json.
+"""Compares the arms of a run, paired by question: evals/*/ -> compare.json.
 
-Scores lie in [0, 1] and are better when higher. Intervals are over questions; where several arms differ in nothing
-but the training seed, `seeds` has intervals over both.
+Scores are in [0, 1], higher is better. Intervals are over questions; where several arms differ only in the training
+seed, `seeds` has intervals over both.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vlopd.run.folder import RunFolder
 from vlopd.run.stage import stage
 
 POWER = 0.8
-PAIRS: tuple[tuple[Role, Role], ...] = (
+ROLE_CONTRASTS: tuple[tuple[Role, Role], ...] = (
     *(("teacher", "base"), ("full", "base"), ("teacher", "full"), ("replicate", "full")),
     *(("variant", "full"), ("variant", "base")),
     *(("subnetwork", "full"), ("subnetwork", "base"), ("control", "base")),
@@ -36,25 +36,25 @@ PAIRS: tuple[tuple[Role, Role], ...] = (
     *(("projection", "full"), ("projection", "base")),
     *(("other", "full"), ("other", "base")),
 )
-"""The contrasts that follow from the arms' roles."""
-SUMMED_UP: tuple[tuple[Role, Role], ...] = (
+"""Contrasts made by default, as pairs of roles."""
+SEED_CONTRASTS: tuple[tuple[Role, Role], ...] = (
     ("full", "base"),
     ("subnetwork", "full"),
     ("subnetwork", "base"),
     ("subnetwork", "control"),
 )
-"""Those that are repeated over training seeds, where there are several."""
+"""Contrasts also made over training seeds, where there are several."""
 FORMAT = 2
-"""Of compare.json; one of another format is made again."""
+"""Version of compare.json; another version is made again."""
 
 
 def compare(run: RunFolder, config: ExperimentConfig) -> Path:
-    """Writes compare.json: every arm and every contrast.
+    """Writes compare.json and returns its path.
 
-    Raises RunError when an arm has no evaluation, or arms were asked different questions.
+    Raises RunError where an arm has no evaluation, or arms were evaluated on different questions.
     """
     inputs = {"config": digest_json(config.model_dump(mode="json"))}
-    return compare_arms(run, config.roles, config.eval, inputs, arms_about(run, config))
+    return compare_arms(run, config.roles, config.eval, inputs, _arm_entries(run, config))
 
 
 def compare_arms(
@@ -64,7 +64,7 @@ def compare_arms(
     inputs: Mapping[str, Any],
     about: Mapping[str, Mapping[str, Any]],
 ) -> Path:
-    """The comparison of a folder's evaluations, by what each arm is for; `about` is what is known of each arm."""
+    """Compares a folder's evaluations according to roles; `about` has further entries per arm."""
     evals = {arm: run.eval(arm) for arm in roles.of}
     for arm in evals:
         if run.checksums.path(f"evals/{arm}").exists():
@@ -76,29 +76,29 @@ def compare_arms(
     }
     with stage(run, "compare", derived=True) as its:
         if its.is_due(lambda _: {**inputs, **digests, "format": FORMAT}):
-            record = comparison(run, roles, config, results, about)
+            record = _comparison(run, roles, config, results, about)
             its.finish(without_nan(record), ())
     return run.compare
 
 
-def comparison(
+def _comparison(
     run: RunFolder,
     roles: Roles,
     config: EvalConfig,
     results: Mapping[str, Mapping[str, Any]],
     about: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The content of compare.json. Raises RunError where no task has a score a question."""
+    """The content of compare.json. Raises RunError where no task has per-question scores."""
     arms = list(roles.of)
     first = results[arms[0]]
     if not first["primary_metric"]:
         why = "; ".join(f"{task}: {reason}" for task, reason in first["not_compared"].items())
-        raise RunError(f"nothing can be compared ({why}); add a task with a score a question")
+        raise RunError(f"nothing can be compared ({why}); add a task with per-question scores")
     tasks = {}
     for task, metric in first["primary_metric"].items():
         further = first.get("pass_at", {}).get(task, [])
         answers = read_paired_scores(run.root / "evals", arms, task, metric, further)
-        tasks[task] = compare_task(answers, roles, config)
+        tasks[task] = _compare_task(answers, roles, config)
         tasks[task]["chance"] = first.get("chance", {}).get(task)
         for arm in arms:
             failures = results[arm].get("extraction_failure_fraction", {}).get(task)
@@ -116,34 +116,36 @@ def comparison(
     }
 
 
-def compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> dict[str, Any]:
-    """One task's entry of compare.json, but for what results.json alone knows."""
+def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> dict[str, Any]:
+    """One task's entry of compare.json, without what is copied from results.json."""
     scores, base, full = answers.scores, roles.first("base"), roles.first("full")
     teacher = roles.first("teacher")
-    measure = Measure(answers, config, base, full)
+    statistics = TaskStatistics(answers, config, base, full)
     entries = {}
     for arm in scores:
-        entries[arm] = {"role": roles.of[arm], **measure.arm(scores[arm], arm == full)}
-        entries[arm]["by_group"] = measure.by_group(scores[arm])
+        entries[arm] = {"role": roles.of[arm], **statistics.arm(scores[arm], arm == full)}
+        entries[arm]["by_group"] = statistics.by_group(scores[arm])
         entries[arm]["pass_at"] = {
-            name: plain(stats.mean_with_error(by_arm[arm], answers.clusters, config.confidence))
+            name: estimate_to_json(
+                stats.mean_with_error(by_arm[arm], answers.clusters, config.confidence)
+            )
             for name, by_arm in answers.further.items()
         }
         entries[arm]["gap_closed"] = (
-            measure.recovery(scores[arm], scores[base], scores[teacher])
+            statistics.recovery(scores[arm], scores[base], scores[teacher])
             if base and teacher
             else None
         )
 
     def contrast(a: str, b: str | tuple[str, ...], name: str = "") -> dict[str, Any]:
-        entry = measure.contrast(name or f"{a} - {b}", a, b, scores[a], mean_scores(scores, b))
+        entry = statistics.contrast(name or f"{a} - {b}", a, b, scores[a], _mean_scores(scores, b))
         if full and roles.of[a] == "subnetwork" and b == full:
-            entry["non_inferiority"] = measure.non_inferiority(a, full)
+            entry["non_inferiority"] = statistics.non_inferiority(a, full)
         return entry
 
     contrasts = [
         contrast(a, b)
-        for above, below in PAIRS
+        for above, below in ROLE_CONTRASTS
         for a in roles.arms(above)
         for b in roles.arms(below)
     ]
@@ -153,13 +155,13 @@ def compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> dic
         name = f"{group.arm} - {group.kind} (mean of {len(group.arms)})"
         difference = contrast(group.arm, group.arms, name)
         contrasts.append(difference)
-        pooled = mean_scores(scores, group.arms)
+        pooled = _mean_scores(scores, group.arms)
         means = [float(scores[other].mean()) for other in group.arms]
         controls.append(
             {
                 **group._asdict(),
                 "pooled": {
-                    **measure.arm(pooled),
+                    **statistics.arm(pooled),
                     "sd_between_arms": float(np.std(means, ddof=1)) if len(means) > 1 else None,
                 },
                 "difference": difference,
@@ -169,7 +171,7 @@ def compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> dic
     given = {(its["a"], its["b"]) for its in contrasts}
     declared = [roles.contrast(text) for text in config.contrasts or ()]
     contrasts += [contrast(a, b) for a, b in dict.fromkeys(declared) if (a, b) not in given]
-    adjust(contrasts, set(declared))
+    _adjust_p_values(contrasts, set(declared))
     key = controls[0]["difference"] if controls else next(iter(contrasts), None)
     return {
         "metric": answers.metric,
@@ -178,15 +180,17 @@ def compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> dic
         "arms": entries,
         "contrasts": contrasts,
         "controls": controls,
-        "seeds": over_seeds(answers, roles, config),
+        "seeds": _contrasts_over_seeds(answers, roles, config),
         "gap_closed": entries[full]["gap_closed"] if full else None,
         "minimum_detectable_effect": key and key["minimum_detectable_effect"],
         "minimum_detectable_effect_of": key and key["name"],
     }
 
 
-def adjust(contrasts: Sequence[dict[str, Any]], declared: Collection[tuple[Any, Any]]) -> None:
-    """Holm's p over the declared contrasts, or over all where none are declared; null for the others."""
+def _adjust_p_values(
+    contrasts: Sequence[dict[str, Any]], declared: Collection[tuple[Any, Any]]
+) -> None:
+    """Sets Holm's p over the declared contrasts, or over all if none is declared; null outside the family."""
     for contrast in contrasts:
         contrast["declared"] = (contrast["a"], contrast["b"]) in declared
         contrast["p_holm"] = None
@@ -195,24 +199,26 @@ def adjust(contrasts: Sequence[dict[str, Any]], declared: Collection[tuple[Any, 
         contrast["p_holm"] = p
 
 
-def mean_scores(scores: Mapping[str, Scores], arms: str | Sequence[str]) -> Scores:
-    """An arm's score of each question, or the mean of several arms'."""
+def _mean_scores(scores: Mapping[str, Scores], arms: str | Sequence[str]) -> Scores:
+    """An arm's score on each question, or the mean of several arms' scores."""
     if isinstance(arms, str):
         return scores[arms]
     return np.mean([scores[arm] for arm in arms], axis=0)
 
 
-def over_seeds(answers: PairedScores, roles: Roles, config: EvalConfig) -> list[dict[str, Any]]:
-    """The main contrasts between arms that differ in the training seed alone (or the control mask's), as groups."""
-    single = [(arm,) for arm in roles.of if not any(arm in own for own in roles.families)]
+def _contrasts_over_seeds(
+    answers: PairedScores, roles: Roles, config: EvalConfig
+) -> list[dict[str, Any]]:
+    """SEED_CONTRASTS between groups of arms that differ only in the training seed (controls: in the mask's seed)."""
+    single = [(arm,) for arm in roles.of if not any(arm in group for group in roles.seed_groups)]
     groups: dict[str, list[tuple[str, ...]]] = {
-        role: [own for own in (*roles.families, *single) if roles.of[own[0]] == role]
+        role: [arms for arms in (*roles.seed_groups, *single) if roles.of[arms[0]] == role]
         for role in ("base", "full", "subnetwork")
     }
     kinds = {group.arms: group.kind for group in roles.controls}
     groups["control"] = list(kinds)
     rows = []
-    for above, below in SUMMED_UP:
+    for above, below in SEED_CONTRASTS:
         for a in groups[above]:
             for b in groups[below]:
                 if len(a) == len(b) == 1:
@@ -236,8 +242,8 @@ def over_seeds(answers: PairedScores, roles: Roles, config: EvalConfig) -> list[
 
 
 @dataclass(frozen=True)
-class Measure:
-    """The numbers of one task as JSON values, at the config's confidence."""
+class TaskStatistics:
+    """Statistics of one task as JSON values, at the config's confidence."""
 
     answers: PairedScores
     config: EvalConfig
@@ -245,53 +251,59 @@ class Measure:
     full: str | None
 
     def arm(self, x: Scores, is_full: bool = False) -> dict[str, Any]:
-        """An arm's mean, its difference to full and its recovery of full's gain over base."""
+        """An arm's mean, difference to full, and recovery of full's gain over the base."""
         confidence, scores = self.config.confidence, self.answers.scores
-        entry = plain(stats.mean_with_error(x, self.answers.clusters, confidence))
+        entry = estimate_to_json(stats.mean_with_error(x, self.answers.clusters, confidence))
         to_full: dict[str, Any] | None = None
         regained: dict[str, Any] = {
             "value": None,
             "interval": None,
             "status": "no base or full arm",
         }
-        if is_full:  # the reference: not an estimate
+        if is_full:  # the reference itself
             to_full = {"mean": 0.0, "standard_error": 0.0, "interval": [0.0, 0.0]}
             to_full["mcnemar_p"] = 1.0
         elif self.full:
             difference = self.difference(x, scores[self.full])
-            to_full = plain(difference)
+            to_full = estimate_to_json(difference)
             to_full["mcnemar_p"] = difference.p if difference.test == "mcnemar" else None
         if self.base and self.full:
             regained = self.recovery(x, scores[self.base], scores[self.full])
         return {**entry, "difference_to_full": to_full, "recovery": regained}
 
     def by_group(self, x: Scores) -> dict[str, Any]:
-        """Mean and error within each question kind; empty where questions have none."""
+        """Mean and error within each question kind; empty if questions have none."""
         groups, clusters = np.array(self.answers.groups, dtype=object), self.answers.clusters
         found = {}
         for kind in sorted({group for group in groups if group is not None}):
             of_kind = groups == kind
             within = None if clusters is None else np.array(clusters)[of_kind]
             estimate = stats.mean_with_error(x[of_kind], within, self.config.confidence)
-            found[kind] = plain(estimate)
+            found[kind] = estimate_to_json(estimate)
         return found
 
     def contrast(self, name: str, a: Any, b: Any, x: Scores, y: Scores) -> dict[str, Any]:
         difference = self.difference(x, y)
-        # from the error of the mean, so that clustering counts
+        # from the standard error, which accounts for clustering
         effect = stats.minimum_detectable_effect(
             difference.standard_error, 1, POWER, 1 - self.config.confidence
         )
         low, high = stats.paired_bootstrap(
             x, y, self.config.bootstrap_draws, 0, self.config.confidence, self.answers.clusters
         )
-        entry = {"name": name, "a": a, "b": b, **plain(difference), "bootstrap": [low, high]}
+        entry = {
+            "name": name,
+            "a": a,
+            "b": b,
+            **estimate_to_json(difference),
+            "bootstrap": [low, high],
+        }
         return {**entry, "test": difference.test, "minimum_detectable_effect": effect}
 
     def non_inferiority(self, arm: str, full: str) -> dict[str, Any]:
-        scores, its = self.answers.scores, self.config
+        scores, config = self.answers.scores, self.config
         found = stats.non_inferiority(
-            scores[arm], scores[full], its.margin, self.answers.clusters, its.confidence
+            scores[arm], scores[full], config.margin, self.answers.clusters, config.confidence
         )
         return dict(found.__dict__)
 
@@ -300,9 +312,9 @@ class Measure:
         return stats.paired_difference(x, y, self.answers.clusters, confidence)
 
     def recovery(self, sub: Scores, base: Scores, full: Scores) -> dict[str, Any]:
-        its = self.config
+        config = self.config
         found = stats.recovery(
-            sub, base, full, its.bootstrap_draws, 0, its.confidence, self.answers.clusters
+            sub, base, full, config.bootstrap_draws, 0, config.confidence, self.answers.clusters
         )
         interval = None if found.value is None else [found.low, found.high]
         return {"value": found.value, "interval": interval, "status": found.status}
@@ -311,16 +323,16 @@ class Measure:
 # ----------------------------------------------------------------------------------------- helpers
 
 
-def plain(estimate: stats.Estimate) -> dict[str, Any]:
-    """An estimate as JSON: n, mean, standard_error, interval, and p where there is one."""
+def estimate_to_json(estimate: stats.Estimate) -> dict[str, Any]:
+    """An estimate as JSON: n, mean, standard_error, interval, and p if it has one."""
     entry = dict(estimate.__dict__)
     entry.pop("test", None)
     entry["interval"] = [entry.pop("low"), entry.pop("high")]
     return entry
 
 
-def arms_about(run: RunFolder, config: ExperimentConfig) -> dict[str, dict[str, Any]]:
-    """What a comparison says of each arm: what its training is called, its seed, and its record's density."""
+def _arm_entries(run: RunFolder, config: ExperimentConfig) -> dict[str, dict[str, Any]]:
+    """Entries of each arm in compare.json: name of its training, seed, and density."""
     found: dict[str, dict[str, Any]] = {}
     for name, arm in config.arms.items():
         path = run.arm_record(name)

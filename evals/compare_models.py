@@ -1,4 +1,4 @@
-"""Models and scores that belong to no run, evaluated and compared: `vlopd compare A B --tasks ...`."""
+"""Evaluates and compares models or imported scores outside a run: `vlopd compare A B --tasks ...`."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from vlopd.train.pair import without_weights
 def compare_models(
     models: Sequence[str], config: EvalConfig, out: Path, compute: str, device: torch.device
 ) -> Path:
-    """Evaluates each model on the tasks and compares all others with the first, paired by question.
+    """Evaluates each model on the tasks and compares the others with the first, paired by question.
 
-    models: checkpoint folders, hub ids, `builtin:NAME`, or output folders of lm-eval. Writes out/evals/<name>/
-    and out/compare.json, whose path it returns. What was evaluated before is not evaluated again.
+    models: checkpoint folders, hub ids, `builtin:NAME`, or lm-eval output folders. Writes out/evals/<name>/ and
+    out/compare.json, whose path it returns. Earlier evaluations in `out` are reused.
     """
-    names, run = names_of(models), RunFolder(out)
+    names, run = _short_names(models), RunFolder(out)
     first, *others = names
     of: dict[str, Role] = {first: "base", **dict.fromkeys(others, "other")}
     roles = Roles(of)
@@ -42,12 +42,12 @@ def compare_models(
     except ValueError as error:
         raise ConfigError(str(error)) from None
     for model in models:
-        if not is_scores(model):
-            check_unloaded(ModelConfig(model=model))  # of all, before hours go into the first
+        if not _is_scores(model):
+            check_unloaded(ModelConfig(model=model))  # all of them, before the first evaluation
     if not all((out / "evals" / name / "results.json").exists() for name in names):
-        refuse_unready(names, config)
+        _refuse_unready(names, config)
     for name, model in names.items():
-        if is_scores(model):
+        if _is_scores(model):
             import_scores(run, Path(model), name, config)
             continue
         about = ModelConfig(model=model)
@@ -62,12 +62,12 @@ def compare_models(
     return compare_arms(run, roles, config, {}, {})
 
 
-def refuse_unready(names: Mapping[str, str], config: EvalConfig) -> None:
-    """Raises ConfigError, before any weights are read, for tasks, models and scores that cannot be used."""
+def _refuse_unready(names: Mapping[str, str], config: EvalConfig) -> None:
+    """Raises ConfigError for unusable tasks, models and scores, before any weights are read."""
     loaded: dict[str, LoadedModel] = {}
     lines: list[str] = []
     for name, model in names.items():
-        if is_scores(model):
+        if _is_scores(model):
             lines += preflight.find_import_problems(config.tasks, Path(model))
         else:
             loaded[name] = without_weights(ModelConfig(model=model))
@@ -76,8 +76,8 @@ def refuse_unready(names: Mapping[str, str], config: EvalConfig) -> None:
         raise ConfigError("; ".join(lines))
 
 
-def is_scores(model: str) -> bool:
-    """Whether it is an output folder of lm-eval rather than a model."""
+def _is_scores(model: str) -> bool:
+    """Whether this is an lm-eval output folder, not a model."""
     folder = Path(model)
     return (
         folder.is_dir()
@@ -86,7 +86,7 @@ def is_scores(model: str) -> bool:
     )
 
 
-def names_of(models: Sequence[str]) -> dict[str, str]:
-    """A short name for each model. Raises ConfigError where one is given twice."""
+def _short_names(models: Sequence[str]) -> dict[str, str]:
+    """{short name: model}. Raises ConfigError for a model given twice."""
     parts = [re.sub(r"[^\w./-]", "-", model).strip("/").split("/") for model in models]
     return dict(zip(shortest_distinct_names(parts), models, strict=True))

@@ -30,7 +30,7 @@ from vlopd.models.load import DTYPES, load_configured
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.thinking import Reading
 from vlopd.run.folder import RunFolder
-from vlopd.run.resolve import arm_content, scores_of, teacher_folder
+from vlopd.run.resolve import arm_content, score_files, teacher_folder
 from vlopd.run.stage import Stage, stage
 
 MERGED = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
@@ -67,7 +67,7 @@ def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     return evaluate(run, subject_of(run, config, arm, about), config.eval)
 
 
-def arm_inputs(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[str, Any]:
+def eval_inputs(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[str, Any]:
     """The digests of all that decides an arm's results."""
     its = config.arms.get(arm)
     if isinstance(its, ImportedArm):
@@ -166,7 +166,7 @@ def import_scores(run: RunFolder, folder: Path, name: str, config: EvalConfig) -
     with stage(run, f"evals/{name}") as its:
         if its.is_due(lambda _: imported_inputs(folder, config)):
             out = run.eval(name)
-            last, *_ = scores_of(folder)
+            last, *_ = score_files(folder)
             merged: dict[str, Any] = {**read_json(last), "arm": name}
             merged["checkpoint_digest"] = digest_json(its.inputs["checkpoint"])
             merged |= {key: {} for key in PER_TASK}
@@ -182,13 +182,13 @@ def import_scores(run: RunFolder, folder: Path, name: str, config: EvalConfig) -
 
 def imported_inputs(folder: Path, config: EvalConfig) -> dict[str, Any]:
     """The digests of imported scores, and the tasks that they are read for."""
-    files = {path.name: file_digest(path) for path in scores_of(folder)}
+    files = {path.name: file_digest(path) for path in score_files(folder)}
     return {"checkpoint": files, "tasks": list(config.tasks)}
 
 
 def samples_of(folder: Path, tasks: Sequence[str]) -> dict[str, Path]:
     """The samples file of each task in an lm-eval output folder. Raises RunError for a missing one."""
-    _, *samples = scores_of(folder)
+    _, *samples = score_files(folder)
     by_task = {_task_of(path): path for path in samples}
     for task in tasks:
         if task not in by_task:

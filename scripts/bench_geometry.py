@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=1, help="rounds for the medians")
     parser.add_argument("--only", choices=WAYS, help="one of the four")
-    parser.add_argument("--in-process", nargs=3, metavar=("WAY", "SOURCE", "TRAINED"))
+    parser.add_argument("--in-process", nargs=3, metavar=("WAY", "BASE", "TRAINED"))
     args = parser.parse_args()
     if args.in_process:
         way, base, trained = args.in_process

@@ -19,7 +19,7 @@ from vlopd.files import read_json
 from vlopd.masks.files import load_mask, save_mask
 from vlopd.models.load import load_configured
 from vlopd.models.names import classify
-from vlopd.run.arms import Making
+from vlopd.run.arms import ArmOptions
 from vlopd.run.folder import RunFolder
 from vlopd.run.geometry import make_geometry
 from vlopd.run.make import make_arm, make_mask
@@ -97,9 +97,11 @@ def test_arms_of_every_kind(kind, make_config, tmp_path):
             assert row[f"{prefix}on_mask"] == pytest.approx(float(on_mask.double().mean()))
 
     # the early checkpoint, its mask, what is extrapolated from it and transplanted
-    early = read_tensors(run.kept("full", 2))
+    early = read_tensors(run.step_checkpoint("full", 2))
     assert any(not torch.equal(early[n], full[n]) for n in full)
-    assert load_mask(run.mask("early"))[1]["inputs"]["of"] == digest_checkpoint(run.kept("full", 2))
+    assert load_mask(run.mask("early"))[1]["inputs"]["of"] == digest_checkpoint(
+        run.step_checkpoint("full", 2)
+    )
     norms = [
         sum(float((t[n].double() - base[n].double()).square().sum()) for n in base) ** 0.5
         for t in (early, full)
@@ -117,7 +119,7 @@ def test_arms_of_every_kind(kind, make_config, tmp_path):
     ffn = load_mask(run.mask("ffn"))[0]
     after = tensors(run, "transplant")
     assert all(torch.equal(after[n], torch.where(ffn[n], early[n], base[n])) for n in base)
-    auto = load_configured(config.student, torch.bfloat16, folder=run.kept("full", 2))
+    auto = load_configured(config.student, torch.bfloat16, folder=run.step_checkpoint("full", 2))
     assert all(torch.equal(p, early[n]) for n, p in auto.model.named_parameters())
 
     # done is done
@@ -145,7 +147,7 @@ def test_a_locked_arm_moves_inside_the_subspace(kind, make_config, tmp_path):
     )
     run = RunFolder.create(tmp_path / "run", config)
     make_arm(run, config, "locked")
-    early = stream(run.checkpoint("base"), run.kept("full", 1), classify)
+    early = stream(run.checkpoint("base"), run.step_checkpoint("full", 1), classify)
     bases = {}
     for pair in early:
         if pair.delta.ndim == 2 and pair.delta.any():
@@ -269,7 +271,7 @@ def test_another_bases_mask_needs_a_word_and_leaves_a_mark(
     ):
         make_arm(run, ours, "full")
     assert not run.mask("theirs").exists()
-    make_arm(run, ours, "full", Making(allow_other_base=True))
+    make_arm(run, ours, "full", ArmOptions(allow_other_base=True))
     mark = {str(other.mask("top")): arm_digest(other, "base")}
     assert read_json(run.mask_record("rest"))["inputs"]["other_base"] == mark
     assert read_json(run.arm_record("full"))["other_base"] == mark
@@ -302,7 +304,7 @@ def test_another_bases_mask_needs_a_word_and_leaves_a_mark(
     )
     foreign = RunFolder.create(tmp_path / "foreign", wide)
     with pytest.raises(RunError, match=r"top\.safetensors: the mask is of another model"):
-        make_mask(foreign, wide, "theirs", Making(allow_other_base=True))
+        make_mask(foreign, wide, "theirs", ArmOptions(allow_other_base=True))
 
 
 @pytest.mark.parametrize("kind", ["llm"], indirect=True)
@@ -369,10 +371,10 @@ def test_the_mask_verbs(kind, make_config, tmp_path, monkeypatch, capsys):
         "show",
         run.checkpoint("base") / "model.safetensors",
     )
-    refused("no mask 'nope'", "make", run.root, "--mask", "nope")
+    refused("--mask nope: not in the config", "make", run.root, "--mask", "nope")
     refused("takes one file", "combine", "complement", low, high, "--out", both)
     refused(
-        "give SOURCE and TRAINED",
+        "give BASE and TRAINED",
         "make",
         run.checkpoint("base"),
         "--rule",
@@ -457,7 +459,7 @@ full = {{type = "distill", seeds = [1, 2]}}
             words, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
         )
 
-    with run.making("arms/full-0"):
+    with run.lock_artifact("arms/full-0"):
         waiting, free = job("full-0"), job("full-1")
         assert free.wait(timeout=120) == 0, free.stderr.read()
         assert waiting.poll() is None and not run.arm_record("full-0").exists()

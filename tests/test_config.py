@@ -297,13 +297,13 @@ def test_roles_are_said_or_follow_without_a_doubt(overrides, roles):
         (["arms.b={type='extrapolate', of='full', factor=2.0, role='control'}"], "under a mask; give it a mask"),
         (["arms.b={type='distill', role='base'}"], r"arms\.b\.role: .*'full', 'replicate'.*; got 'base'"),
         (["arms.b={type='checkpoint', model='m', role='base'}"], r"arms\.base and arms\.b are both the base"),
-        (["eval.contrasts=['full - random']"], r"'full - random' needs an arm whose mask is of type \"random\""),
+        (["eval.contrasts=['full - random']"], r"'full - random' needs an arm under a mask of type \"random\""),
         (["eval.contrasts=['full - nope']"], "eval.contrasts names 'nope'"),
         (["eval.contrasts=['full']"], '\'full\' is not "arm - arm"'),
         (["eval.contrasts=['subnetwork - random']", "arms.subnetwork.optim={learning_rate=1e-4}"],
          r"there is none \(random-0 is not pooled .* optim\.learning_rate 0\.0001 -> 0\.0003\)"),
         (["eval.contrasts=['subnetwork - random']", *BINNED],
-         "say which of 'subnetwork - random, as random-0', 'subnetwork - random, as binned'"),
+         "use one of 'subnetwork - random, as random-0', 'subnetwork - random, as binned'"),
     ],
 )  # fmt: skip
 def test_roles_that_are_in_doubt_are_refused(overrides, message):
@@ -382,7 +382,7 @@ def test_a_run_of_refused_settings_is_one_clear_line(tmp_path):
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"eval": {"contrasts": ["full - random"]}}, "'full - random' needs an arm whose mask is of type \"random\""),
+        ({"eval": {"contrasts": ["full - random"]}}, "'full - random' needs an arm under a mask of type \"random\""),
         ({"optim": {"weight_decay": 1e38}}, "optim.weight_decay: must be 0 or between"),
         ({"optim": {"component_rates": {"language": 1e38}}}, "optim.component_rates.language: must be between"),
         ({"loss": {"student_temperature": 2.0}}, "loss.type is missing; it is one of reverse_kl, forward_kl"),

@@ -10,10 +10,10 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
 from evals import harness, stats
-from evals.compare import compare, plain
+from evals.compare import compare, estimate_to_json
 from evals.harness import evaluate_arm
 from evals.lm import ArmLM, GenerationSettings
-from evals.report.verdict import Teller, no_worse, p_value, points, verdict
+from evals.report.verdict import TaskSentences, non_inferiority_text, p_value, points, verdict
 from evals.scoring import TASKS, Tasks, score_task
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.models import ModelConfig
@@ -22,7 +22,7 @@ from vlopd.files import read_json, read_jsonl
 from vlopd.models.load import BUILTIN, load_configured
 from vlopd.run.folder import RunFolder
 from vlopd.run.make import make_arm
-from vlopd.run.resolve import scores_of
+from vlopd.run.resolve import score_files
 
 TEXT = {"llm": "shapes_text", "vlm": "shapes"}
 
@@ -204,7 +204,7 @@ def test_scores_and_models_from_elsewhere_are_arms(make_config, tmp_path):
     with pytest.raises(RunError, match="no samples of task capitals; it has shapes_text"):
         evaluate_arm(run, lacking, "theirs")
     with pytest.raises(RunError, match=r"no results_\*\.json"):
-        scores_of(tmp_path / "run")
+        score_files(tmp_path / "run")
     with pytest.raises(RunError, match="different data_digest on shapes_text"):
         evaluate_arm(run, with_eval(config, limit=4), "base")
         compare(run, config)
@@ -267,15 +267,15 @@ def test_groups_and_tasks_from_a_folder(make_config, tmp_path):
 def test_an_interval_that_is_not_there():
     """Two tied questions of one cluster have a difference and no interval: the verdict says no nan."""
     found = stats.paired_difference(np.array([0.5, 0.25]), np.array([0.5, 0.25]), ["one", "one"])
-    entry = plain(found)
+    entry = estimate_to_json(found)
     assert np.isnan(entry["interval"]).all()
     for bounds in (entry["interval"], [None, None]):
         its = {**entry, "interval": bounds, "non_inferiority": {"margin": 0.05, "holds": False, "p": None,
                                                                 "low": bounds[0]}}  # fmt: skip
-        assert points(its) == "+0.0 pp" and "nan" not in no_worse(its)
+        assert points(its) == "+0.0 pp" and "nan" not in non_inferiority_text(its)
         task = {"arms": {}, "contrasts": [], "n": 2, "minimum_detectable_effect": bounds[0],
                 "minimum_detectable_effect_of": "a - b"}  # fmt: skip
-        assert Teller(task, {}).limits() == []
+        assert TaskSentences(task, {}).limits() == []
     assert p_value(float("nan")) == p_value(None) == "-"
 
 

@@ -242,7 +242,7 @@ def test_what_a_config_invalidates_is_made_again(miniature, tmp_path, monkeypatc
     assert vlopd(monkeypatch, *words, "train.keep_steps=[2]", "train.steps=2") == 0
     made = [line for line in capsys.readouterr().out.splitlines() if "to be made: " in line]
     assert any("arms/full" in line and "train.steps: 3 -> 2" in line for line in made), made
-    assert any("masks/top" in line and "from arms/full" in line for line in made), made
+    assert any("masks/top" in line and "depends on arms/full" in line for line in made), made
     after = files_and_times(run)
     same = {n for n in before if n.startswith(("arms/base/", "arms/teacher/"))}
     assert same and all(after[name] == before[name] for name in same)
@@ -269,11 +269,11 @@ def test_mistakes_are_one_line_and_exit_code_2(miniature, tmp_path, monkeypatch,
     refused("did you mean 'steps'", "run", miniature, "train.step=3", "--out", tmp_path / "x")
     refused("student.model: ", "run", miniature, "student='elsewhere'", "--out", run)
     refused('precision.stored: "auto" -> "fp32"', "eval", run, "precision.stored=fp32")
-    refused("arms/full is not what the config says (made from another recipe.train.steps: 3 -> 4",
+    refused("arms/full is outdated (inputs changed: recipe.train.steps: 3 -> 4",
             "eval", run, "train.steps=4", "--arm", "full")  # fmt: skip
     refused("no data file", "run", miniature, "data={type='file', path='gone.jsonl'}",
             "--out", tmp_path / "y", "--arm", "full")  # fmt: skip
-    refused("no arm 'nope'", "run", miniature, "--out", run, "--arm", "nope")
+    refused("--arm nope: not in the config", "run", miniature, "--out", run, "--arm", "nope")
     refused("not a run folder", "eval", tmp_path)
     refused("eval.tasks: no task", "run", miniature, "eval.tasks=['nope']",
             "--out", tmp_path / "z", "--arm", "base")  # fmt: skip

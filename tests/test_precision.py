@@ -21,7 +21,7 @@ from vlopd.masks.rules import build_mask
 from vlopd.models.load import load
 from vlopd.models.names import classify
 from vlopd.models.save import save
-from vlopd.run.arms import Making
+from vlopd.run.arms import ArmOptions
 from vlopd.run.folder import RunFolder
 from vlopd.run.make import make_arm
 from vlopd.run.resolve import read_tensors
@@ -307,8 +307,8 @@ def test_arms_of_arms_keep_each_tensors_dtype(kind, students, make_config, tmp_p
     for arm in config.arms:
         make_arm(run, config, arm)
     base = read_tensors(run.checkpoint("base"))
-    early = read_tensors(run.kept("full", 1))
-    for folder in (run.kept("full", 1), *(run.checkpoint(arm) for arm in config.arms)):
+    early = read_tensors(run.step_checkpoint("full", 1))
+    for folder in (run.step_checkpoint("full", 1), *(run.checkpoint(arm) for arm in config.arms)):
         found = read_tensors(folder)
         assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in base.items()}
         assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
@@ -327,7 +327,7 @@ def test_arms_of_arms_keep_each_tensors_dtype(kind, students, make_config, tmp_p
         },
     )
     narrow = RunFolder.create(tmp_path / "narrow", other)
-    make_arm(narrow, other, "moved", Making(allow_other_base=True))
+    make_arm(narrow, other, "moved", ArmOptions(allow_other_base=True))
     record = read_json(narrow.arm_record("moved"))
     assert record["off_mask_unmoved"] is True and record["on_mask"]["moved"] > 0
     own = {str(torch.promote_types(t.dtype, torch.bfloat16)) for t in base.values()}

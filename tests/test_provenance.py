@@ -18,7 +18,7 @@ from vlopd.digests import file_digest
 from vlopd.files import whole_file, whole_folder, write_json
 from vlopd.run.checksums import Checksums
 from vlopd.run.folder import RunFolder
-from vlopd.run.verify import lost_checksums, verify_run
+from vlopd.run.verify import records_without_checksums, verify_run
 
 CONFIG = """
 name = "mini"
@@ -243,7 +243,7 @@ def test_every_flipped_bit_is_named(project, monkeypatch, capsys):
     capsys.readouterr()
     assert vlopd(monkeypatch, "verify", "run") == 1
     said = capsys.readouterr().out.replace("\n", "")
-    assert "run/arms/full/checkpoint/model.safetensors is not as it was written" in said
+    assert "run/arms/full/checkpoint/model.safetensors has changed since it was written" in said
     weights.write_bytes(held)
     assert vlopd(monkeypatch, "verify", "run") == 0
 
@@ -362,8 +362,8 @@ def test_a_tasks_files_are_all_known(tmp_path, monkeypatch):
     }
 
 
-def test_what_vouches_goes_before_what_is_made_again(tmp_path):
-    """From the start of making an artifact again to its end nothing claims it; a record without checksums is named."""
+def test_records_are_deleted_before_an_artifact_is_made_again(tmp_path):
+    """While an artifact is made again it has no record or checksums; a record without checksums is named."""
     run, record = RunFolder(tmp_path), tmp_path / "arms" / "full" / "record.json"
     record.parent.mkdir(parents=True)
     rows = record.parent / "metrics.jsonl"
@@ -372,17 +372,17 @@ def test_what_vouches_goes_before_what_is_made_again(tmp_path):
     run.checksums.write("run", [tmp_path / "run.json"])
     run.checksums.finish("arms/full", {"inputs": {"a": 1}}, [rows])
     assert run.checksums.outdated("arms/full", {"a": 1}) is None
-    assert run.checksums.outdated("arms/full", {"a": 2}) == "made from another a: 1 -> 2"
+    assert run.checksums.outdated("arms/full", {"a": 2}) == "inputs changed: a: 1 -> 2"
     sums = run.checksums.path("arms/full")
     held = sums.read_bytes()
     sums.unlink()
-    (problem,) = lost_checksums(run)
+    (problem,) = records_without_checksums(run)
     assert problem.file == record and "arms/full" in problem.remedy
     sums.write_bytes(held)
-    assert not lost_checksums(run)
+    assert not records_without_checksums(run)
     run.checksums.start("arms/full")
     rows.write_text("half a li")
-    assert not record.exists() and not sums.exists() and not lost_checksums(run)
+    assert not record.exists() and not sums.exists() and not records_without_checksums(run)
 
 
 def test_checksums_are_sha256sums(tmp_path):

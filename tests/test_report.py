@@ -582,7 +582,7 @@ def test_a_comparison_of_an_older_version_is_one_line(spoilable):
 
 
 def test_replicates_are_taken_as_a_sample_of_seeds(tmp_path):
-    """Arms that differ in the seed alone are compared as groups, with a deviation between seeds; held-out looks give
+    """Arms that differ in the seed alone are compared as groups, with a deviation between seeds; held-out scores give
     final, last-five and peak scores, and several densities a figure."""
     base = make_config()
     arms = {name: arm.model_dump(mode="json", exclude_none=True) for name, arm in base.arms.items()}
@@ -595,9 +595,11 @@ def test_replicates_are_taken_as_a_sample_of_seeds(tmp_path):
     run = make_run(tmp_path / "run", config, n=120, images=False)
     record = read_json(run.arm_record("sparser"))
     write_json(run.arm_record("sparser"), {**record, "density": 0.01})
-    looks = [{"step": s, "task": "shapes_validation", "exact_match": s / 50} for s in (0, 20, 40)]
-    looks[1]["exact_match"] = 0.9
-    write_jsonl(run.arm("full") / "heldout.jsonl", looks)
+    evaluations = [
+        {"step": s, "task": "shapes_validation", "exact_match": s / 50} for s in (0, 20, 40)
+    ]
+    evaluations[1]["exact_match"] = 0.9
+    write_jsonl(run.arm("full") / "heldout.jsonl", evaluations)
     seeds = {
         its["name"]: its for its in read_json(compare(run, config))["tasks"]["shapes"]["seeds"]
     }

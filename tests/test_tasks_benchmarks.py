@@ -294,12 +294,12 @@ def test_pictures_may_be_files_beside_the_rows(tmp_path, monkeypatch):
         ("gsm8k", {"question": None}, r"row 0 \(from 0\): column 'question' holds None"),
         ("gsm8k", {"answer": "12"}, "column 'answer' has no ####"),
         ("geometry3k", {"images": []}, "column 'images' has no picture"),
-        ("mathvista", {"answer": "the middle"}, "'the middle' is not among its choices"),
+        ("mathvista", {"answer": "the middle"}, "'the middle' is not among the choices"),
         ("mmmu", {"answer": "D"}, "column 'answer' is 'D'; its choices are A B C"),
         ("mmmu", {"options": "A, B"}, "column 'options' holds 'A, B' in place of a list"),
         ("mmmu", {"image_2": None}, "column 'image_2' has no picture"),
         ("scienceqa_img", {"answer": 7}, "column 'answer' is 7; its choices are 0 to 1"),
-        ("pope", {"answer": "maybe"}, "'maybe' is not among its choices"),
+        ("pope", {"answer": "maybe"}, "'maybe' is not among the choices"),
     ],
 )
 def test_a_broken_row_is_named(name, change, message, tmp_path, monkeypatch):

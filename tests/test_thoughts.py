@@ -12,9 +12,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from evals.harness import Subject, evaluate
 from evals.lm import ArmLM
-from evals.tasks.extraction import conclusion, number_answer
+from evals.tasks.extraction import number_answer, strip_reasoning
+from tests.command import call
 from tests.conftest import recipe_of, tiny_language
-from tests.test_check import call
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.models import ModelConfig
 from vlopd.errors import ConfigError
@@ -43,7 +43,7 @@ def test_every_family_is_read(mark):
     assert split(f"{opening}1 or 23")[1:3] == ("", False)
     assert split("1 or 23", mark)[1:3] == ("", False)
     assert split("1 or 23") == (None, "1 or 23", True, None)
-    assert conclusion(f"{opening}1 or 23{closing}4") == "4"
+    assert strip_reasoning(f"{opening}1 or 23{closing}4") == "4"
     assert number_answer(f"{opening}1 or 23") is None
 
 
@@ -98,7 +98,7 @@ def test_what_is_the_answer(text, answer):
     """The answer is what follows the last thought; None is a thought that never closes."""
     reading = split(text)
     assert (reading.answer.strip() if reading.closed else None) == answer
-    assert conclusion(text) == (answer or "")
+    assert strip_reasoning(text) == (answer or "")
 
 
 def test_a_channel_that_the_prompt_opened():

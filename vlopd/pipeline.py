@@ -1,10 +1,10 @@
-"""The whole experiment, stage by stage. The only module that knows all stages, of training and of evaluation.
+"""The stages of an experiment and their order. The only module that knows all of them, training and evaluation.
 
     base -> trained arms -> masks -> retrained, transplanted arms -> geometry, evaluation -> comparison -> report
 
-Stages read files of the run folder, write one artifact each, and are skipped where it is up to date. A run grows: with
-another config in the same folder, what both share is kept. Heavy imports sit inside the functions, so that a wrong key
-and a finished run answer at once.
+Stages read files of the run folder, write one artifact each, and are skipped where it is up to date. A run can grow:
+with another config in the same folder, artifacts that both configs share are kept. Heavy imports are inside the
+functions, so that an invalid config and a finished run return at once.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from vlopd.errors import ConfigError, UserError
 from vlopd.files import is_first_process
 from vlopd.run.folder import RunFolder
 
-Say = Callable[[str, Path, bool], None]
-"""Tells the user of an artifact: what it is, where it is, and whether it was made or there already."""
+OnArtifact = Callable[[str, Path, bool], None]
+"""Callback for each artifact: its description, its path, and whether it was made (False: already up to date)."""
 
 
 def prepare(
     target: Path, overrides: Sequence[str] = (), out: Path | None = None
 ) -> tuple[RunFolder, ExperimentConfig]:
-    """The run and config of a run folder or of a config file, with TOML lines over it; nothing is written yet.
+    """Opens a run folder, or the run of a config file, with TOML overrides; writes nothing.
 
-    Raises ConfigError for a config that does not fit, or not this run.
+    Returns the run and its config. Raises ConfigError for an invalid config or one of another run.
     """
     if target.is_dir():
         if out is not None and out != target:
@@ -53,40 +53,41 @@ def prepare(
 
 
 Plan = dict[str, str | None]
-"""{artifact: why it is to be made, None where it is kept}, in the order in which they are made."""
+"""{artifact: reason to make it, None where it is up to date}, in the order of making."""
 
 
 class Planner:
-    """What a run's artifacts need, asked without making any."""
+    """Builds the plan of a run without making any artifact."""
 
     def __init__(self, run: RunFolder, config: ExperimentConfig):
         self.run, self.config = run, config
-        self.found: Plan = {}
+        self.plan: Plan = {}
 
-    def ask(
+    def add(
         self, artifact: str, needs: Iterable[str], inputs: Callable[[], Mapping[str, Any]]
     ) -> None:
-        if artifact in self.found:
+        """Adds an artifact after those that it `needs`."""
+        if artifact in self.plan:
             return
-        new = next((need for need in needs if self.found[need] is not None), None)
+        new = next((need for need in needs if self.plan[need] is not None), None)
         if not self.run.checksums.record(artifact).exists():
-            self.found[artifact] = "new"
+            self.plan[artifact] = "new"
         elif new is not None:
-            self.found[artifact] = f"from {new}"
+            self.plan[artifact] = f"depends on {new}"
         else:
-            self.found[artifact] = self.run.checksums.outdated(artifact, inputs())
+            self.plan[artifact] = self.run.checksums.outdated(artifact, inputs())
 
     def arm(self, name: str) -> str:
-        """An arm, and first what it is made from; returns the artifact's name."""
-        from vlopd.run.inputs import made_from
+        """Adds an arm after its dependencies; returns the artifact's name."""
+        from vlopd.run.inputs import arm_inputs
         from vlopd.run.resolve import base_arm
 
-        base, its = base_arm(self.config), self.config.arms.get(name)
+        base, arm = base_arm(self.config), self.config.arms.get(name)
         needs = [] if name == base else [self.arm(base)]
-        if its is not None:
-            needs += [self.arm(a) for a in map(arm_of, checkpoints_of(its).values()) if a]
-            needs += [self.mask(mask) for mask in [mask_of(its)] if mask]
-        self.ask(f"arms/{name}", needs, partial(made_from, self.run, self.config, name))
+        if arm is not None:
+            needs += [self.arm(a) for a in map(_arm_of, checkpoints_of(arm).values()) if a]
+            needs += [self.mask(mask) for mask in [mask_of(arm)] if mask]
+        self.add(f"arms/{name}", needs, partial(arm_inputs, self.run, self.config, name))
         return f"arms/{name}"
 
     def mask(self, name: str) -> str:
@@ -95,9 +96,9 @@ class Planner:
 
         rule = self.config.masks[name]
         needs = [self.arm(base_arm(self.config)), *map(self.mask, rule.combines)]
-        if rule.reads is not None and (read := arm_of(rule.reads)):
+        if rule.reads is not None and (read := _arm_of(rule.reads)):
             needs.append(self.arm(read))
-        self.ask(f"masks/{name}", needs, partial(mask_inputs, self.run, self.config, name))
+        self.add(f"masks/{name}", needs, partial(mask_inputs, self.run, self.config, name))
         return f"masks/{name}"
 
     def geometry(self, names: Sequence[str]) -> None:
@@ -106,26 +107,26 @@ class Planner:
         arms = [self.arm(name) for name in names]
         for name, arm in zip(names, arms, strict=True):
             inputs = partial(geometry_inputs, self.run, self.config, name)
-            self.ask(f"geometry/{name}", [arm], inputs)
+            self.add(f"geometry/{name}", [arm], inputs)
         if len(names) > 1:
             inputs = partial(overlap_inputs, self.run, self.config, list(names))
-            self.ask("geometry/overlap", arms, inputs)
+            self.add("geometry/overlap", arms, inputs)
 
     def evals(self, names: Sequence[str]) -> None:
-        from evals.harness import arm_inputs
+        from evals.harness import eval_inputs
         from evals.token_kl import has_tokens, token_inputs
 
         for name in names:
             needs = [self.arm(name)]
-            self.ask(f"evals/{name}", needs, partial(arm_inputs, self.run, self.config, name))
+            self.add(f"evals/{name}", needs, partial(eval_inputs, self.run, self.config, name))
             if has_tokens(self.config, name):
-                self.ask(
+                self.add(
                     f"tokens/{name}", needs, partial(token_inputs, self.run, self.config, name)
                 )
 
 
-def arm_of(checkpoint: str) -> str | None:
-    """The arm of this run that a named checkpoint belongs to; None for a folder."""
+def _arm_of(checkpoint: str) -> str | None:
+    """The arm of this run that a checkpoint reference names; None for a folder."""
     return Reference.parse(checkpoint).arm
 
 
@@ -136,9 +137,9 @@ def plan(
     until: str,
     geometry: bool = True,
 ) -> Plan:
-    """What `run_all` of these arms would keep and make, and why.
+    """The artifacts that `run_all` of these arms would keep and make, with reasons.
 
-    The comparison and the report are not in it: they take seconds, and follow where all arms are evaluated.
+    Excludes the comparison and the report, which take seconds and are made once all arms are evaluated.
     """
     planner = Planner(run, config)
     for name in names:
@@ -147,7 +148,7 @@ def plan(
         planner.geometry([name for name in config.geometry.arms if name in names])
     if until in ("evals", "report"):
         planner.evals(names)
-    return planner.found
+    return planner.plan
 
 
 # -------------------------------------------------------------------------------------------- stages
@@ -158,45 +159,47 @@ def run_all(
     config: ExperimentConfig,
     names: Sequence[str],
     until: str,
-    say: Say,
+    on_artifact: OnArtifact,
     allow_other_base: bool = False,
 ) -> None:
-    """Makes arms, their geometry and evaluations and, of all arms, the comparison and the report.
+    """Makes the arms, their geometry and evaluations and, with all arms, the comparison and the report.
 
-    until: "arms", "geometry", "evals" or "report", the last stage that is made. Of several processes, all train and
-    the first does the rest.
+    until: the last stage to make: "arms", "geometry", "evals" or "report". All processes of a launcher train; the
+    first does the rest.
     """
-    make_arms(run, config, names, say, allow_other_base)
+    make_arms(run, config, names, on_artifact, allow_other_base)
     if until == "arms" or not is_first_process():
         return
-    make_geometry(run, config, [name for name in config.geometry.arms if name in names], say)
+    make_geometry(
+        run, config, [name for name in config.geometry.arms if name in names], on_artifact
+    )
     if until == "geometry":
         return
-    make_evals(run, config, names, say)
+    make_evals(run, config, names, on_artifact)
     if until == "report" and set(names) >= set(config.arms):
-        make_comparison(run, config, say)
-        make_report(run, config, say)
+        make_comparison(run, config, on_artifact)
+        make_report(run, config, on_artifact)
 
 
 def make_arms(
     run: RunFolder,
     config: ExperimentConfig,
     names: Sequence[str],
-    say: Say,
+    on_artifact: OnArtifact,
     allow_other_base: bool = False,
 ) -> None:
-    from vlopd.run.arms import Making
+    from vlopd.run.arms import ArmOptions
     from vlopd.run.make import make_arm
 
-    how = Making(allow_other_base, held_out(config))
-    # arms that are only noted first: what is wrong with their models is said before anything is trained
+    options = ArmOptions(allow_other_base, _held_out(config))
+    # external checkpoints first, so that an error in one is raised before any training
     for name in sorted(names, key=lambda n: not isinstance(config.arms.get(n), CheckpointArm)):
-        made = make_arm(run, config, name, how)
-        say(f"arm {name}", run.arm_record(name), made)
+        made = make_arm(run, config, name, options)
+        on_artifact(f"arm {name}", run.arm_record(name), made)
 
 
-def held_out(config: ExperimentConfig) -> Any:
-    """What scores a student while it trains, if eval.during asks for it."""
+def _held_out(config: ExperimentConfig) -> Any:
+    """The function that evaluates the student during training, if eval.during is set."""
     if config.eval.during is None:
         return None
     from evals.harness import held_out_scores
@@ -204,25 +207,29 @@ def held_out(config: ExperimentConfig) -> Any:
     return held_out_scores(config)
 
 
-def make_geometry(run: RunFolder, config: ExperimentConfig, names: Sequence[str], say: Say) -> None:
+def make_geometry(
+    run: RunFolder, config: ExperimentConfig, names: Sequence[str], on_artifact: OnArtifact
+) -> None:
     from vlopd.run import geometry
 
     for name in names:
         made = geometry.make_geometry(run, config, name)
-        say(f"geometry of {name}", run.geometry(name) / "geometry.csv", made)
+        on_artifact(f"geometry of {name}", run.geometry(name) / "geometry.csv", made)
     if len(names) > 1:
         made = geometry.make_overlap(run, config, list(names))
-        say("overlap of the arms' updates", run.root / "geometry" / "overlap.csv", made)
+        on_artifact("overlap of the arms' updates", run.root / "geometry" / "overlap.csv", made)
 
 
-def make_evals(run: RunFolder, config: ExperimentConfig, names: Sequence[str], say: Say) -> None:
+def make_evals(
+    run: RunFolder, config: ExperimentConfig, names: Sequence[str], on_artifact: OnArtifact
+) -> None:
     from evals.harness import evaluate_arm
     from evals.token_kl import write_token_kl
 
     for name in names:
         made = evaluate_arm(run, config, name)
         made |= write_token_kl(run, config, name)
-        say(f"evaluation of {name}", run.eval(name) / "results.json", made)
+        on_artifact(f"evaluation of {name}", run.eval(name) / "results.json", made)
 
 
 def make_vision(
@@ -231,68 +238,68 @@ def make_vision(
     names: Sequence[str],
     scorer: str | None,
     pictures: int,
-    say: Say,
+    on_artifact: OnArtifact,
 ) -> None:
-    """Probes the arms' vision towers and, with a `scorer`, aligns their captions; not a part of `run_all`."""
+    """Probes the arms' vision towers and, with a `scorer`, scores their captions (CLIPScore); not in `run_all`."""
     from evals.vision.stage import vision_report
 
-    say("vision", vision_report(run, config, names, scorer, pictures), True)
+    on_artifact("vision", vision_report(run, config, names, scorer, pictures), True)
 
 
-def make_comparison(run: RunFolder, config: ExperimentConfig, say: Say) -> None:
+def make_comparison(run: RunFolder, config: ExperimentConfig, on_artifact: OnArtifact) -> None:
     from evals.compare import compare
 
-    say("comparison", compare(run, config), True)
+    on_artifact("comparison", compare(run, config), True)
 
 
-def make_report(run: RunFolder, config: ExperimentConfig, say: Say) -> None:
+def make_report(run: RunFolder, config: ExperimentConfig, on_artifact: OnArtifact) -> None:
     from evals.report.build import build_report
 
-    say("report", build_report(run, config), True)
+    on_artifact("report", build_report(run, config), True)
 
 
-# --------------------------------------------------------------------------------- what is refused first
+# --------------------------------------------------------------------------------- checks before a stage
 
 
 def refuse_outdated(run: RunFolder, planned: Plan, kinds: Sequence[str]) -> None:
-    """Raises ConfigError where a stage by itself would work from what the config no longer describes.
+    """Raises ConfigError where a single stage would read an artifact that does not match the config.
 
-    kinds: of the artifacts that the stage reads, as in "arms". What is not made yet is for the stage to say.
+    kinds: kinds of artifacts the stage reads, e.g. "arms". Artifacts not yet made are left to the stage.
     """
     for artifact, why in planned.items():
         if artifact.startswith(tuple(kinds)) and why is not None and why != "new":
             raise ConfigError(
-                f"{artifact} is not what the config says ({why}); make it again with `vlopd run {run.root}`"
+                f"{artifact} is outdated ({why}); make it again with `vlopd run {run.root}`"
             )
 
 
 def refuse_unready(config: ExperimentConfig, planned: Plan) -> None:
-    """Raises ConfigError with all that is known to stop what is planned: one line, before anything is made."""
+    """Raises ConfigError with all known problems of the planned artifacts, in one line, before any is made."""
     due = {artifact for artifact, why in planned.items() if why is not None}
     arms = [name for name in config.arms if f"arms/{name}" in due]
     evals = [name for name in config.arms if f"evals/{name}" in due]
-    lines = unready(config, arms, evaluated=False) if arms else []
-    lines += unready_tasks(config, evals) if evals else []
+    lines = find_problems(config, arms, evaluated=False) if arms else []
+    lines += _find_task_problems(config, evals) if evals else []
     if lines:
         raise ConfigError("; ".join(dict.fromkeys(lines)))
 
 
-def unready(config: ExperimentConfig, names: Sequence[str], evaluated: bool) -> list[str]:
-    """What would stop these arms, a line each; with `evaluated`, also what would stop their evaluation."""
+def find_problems(config: ExperimentConfig, names: Sequence[str], evaluated: bool) -> list[str]:
+    """Problems that would stop making these arms, one line each; with `evaluated`, also their evaluation."""
     from vlopd.preflight import inputs
 
     lines = inputs.findings(config, list(names))
     if evaluated:
-        lines += unready_tasks(config, names)
+        lines += _find_task_problems(config, names)
     elif (during := config.eval.during) is not None:
-        only = {"tasks": during.tasks, "limit": during.limit, "during": None}
-        asked = config.eval.model_copy(update=only)
-        lines += unready_tasks(config.model_copy(update={"eval": asked}), names[:1])
+        subset = {"tasks": during.tasks, "limit": during.limit, "during": None}
+        settings = config.eval.model_copy(update=subset)
+        lines += _find_task_problems(config.model_copy(update={"eval": settings}), names[:1])
     return list(dict.fromkeys(lines))
 
 
-def unready_tasks(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
-    """What would stop these arms' evaluation, a line each."""
+def _find_task_problems(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
+    """Problems that would stop the evaluation of these arms, one line each."""
     from evals import preflight
     from vlopd.preflight import inputs
 
@@ -302,6 +309,6 @@ def unready_tasks(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
         return [str(error)]
     for name in names:
         if isinstance(arm := config.arms[name], ImportedArm):
-            its = preflight.find_import_problems(config.eval.tasks, Path(arm.results))
-            lines += [f"arms.{name}: {line}" for line in its]
+            problems = preflight.find_import_problems(config.eval.tasks, Path(arm.results))
+            lines += [f"arms.{name}: {line}" for line in problems]
     return lines

@@ -1,6 +1,6 @@
-"""A run folder -> report/: report.html (one self-contained file), report.md, figures/, tables/.
+"""Builds a run's report/: report.html (self-contained), report.md, figures/, tables/.
 
-Reads files only. What a run lacks (an image, a teacher, the geometry) is left out of the report.
+Reads files only. Parts that a run lacks (images, a teacher, geometry) are omitted.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ Context = dict[str, Any]
 
 
 def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
-    """Writes RUN/report/, unless what it shows is unchanged, and returns the path of report.html.
+    """Writes RUN/report/ unless it is up to date; returns the path of report.html.
 
-    Raises RunError when run.json is missing or a file of the run cannot be read.
+    Raises RunError where run.json is missing or a file of the run was changed.
     """
     for artifact in run.checksums.artifacts():
         if artifact.split("/")[0] not in ("report", "compare"):
             run.checksums.check(artifact, whole=False)
     with stage(run, "report", derived=True) as its:
-        if its.is_due(lambda _: shown_files(run)):
-            write_report(its, config)
+        if its.is_due(lambda _: _report_inputs(run)):
+            _write_report(its, config)
     return run.report / "report.html"
 
 
-def write_report(its: Stage, config: ExperimentConfig) -> None:
+def _write_report(its: Stage, config: ExperimentConfig) -> None:
     run = its.run
     compared: Context = read_json(run.compare) if run.compare.exists() else {}
     sentences = verdict(compared)
@@ -65,28 +65,28 @@ def write_report(its: Stage, config: ExperimentConfig) -> None:
     context: Context = {
         "run": run.root.resolve().name,
         "config": config,
-        "teachers": teachers_of(config),
+        "teachers": _teachers_of(config),
         "config_json": json.dumps(config.model_dump(mode="json"), indent=1),
         "record": read_json(run.root / "run.json"),
         "records": records,
         "compared": compared,
         "verdict": sentences,
         "full": full_name(compared["arms"]),
-        "tasks": [task_context(name, compared, data, drawn) for name in compared["tasks"]],
+        "tasks": [_task_context(name, compared, data, drawn) for name in compared["tasks"]],
         "questions": [
             question
             for name, entry in compared["tasks"].items()
             for question in examples.questions(run, name, entry)
         ],
-        "training": training_context(data["training"]),
-        "curves": training_curves(data["training"], roles, drawn),
-        "held_out": rows_of(data["held_out"]),
-        "probes": rows_of(data["probes"]),
-        "alignment": rows_of(data["alignment"]),
-        "masks": rows_of(data["masks"]),
-        "identity": rows_of(data["identity"]),
-        "geometry": geometry_context(run, tidy, data["geometry"], drawn),
-        "overlap": overlap_context(run, drawn),
+        "training": _training_context(data["training"]),
+        "curves": _training_curves(data["training"], roles, drawn),
+        "held_out": _rows_of(data["held_out"]),
+        "probes": _rows_of(data["probes"]),
+        "alignment": _rows_of(data["alignment"]),
+        "masks": _rows_of(data["masks"]),
+        "identity": _rows_of(data["identity"]),
+        "geometry": _geometry_context(run, tidy, data["geometry"], drawn),
+        "overlap": _overlap_context(run, drawn),
         "generations": examples.generations(run, shown),
         "figures": drawn,
     }
@@ -98,15 +98,15 @@ def write_report(its: Stage, config: ExperimentConfig) -> None:
         for name, table in data.items():
             if not table.empty:
                 table.to_csv(folder / "tables" / f"{name}.csv", index=False)
-        template = environment().get_template("report.html.j2")
+        template = _environment().get_template("report.html.j2")
         (folder / "report.html").write_text(template.render(context))
         words = template.render({**context, "questions": [], "generations": []})
         (folder / "report.md").write_text(markdown(words))
     its.finish({}, [path for path in run.report.rglob("*") if path.is_file()])
 
 
-def shown_files(run: RunFolder) -> dict[str, str]:
-    """Digests of everything the report is made from, the report's own code included."""
+def _report_inputs(run: RunFolder) -> dict[str, str]:
+    """The inputs of the report as digests, including the report's code."""
     parts = (
         "run.json",
         "compare.json",
@@ -123,10 +123,10 @@ def shown_files(run: RunFolder) -> dict[str, str]:
     return {**shown, "report": digest_files([*here.glob("*.py"), *here.glob("*.j2")])}
 
 
-def task_context(
+def _task_context(
     task: str, compared: Context, data: Mapping[str, pd.DataFrame], drawn: dict[str, str]
 ) -> Context:
-    """What the report says about one task; its figures go into `drawn`."""
+    """Template variables of one task; adds its figures to `drawn`."""
     entry = compared["tasks"][task]
     own = {name: table[table.task == task] for name, table in data.items() if "task" in table}
     own = {name: own.get(name, pd.DataFrame()) for name in data}
@@ -135,25 +135,25 @@ def task_context(
     slug = "".join(c if c.isalnum() else "-" for c in task)
     share = f"{100 * compared['confidence']:g} % interval"
     scores = figures.dots(rows, chance, f"{entry['metric']} (%), {share}")
-    draw(drawn, f"scores-{slug}", scores)
+    _draw(drawn, f"scores-{slug}", scores)
     differences = rows[rows.role != "full"].dropna(subset=["difference_mean"])
     if not differences.empty:
         names = {f"difference_{key}": key for key in ("mean", "low", "high")}
         plotted = differences[["arm", "role", *names]].rename(columns=names)
         full = full_name(compared["arms"])
         forest = figures.forest(plotted, f"difference to {full} (percentage points), {share}")
-        draw(drawn, f"differences-{slug}", forest)
-    draw_density(rows, slug, f"{entry['metric']} (%)", drawn)
+        _draw(drawn, f"differences-{slug}", forest)
+    _draw_density(rows, slug, f"{entry['metric']} (%)", drawn)
     return {
         "name": task,
         "slug": slug,
         "chance": chance,
         "entry": entry,
-        "rows": rows_of(rows),
-        "contrasts": rows_of(own["contrasts"]),
-        "kinds": across(own["kinds"], lambda row: f"{row['kind']}\nn = {row['n']}"),
-        "seeds": rows_of(own["seeds"]),
-        "passes": across(own["pass_at"], lambda row: row["metric"]),
+        "rows": _rows_of(rows),
+        "contrasts": _rows_of(own["contrasts"]),
+        "kinds": _pivot(own["kinds"], lambda row: f"{row['kind']}\nn = {row['n']}"),
+        "seeds": _rows_of(own["seeds"]),
+        "passes": _pivot(own["pass_at"], lambda row: row["metric"]),
         "non_inferior": [
             {"arm": c["a"], **c["non_inferiority"]}
             for c in entry["contrasts"]
@@ -167,21 +167,21 @@ def task_context(
     }
 
 
-def draw_density(rows: pd.DataFrame, slug: str, label: str, drawn: dict[str, str]) -> None:
-    """Accuracy against density, where arms under masks have several."""
+def _draw_density(rows: pd.DataFrame, slug: str, label: str, drawn: dict[str, str]) -> None:
+    """Draws score against density, if masked arms have several densities."""
     masked = rows[rows.role.isin(("subnetwork", "control", "transplant")) & (rows.density > 0)]
     if masked.density.round(6).nunique() < 2:
         return
     edges = rows[rows.role.isin(("full", "base", "teacher"))]
     lines = dict(zip(edges.arm, edges["mean"], strict=True))
-    draw(drawn, f"density-{slug}", figures.against_density(masked, lines, label))
+    _draw(drawn, f"density-{slug}", figures.against_density(masked, lines, label))
 
 
-def across(table: pd.DataFrame, head: Callable[[Context], str]) -> Context | None:
-    """Arms down, each arm's rows of a tidy table across, under `head` of the first arm's."""
+def _pivot(table: pd.DataFrame, head: Callable[[Context], str]) -> Context | None:
+    """Pivots a tidy table: one row per arm, one column per row of an arm, titled by `head`."""
     if table.empty:
         return None
-    rows = [(arm, rows_of(part)) for arm, part in table.groupby("arm", sort=False)]
+    rows = [(arm, _rows_of(part)) for arm, part in table.groupby("arm", sort=False)]
     return {"columns": ["Arm", *map(head, rows[0][1])], "rows": rows}
 
 
@@ -190,11 +190,11 @@ CURVES = {
     "reward": ("Reward", "mean reward of the student's samples"),
     "loss": ("Loss", "training loss"),
 }
-"""What the training curves show: the first of which there are values."""
+"""Quantities for the training curves; the first that has values is drawn."""
 
 
-def training_context(training: pd.DataFrame) -> list[Context]:
-    """The state at the end of each arm's training: means over its last tenth of steps."""
+def _training_context(training: pd.DataFrame) -> list[Context]:
+    """The end of each arm's training: means over the last tenth of its steps."""
     if training.empty:
         return []
     ends = []
@@ -206,22 +206,22 @@ def training_context(training: pd.DataFrame) -> list[Context]:
     return ends
 
 
-def training_curves(
+def _training_curves(
     training: pd.DataFrame, roles: Mapping[str, str], drawn: dict[str, str]
 ) -> Context | None:
-    """Draws the training curves; their title and the label of their values."""
+    """Draws the training curves; returns their title and value label."""
     for value, (title, label) in CURVES.items():
         if value in training and training[value].notna().any():
             known = training.dropna(subset=[value])
-            draw(drawn, "training", figures.curves(known, roles, value, label))
+            _draw(drawn, "training", figures.curves(known, roles, value, label))
             return {"title": title, "label": label}
     return None
 
 
-def geometry_context(
+def _geometry_context(
     run: RunFolder, tidy: pd.DataFrame, summary: pd.DataFrame, drawn: dict[str, str]
 ) -> list[Context]:
-    """Per arm: the summary beside its nulls, what could not be measured, and figures."""
+    """Per arm: the summary with nulls, what was not measured, and figures."""
     if summary.empty:
         return []
     found = []
@@ -235,13 +235,13 @@ def geometry_context(
             drawings |= geometry.draw_trajectory(table)
         shown = []
         for name, drawing in drawings.items():
-            draw(drawn, f"geometry-{arm}-{name}", drawing.figure)
+            _draw(drawn, f"geometry-{arm}-{name}", drawing.figure)
             shown.append((f"geometry-{arm}-{name}", drawing.words))
         left_out = geometry.left_out(run.geometry(str(arm)))
         found.append(
             {
                 "arm": arm,
-                "rows": rows_of(part),
+                "rows": _rows_of(part),
                 "left_out": left_out,
                 "reasons": reasons,
                 "figures": shown,
@@ -250,29 +250,29 @@ def geometry_context(
     return found
 
 
-def overlap_context(run: RunFolder, drawn: dict[str, str]) -> list[tuple[str, str]]:
-    """(figure name, what it shows) of the overlap of arms, where there is one."""
+def _overlap_context(run: RunFolder, drawn: dict[str, str]) -> list[tuple[str, str]]:
+    """(figure name, caption) of the overlap of arms, if there is one."""
     path = run.root / "geometry" / "overlap.csv"
     found = geometry.draw_overlap(pd.read_csv(path)) if path.exists() else {}
     for name, drawing in found.items():
-        draw(drawn, f"geometry-{name}", drawing.figure)
+        _draw(drawn, f"geometry-{name}", drawing.figure)
     return [(f"geometry-{name}", drawing.words) for name, drawing in found.items()]
 
 
 # ----------------------------------------------------------------------------------------- helpers
 
 
-def draw(drawn: dict[str, str], name: str, figure: Figure) -> None:
+def _draw(drawn: dict[str, str], name: str, figure: Figure) -> None:
     drawn[name] = figures.to_svg(figure, name)
 
 
-def rows_of(table: pd.DataFrame) -> list[Context]:
-    """Rows as dicts, None where a cell is empty."""
+def _rows_of(table: pd.DataFrame) -> list[Context]:
+    """Rows as dicts, with None for empty cells."""
     return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
-def environment() -> Environment:
-    """Jinja with the report's number formats as filters."""
+def _environment() -> Environment:
+    """The Jinja environment, with the report's number formats as filters."""
     env = Environment(
         loader=PackageLoader("evals.report", "."),
         autoescape=True,
@@ -293,8 +293,8 @@ def environment() -> Environment:
     return env
 
 
-def teachers_of(config: ExperimentConfig) -> str:
-    """`teacher X`, all of several by name, or `no teacher`."""
+def _teachers_of(config: ExperimentConfig) -> str:
+    """The teachers by name and model, or `no teacher`."""
     if config.teacher is None:
         return "no teacher"
     names = [f"{name} {about.model}" for name, about in config.teachers.items()]

@@ -1,4 +1,4 @@
-"""What a reader can check by eye: test questions where the arms disagree, and training samples."""
+"""Examples for the report: test questions on which arms disagree, and training samples."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from vlopd.run.folder import RunFolder
 EXAMPLES = 12
 SAMPLES_PER_ARM = 3
 LARGEST_BYTES = 40_000
-"""Pictures above this are embedded smaller, as JPEG of at most `LARGEST_SIDE` pixels a side."""
+"""Larger images are embedded as JPEG of at most `LARGEST_SIDE` pixels a side."""
 LARGEST_SIDE = 384
 FORMATS = ("PNG", "JPEG", "WEBP")
 LEAST_LOGPROB = -6.0
-"""Teacher log-probabilities (nats) at and below this get the strongest colour."""
+"""Teacher log-probability (nats) at and below which a token has the strongest colour."""
 LARGEST_KL = 2.0
-"""Nats of KL(arm || teacher) at a token from which it has the strongest colour."""
+"""KL(arm || teacher) of a token (nats) at and above which it has the strongest colour."""
 
 
 def questions(run: RunFolder, task: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Up to EXAMPLES questions of a task on which arms differ, spread over kinds.
+    """Up to EXAMPLES questions of a task on which arms differ, interleaved over kinds.
 
-    Those with a picture come first, and of these the ones where full and a subnetwork differ. Arms
-    that gave the same answer share a line.
+    Questions with an image come first, among them those where full and a subnetwork differ. Arms with the same answer
+    share a line.
     """
     arms = sorted(entry["arms"], key=lambda arm: ORDER.index(entry["arms"][arm]["role"]))
     roles = {arm: entry["arms"][arm]["role"] for arm in arms}
     tables = {arm: read_jsonl(run.eval(arm) / f"samples_{task}.jsonl") for arm in arms}
-    divergences = {arm: token_divergences(run, arm, task) for arm in arms}
+    divergences = {arm: _token_divergences(run, arm, task) for arm in arms}
     by_key = {arm: {(r["doc_id"], r["doc_hash"]): r for r in rows} for arm, rows in tables.items()}
     found = []
     for row in tables[arms[0]]:
@@ -72,32 +72,32 @@ def questions(run: RunFolder, task: str, entry: Mapping[str, Any]) -> list[dict[
         )
     # stable sort: within a rank, the data's own order
     found.sort(key=lambda q: not q["apart"])
-    pictured = spread([q for q in found if q["picture"]])
-    chosen = (pictured + spread([q for q in found if not q["picture"]]))[:EXAMPLES]
+    pictured = _interleave([q for q in found if q["picture"]])
+    chosen = (pictured + _interleave([q for q in found if not q["picture"]]))[:EXAMPLES]
     for question in chosen:
-        question["picture"] = data_uri(run.root, question["picture"])
+        question["picture"] = _data_uri(run.root, question["picture"])
     return chosen
 
 
-def token_divergences(run: RunFolder, arm: str, task: str) -> dict[int, list[dict[str, Any]]]:
-    """{doc_id: tokens of the arm's answer with KL(arm || teacher)}, of the questions that have them."""
+def _token_divergences(run: RunFolder, arm: str, task: str) -> dict[int, list[dict[str, Any]]]:
+    """{doc_id: tokens of the arm's answer with KL(arm || teacher)}, for questions that have them."""
     path = run.eval(arm) / f"tokens_{task}.jsonl"
     rows = read_jsonl(path) if path.exists() else []
     return {
         row["doc_id"]: [
-            {"text": shown(text), "kl": kl, "strength": min(1.0, kl / LARGEST_KL)}
+            {"text": _display_text(text), "kl": kl, "strength": min(1.0, kl / LARGEST_KL)}
             for text, kl in zip(row["tokens"], row["kl"], strict=True)
         ]
         for row in rows
     }
 
 
-def shown(token: str) -> str:
-    """A vocabulary entry as a reader expects it: byte-level and sentencepiece tokenizers mark spaces."""
+def _display_text(token: str) -> str:
+    """A vocabulary entry as text: byte-level and sentencepiece space marks become spaces."""
     return token.replace("\u0120", " ").replace("\u2581", " ").replace("\u010a", " ")
 
 
-def spread(questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _interleave(questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first question of every kind, then the second of every kind, and so on."""
     kinds: dict[Any, list[dict[str, Any]]] = {}
     for question in questions:
@@ -106,7 +106,7 @@ def spread(questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def generations(run: RunFolder, arms: Sequence[str]) -> list[dict[str, Any]]:
-    """Training samples of each arm, from first, middle and last step, with a colour per token."""
+    """Training samples of each arm, from the first, middle and last step, with a colour per token."""
     found = []
     for arm in arms:
         path = run.arm(arm) / "samples.jsonl"
@@ -123,27 +123,29 @@ def generations(run: RunFolder, arms: Sequence[str]) -> list[dict[str, Any]]:
                 if f"{model}_logprobs" in row  # no teacher's where there is none
             }
             tokens = [
-                token_of(text, {model: column[k] for model, column in columns.items()})
+                _token_context(text, {model: column[k] for model, column in columns.items()})
                 for k, text in enumerate(row["tokens"])
             ]
-            picture = data_uri(run.arm(arm), row["image"])
+            picture = _data_uri(run.arm(arm), row["image"])
             found.append({**row, "arm": arm, "tokens": tokens, "picture": picture})
     return found
 
 
-def token_of(text: str, logprobs: Mapping[str, float | None]) -> dict[str, Any]:
-    """A sampled token with its log-probs as its title and the teacher's as its colour; null is a banned token."""
-    told = (f"{model} {'-inf' if x is None else format(x, '.2f')}" for model, x in logprobs.items())
+def _token_context(text: str, logprobs: Mapping[str, float | None]) -> dict[str, Any]:
+    """A sampled token with its log-probs as title and the teacher's as colour; null is a banned token."""
+    values = (
+        f"{model} {'-inf' if x is None else format(x, '.2f')}" for model, x in logprobs.items()
+    )
     teacher = logprobs.get("teacher", 0.0)
     strength = 1.0 if teacher is None else min(1.0, max(0.0, teacher / LEAST_LOGPROB))
-    return {"text": shown(text), "title": f"{', '.join(told)} nats", "strength": strength}
+    return {"text": _display_text(text), "title": f"{', '.join(values)} nats", "strength": strength}
 
 
-def data_uri(root: Path, name: str | None) -> str | None:
-    """A run's picture as a data: URI, made smaller when it is large.
+def _data_uri(root: Path, name: str | None) -> str | None:
+    """An image of the run as a data: URI, downscaled if large.
 
-    None where a row names none, or anything but a picture inside the run folder `root`: rows are data, and what they
-    name elsewhere does not belong into a page that is passed on.
+    None where `name` is no image file inside the run folder `root`: rows are untrusted, and must not embed other files
+    into a report that is shared.
     """
     if not isinstance(name, str):
         return None

@@ -1,7 +1,7 @@
-"""The report's figures, as SVG text that takes its ink from the page, so light and dark both work.
+"""The report's figures as SVG that inherits the page's text colour, for light and dark themes.
 
-Colours are Okabe and Ito's, safe for colour-blind readers, at mid tone; text and axes are drawn in
-a marker colour that becomes `currentColor`. Figures are narrow, so that a phone shows them legibly.
+Colours are based on the Okabe-Ito palette (colour-blind safe); text and axes are drawn in a placeholder colour that
+becomes `currentColor`. Figures are narrow, to be legible on a phone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COLOURS = {
 }
 VARIANTS = ("#7a6fb0", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#8c564b", "#17a2b8", "#7f7f7f")
 INK = "#010203"
-"""Stands for the page's text colour until the SVG is written."""
+"""Placeholder for the page's text colour."""
 WIDTH = 5.2
 STYLE = {
     "svg.fonttype": "none",
@@ -57,7 +57,7 @@ STYLE = {
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """An <svg> element: no fixed size, no metadata, ids of its own, ink by currentColor."""
+    """An <svg> element without fixed size or metadata, with unique ids and currentColor as text colour."""
     buffer = io.StringIO()
     empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context(STYLE):
@@ -71,7 +71,7 @@ def to_svg(figure: Figure, name: str) -> str:
 
 
 def standalone(svg: str) -> str:
-    """The same SVG as a file of its own, with ink for light and dark."""
+    """The same SVG as a standalone file, for light and dark themes."""
     style = (
         "<style>svg{color:#24292f}@media(prefers-color-scheme:dark){svg{color:#d5dae0}}"
         "text{font-family:sans-serif}</style>"
@@ -88,7 +88,7 @@ def canvas(height: float, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
 def dots(rows: pd.DataFrame, chance: float | None, label: str) -> Figure:
     """Mean and interval of each arm (columns arm, role, mean, low, high, in [0, 1]), top row first.
 
-    Broken lines mark chance and the teacher.
+    Dashed lines mark chance and the teacher.
     """
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = canvas(0.9 + 0.26 * len(rows))
@@ -115,8 +115,8 @@ def forest(rows: pd.DataFrame, label: str) -> Figure:
 
 
 def against_density(rows: pd.DataFrame, lines: Mapping[str, float], label: str) -> Figure:
-    """Score against the share of coordinates that train (columns arm, role, density, mean, low, high), a colour a
-    role; broken lines at full, base and the like."""
+    """Score against density (columns arm, role, density, mean, low, high), one colour per role; dashed lines at full,
+    base and teacher."""
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = canvas(2.9)
         for role, part in rows.sort_values("density").groupby("role", sort=False):
@@ -124,7 +124,7 @@ def against_density(rows: pd.DataFrame, lines: Mapping[str, float], label: str) 
             axes.errorbar(
                 100 * part.density,
                 100 * part["mean"],
-                # the interval of a mean of 0 may start a rounding above it
+                # rounding may put the interval's end past a mean of 0 or 1
                 yerr=np.maximum(np.nan_to_num(errors), 0),
                 fmt="o",
                 ls="none" if part.density.nunique() == 1 else "-",
@@ -142,7 +142,7 @@ def against_density(rows: pd.DataFrame, lines: Mapping[str, float], label: str) 
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("coordinates that train (%)")
+        axes.set_xlabel("trained coordinates (%)")
         axes.set_ylabel(label)
         axes.grid()
         figure.legend(loc="outside upper left", ncols=3, fontsize=8)
@@ -150,7 +150,7 @@ def against_density(rows: pd.DataFrame, lines: Mapping[str, float], label: str) 
 
 
 def intervals(axes: Axes, rows: pd.DataFrame, scale: float) -> None:
-    """A dot and a bar a row, labelled with the arm's name."""
+    """A dot and a bar per row, labelled with the arm's name."""
     for y, row in enumerate(rows.itertuples()):
         colour = COLOURS[row.role]
         if pd.notna(row.low) and pd.notna(row.high):
@@ -164,10 +164,10 @@ def intervals(axes: Axes, rows: pd.DataFrame, scale: float) -> None:
 
 
 def curves(rows: pd.DataFrame, roles: Mapping[str, str], value: str, label: str) -> Figure:
-    """One line an arm over optimizer steps: every step faintly, a running mean on top.
+    """One line per arm over optimizer steps: every step faintly, a running mean on top.
 
-    `rows` has columns arm, step and `value`; arms of one role share a colour and differ in dashes, but variants,
-    of which there may be many, have a colour each.
+    `rows` has columns arm, step and `value`; arms of one role share a colour and differ in dashes, variants have one
+    colour each.
     """
     columns = min(3, rows.arm.nunique())
     with matplotlib.rc_context(STYLE):
@@ -197,7 +197,7 @@ def curves(rows: pd.DataFrame, roles: Mapping[str, str], value: str, label: str)
 
 
 def heat(value: pd.DataFrame, excess: pd.DataFrame, label: str) -> Figure:
-    """Layers down, modules across: the value on the left, its excess over the null on the right."""
+    """Heat maps, layers by modules: the value on the left, its excess over the null on the right."""
     height = 1.5 + min(7.0, 0.2 * len(value))
     panels = 1 if excess.empty else 2
     with matplotlib.rc_context(STYLE):

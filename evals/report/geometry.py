@@ -1,4 +1,4 @@
-"""Geometry's tables as figures: for the report of a run, and beside the tables of any two checkpoints."""
+"""Figures of the geometry tables, for the report of a run and for any checkpoints."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from evals.report import figures, tables
 from vlopd.files import read_json, write_text
 
 HEAT_MAPS = (("frac_delta_eq_0", ""), ("top_energy_ratio", "k=16"))
-"""(metric, parameter) that get a map: what rounding explains, and what it does not."""
+"""(metric, parameter) drawn as heat maps: one that rounding explains, one that it does not."""
 MASKS = ("principal", "low_magnitude", "principal_not_low", "nonprincipal_or_low")
 OVERLAPS = ("first_covered_by_second", "second_covered_by_first", "update_jaccard")
-COURSES = (
+TRAJECTORIES = (
     ("cosine_to_final", "", "cosine to the final update"),
     ("left_subspace_similarity_to_final", "k=16", "similarity of the top-16 left subspace"),
-    ("frac_delta_eq_0", "", "coordinates that did not move"),
+    ("frac_delta_eq_0", "", "unmoved coordinates"),
     ("stable_rank", "", "stable rank, median"),
 )
 PALETTE = ("#d55e00", "#009e73", "#b9659a", "#e69f00", "#56b4e9", "#8a8f98", "#7a6fb0")
@@ -31,16 +31,16 @@ CLOSED = "closed_form"
 
 
 class Drawing(NamedTuple):
-    """A figure, and what it shows in words."""
+    """A figure and its caption."""
 
     figure: Figure
     words: str
 
 
 def draw(tidy: pd.DataFrame) -> dict[str, Drawing]:
-    """Figures of one geometry.csv, by name; those whose rows it lacks are left out."""
+    """Figures of one geometry.csv, by name; figures without rows are omitted."""
     tidy = tidy.assign(parameter=tidy.parameter.fillna(""), null=tidy.null.fillna(""))
-    found = heat_maps(tidy)
+    found = _heat_maps(tidy)
     spectrum_rows = tidy[
         tidy.name.eq("[median]")
         & tidy.metric.eq("top_energy_ratio")
@@ -49,21 +49,17 @@ def draw(tidy: pd.DataFrame) -> dict[str, Drawing]:
     ]
     if not spectrum_rows.empty:
         at = spectrum_rows.assign(at=spectrum_rows.parameter.str[2:].astype(int))
-        figure = lines(
-            at, "singular values, the largest first", "share of the update's energy", True
-        )
-        words = (
-            "Energy of the update's largest singular values, median over matrices, beside the nulls"
-        )
+        figure = lines(at, "largest singular values", "share of the update's energy", True)
+        words = "Energy of the update's largest singular values, median over matrices, against the nulls"
         found["spectrum"] = Drawing(figure, words)
     metrics = {f"{mask}_update_overlap_ratio": mask.replace("_", " ") for mask in MASKS}
     own = tidy[
         tidy.name.eq("[all]") & tidy.metric.isin(metrics) & tidy.parameter.eq("ratio=0.1,atol=0")
     ]
     if own.value.notna().any():
-        label = "share of the moved coordinates inside the mask (%), ratio 0.1"
+        label = "moved coordinates inside the mask (%), ratio 0.1"
         figure = dots(own.assign(label=own.metric.map(metrics)), label)
-        found["masks"] = Drawing(figure, "Moved coordinates inside each mask, beside the nulls")
+        found["masks"] = Drawing(figure, "Moved coordinates inside each mask, against the nulls")
     return found
 
 
@@ -82,7 +78,7 @@ def draw_overlap(table: pd.DataFrame) -> dict[str, Drawing]:
         }[row.metric]
         for row in own.itertuples()
     ]
-    words = "Coordinates that two runs both move, beside two independent nulls"
+    words = "Coordinates moved by both of two updates, against independent nulls"
     return {"overlap": Drawing(dots(own, "overlap of moved coordinates (%)"), words)}
 
 
@@ -90,7 +86,7 @@ def draw_trajectory(table: pd.DataFrame) -> dict[str, Drawing]:
     """The figure of a trajectory.csv."""
     table = table.assign(parameter=table.parameter.fillna(""), null=table.null.fillna(""))
     found = {}
-    for metric, parameter, label in COURSES:
+    for metric, parameter, label in TRAJECTORIES:
         own = table[
             table.name.isin(["[all]", "[median]"])
             & table.metric.eq(metric)
@@ -101,13 +97,13 @@ def draw_trajectory(table: pd.DataFrame) -> dict[str, Drawing]:
             figure = lines(own.assign(at=own.step), "optimizer step", label, False)
             name = f"trajectory-{metric}".replace("_", "-")
             found[name] = Drawing(
-                figure, f"{label[0].upper()}{label[1:]} over checkpoints, beside the nulls"
+                figure, f"{label[0].upper()}{label[1:]} over checkpoints, against the nulls"
             )
     return found
 
 
-def heat_maps(tidy: pd.DataFrame) -> dict[str, Drawing]:
-    """Layer x module maps of HEAT_MAPS, and of their excess over the first null."""
+def _heat_maps(tidy: pd.DataFrame) -> dict[str, Drawing]:
+    """Heat maps (layer by module) of HEAT_MAPS, and of their excess over the first null."""
     rows = tidy[(tidy.status == "ok") & tidy.layer.notna() & ~tidy.name.str.startswith("[")]
     drawn = [null for null in rows.null.unique() if null not in ("", CLOSED)]
     rows = rows[rows.null.eq(drawn[0] if drawn else "")]
@@ -128,7 +124,7 @@ def heat_maps(tidy: pd.DataFrame) -> dict[str, Drawing]:
             for column in ("value", "excess")
         )
         name = metric.replace("_", "-")
-        text = f"{words} by layer and module (left), and how far it lies from the null (right)"
+        text = f"{words} by layer and module (left), and its excess over the null (right)"
         if drawn:
             text = text.replace("the null", f"the {drawn[0].replace('_', ' ')} null")
         found[name] = Drawing(figures.heat(values, excess, words), text)
@@ -136,10 +132,10 @@ def heat_maps(tidy: pd.DataFrame) -> dict[str, Drawing]:
 
 
 def lines(rows: pd.DataFrame, across: str, label: str, logarithmic: bool) -> Figure:
-    """The observed value over column `at`, and every null's mean with two deviations."""
+    """The observed value over column `at`, and every null's mean +- 2 standard deviations."""
     nulls = [null for null in rows.null.unique() if null not in ("", CLOSED)]
     with matplotlib.rc_context(figures.STYLE):
-        figure, (axes,) = figures.canvas(2.4 + legend_height(nulls))
+        figure, (axes,) = figures.canvas(2.4 + _legend_height(nulls))
         observed = rows.drop_duplicates("at").sort_values("at")
         axes.plot(
             observed["at"],
@@ -175,13 +171,12 @@ def lines(rows: pd.DataFrame, across: str, label: str, logarithmic: bool) -> Fig
 
 
 def dots(rows: pd.DataFrame, label: str) -> Figure:
-    """The observed value of every `label` in percent; below it, one under the other, every null's mean with two
-    deviations."""
+    """The observed value of every `label` in percent, and below it every null's mean +- 2 standard deviations."""
     names = list(rows.label.unique())
     nulls = [null for null in rows.null.unique() if null]
     with matplotlib.rc_context(figures.STYLE):
         height = len(names) * (0.24 + 0.09 * len(nulls))
-        figure, (axes,) = figures.canvas(0.6 + height + legend_height(nulls))
+        figure, (axes,) = figures.canvas(0.6 + height + _legend_height(nulls))
         below = min(0.2, 0.65 / max(len(nulls), 1))
         first = -below * len(nulls) / 2
         for i, (null, colour) in enumerate(zip(nulls, PALETTE * 9, strict=False)):
@@ -209,13 +204,13 @@ def title(null: str) -> str:
     return f"null: {null.replace('_', ' ')}"
 
 
-def legend_height(nulls: Sequence[str]) -> float:
-    """Inches of a legend of three columns, the update's entry among them."""
+def _legend_height(nulls: Sequence[str]) -> float:
+    """Height in inches of a three-column legend of the update and the nulls."""
     return 0.17 * math.ceil((1 + len(nulls)) / 3)
 
 
 def write_figures(out: Path, folders: Sequence[Path]) -> Path:
-    """figures/*.svg beside every geometry.csv, and beside overlap.csv and trajectory.csv in `out`."""
+    """Writes figures/*.svg for every geometry.csv, and for overlap.csv and trajectory.csv in `out`."""
     for folder in folders:
         save(draw(read(folder / "geometry.csv")), folder / "figures")
     readers = {"overlap": draw_overlap, "trajectory": draw_trajectory}
@@ -226,12 +221,12 @@ def write_figures(out: Path, folders: Sequence[Path]) -> Path:
 
 
 def left_out(folder: Path) -> str:
-    """What a geometry's two checkpoints have that is not compared, in a sentence; empty where that is nothing."""
+    """A sentence on the tensors that a geometry leaves out of the comparison; empty if none."""
     return read_json(folder / "summary.json").get("left_out", {}).get("summary", "")
 
 
 def read(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, low_memory=False)  # one guess of a column's type, not one a chunk
+    return pd.read_csv(path, low_memory=False)  # infer dtypes from whole columns, not per chunk
 
 
 def save(drawings: Mapping[str, Drawing], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The report's page as Markdown: its headings, paragraphs, tables, and figures by the name of their file."""
+"""Converts the report's HTML to Markdown: headings, paragraphs, tables, and links to figure files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def markdown(page: str) -> str:
 
 
 class _Page(HTMLParser):
-    """Reads what report.html.j2 writes: every text lies in a block, a cell or a figure's caption."""
+    """Parser of report.html.j2's output, in which all text is in a block, a cell or a figcaption."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,18 +28,18 @@ class _Page(HTMLParser):
         self.hidden = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        its = dict(attrs)
+        attributes = dict(attrs)
         self.hidden += tag in HIDDEN
         if tag in BLOCKS or tag in CELLS or tag == "figcaption":
             self.text = ""
         if tag == "figure":
-            self.figure = its["data-name"]
+            self.figure = attributes["data-name"]
         elif tag == "table":
             self.rows, self.rule = [], []
         elif tag == "tr":
             self.rows.append([])
-        elif its.get("scope") == "col":
-            self.rule.append("---:" if self.rule and its.get("class") != "text" else "---")
+        elif attributes.get("scope") == "col":
+            self.rule.append("---:" if self.rule and attributes.get("class") != "text" else "---")
         elif tag in ("br", "code"):
             self.text += {"br": " ", "code": "`"}[tag]
 
@@ -48,13 +48,13 @@ class _Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         self.hidden -= tag in HIDDEN
-        said = " ".join(self.text.split())
+        text = " ".join(self.text.split())
         if tag in BLOCKS:
-            self.blocks.append(BLOCKS[tag] + said)
+            self.blocks.append(BLOCKS[tag] + text)
         elif tag == "figcaption":
-            self.blocks.append(f"![{said}](figures/{self.figure}.svg)")
+            self.blocks.append(f"![{text}](figures/{self.figure}.svg)")
         elif tag in CELLS:
-            self.rows[-1].append(said.replace("|", "\\|"))
+            self.rows[-1].append(text.replace("|", "\\|"))
         elif tag == "table":
             head, *rest = self.rows
             lines = [f"| {' | '.join(cells)} |" for cells in (head, self.rule, *rest)]

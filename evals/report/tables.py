@@ -1,4 +1,4 @@
-"""A run folder's JSON files as tidy tables: what the report shows and what tables/*.csv holds."""
+"""A run's results as tidy tables, for the report and tables/*.csv."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ ORDER = (
     *("teacher", "full", "replicate", "variant", "subnetwork", "projection", "transplant", "other"),
     *("pooled", "control", "base"),
 )
-"""From ceiling to floor: the order of arms in every table and figure."""
-
+"""Order of arms in tables and figures, from ceiling to floor."""
 
 RECORDED = (
     *("checkpoint_digest", "total_parameters", "trained_parameters", "density", "mask", "seed"),
@@ -24,7 +23,7 @@ RECORDED = (
 )
 MEASURES = {
     "relative_delta_fro": "Relative norm of the update",
-    "frac_delta_eq_0": "Coordinates that did not move",
+    "frac_delta_eq_0": "Unmoved coordinates",
     "frac_abs_delta_lt": "Coordinates that moved less than",
     "low_magnitude_update_overlap_ratio": "Updates on the smallest weights",
     "principal_update_overlap_ratio": "Updates on the principal weights",
@@ -34,18 +33,18 @@ MEASURES = {
     "stable_rank": "Stable rank",
     "energy_share": "Share of the update's energy",
 }
-"""Geometry's metrics in words."""
+"""Labels of the geometry metrics."""
 
 
 def arm_records(run: RunFolder, config: ExperimentConfig) -> dict[str, Any]:
-    """record.json of every arm that has one; None where a type of arm has nothing to record."""
+    """record.json of every arm that has one, with None for missing entries."""
     paths = {arm: run.arm_record(arm) for arm in config.arms}
     none = dict.fromkeys(RECORDED)
     return {arm: {**none, **read_json(path)} for arm, path in paths.items() if path.exists()}
 
 
 def scores(compared: Mapping[str, Any], records: Mapping[str, Any]) -> pd.DataFrame:
-    """One row a task and arm, pooled controls as an arm of their own, ceiling first."""
+    """One row per task and arm, with pooled controls as an arm, ceiling first."""
     rows = []
     for task, entry in compared["tasks"].items():
         arms = dict(entry["arms"])
@@ -82,7 +81,7 @@ def scores(compared: Mapping[str, Any], records: Mapping[str, Any]) -> pd.DataFr
 
 
 def contrasts(compared: Mapping[str, Any]) -> pd.DataFrame:
-    """One row a task and contrast, as in compare.json."""
+    """One row per task and contrast, as in compare.json."""
     rows = []
     for task, entry in compared["tasks"].items():
         for its in entry["contrasts"]:
@@ -92,7 +91,7 @@ def contrasts(compared: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def groups(compared: Mapping[str, Any]) -> pd.DataFrame:
-    """One row a task, arm and question kind, with the kind's chance level."""
+    """One row per task, arm and question kind, with the kind's chance level."""
     rows = []
     for task, entry in compared["tasks"].items():
         chance = entry["chance"] or {}
@@ -105,7 +104,7 @@ def groups(compared: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def seeds(compared: Mapping[str, Any]) -> pd.DataFrame:
-    """One row a task and contrast over training or mask seeds."""
+    """One row per task and contrast over training or mask seeds."""
     rows = []
     for task, entry in compared["tasks"].items():
         for its in entry.get("seeds", ()):
@@ -115,7 +114,7 @@ def seeds(compared: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def pass_at(compared: Mapping[str, Any]) -> pd.DataFrame:
-    """One row a task, arm and k, where answers were sampled."""
+    """One row per task, arm and k, for sampled answers."""
     return pd.DataFrame(
         {"task": task, "arm": arm, "metric": metric, **estimate(value)}
         for task, entry in compared["tasks"].items()
@@ -128,18 +127,18 @@ LAST = 5
 
 
 def held_out(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
-    """The looks at held-out questions while arms trained: final score, mean of the last five, and the peak.
+    """Held-out evaluation during training: final score, mean of the last five, and the peak.
 
-    The peak is the largest of several looks at the same questions, so it flatters; it stands here beside the others
-    because it is what papers report.
+    The peak, the maximum over evaluations on the same questions, is biased upward; it is included because papers report
+    it.
     """
     rows = []
     for arm in config.arms:
         path = run.arm(arm) / "heldout.jsonl"
-        looks = pd.DataFrame(read_jsonl(path)) if path.exists() else pd.DataFrame()
-        if looks.empty:
+        scores = pd.DataFrame(read_jsonl(path)) if path.exists() else pd.DataFrame()
+        if scores.empty:
             continue
-        for task, part in looks.groupby("task", sort=False):
+        for task, part in scores.groupby("task", sort=False):
             metric = next(c for c in part.columns if c not in ("step", "task", "limit", "seconds"))
             part = part.dropna(subset=[metric]).sort_values("step")
             if part.empty:
@@ -147,13 +146,13 @@ def held_out(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
             peak = part.loc[part[metric].idxmax()]
             last = part.tail(LAST)
             found = {"final": part[metric].iloc[-1], "last": last[metric].mean()}
-            found |= {"peak": peak[metric], "peak_step": int(peak.step), "looks": len(part)}
+            found |= {"peak": peak[metric], "peak_step": int(peak.step), "evaluations": len(part)}
             rows.append({"arm": arm, "task": task, "metric": metric, **found})
     return pd.DataFrame(rows)
 
 
 def estimate(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """n, mean, standard_error, low and high of an estimate in compare.json; empty for none."""
+    """n, mean, standard_error, low and high of an estimate in compare.json; None for no estimate."""
     if not entry:
         return dict.fromkeys(("mean", "standard_error", "low", "high"))
     low, high = entry["interval"]
@@ -162,7 +161,7 @@ def estimate(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
-    """metrics.jsonl of every arm that was trained, one row an arm and step."""
+    """metrics.jsonl of every trained arm, one row per arm and step."""
     frames = []
     for arm in config.arms:
         path = run.arm(arm) / "metrics.jsonl"
@@ -174,7 +173,7 @@ def training(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
 
 
 def masks(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
-    """One row a mask: rule, density, and the density within each component of the model."""
+    """One row per mask: rule, density, and density in each component of the model."""
     rows = []
     for name in config.masks:
         if run.mask_record(name).exists():
@@ -189,7 +188,7 @@ def masks(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
 
 
 def vision(run: RunFolder) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """evals/vision.json as (one row an arm and probe, one row an arm's alignment)."""
+    """evals/vision.json as (one row per arm and probe, one row per arm with alignment)."""
     path = run.root / "evals" / "vision.json"
     found = read_json(path) if path.exists() else {"towers": {}, "alignment": {}}
     probes = [
@@ -222,9 +221,9 @@ def vision(run: RunFolder) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def identity(records: Mapping[str, Any]) -> pd.DataFrame:
-    """How equal each arm's weights are to those of the arms it was made from, one row a pair and tolerance.
+    """Agreement of each arm's weights with the arms it derives from, one row per pair and tolerance.
 
-    Shares of coordinates with |arm - other| <= tolerance; those of the base are what no training gives.
+    Fractions of coordinates with |arm - other| <= tolerance; for reference, also of the base.
     """
     rows = [
         {"arm": arm, "other": other, **row}
@@ -236,7 +235,7 @@ def identity(records: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def geometry(run: RunFolder, config: ExperimentConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(geometry.csv, summary.json's headline) of all arms that have them, with an `arm` column."""
+    """(geometry.csv, headline of summary.json) of all arms that have them, with an `arm` column."""
     tidy, summary = [], []
     for arm in config.arms:
         folder = run.geometry(arm)
@@ -248,7 +247,7 @@ def geometry(run: RunFolder, config: ExperimentConfig) -> tuple[pd.DataFrame, pd
 
 
 def label(row: Mapping[str, Any]) -> str:
-    """A headline row in words: `Energy of the top singular values, k=16, median over matrices`."""
+    """The label of a headline row: `Energy of the top singular values, k=16, median over matrices`."""
     words = MEASURES.get(row["metric"], row["metric"].replace("_", " "))
     scope = {"[all]": "", "[median]": "median over matrices"}.get(row["name"], row["name"])
     scope = scope.strip("[]").removeprefix("part=")

@@ -1,4 +1,4 @@
-"""The verdict: what the numbers of compare.json say, in sentences that say no more than they do."""
+"""The verdict: compare.json as sentences."""
 
 from __future__ import annotations
 
@@ -6,42 +6,47 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from vlopd.config.roles import Unpooled
+from vlopd.config.roles import UnpooledControl
 
 Entry = Mapping[str, Any]
-UNREADABLE = 0.5
-"""Share of answers without a readable result above which a score is about the format."""
-OWN_NAMES = ("subnetwork", "transplant")
-"""Arm names that are words of these sentences."""
-SHORT = {"on-policy distillation": "OPD", "supervised fine-tuning": "SFT"}
-"""Names of trainings that are read as their initials."""
-MATCHED = {
+UNREADABLE_FRACTION = 0.5
+"""Extraction-failure fraction above which a score reflects the format rather than the answers."""
+ROLE_WORDS = ("subnetwork", "transplant")
+"""Arm names that are used as words in the sentences."""
+ABBREVIATIONS = {"on-policy distillation": "OPD", "supervised fine-tuning": "SFT"}
+"""Abbreviated names of trainings."""
+MATCH_PHRASES = {
     "global": "random masks of the same density",
     "module": "random masks of the same densities per module",
     "tensor": "random masks of the same per-tensor densities",
-    "magnitude": "random masks of the same densities at every size of weight",
-    "visibility": "random masks of the same densities in every binade of the weights",
+    "magnitude": "random masks of the same densities per |w| bin",
+    "visibility": "random masks of the same densities per binade of |w|",
 }
-"""What random masks have in common with the mask that they are controls of, by their `match`."""
-TOLD = {("full", "base"), ("subnetwork", "full"), ("replicate", "full"), ("other", "base")}
-"""Contrasts between two arms, by role, that have sentences of their own."""
+"""Description of random control masks, by their `match`."""
+COVERED = {("full", "base"), ("subnetwork", "full"), ("replicate", "full"), ("other", "base")}
+"""Contrasts, as pairs of roles, that have dedicated sentences."""
 
 
 def verdict(record: Entry) -> list[str]:
-    """What compare.json says in plain sentences, task by task. Scores are in percent, differences in points."""
+    """compare.json as sentences, task by task; scores in percent, differences in percentage points."""
     if "arms" not in record:
-        return ["Not compared yet, or by an older version: run `vlopd compare RUN`."]
+        return ["No comparison, or one of an older version: run `vlopd compare RUN`."]
     sentences = []
     for task, entry in record["tasks"].items():
-        teller = Teller(entry, record["arms"])
+        task_sentences = TaskSentences(entry, record["arms"])
         prefix = f"{task}: " if len(record["tasks"]) > 1 else ""
-        retrained = teller.retrained()
-        # what the experiment is about comes first, then what it rests on
-        lines = [*retrained[:1], *teller.full_training(), *retrained[1:]]
-        lines += [*teller.transplants(), *teller.others(), *teller.declared(), *teller.limits()]
+        retrained = task_sentences.retrained()
+        # the main result first, then the results it depends on
+        lines = [*retrained[:1], *task_sentences.full_training(), *retrained[1:]]
+        lines += [
+            *task_sentences.transplants(),
+            *task_sentences.others(),
+            *task_sentences.declared(),
+            *task_sentences.limits(),
+        ]
         sentences += [prefix + line for line in lines]
     roles = {arm: its["role"] for arm, its in record["arms"].items()}
-    noise = "training-seed noise is not in them"
+    noise = "they exclude training-seed noise"
     if any(its.get("seed") is not None for its in record["arms"].values()):
         noise += (
             f" ({full_name(record['arms'])} was repeated, see its replicates)"
@@ -49,12 +54,12 @@ def verdict(record: Entry) -> list[str]:
             else " (one seed per arm)"
         )
     sentences += [
-        f"{capital(Unpooled(**its).line)}; it is compared on its own."
+        f"{_sentence_start(UnpooledControl(**its).line)}; it is compared separately."
         for its in record["not_pooled"]
     ]
     for arm, made_of in record["other_base"].items():
         sentences.append(
-            f"{capital(arm)} was made with --allow-other-base: {', '.join(made_of)} came from "
+            f"{_sentence_start(arm)} was made with --allow-other-base: {', '.join(made_of)} came from "
             "another base checkpoint."
         )
     sentences.append(f"Intervals are {100 * record['confidence']:g} % over questions; {noise}.")
@@ -62,14 +67,14 @@ def verdict(record: Entry) -> list[str]:
 
 
 def full_name(arms: Mapping[str, Entry]) -> str:
-    """What the full arm is called in a sentence: full OPD, full SFT, ...; full training of one that came trained."""
+    """The full arm's name in sentences: full OPD, full SFT, ...; "full training" for an external checkpoint."""
     full = next((its for its in arms.values() if its["role"] == "full"), {})
     training = full.get("training") or "training"
-    return f"full {SHORT.get(training, training)}"
+    return f"full {ABBREVIATIONS.get(training, training)}"
 
 
-class Teller:
-    """The sentences about one task."""
+class TaskSentences:
+    """The sentences on one task."""
 
     def __init__(self, task: Entry, about: Mapping[str, Entry]):
         self.task, self.about = task, about
@@ -79,7 +84,7 @@ class Teller:
         self.name = full_name(about)
 
     def full_training(self) -> list[str]:
-        """How far the full arm gets from base to teacher."""
+        """Full against base and teacher, and its replicates."""
         lines = []
         base, teacher, full, gain = self.base, self.teacher, self.full, self.gain
         name = self.name[0].upper() + self.name[1:]
@@ -93,13 +98,12 @@ class Teller:
                 lines.append(f"{name} closes {share(gap)} of the gap {between}.")
             else:
                 lines.append(
-                    f"The teacher is not distinguishably better than the base, so no gap {between} "
-                    "is there to close."
+                    f"The teacher is not distinguishably better than the base: there is no gap {between} to close."
                 )
         if gain and full:
             lines.append(
                 f"{name} scores {percent(self.arms[full]['mean'])}: {points(gain)} against the "
-                f"base, {finding(gain, 'above', 'below')}."
+                f"base, {_direction(gain, 'above', 'below')}."
             )
             if self.arms[full]["recovery"]["status"] != "ok":
                 lines.append("Without a gain over the base, recovery is undefined for every arm.")
@@ -111,36 +115,36 @@ class Teller:
                     f"The base ({percent(self.arms[base]['mean'])}) is not distinguishable from "
                     f"chance ({percent(chance)})."
                 )
-        for arm in self.having("replicate"):
+        for arm in self._with_role("replicate"):
             if contrast := self.contrast(arm, full):
                 lines.append(f"{name} repeated as {arm} differs from {full} by {points(contrast)}.")
         return lines
 
     def retrained(self) -> list[str]:
-        """What the subnetworks recover, and whether random masks would do as well."""
+        """Recovery of the subnetworks, and comparison with their controls."""
         lines = []
-        for arm in self.having("subnetwork"):
-            name = f"The {self.density(arm)}subnetwork{named(arm)}, retrained{self.seed(arm)},"
+        for arm in self._with_role("subnetwork"):
+            name = f"The {self.density(arm)}subnetwork{_parenthesised(arm)}, retrained{self.seed(arm)},"
             recovered = self.arms[arm]["recovery"]
             if recovered["status"] == "ok":
                 line = f"{name} recovers {share(recovered)} of {self.name}'s gain"
             else:
                 line = f"{name} scores {percent(self.arms[arm]['mean'])}"
             for group in self.controls(arm):
-                masks = MATCHED.get(group["match"], f"{group['kind']} masks")
+                masks = MATCH_PHRASES.get(group["match"], f"{group['kind']} masks")
                 its = group["pooled"]
                 value = (
                     share(its["recovery"]) if recovered["status"] == "ok" else percent(its["mean"])
                 )
-                line += f"; {masks} {value} ({mean_of(group['arms'])})"
+                line += f"; {masks} {value} ({_mean_of(group['arms'])})"
             lines.append(line + ".")
             for group in self.controls(arm):
                 difference = group["difference"]
                 line = (
-                    f"{capital(arm)} minus {group['kind']}: {points(difference)}, "
-                    f"{p_values(difference)}: {finding(difference, 'better', 'worse')}."
+                    f"{_sentence_start(arm)} minus {group['kind']}: {points(difference)}, "
+                    f"{_p_values(difference)}: {_direction(difference, 'better', 'worse')}."
                 )
-                if group["match"]:  # draws of one rule, which a rank among them means something for
+                if group["match"]:  # draws of one rule, among which a rank is meaningful
                     line += (
                         f" Among its {len(group['arms'])} random controls it ranks {group['rank']} "
                         f"of {group['of']}; over mask seeds no p below "
@@ -149,8 +153,8 @@ class Teller:
                 lines.append(line)
             if difference := self.contrast(arm, self.full):
                 lines.append(
-                    f"{capital(arm)} minus full: {points(difference)}, "
-                    f"{finding(difference, 'better', 'worse')}; {no_worse(difference)}."
+                    f"{_sentence_start(arm)} minus full: {points(difference)}, "
+                    f"{_direction(difference, 'better', 'worse')}; {non_inferiority_text(difference)}."
                 )
         for its in self.task["seeds"]:
             lines.append(
@@ -160,30 +164,30 @@ class Teller:
         return lines
 
     def others(self) -> list[str]:
-        """Models and scores from elsewhere."""
+        """External models and imported scores."""
         return [
-            f"{c['a']} minus {c['b']}: {points(c)}, {finding(c, 'better', 'worse')}."
+            f"{c['a']} minus {c['b']}: {points(c)}, {_direction(c, 'better', 'worse')}."
             for c in self.task["contrasts"]
-            if c["a"] in self.having("other")
+            if c["a"] in self._with_role("other")
         ]
 
     def declared(self) -> list[str]:
-        """The declared contrasts of which nothing else is said."""
+        """Declared contrasts without a dedicated sentence."""
         return [
-            f"{c['a']} minus {c['b']}: {points(c)}, {p_values(c)}: {finding(c, 'better', 'worse')}."
+            f"{c['a']} minus {c['b']}: {points(c)}, {_p_values(c)}: {_direction(c, 'better', 'worse')}."
             for c in self.task["contrasts"]
             if c["declared"]
             and isinstance(c["b"], str)
-            and (self.arms[c["a"]]["role"], self.arms[c["b"]]["role"]) not in TOLD
+            and (self.arms[c["a"]]["role"], self.arms[c["b"]]["role"]) not in COVERED
         ]
 
     def transplants(self) -> list[str]:
-        """What the delta on the mask does without retraining."""
+        """The base plus the delta on the mask, without retraining."""
         lines = []
-        for arm in self.having("transplant"):
+        for arm in self._with_role("transplant"):
             recovered, to_full = self.arms[arm]["recovery"], self.arms[arm]["difference_to_full"]
             line = (
-                f"The transplant{named(arm)}, base plus the full delta on the "
+                f"The transplant{_parenthesised(arm)}, base plus the full delta on the "
                 f"{self.density(arm)}mask without retraining, "
             )
             if recovered["status"] == "ok":
@@ -194,18 +198,18 @@ class Teller:
             for group in self.controls(arm):
                 difference = group["difference"]
                 lines.append(
-                    f"{capital(arm)} minus transplants on {group['kind']} masks "
-                    f"({mean_of(group['arms'])}): {points(difference)}, "
-                    f"{finding(difference, 'better', 'worse')}."
+                    f"{_sentence_start(arm)} minus transplants on {group['kind']} masks "
+                    f"({_mean_of(group['arms'])}): {points(difference)}, "
+                    f"{_direction(difference, 'better', 'worse')}."
                 )
         return lines
 
     def limits(self) -> list[str]:
-        """What so many questions could show at all, and answers that could not be read."""
+        """Extraction failures, and the minimum detectable effect."""
         lines = [
-            f"No answer could be read from {percent(share)} of {name}'s completions, which count as wrong."
+            f"No answer could be extracted from {percent(share)} of {name}'s completions; these count as wrong."
             for name, its in self.arms.items()
-            if (share := its.get("extraction_failure_fraction") or 0) > UNREADABLE
+            if (share := its.get("extraction_failure_fraction") or 0) > UNREADABLE_FRACTION
         ]
         effect, of = (
             self.task["minimum_detectable_effect"],
@@ -219,17 +223,17 @@ class Teller:
             f"{100 * effect:.1f} pp ({of}).",
         ]
 
-    def having(self, role: str) -> list[str]:
+    def _with_role(self, role: str) -> list[str]:
         return [name for name, arm in self.arms.items() if arm["role"] == role]
 
     def first(self, role: str) -> str | None:
-        return next(iter(self.having(role)), None)
+        return next(iter(self._with_role(role)), None)
 
     def contrast(self, a: str | None, b: str | None) -> Entry | None:
         return next((c for c in self.task["contrasts"] if (c["a"], c["b"]) == (a, b)), None)
 
     def controls(self, arm: str) -> list[Entry]:
-        """The pooled controls of an arm, a group a kind of mask."""
+        """The pooled controls of an arm, one group per kind of mask."""
         return [group for group in self.task["controls"] if group["arm"] == arm]
 
     def density(self, arm: str) -> str:
@@ -263,15 +267,15 @@ def share(recovered: Entry) -> str:
 
 
 def interval(entry: Entry, scale: float, form: str) -> str:
-    """The entry's interval in brackets after a space; nothing where it has none."""
+    """The entry's interval in brackets after a space; empty if it has none."""
     bounds = entry["interval"]
-    if bounds is None or not all(map(is_known, bounds)):
+    if bounds is None or not all(map(_is_number, bounds)):
         return ""
     return f" [{scale * bounds[0]:{form}}, {scale * bounds[1]:{form}}]"
 
 
-def finding(difference: Entry, above: str, below: str) -> str:
-    """Which side of zero the interval lies on, if it lies on one."""
+def _direction(difference: Entry, above: str, below: str) -> str:
+    """Whether the interval excludes zero, and on which side."""
     low, high = difference["interval"]
     if low is not None and low > 0:
         return f"distinguishably {above}"
@@ -280,46 +284,46 @@ def finding(difference: Entry, above: str, below: str) -> str:
     return "not distinguishable at this number of questions"
 
 
-def no_worse(difference: Entry) -> str:
-    """Whether a subnetwork is as good as full, at the margin that was declared."""
+def non_inferiority_text(difference: Entry) -> str:
+    """The non-inferiority test of a subnetwork against full, at eval.margin."""
     tested = difference["non_inferiority"]
     margin = f"{100 * tested['margin']:.3g} pp"
     if tested["holds"]:
-        return f"no worse by {margin} or more (non-inferior, p {equals(tested['p'])})"
+        return f"no worse by {margin} or more (non-inferior, p {_equals(tested['p'])})"
     low = tested["low"]
-    worst = "" if not is_known(low) else f"; it may be {-100 * low:.1f} pp worse"
-    return f"not shown to be within {margin} (non-inferiority p {equals(tested['p'])}){worst}"
+    worst = "" if not _is_number(low) else f"; it may be {-100 * low:.1f} pp worse"
+    return f"not shown to be within {margin} (non-inferiority p {_equals(tested['p'])}){worst}"
 
 
-def is_known(value: float | None) -> TypeGuard[float]:
-    """Whether there is such a number: nan, and null in a file, stand where questions were too few."""
+def _is_number(value: float | None) -> TypeGuard[float]:
+    """Whether a value is defined: NaN, and null in a file, mean too few questions."""
     return value is not None and not math.isnan(value)
 
 
 def p_value(p: float | None) -> str:
-    return "-" if not is_known(p) else "< 0.001" if p < 0.001 else f"{p:.2g}"
+    return "-" if not _is_number(p) else "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
-def equals(p: float | None) -> str:
-    return p_value(p) if is_known(p) and p < 0.001 else f"= {p_value(p)}"
+def _equals(p: float | None) -> str:
+    return p_value(p) if _is_number(p) and p < 0.001 else f"= {p_value(p)}"
 
 
-def p_values(difference: Entry) -> str:
-    """The p of a contrast, and the corrected one where it is of the family."""
+def _p_values(difference: Entry) -> str:
+    """The p of a contrast, and the corrected p if it is in the family."""
     corrected = difference["p_holm"]
-    holm = f" ({p_value(corrected)} after Holm)" if is_known(corrected) else ""
-    return f"p {equals(difference['p'])}{holm}"
+    holm = f" ({p_value(corrected)} after Holm)" if _is_number(corrected) else ""
+    return f"p {_equals(difference['p'])}{holm}"
 
 
-def mean_of(arms: Sequence[str]) -> str:
+def _mean_of(arms: Sequence[str]) -> str:
     return "one mask" if len(arms) == 1 else f"mean of {len(arms)}"
 
 
-def named(arm: str) -> str:
-    """The arm's name in brackets, unless the sentence has just said it."""
-    return "" if arm in OWN_NAMES else f" ({arm})"
+def _parenthesised(arm: str) -> str:
+    """The arm's name in parentheses, unless it is already a word of the sentence."""
+    return "" if arm in ROLE_WORDS else f" ({arm})"
 
 
-def capital(arm: str) -> str:
-    """An arm's name at the start of a sentence; names of the user's own stay as they are."""
-    return arm.capitalize() if arm in OWN_NAMES else arm
+def _sentence_start(arm: str) -> str:
+    """An arm's name at the start of a sentence; the user's names are not capitalised."""
+    return arm.capitalize() if arm in ROLE_WORDS else arm

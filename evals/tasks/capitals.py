@@ -1,4 +1,4 @@
-"""Data, scoring and chance level of the questions on capitals, for the YAML files beside this one."""
+"""Data, scoring and chance level of the capitals tasks."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from vlopd.data import capitals
 
 
 def dataset(split: capitals.Split, **_: Any) -> dict[str, Dataset]:
-    """lm-eval's `custom_dataset`: every question of a split, grouped by continent, clustered by country."""
+    """lm-eval's `custom_dataset`: all questions of a split, grouped by continent, clustered by country."""
     rows = capitals.every_question(split)
     about = [{"kind": row["continent"], "cluster": row["country"]} for row in rows]
     return {"test": Dataset.from_list([{**a, **b} for a, b in zip(rows, about, strict=True)])}
 
 
 def process_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
-    """Is the capital, under any of its names, in the answer as whole words? Accents and case are ignored.
+    """Scores whether the answer contains a name of the capital as whole words, ignoring accents and case.
 
-    An answer that names no capital of the table, right or wrong, is an extraction failure.
+    An answer without any capital of the table is an extraction failure.
     """
     named = any(
         capitals.mentions_capital(results[0], each.capital) for each in capitals.countries()
@@ -32,6 +32,6 @@ def process_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, flo
 
 
 def chance(docs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """A guesser who names one of all capitals in the table at random: over all, and by group."""
+    """Chance level of naming a random capital of the table, overall and by kind."""
     share = 1.0 / len(capitals.countries())
     return {group: share for group in ("all", *sorted({doc["kind"] for doc in docs}))}

@@ -1,4 +1,4 @@
-"""Data and chance level of the recognition of emoji, for the YAML files beside this one."""
+"""Data and chance level of the emoji classification tasks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from datasets import Dataset
 from PIL import Image
 
-from evals.tasks.kinds import mean_by_kind
+from evals.tasks.chance import mean_by_kind
 from vlopd.data import emoji
 
 
 def dataset(split: emoji.Split, **_: Any) -> dict[str, Dataset]:
-    """lm-eval's `custom_dataset`: every held-out drawing, grouped by what is new in it, clustered by concept."""
+    """lm-eval's `custom_dataset`: all held-out drawings, grouped by what is new, clustered by concept."""
     return {"test": Dataset.from_list(emoji.held_out(split))}
 
 
@@ -24,6 +24,6 @@ def doc_to_image(doc: Mapping[str, Any]) -> list[Image.Image]:
 
 
 def chance(docs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Accuracy of always saying the commonest group of the training concepts, over all and by kind."""
+    """Accuracy of always answering the most common group of the training concepts, overall and by kind."""
     ((commonest, _),) = Counter(e.group for e in emoji.of_split("train")).most_common(1)
     return mean_by_kind(docs, lambda doc: doc["answer"] == commonest)

@@ -1,8 +1,8 @@
-r"""Whether an answer is the right one: as a number, as an expression, or within a tolerance; no model judges.
+r"""Equality of answers: as numbers, as expressions, or within a tolerance; no model as judge.
 
-Mathematics is compared as a string, then as an exact number, then by its value at fixed points. Our own
-evaluator works that out in floats: sympy's parser of expressions runs a model's text as Python, and its parser
-of LaTeX wants another package.
+Mathematics is compared as a string, then as an exact number, then by value at fixed points. Values are computed by
+our own evaluator in floats: sympy's expression parser executes the model's text as Python, and its LaTeX parser needs
+another package.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import Any
 from evals.tasks.extraction import plain_words, text_of
 
 LONGEST = 200
-"""Characters of a number or an expression; longer ones are equal as strings only."""
+"""Maximum characters of a number or expression; longer ones are compared only as strings."""
 
 
-def same_number(said: str, right: str, decimals: int | None = None) -> bool:
-    """Equal as exact numbers or, with `decimals`, when rounded to so many."""
-    a, b = number(said), number(right)
+def same_number(answer: str, target: str, decimals: int | None = None) -> bool:
+    """Whether two numbers are equal exactly or, with `decimals`, after rounding."""
+    a, b = number(answer), number(target)
     if a is None or b is None:
         return False
     return a == b if decimals is None else round(a, decimals) == round(b, decimals)
 
 
 def number(text: str) -> Fraction | None:
-    """A plain number: 1,234.5, -3/4, $12, 50%."""
+    """Parses a number: 1,234.5, -3/4, $12, 50%; None for other text."""
     bare = re.sub(r"[\s$%°]|\\[$%]|(?<=\d),(?=\d{3}(?!\d))", "", text)
     if len(bare) > LONGEST or not re.fullmatch(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:/\d+)?", bare):
         return None
@@ -38,23 +38,23 @@ def number(text: str) -> Fraction | None:
     return None if below and int(below) == 0 else Fraction(above) / int(below or 1)
 
 
-def relaxed_match(said: str, right: str, tolerance: float = 0.05) -> bool:
-    """ChartQA's measure (arXiv 2203.10244, section 5.1): numbers within 5 %, other answers word for word.
+def relaxed_match(answer: str, target: str, tolerance: float = 0.05) -> bool:
+    """ChartQA's relaxed accuracy (arXiv 2203.10244, section 5.1): numbers within 5 %, other answers word for word.
 
-    A percent sign counts for nothing, on either side.
+    Percent signs are ignored.
     """
-    a, b = number(said), number(right)
+    a, b = number(answer), number(target)
     if a is not None and b is not None:
         return abs(a - b) <= Fraction(tolerance) * abs(b)
-    return plain_words(said) == plain_words(right)
+    return plain_words(answer) == plain_words(target)
 
 
-def same_math(said: str, right: str) -> bool:
-    r"""Equal as mathematics: `\frac12` is 0.5, `2\sqrt{2}` is `\sqrt8`, `(x+1)^2` is `x^2+2x+1`.
+def same_math(answer: str, target: str) -> bool:
+    r"""Whether two LaTeX answers are mathematically equal: `\frac12` and 0.5, `(x+1)^2` and `x^2+2x+1`.
 
-    Lists without brackets are equal in any order, lists in equal brackets part by part.
+    Lists without brackets match in any order, lists in equal brackets element by element.
     """
-    a, b = tidy_latex(said), tidy_latex(right)
+    a, b = tidy_latex(answer), tidy_latex(target)
     if a == b:
         return a != ""
     parts_a, parts_b = parts_of(a), parts_of(b)
@@ -76,7 +76,7 @@ def same_math(said: str, right: str) -> bool:
 
 
 def tidy_latex(text: str) -> str:
-    """One spelling of what has many: spacing, sizes, units, `x =` before a value, thousands' commas."""
+    """Normalises LaTeX: spacing, sizes, units, `x =` before a value, thousands separators."""
     text = text.strip().strip("$").rstrip(".")
     text = re.sub(r"\\(?:left|right|big|Big|displaystyle|,|;|:|!|quad|\s)|~", " ", text)
     text = re.sub(r"(?<=\d)\s*\\(?:text|mathrm|mbox)\{[^{}\d]*\}(?:\^\{?\d\}?)?$", "", text)
@@ -92,7 +92,7 @@ def tidy_latex(text: str) -> str:
 
 
 def parts_of(text: str) -> list[str]:
-    """What stands between commas outside inner brackets; the outer brackets are taken off."""
+    """Splits at commas outside inner brackets, after removing the outer brackets."""
     if text[:1] in ("(", "[", "{") and text[-1:] in (")", "]", "}"):
         text = text[1:-1]
     elif text.startswith("\\{") and text.endswith("\\}"):
@@ -120,7 +120,7 @@ def same_value(a: str, b: str) -> bool:
             0.0,
             0.37,
             0.71,
-        ):  # two expressions that agree at three such points are the same
+        ):  # agreement at three such points is taken as equality
             at = {c: 1 + math.sqrt(ord(c)) % 1 + shift for c in letters - {"pi"}} | {"pi": math.pi}
             u, v = (value_of(tree, at) for tree in trees)
             if not abs(u - v) <= 1e-9 * max(1.0, abs(u), abs(v)):
@@ -145,7 +145,7 @@ TOKEN = r"\d+\.?\d*|\.\d+|pi|[a-zA-Z]|[-+*/^()]"
 
 
 def tree_of(latex: str) -> ast.expr | None:
-    """Numbers, letters, pi, + - * / ^, fractions and roots in LaTeX as a Python expression; None for all else."""
+    """Parses LaTeX of numbers, letters, pi, + - * / ^, fractions and roots to a Python AST; None for all else."""
     if len(latex) > LONGEST:
         return None
     text, before = latex, ""
@@ -181,7 +181,7 @@ OPERATIONS: Mapping[type, Any] = {
 
 
 def value_of(tree: ast.expr, at: Mapping[str, float]) -> complex:
-    """The tree's value in complex floats, so that no power takes long. Raises ArithmeticError, ValueError."""
+    """Evaluates an expression in complex floats, which bounds the cost. Raises ArithmeticError, ValueError."""
     match tree:
         case ast.Constant():
             return complex(tree.value)  # type: ignore[arg-type]

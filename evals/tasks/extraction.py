@@ -1,6 +1,5 @@
-"""The answer that a generated text gives, found by rules; None where there is none.
-
-Tasks report those as their `extraction_failure`. What a model thinks aloud is no answer (vlopd/models/thinking.py).
+"""Rule-based extraction of answers from generated text; None without an answer, which tasks count as
+`extraction_failure`. Reasoning is removed first (vlopd/models/thinking.py).
 """
 
 from __future__ import annotations
@@ -13,16 +12,16 @@ from vlopd.models.thinking import split
 
 NUMBER = r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?:(?<![\w)])-)?\.\d+"
 MARK = r"(?:\b(?:{words})\b(?:[^.,?:=\n]{{0,40}}?\bis\b|\W{{0,4}}?[:=])|####)[\s:*]*"
-"""What announces an answer: `Answer:`, `the answer to this is`, `**Answer**:`, and the #### of GSM8K."""
+"""Answer markers: `Answer:`, `the answer to this is`, `**Answer**:`, and GSM8K's ####."""
 
 
-def conclusion(text: str) -> str:
-    """What comes after a reasoning model's thoughts; nothing where they were cut off."""
+def strip_reasoning(text: str) -> str:
+    """The text after a model's reasoning; empty where the reasoning was cut off."""
     return split(text).answer.strip()
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last \boxed{...} holds, braces balanced.
+    r"""The content of the last \boxed{...}, with balanced braces.
 
     >>> boxed(r"so \boxed{\frac{1}{2}}.")
     "\frac{1}{2}"
@@ -39,7 +38,7 @@ def boxed(text: str) -> str | None:
 
 
 def marked(text: str, words: str = "answer") -> str | None:
-    """The rest of the line after the last mark of an answer.
+    """The rest of the line after the last answer marker.
 
     >>> marked("Thus the final answer is **12**.")
     "12"
@@ -51,14 +50,14 @@ def marked(text: str, words: str = "answer") -> str | None:
 
 
 def math_answer(text: str) -> str | None:
-    """Boxed, else marked, else the last number."""
-    text = conclusion(text)
+    """The boxed answer, else the marked one, else the last number."""
+    text = strip_reasoning(text)
     return boxed(text) or marked(text) or last_number(text)
 
 
 def number_answer(text: str) -> str | None:
-    """A number: what is boxed (without units), else the first after a mark, else the last of all."""
-    text = conclusion(text)
+    """A number: the boxed one (without units), else the first after a marker, else the last."""
+    text = strip_reasoning(text)
     if (inside := boxed(text)) is not None:
         found = re.findall(NUMBER, inside)
         return found[0] if len(found) == 1 else inside
@@ -73,40 +72,40 @@ def last_number(text: str) -> str | None:
 
 
 def short_answer(text: str) -> str | None:
-    """A word or phrase: boxed, else marked, else the last line."""
-    text = conclusion(text)
+    """A word or phrase: the boxed answer, else the marked one, else the last line."""
+    text = strip_reasoning(text)
     lines = [line for line in text.splitlines() if line.strip()]
-    said = boxed(text) or marked(text) or (lines[-1] if lines else "")
-    return said.strip().strip("*`\"'").rstrip(".").strip() or None
+    candidate = boxed(text) or marked(text) or (lines[-1] if lines else "")
+    return candidate.strip().strip("*`\"'").rstrip(".").strip() or None
 
 
 def yes_or_no(text: str) -> str | None:
     """The first "yes" or "no" of the answer."""
-    text = conclusion(text)
-    said = boxed(text) or marked(text) or text
-    found = re.search(r"\b(yes|no)\b", said.lower())
+    text = strip_reasoning(text)
+    candidate = boxed(text) or marked(text) or text
+    found = re.search(r"\b(yes|no)\b", candidate.lower())
     return found[1] if found else None
 
 
 def choice_letter(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of the choice that a text takes: A for the first.
+    """The letter of the chosen option, A for the first.
 
-    In order: a letter that is boxed, that follows a mark, or that begins the text; a choice's own text, nothing
-    else; the only letter in brackets; the only choice whose text is said. Otherwise there is no answer.
+    In order: a letter that is boxed, follows a marker or begins the text, or exactly an option's text; the only letter
+    in parentheses; the only option whose text occurs. Otherwise None.
     """
-    text = conclusion(text)
+    text = strip_reasoning(text)
     letters = ascii_uppercase[: len(choices)]
     own = {plain_words(choice): letter for letter, choice in zip(letters, choices, strict=True)}
-    # a letter set off from what follows; not the article of "A dog" nor the pronoun of "I think"
+    # a separate letter, but not the article of "A dog" or the pronoun of "I think"
     leading = rf"(?:option|choice)?[\s(*\[]*([{letters}])(?![\w'])(?!(?<=[AI])\s+[a-z])"
-    for said in (boxed(text), marked(text, "answer|option|choice"), text):
-        if said is None:
+    for candidate in (boxed(text), marked(text, "answer|option|choice"), text):
+        if candidate is None:
             continue
-        lead = re.match(leading, text_of(said))
+        lead = re.match(leading, text_of(candidate))
         if lead:
             return lead[1]
-        if plain_words(said) in own:
-            return own[plain_words(said)]
+        if plain_words(candidate) in own:
+            return own[plain_words(candidate)]
     bracketed = set(re.findall(rf"\(([{letters}])\)", text))
     if len(bracketed) == 1:
         return bracketed.pop()
@@ -121,5 +120,5 @@ def text_of(latex: str) -> str:
 
 
 def plain_words(text: str) -> str:
-    """Lower-case words and numbers, single spaces."""
+    """Lower-case words and numbers, separated by single spaces."""
     return " ".join(re.findall(r"[^\W_]+(?:\.\d+)?", text.lower()))

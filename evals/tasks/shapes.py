@@ -1,4 +1,4 @@
-"""Data, scoring and chance level of the built-in visual world, for the YAML files beside this one."""
+"""Data, scoring and chance level of the shapes tasks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 from datasets import Dataset
 from PIL import Image
 
-from evals.tasks.kinds import mean_by_kind
+from evals.tasks.chance import mean_by_kind
 from vlopd.data import shapes
 from vlopd.data.answers import after_last_colon
 
 
 def dataset(size: int, seed: int, split: shapes.Split, **_: Any) -> dict[str, Dataset]:
-    """lm-eval's `custom_dataset`: `size` questions of a split, one a scene; pictures are drawn when asked for."""
+    """lm-eval's `custom_dataset`: `size` questions of a split, one per scene; images are rendered on demand."""
     return {"test": questions(size, seed, split)}
 
 
 @lru_cache(maxsize=4)
 def questions(size: int, seed: int, split: shapes.Split) -> Dataset:
-    """Made once a process: every arm is asked the same."""
+    """Cached, so that all arms share the questions of a process."""
     world = shapes.ShapesDataset(split, size, seed)
     return Dataset.from_list([world.row(i) for i in range(size)])
 
@@ -35,18 +35,18 @@ def doc_to_text(doc: Mapping[str, Any]) -> str:
 
 
 def process_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
-    """Full string; the verdict after the last colon; and whether an answer that needs a verdict has none."""
-    said, right = results[0].strip(), doc["answer"]
+    """Exact match of the full string and of the verdict after the last colon; fails extraction without a verdict."""
+    answer, target = results[0].strip(), doc["answer"]
     separator = shapes.VERDICT.strip()
     return {
-        "exact_match": float(said == right),
-        "verdict_match": float(after_last_colon(said) == after_last_colon(right)),
-        "extraction_failure": float(separator in right and separator not in said),
+        "exact_match": float(answer == target),
+        "verdict_match": float(after_last_colon(answer) == after_last_colon(target)),
+        "extraction_failure": float(separator in target and separator not in answer),
     }
 
 
 def chance(docs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Exact match of a guesser who knows the training answers and never looks: over all, and by kind."""
+    """Exact match of a blind baseline that knows the training answers, overall and by kind."""
     by_text, by_kind = shapes.blind_guesser()
     return mean_by_kind(
         docs, lambda doc: by_text.get(doc["question"], by_kind[doc["kind"]]) == doc["answer"]

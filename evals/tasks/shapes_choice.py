@@ -1,4 +1,4 @@
-"""Data and chance level of the visual world's multiple-choice questions, for the YAML files beside this one."""
+"""Data and chance level of the shapes multiple-choice tasks."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 
 from datasets import Dataset
 
-from evals.tasks.kinds import mean_by_kind
+from evals.tasks.chance import mean_by_kind
 from vlopd.data import shapes_choice
 from vlopd.data.shapes import Split, training_answers
 
 
 def dataset(size: int, seed: int, split: Split, **_: Any) -> dict[str, Dataset]:
-    """lm-eval's `custom_dataset`: the questions of the task `shapes` of that size and seed, with choices."""
+    """lm-eval's `custom_dataset`: the questions of task `shapes` of that size and seed, with choices."""
     return {"test": Dataset.from_list(list(shapes_choice.choice_rows(size, seed, split)))}
 
 
 def colours(size: int, seed: int, split: Split, **_: Any) -> dict[str, Dataset]:
-    """lm-eval's `custom_dataset`: the colour of one object of each of the same scenes, grouped by its shape."""
+    """lm-eval's `custom_dataset`: the colour of one object per scene (the same scenes), grouped by its shape."""
     return {"test": Dataset.from_list(list(shapes_choice.colour_rows(size, seed, split)))}
 
 
 def chance(docs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Expected accuracy of a guesser who takes the choice that training gave most often, over all and by kind."""
+    """Expected accuracy of a blind baseline that takes the most frequent training answer, overall and by kind."""
     by_text, _ = training_answers()
 
     def hit(doc: Mapping[str, Any]) -> float:

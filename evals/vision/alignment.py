@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from evals import stats
-from evals.compare import plain
+from evals.compare import estimate_to_json
 from vlopd.data import shapes
 from vlopd.errors import ConfigError, RunError, UserError, first_line
 from vlopd.files import without_nan
@@ -199,7 +199,7 @@ def retrieval(images: Tensor, texts: Tensor) -> dict[str, Any]:
 
     def first(rows: Tensor) -> dict[str, Any]:
         hits = (rows >= own[:, None]).sum(1) == 1
-        return plain(stats.mean_with_error(hits.numpy()))
+        return estimate_to_json(stats.mean_with_error(hits.numpy()))
 
     n = len(images)
     return {
@@ -248,10 +248,10 @@ def score_captions(
             "context_length": scorer.tokenizer.context_length,
         },
         "n": n,
-        name: plain(stats.mean_with_error(scores)),
-        "cosine": plain(stats.mean_with_error(own)),
-        "reference": plain(stats.mean_with_error(ceiling)),
-        "minus_reference": plain(stats.paired_difference(scores, ceiling)),
+        name: estimate_to_json(stats.mean_with_error(scores)),
+        "cosine": estimate_to_json(stats.mean_with_error(own)),
+        "reference": estimate_to_json(stats.mean_with_error(ceiling)),
+        "minus_reference": estimate_to_json(stats.paired_difference(scores, ceiling)),
         "mismatched": floor,
         "truncated_captions": int(cut.sum()),
         "retrieval": found,
@@ -306,7 +306,7 @@ def difference(rows: Rows, others: Rows) -> dict[str, Any]:
                 f"scores by different {what} cannot be compared; score both models on the same"
             )
     a, b = ([row[name] for row in side] for side in (rows, others))
-    return without_nan(plain(stats.paired_difference(a, b)))
+    return without_nan(estimate_to_json(stats.paired_difference(a, b)))
 
 
 # --------------------------------------------------------------------------------------- the captions
@@ -385,4 +385,4 @@ def score_shapes(
         [float(c == r) for c, r in zip(captions, references, strict=True)]
     )
     about = {"model": loaded.name, "split": split, "seed": seed, "prompt": prompt or "list ... row"}
-    return {**about, **summary, "exact_match": plain(exact)}, rows
+    return {**about, **summary, "exact_match": estimate_to_json(exact)}, rows

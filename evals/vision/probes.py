@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from evals import stats
-from evals.compare import plain
+from evals.compare import estimate_to_json
 from evals.vision.alignment import PREFIX, Rows, Scorer, batches, digest_tensors
 from vlopd.data import shapes
 from vlopd.errors import ConfigError, RunError, first_line
@@ -204,9 +204,9 @@ def probe_towers(
         probes[name] = {
             "classes": len(set(learned)),
             "chance": float(np.mean([value == commonest for value in truth])),
-            "base": plain(stats.mean_with_error(right[0])),
-            "trained": plain(stats.mean_with_error(right[1])),
-            "difference": plain(stats.paired_difference(right[1], right[0])),
+            "base": estimate_to_json(stats.mean_with_error(right[0])),
+            "trained": estimate_to_json(stats.mean_with_error(right[1])),
+            "difference": estimate_to_json(stats.paired_difference(right[1], right[0])),
         }
         rows += [
             {"id": i, "label": name, "truth": t, "base": a, "trained": b}
@@ -253,8 +253,8 @@ def zero_shot(
                 "digest": scorer.digest,
                 "classes": len(names),
                 "chance": 1 / len(names),
-                "accuracy": plain(stats.mean_with_error(rights[-1])),
-                "difference": plain(stats.paired_difference(rights[-1], rights[0])),
+                "accuracy": estimate_to_json(stats.mean_with_error(rights[-1])),
+                "difference": estimate_to_json(stats.paired_difference(rights[-1], rights[0])),
             }
         )
     return without_nan(found)

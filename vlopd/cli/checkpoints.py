@@ -1,4 +1,4 @@
-"""Verbs on checkpoints that belong to no run: the geometry of any two, the comparison of any models."""
+"""Commands on checkpoints outside a run: geometry of any two, comparison of any models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from vlopd.cli.common import console, say, say_left_out
+from vlopd.cli.common import console, print_artifact, print_left_out
 from vlopd.errors import ConfigError
 from vlopd.files import read_json, shortest_distinct_names
 
@@ -33,11 +33,11 @@ def compare_folders(
     from vlopd.weights.checks import refuse_unlike_config
 
     if device not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {device}: cpu or cuda")
+        raise ConfigError(f"--device {device}: must be cpu or cuda")
     if workers is not None and workers < 1:
-        raise ConfigError(f"--workers {workers}: at least 1")
+        raise ConfigError(f"--workers {workers}: must be at least 1")
     if preset not in (None, "paper"):
-        raise ConfigError(f"no preset {preset!r}; there is paper")
+        raise ConfigError(f"--preset {preset}: must be paper")
     tree = paper.preset().model_dump() if preset else {"arms": ()}
     config = section_of(GeometryConfig, tree, settings)
     labels = shortest_distinct_names([path.resolve().parts for path in trained])
@@ -54,32 +54,32 @@ def compare_folders(
         digests["configs"] = digest_json([file_digest(each) for each in layouts])
         inputs = {**digests, "settings": config.model_dump(mode="json")}
         measure_checkpoint(base, path, folder, config, inputs, workers=workers, device=device)
-        say(f"geometry of {label}", folder / "geometry.csv", True)
-        about = read_json(folder / "summary.json")
-        if narrowed := about["tensors_narrowed"]:
+        print_artifact(f"geometry of {label}", folder / "geometry.csv", True)
+        summary = read_json(folder / "summary.json")
+        if narrowed := summary["tensors_narrowed"]:
             console.print(
-                f"{narrowed} of {about['tensors']} tensors are stored in less precision in {path} than in {base}: "
-                "their delta is that rounding too, and most of it where the update is small; round the base alike"
+                f"{narrowed} of {summary['tensors']} tensors are stored in lower precision in {path} than in {base}: "
+                "their delta includes that rounding, which dominates small updates; round the base to the same dtype"
             )
-        say_left_out(folder)
+        print_left_out(folder)
         if preset:
-            show_paper(
+            _print_paper_table(
                 label, paper.paper_table(read_rows(folder)), [c.title for c in paper.COLUMNS]
             )
     if as_trajectory:
         tables = dict(zip(steps, folders.values(), strict=True))
         by_step = dict(zip(steps, trained, strict=True))
-        say("trajectory", over_steps(base, by_step, out, config, tables=tables), True)
+        print_artifact("trajectory", over_steps(base, by_step, out, config, tables=tables), True)
     elif len(trained) > 1:
-        say(
+        print_artifact(
             "overlap",
             write_overlap(base, dict(zip(labels, trained, strict=True)), out, config),
             True,
         )
-    say("figures", write_figures(out, list(folders.values())), True)
+    print_artifact("figures", write_figures(out, list(folders.values())), True)
 
 
-def show_paper(label: str, lines: list, titles: list[str]) -> None:
+def _print_paper_table(label: str, lines: list, titles: list[str]) -> None:
     table = Table(label, *titles)
     for name, cells in lines:
         table.add_row(name, *cells)
@@ -90,7 +90,7 @@ def compare_models(
     models: list[str], tasks: str | None, out: Path | None, settings: list[str], compute: str
 ) -> None:
     if tasks is None or out is None:
-        raise ConfigError("models are compared on --tasks a,b and need --out DIR for the results")
+        raise ConfigError("comparing models needs --tasks a,b and --out DIR")
     from evals import compare_models
     from vlopd.config.analysis import EvalConfig
     from vlopd.config.input import section_of
@@ -98,13 +98,13 @@ def compare_models(
 
     config = section_of(EvalConfig, {"tasks": tasks.split(",")}, settings)
     if compute not in ("fp32", "bf16"):
-        raise ConfigError(f"--compute {compute}: fp32 or bf16")
+        raise ConfigError(f"--compute {compute}: must be fp32 or bf16")
     path = compare_models.compare_models(models, config, out, compute, accelerator().device)
-    show_comparison(read_json(path))
-    say("comparison", path, True)
+    _print_comparison(read_json(path))
+    print_artifact("comparison", path, True)
 
 
-def show_comparison(compared: dict) -> None:
+def _print_comparison(compared: dict) -> None:
     from evals.report.verdict import p_value, percent, points, verdict
 
     for task, entry in compared["tasks"].items():

@@ -1,4 +1,4 @@
-"""What the verbs share: the console, arguments, and lines that name what was made."""
+"""Shared parts of the commands: console, arguments, and the line printed for each artifact."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ AllowOtherBase = Annotated[
         help="use masks and checkpoints of another base (recorded in every later artifact)",
     ),
 ]
-Target = Annotated[Path, typer.Argument(help="experiment file (TOML), or the folder of a run")]
+Target = Annotated[Path, typer.Argument(help="config file (TOML) or run folder")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="TOML lines over it, e.g. optim.learning_rate=2e-4")
+    list[str] | None,
+    typer.Argument(help="TOML overrides of the config, e.g. optim.learning_rate=2e-4"),
 ]
-Out = Annotated[Path | None, typer.Option(help="run folder of a file; default runs/<name>")]
+Out = Annotated[Path | None, typer.Option(help="run folder for a config file; default runs/<name>")]
 Arms = Annotated[list[str] | None, typer.Option("--arm", help="only this arm; repeatable")]
 
 
-def say(what: str, where: Path, made: bool) -> None:
-    """Names an artifact and its place, and whether it was there already."""
+def print_artifact(what: str, where: Path, made: bool) -> None:
+    """Prints an artifact's description and path, and whether it was already up to date."""
     if is_first_process():
-        done = "" if made else " (was done)"
+        done = "" if made else " (up to date)"
         console.print(f"[bold]{what}[/]: {where}{done}", soft_wrap=True)
         if made and where.name == "geometry.csv":
-            say_left_out(where.parent)
+            print_left_out(where.parent)
 
 
-def say_left_out(folder: Path) -> None:
-    """Names what the two checkpoints of a geometry have that is not compared."""
+def print_left_out(folder: Path) -> None:
+    """Prints the tensors that a geometry leaves out of the comparison, if any."""
     left_out = read_json(folder / "summary.json")["left_out"]
     if left_out["summary"]:
         console.print(f"[yellow]left out[/]: {escape(left_out['summary'])}", soft_wrap=True)

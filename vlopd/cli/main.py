@@ -1,6 +1,6 @@
-"""The command line: one verb a stage, and `run` for all of them.
+"""The command line: one command per stage, and `run` for all of them.
 
-Heavy imports sit inside the verbs, so that `--help`, a wrong key and a finished run answer at once.
+Heavy imports are inside the commands, so that `--help`, an invalid config and a finished run return at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from vlopd import pipeline
 from vlopd.cli import checkpoints, masks
-from vlopd.cli.common import AllowOtherBase, Arms, Out, Overrides, Target, console, say
+from vlopd.cli.common import AllowOtherBase, Arms, Out, Overrides, Target, console, print_artifact
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import config_of, load_config
 from vlopd.errors import ConfigError, UserError
@@ -35,25 +35,25 @@ QUIET = {
     "DISABLE_MULTIPROC": "1",  # lm-eval would start a process pool for closed-form errors
     "LOGLEVEL": "WARNING",
 }
-"""Libraries speak up on warnings only; anything that is set already stays."""
+"""Environment defaults that limit libraries to warnings; variables already set are kept."""
 
 INTERRUPTED = 130
-"""What typer exits with after Ctrl-C."""
+"""Typer's exit code after Ctrl-C."""
 
 Run = Annotated[Path, typer.Argument(help="run folder")]
 Stages = Literal["arms", "geometry", "evals", "report"]
 
 
-def chosen(config: ExperimentConfig, arms: list[str] | None, names: list[str]) -> list[str]:
-    """The arms asked for, or all of `names`. Raises ConfigError for an arm that there is not."""
+def _select_arms(config: ExperimentConfig, arms: list[str] | None, names: list[str]) -> list[str]:
+    """The arms of `names` selected by --arm, or all. Raises ConfigError for an unknown arm."""
     for arm in arms or ():
         if arm not in config.arms:
-            raise ConfigError(f"no arm {arm!r} in the config; there are {', '.join(config.arms)}")
+            raise ConfigError(f"--arm {arm}: not in the config, which has {', '.join(config.arms)}")
     return [name for name in names if not arms or name in arms]
 
 
-def say_plan(run: RunFolder, planned: pipeline.Plan) -> None:
-    """Says how the config changed, what is kept and what will be made; nothing of a run that is new."""
+def _print_plan(run: RunFolder, planned: pipeline.Plan) -> None:
+    """Prints how the config changed, what is kept and what will be made; nothing for a new run."""
     if not is_first_process() or not (run.root / "run.json").exists():
         return
     for line in run.changes:
@@ -74,15 +74,15 @@ def say_plan(run: RunFolder, planned: pipeline.Plan) -> None:
         console.print(f"[bold]to be made[/]: {escape(line)}", soft_wrap=True)
 
 
-def check_results(run: RunFolder, config: ExperimentConfig) -> None:
-    """Refuses to compare or report results that the config no longer describes."""
+def _refuse_outdated_results(run: RunFolder, config: ExperimentConfig) -> None:
+    """Raises ConfigError for results that do not match the changed config."""
     if run.changes:
         planned = pipeline.plan(run, config, list(config.arms), "evals", geometry=False)
-        say_plan(run, planned)
+        _print_plan(run, planned)
         pipeline.refuse_outdated(run, planned, ["arms", "masks", "evals"])
 
 
-def say_verdict(run: RunFolder) -> None:
+def _print_verdict(run: RunFolder) -> None:
     from evals.report.verdict import verdict
 
     console.print()
@@ -91,7 +91,7 @@ def say_verdict(run: RunFolder) -> None:
     console.print(f"\n[bold]report[/]: {run.report / 'report.html'}", soft_wrap=True)
 
 
-# ---------------------------------------------------------------------------------------------- verbs
+# ------------------------------------------------------------------------------------------- commands
 
 
 @app.command()
@@ -100,35 +100,34 @@ def run(
     overrides: Overrides = None,
     out: Out = None,
     arm: Arms = None,
-    until: Annotated[Stages, typer.Option(help="the last stage that is made")] = "report",
+    until: Annotated[Stages, typer.Option(help="the last stage to make")] = "report",
     allow_other_base: AllowOtherBase = False,
 ) -> None:
-    """The whole experiment, stage by stage; with --arm, that arm alone.
+    """Runs the whole experiment, stage by stage; with --arm, only that arm and its dependencies.
 
-    What is up to date is kept, also from a run of the same folder with another config: what the config adds or
-    invalidates is named, and then made.
+    Artifacts that are up to date are kept. With a changed config in the same folder, the artifacts that it adds or
+    invalidates are listed, then made.
     """
     folder, config = pipeline.prepare(target, overrides or (), out)
-    names = chosen(config, arm, list(config.arms))
+    names = _select_arms(config, arm, list(config.arms))
     planned = pipeline.plan(folder, config, names, until)
-    say_plan(folder, planned)
+    _print_plan(folder, planned)
     pipeline.refuse_unready(config, planned)
-    folder.adopt(config)
-    pipeline.run_all(folder, config, names, until, say, allow_other_base)
+    folder.save_config(config)
+    pipeline.run_all(folder, config, names, until, print_artifact, allow_other_base)
     if until == "report" and not arm and is_first_process():
-        say_verdict(folder)
+        _print_verdict(folder)
 
 
 @app.command()
 def check(
-    target: Annotated[Path, typer.Argument(help="experiment file (TOML)")],
+    target: Annotated[Path, typer.Argument(help="config file (TOML)")],
     overrides: Overrides = None,
     meta: Annotated[
-        bool, typer.Option("--meta", help="no weights: from the models' config.json alone")
+        bool, typer.Option("--meta", help="without weights, from the models' config.json alone")
     ] = False,
 ) -> None:
-    """The pre-flight: is everything there that a run needs, do the models share a vocabulary, does the teacher see, do
-    they agree, does it fit?"""
+    """Checks a config before a run: inputs, shared vocabulary, image use, agreement of the models, memory and time."""
     from vlopd.distributed import accelerator
     from vlopd.preflight.pair import first_examples, preflight, preflight_meta
     from vlopd.train.pair import load_pair
@@ -139,8 +138,8 @@ def check(
         if meta:
             rows = preflight_meta(config, device, target.parent / "architectures")
         else:
-            # a config that names no tasks may be meant for `run --until arms` alone; `run` asks the default one
-            lines = pipeline.unready(
+            # a config without eval.tasks may be for `run --until arms` only, so the default task is not checked
+            lines = pipeline.find_problems(
                 config, list(config.arms), "tasks" in config.eval.model_fields_set
             )
             for line in lines:
@@ -183,14 +182,14 @@ def retrain(
     arm: Arms = None,
     allow_other_base: AllowOtherBase = False,
 ) -> None:
-    """Makes the arms that are made from others: retrained under a mask, projected, transplanted, extrapolated."""
+    """Makes the arms derived from others: retrained under a mask, projected, transplanted, extrapolated."""
     folder, config = pipeline.prepare(target, overrides or (), out)
-    names = chosen(config, arm, [n for n in config.arms if config.is_derived(n)])
+    names = _select_arms(config, arm, [n for n in config.arms if config.is_derived(n)])
     planned = pipeline.plan(folder, config, names, "arms")
-    say_plan(folder, planned)
+    _print_plan(folder, planned)
     pipeline.refuse_unready(config, planned)
-    folder.adopt(config)
-    pipeline.make_arms(folder, config, names, say, allow_other_base)
+    folder.save_config(config)
+    pipeline.make_arms(folder, config, names, print_artifact, allow_other_base)
 
 
 @app.command()
@@ -199,54 +198,56 @@ def geometry(
     trained: Annotated[
         list[str] | None,
         typer.Argument(
-            help="trained checkpoints or LoRA adapters (of several, their overlap too); for a run, TOML lines"
+            help="trained checkpoints or LoRA adapters (several: also their overlap); for a run, TOML overrides"
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="where the tables go, for checkpoints")] = None,
+    out: Annotated[Path | None, typer.Option(help="output folder, for checkpoints")] = None,
     trajectory: Annotated[
         bool, typer.Option("--trajectory", help="the trained checkpoints are steps of one run")
     ] = False,
-    preset: Annotated[str | None, typer.Option(help="`paper` prints the paper's table row")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="`paper`: print a row of the paper's table")
+    ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="a TOML line over the defaults, e.g. null_draws=5"),
+        typer.Option("--set", help="TOML override of the defaults, e.g. null_draws=5"),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="threads; default one a core")] = None,
+    workers: Annotated[int | None, typer.Option(help="threads; default one per core")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
-    """The geometry of a run's arms, or of any checkpoint folders, each number beside its nulls."""
-    if not trained or is_run(base):
+    """Measures the geometry of the updates of a run's arms, or of any checkpoints, against null models."""
+    if not trained or _is_run(base):
         folder, config = pipeline.prepare(base, trained or ())
         names = list(config.geometry.arms)
         planned = pipeline.plan(folder, config, names, "geometry")
-        say_plan(folder, planned)
+        _print_plan(folder, planned)
         pipeline.refuse_outdated(folder, planned, ["arms", "masks"])
-        folder.adopt(config)
-        pipeline.make_geometry(folder, config, names, say)
+        folder.save_config(config)
+        pipeline.make_geometry(folder, config, names, print_artifact)
         return
     if out is None:
-        raise ConfigError("checkpoints need --out DIR for the tables")
+        raise ConfigError("geometry of checkpoints needs --out DIR")
     folders = [Path(each) for each in trained]
     checkpoints.compare_folders(
         base, folders, out, trajectory, preset, settings or [], workers, device
     )
 
 
-def is_run(path: Path) -> bool:
+def _is_run(path: Path) -> bool:
     return (path / "run.json").is_file()
 
 
 @app.command("eval")
 def evaluate(target: Target, overrides: Overrides = None, arm: Arms = None) -> None:
-    """Scores arms through lm-eval."""
+    """Evaluates arms with lm-eval."""
     folder, config = pipeline.prepare(target, overrides or ())
-    names = chosen(config, arm, list(config.arms))
+    names = _select_arms(config, arm, list(config.arms))
     planned = pipeline.plan(folder, config, names, "evals", geometry=False)
-    say_plan(folder, planned)
+    _print_plan(folder, planned)
     pipeline.refuse_outdated(folder, planned, ["arms", "masks"])
     pipeline.refuse_unready(config, planned)
-    folder.adopt(config)
-    pipeline.make_evals(folder, config, names, say)
+    folder.save_config(config)
+    pipeline.make_evals(folder, config, names, print_artifact)
 
 
 @app.command()
@@ -254,19 +255,21 @@ def vision(
     run: Run,
     scorer: Annotated[
         str | None,
-        typer.Option(help="open_clip's, local-dir:FOLDER, to score what arms say of pictures"),
+        typer.Option(
+            help="open_clip model (local-dir:FOLDER) for the CLIPScore of the arms' captions"
+        ),
     ] = None,
     arm: Arms = None,
-    pictures: Annotated[int, typer.Option(help="of the visual world's test split")] = 500,
+    pictures: Annotated[int, typer.Option(help="images of the visual world's test split")] = 500,
 ) -> None:
-    """What training did to the vision tower: linear probes, drift, alignment of descriptions."""
+    """Measures training's effect on the vision tower: linear probes, drift, CLIPScore of captions."""
     if pictures < 1:
-        raise ConfigError(f"--pictures {pictures}: at least 1")
+        raise ConfigError(f"--pictures {pictures}: must be at least 1")
     if scorer and scorer.startswith("local-dir:") and not Path(scorer[10:]).is_dir():
         raise ConfigError(f"--scorer {scorer}: no such folder")
     folder, config = RunFolder.open(run)
-    names = chosen(config, arm, list(config.arms))
-    pipeline.make_vision(folder, config, names, scorer, pictures, say)
+    names = _select_arms(config, arm, list(config.arms))
+    pipeline.make_vision(folder, config, names, scorer, pictures, print_artifact)
 
 
 @app.command()
@@ -274,46 +277,46 @@ def compare(
     what: Annotated[
         list[str],
         typer.Argument(
-            help="a run folder and TOML lines over its config; or models (folders, hub ids, lm-eval's output folders), "
-            "the first being what the others are compared with"
+            help="a run folder and TOML overrides; or models (folders, hub ids, lm-eval output folders), "
+            "each compared with the first"
         ),
     ],
     tasks: Annotated[
-        str | None, typer.Option(help="of models: lm-eval task names, with commas between")
+        str | None, typer.Option(help="for models: lm-eval task names, comma-separated")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="of models: where the results go")] = None,
+    out: Annotated[Path | None, typer.Option(help="for models: output folder")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="of models: a TOML line over [eval], e.g. limit=200"),
+        typer.Option("--set", help="for models: TOML override of [eval], e.g. limit=200"),
     ] = None,
-    compute: Annotated[str, typer.Option(help="of models: fp32 or bf16")] = "fp32",
+    compute: Annotated[str, typer.Option(help="for models: fp32 or bf16")] = "fp32",
 ) -> None:
-    """Paired differences and their intervals: of a run's arms (with recovery), or of any models."""
+    """Compares a run's arms (with recovery), or any models: paired differences with intervals."""
     first, *others = what
-    if not others or is_run(Path(first)):
+    if not others or _is_run(Path(first)):
         folder, config = pipeline.prepare(Path(first), others)
-        check_results(folder, config)
-        folder.adopt(config)
-        pipeline.make_comparison(folder, config, say)
+        _refuse_outdated_results(folder, config)
+        folder.save_config(config)
+        pipeline.make_comparison(folder, config, print_artifact)
     else:
         checkpoints.compare_models(what, tasks, out, settings or [], compute)
 
 
 @app.command()
 def report(target: Target, overrides: Overrides = None) -> None:
-    """The report: report.html, report.md, figures and tables; and first the comparison, where all is evaluated."""
+    """Writes the report (report.html, report.md, figures, tables), after the comparison if all arms are evaluated."""
     folder, config = pipeline.prepare(target, overrides or ())
-    check_results(folder, config)
-    folder.adopt(config)
+    _refuse_outdated_results(folder, config)
+    folder.save_config(config)
     if all((folder.eval(name) / "results.json").exists() for name in config.arms):
-        pipeline.make_comparison(folder, config, say)
-    pipeline.make_report(folder, config, say)
-    say_verdict(folder)
+        pipeline.make_comparison(folder, config, print_artifact)
+    pipeline.make_report(folder, config, print_artifact)
+    _print_verdict(folder)
 
 
 @app.command()
 def show(run: Run) -> None:
-    """What a run holds, and its verdict if there is one. Reads only: works while the run is in use."""
+    """Lists a run's arms, altered files, and its verdict if there is one. Read-only: works during training."""
     folder = RunFolder(run)
     config = config_of(read_json(run / "run.json").get("config"), run / "run.json")
     table = Table("arm", "type", "mask", "density", "steps", "evaluated", title=config.name)
@@ -335,12 +338,12 @@ def show(run: Run) -> None:
         for problem in folder.checksums.problems(artifact, whole=False):
             console.print(f"[red]altered[/]: {escape(str(problem))}", soft_wrap=True)
     if folder.compare.exists():
-        say_verdict(folder)
+        _print_verdict(folder)
 
 
 @app.command()
 def verify(run: Run) -> None:
-    """Hashes every file of a run, and what it was made from: is everything as it was written?"""
+    """Verifies a run: hashes every file, and the inputs it was made from."""
     from vlopd.run.verify import verify_run
 
     found = verify_run(RunFolder(run))
@@ -349,9 +352,7 @@ def verify(run: Run) -> None:
     for path in found.unknown:
         console.print(f"[yellow]not written by a finished stage[/]: {path}", soft_wrap=True)
     for line in found.inputs:
-        console.print(
-            f"[yellow]made from what is no longer there[/]: {escape(line)}", soft_wrap=True
-        )
+        console.print(f"[yellow]input changed[/]: {escape(line)}", soft_wrap=True)
     console.print(
         f"[bold]verified[/]: {found.files:,} files ({decimal(found.n_bytes)}) of {run}, "
         f"{len(found.problems)} altered",
@@ -362,7 +363,7 @@ def verify(run: Run) -> None:
 
 
 def main() -> None:
-    """Entry point: a mistake of the user's is one line on stderr and exit code 2; an interrupt is 130."""
+    """Entry point: a UserError is one line on stderr and exit code 2; an interrupt exits with 130."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -371,9 +372,9 @@ def main() -> None:
         print(f"vlopd: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except (OSError, SafetensorError) as error:
-        # a full disk, say; safetensors has a class of its own for it
-        what = " ".join(str(error).split())
-        print(f"vlopd: {what}; what was written before is intact", file=sys.stderr)
+        # e.g. a full disk, for which safetensors has a separate class
+        line = " ".join(str(error).split())
+        print(f"vlopd: {line}; files written before are intact", file=sys.stderr)
         raise SystemExit(2) from None
     except SystemExit as stop:
         if stop.code == INTERRUPTED:

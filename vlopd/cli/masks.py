@@ -1,6 +1,6 @@
-"""`vlopd mask`: makes, combines, shows and compares masks, of a run or of any checkpoints and files.
+"""`vlopd mask`: makes, combines, shows and compares masks of a run, of any checkpoints, or mask files.
 
-Heavy imports sit inside the verbs, so that `--help` answers at once.
+Heavy imports are inside the commands, so that `--help` returns at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from vlopd.cli.common import AllowOtherBase, console, say
+from vlopd.cli.common import AllowOtherBase, console, print_artifact
 from vlopd.config.input import parse_override
 from vlopd.config.masks import FileMask, MaskConfig, RandomMask
 from vlopd.digests import digest_checkpoint
@@ -34,67 +34,69 @@ def make(
     base: Annotated[Path, typer.Argument(help="run folder, or the base checkpoint")],
     trained: Annotated[Path | None, typer.Argument(help="trained checkpoint")] = None,
     name: Annotated[
-        list[str] | None, typer.Option("--mask", help="only this mask of the run; may be repeated")
+        list[str] | None, typer.Option("--mask", help="only this mask of the run; repeatable")
     ] = None,
     rule: Annotated[
         str | None,
         typer.Option(
-            help="for checkpoints, as in a config: \"{type='visible', atol=1e-5}\"; `like` is a mask file"
+            help="for checkpoints, as in a config: \"{type='visible', atol=1e-5}\"; `like` names a mask file"
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="the file to write, for two checkpoints")] = None,
+    out: Annotated[Path | None, typer.Option(help="mask file to write, for checkpoints")] = None,
     allow_other_base: AllowOtherBase = False,
 ) -> None:
-    """Makes a run's masks from their rules, or one mask of any two checkpoint folders."""
-    from vlopd.run.arms import Making
+    """Makes a run's masks from their rules, or one mask from any checkpoints."""
+    from vlopd.run.arms import ArmOptions
     from vlopd.run.make import make_mask
 
     if trained is None and rule is None:
         folder, config = RunFolder.open(base)
         for unknown in set(name or ()) - set(config.masks):
-            raise ConfigError(f"no mask {unknown!r} in the config; there are {[*config.masks]}")
+            raise ConfigError(
+                f"--mask {unknown}: not in the config, which has {', '.join(config.masks)}"
+            )
         for each in name or config.masks:
-            made = make_mask(folder, config, each, Making(allow_other_base))
-            say(f"mask {each}", folder.mask(each), made)
+            made = make_mask(folder, config, each, ArmOptions(allow_other_base))
+            print_artifact(f"mask {each}", folder.mask(each), made)
         return
     if rule is None or out is None:
-        raise ConfigError('two checkpoints need --rule "{type=...}" and --out FILE')
+        raise ConfigError('a mask of checkpoints needs --rule "{type=...}" and --out FILE')
     from vlopd.masks.files import load_mask, save_mask
     from vlopd.masks.rules import build_mask
     from vlopd.models.names import classify
     from vlopd.weights.checks import refuse_unlike_config
     from vlopd.weights.delta import stream
 
-    parsed = parse_rule(rule)
+    parsed = _parse_rule(rule)
     named: dict[str, Mask] = {}
     inputs: dict[str, Any] = {"rule": parsed.model_dump(mode="json")}
     if isinstance(parsed, RandomMask):
         named[parsed.like], like = load_mask(Path(parsed.like))
-        check_base(base, named[parsed.like])
+        _check_base(base, named[parsed.like])
         inputs["like"] = like["digest"]
     elif parsed.combines or isinstance(parsed, FileMask):
         raise ConfigError(
-            f"{parsed.type!r} is made of masks, not of checkpoints: vlopd mask combine"
+            f"a mask of type {parsed.type!r} is made from masks, not checkpoints; use `vlopd mask combine`"
         )
     if parsed.reads is not None and trained is None:
-        raise ConfigError(f"{parsed.type!r} looks at what changed: give SOURCE and TRAINED")
+        raise ConfigError(f"a mask of type {parsed.type!r} reads the update; give BASE and TRAINED")
     for path in (base, *([trained] if trained is not None else [])):
         refuse_unlike_config(path)
     inputs["base"] = digest_checkpoint(base, whole=True)
     if trained is not None:
         inputs["of"] = digest_checkpoint(trained, whole=True)
     deltas = stream(base, trained or base, classify)
-    said = deltas.report.summary() if parsed.reads is not None else ""
-    if said:
+    left_out = deltas.report.summary() if parsed.reads is not None else ""
+    if left_out:
         inputs["left_out"] = [its.name for its in deltas.report.left_out]
     mask = build_mask(parsed, deltas, named)
     save_mask(out, mask, inputs, classify)
-    say("mask", out, True)
-    if said:
-        console.print(f"[yellow]left out[/]: {escape(said)}", soft_wrap=True)
+    print_artifact("mask", out, True)
+    if left_out:
+        console.print(f"[yellow]left out[/]: {escape(left_out)}", soft_wrap=True)
 
 
-def parse_rule(text: str) -> MaskConfig:
+def _parse_rule(text: str) -> MaskConfig:
     from pydantic import TypeAdapter, ValidationError
 
     from vlopd.config.explain import explain_errors
@@ -107,23 +109,23 @@ def parse_rule(text: str) -> MaskConfig:
 
 @app.command()
 def combine(
-    how: Annotated[
+    operation: Annotated[
         Literal["union", "intersection", "difference", "complement"],
-        typer.Argument(help="difference: the first without all others"),
+        typer.Argument(help="difference: the first minus all others"),
     ],
     files: Annotated[list[Path], typer.Argument(help="mask files; one for complement")],
     out: Out,
     allow_other_base: AllowOtherBase = False,
 ) -> None:
-    """Set algebra of mask files."""
+    """Combines mask files by a set operation."""
     from vlopd.config.masks import ComplementMask
     from vlopd.masks.files import load_mask, save_mask
     from vlopd.masks.rules import build_mask, combine
     from vlopd.models.names import classify
 
-    if (how == "complement") != (len(files) == 1):
+    if (operation == "complement") != (len(files) == 1):
         raise ConfigError(
-            f"{how} takes {'one file' if how == 'complement' else 'two files or more'}"
+            f"{operation} takes {'one file' if operation == 'complement' else 'two or more files'}"
         )
     loaded = [load_mask(path) for path in files]
     first = loaded[0][1]["inputs"]["base"]
@@ -134,30 +136,30 @@ def combine(
             if not allow_other_base:
                 raise RunError(
                     f"{path} was made from base checkpoint {its[:12]}, {files[0]} from {first[:12]}; "
-                    "say --allow-other-base, and every artifact after says so too"
+                    "pass --allow-other-base (recorded in every later artifact)"
                 )
             foreign[str(path)] = its
         foreign |= about["inputs"].get("other_base", {})
     try:
-        if how == "complement":
-            rule = ComplementMask(mask="it")
-            mask = build_mask(rule, masks={"it": loaded[0][0]})
+        if operation == "complement":
+            rule = ComplementMask(mask="mask")
+            mask = build_mask(rule, masks={"mask": loaded[0][0]})
         else:
-            mask = combine(how, [mask for mask, _ in loaded])
+            mask = combine(operation, [mask for mask, _ in loaded])
     except ValueError as error:
         raise RunError(f"{', '.join(map(str, files))}: {error}") from None
     inputs: dict[str, Any] = {
-        "rule": {"type": how, "files": [str(path) for path in files]},
+        "rule": {"type": operation, "files": [str(path) for path in files]},
         "base": first,
         "masks": {str(p): about["digest"] for p, (_, about) in zip(files, loaded, strict=True)},
     }
     save_mask(out, mask, inputs | ({"other_base": foreign} if foreign else {}), classify)
-    say("mask", out, True)
+    print_artifact("mask", out, True)
 
 
 @app.command()
 def show(file: MaskFile) -> None:
-    """What a mask file holds: rule, where it comes from, density by component, module and layer."""
+    """Shows a mask file: rule, origin, and density by component, module and layer."""
     from vlopd.masks.compare import densities_by, density
     from vlopd.masks.files import load_mask
     from vlopd.models.names import classify
@@ -200,11 +202,13 @@ def compare(
     b: MaskFile,
     base: Annotated[
         Path | None,
-        typer.Option(help="base checkpoint, for chance within the quantiles of each tensor's |w|"),
+        typer.Option(help="base checkpoint, for chance within quantiles of each tensor's |w|"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON of all this, tensor by tensor too")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file to write, with values per tensor")
+    ] = None,
 ) -> None:
-    """Jaccard index, coverage each way and enrichment over chance; globally, by tensor and by |w|."""
+    """Compares two masks: Jaccard index, coverage both ways and enrichment over chance; globally, by tensor, by |w|."""
     from vlopd.masks.compare import overlap, overlap_by_class, overlap_by_tensor, sum_overlaps
     from vlopd.masks.files import load_mask
     from vlopd.masks.rules import quantiles
@@ -221,7 +225,7 @@ def compare(
         "each tensor": sum_overlaps(tensors.values()),
     }
     if base is not None:
-        check_base(base, mask_a)
+        _check_base(base, mask_a)
         pairs = stream(base, base, classify)
         classes = ((pair.name, quantiles(pair.base)) for pair in pairs)
         rows["each tensor's quantiles of |w|"] = overlap_by_class(mask_a, mask_b, classes)
@@ -240,7 +244,7 @@ def compare(
     console.print(table)
     bases = {about["inputs"]["base"] for about in (about_a, about_b)}
     if len(bases) > 1:
-        console.print("the two masks are of different base checkpoints")
+        console.print("the masks are from different base checkpoints")
     if out is not None:
         content = {
             "a": {"file": str(a), "digest": about_a["digest"]},
@@ -250,11 +254,11 @@ def compare(
             "tensors": {name: found.row() for name, found in tensors.items()},
         }
         write_json(out, content)
-        say("comparison", out, True)
+        print_artifact("comparison", out, True)
 
 
-def check_base(base: Path, mask: Mask) -> None:
-    """Refuses a checkpoint whose tensors are not the mask's."""
+def _check_base(base: Path, mask: Mask) -> None:
+    """Raises RunError for a checkpoint whose tensors do not match the mask."""
     from vlopd.masks.files import check_shapes
     from vlopd.weights.reader import Weights
 

@@ -1,6 +1,6 @@
-"""What each arm is for, from the config alone: roles, the controls that are averaged, the contrasts that are declared.
+"""The role of each arm in the comparison, pooled controls and declared contrasts, from the config alone.
 
-Every arm may say its `role`; the defaults here hold where they are unambiguous, and are refused where they are not.
+An arm's `role` may be given; otherwise the default applies, and an ambiguous one is an error.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from vlopd.config.recipe import Recipe
 RANDOM = "random"
 """In eval.contrasts, the mean of an arm's random controls."""
 
-WITHOUT_EFFECT = {
+_WITHOUT_EFFECT = {
     *("train.save_every", "train.sample_every", "train.evidence_every", "train.keep_steps"),
     *("train.micro_batch", "loss.chunk_tokens"),
 }
-"""Settings of a recipe that do not decide what is trained, up to rounding."""
+"""Settings of a recipe that do not affect the trained weights, up to rounding."""
 
 
 class Controls(NamedTuple):
-    """Arms that differ from the arm that they control, and from each other, in the mask's draw alone."""
+    """Controls of one arm that differ from it and from each other only in the draw of the mask; averaged."""
 
     arm: str
-    """The arm under the mask that they are controls of."""
+    """The arm they are controls of."""
     kind: str
-    """Of their masks: `random`, `low-magnitude`, ..."""
+    """Kind of their masks: `random`, `low-magnitude`, ..."""
     match: str | None
-    """Of random masks, the classes in which they have as many coordinates."""
+    """Of random masks: the classes in which densities are matched (RandomMask.match)."""
     arms: tuple[str, ...]
 
 
-class Unpooled(NamedTuple):
-    """A control that is not averaged with others: it differs from the arm that it controls in more than the mask."""
+class UnpooledControl(NamedTuple):
+    """A control that is not averaged, since it differs from its arm in more than the mask."""
 
     arm: str
     of: str
@@ -62,17 +62,17 @@ class Unpooled(NamedTuple):
 class Contrast(NamedTuple):
     a: str
     b: str | tuple[str, ...]
-    """An arm, or the controls whose mean is taken."""
+    """An arm, or controls whose mean is used."""
 
 
 @dataclass(frozen=True)
 class Roles:
-    """What each arm is for. `families` are arms that differ in the training seed alone, where there are several."""
+    """Roles and groups of arms. `seed_groups`: arms that differ only in the training seed, if several."""
 
     of: Mapping[str, Role]
     controls: tuple[Controls, ...] = ()
-    unpooled: tuple[Unpooled, ...] = ()
-    families: tuple[tuple[str, ...], ...] = ()
+    unpooled: tuple[UnpooledControl, ...] = ()
+    seed_groups: tuple[tuple[str, ...], ...] = ()
 
     def arms(self, role: Role) -> list[str]:
         return [arm for arm, its in self.of.items() if its == role]
@@ -81,9 +81,9 @@ class Roles:
         return next(iter(self.arms(role)), None)
 
     def contrast(self, text: str) -> Contrast:
-        """A declared contrast: "arm - arm", or "arm - random" for the mean of the arm's random controls.
+        """Parses a declared contrast: "arm - arm", or "arm - random" for the mean of the arm's random controls.
 
-        Raises ValueError where it names what there is not.
+        Raises ValueError for an unknown name.
         """
         a, dash, b = text.partition(" - ")
         if not dash:
@@ -101,12 +101,12 @@ class Roles:
         several = [kind for kind in kinds if kind.startswith(f"{RANDOM}, ")]
         if several:
             raise ValueError(
-                f"eval.contrasts: {text!r} is not one comparison; say which of "
+                f"eval.contrasts: {text!r} is ambiguous; use one of "
                 + ", ".join(repr(f"{a} - {kind}") for kind in several)
             )
         reasons = "".join(f" ({its.line})" for its in self.unpooled if its.of == a)
         raise ValueError(
-            f'eval.contrasts: {text!r} needs an arm whose mask is of type "random", like that of {a}; '
+            f'eval.contrasts: {text!r} needs an arm under a mask of type "random" with `like` = the mask of {a}; '
             f"there is none{reasons}"
         )
 
@@ -114,33 +114,33 @@ class Roles:
 def roles_of(
     arms: Mapping[str, ArmConfig], masks: Mapping[str, MaskConfig], recipes: Mapping[str, Recipe]
 ) -> Roles:
-    """The roles that arms say, and the others' defaults; `recipes` are those of the arms that are trained.
+    """Given or default roles of all arms; `recipes` are those of the trained arms.
 
-    An unmasked arm that is trained is full, a replicate of it, or a variant: full is the one that says so, else the
-    one that has no sections of its own, else the only one. Raises ValueError where that is not one.
+    A trained arm without a mask is full, a replicate of it, or a variant. Full is the arm with role = "full", else the
+    one without sections of its own, else the only one. Raises ValueError where that is ambiguous.
     """
-    settings = {name: settings_of(arm, recipes.get(name)) for name, arm in arms.items()}
-    said = {name: arm.role or default_role(arm, masks) for name, arm in arms.items()}
-    full = full_arm(arms, said, recipes, settings)
+    settings = {name: _settings_of(arm, recipes.get(name)) for name, arm in arms.items()}
+    given = {name: arm.role or _default_role(arm, masks) for name, arm in arms.items()}
+    full = _full_arm(arms, given, recipes, settings)
     of: dict[str, Role] = {}
-    for name, role in said.items():
+    for name, role in given.items():
         if role is None or role == "full":
-            is_alike = full is not None and not apart(arms, settings, full, name)
+            is_alike = full is not None and not _arm_differences(arms, settings, full, name)
             of[name] = "full" if name == full else "replicate" if is_alike else "variant"
         else:
             of[name] = role
-    check_replicates(arms, of, settings, full)
+    _check_replicates(arms, of, settings, full)
     bases = [name for name, role in of.items() if role == "base"]
     if len(bases) > 1:
         raise ValueError(
             f"arms.{bases[0]} and arms.{bases[1]} are both the base; remove one, or give a checkpoint another role"
         )
-    controls, unpooled = pooled(arms, masks, of, settings)
-    return Roles(of, controls, unpooled, families_of(arms, of, settings))
+    controls, unpooled = _group_controls(arms, masks, of, settings)
+    return Roles(of, controls, unpooled, _seed_groups(arms, of, settings))
 
 
-def default_role(arm: ArmConfig, masks: Mapping[str, MaskConfig]) -> Role | None:
-    """Of an arm that says none; null where it depends on the others: full, a replicate or a variant."""
+def _default_role(arm: ArmConfig, masks: Mapping[str, MaskConfig]) -> Role | None:
+    """The role of an arm without one; None where it depends on the others: full, replicate or variant."""
     if isinstance(arm, (BaseArm, TeacherArm)):
         return "base" if isinstance(arm, BaseArm) else "teacher"
     if isinstance(arm, (CheckpointArm, ImportedArm)):
@@ -154,67 +154,67 @@ def default_role(arm: ArmConfig, masks: Mapping[str, MaskConfig]) -> Role | None
     return "transplant" if isinstance(arm, TransplantArm) else "subnetwork"
 
 
-def full_arm(
+def _full_arm(
     arms: Mapping[str, ArmConfig],
-    said: Mapping[str, Role | None],
+    given: Mapping[str, Role | None],
     recipes: Mapping[str, Recipe],
     settings: Mapping[str, dict[str, Any]],
 ) -> str | None:
-    """The arm that others are compared with. Raises ValueError where several that differ could be it."""
-    if declared := [name for name, role in said.items() if role == "full"]:
+    """The full arm, with which others are compared. Raises ValueError where several different arms qualify."""
+    if declared := [name for name, role in given.items() if role == "full"]:
         full, *rest = declared
         for other in rest:
-            if differs := apart(arms, settings, full, other):
+            if differs := _arm_differences(arms, settings, full, other):
                 raise ValueError(
-                    f'arms.{full} and arms.{other} both have role = "full" and differ in {shortened(differs)}; give '
+                    f'arms.{full} and arms.{other} both have role = "full" and differ in {_join_some(differs)}; give '
                     'one of them role = "variant"'
                 )
         return full
-    candidates = [name for name, role in said.items() if role is None]
-    pool = [name for name in candidates if not own_sections(arms[name])] or candidates
-    # what was trained on data alone is full only where nothing else could be
+    candidates = [name for name, role in given.items() if role is None]
+    pool = [name for name in candidates if not _has_own_sections(arms[name])] or candidates
+    # an arm trained on data alone is full only if no other arm qualifies
     pool = [name for name in pool if set(recipes[name].rollout.source.shares) != {"data"}] or pool
     for other in pool[1:]:
-        if differs := apart(arms, settings, pool[0], other):
+        if differs := _arm_differences(arms, settings, pool[0], other):
             raise ValueError(
-                f"arms.{pool[0]} and arms.{other} could each be the full arm that others are compared with, and "
-                f'differ in {shortened(differs)}; give the one that is role = "full", or all role = "variant"'
+                f"arms.{pool[0]} and arms.{other} could each be the full arm of the comparison, and "
+                f'differ in {_join_some(differs)}; give one of them role = "full", or all role = "variant"'
             )
     return pool[0] if pool else None
 
 
-def own_sections(arm: ArmConfig) -> bool:
+def _has_own_sections(arm: ArmConfig) -> bool:
     return isinstance(arm, DistillArm) and bool(arm.own)
 
 
-def check_replicates(
+def _check_replicates(
     arms: Mapping[str, ArmConfig],
     of: Mapping[str, Role],
     settings: Mapping[str, dict[str, Any]],
     full: str | None,
 ) -> None:
-    """Raises ValueError for an arm that is declared a replicate and is none."""
+    """Raises ValueError for a declared replicate that differs from full in more than the seed."""
     for name in (name for name, arm in arms.items() if arm.role == "replicate"):
         if full is None:
             raise ValueError(f'arms.{name}: role = "replicate" needs an arm with role = "full"')
-        if differs := apart(arms, settings, full, name):
+        if differs := _arm_differences(arms, settings, full, name):
             raise ValueError(
-                f'arms.{name}: role = "replicate" is of an arm that differs from {full} in the seed alone, and this '
-                f'one differs in {shortened(differs)}; give it role = "variant"'
+                f'arms.{name}: role = "replicate" allows only another seed than {full}, but this arm differs in '
+                f'{_join_some(differs)}; give it role = "variant"'
             )
 
 
-def pooled(
+def _group_controls(
     arms: Mapping[str, ArmConfig],
     masks: Mapping[str, MaskConfig],
     of: Mapping[str, Role],
     settings: Mapping[str, dict[str, Any]],
-) -> tuple[tuple[Controls, ...], tuple[Unpooled, ...]]:
-    """The controls of every arm under a mask, in groups that may be averaged, and those that belong in none."""
+) -> tuple[tuple[Controls, ...], tuple[UnpooledControl, ...]]:
+    """Groups the controls of each masked arm into those that may be averaged, and the rest."""
     controls = [name for name, role in of.items() if role == "control"]
     masked = {name: its for name, arm in arms.items() if (its := mask_of(arm)) is not None}
     groups: list[Controls] = []
-    unpooled: list[Unpooled] = []
+    unpooled: list[UnpooledControl] = []
     for name, mask in masked.items():
         if name in controls:
             continue
@@ -222,14 +222,14 @@ def pooled(
         of_type = [other for other in masked if type(arms[other]) is type(arms[name])]
         masks_of_type = {masked[other] for other in of_type if other not in controls}
         for other in (other for other in of_type if other in controls):
-            rule, origins = masks[masked[other]], origins_of(masks, masked[other])
+            rule, origins = masks[masked[other]], _copied_masks(masks, masked[other])
             if mask not in origins if isinstance(rule, RandomMask) else len(masks_of_type) > 1:
-                continue  # it is the control of another arm, or nothing says of which
-            if differs := differences(settings[name], settings[other]):
-                unpooled.append(Unpooled(other, name, differs))
+                continue  # a control of another arm, or of none in particular
+            if differs := _differences(settings[name], settings[other]):
+                unpooled.append(UnpooledControl(other, name, differs))
             else:
-                alike.setdefault(rule_of(masks, masked[other]), []).append(other)
-        kinds = [kind_of(masks[masked[members[0]]]) for members in alike.values()]
+                alike.setdefault(_draw_key(masks, masked[other]), []).append(other)
+        kinds = [_mask_kind(masks[masked[members[0]]]) for members in alike.values()]
         for kind, members in zip(kinds, alike.values(), strict=True):
             first = masks[masked[members[0]]]
             label = kind if kinds.count(kind) == 1 else f"{kind}, as {members[0]}"
@@ -238,10 +238,10 @@ def pooled(
     return tuple(groups), tuple(unpooled)
 
 
-def families_of(
+def _seed_groups(
     arms: Mapping[str, ArmConfig], of: Mapping[str, Role], settings: Mapping[str, dict[str, Any]]
 ) -> tuple[tuple[str, ...], ...]:
-    """Trained arms that differ in the training seed alone, where there are several; full is the first of its own."""
+    """Groups of two or more trained arms that differ only in the training seed; full is the first of its group."""
     alike: dict[str, list[str]] = {}
     for name, arm in arms.items():
         if isinstance(arm, DistillArm):
@@ -259,14 +259,14 @@ def families_of(
 # ------------------------------------------------------------------------------------------ masks
 
 
-def kind_of(rule: MaskConfig) -> str:
+def _mask_kind(rule: MaskConfig) -> str:
     if isinstance(rule, MagnitudeMask):
         return f"{rule.which}-magnitude"
     return rule.which.replace("_", "-") if isinstance(rule, PrincipalMask) else rule.type
 
 
-def origins_of(masks: Mapping[str, MaskConfig], mask: str) -> list[str]:
-    """The masks whose densities a random mask copies, through any number of `like`."""
+def _copied_masks(masks: Mapping[str, MaskConfig], mask: str) -> list[str]:
+    """The masks whose densities a random mask copies, following `like`."""
     found = []
     while isinstance(rule := masks[mask], RandomMask):
         mask = rule.like
@@ -274,62 +274,62 @@ def origins_of(masks: Mapping[str, MaskConfig], mask: str) -> list[str]:
     return found
 
 
-def rule_of(masks: Mapping[str, MaskConfig], mask: str) -> tuple[str, ...]:
-    """What two masks that are drawn alike have in common: the rule but its seed, and what it copies in the end."""
+def _draw_key(masks: Mapping[str, MaskConfig], mask: str) -> tuple[str, ...]:
+    """A key equal for masks that differ only in the draw: the rule without its seed, and the mask it copies."""
     rule = masks[mask]
     if not isinstance(rule, RandomMask):
         return (rule.model_dump_json(exclude={"seed"}),)
-    over = rule_of(masks, rule.like)
+    over = _draw_key(masks, rule.like)
     return over if over[0] == rule.match else (rule.match, *over)
 
 
 # --------------------------------------------------------------------------------------- settings
 
 
-def settings_of(arm: ArmConfig, recipe: Recipe | None) -> dict[str, Any]:
-    """All that decides an arm but its role, seed and mask, as {"optim.learning_rate": 1e-4, ...}."""
+def _settings_of(arm: ArmConfig, recipe: Recipe | None) -> dict[str, Any]:
+    """The settings that determine an arm except role, seed and mask, as {"optim.learning_rate": 1e-4, ...}."""
     shared = set(Recipe.model_fields)
     found = arm.model_dump(mode="json", exclude={"role", "seed", "mask", *shared})
     if recipe is not None:
         found |= recipe.model_dump(mode="json", include=shared)
-    return {key: value for key, value in flat(found).items() if key not in WITHOUT_EFFECT}
+    return {key: value for key, value in _flatten(found).items() if key not in _WITHOUT_EFFECT}
 
 
-def flat(table: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+def _flatten(table: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{above}{key}.")
+            found |= _flatten(value, f"{above}{key}.")
         elif value is not None:
             found[above + key] = value
     return found
 
 
-def apart(
+def _arm_differences(
     arms: Mapping[str, ArmConfig], settings: Mapping[str, dict[str, Any]], a: str, b: str
 ) -> tuple[str, ...]:
-    """In what two arms differ besides the training seed."""
-    return differences(
+    """The differences of two arms other than the training seed."""
+    return _differences(
         {**settings[a], "mask": mask_of(arms[a])}, {**settings[b], "mask": mask_of(arms[b])}
     )
 
 
-def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[str, ...]:
-    """`optim.learning_rate 0.0001 -> 0.0003` of every setting that is another; of a section of another type, that."""
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[str, ...]:
+    """Different settings, as `optim.learning_rate 0.0001 -> 0.0003`; for a section of another type, only the type."""
     keys = [key for key in dict.fromkeys((*a, *b)) if a.get(key) != b.get(key)]
     retyped = tuple(key.removesuffix("type") for key in keys if key.endswith(".type"))
     return tuple(
-        f"{key} {shown(a.get(key))} -> {shown(b.get(key))}"
+        f"{key} {_format_value(a.get(key))} -> {_format_value(b.get(key))}"
         for key in keys
         if key.endswith(".type") or not key.startswith(retyped or ("\0",))
     )
 
 
-def shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def shortened(differences: Sequence[str], most: int = 3) -> str:
+def _join_some(differences: Sequence[str], most: int = 3) -> str:
     more = f" and {len(differences) - most} more" if len(differences) > most else ""
     return ", ".join(differences[:most]) + more

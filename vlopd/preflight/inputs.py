@@ -52,7 +52,7 @@ from vlopd.models import families, names
 from vlopd.models.load import DTYPES, load_configured, load_model_config, resolve
 from vlopd.models.loaded import LoadedModel, too_long_error
 from vlopd.run.folder import RunFolder
-from vlopd.run.resolve import checkpoint_folder, hub_folder, scores_of
+from vlopd.run.resolve import checkpoint_folder, hub_folder, score_files
 from vlopd.train.log import refuse_missing_trackers
 from vlopd.train.pair import ModelPair, load_pair, without_weights
 from vlopd.train.rewards import RULES, answer_of
@@ -194,7 +194,7 @@ def refuse_missing_files(config: ExperimentConfig, name: str) -> None:
     for text in references_of(config, name):
         folder_of(config, text)
     if isinstance(arm, ImportedArm):
-        scores_of(Path(arm.results))
+        score_files(Path(arm.results))
     if isinstance(arm, CheckpointArm):
         load_model_config(arm.model)
         if Path(arm.model).is_dir():

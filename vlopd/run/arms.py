@@ -1,4 +1,4 @@
-"""Arms of every kind, each from what is there: trained, transplanted, extrapolated, or only noted."""
+"""Makes arms of every type: trained, transplanted, extrapolated, or recorded without a copy."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from vlopd.masks.apply import delta_norm, extrapolated, transplanted
 from vlopd.models.load import DTYPES, load_configured, resolve
 from vlopd.models.save import save
 from vlopd.run.folder import RunFolder
-from vlopd.run.inputs import own_other_base
+from vlopd.run.inputs import other_bases_of_arm
 from vlopd.run.records import (
-    card,
-    identities,
-    keeps_base,
+    base_arm_is_exact,
+    count_changed,
+    discovery_seeds,
     load_base,
-    note,
-    off_mask,
-    record,
-    seeds_of,
+    model_card,
+    record_checkpoint,
+    weight_agreement,
+    write_record,
 )
 from vlopd.run.resolve import (
     base_arm,
-    deltas,
+    checkpoint_deltas,
     hub_folder,
     read_mask,
     read_tensors,
@@ -60,70 +60,76 @@ from vlopd.weights.stored import stored_tensors
 from vlopd.weights.subspace import Projection, update_projection
 
 
-class Making(NamedTuple):
-    """How artifacts are made, beyond what the config says."""
+class ArmOptions(NamedTuple):
+    """Options of making arms and masks that are not in the config."""
 
     allow_other_base: bool = False
-    """Masks and checkpoints from another base may be used, and every record says so."""
+    """Use masks and checkpoints of another base (recorded in every later artifact)."""
     evaluate: Evaluate | None = None
-    """Scores a student while it trains (eval.during)."""
+    """Evaluates the student during training (eval.during)."""
 
 
-PLAIN = Making()
+DEFAULT_OPTIONS = ArmOptions()
 
 
 def write_base(its: Stage, config: ExperimentConfig, name: str) -> None:
-    """Writes the student as it is loaded, in the stored precision: what every delta is measured from."""
+    """Writes the untrained student in the stored precision; every delta is relative to it."""
     student, state = load_base(config)
     with whole_folder(its.run.checkpoint(name)) as folder:
-        save(student, folder, card(config, name, "the student before any training"), state)
+        save(student, folder, model_card(config, name, "the student before any training"), state)
     total = student.model.num_parameters()
-    record(its, config, name, "base", total_parameters=total, trained_parameters=0, density=0.0)
+    record_checkpoint(
+        its, config, name, "base", total_parameters=total, trained_parameters=0, density=0.0
+    )
 
 
-def note_teacher(its: Stage, config: ExperimentConfig, name: str, arm: TeacherArm) -> None:
-    """Records where a teacher is; its weights are not copied into the run."""
+def record_teacher(its: Stage, config: ExperimentConfig, name: str, arm: TeacherArm) -> None:
+    """Records a teacher's location and digest; its weights are not copied into the run."""
     teacher = config.teacher_of(arm)
     folder = hub_folder(str(teacher_folder(its.run, config, teacher)), teacher.revision)
-    note(its, config, name, "teacher", digest_checkpoint(folder), folder, model=teacher.model)
+    write_record(
+        its, config, name, "teacher", digest_checkpoint(folder), folder, model=teacher.model
+    )
 
 
-def note_foreign(
+def record_external(
     its: Stage, config: ExperimentConfig, name: str, arm: CheckpointArm | ImportedArm
 ) -> None:
-    """Records where a model or scores from elsewhere are; they are not copied into the run."""
+    """Records the location and digest of an external model or scores; they are not copied into the run."""
     folder = None
     if isinstance(arm, CheckpointArm):
         folder = hub_folder(resolve(arm.model), None)
         model = config.checkpoint_of(arm)
-        load_configured(model, DTYPES[config.precision.compute])  # refused here, not when evaluated
+        load_configured(model, DTYPES[config.precision.compute])  # fails here, before any training
     digest = digest_json(its.inputs["files"]) if folder is None else digest_checkpoint(folder)
-    note(its, config, name, arm.type, digest, folder)
+    write_record(its, config, name, arm.type, digest, folder)
 
 
 def train_arm(
-    its: Stage, config: ExperimentConfig, name: str, arm: DistillArm, how: Making
+    its: Stage, config: ExperimentConfig, name: str, arm: DistillArm, options: ArmOptions
 ) -> None:
-    """Distils the student from the base, under the arm's mask if it has one, and proves the mask held."""
+    """Trains the student from the base, under the arm's mask if any, and verifies that the rest did not move."""
     recipe, run, inputs = config.recipe_of(arm), its.run, its.inputs
     base = run.checkpoint(base_arm(config))
-    refuse_other_base(own_other_base(run, config, arm), inputs["base"], how.allow_other_base)
+    refuse_other_base(
+        other_bases_of_arm(run, config, arm), inputs["base"], options.allow_other_base
+    )
     accelerator = distributed.accelerator()
-    distributed.main_process_alone(accelerator, lambda: clear(run.arm(name), digest_json(inputs)))
+    distributed.main_process_alone(accelerator, lambda: _clear(run.arm(name), digest_json(inputs)))
     pair = load_pair(
         config.student,
         recipe.teacher,
         compute=config.precision.compute,
         device=accelerator.device,
         images=recipe.data.has_images,
-        # the base arm, unless that is stored in less than the student's own precision
-        student_folder=base if keeps_base(config) else None,
+        # the base arm, unless it is stored in a lower precision than the student
+        student_folder=base if base_arm_is_exact(config) else None,
     )
     before, mask, projections = read_tensors(base), None, None
     if arm.mask is not None:
         mask = read_mask(run, config, arm.mask)
     if arm.subspace is not None:
-        projections = read_projections(
+        projections = _read_projections(
             run, config, arm.subspace, dict(pair.student.model.named_parameters())
         )
     data = load_data(recipe.data, recipe.prompts, arm.seed, recipe.teachers.values())
@@ -131,8 +137,10 @@ def train_arm(
     folder = run.arm(name)
 
     def keep(step: int, trainable: Trainable) -> None:
-        with whole_folder(run.kept(name, step)) as checkpoint:
-            text = card(config, name, f"{describe(recipe, arm)}, {step} of them done", inputs)
+        with whole_folder(run.step_checkpoint(name, step)) as checkpoint:
+            text = model_card(
+                config, name, f"{_describe(recipe, arm)}, {step} of them done", inputs
+            )
             save(pair.student, checkpoint, text, trainable.merged(before))
 
     with distributed.together(accelerator):
@@ -146,9 +154,9 @@ def train_arm(
         recipe,
         folder,
         arm.seed,
-        # buffers of the checkpoint (running means of a tower) do not train
+        # without the checkpoint's buffers (running means of a tower), which are not trained
         mask and {n: mask[n] for n, _ in pair.student.model.named_parameters()},
-        Hooks(keep, how.evaluate, every, trackers),
+        Hooks(keep, options.evaluate, every, trackers),
         projections=projections,
         identity=digest_json(inputs),
         accelerator=accelerator,
@@ -157,21 +165,21 @@ def train_arm(
     def write() -> None:
         merged = trainable.merged(before)
         with whole_folder(run.checkpoint(name)) as checkpoint:
-            text = card(config, name, describe(recipe, arm), inputs)
+            text = model_card(config, name, _describe(recipe, arm), inputs)
             save(pair.student, checkpoint, text, merged)
-        proof = off_mask(before, read_tensors(run.checkpoint(name)), mask)
-        if proof["off_mask"] is not None:
+        changes = count_changed(before, read_tensors(run.checkpoint(name)), mask)
+        if changes["off_mask"] is not None:
             with stored_tensors(pair.student) as own:
-                moved = proof["off_mask"]["moved_in_memory"] = trainable.moved_off_mask(own)
-            proof["off_mask_unmoved"] &= moved == 0
-        record(
+                moved = changes["off_mask"]["moved_in_memory"] = trainable.moved_off_mask(own)
+            changes["off_mask_unmoved"] &= moved == 0
+        record_checkpoint(
             its,
             config,
             name,
             "distill",
             mask=arm.mask,
             seed=arm.seed,
-            discovery_seeds=seeds_of(config, name),
+            discovery_seeds=discovery_seeds(config, name),
             steps=recipe.train.steps,
             total_parameters=trainable.total,
             trained_parameters=trainable.count,
@@ -179,16 +187,16 @@ def train_arm(
             seconds=round(time.perf_counter() - started, 1),
             device=str(accelerator.device),
             notes=recipe.notes,
-            **proof,
-            identity=identities(run, config, name, before, mask),
+            **changes,
+            identity=weight_agreement(run, config, name, before, mask),
         )
         shutil.rmtree(folder / "state", ignore_errors=True)
 
     distributed.main_process_alone(accelerator, write)
 
 
-def clear(folder: Path, identity: str) -> None:
-    """Removes what an arm made from other inputs left (early checkpoints, logs), unless its state is resumed from."""
+def _clear(folder: Path, identity: str) -> None:
+    """Removes early checkpoints and logs of an arm made from other inputs, unless its saved state will be resumed."""
     if is_state_of(folder / "state", identity):
         return
     for path in folder.glob("*"):
@@ -196,8 +204,8 @@ def clear(folder: Path, identity: str) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def describe(recipe: Recipe, arm: DistillArm) -> str:
-    """How an arm was trained, in a few words for its model card."""
+def _describe(recipe: Recipe, arm: DistillArm) -> str:
+    """A short description of an arm's training for its model card."""
     text = f"{training_of(recipe)}, {recipe.objective}, {recipe.train.steps} steps"
     text += f", mask {arm.mask}" if arm.mask else ""
     if arm.subspace:
@@ -205,77 +213,81 @@ def describe(recipe: Recipe, arm: DistillArm) -> str:
     return text
 
 
-def read_projections(
+def _read_projections(
     run: RunFolder, config: ExperimentConfig, subspace: Subspace, parameters: Mapping[str, Tensor]
 ) -> dict[str, Projection]:
-    """The projection of every matrix on the subspace of its early update."""
+    """The projection of each matrix onto the subspace of its early update."""
     found = {
         pair.name: update_projection(pair.delta, subspace.rank, subspace.side)
-        for pair in deltas(run, config, subspace.of)
+        for pair in checkpoint_deltas(run, config, subspace.of)
         if pair.name in parameters
     }
     return {name: projection for name, projection in found.items() if projection is not None}
 
 
-def transplant(
-    its: Stage, config: ExperimentConfig, name: str, arm: TransplantArm, how: Making
+def write_transplant(
+    its: Stage, config: ExperimentConfig, name: str, arm: TransplantArm, options: ArmOptions
 ) -> None:
-    """The base with the other arm's values on the mask: the mask's share of the update, untrained."""
+    """Writes the base plus the other arm's delta on the mask, without training."""
 
     def change(mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         assert mask is not None
-        pairs = deltas(its.run, config, arm.of)
+        pairs = checkpoint_deltas(its.run, config, arm.of)
         return {pair.name: transplanted(pair, mask[pair.name]) for pair in pairs}
 
     what = f"the base with {arm.of}'s values on mask {arm.mask}"
-    write_untrained(its, config, name, arm, what, change, how)
+    _write_untrained(its, config, name, arm, what, change, options)
 
 
-def extrapolate(
-    its: Stage, config: ExperimentConfig, name: str, arm: ExtrapolateArm, how: Making
+def write_extrapolation(
+    its: Stage, config: ExperimentConfig, name: str, arm: ExtrapolateArm, options: ArmOptions
 ) -> None:
-    """The base plus a multiple of an early delta: what going on in its direction would give."""
+    """Writes the base plus a multiple of an early delta, without training."""
 
     def change(mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        factor, pairs = arm.factor, deltas(its.run, config, arm.of)
+        factor, pairs = arm.factor, checkpoint_deltas(its.run, config, arm.of)
         if arm.norm_of is not None:
             early = delta_norm(pairs)
             if early == 0:
-                raise RunError(f"{arm.of} did not move from the base: it has no direction")
-            factor = delta_norm(deltas(its.run, config, arm.norm_of)) / early
+                raise RunError(f"{arm.of} equals the base, so its delta has no direction")
+            factor = delta_norm(checkpoint_deltas(its.run, config, arm.norm_of)) / early
         assert factor is not None
         return {
             p.name: extrapolated(p, factor, None if mask is None else mask[p.name]) for p in pairs
         }
 
-    length = arm.factor if arm.norm_of is None else f"the norm of {arm.norm_of}'s over its own"
+    length = (
+        arm.factor if arm.norm_of is None else f"(norm of the delta of {arm.norm_of} / its norm)"
+    )
     what = f"the base plus {length} times the delta of {arm.of}"
     what += f" on mask {arm.mask}" if arm.mask else ""
-    write_untrained(its, config, name, arm, what, change, how)
+    _write_untrained(its, config, name, arm, what, change, options)
 
 
-def write_untrained(
+def _write_untrained(
     its: Stage,
     config: ExperimentConfig,
     name: str,
     arm: TransplantArm | ExtrapolateArm,
     what: str,
     change: Callable[[Mapping[str, Tensor] | None], dict[str, Tensor]],
-    how: Making,
+    options: ArmOptions,
 ) -> None:
-    """Writes an arm that is the base with some of its tensors changed, given the arm's mask."""
+    """Writes an arm that is the base with some tensors replaced; `change(mask)` returns them."""
     run, inputs = its.run, its.inputs
-    refuse_other_base(own_other_base(run, config, arm), inputs["base"], how.allow_other_base)
+    refuse_other_base(
+        other_bases_of_arm(run, config, arm), inputs["base"], options.allow_other_base
+    )
     mask = None if arm.mask is None else read_mask(run, config, arm.mask)
     base = run.checkpoint(base_arm(config))
     before = read_tensors(base)
-    # for its configuration: all weights that are written are in `before`
+    # only its configuration is used: all weights that are written are in `before`
     student = load_configured(config.student, DTYPES[config.precision.compute], folder=base)
     with whole_folder(run.checkpoint(name)) as folder:
-        save(student, folder, card(config, name, what, inputs), {**before, **change(mask)})
+        save(student, folder, model_card(config, name, what, inputs), {**before, **change(mask)})
     total = student.model.num_parameters()
     count = total if mask is None else sum(int(marked.sum()) for marked in mask.values())
-    record(
+    record_checkpoint(
         its,
         config,
         name,
@@ -284,6 +296,6 @@ def write_untrained(
         total_parameters=total,
         trained_parameters=0,
         density=count / total,
-        **off_mask(before, read_tensors(run.checkpoint(name)), mask),
-        identity=identities(run, config, name, before, mask),
+        **count_changed(before, read_tensors(run.checkpoint(name)), mask),
+        identity=weight_agreement(run, config, name, before, mask),
     )

@@ -1,4 +1,4 @@
-"""What the files of a run held when they were written, and whether an artifact is up to date."""
+"""Checksums of a run's artifacts, their records, and whether an artifact is up to date."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ RECORDS = {
     "evals": "evals/{}/results.json",
     "tokens": "evals/{}/tokens.json",
 }
-"""The record of an artifact, by its name or the name's first part: written last, it says that the artifact is done."""
+"""Record file of an artifact, by its name or the name's first part. Written last: it marks the artifact done."""
 
 
 class Problem(NamedTuple):
-    """A file that is not as it was written."""
+    """A file that was changed, deleted or cannot be read, and the remedy."""
 
     file: Path
     what: str
@@ -41,11 +41,11 @@ class Problem(NamedTuple):
 
 
 class Checksums:
-    """What the files of a folder held when they were written: checksums/<artifact>.sha256.
+    """The checksum files of a run folder: checksums/<artifact>.sha256.
 
-    The files are as `sha256sum` writes them, with paths relative to the folder and a comment at the end, the digest of
-    the lines above it: `sha256sum --check checksums/*` there does what `vlopd verify` does. An artifact is named by
-    its place, as in `arms/full`.
+    Format of `sha256sum`, with paths relative to the folder and a final comment that holds the digest of the lines
+    above it: `sha256sum --check checksums/*` in the folder is equivalent to `vlopd verify`. Artifacts are named by
+    their path, e.g. `arms/full`.
     """
 
     def __init__(self, root: Path):
@@ -55,7 +55,7 @@ class Checksums:
         return self.root / "checksums" / f"{artifact.replace('/', '--')}.sha256"
 
     def write(self, artifact: str, files: Iterable[Path], last: Mapping[Path, str] = {}) -> None:
-        """Notes what the files hold; `last` are texts that will be written after this, by path."""
+        """Writes the checksums of files; `last` maps paths that are written afterwards to their text."""
         sums = {}
         for path in files:
             if path not in last:
@@ -66,16 +66,16 @@ class Checksums:
         write_text(self.path(artifact), f"{lines}# {digest_text(lines)}\n")
 
     def record(self, artifact: str) -> Path:
-        """Where an artifact's record is, whether it exists or not."""
+        """The path of an artifact's record, which may not exist."""
         kind, _, name = artifact.partition("/")
         return self.root / (SINGLE.get(artifact) or RECORDS[kind].format(name))
 
     def is_recorded(self, artifact: str) -> bool:
-        """Whether artifacts of this kind have a record; the pictures of a task's questions have none."""
+        """Whether artifacts of this kind have a record; the saved images of a task have none."""
         return artifact in SINGLE or artifact.partition("/")[0] in RECORDS
 
     def records(self) -> list[str]:
-        """The artifacts whose records exist."""
+        """Artifacts whose record exists."""
         found = [artifact for artifact, path in SINGLE.items() if (self.root / path).exists()]
         for kind, pattern in RECORDS.items():
             before, after = pattern.split("{}")
@@ -86,14 +86,14 @@ class Checksums:
         return found
 
     def start(self, artifact: str) -> None:
-        """Withdraws an artifact's record and checksums before it is made again: a kill then leaves no false claim."""
+        """Deletes an artifact's record and checksums before it is remade, so that a kill leaves none that are stale."""
         self.record(artifact).unlink(missing_ok=True)
         self.path(artifact).unlink(missing_ok=True)
 
     def finish(self, artifact: str, content: Any, files: Iterable[Path]) -> None:
-        """Ends a stage: writes the files' checksums, and then the record, which says that the artifact is done."""
+        """Ends a stage: writes the files' checksums, then the record, which marks the artifact done."""
         text, record = json_text(content), self.record(artifact)
-        record.unlink(missing_ok=True)  # an old record must not vouch for new files
+        record.unlink(missing_ok=True)  # a stale record must not mark new files as done
         self.write(artifact, files, {record: text})
         write_text(record, text)
 
@@ -101,7 +101,7 @@ class Checksums:
         return path.relative_to(self.root).as_posix()
 
     def read(self, artifact: str) -> dict[str, str]:
-        """{file: sha256}. Raises RunError where the file of checksums is damaged."""
+        """{file: sha256} of an artifact. Raises RunError for a damaged checksum file."""
         lines, _, own = self.path(artifact).read_bytes().rpartition(b"# ")
         if own != f"{hashlib.sha256(lines).hexdigest()}\n".encode():
             raise RunError(str(self.damaged(artifact)))
@@ -112,7 +112,7 @@ class Checksums:
         return Problem(self.path(artifact), "is damaged", self.remedy(artifact))
 
     def remedy(self, artifact: str) -> str:
-        """How to get an artifact anew."""
+        """The advice for restoring or remaking an artifact."""
         kind, _, name = artifact.partition("/")
         parts = {
             "masks": [f"masks/{name}.safetensors", f"masks/{name}.json"],
@@ -125,7 +125,7 @@ class Checksums:
         return f"restore it, or delete {named} and run again"
 
     def problems(self, artifact: str, whole: bool = True) -> Iterator[Problem]:
-        """The files of an artifact that are not as they were written, or not there."""
+        """Yields the files of an artifact that were changed, deleted or cannot be read."""
         try:
             sums = self.read(artifact)
         except FileNotFoundError:
@@ -137,26 +137,26 @@ class Checksums:
         for name, digest in sums.items():
             path = self.root / name
             try:
-                # what is remembered may itself be damaged: only the content convicts
+                # a cached digest may be stale, so a mismatch is confirmed by reading the content
                 if file_digest(path, whole) == digest or file_digest(path, True) == digest:
                     continue
-                what = "is not as it was written"
+                what = "has changed since it was written"
             except OSError as error:
                 what = "is missing" if not path.exists() else f"cannot be read ({error.strerror})"
             yield Problem(path, what, self.remedy(artifact))
 
     def check(self, artifact: str, whole: bool = True) -> None:
-        """Raises RunError with the first file that is not as it was written.
+        """Raises RunError for the first file that was changed or deleted.
 
-        `whole` reads all of it, as is due before anything is made from it; else size and times decide what is read.
+        With `whole`, every file is read, as is required before it is used; else unchanged sizes and times suffice.
         """
         for problem in self.problems(artifact, whole):
             raise RunError(str(problem))
 
     def outdated(self, artifact: str, inputs: Mapping[str, Any]) -> str | None:
-        """Why an artifact is to be made: "new", or what of its inputs changed; None where it is up to date.
+        """The reason to make an artifact ("new", or its changed inputs); None where it is up to date.
 
-        Raises RunError where it exists and its files are not as they were written.
+        Raises RunError where its files were changed.
         """
         record = self.record(artifact)
         if not record.exists():
@@ -165,25 +165,25 @@ class Checksums:
             self.check(artifact, whole=False)
         before = read_json(record).get("inputs")
         if before != dict(inputs):
-            changed = [shorter(line) for line in differences(before, dict(inputs))]
+            changed = [_without_long_values(line) for line in differences(before, dict(inputs))]
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            return f"made from another {'; '.join(changed[:3])}{more}"
-        return None if self.path(artifact).exists() else "without checksums"
+            return f"inputs changed: {'; '.join(changed[:3])}{more}"
+        return None if self.path(artifact).exists() else "no checksums"
 
     def artifacts(self) -> list[str]:
-        """All that have checksums."""
+        """Artifacts that have checksums."""
         found = (self.root / "checksums").glob("*.sha256")
         return sorted(path.stem.replace("--", "/", 1) for path in found)
 
 
-def shorter(difference: str) -> str:
-    """A difference without its values where those are digests or long."""
+def _without_long_values(difference: str) -> str:
+    """The key of a difference alone where its values are long or digests."""
     key, _, values = difference.partition(": ")
     return key if len(values) > 60 else difference
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """Leaves that differ, as `key: old -> new`."""
+    """The leaves that differ, as `key: old -> new`."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         lines = []
         for key in [*old, *(k for k in new if k not in old)]:

@@ -1,8 +1,8 @@
-"""Run folders: where every artifact lives, atomic writes, provenance, and what need not run again.
+"""The run folder: paths of artifacts, its config and history, and locks between processes.
 
-A stage writes its files whole (temporary name, fsync, rename), then their checksums, and its record last. The
-record holds the digests of what it was made from (`inputs`); a stage whose record matches its inputs, and whose
-files are as they were written, is not run again. Only safetensors and JSON are read back; pickles never are.
+A stage writes its files atomically (temporary name, fsync, rename), then their checksums, and its record last. The
+record holds the digests of its `inputs`; a stage whose record matches its inputs and whose files are unchanged is
+skipped. Only safetensors and JSON are read back, never pickles.
 """
 
 from __future__ import annotations
@@ -29,14 +29,12 @@ from vlopd.run.provenance import provenance
 
 WRITTEN = ("arms", "masks", "geometry", "evals", "report", "checksums")
 """Folders of a run that stages write into."""
-
-
 FORMAT = 2
-"""Of run.json: raised where what an earlier version wrote would be misread."""
+"""Version of run.json; increased where files of an earlier version would be misread."""
 FIXED = ("student", "precision.stored")
-"""The sections of a config that every arm stands on: a run with others is another run."""
+"""Config sections that all arms depend on and that a run cannot change."""
 LOCK = ".lock"
-"""What marks a run folder that processes work in."""
+"""File that processes working in a run folder hold a lock on."""
 
 
 class RunFolder:
@@ -46,11 +44,11 @@ class RunFolder:
         self.root = Path(root)
         self.checksums = Checksums(self.root)
         self._lock: Any = None
-        self._making: set[str] = set()
+        self._held: set[str] = set()
         self.planned: set[str] = set()
-        """Artifacts of which the user was told that they will be made."""
+        """Artifacts already announced as to be made."""
         self.changes: list[str] = []
-        """How the config differs from the one that the run had before, a line a setting."""
+        """Differences of the config from the run's previous one, one line per setting."""
 
     # ---- paths
 
@@ -60,8 +58,8 @@ class RunFolder:
     def checkpoint(self, arm: str) -> Path:
         return self.arm(arm) / "checkpoint"
 
-    def kept(self, arm: str, step: int) -> Path:
-        """An early checkpoint of an arm, after so many steps."""
+    def step_checkpoint(self, arm: str, step: int) -> Path:
+        """The checkpoint of an arm after `step` optimizer steps (train.keep_steps)."""
         return self.arm(arm) / "checkpoints" / f"step-{step}"
 
     def arm_record(self, arm: str) -> Path:
@@ -91,50 +89,49 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: Path | str, config: ExperimentConfig) -> RunFolder:
-        """Makes the folder for `config`, or opens it and lets its run grow to `config`: `prepare` and `adopt`."""
+        """Creates or opens the folder of a run and sets its config: `prepare`, then `save_config`."""
         run = cls.prepare(root, config)
-        run.adopt(config)
+        run.save_config(config)
         return run
 
     @classmethod
     def prepare(cls, root: Path | str, config: ExperimentConfig) -> RunFolder:
-        """Opens the folder of a run, or of one to be, for `config`; its `changes` say how the run's own differs.
+        """Opens the folder of a run, new or existing, for `config`; `changes` lists the differences from its config.
 
-        Writes no part of the run. Raises ConfigError where the configs differ in what every arm stands on (FIXED).
+        Writes no part of the run. Raises ConfigError where the configs differ in FIXED sections.
         """
         run = cls(root)
         run.root.mkdir(parents=True, exist_ok=True)
         run.lock()
         if (run.root / "run.json").exists():
-            run.changes = differences(with_defaults(run.read()["config"]), resolved(config))
+            run.changes = differences(
+                _with_defaults(run.read()["config"]), _resolved_config(config)
+            )
         fixed = [line for line in run.changes if line.startswith(FIXED)]
         if fixed:
             raise ConfigError(
-                f"{run.root} is a run of another student, which all of its arms start from; choose another --out. "
-                f"Theirs -> yours: {'; '.join(fixed)}"
+                f"{run.root} is a run of another student, from which all of its arms start; choose another --out. "
+                f"Its config -> yours: {'; '.join(fixed)}"
             )
         return run
 
-    def adopt(self, config: ExperimentConfig) -> None:
-        """Makes `config` the run's, in run.json; the one before joins the history there.
-
-        What the configs share is kept by every stage, and what differs is made by those that it concerns.
-        """
+    def save_config(self, config: ExperimentConfig) -> None:
+        """Writes `config` to run.json and appends the previous one to the history there."""
         if not is_first_process():
             return
-        wanted, history = resolved(config), []
-        with self.making("run"):
+        wanted, history = _resolved_config(config), []
+        with self.lock_artifact("run"):
             if (self.root / "run.json").exists():
                 before = self.read()
                 history = before.pop("history")
-                if differences(with_defaults(before["config"]), wanted):
+                if differences(_with_defaults(before["config"]), wanted):
                     history.append(before)
                 elif self.checksums.path("run").exists():
                     return
             seeds = {n: arm["seed"] for n, arm in wanted["arms"].items() if "seed" in arm}
             about = {"format": FORMAT, "config": wanted, "seeds": seeds}
             about |= {"precision": wanted["precision"], **provenance(), "history": history}
-            # a kill between these leaves a run.json, with a checksum or without
+            # a kill in between leaves a valid run.json, with or without a checksum
             self.checksums.path("run").unlink(missing_ok=True)
             write_json(self.root / "run.json", about)
             self.checksums.write("run", [self.root / "run.json"])
@@ -152,7 +149,7 @@ class RunFolder:
         return run, config_of(run.read()["config"], path)
 
     def read(self) -> dict[str, Any]:
-        """run.json. Raises RunError where it is altered, or of another version of this program."""
+        """Reads run.json. Raises RunError where it was altered or has another format version."""
         path = self.root / "run.json"
         if self.checksums.path("run").exists():
             self.checksums.check("run")
@@ -160,15 +157,15 @@ class RunFolder:
         its = about.get("format", 1) if isinstance(about, dict) else None
         if its != FORMAT or not isinstance(about.get("config"), dict):
             raise RunError(
-                f"{path} is of another version of vlopd (format {its}; this one reads {FORMAT}): make the run again in "
-                "another folder, or use the version that it names"
+                f"{path} was written by another version of vlopd (format {its}; this version reads {FORMAT}); run "
+                "again in another folder, or use the version that run.json names"
             )
         return about
 
     def lock(self) -> None:
-        """Notes that this process works in the folder, beside any others, until it ends.
+        """Takes a shared lock on the folder until the process ends.
 
-        A process that finds itself alone removes what killed ones left unfinished.
+        A process that can take it exclusively first removes unfinished files of killed processes.
         """
         if not is_first_process():
             return
@@ -179,7 +176,7 @@ class RunFolder:
         fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def _sweep(self) -> None:
-        """Removes what killed processes left unfinished where stages write; not in a run of its own further down."""
+        """Removes unfinished files of killed processes in the stages' folders, but not in a nested run."""
         for folder, folders, files in os.walk(self.root):
             here = Path(folder)
             if here != self.root and LOCK in files:
@@ -188,7 +185,7 @@ class RunFolder:
             for name in filter(TEMPORARY.fullmatch, [*folders, *files]):
                 path = here / name
                 if path.is_symlink():
-                    continue  # we make none
+                    continue  # never written by us
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
@@ -202,17 +199,17 @@ class RunFolder:
             self._lock = None
 
     @contextlib.contextmanager
-    def making(self, artifact: str) -> Iterator[None]:
-        """Holds one artifact for this process while it is made; where another makes it, waits until it is done.
+    def lock_artifact(self, artifact: str) -> Iterator[None]:
+        """Holds an exclusive lock on one artifact; waits while another process makes it.
 
-        So several jobs can make different arms of one run at once, and what they share is made once: check
-        whether it is up to date inside. Of the processes that a launcher started together, the first holds
-        it for all. The holder's name is in .locks/, and a killed holder holds nothing.
+        Lets several jobs make different arms of one run concurrently, and shared artifacts once: check within the
+        context whether it is up to date. Of the processes of one launcher, the first holds it for all. The holder is
+        named in .locks/; a killed holder releases it.
         """
         if not is_first_process():
             yield
             return
-        assert artifact not in self._making, f"{artifact} is being made by this very process"
+        assert artifact not in self._held, f"{artifact} is already held by this process"
         path = self.root / ".locks" / artifact.replace("/", "--")
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+") as lock:
@@ -222,33 +219,33 @@ class RunFolder:
                 lock.seek(0)
                 holder = lock.read().strip() or "another process"
                 print(
-                    f"vlopd: waiting for {self.root / artifact}, which {holder} makes",
+                    f"vlopd: waiting for {self.root / artifact}, locked by {holder}",
                     file=sys.stderr,
                 )
                 fcntl.flock(lock, fcntl.LOCK_EX)
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {platform.node()}")
             lock.flush()
-            self._making.add(artifact)
+            self._held.add(artifact)
             try:
                 yield
             finally:
-                self._making.remove(artifact)
+                self._held.remove(artifact)
 
 
-def resolved(config: ExperimentConfig) -> dict[str, Any]:
-    """A config as run.json has it."""
+def _resolved_config(config: ExperimentConfig) -> dict[str, Any]:
+    """A config as stored in run.json."""
     return json.loads(config.model_dump_json())
 
 
-def with_defaults(resolved: Any) -> Any:
-    """A run's config with the defaults of settings that came after it was written, if it is a config still."""
+def _with_defaults(_resolved_config: Any) -> Any:
+    """A stored config with the defaults of settings added since; unchanged where it is no longer valid."""
     try:
-        return json.loads(ExperimentConfig.model_validate(resolved).model_dump_json())
+        return json.loads(ExperimentConfig.model_validate(_resolved_config).model_dump_json())
     except ValidationError:
-        return resolved
+        return _resolved_config
 
 
 def up_to_date(record: Path, inputs: Mapping[str, Any]) -> bool:
-    """Whether a stage's record exists and was made from just these inputs."""
+    """Whether a record exists and has exactly these inputs."""
     return record.exists() and read_json(record).get("inputs") == dict(inputs)

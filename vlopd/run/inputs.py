@@ -1,4 +1,4 @@
-"""What each artifact of a run is made from, as digests: what decides whether it is up to date."""
+"""The inputs of each artifact of a run, as digests; they decide whether it is up to date."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from vlopd.run.resolve import (
 )
 
 
-def made_from(
+def arm_inputs(
     run: RunFolder, config: ExperimentConfig, name: str, whole: bool = False
 ) -> dict[str, Any]:
-    """The digests of all that decides an arm; `whole` as in digests.file_digest."""
+    """The inputs that determine an arm; `whole` as in digests.file_digest."""
     arm = config.arms.get(name, BaseArm())
     if isinstance(arm, BaseArm):
         return {
@@ -47,7 +47,7 @@ def made_from(
             "files": model_content(config.student, whole),
             "stored": config.precision.stored,
         }
-    files = arm_content(run, config, base_arm(config) if is_made(arm) else name, whole)
+    files = arm_content(run, config, base_arm(config) if _is_derived(arm) else name, whole)
     if isinstance(arm, TeacherArm):
         teacher = config.teacher_of(arm)
         return {"teacher": teacher.model, "revision": teacher.revision, "files": files}
@@ -67,23 +67,23 @@ def made_from(
         }
     else:
         inputs["arm"] = arm.model_dump(mode="json", exclude={"role"})
-    return inputs | read_inputs(run, config, arm, whole)
+    return inputs | _reference_inputs(run, config, arm, whole)
 
 
-def is_made(arm: ArmConfig) -> bool:
-    """Whether an arm is a checkpoint of this run, made from its base."""
+def _is_derived(arm: ArmConfig) -> bool:
+    """Whether an arm is a checkpoint made from this run's base."""
     return isinstance(arm, (DistillArm, TransplantArm, ExtrapolateArm))
 
 
-def read_inputs(
+def _reference_inputs(
     run: RunFolder,
     config: ExperimentConfig,
     arm: DistillArm | TransplantArm | ExtrapolateArm,
     whole: bool,
 ) -> dict[str, Any]:
-    """Digests of the mask and checkpoints that an arm reads, and which of them are of another base."""
+    """Digests of the mask and checkpoints that an arm reads, with those of another base in `other_base`."""
     inputs: dict[str, Any] = {}
-    foreign = own_other_base(run, config, arm)
+    foreign = other_bases_of_arm(run, config, arm)
     if arm.mask is not None:
         run.checksums.check(f"masks/{arm.mask}", whole)
         about = read_json(run.mask_record(arm.mask))
@@ -94,10 +94,10 @@ def read_inputs(
     return inputs | ({"other_base": foreign} if foreign else {})
 
 
-def own_other_base(
+def other_bases_of_arm(
     run: RunFolder, config: ExperimentConfig, arm: DistillArm | TransplantArm | ExtrapolateArm
 ) -> dict[str, str]:
-    """`other_base` of all checkpoints that an arm reads itself."""
+    """{checkpoint: digest of its base} of the checkpoints an arm reads that have another base."""
     found: dict[str, str] = {}
     for text in checkpoints_of(arm).values():
         found |= other_base(run, config, text)
@@ -105,9 +105,9 @@ def own_other_base(
 
 
 def mask_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str, Any]:
-    """The digests of all that decides a mask.
+    """The inputs that determine a mask.
 
-    Raises RunError where an arm or mask that it is made from is not as it was written.
+    Raises RunError where a file of an arm or mask it reads was changed.
     """
     rule = config.masks[name]
     inputs: dict[str, Any] = {
@@ -128,12 +128,14 @@ def mask_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str
         _, about = load_mask(Path(rule.path))
         inputs["file"] = about["digest"]
         other_bases = about["inputs"].get("other_base", {})
-    other_bases |= foreign(run, config, rule)
+    other_bases |= other_bases_of_mask(run, config, rule)
     return inputs | ({"other_base": other_bases} if other_bases else {})
 
 
-def foreign(run: RunFolder, config: ExperimentConfig, rule: MaskConfig) -> dict[str, str]:
-    """{what: digest of its base} of what a mask itself reads from another base."""
+def other_bases_of_mask(
+    run: RunFolder, config: ExperimentConfig, rule: MaskConfig
+) -> dict[str, str]:
+    """{checkpoint or file: digest of its base} of those a mask reads that have another base."""
     if rule.reads is not None:
         return other_base(run, config, rule.reads)
     if isinstance(rule, FileMask):
@@ -144,12 +146,12 @@ def foreign(run: RunFolder, config: ExperimentConfig, rule: MaskConfig) -> dict[
 
 
 def geometry_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str, Any]:
-    """The digests of all that decides the geometry of an arm."""
-    base, steps = base_arm(config), kept_steps(run, name)
+    """The inputs that determine the geometry of an arm."""
+    base, steps = base_arm(config), saved_steps(run, name)
     inputs: dict[str, Any] = {
         "base": arm_digest(run, base),
         "trained": digest_checkpoint(arm_folder(run, config, name)),
-        # says how fused tensors are split
+        # determines how fused tensors are split
         "config": file_digest(run.checkpoint(base) / "config.json"),
         "settings": config.geometry.model_dump(mode="json", exclude={"arms"}),
     }
@@ -161,7 +163,7 @@ def geometry_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict
 
 
 def overlap_inputs(run: RunFolder, config: ExperimentConfig, names: list[str]) -> dict[str, Any]:
-    """The digests of all that decides the overlap of arms' updates."""
+    """The inputs that determine the overlap of the arms' updates."""
     return {
         "base": arm_digest(run, base_arm(config)),
         "arms": {name: digest_checkpoint(arm_folder(run, config, name)) for name in names},
@@ -169,7 +171,7 @@ def overlap_inputs(run: RunFolder, config: ExperimentConfig, names: list[str]) -
     }
 
 
-def kept_steps(run: RunFolder, name: str) -> dict[int, Path]:
-    """The early checkpoints that an arm kept, by step."""
+def saved_steps(run: RunFolder, name: str) -> dict[int, Path]:
+    """The arm's checkpoints of train.keep_steps, by step."""
     kept = sorted(run.arm(name).glob("checkpoints/step-*"))
     return {step_of(folder, i): folder for i, folder in enumerate(kept)}

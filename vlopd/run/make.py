@@ -1,4 +1,4 @@
-"""An arm or a mask, and first what it is made from."""
+"""Makes an arm or a mask after its dependencies."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from vlopd.masks.files import load_mask, save_mask
 from vlopd.masks.rules import Mask, build_mask
 from vlopd.models import names
 from vlopd.run.arms import (
-    PLAIN,
-    Making,
-    extrapolate,
-    note_foreign,
-    note_teacher,
+    DEFAULT_OPTIONS,
+    ArmOptions,
+    record_external,
+    record_teacher,
     train_arm,
-    transplant,
     write_base,
+    write_extrapolation,
+    write_transplant,
 )
 from vlopd.run.folder import RunFolder
-from vlopd.run.inputs import foreign, made_from, mask_inputs
+from vlopd.run.inputs import arm_inputs, mask_inputs, other_bases_of_mask
 from vlopd.run.resolve import (
     base_arm,
-    check_here,
+    check_mask_shapes,
     checkpoint_folder,
     read_mask,
     refuse_other_base,
@@ -46,69 +46,77 @@ from vlopd.run.stage import Stage, stage
 from vlopd.weights import delta
 
 
-def make_arm(run: RunFolder, config: ExperimentConfig, name: str, how: Making = PLAIN) -> bool:
-    """Makes one arm and what it needs; returns whether the arm itself had to be made."""
+def make_arm(
+    run: RunFolder, config: ExperimentConfig, name: str, options: ArmOptions = DEFAULT_OPTIONS
+) -> bool:
+    """Makes one arm and its dependencies; returns whether the arm itself was made."""
     base, arm = base_arm(config), config.arms.get(name, BaseArm())
     if name != base:
-        make_arm(run, config, base, how)
+        make_arm(run, config, base, options)
     if (mask := mask_of(arm)) is not None:
-        make_mask(run, config, mask, how)
+        make_mask(run, config, mask, options)
     for checkpoint in checkpoints_of(arm).values():
-        make_checkpoint(run, config, checkpoint, how)
-    inputs = partial(made_from, run, config, name)
+        _make_checkpoint(run, config, checkpoint, options)
+    inputs = partial(arm_inputs, run, config, name)
     if isinstance(arm, DistillArm):
         with stage(run, f"arms/{name}") as its:
             distributed.accelerator().wait_for_everyone()
             if its.is_due(inputs):
-                train_arm(its, config, name, arm, how)
+                train_arm(its, config, name, arm, options)
         return its.made
     with distributed.main_process_first(), stage(run, f"arms/{name}") as its:
         if its.is_due(inputs):
-            shutil.rmtree(run.arm(name), ignore_errors=True)  # what an arm of this name was before
+            shutil.rmtree(run.arm(name), ignore_errors=True)  # an earlier arm of this name
             match arm:
                 case BaseArm():
                     write_base(its, config, name)
                 case TeacherArm():
-                    note_teacher(its, config, name, arm)
+                    record_teacher(its, config, name, arm)
                 case CheckpointArm() | ImportedArm():
-                    note_foreign(its, config, name, arm)
+                    record_external(its, config, name, arm)
                 case TransplantArm():
-                    transplant(its, config, name, arm, how)
+                    write_transplant(its, config, name, arm, options)
                 case ExtrapolateArm():
-                    extrapolate(its, config, name, arm, how)
+                    write_extrapolation(its, config, name, arm, options)
     return its.made
 
 
-def make_checkpoint(run: RunFolder, config: ExperimentConfig, text: str, how: Making) -> None:
-    """Makes the arm whose checkpoint is named, where it is one of this run."""
+def _make_checkpoint(
+    run: RunFolder, config: ExperimentConfig, text: str, options: ArmOptions
+) -> None:
+    """Makes the arm that a checkpoint reference names, if it is of this run."""
     arm = Reference.parse(text).arm
     if arm is not None:
-        make_arm(run, config, arm, how)
+        make_arm(run, config, arm, options)
 
 
-def make_mask(run: RunFolder, config: ExperimentConfig, name: str, how: Making = PLAIN) -> bool:
-    """Builds a mask file from its rule, and first what the rule needs; returns whether there was anything to do."""
+def make_mask(
+    run: RunFolder, config: ExperimentConfig, name: str, options: ArmOptions = DEFAULT_OPTIONS
+) -> bool:
+    """Builds a mask after its dependencies; returns whether the mask itself was made."""
     rule, base = config.masks[name], base_arm(config)
-    make_arm(run, config, base, how)
+    make_arm(run, config, base, options)
     for other in rule.combines:
-        make_mask(run, config, other, how)
+        make_mask(run, config, other, options)
     if rule.reads is not None:
-        make_checkpoint(run, config, rule.reads, how)
+        _make_checkpoint(run, config, rule.reads, options)
     with distributed.main_process_first(), stage(run, f"masks/{name}") as its:
         if its.is_due(lambda _: mask_inputs(run, config, name)):
-            write_mask(its, config, name, how)
+            _write_mask(its, config, name, options)
     return its.made
 
 
-def write_mask(its: Stage, config: ExperimentConfig, name: str, how: Making) -> None:
+def _write_mask(its: Stage, config: ExperimentConfig, name: str, options: ArmOptions) -> None:
     run, rule, base = its.run, config.masks[name], base_arm(config)
     run.checksums.check(f"arms/{base}")
     named: dict[str, Mask] = {}
     if isinstance(rule, FileMask):
         named[rule.path], _ = load_mask(Path(rule.path))
-        check_here(named[rule.path], run, base, rule.path)
-    # what a combined mask inherits was allowed when that was made
-    refuse_other_base(foreign(run, config, rule), its.inputs["base"], how.allow_other_base)
+        check_mask_shapes(named[rule.path], run, base, rule.path)
+    # bases inherited from combined masks were checked when those were made
+    refuse_other_base(
+        other_bases_of_mask(run, config, rule), its.inputs["base"], options.allow_other_base
+    )
     named |= {other: read_mask(run, config, other) for other in rule.combines}
     folder = run.checkpoint(base)
     trained = folder if rule.reads is None else checkpoint_folder(run, config, rule.reads)

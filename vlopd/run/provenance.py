@@ -1,4 +1,4 @@
-"""Versions, git state, machine and time: what a record says of how it was made."""
+"""Provenance of a run: versions, git state, machine and time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGES = [
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, git state of this source tree if it is one, host and time."""
+    """Package versions, git state of the source tree if there is one, machine and time."""
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):

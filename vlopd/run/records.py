@@ -1,4 +1,4 @@
-"""What is written down of an arm: its record, its card, the proof that its mask held."""
+"""Records of arms: record.json, model card, base checkpoint, and counts of changed coordinates."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ from vlopd.weights.reader import Weights
 from vlopd.weights.stored import stored_tensors
 
 
-def keeps_base(config: ExperimentConfig) -> bool:
-    """Whether the base arm holds the student's weights as its own checkpoint does, or a rounding of them."""
+def base_arm_is_exact(config: ExperimentConfig) -> bool:
+    """Whether the base arm stores the student's weights without rounding."""
     if config.precision.stored == "auto":
         return True
-    return all(holds(DTYPES[config.precision.stored], own) for own in student_dtypes(config))
+    return all(holds(DTYPES[config.precision.stored], own) for own in _student_dtypes(config))
 
 
-def student_dtypes(config: ExperimentConfig) -> set[torch.dtype]:
-    """Of the floating-point tensors in the student's own checkpoint. Raises UserError where it cannot be read."""
+def _student_dtypes(config: ExperimentConfig) -> set[torch.dtype]:
+    """Dtypes of the tensors in the student's checkpoint. Raises UserError where it cannot be read."""
     student = config.student
     load_model_config(student.model, student.revision, student.trust_remote_code)
-    return dtypes_in(hub_folder(resolve(student.model), student.revision))
+    return _dtypes_in(hub_folder(resolve(student.model), student.revision))
 
 
-def dtypes_in(folder: Path) -> set[torch.dtype]:
+def _dtypes_in(folder: Path) -> set[torch.dtype]:
     with Weights(folder) as weights:
         return {tensor.dtype for tensor in weights.header().values()}
 
 
 def load_base(config: ExperimentConfig) -> tuple[LoadedModel, dict[str, Tensor]]:
-    """(the student, {name: tensor as the base arm stores it}): its weights, each rounded once at most.
+    """Loads the student; returns it and {name: tensor as the base arm stores it}, each rounded at most once.
 
-    Loaded in the narrowest dtype that holds all of them; each is then rounded to the configured one or, where tensors
-    are stored in several dtypes, goes back to its own.
+    Loaded in the narrowest dtype that represents all weights exactly; each is then cast to precision.stored or, with
+    "auto", to its dtype in the checkpoint.
     """
     fixed = None if config.precision.stored == "auto" else DTYPES[config.precision.stored]
-    loaded = load_configured(config.student, widest(*student_dtypes(config)))
+    loaded = load_configured(config.student, widest(*_student_dtypes(config)))
     state = loaded.model.state_dict()
     if fixed is None:
         with stored_tensors(loaded) as tensors:
             wanted: Mapping[str, torch.dtype] = tensors.dtypes
     else:
         wanted = {name: fixed for name, tensor in state.items() if tensor.is_floating_point()}
-    cast: dict[int, Tensor] = {}  # by place, so that tied parameters stay tied
+    cast: dict[int, Tensor] = {}  # by address, so that tied parameters stay tied
     for name, dtype in wanted.items():
         if state[name].dtype != dtype:
             place = state[name].data_ptr()
@@ -64,23 +64,25 @@ def load_base(config: ExperimentConfig) -> tuple[LoadedModel, dict[str, Tensor]]
     return loaded, state
 
 
-def precision(config: ExperimentConfig, folder: Path | None) -> dict[str, str | None]:
-    """Of an arm: what it was computed in, its values while it trained, and the dtypes in its checkpoint's files."""
+def _precision_entry(config: ExperimentConfig, folder: Path | None) -> dict[str, str | None]:
+    """An arm's compute dtype, the dtype of its trained values, and the dtypes in its checkpoint."""
     stored = None
     if folder is not None:
-        stored = "+".join(sorted(str(own).removeprefix("torch.") for own in dtypes_in(folder)))
+        stored = "+".join(sorted(str(own).removeprefix("torch.") for own in _dtypes_in(folder)))
     return {"compute": config.precision.compute, "stored": stored, "values": "fp32"}
 
 
-def record(its: Stage, config: ExperimentConfig, name: str, kind: str, **about: Any) -> None:
-    """Writes the record of an arm whose checkpoint is in the run: it is done."""
+def record_checkpoint(
+    its: Stage, config: ExperimentConfig, name: str, kind: str, **about: Any
+) -> None:
+    """Writes the record of an arm whose checkpoint is in the run folder; marks it done."""
     folder = its.run.checkpoint(name)
     digest = digest_checkpoint(folder, whole=True)
     foreign = its.inputs.get("other_base")
-    note(its, config, name, kind, digest, folder, **about, other_base=foreign)
+    write_record(its, config, name, kind, digest, folder, **about, other_base=foreign)
 
 
-def note(
+def write_record(
     its: Stage,
     config: ExperimentConfig,
     name: str,
@@ -89,12 +91,12 @@ def note(
     folder: Path | None,
     **about: Any,
 ) -> None:
-    """Writes an arm's record, and first the checksums of its files: it is done."""
+    """Writes the checksums of an arm's files, then its record; marks it done."""
     content = {
         "arm": name,
         "type": kind,
         **about,
-        "precision": precision(config, folder),
+        "precision": _precision_entry(config, folder),
         "checkpoint_digest": digest,
     }
     arm = its.run.arm(name)
@@ -102,48 +104,48 @@ def note(
     its.finish(content, [p for p in arm.rglob("*") if p.is_file() and state not in p.parents])
 
 
-def card(
+def model_card(
     config: ExperimentConfig, name: str, what: str, inputs: Mapping[str, Any] | None = None
 ) -> str:
-    """The text of an arm's model card."""
+    """The text of an arm's model card; `what` completes "Made by vlopd from STUDENT: ..."."""
     foreign = (inputs or {}).get("other_base")
-    note = (
+    warning = (
         f"Other base: {', '.join(foreign)} came from another base checkpoint.\n" if foreign else ""
     )
     return (
         "---\nlibrary_name: transformers\ntags: [vlopd, on-policy-distillation]\n---\n"
-        f"# {config.name}: arm {name}\n\nMade by vlopd from {config.student.model}: {what}.\n{note}"
+        f"# {config.name}: arm {name}\n\nMade by vlopd from {config.student.model}: {what}.\n{warning}"
         "Loads with `transformers`; ../record.json has its inputs, precision and digests.\n"
     )
 
 
-def off_mask(
+def count_changed(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None
 ) -> dict[str, Any]:
-    """Which coordinates of a checkpoint differ from the base's by any bit, on the mask and off it.
+    """Counts the coordinates of a checkpoint whose bits differ from the base, on and off the mask.
 
-    Without a mask all are on it, and there is nothing to say of those off it.
+    Without a mask all coordinates count as on it, and the off-mask entries are null.
     """
     total = sum(tensor.numel() for tensor in before.values())
     on = total if mask is None else sum(int(marked.sum()) for marked in mask.values())
-    proof: dict[str, Any] = {
+    found: dict[str, Any] = {
         "on_mask": {"coordinates": on, "moved": moved_on_mask(before, after, mask)}
     }
     if mask is None:
-        return proof | {"off_mask_unmoved": None, "off_mask": None}
+        return found | {"off_mask_unmoved": None, "off_mask": None}
     moved = moved_off_mask(before, after, mask)
     off = {"coordinates": total - on, "moved": moved}
-    return proof | {"off_mask_unmoved": moved == 0, "off_mask": off}
+    return found | {"off_mask_unmoved": moved == 0, "off_mask": off}
 
 
-def identities(
+def weight_agreement(
     run: RunFolder,
     config: ExperimentConfig,
     name: str,
     before: Mapping[str, Tensor],
     mask: Mapping[str, Tensor] | None,
 ) -> dict[str, Any] | None:
-    """How equal an arm's weights are to those of the trained arms that it was made from."""
+    """Fraction of equal weights between an arm and the trained arms it derives from, by tolerance."""
     others = [a for a in config.ancestors(name) if isinstance(config.arms[a], DistillArm)]
     arm = read_tensors(run.checkpoint(name))
     found = {
@@ -153,8 +155,8 @@ def identities(
     return found or None
 
 
-def seeds_of(config: ExperimentConfig, name: str) -> dict[str, int] | None:
-    """The seeds of the trained arms that an arm was made from: of its mask's discovery."""
+def discovery_seeds(config: ExperimentConfig, name: str) -> dict[str, int] | None:
+    """Seeds of the trained arms that an arm derives from, e.g. of its mask's discovery."""
     arms = {other: config.arms[other] for other in config.ancestors(name)}
     found = {other: arm.seed for other, arm in arms.items() if isinstance(arm, DistillArm)}
     return found or None

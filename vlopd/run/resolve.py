@@ -1,4 +1,4 @@
-"""Where the checkpoints, masks and scores that arms are made from are, and their digests."""
+"""Resolves the checkpoints, masks and scores that a config names to paths, with their digests."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from vlopd.weights import delta
 MODEL_FILES = (
     *(".safetensors", ".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".spm", ".vocab"),
 )
-"""Endings of what a checkpoint folder is loaded from: weights, configurations, tokenizer, templates, code."""
-NO_MODEL_FILES = re.compile(
+"""Suffixes of files a model is loaded from: weights, configs, tokenizer, templates, code."""
+NOT_MODEL_FILES = re.compile(
     r"(\w+_)?results\.json|trainer_\w+\.jsonl?|requirements.*\.txt|(license|notice|readme).*",
     re.IGNORECASE,
 )
-"""What trainers and people leave beside a model, and nothing loads."""
-MOST_NAMED = 16
-"""Data files of one ending that a record names one by one."""
+"""Files beside a model that loading does not read."""
+MAX_LISTED_FILES = 16
+"""Data files of one suffix that a record lists one by one."""
 
 
 def base_arm(config: ExperimentConfig) -> str:
-    """The arm that holds the untrained student; every run has one."""
+    """Name of the arm that is the untrained student; every run has one."""
     return next((n for n, arm in config.arms.items() if isinstance(arm, BaseArm)), "base")
 
 
@@ -58,7 +58,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def hub_folder(model: str, revision: str | None) -> Path:
-    """A model's folder: itself, or the hub's local snapshot of what it is loaded from."""
+    """A model's folder: the path itself, or the local snapshot of a hub id."""
     if Path(model).is_dir():
         return Path(model)
     wanted = [f"*{ending}" for ending in MODEL_FILES]
@@ -70,20 +70,20 @@ def hub_folder(model: str, revision: str | None) -> Path:
         ) from None
 
 
-def folder_content(folder: Path, whole: bool = False) -> dict[str, str]:
-    """{file: sha256} of what a checkpoint folder is loaded from; `whole` as in digests.file_digest."""
+def _folder_content(folder: Path, whole: bool = False) -> dict[str, str]:
+    """{file: sha256} of the files a model folder is loaded from; `whole` as in digests.file_digest."""
     paths = [path for part in ("*", "additional_chat_templates/*") for path in folder.glob(part)]
     paths = sorted(
         path
         for path in paths
-        if path.suffix in MODEL_FILES and not NO_MODEL_FILES.fullmatch(path.name)
+        if path.suffix in MODEL_FILES and not NOT_MODEL_FILES.fullmatch(path.name)
     )
     return {str(path.relative_to(folder)): file_digest(path, whole) for path in paths}
 
 
 def model_content(model: ModelConfig, whole: bool = False) -> dict[str, str]:
-    """{file: sha256} of what a configured model is loaded from, its chat template included."""
-    content = folder_content(hub_folder(resolve(model.model), model.revision), whole)
+    """{file: sha256} of the files a configured model is loaded from, including its chat template."""
+    content = _folder_content(hub_folder(resolve(model.model), model.revision), whole)
     if model.template is not None:
         content["template"] = digest_text(read_template(model.template))
     return content
@@ -92,24 +92,23 @@ def model_content(model: ModelConfig, whole: bool = False) -> dict[str, str]:
 def teacher_content(
     run: RunFolder, config: ExperimentConfig, teacher: TeacherConfig, whole: bool = False
 ) -> dict[str, str]:
-    """As `model_content`; of the base where the teacher is the student itself."""
+    """`model_content` of a teacher; of the base where the teacher is the student."""
     if teacher.is_student:
-        return folder_content(run.checkpoint(base_arm(config)), whole)
+        return _folder_content(run.checkpoint(base_arm(config)), whole)
     return model_content(teacher, whole)
 
 
 def data_content(
     data: DataConfig, teachers: Sequence[TeacherConfig], whole: bool = False
 ) -> dict[str, str]:
-    """{file: sha256} of the files that an arm's examples come from; of many, such as pictures, those of an ending as
-    one."""
+    """{file: sha256} of an arm's data files; more than MAX_LISTED_FILES of one suffix are combined into one digest."""
     by_ending: dict[str, list[Path]] = {}
     for path in files_of(data, teachers):
         by_ending.setdefault(path.suffix, []).append(path)
     content: dict[str, str] = {}
     for ending, paths in by_ending.items():
         digests = {str(path): file_digest(path, whole) for path in paths}
-        many = len(paths) > MOST_NAMED
+        many = len(paths) > MAX_LISTED_FILES
         content |= {f"{len(paths)} *{ending}": digest_json(digests)} if many else digests
     return content
 
@@ -117,9 +116,9 @@ def data_content(
 def arm_content(
     run: RunFolder, config: ExperimentConfig, name: str, whole: bool = False
 ) -> dict[str, str]:
-    """{file: sha256} of what an arm is evaluated from.
+    """{file: sha256} of the files an arm is evaluated from.
 
-    Raises RunError where an arm of this run is not as it was written.
+    Raises RunError where a file of the arm was changed.
     """
     arm = config.arms.get(name)
     if isinstance(arm, TeacherArm):
@@ -127,18 +126,18 @@ def arm_content(
     if isinstance(arm, CheckpointArm):
         return model_content(config.checkpoint_of(arm), whole)
     if isinstance(arm, ImportedArm):
-        return {path.name: file_digest(path, whole) for path in scores_of(Path(arm.results))}
+        return {path.name: file_digest(path, whole) for path in score_files(Path(arm.results))}
     run.checksums.check(f"arms/{name}", whole)
-    return folder_content(run.checkpoint(name), whole)
+    return _folder_content(run.checkpoint(name), whole)
 
 
 def teacher_folder(run: RunFolder, config: ExperimentConfig, teacher: TeacherConfig) -> Path:
-    """Where a teacher's checkpoint is: its own folder, or the base's where it is the student itself."""
+    """A teacher's checkpoint folder; the base's where the teacher is the student."""
     return run.checkpoint(base_arm(config)) if teacher.is_student else Path(resolve(teacher.model))
 
 
 def arm_folder(run: RunFolder, config: ExperimentConfig, name: str) -> Path:
-    """An arm's checkpoint; a teacher's is where the teacher is, on the hub's local snapshot if need be."""
+    """An arm's checkpoint folder; a teacher's is its local folder or hub snapshot."""
     arm = config.arms.get(name)
     if not isinstance(arm, TeacherArm):
         return run.checkpoint(name)
@@ -147,10 +146,10 @@ def arm_folder(run: RunFolder, config: ExperimentConfig, name: str) -> Path:
 
 
 def checkpoint_folder(run: RunFolder, config: ExperimentConfig, text: str) -> Path:
-    """Where a named checkpoint is (Reference). Raises RunError where it is not."""
+    """The folder of a checkpoint reference (config.masks.Reference). Raises RunError where it does not exist."""
     arm, path, step = Reference.parse(text)
     if arm is not None:
-        folder = arm_folder(run, config, arm) if step is None else run.kept(arm, step)
+        folder = arm_folder(run, config, arm) if step is None else run.step_checkpoint(arm, step)
     else:
         folder = Path(str(path))
         if step is not None:
@@ -166,9 +165,9 @@ def checkpoint_folder(run: RunFolder, config: ExperimentConfig, text: str) -> Pa
 def checkpoint_digest(
     run: RunFolder, config: ExperimentConfig, text: str, whole: bool = False
 ) -> str:
-    """The digest of a named checkpoint's weights.
+    """The digest of the weights of a checkpoint reference.
 
-    Raises RunError where it is of an arm of this run that is not as it was written.
+    Raises RunError where it names an arm of this run whose files were changed.
     """
     arm, _, step = Reference.parse(text)
     if arm is not None and not isinstance(config.arms.get(arm), TeacherArm):
@@ -179,7 +178,7 @@ def checkpoint_digest(
 
 
 def other_base(run: RunFolder, config: ExperimentConfig, text: str) -> dict[str, str]:
-    """{what: digest of its base} for a checkpoint of another run that was trained from another base."""
+    """{reference: digest of its base} where it names a checkpoint of another run with another base; else {}."""
     path = Reference.parse(text).path
     if path is None or not (record := Path(path) / "record.json").exists():
         return {}
@@ -192,20 +191,20 @@ def refuse_other_base(found: Mapping[str, str], ours: str, allow: bool) -> None:
         if not allow:
             raise RunError(
                 f"{what} is from base checkpoint {its[:12]}, this run's is {ours[:12]}; use one of this "
-                "base, or say --allow-other-base, and every artifact after says so too"
+                "base, or pass --allow-other-base (recorded in every later artifact)"
             )
 
 
-def deltas(run: RunFolder, config: ExperimentConfig, text: str) -> delta.Deltas:
-    """What a named checkpoint changed from this run's base."""
+def checkpoint_deltas(run: RunFolder, config: ExperimentConfig, text: str) -> delta.Deltas:
+    """The deltas of a checkpoint reference from this run's base, tensor by tensor."""
     base = run.checkpoint(base_arm(config))
     return delta.stream_whole(base, checkpoint_folder(run, config, text), names.classify)
 
 
-def scores_of(folder: Path) -> list[Path]:
-    """The files of an lm-eval output folder: its last results_*.json and the samples of the same time.
+def score_files(folder: Path) -> list[Path]:
+    """The files of an lm-eval output folder: the latest results_*.json and the samples of the same time stamp.
 
-    Raises RunError where they are not there.
+    Raises RunError where they are missing.
     """
     results = sorted(folder.rglob("results_*.json"), key=lambda path: path.name)
     if not results:
@@ -220,7 +219,7 @@ def scores_of(folder: Path) -> list[Path]:
     return [last, *samples]
 
 
-def mask_shapes(run: RunFolder, base: str) -> dict[str, torch.Size]:
+def _mask_shapes(run: RunFolder, base: str) -> dict[str, torch.Size]:
     tensors = read_tensors(run.checkpoint(base))
     return {
         name: t.shape
@@ -229,20 +228,20 @@ def mask_shapes(run: RunFolder, base: str) -> dict[str, torch.Size]:
     }
 
 
-def check_here(mask: Mask, run: RunFolder, base: str, what: str | Path) -> None:
-    """Refuses a mask whose tensors are not those of this run's base."""
+def check_mask_shapes(mask: Mask, run: RunFolder, base: str, what: str | Path) -> None:
+    """Raises RunError for a mask whose tensors do not match this run's base."""
     try:
-        check_shapes(mask, mask_shapes(run, base))
+        check_shapes(mask, _mask_shapes(run, base))
     except RunError as error:
         raise RunError(f"{what}: {error}") from None
 
 
 def read_mask(run: RunFolder, config: ExperimentConfig, name: str) -> Mask:
-    """A mask of this run; refused when it was made for another model or another base."""
+    """Loads a mask of this run. Raises RunError where it was made for another model or base."""
     base = base_arm(config)
     mask, metadata = load_mask(run.mask(name))
     try:
-        check_mask(mask, metadata, mask_shapes(run, base), arm_digest(run, base))
+        check_mask(mask, metadata, _mask_shapes(run, base), arm_digest(run, base))
     except RunError as error:
         raise RunError(f"{run.mask(name)}: {error}") from None
     return mask

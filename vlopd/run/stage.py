@@ -1,4 +1,4 @@
-"""One artifact of a run while a process holds it: is it up to date, who makes it, and its record."""
+"""The context of a stage: whether its artifact is up to date, its lock and its record."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ Inputs = Mapping[str, Any]
 
 @dataclass
 class Stage:
-    """What a stage's function needs beside its science; see `stage`."""
+    """The state of one artifact while it is made; see `stage`."""
 
     run: RunFolder
     artifact: str
     inputs: dict[str, Any] = field(default_factory=dict)
-    """What the artifact is made from, with every file read."""
+    """The artifact's inputs, with every file read."""
     before: dict[str, Any] = field(default_factory=dict)
-    """The record that is replaced, empty where there was none: part of the artifact may be kept."""
+    """The record being replaced, empty if there was none; parts of its artifact may be reused."""
     made: bool = False
-    """Whether there was anything to do."""
+    """Whether the artifact was made by this process."""
 
     def is_due(self, inputs: Callable[[bool], Inputs]) -> bool:
-        """Whether the artifact is to be made; if so, withdraws the old one's record.
+        """Whether the artifact must be made; if so, deletes its old record.
 
-        inputs(whole): the digests of what it is made from; with `whole`, after reading every file, as is due before
-        work on what they say (digests.file_digest). Raises RunError where its files are not as they were written.
+        inputs(whole) returns its inputs as digests; with `whole`, every file is read, as is required before it is
+        used (digests.file_digest). Raises RunError where a file of the artifact was changed.
         """
         sums, first = self.run.checksums, is_first_process()
         why = sums.outdated(self.artifact, inputs(False))
         if why is None:
             return False
         if first and why != "new" and self.artifact not in self.run.planned:
-            print(f"vlopd: {self.artifact} is {why}: making it again", file=sys.stderr)
+            print(f"vlopd: {self.artifact}: {why}; making it again", file=sys.stderr)
         self.inputs = dict(inputs(first))
         if why != "new":
             self.before = read_json(sums.record(self.artifact))
@@ -49,23 +49,23 @@ class Stage:
         return True
 
     def finish(self, content: Mapping[str, Any], files: Iterable[Path]) -> None:
-        """Writes the files' checksums and the record: `content` with the inputs. The artifact is done."""
+        """Writes the files' checksums, then the record (`content` and the inputs), which marks the artifact done."""
         self.run.checksums.finish(self.artifact, {**content, "inputs": self.inputs}, files)
 
 
 @contextmanager
 def stage(run: RunFolder, artifact: str, derived: bool = False) -> Iterator[Stage]:
-    """Holds an artifact for this process while it is looked up or made; other processes that need it wait.
+    """Locks an artifact while it is checked and made; other processes that need it wait.
 
     with stage(run, "masks/top") as its:
         if its.is_due(inputs):
-            ...  # the science
+            ...  # make it
             its.finish(content, files)
     return its.made
 
-    One that is `derived`, in seconds and from results alone, is made again where it was altered, not refused.
+    A `derived` artifact, made in seconds from results alone, is remade where its files were changed, not refused.
     """
-    with run.making(artifact):
+    with run.lock_artifact(artifact):
         if derived and any(run.checksums.problems(artifact, whole=False)):
             run.checksums.start(artifact)
         yield Stage(run, artifact)

@@ -1,4 +1,4 @@
-"""Is a run as it was written, and what it was made from still there? Every file is hashed."""
+"""Verifies a run: hashes all its files, and the inputs it was made from."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from vlopd.errors import RunError, UserError
 from vlopd.files import read_json
 from vlopd.run.checksums import Problem, differences
 from vlopd.run.folder import LOCK, RunFolder
-from vlopd.run.inputs import made_from, mask_inputs
+from vlopd.run.inputs import arm_inputs, mask_inputs
 from vlopd.run.resolve import base_arm
 
 
 class Verified(NamedTuple):
-    """What `verify_run` found."""
+    """The result of `verify_run`."""
 
-    problems: list[Problem]  # files that are not as they were written
-    unknown: list[Path]  # files that no finished stage wrote
-    inputs: list[str]  # what arms were made from and is no longer so
+    problems: list[Problem]  # changed, missing or unreadable files
+    unknown: list[Path]  # files not written by a finished stage
+    inputs: list[str]  # changed inputs of arms and masks
     files: int
     n_bytes: int
 
 
 def verify_run(run: RunFolder) -> Verified:
-    """Compares every file of a run with its checksums, and what arms were made from with what is there now.
+    """Compares every file of a run with its checksums, and the inputs of its arms and masks with the present files.
 
-    Reads only. Raises RunError where the folder is no run's.
+    Read-only. Raises RunError where the folder is not a run.
     """
     written = run.root / "run.json"
     if not written.exists():
@@ -42,26 +42,28 @@ def verify_run(run: RunFolder) -> Verified:
     artifacts = run.checksums.artifacts()
     for artifact in tqdm(artifacts, desc="verify", unit="artifact"):
         if run.checksums.is_recorded(artifact) and not run.checksums.record(artifact).exists():
-            continue  # a stage that was killed at its last step: not done, and made again
+            continue  # the stage was killed before writing its record: not done, will be remade
         found = list(run.checksums.problems(artifact))
         problems += found
         known.add(run.checksums.name(run.checksums.path(artifact)))
         if not any(problem.file == run.checksums.path(artifact) for problem in found):
             known |= run.checksums.read(artifact).keys()
-    present = [path for path in run.root.rglob("*") if path.is_file() and not is_working(run, path)]
+    present = [
+        path for path in run.root.rglob("*") if path.is_file() and not _is_working_file(run, path)
+    ]
     unknown = [path for path in present if run.checksums.name(path) not in known]
     n_bytes = sum(path.stat().st_size for path in present)
-    problems += lost_checksums(run)
+    problems += records_without_checksums(run)
     problems = list(dict.fromkeys(problems))
     inputs: list[str] = []
     if not any(problem.file in (written, run.checksums.path("run")) for problem in problems):
         config = config_of(run.read()["config"], written)
-        inputs = changed_inputs(run, config)
+        inputs = _changed_inputs(run, config)
     return Verified(problems, sorted(unknown), inputs, len(present), n_bytes)
 
 
-def lost_checksums(run: RunFolder) -> list[Problem]:
-    """The records that say that a stage is done, and have no checksums to be held against."""
+def records_without_checksums(run: RunFolder) -> list[Problem]:
+    """Records of finished artifacts without checksums."""
     sums = run.checksums
     return [
         Problem(sums.record(artifact), "has no checksums", sums.remedy(artifact))
@@ -70,18 +72,18 @@ def lost_checksums(run: RunFolder) -> list[Problem]:
     ]
 
 
-def is_working(run: RunFolder, path: Path) -> bool:
-    """Whether a file is of processes at work rather than of the result: locks, and the state of an arm that trains."""
+def _is_working_file(run: RunFolder, path: Path) -> bool:
+    """Whether a file is a lock or the saved state of an arm in training, not a result."""
     parts = path.relative_to(run.root).parts
     return parts[0] in (LOCK, ".locks") or (parts[0] == "arms" and "state" in parts[2:3])
 
 
-def changed_inputs(run: RunFolder, config: ExperimentConfig) -> list[str]:
-    """A line a file that an arm or mask was made from and that is now another."""
+def _changed_inputs(run: RunFolder, config: ExperimentConfig) -> list[str]:
+    """One line per input file of an arm or mask that has changed since."""
     lines = []
     arms = {name: run.arm_record(name) for name in (base_arm(config), *config.arms)}
     made: dict[Path, Callable[[], dict[str, Any]]] = {
-        record: partial(made_from, run, config, name, True) for name, record in arms.items()
+        record: partial(arm_inputs, run, config, name, True) for name, record in arms.items()
     }
     made |= {
         run.mask_record(name): partial(mask_inputs, run, config, name) for name in config.masks

@@ -1,12 +1,12 @@
-"""Rows of published benchmarks, from a local copy or the hub, as lm-eval documents.
+"""Loads published benchmarks, from a local copy or the hub, as lm-eval documents.
 
-A local copy is a folder that the environment variable VLOPD_BENCHMARKS names, with one folder a benchmark that
-holds the split's files as the hub calls them: `gsm8k/test*.parquet` or `gsm8k/test*.jsonl`, columns as on the
-hub, pictures inside the file or as file names relative to it. What is not there is looked up on the hub, which
-needs HF_HUB_OFFLINE=0 under our scripts.
+A local copy is in the folder of the environment variable VLOPD_BENCHMARKS, with one folder per benchmark that holds
+the split's files under their hub names: `gsm8k/test*.parquet` or `gsm8k/test*.jsonl`, columns as on the hub, images
+in the file or as file names relative to it. Other benchmarks are loaded from the hub, which needs HF_HUB_OFFLINE=0
+under our scripts.
 
-Documents are small: a picture is its digest there, so that the digest of a document is that of its picture too,
-and is opened when lm-eval asks for it.
+Documents hold digests of images instead of the images, which are opened on demand; a document's digest thus covers
+its images.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from datasets import Dataset
 from PIL import Image
 
 from evals.lm import PLACEHOLDER
-from evals.tasks.kinds import mean_by_kind
+from evals.tasks.chance import mean_by_kind
 from vlopd.config.data import FileData
 from vlopd.data.images import open_picture
 from vlopd.data.literals import cell_text, check_characters
@@ -40,20 +40,20 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark's rows are, the columns that `read` wants of them, and what it makes of a row."""
+    """A benchmark: its hub data set and split, the columns it needs, and `read`, which converts a row."""
 
     name: str
     hub: str
     split: str
     columns: tuple[str, ...]
     read: Callable[[Row], Document]
-    """A row as a document. Raises DataError with the column, but without the row, which is added."""
+    """Converts a row to a document. Raises DataError with the column; the caller adds the row."""
     subset: str | None = None
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows as they are stored, pictures undecoded; `place` names them in messages."""
+    """Stored rows, with images undecoded; `place` names them in messages."""
 
     place: str
     folder: Path
@@ -64,13 +64,13 @@ class Rows:
 
 
 def open_rows(benchmark: Benchmark) -> Rows:
-    """The split, from the local copy or the hub. Raises ConfigError where it is empty or lacks a column."""
+    """Opens a split, from the local copy or the hub. Raises ConfigError where it is empty or lacks a column."""
     return read(benchmark, os.environ.get(FOLDER))
 
 
 @lru_cache(maxsize=16)
 def read(benchmark: Benchmark, root: str | None) -> Rows:
-    """Rows of a benchmark, for a value of the environment variable."""
+    """Reads a benchmark's rows; `root` is the value of the environment variable."""
     name, split = benchmark.name, benchmark.split
     folder = Path(root or "") / name
     local = root is not None and folder.is_dir()
@@ -78,8 +78,8 @@ def read(benchmark: Benchmark, root: str | None) -> Rows:
         files = sorted(p for end in ("parquet", "jsonl") for p in folder.glob(f"{split}*.{end}"))
         if not files:
             raise ConfigError(
-                f"{folder} has no {split}*.parquet and no {split}*.jsonl ({FOLDER}); name the files of "
-                f"{benchmark.hub}, split {split}, so"
+                f"{folder} has no {split}*.parquet and no {split}*.jsonl ({FOLDER}); copy the files of "
+                f"{benchmark.hub}, split {split}, there under such names"
             )
         place = str(files[0] if len(files) == 1 else folder)
         parts = [read_file(file, benchmark) for file in files]
@@ -90,8 +90,8 @@ def read(benchmark: Benchmark, root: str | None) -> Rows:
             parts = [open_table(source)]
         except ConfigError as error:
             raise ConfigError(
-                f"vlopd_{name}: {error}; let the hub be reached (HF_HUB_OFFLINE=0), or put "
-                f"{split}*.parquet or .jsonl into a folder {name} of the one that {FOLDER} names"
+                f"vlopd_{name}: {error}; allow access to the hub (HF_HUB_OFFLINE=0), or put "
+                f"{split}*.parquet or .jsonl into ${FOLDER}/{name}"
             ) from None
     for part in parts:
         for column in benchmark.columns:
@@ -103,7 +103,7 @@ def read(benchmark: Benchmark, root: str | None) -> Rows:
 
 
 def read_file(path: Path, benchmark: Benchmark) -> Table:
-    """One file of a local copy. Raises ConfigError where it cannot be read, or is empty."""
+    """Opens one file of a local copy. Raises ConfigError where it is unreadable or empty."""
     where = f"vlopd_{benchmark.name}, split {benchmark.split}"
     try:
         return open_table(FileData(path=str(path)))
@@ -112,9 +112,9 @@ def read_file(path: Path, benchmark: Benchmark) -> Table:
 
 
 def documents(benchmark: Benchmark) -> dict[str, Dataset]:
-    """lm-eval's `custom_dataset`: every row as a document, with the digest of every picture.
+    """lm-eval's `custom_dataset`: all rows as documents, with digests of their images.
 
-    Questions about the same picture are a cluster. Raises DataError with the row of what cannot be read.
+    Questions on the same image form a cluster. Raises DataError with the row that is invalid.
     """
     rows = open_rows(benchmark)
     made = []
@@ -132,7 +132,7 @@ def documents(benchmark: Benchmark) -> dict[str, Dataset]:
 
 
 def pictures(benchmark: Benchmark, document: Mapping[str, Any]) -> list[Image.Image]:
-    """A document's pictures, in the order of their marks; one that another request holds is not decoded again."""
+    """A document's images, in the order of their placeholders; an image that another request holds is reused."""
     rows = open_rows(benchmark)
     row = rows[document["row"]]
     found = []
@@ -148,11 +148,11 @@ def pictures(benchmark: Benchmark, document: Mapping[str, Any]) -> list[Image.Im
 
 
 HELD: WeakValueDictionary[str, Image.Image] = WeakValueDictionary()
-"""Decoded pictures by digest, while a request holds them."""
+"""Decoded images by digest, while a request holds them."""
 
 
 def picture_of(row: Row, column: str) -> Any:
-    """What a column holds; `images[1]` is the second picture of the list in `images`."""
+    """The value of a column; `images[1]` is the second image of the list in `images`."""
     name, _, place = column.rstrip("]").partition("[")
     value = row.get(name)
     if place and value is not None:
@@ -163,7 +163,7 @@ def picture_of(row: Row, column: str) -> Any:
 
 
 def digest(row: Row, column: str, folder: Path) -> str:
-    """Sixteen digits of the SHA-256 of a stored picture."""
+    """The first 16 hex digits of the SHA-256 of a stored image."""
     value = picture_of(row, column)
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
@@ -187,19 +187,20 @@ def document(
     pictures: Sequence[str] = (),
     **more: Any,
 ) -> Document:
-    """A document: `prompt` is what the model reads, `question` what the report shows.
+    """Makes a document: `prompt` is the model's input, `question` is for the report.
 
-    `answer` is the choice itself where there are choices. `pictures` are columns, one a mark in the prompt.
+    `answer` is the text of the right choice, if there are choices. `pictures`: columns, one per placeholder in the
+    prompt.
     """
     assert prompt.count(PLACEHOLDER) == len(pictures)
     if choices and answer not in choices:
-        raise DataError(f"its answer {answer!r} is not among its choices {list(choices)}")
+        raise DataError(f"answer {answer!r} is not among the choices {list(choices)}")
     about = {"prompt": prompt, "question": question, "answer": answer, "kind": kind}
     return {**about, "choices": list(choices), "pictures": list(pictures), **more}
 
 
 def text(row: Row, column: str) -> str:
-    """A column's text, or number as written, stripped. Raises DataError where there is none."""
+    """A column's text, or number as written, stripped. Raises DataError for any other value."""
     value = row[column]
     if not isinstance(value, (str, int, float)) or not str(value).strip():
         raise DataError(f"column {column!r} holds {value!r} in place of text")
@@ -210,21 +211,21 @@ def text(row: Row, column: str) -> str:
 
 
 def unmarked(value: str) -> str:
-    """Text in which no picture is marked: a mark without a picture would be counted as one."""
+    """Removes image placeholders from text, which would be counted as images."""
     return value.replace(PLACEHOLDER, "")
 
 
 def lettered(choices: Sequence[str]) -> str:
-    """One line a choice, A. first."""
+    """The choices as lines `A. ...`, `B. ...`."""
     return "\n".join(
         f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False)
     )
 
 
-def outcome(said: str | None, right: bool, metric: str = "acc") -> dict[str, float]:
-    return {metric: float(right), "extraction_failure": float(said is None)}
+def outcome(extracted: str | None, right: bool, metric: str = "acc") -> dict[str, float]:
+    return {metric: float(right), "extraction_failure": float(extracted is None)}
 
 
 def chance(docs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Of a guesser among the choices, over all and by kind; an open question is not guessed right."""
+    """Chance level of a random choice, overall and by kind; 0 for open questions."""
     return mean_by_kind(docs, lambda doc: 1 / len(doc["choices"]) if doc["choices"] else 0.0)

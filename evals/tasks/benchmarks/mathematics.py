@@ -1,6 +1,6 @@
-r"""AIME 2024 and 2025, MATH-500, GSM8K and Geometry3K: worked answers, boxed, compared as mathematics.
+r"""AIME 2024 and 2025, MATH-500, GSM8K and Geometry3K: boxed answers, compared as mathematics.
 
-Prompts are our own, so scores are comparable between arms rather than with published ones.
+Prompts are ours, so scores are comparable between arms, not with published ones.
 """
 
 from __future__ import annotations
@@ -79,14 +79,14 @@ def doc_to_image(doc: Mapping[str, Any]) -> list[Image.Image]:
 
 
 def score_number(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
-    """Answers that are numbers: equal exactly."""
-    said = number_answer(results[0])
-    right = said is not None and same_number(said, doc["answer"])
-    return outcome(said, right, "exact_match")
+    """Exact match of numbers."""
+    extracted = number_answer(results[0])
+    right = extracted is not None and same_number(extracted, doc["answer"])
+    return outcome(extracted, right, "exact_match")
 
 
 def score_math(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
-    """Answers that are expressions: equal as mathematics."""
-    said = math_answer(results[0])
-    right = said is not None and same_math(said, doc["answer"])
-    return outcome(said, right, "exact_match")
+    """Mathematical equality of expressions."""
+    extracted = math_answer(results[0])
+    right = extracted is not None and same_math(extracted, doc["answer"])
+    return outcome(extracted, right, "exact_match")

@@ -1,7 +1,6 @@
-"""MathVista, MMMU, ScienceQA, ChartQA, POPE and AI2D: questions about pictures, most of them with choices.
+"""MathVista, MMMU, ScienceQA, ChartQA, POPE and AI2D: questions on images, most of them multiple-choice.
 
-Prompts are our own, so scores are comparable between arms rather than with published ones. Choices are
-answered by letter.
+Prompts are ours, so scores are comparable between arms, not with published ones. Choices are answered by letter.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def choose(question: str, choices: Sequence[str]) -> str:
 
 
 def listed(row: Row, column: str) -> list[str]:
-    """A column's list of texts, stored as a list or written as Python would (MMMU)."""
+    """A column's list of texts, stored as a list or as a Python literal (MMMU)."""
     value = row[column]
     if isinstance(value, str):
         try:
@@ -63,7 +62,7 @@ def listed(row: Row, column: str) -> list[str]:
 
 
 def at(choices: Sequence[str], index: Any, column: str) -> str:
-    """The choice of a stored index, 0 for the first."""
+    """The choice of a stored index, from 0."""
     if not str(index).isdigit() or int(index) >= len(choices):
         raise DataError(f"column {column!r} is {index!r}; its choices are 0 to {len(choices) - 1}")
     return choices[int(index)]
@@ -98,7 +97,7 @@ def mathvista(row: Row) -> Document:
 
 
 def mmmu(row: Row) -> Document:
-    """Pictures stand where `<image 1>` does, in the question and in its choices; open answers may be a list."""
+    """Images are placed at `<image 1>` in the question and its choices; open questions may accept a list of answers."""
     asked, pictures = text(row, "question"), []
     choices = listed(row, "options") if row["question_type"] == "multiple-choice" else []
     prompt = choose(asked, choices) if choices else SHORTLY.format(asked)
@@ -134,7 +133,7 @@ def ai2d(row: Row) -> Document:
 
 
 def chartqa(row: Row) -> Document:
-    """The first label is the answer. Questions were written by people (0) or made from captions (1)."""
+    """The first label is the answer. Questions are human-written (0) or generated (1)."""
     asked, kind = text(row, "query"), row["human_or_machine"]
     kind = {0: "human", 1: "machine"}.get(kind, kind)
     answer = listed(row, "label")[0]
@@ -142,7 +141,7 @@ def chartqa(row: Row) -> Document:
 
 
 def pope(row: Row) -> Document:
-    """Is there such a thing in the picture? Half of the answers are yes."""
+    """Object presence in the image; half of the answers are yes."""
     asked, answer = text(row, "question"), text(row, "answer").lower()
     prompt = f"{PLACEHOLDER}{asked}\nAnswer yes or no."
     return document(prompt, asked, answer, text(row, "category"), ["yes", "no"], ["image"])
@@ -206,62 +205,67 @@ chance = documents.chance
 
 
 def score_choice(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
-    """The letter of the right choice."""
-    said = choice_letter(results[0], doc["choices"])
-    right = said is not None and doc["choices"][ord(said) - ord("A")] == doc["answer"]
-    return outcome(said, right)
+    """Accuracy of the chosen letter."""
+    extracted = choice_letter(results[0], doc["choices"])
+    right = extracted is not None and doc["choices"][ord(extracted) - ord("A")] == doc["answer"]
+    return outcome(extracted, right)
 
 
 def score_mathvista(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
     if doc["choices"]:
         return score_choice(doc, results)
     if doc["answer_type"] == "list":
-        said = math_answer(results[0])
+        extracted = math_answer(results[0])
         wanted = re.findall(r"[-+]?[\d.]+", doc["answer"])
-        found = re.findall(r"[-+]?[\d.]+", said or "")
+        found = re.findall(r"[-+]?[\d.]+", extracted or "")
         right = len(wanted) == len(found) and all(map(same_number, found, wanted))
-        return outcome(said, right)
-    said = number_answer(results[0])
-    return outcome(said, said is not None and same_number(said, doc["answer"], doc["decimals"]))
+        return outcome(extracted, right)
+    extracted = number_answer(results[0])
+    return outcome(
+        extracted, extracted is not None and same_number(extracted, doc["answer"], doc["decimals"])
+    )
 
 
 def score_mmmu(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
-    """Choices by letter; open answers by number to two decimals, or by the accepted words being said."""
+    """Choices by letter; open answers by number to two decimals, or by containing an accepted phrase."""
     if doc["choices"]:
         return score_choice(doc, results)
-    said = short_answer(results[0])
-    return outcome(said, said is not None and any(agrees(said, each) for each in doc["accepted"]))
+    extracted = short_answer(results[0])
+    return outcome(
+        extracted,
+        extracted is not None and any(agrees(extracted, each) for each in doc["accepted"]),
+    )
 
 
-def agrees(said: str, accepted: str) -> bool:
+def agrees(extracted: str, accepted: str) -> bool:
     if number(accepted) is not None:
-        return same_number(last_number(said) or "", accepted, 2)
-    return f" {plain_words(accepted)} " in f" {plain_words(said)} "
+        return same_number(last_number(extracted) or "", accepted, 2)
+    return f" {plain_words(accepted)} " in f" {plain_words(extracted)} "
 
 
 def score_chartqa(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
-    said = short_answer(results[0])
-    right = said is not None and relaxed_match(said, doc["answer"])
-    return outcome(said, right, "relaxed_accuracy")
+    extracted = short_answer(results[0])
+    right = extracted is not None and relaxed_match(extracted, doc["answer"])
+    return outcome(extracted, right, "relaxed_accuracy")
 
 
 def score_pope(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
-    """Accuracy, how often yes is said, and a question's part in F1.
+    """Accuracy, rate of "yes", and a question's contribution to F1.
 
-    `f1` of a question is 1 where yes is said and right, 0 where yes is on one side only, and -1 where it is on
-    neither, which F1 does not count.
+    `f1` of a question is 1 for a true positive, 0 for a false positive or negative, and -1 for a true negative, which
+    F1 ignores.
     """
-    said, right = yes_or_no(results[0]), doc["answer"]
-    yes = (said == "yes", right == "yes")
+    extracted, right = yes_or_no(results[0]), doc["answer"]
+    yes = (extracted == "yes", right == "yes")
     return {
-        **outcome(said, said == right),
+        **outcome(extracted, extracted == right),
         "yes_rate": float(yes[0]),
         "f1": 1.0 if all(yes) else 0.0 if any(yes) else -1.0,
     }
 
 
 def f1(parts: Sequence[float]) -> float:
-    """F1 of "yes" from the parts of `score_pope`: 2 J / (1 + J), J being the share of 1 among those counted."""
+    """F1 of "yes" from the contributions of `score_pope`: 2 J / (1 + J), with J the fraction of 1 among 0 and 1."""
     counted = [part for part in parts if part >= 0]
-    share = float(np.mean(counted)) if counted else 0.0
-    return 2 * share / (1 + share)
+    jaccard = float(np.mean(counted)) if counted else 0.0
+    return 2 * jaccard / (1 + jaccard)

@@ -1,4 +1,4 @@
-"""A mean over all questions and by kind: the shape of a chance level."""
+"""Chance levels: means over all questions and by kind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 def mean_by_kind(
     docs: Iterable[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]
 ) -> dict[str, float]:
-    """{"all": ..., kind: ...} of a value of each document; one without a kind counts among all only."""
+    """{"all": mean, kind: mean, ...} of a value per document; documents without a kind count only in "all"."""
     found: defaultdict[str, list[float]] = defaultdict(list)
     for doc in docs:
         for kind in dict.fromkeys(("all", doc["kind"] or "all")):
