@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from evals import stats
-from evals.pairing import PairedScores, read_paired_scores, read_results
+from evals.paired_scores import PairedScores, read_paired_scores, read_results
 from evals.stats import Scores
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.arms import DistillArm, Role

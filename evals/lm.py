@@ -34,8 +34,8 @@ from vlopd.models.families import pad_left
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.thinking import Reading
 from vlopd.seeding import uniforms
+from vlopd.train.generation import sample
 from vlopd.train.losses import logprobs_at
-from vlopd.train.sampler import sample
 from vlopd.types import Completions, Example, Prompts, parts_at_marks
 
 PLACEHOLDER = "<image>"

@@ -27,7 +27,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from evals import lm as models
 from evals import stats
 from evals.lm import ArmLM
-from evals.task_files import files_of_task
+from evals.task_definition import files_of_task
 from vlopd.config.analysis import EvalConfig
 from vlopd.data.images import shorten
 from vlopd.digests import digest_json, file_digest

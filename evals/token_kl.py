@@ -28,8 +28,8 @@ from vlopd.files import write_jsonl
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import arm_content, teacher_content
 from vlopd.run.stage import Stage, stage
+from vlopd.train.generation import sample
 from vlopd.train.pair import ModelPair, load_pair
-from vlopd.train.sampler import sample
 from vlopd.types import Completions, Example
 
 TOKENS = 256

@@ -33,7 +33,7 @@ from torch import Tensor
 from vlopd.config.analysis import GeometryConfig
 from vlopd.geometry.checkpoint import measure_checkpoint, pool
 from vlopd.geometry.projection import base_factors, matrix_measures
-from vlopd.models.names import classify
+from vlopd.models.parameter_names import classify
 from vlopd.weights.delta import difference, stream
 
 RATIOS = (0.01, 0.05, 0.1, 0.2)

@@ -16,7 +16,7 @@ from evals import stats
 from evals.harness import open_arm
 from evals.vision.alignment import caption_by_rows
 from vlopd.data.shapes import ShapesDataset
-from vlopd.models.names import classify
+from vlopd.models.parameter_names import classify
 from vlopd.run.folder import RunFolder
 
 

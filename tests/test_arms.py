@@ -18,7 +18,7 @@ from vlopd.errors import RunError, UserError
 from vlopd.files import read_json
 from vlopd.masks.files import load_mask, save_mask
 from vlopd.models.load import load_configured
-from vlopd.models.names import classify
+from vlopd.models.parameter_names import classify
 from vlopd.run.arms import ArmOptions
 from vlopd.run.folder import RunFolder
 from vlopd.run.geometry import make_geometry

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from vlopd.errors import RunError
-from vlopd.models.names import classify
+from vlopd.models.parameter_names import classify
 from vlopd.weights.delta import TensorDelta, match_report, stream, stream_whole
 from vlopd.weights.reader import Weights
 

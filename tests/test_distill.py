@@ -13,7 +13,7 @@ from vlopd import distributed
 from vlopd.data.load import load_data, pick
 from vlopd.distill import Hooks, backward, distill
 from vlopd.errors import ConfigError, RunError
-from vlopd.models.names import classify
+from vlopd.models.parameter_names import classify
 from vlopd.train.checks import TrainingError, refuse_overflow
 from vlopd.train.log import Stopwatch, TrainingLog, open_trackers
 from vlopd.train.optimizers import build_optimizer

@@ -28,13 +28,13 @@ from tests.families.vlms import VLMS
 from vlopd.config.objective import ReverseKL
 from vlopd.data.shapes import ShapesDataset
 from vlopd.errors import ConfigError, UserError
-from vlopd.models import families, names
+from vlopd.models import families, parameter_names
 from vlopd.models.load import load
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.save import save
 from vlopd.seeding import uniforms
+from vlopd.train.generation import sample
 from vlopd.train.losses import Sampled, chunked_divergence
-from vlopd.train.sampler import sample
 from vlopd.train.sparse import Trainable
 from vlopd.types import Completions, Example, Prompts
 
@@ -551,7 +551,7 @@ def test_models_of_no_language_are_refused():
 def test_every_parameter_is_classified(family, make):
     """No parameter is "other", and both components of a decoder's layers are told apart by number."""
     model = make(family).model
-    found = [names.classify(name) for name, _ in model.named_parameters()]
+    found = [parameter_names.classify(name) for name, _ in model.named_parameters()]
     unknown = [each for each in found if "other" in (each.component, each.module)]
     assert not unknown
     components = {each.component for each in found}
@@ -612,7 +612,7 @@ EXACT = {
 @pytest.mark.parametrize("name", EXACT)
 def test_classification_is_exact(name):
     """Component, layer and module of a parameter of each kind."""
-    where = names.classify(name)
+    where = parameter_names.classify(name)
     assert (where.component, where.layer, where.module) == EXACT[name]
 
 
@@ -621,7 +621,9 @@ def test_parts_tile_every_tensor(family, make):
     model = make(family).model
     for name, parameter in model.named_parameters():
         covered = torch.zeros(parameter.shape, dtype=torch.int)
-        for part in names.parts(names.classify(name), parameter.shape, model.config):
+        for part in parameter_names.parts(
+            parameter_names.classify(name), parameter.shape, model.config
+        ):
             covered[part.index] += 1
             assert covered[part.index].ndim == parameter.ndim - (part.expert is not None)
         assert bool((covered == 1).all()), name
@@ -633,7 +635,9 @@ def parts_of(model, name: str) -> dict[str, Tensor]:
         part.module if part.expert is None else f"{part.module} {part.expert}": (
             tensor[part.index].T if part.transposed else tensor[part.index]
         )
-        for part in names.parts(names.classify(name), tensor.shape, model.config)
+        for part in parameter_names.parts(
+            parameter_names.classify(name), tensor.shape, model.config
+        )
     }
 
 

@@ -23,7 +23,7 @@ from vlopd.geometry import paper
 from vlopd.geometry.checkpoint import measure_checkpoint, read_rows
 from vlopd.geometry.overlap import write_overlap
 from vlopd.geometry.trajectory import write_trajectory
-from vlopd.models.names import classify
+from vlopd.models.parameter_names import classify
 from vlopd.weights.delta import stream
 
 QUICK = GeometryConfig(null_draws=0, ratios=RATIOS)

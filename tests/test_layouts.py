@@ -26,7 +26,7 @@ from vlopd.geometry.trajectory import write_trajectory
 from vlopd.masks.apply import transplanted
 from vlopd.masks.files import check_shapes
 from vlopd.masks.rules import build_mask
-from vlopd.models.names import classify
+from vlopd.models.parameter_names import classify
 from vlopd.weights.delta import stream, stream_whole
 
 Tensors = dict[str, Tensor]

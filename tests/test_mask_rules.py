@@ -19,7 +19,7 @@ from vlopd.masks.compare import (
 )
 from vlopd.masks.rules import binades, build_mask, quantiles, steps_between
 from vlopd.masks.select import order_keys, quota, select_energy
-from vlopd.models.names import classify
+from vlopd.models.parameter_names import classify
 from vlopd.weights.delta import TensorDelta
 
 

@@ -16,7 +16,7 @@ from vlopd.masks.compare import density, jaccard
 from vlopd.masks.files import check_mask, load_mask, save_mask
 from vlopd.masks.rules import build_mask, random_like, visible
 from vlopd.masks.select import largest, quota, smallest
-from vlopd.models.names import classify
+from vlopd.models.parameter_names import classify
 from vlopd.run.folder import up_to_date
 from vlopd.weights.delta import TensorDelta
 

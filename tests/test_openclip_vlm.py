@@ -22,10 +22,10 @@ from transformers import (
 
 from tests.families.openclip import TOWERS, build_language, build_tiny, build_tower
 from vlopd.errors import ConfigError
-from vlopd.models.names import freeze
 from vlopd.models.openclip import vlm
 from vlopd.models.openclip.assemble import assemble
 from vlopd.models.openclip.vlm import OpenClipImageProcessor, image_tokens
+from vlopd.models.parameter_names import freeze
 
 ASK = [
     {

@@ -12,7 +12,7 @@ from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import load_config
 from vlopd.config.objective import ReverseKL
 from vlopd.errors import ConfigError
-from vlopd.models.names import classify
+from vlopd.models.parameter_names import classify
 from vlopd.train.optimizers import build_optimizer, is_hidden_matrix, learning_rate
 from vlopd.train.resume import resume, save_state
 from vlopd.train.sparse import Trainable

@@ -19,7 +19,7 @@ from vlopd.errors import UserError
 from vlopd.files import read_json
 from vlopd.masks.rules import build_mask
 from vlopd.models.load import load
-from vlopd.models.names import classify
+from vlopd.models.parameter_names import classify
 from vlopd.models.save import save
 from vlopd.run.arms import ArmOptions
 from vlopd.run.folder import RunFolder

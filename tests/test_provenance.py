@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evals.scoring import Tasks
-from evals.task_files import files_of_task
+from evals.task_definition import files_of_task
 from tests.test_pipeline import vlopd
 from vlopd.digests import file_digest
 from vlopd.files import whole_file, whole_folder, write_json

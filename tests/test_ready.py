@@ -25,7 +25,7 @@ from vlopd.files import write_jsonl
 from vlopd.masks.files import save_mask
 from vlopd.models.context_length import context_length
 from vlopd.models.load import load
-from vlopd.models.names import classify
+from vlopd.models.parameter_names import classify
 from vlopd.preflight import inputs
 from vlopd.run.folder import RunFolder
 from vlopd.run.make import make_arm

@@ -5,8 +5,8 @@ import torch
 
 from tests.conftest import sampled
 from vlopd.config.objective import ReverseKL
+from vlopd.train.generation import sample
 from vlopd.train.optimizers import build_optimizer
-from vlopd.train.sampler import sample
 from vlopd.train.sparse import CompactSlot, DenseSlot, Trainable, cheapest
 from vlopd.weights.subspace import update_projection
 

@@ -17,7 +17,7 @@ from tests.families.llms import build
 from vlopd.errors import ConfigError, RunError, UserError
 from vlopd.models import families, integrity
 from vlopd.models.load import BUILTIN, load, load_model_config
-from vlopd.models.names import classify
+from vlopd.models.parameter_names import classify
 from vlopd.models.tokenizers import end_ids
 from vlopd.types import Example
 from vlopd.weights.checks import refuse_unlike_config

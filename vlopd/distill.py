@@ -31,7 +31,7 @@ from vlopd.config.recipe import Recipe
 from vlopd.data.load import pick
 from vlopd.errors import ConfigError, RunError
 from vlopd.files import read_jsonl
-from vlopd.models import names
+from vlopd.models import parameter_names
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.save import save
 from vlopd.train.checks import TrainingError, refuse_broken, refuse_not_finite, refuse_overflow
@@ -122,7 +122,7 @@ def distill(
             raise ConfigError(
                 f"{recipe.needs_teacher} needs a teacher: load_pair(student, teacher)"
             )
-        names.freeze(pair.student.model, train.freeze)
+        parameter_names.freeze(pair.student.model, train.freeze)
         with rounded_on_load(pair.student) as stored:
             trainable = Trainable(pair.student.model, mask, projections, stored=stored)
         if trainable.count == 0:

@@ -79,7 +79,7 @@ class Planner:
 
     def arm(self, name: str) -> str:
         """Adds an arm after its dependencies; returns the artifact's name."""
-        from vlopd.run.inputs import arm_inputs
+        from vlopd.run.dependencies import arm_inputs
         from vlopd.run.resolve import base_arm
 
         base, arm = base_arm(self.config), self.config.arms.get(name)
@@ -91,7 +91,7 @@ class Planner:
         return f"arms/{name}"
 
     def mask(self, name: str) -> str:
-        from vlopd.run.inputs import mask_inputs
+        from vlopd.run.dependencies import mask_inputs
         from vlopd.run.resolve import base_arm
 
         rule = self.config.masks[name]
@@ -102,7 +102,7 @@ class Planner:
         return f"masks/{name}"
 
     def geometry(self, names: Sequence[str]) -> None:
-        from vlopd.run.inputs import geometry_inputs, overlap_inputs
+        from vlopd.run.dependencies import geometry_inputs, overlap_inputs
 
         arms = [self.arm(name) for name in names]
         for name, arm in zip(names, arms, strict=True):

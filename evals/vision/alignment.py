@@ -25,9 +25,9 @@ from vlopd.data import shapes
 from vlopd.errors import ConfigError, RunError, UserError, first_line
 from vlopd.files import without_nan
 from vlopd.models.loaded import LoadedModel
-from vlopd.models.names import classify
 from vlopd.models.openclip.assemble import check_weights
-from vlopd.train.sampler import sample
+from vlopd.models.parameter_names import classify
+from vlopd.train.generation import sample
 from vlopd.types import Example
 
 PREFIX = "A photo depicts "

@@ -29,9 +29,9 @@ from vlopd.data import shapes
 from vlopd.errors import ConfigError, RunError, first_line
 from vlopd.files import without_nan
 from vlopd.models.loaded import LoadedModel
-from vlopd.models.names import classify
 from vlopd.models.openclip.vlm import OpenClipVlmForConditionalGeneration
-from vlopd.train.sampler import sample
+from vlopd.models.parameter_names import classify
+from vlopd.train.generation import sample
 from vlopd.types import Example
 
 Features = NDArray[np.float64]
@@ -72,13 +72,13 @@ def tower_features(
 
     Each image goes through the model as a prompt, with the family's own processor and forward pass.
     Images of one size are batched; others go one by one. Raises RunError for a text-only model, and
-    for one whose projector is not in vlopd/models/names.py.
+    for one whose projector is not in vlopd/models/parameter_names.py.
     """
     projectors = _projector_modules(loaded.model)
     if not projectors:
         raise RunError(
-            f"{loaded.name} has no projector that vlopd/models/names.py matches, so the end of its vision tower is "
-            "unknown; use a vision-language model, or add its projector's name there"
+            f"{loaded.name} has no projector that vlopd/models/parameter_names.py matches, so the end of its vision "
+            "tower is unknown; use a vision-language model, or add its projector's name there"
         )
     inputs: list[Tensor] = []
 

@@ -63,7 +63,7 @@ def make(
         raise ConfigError('a mask of checkpoints needs --rule "{type=...}" and --out FILE')
     from vlopd.masks.files import load_mask, save_mask
     from vlopd.masks.rules import build_mask
-    from vlopd.models.names import classify
+    from vlopd.models.parameter_names import classify
     from vlopd.weights.checks import refuse_unlike_config
     from vlopd.weights.delta import stream
 
@@ -121,7 +121,7 @@ def combine(
     from vlopd.config.masks import ComplementMask
     from vlopd.masks.files import load_mask, save_mask
     from vlopd.masks.rules import build_mask, combine
-    from vlopd.models.names import classify
+    from vlopd.models.parameter_names import classify
 
     if (operation == "complement") != (len(files) == 1):
         raise ConfigError(
@@ -162,7 +162,7 @@ def show(file: MaskFile) -> None:
     """Shows a mask file: rule, origin, and density by component, module and layer."""
     from vlopd.masks.compare import densities_by, density
     from vlopd.masks.files import load_mask
-    from vlopd.models.names import classify
+    from vlopd.models.parameter_names import classify
 
     mask, about = load_mask(file)
     inputs = about["inputs"]
@@ -212,7 +212,7 @@ def compare(
     from vlopd.masks.compare import overlap, overlap_by_class, overlap_by_tensor, sum_overlaps
     from vlopd.masks.files import load_mask
     from vlopd.masks.rules import quantiles
-    from vlopd.models.names import classify
+    from vlopd.models.parameter_names import classify
     from vlopd.weights.delta import stream
 
     (mask_a, about_a), (mask_b, about_b) = load_mask(a), load_mask(b)

@@ -82,8 +82,8 @@ class DistillArm(Section):
         | None
     ) = None
     seed: Seed
-    """Seed of data order and sampling. Default 1, with a mask 2: evaluating a mask on the data that selected it is
-    optimistically biased."""
+    """Seed of data order and sampling. Default 1; 2 for an arm with a mask, since evaluating a mask on the data that
+    selected it is optimistically biased."""
     mask: str | None = None
     teacher: Table | None = None
     data: Table | None = None

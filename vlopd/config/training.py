@@ -23,7 +23,7 @@ WeightDecay = Annotated[float, between(SMALLEST, 1e6, or_zero=True)]
 
 
 class ComponentRates(Section):
-    """Factors of the learning rate by component (models/names.py); component "other" has factor 1."""
+    """Factors of the learning rate by component (models/parameter_names.py); component "other" has factor 1."""
 
     vision: Factor = 1.0
     projector: Factor = 1.0

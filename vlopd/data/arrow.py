@@ -13,7 +13,7 @@ import pyarrow.compute
 import pyarrow.parquet
 from datasets import Dataset, load_dataset
 
-from vlopd.data.literals import Number, decode_utf8, read_json
+from vlopd.data.raw_values import Number, decode_utf8, read_json
 from vlopd.data.text_files import Row, file_state
 from vlopd.digests import digest_json
 from vlopd.errors import ConfigError, DataError

@@ -16,7 +16,7 @@ from PIL import Image
 from vlopd.config.data import FileData
 from vlopd.data import chat
 from vlopd.data.images import open_header, open_picture, shorten
-from vlopd.data.literals import cell_text, check_characters, nested_value
+from vlopd.data.raw_values import cell_text, check_characters, nested_value
 from vlopd.data.tables import open_table
 from vlopd.errors import ConfigError, DataError
 from vlopd.types import Example

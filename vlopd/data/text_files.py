@@ -1,4 +1,4 @@
-"""JSON-lines, JSON and CSV files, read row by row from disk without type inference (vlopd/data/literals.py).
+"""JSON-lines, JSON and CSV files, read row by row from disk without type inference (vlopd/data/raw_values.py).
 
 The openers raise ValueError with the line or row at fault and the remedy.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlopd.data.images import shorten
-from vlopd.data.literals import (
+from vlopd.data.raw_values import (
     check_characters,
     decode_utf8,
     nested_field,

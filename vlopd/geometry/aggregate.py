@@ -11,7 +11,7 @@ import numpy as np
 from vlopd.geometry.coordinates import Term
 from vlopd.geometry.matrix import OBSERVED, Keys, MatrixResult
 from vlopd.geometry.schema import STATUSES, Measure, Place, Row, parameters, rows_against_nulls
-from vlopd.models.names import classify
+from vlopd.models.parameter_names import classify
 from vlopd.weights.matching import LeftOut, MatchReport
 
 PARTS = {

@@ -31,7 +31,7 @@ from vlopd.geometry.matrix import MatrixResult, keys_of, matrices, measure_matri
 from vlopd.geometry.nulls import null_name
 from vlopd.geometry.schema import STATUSES, Place, Row
 from vlopd.models.config_files import config_of
-from vlopd.models.names import classify
+from vlopd.models.parameter_names import classify
 from vlopd.weights.delta import Deltas, stream
 from vlopd.weights.matching import MatchReport
 

@@ -17,7 +17,7 @@ from vlopd.geometry.nulls import null_delta, null_name
 from vlopd.geometry.projection import base_factors, matrix_measures, skipped_measures
 from vlopd.geometry.schema import STATUSES, Measure, Place
 from vlopd.geometry.spectrum import as_matrix
-from vlopd.models.names import parts
+from vlopd.models.parameter_names import parts
 from vlopd.types import TensorName
 from vlopd.weights.delta import TensorDelta, difference
 

@@ -26,7 +26,7 @@ from vlopd.geometry.magnitudes import compare, kth_smallest, magnitudes
 from vlopd.geometry.matrix import OBSERVED
 from vlopd.geometry.nulls import null_delta, null_name
 from vlopd.geometry.schema import Measure, Place, Row, parameters
-from vlopd.models.names import classify
+from vlopd.models.parameter_names import classify
 from vlopd.weights.delta import difference, stream
 
 STRATA = 10

@@ -30,7 +30,7 @@ from vlopd.geometry.nulls import matched_delta
 from vlopd.geometry.schema import Measure, Place, Row, parameters
 from vlopd.geometry.spectrum import Factors, MatrixSum, as_matrix, factorise, too_large
 from vlopd.models.config_files import config_of
-from vlopd.models.names import classify
+from vlopd.models.parameter_names import classify
 from vlopd.seeding import generator
 from vlopd.weights.delta import stream
 

@@ -2,7 +2,7 @@
 
 The rest of the code holds a `LoadedModel` (loaded.py) and opaque dicts of model inputs (types.Prompts). To add a
 family, see CONTRIBUTING.md: most need nothing here; a family with unusual forward inputs or post-processed
-logits needs a line in one of the tables (parameter names: names.py).
+logits needs a line in one of the tables (parameter names: parameter_names.py).
 `tests/test_families.py` defines "supported".
 """
 

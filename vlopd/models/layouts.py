@@ -35,7 +35,7 @@ from transformers.core_model_loading import (
 
 from vlopd.models import families
 from vlopd.models.conversions import origins
-from vlopd.models.names import classify, parts
+from vlopd.models.parameter_names import classify, parts
 
 Shape = tuple[int, ...]
 Region = tuple[tuple[int, int], ...]

@@ -48,7 +48,7 @@ from vlopd.data.load import load_data, pick
 from vlopd.errors import ConfigError, DataError, RunError, UserError, first_line
 from vlopd.masks.files import check_shapes, load_mask
 from vlopd.masks.rules import Mask, whole_parameters
-from vlopd.models import families, names
+from vlopd.models import families, parameter_names
 from vlopd.models.load import DTYPES, load_configured, load_model_config, resolve
 from vlopd.models.loaded import LoadedModel, too_long_error
 from vlopd.run.folder import RunFolder
@@ -235,7 +235,7 @@ def refuse_another_model(config: ExperimentConfig, text: str) -> None:
     """
     folder = folder_of(config, text)
     base = hub_folder(resolve(config.student.model), config.student.revision)
-    for _ in delta.stream_whole(base, folder, names.classify):
+    for _ in delta.stream_whole(base, folder, parameter_names.classify):
         pass
 
 
@@ -286,7 +286,7 @@ def add_extents(
         match rule:
             case WholeMask():
                 one = torch.ones(1)
-                pairs = [TensorDelta(names.classify(n), one, one) for n in parameters]
+                pairs = [TensorDelta(parameter_names.classify(n), one, one) for n in parameters]
                 taken = {n: bool(m.any()) for n, m in whole_parameters(pairs, rule).items()}
                 known[mask] = {n: Extent(taken[n], taken[n]) for n in parameters}
             case FileMask():
@@ -353,7 +353,7 @@ def refuse_nothing_to_train(
             f"arms.{name}: mask {mask!r} has no coordinate, so nothing is left to train; change masks.{mask}"
         )
     try:
-        names.freeze(model, freeze)
+        parameter_names.freeze(model, freeze)
         left = [n for n, p in model.named_parameters() if p.requires_grad]
     finally:
         model.requires_grad_(True)

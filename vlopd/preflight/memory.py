@@ -2,7 +2,7 @@
 
 Saved activations and FLOPs of a forward pass do not come from a formula for one architecture: the model is built on
 torch's meta device, which computes shapes and no values, and its own forward is run there once. Everything else is
-counted from parameters as train/sparse.py, sampler.py and losses.py hold them. Not counted: loading a checkpoint, the
+counted from parameters as train/sparse.py, generation.py and losses.py hold them. Not counted: loading a checkpoint, the
 device's context, allocator fragmentation.
 """
 
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from vlopd.errors import UserError
-from vlopd.models import names
+from vlopd.models import parameter_names
 from vlopd.models.meta import on_meta
 
 SAMPLER_BYTES = 32
@@ -114,10 +114,10 @@ class Estimate:
 
 
 def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters by component (`names.classify`), in the model's order; tied ones once."""
+    """Parameters by component (`parameter_names.classify`), in the model's order; tied ones once."""
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        component = names.classify(name).component
+        component = parameter_names.classify(name).component
         counts[component] = counts.get(component, 0) + parameter.numel()
     return counts
 
@@ -206,7 +206,7 @@ def tower_cost(reader: Reader, dtype: torch.dtype) -> tuple[float, int]:
     patches = patches_of(reader)
     flops = kept = 0
     for name, parameter in reader.model.named_parameters():
-        where = names.classify(name)
+        where = parameter_names.classify(name)
         if where.component in ("vision", "projector") and parameter.ndim >= 2:
             rows, columns = parameter.shape[0], math.prod(parameter.shape[1:])
             flops += 2 * rows * columns * patches

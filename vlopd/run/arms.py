@@ -30,8 +30,8 @@ from vlopd.files import whole_folder
 from vlopd.masks.apply import delta_norm, extrapolated, transplanted
 from vlopd.models.load import DTYPES, load_configured, resolve
 from vlopd.models.save import save
+from vlopd.run.dependencies import other_bases_of_arm
 from vlopd.run.folder import RunFolder
-from vlopd.run.inputs import other_bases_of_arm
 from vlopd.run.records import (
     base_arm_is_exact,
     count_changed,

@@ -22,7 +22,7 @@ from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import FileMask, Reference
 from vlopd.masks.files import load_mask, save_mask
 from vlopd.masks.rules import Mask, build_mask
-from vlopd.models import names
+from vlopd.models import parameter_names
 from vlopd.run.arms import (
     DEFAULT_OPTIONS,
     ArmOptions,
@@ -33,8 +33,8 @@ from vlopd.run.arms import (
     write_extrapolation,
     write_transplant,
 )
+from vlopd.run.dependencies import arm_inputs, mask_inputs, other_bases_of_mask
 from vlopd.run.folder import RunFolder
-from vlopd.run.inputs import arm_inputs, mask_inputs, other_bases_of_mask
 from vlopd.run.resolve import (
     base_arm,
     check_mask_shapes,
@@ -120,6 +120,8 @@ def _write_mask(its: Stage, config: ExperimentConfig, name: str, options: ArmOpt
     named |= {other: read_mask(run, config, other) for other in rule.combines}
     folder = run.checkpoint(base)
     trained = folder if rule.reads is None else checkpoint_folder(run, config, rule.reads)
-    mask = build_mask(rule, delta.stream_whole(folder, trained, names.classify), named)
+    mask = build_mask(rule, delta.stream_whole(folder, trained, parameter_names.classify), named)
     path = run.mask(name)
-    save_mask(path, mask, its.inputs, names.classify, lambda _, about: its.finish(about, [path]))
+    save_mask(
+        path, mask, its.inputs, parameter_names.classify, lambda _, about: its.finish(about, [path])
+    )

@@ -22,7 +22,7 @@ from vlopd.errors import RunError, first_line
 from vlopd.files import read_json
 from vlopd.masks.files import check_mask, check_shapes, load_mask
 from vlopd.masks.rules import Mask
-from vlopd.models import integrity, names
+from vlopd.models import integrity, parameter_names
 from vlopd.models.load import resolve
 from vlopd.models.tokenizers import read_template
 from vlopd.run.folder import RunFolder
@@ -198,7 +198,7 @@ def refuse_other_base(found: Mapping[str, str], ours: str, allow: bool) -> None:
 def checkpoint_deltas(run: RunFolder, config: ExperimentConfig, text: str) -> delta.Deltas:
     """The deltas of a checkpoint reference from this run's base, tensor by tensor."""
     base = run.checkpoint(base_arm(config))
-    return delta.stream_whole(base, checkpoint_folder(run, config, text), names.classify)
+    return delta.stream_whole(base, checkpoint_folder(run, config, text), parameter_names.classify)
 
 
 def score_files(folder: Path) -> list[Path]:

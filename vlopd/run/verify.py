@@ -14,8 +14,8 @@ from vlopd.config.input import config_of
 from vlopd.errors import RunError, UserError
 from vlopd.files import read_json
 from vlopd.run.checksums import Problem, differences
+from vlopd.run.dependencies import arm_inputs, mask_inputs
 from vlopd.run.folder import LOCK, RunFolder
-from vlopd.run.inputs import arm_inputs, mask_inputs
 from vlopd.run.resolve import base_arm
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlopd.models import names
+from vlopd.models import parameter_names
 from vlopd.train.optimizers import Optimizers
 from vlopd.train.sparse import Trainable
 
@@ -45,7 +45,7 @@ class UpdateStatistics:
             gradient = slot.values.grad
             if gradient is None:  # parameter unused in this forward pass
                 continue
-            where = names.classify(name)
+            where = parameter_names.classify(name)
             moments = {
                 k: slot.trained(x)
                 for k, x in state[name].items()

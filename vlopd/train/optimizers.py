@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlopd.config.training import SGD, AdamW, Lion, Muon, OptimConfig, RMSProp
 from vlopd.errors import ConfigError
-from vlopd.models import names
+from vlopd.models import parameter_names
 from vlopd.train.sparse import Slot, Trainable
 
 NO_HIDDEN_MATRIX = ("embedding", "position", "token", "patch", "norm", "scale", "head")
@@ -134,7 +134,7 @@ def muon_and_adamw(
 
 def is_hidden_matrix(parameter: Tensor, name: str) -> bool:
     """Whether Muon applies: a linear map between hidden features (arXiv 2502.16982)."""
-    where = names.classify(name)
+    where = parameter_names.classify(name)
     return (
         parameter.ndim == 2
         and where.component not in ("embedding", "head")
@@ -148,14 +148,16 @@ def component_factors(config: OptimConfig, trainable: Trainable) -> dict[str, fl
     Raises ConfigError for a component that the model has no parameter of.
     """
     factors: dict[str, float] = config.component_rates.model_dump()
-    known = {names.classify(name).component for name in trainable.names}
+    known = {parameter_names.classify(name).component for name in trainable.names}
     for component, factor in factors.items():
         if factor != 1.0 and component not in known:
             raise ConfigError(
                 f"optim.component_rates.{component} = {factor}: the model has no {component!r}, it has "
                 f"{', '.join(sorted(known))}"
             )
-    return {name: factors.get(names.classify(name).component, 1.0) for name in trainable.slots}
+    return {
+        name: factors.get(parameter_names.classify(name).component, 1.0) for name in trainable.slots
+    }
 
 
 def grouped(slots: Mapping[str, Slot], factors: Mapping[str, float]) -> Groups:

@@ -26,7 +26,7 @@ from vlopd.config.models import (
     teachers_by_name,
 )
 from vlopd.config.objective import LossConfig, RewardConfig, RolloutConfig
-from vlopd.data.literals import cell_text, nested_value
+from vlopd.data.raw_values import cell_text, nested_value
 from vlopd.errors import ConfigError, DataError, UserError
 from vlopd.models import families
 from vlopd.models.load import (
@@ -39,6 +39,7 @@ from vlopd.models.load import (
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.meta import meta_model
 from vlopd.models.vocabulary import SharedVocabulary, read_vocabulary, share_vocabulary
+from vlopd.train.generation import sample
 from vlopd.train.losses import (
     Sampled,
     TokenDivergence,
@@ -46,7 +47,6 @@ from vlopd.train.losses import (
     chunked_divergence,
     logprobs_at,
 )
-from vlopd.train.sampler import sample
 from vlopd.train.teacher import AnyTeacher, Mixture, Teacher
 from vlopd.types import Completions, Example, Prompts
 

@@ -23,7 +23,7 @@ from vlopd.config.models import (
     SystemContext,
     TemplateContext,
 )
-from vlopd.data.literals import cell_text, nested_field
+from vlopd.data.raw_values import cell_text, nested_field
 from vlopd.errors import ConfigError, UserError
 from vlopd.types import Example
 

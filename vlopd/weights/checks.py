@@ -9,7 +9,7 @@ from vlopd.errors import RunError
 from vlopd.files import read_settings
 from vlopd.models import integrity
 from vlopd.weights import adapters
-from vlopd.weights.pairing import pair_names, rename_prefixes, strip_wrappers
+from vlopd.weights.name_matching import pair_names, rename_prefixes, strip_wrappers
 from vlopd.weights.reader import Weights
 
 

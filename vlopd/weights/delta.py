@@ -30,8 +30,8 @@ from vlopd.weights import adapters
 
 if TYPE_CHECKING:  # transformers' models load with it, and only layouts that differ need them
     from vlopd.models.layouts import Pieces
-from vlopd.weights.adapted import AdaptedWeights, refuse_both
 from vlopd.weights.matching import LEFT_OUT, MatchReport, match
+from vlopd.weights.merged_adapter import AdaptedWeights, refuse_both
 from vlopd.weights.reader import Weights
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # transformers' models load with it, and only layouts that di
     from transformers import PretrainedConfig
 
     from vlopd.models.layouts import Pieces
-from vlopd.weights.pairing import Changes, Shapes, pair_names, rename_prefixes, strip_wrappers
+from vlopd.weights.name_matching import Changes, Shapes, pair_names, rename_prefixes, strip_wrappers
 from vlopd.weights.reader import FLOATS, Weights
 
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")

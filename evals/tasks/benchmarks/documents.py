@@ -28,7 +28,7 @@ from evals.lm import PLACEHOLDER
 from evals.tasks.chance import mean_by_kind
 from vlopd.config.data import FileData
 from vlopd.data.images import open_picture
-from vlopd.data.literals import cell_text, check_characters
+from vlopd.data.raw_values import cell_text, check_characters
 from vlopd.data.tables import ConcatenatedTable, Table, open_table
 from vlopd.errors import ConfigError, DataError
 

@@ -37,7 +37,7 @@ from evals.tasks.extraction import (
     short_answer,
     yes_or_no,
 )
-from vlopd.data.literals import cell_text
+from vlopd.data.raw_values import cell_text
 from vlopd.errors import DataError
 
 CHOOSE = "{}\n{}\nAnswer with the letter of the right choice."

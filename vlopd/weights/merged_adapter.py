@@ -15,7 +15,7 @@ from vlopd.weights import adapters
 if TYPE_CHECKING:  # transformers' models load with it, and only layouts that differ need them
     from vlopd.models.layouts import Region
 from vlopd.weights.matching import known_config
-from vlopd.weights.pairing import pair_names
+from vlopd.weights.name_matching import pair_names
 from vlopd.weights.reader import Weights
 
 
@@ -104,7 +104,7 @@ def _refuse_orientation(folder: Path, base: Weights, name: str, update: adapters
     config = known_config(base.folder)
     if config is None:
         return
-    from vlopd.models.names import classify, parts
+    from vlopd.models.parameter_names import classify, parts
 
     if parts(classify(name), shape, config)[0].transposed != update.transposed:
         raise RunError(

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vlopd.models.names import unwrapped_name
+from vlopd.models.parameter_names import unwrapped_name
 
 Shapes = Mapping[str, tuple[int, ...]]
 
