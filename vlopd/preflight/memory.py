@@ -2,8 +2,8 @@
 
 Saved activations and FLOPs of a forward pass do not come from a formula for one architecture: the model is built on
 torch's meta device, which computes shapes and no values, and its own forward is run there once. Everything else is
-counted from parameters as train/sparse.py, generation.py and losses.py hold them. Not counted: loading a checkpoint, the
-device's context, allocator fragmentation.
+counted from parameters as train/sparse.py, generation.py and losses.py hold them. Not counted: loading a checkpoint,
+the device's context, allocator fragmentation.
 """
 
 from __future__ import annotations
