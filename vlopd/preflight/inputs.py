@@ -431,7 +431,7 @@ def refuse_rows(recipe: Recipe, pair: ModelPair, seeds: Sequence[int]) -> None:
 
 
 def beyond(loaded: LoadedModel, example: Example, new_tokens: int) -> DataError | None:
-    """The error for a prompt that leaves no room for so many new tokens; None where it fits."""
+    """The error for a prompt that does not fit the context with the new tokens; None where it fits."""
     length, limit = tokens_of(loaded, example), loaded.context_length
     if limit is None or length + new_tokens <= limit:
         return None

@@ -38,7 +38,7 @@ def sample(
 
     `uniforms` [B, max_new_tokens] decide the draws (seeding.uniforms); temperature 0 needs none. `top_k` and
     `top_p` truncate the distribution, after the temperature. `columns` restricts sampling to a part of the
-    vocabulary (the tokens shared with the teachers): the first so many, or these ids [V]. Image placeholders,
+    vocabulary (the tokens shared with the teachers): the first `columns` tokens, or ids [V]. Image placeholders,
     padding and `banned_ids` are never sampled. `logprobs` are the model's own over the columns at temperature 1,
     nothing truncated or banned, and so equal to re-scoring however the tokens were drawn. `enough` gets ids and mask
     [B, C] every CHECK_EVERY tokens and returns the rows [B] to stop.

@@ -52,7 +52,7 @@ NO_TEACHER = "Recipe refuses a loss that needs a teacher without one"
 
 
 class TokenDivergence(NamedTuple):
-    """Loss and diagnostics of each completion token, [N] each, in nats unless said; only `loss` carries a gradient.
+    """Loss and diagnostics of each completion token, [N] each, in nats unless stated; only `loss` carries a gradient.
 
     Those with a teacher in them are None where there is no teacher.
     """
@@ -376,7 +376,7 @@ def top_overlap(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tenso
 def token_weights(
     loss: LossConfig, mask: Tensor, n_tokens: int, n_completions: int, longest: int
 ) -> Tensor:
-    """[B, C] mask of a micro-batch -> [N] weights of its token losses in the step's loss, as `normalisation` says.
+    """[B, C] mask of a micro-batch -> [N] weights of its token losses in the step's loss, by `normalisation`.
 
     `n_tokens` and `n_completions` are the whole step's, over all micro-batches and processes, so that the sum of
     weight * loss over all of them is the same however the step is split. `longest` is rollout.max_new_tokens.

@@ -146,7 +146,7 @@ def least(influence: Sequence[float], how_many: int) -> list[int]:
 def without_layers(model: PreTrainedModel, dropped: Sequence[int]) -> PreTrainedModel:
     """A new model of the same class without these decoder layers; all other weights are equal.
 
-    Built afresh from a shorter configuration, so that what a layer knows of its own index (its place
+    Rebuilt from a shorter configuration, so that state that depends on a layer's index (its place
     in the key-value cache) is right.
     """
     config = copy.deepcopy(model.config)
