@@ -179,7 +179,7 @@ early = {type = "transplant", of = "full", mask = "visible"}
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("vlopd.run.make.transplant", killed)
+        patch.setattr("vlopd.run.make.write_transplant", killed)
         vlopd(patch, "run", miniature, "--out", run)
     gc.collect()
     out = capsys.readouterr().out
