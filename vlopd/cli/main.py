@@ -287,7 +287,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="for models: output folder")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="for models: TOML override of [eval], e.g. limit=200"),
+        typer.Option("--set", help="for models: TOML override of section eval, e.g. limit=200"),
     ] = None,
     compute: Annotated[str, typer.Option(help="for models: fp32 or bf16")] = "fp32",
 ) -> None:
