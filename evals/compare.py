@@ -167,8 +167,8 @@ def compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> dic
             }
         )
     given = {(its["a"], its["b"]) for its in contrasts}
-    declared = [roles.contrast(text) for text in config.contrasts or ()]
-    contrasts += [contrast(a, b) for a, b in dict.fromkeys(declared) if (a, b) not in given]
+    declared = roles.contrasts(config.contrasts or ())
+    contrasts += [contrast(a, b) for a, b in declared if (a, b) not in given]
     adjust(contrasts, set(declared))
     key = controls[0]["difference"] if controls else next(iter(contrasts), None)
     return {

@@ -252,6 +252,38 @@ def test_what_a_config_invalidates_is_made_again(miniature, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("kind", ["llm"], indirect=True)
+def test_results_of_an_earlier_config_are_not_reported(miniature, tmp_path, monkeypatch, capsys):
+    """Arms that another config has trained again are not reported with the evaluation, tokens or geometry before:
+    `compare` and `report` name what is due, and `show` the arms. What the config no longer asks for goes."""
+    run = tmp_path / "run"
+    assert vlopd(monkeypatch, "run", miniature, "--out", run) == 0
+    page = (run / "report" / "report.html").read_text()
+    assert vlopd(monkeypatch, "run", run, "--until", "arms", "train.steps=2") == 0
+    for verb, artifact in (("compare", "evals/full"), ("report", "geometry/full")):
+        capsys.readouterr()
+        assert vlopd(monkeypatch, verb, run) == 2
+        error = capsys.readouterr().err
+        assert f"{artifact} is not what the config says" in error and "vlopd run" in error, error
+    assert (run / "report" / "report.html").read_text() == page
+    assert vlopd(monkeypatch, "show", run) == 0
+    shown = capsys.readouterr().out
+    (full,) = [line for line in shown.splitlines() if " full " in line and "distill" in line]
+    assert "as it was before" in full, shown
+    assert vlopd(monkeypatch, "eval", run) == 0
+    assert vlopd(monkeypatch, "compare", run) == 0
+    capsys.readouterr()
+    assert vlopd(monkeypatch, "report", run) == 2
+    assert "geometry/full is not what the config says" in capsys.readouterr().err
+    assert vlopd(monkeypatch, "geometry", run) == 0
+    assert vlopd(monkeypatch, "report", run) == 0
+
+    assert list((run / "evals" / "full").glob("tokens*"))
+    assert vlopd(monkeypatch, "eval", run, "eval.keep_images=0") == 0
+    assert not list(run.glob("evals/*/tokens*")) and not list(run.glob("checksums/tokens*"))
+    assert vlopd(monkeypatch, "report", run) == 0
+
+
+@pytest.mark.parametrize("kind", ["llm"], indirect=True)
 def test_mistakes_are_one_line_and_exit_code_2(miniature, tmp_path, monkeypatch, capsys):
     """An unknown key, a missing data file, another config, an unknown arm, task or model."""
     run = tmp_path / "run"

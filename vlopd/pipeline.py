@@ -268,10 +268,14 @@ def refuse_outdated(run: RunFolder, planned: Plan, kinds: Sequence[str]) -> None
 
 def refuse_unready(config: ExperimentConfig, planned: Plan) -> None:
     """Raises ConfigError with all that is known to stop what is planned: one line, before anything is made."""
+    from vlopd.preflight import inputs
+
     due = {artifact for artifact, why in planned.items() if why is not None}
     arms = [name for name in config.arms if f"arms/{name}" in due]
     evals = [name for name in config.arms if f"evals/{name}" in due]
+    measured = [name for name in config.geometry.arms if f"geometry/{name}" in due]
     lines = unready(config, arms, evaluated=False) if arms else []
+    lines += inputs.geometry_findings(config, measured) if measured else []
     lines += unready_tasks(config, evals) if evals else []
     if lines:
         raise ConfigError("; ".join(dict.fromkeys(lines)))

@@ -70,16 +70,22 @@ def say_plan(run: RunFolder, planned: pipeline.Plan) -> None:
     for artifact, why in due.items():
         by_reason.setdefault(why, []).append(artifact)
     for why, artifacts in by_reason.items():
-        line = f"{', '.join(artifacts)} ({why})"
+        derived = ", unless it comes out as it was" if why.startswith("from ") else ""
+        line = f"{', '.join(artifacts)} ({why}{derived})"
         console.print(f"[bold]to be made[/]: {escape(line)}", soft_wrap=True)
 
 
-def check_results(run: RunFolder, config: ExperimentConfig) -> None:
-    """Refuses to compare or report results that the config no longer describes."""
-    if run.changes:
-        planned = pipeline.plan(run, config, list(config.arms), "evals", geometry=False)
-        say_plan(run, planned)
-        pipeline.refuse_outdated(run, planned, ["arms", "masks", "evals"])
+def check_results(run: RunFolder, config: ExperimentConfig, geometry: bool) -> None:
+    """Refuses to compare or report results that the config no longer describes.
+
+    A run that had one config only is not asked: nothing of it is of another, and its models may be gone by now.
+    """
+    if run.changes or run.read()["history"]:
+        planned = pipeline.plan(run, config, list(config.arms), "evals", geometry)
+        if run.changes:
+            say_plan(run, planned)
+        kinds = ["arms", "masks", "evals", "tokens"]
+        pipeline.refuse_outdated(run, planned, [*kinds, "geometry"] if geometry else kinds)
 
 
 def say_verdict(run: RunFolder) -> None:
@@ -221,6 +227,7 @@ def geometry(
         planned = pipeline.plan(folder, config, names, "geometry")
         say_plan(folder, planned)
         pipeline.refuse_outdated(folder, planned, ["arms", "masks"])
+        pipeline.refuse_unready(config, planned)
         folder.adopt(config)
         pipeline.make_geometry(folder, config, names, say)
         return
@@ -292,7 +299,7 @@ def compare(
     first, *others = what
     if not others or is_run(Path(first)):
         folder, config = pipeline.prepare(Path(first), others)
-        check_results(folder, config)
+        check_results(folder, config, geometry=False)
         folder.adopt(config)
         pipeline.make_comparison(folder, config, say)
     else:
@@ -303,7 +310,7 @@ def compare(
 def report(target: Target, overrides: Overrides = None) -> None:
     """The report: report.html, report.md, figures and tables; and first the comparison, where all is evaluated."""
     folder, config = pipeline.prepare(target, overrides or ())
-    check_results(folder, config)
+    check_results(folder, config, geometry=True)
     folder.adopt(config)
     if all((folder.eval(name) / "results.json").exists() for name in config.arms):
         pipeline.make_comparison(folder, config, say)
@@ -315,20 +322,24 @@ def report(target: Target, overrides: Overrides = None) -> None:
 def show(run: Run) -> None:
     """What a run holds, and its verdict if there is one. Reads only: works while the run is in use."""
     folder = RunFolder(run)
-    config = config_of(read_json(run / "run.json").get("config"), run / "run.json")
+    config = config_of(folder.read(altered=True)["config"], run / "run.json")
     table = Table("arm", "type", "mask", "density", "steps", "evaluated", title=config.name)
     for name in config.arms:
         path = folder.arm_record(name)
         about = read_json(path) if path.exists() else {"type": "not made yet"}
         density = about.get("density")
-        scored = (folder.eval(name) / "results.json").exists()
+        results = folder.eval(name) / "results.json"
+        scored = "no"
+        if results.exists():
+            same = read_json(results)["checkpoint_digest"] == about.get("checkpoint_digest")
+            scored = "yes" if same else "as it was before"
         table.add_row(
             name,
             about["type"],
             about.get("mask") or "",
             "" if density is None else f"{density:.2%}",
             str(about.get("steps", "")),
-            "yes" if scored else "no",
+            scored,
         )
     console.print(table)
     for artifact in folder.checksums.artifacts():
