@@ -147,7 +147,16 @@ def plan(
         planner.geometry([name for name in config.geometry.arms if name in names])
     if until in ("evals", "report"):
         planner.evals(names)
+    for mask in unused_masks(run, config, names) if geometry else ():
+        planner.mask(mask)
     return planner.found
+
+
+def unused_masks(run: RunFolder, config: ExperimentConfig, names: Sequence[str]) -> list[str]:
+    """Masks that `mask make` wrote and that no arm is made with: of a whole run, they are kept as the arms are."""
+    if set(names) < set(config.arms):
+        return []
+    return [name for name in config.masks if run.mask_record(name).exists()]
 
 
 # -------------------------------------------------------------------------------------------- stages
@@ -167,6 +176,7 @@ def run_all(
     the first does the rest.
     """
     make_arms(run, config, names, say, allow_other_base)
+    make_unused_masks(run, config, names, say, allow_other_base)
     if until == "arms" or not is_first_process():
         return
     make_geometry(run, config, [name for name in config.geometry.arms if name in names], say)
@@ -193,6 +203,17 @@ def make_arms(
     for name in sorted(names, key=lambda n: not isinstance(config.arms.get(n), CheckpointArm)):
         made = make_arm(run, config, name, how)
         say(f"arm {name}", run.arm_record(name), made)
+
+
+def make_unused_masks(
+    run: RunFolder, config: ExperimentConfig, names: Sequence[str], say: Say, allow_other_base: bool
+) -> None:
+    from vlopd.run.arms import Making
+    from vlopd.run.make import make_mask
+
+    for name in unused_masks(run, config, names):
+        if make_mask(run, config, name, Making(allow_other_base)):
+            say(f"mask {name}", run.mask_record(name), True)
 
 
 def held_out(config: ExperimentConfig) -> Any:
