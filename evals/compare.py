@@ -169,8 +169,8 @@ def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> di
             }
         )
     given = {(its["a"], its["b"]) for its in contrasts}
-    declared = [roles.contrast(text) for text in config.contrasts or ()]
-    contrasts += [contrast(a, b) for a, b in dict.fromkeys(declared) if (a, b) not in given]
+    declared = roles.contrasts(config.contrasts or ())
+    contrasts += [contrast(a, b) for a, b in declared if (a, b) not in given]
     _adjust_p_values(contrasts, set(declared))
     key = controls[0]["difference"] if controls else next(iter(contrasts), None)
     return {

@@ -37,8 +37,7 @@ def compare_models(
     of: dict[str, Role] = {first: "base", **dict.fromkeys(others, "other")}
     roles = Roles(of)
     try:
-        for text in config.contrasts or ():
-            roles.contrast(text)
+        roles.contrasts(config.contrasts or ())
     except ValueError as error:
         raise ConfigError(str(error)) from None
     for model in models:

@@ -43,11 +43,22 @@ def write_token_kl(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     read (they lack the field of its context); tokens.json records the reason.
     """
     if not has_tokens(config, arm):
+        forget_tokens(run, arm)
         return False
     with stage(run, f"tokens/{arm}") as its:
         if its.is_due(lambda _: token_inputs(run, config, arm)):
             write_tokens(its, config, arm)
     return its.made
+
+
+def forget_tokens(run: RunFolder, arm: str) -> None:
+    """Removes what an earlier config asked for: the report would show it beside later answers."""
+    if not run.checksums.record(f"tokens/{arm}").exists():
+        return
+    with run.lock_artifact(f"tokens/{arm}"):
+        run.checksums.start(f"tokens/{arm}")
+        for path in run.eval(arm).glob("tokens_*.jsonl"):
+            path.unlink()
 
 
 def has_tokens(config: ExperimentConfig, arm: str) -> bool:

@@ -300,6 +300,8 @@ def test_roles_are_said_or_follow_without_a_doubt(overrides, roles):
         (["eval.contrasts=['full - random']"], r"'full - random' needs an arm under a mask of type \"random\""),
         (["eval.contrasts=['full - nope']"], "eval.contrasts names 'nope'"),
         (["eval.contrasts=['full']"], '\'full\' is not "arm - arm"'),
+        (["eval.contrasts=['full - full']"], "'full - full' compares an arm with itself"),
+        (["eval.contrasts=['full - base', 'base - full']"], "'full - base' and 'base - full' are one comparison"),
         (["eval.contrasts=['subnetwork - random']", "arms.subnetwork.optim={learning_rate=1e-4}"],
          r"there is none \(random-0 is not pooled .* optim\.learning_rate 0\.0001 -> 0\.0003\)"),
         (["eval.contrasts=['subnetwork - random']", *BINNED],

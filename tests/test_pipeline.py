@@ -5,12 +5,15 @@ import json
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from vlopd.cli import main
+from vlopd.run.folder import RunFolder
+from vlopd.run.verify import verify_run
 
 MINIATURE = """
 name = "mini"
@@ -249,6 +252,67 @@ def test_what_a_config_invalidates_is_made_again(miniature, tmp_path, monkeypatc
     assert len((full / "metrics.jsonl").read_text().splitlines()) == 2
     assert [path.name for path in (full / "checkpoints").iterdir()] == ["step-2"]
     assert not (run / "geometry" / "full" / "steps" / "1").exists()
+
+
+@pytest.mark.parametrize("kind", ["llm"], indirect=True)
+def test_results_of_an_earlier_config_are_not_reported(miniature, tmp_path, monkeypatch, capsys):
+    """Arms that another config has trained again are not reported with the evaluation, tokens or geometry before:
+    `compare` and `report` name what is due, and `show` the arms. What the config no longer asks for goes."""
+    run = tmp_path / "run"
+    assert vlopd(monkeypatch, "run", miniature, "--out", run) == 0
+    page = (run / "report" / "report.html").read_text()
+    assert vlopd(monkeypatch, "run", run, "--until", "arms", "train.steps=2") == 0
+    for verb, artifact in (("compare", "evals/full"), ("report", "geometry/full")):
+        capsys.readouterr()
+        assert vlopd(monkeypatch, verb, run) == 2
+        error = capsys.readouterr().err
+        assert f"{artifact} is not what the config says" in error and "vlopd run" in error, error
+    assert (run / "report" / "report.html").read_text() == page
+    assert vlopd(monkeypatch, "show", run) == 0
+    shown = capsys.readouterr().out
+    (full,) = [line for line in shown.splitlines() if " full " in line and "distill" in line]
+    assert "as it was before" in full, shown
+    assert vlopd(monkeypatch, "eval", run) == 0
+    assert vlopd(monkeypatch, "compare", run) == 0
+    capsys.readouterr()
+    assert vlopd(monkeypatch, "report", run) == 2
+    assert "geometry/full is not what the config says" in capsys.readouterr().err
+    assert vlopd(monkeypatch, "geometry", run) == 0
+    assert vlopd(monkeypatch, "report", run) == 0
+
+    assert list((run / "evals" / "full").glob("tokens*"))
+    assert vlopd(monkeypatch, "eval", run, "eval.keep_images=0") == 0
+    assert not list(run.glob("evals/*/tokens*")) and not list(run.glob("checksums/tokens*"))
+    assert vlopd(monkeypatch, "report", run) == 0
+
+
+@pytest.mark.parametrize("kind", ["vlm"], indirect=True)
+def test_what_was_measured_of_arms_before_is_not_shown(miniature, tmp_path, monkeypatch):
+    """After a change of the arms the report has no geometry, overlap or probes of the arms before; a mask that
+    no arm uses is made again with them; the pictures that earlier rows show stay vouched for."""
+    run = tmp_path / "run"
+    assert vlopd(monkeypatch, "run", miniature, "--out", run) == 0
+    assert vlopd(monkeypatch, "mask", "make", run) == 0
+    assert vlopd(monkeypatch, "vision", run, "--pictures", 24, "--arm", "full") == 0
+    assert vlopd(monkeypatch, "report", run) == 0
+    tables = run / "report" / "tables"
+    assert set(pd.read_csv(tables / "geometry.csv").arm) == {"full", "random-0"}
+    assert set(pd.read_csv(tables / "probes.csv").arm) == {"full"}
+    assert list((run / "report" / "figures").glob("geometry-overlap*"))
+    before = files_and_times(run)
+
+    changed = ("train.steps=2", "geometry.arms=['full']", "eval.keep_images=1")
+    early = "arms.early={type='transplant', of='full', mask='visible'}"
+    assert vlopd(monkeypatch, "run", run, *changed, "--until", "arms") == 0
+    assert files_and_times(run)["masks/visible.json"] != before["masks/visible.json"]
+    assert vlopd(monkeypatch, "run", run, early) == 0
+    assert set(pd.read_csv(tables / "geometry.csv").arm) == {"full"}
+    assert not (tables / "probes.csv").exists()
+    assert not list((run / "report" / "figures").glob("geometry-overlap*"))
+    pictures = sorted(p.name for p in (run / "evals" / "images" / "shapes").glob("*.png"))
+    assert pictures == ["0.png", "1.png"]
+    found = verify_run(RunFolder(run))
+    assert not found.problems and not found.unknown and not found.inputs
 
 
 @pytest.mark.parametrize("kind", ["llm"], indirect=True)

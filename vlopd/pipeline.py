@@ -148,7 +148,16 @@ def plan(
         planner.geometry([name for name in config.geometry.arms if name in names])
     if until in ("evals", "report"):
         planner.evals(names)
+    for mask in unused_masks(run, config, names) if geometry else ():
+        planner.mask(mask)
     return planner.plan
+
+
+def unused_masks(run: RunFolder, config: ExperimentConfig, names: Sequence[str]) -> list[str]:
+    """Masks that `mask make` wrote and that no arm is made with: of a whole run, they are kept as the arms are."""
+    if set(names) < set(config.arms):
+        return []
+    return [name for name in config.masks if run.mask_record(name).exists()]
 
 
 # -------------------------------------------------------------------------------------------- stages
@@ -168,6 +177,7 @@ def run_all(
     first does the rest.
     """
     make_arms(run, config, names, on_artifact, allow_other_base)
+    make_unused_masks(run, config, names, on_artifact, allow_other_base)
     if until == "arms" or not is_first_process():
         return
     make_geometry(
@@ -196,6 +206,21 @@ def make_arms(
     for name in sorted(names, key=lambda n: not isinstance(config.arms.get(n), CheckpointArm)):
         made = make_arm(run, config, name, options)
         on_artifact(f"arm {name}", run.arm_record(name), made)
+
+
+def make_unused_masks(
+    run: RunFolder,
+    config: ExperimentConfig,
+    names: Sequence[str],
+    on_artifact: OnArtifact,
+    allow_other_base: bool,
+) -> None:
+    from vlopd.run.arms import ArmOptions
+    from vlopd.run.make import make_mask
+
+    for name in unused_masks(run, config, names):
+        if make_mask(run, config, name, ArmOptions(allow_other_base)):
+            on_artifact(f"mask {name}", run.mask_record(name), True)
 
 
 def _held_out(config: ExperimentConfig) -> Any:
@@ -275,10 +300,14 @@ def refuse_outdated(run: RunFolder, planned: Plan, kinds: Sequence[str]) -> None
 
 def refuse_unready(config: ExperimentConfig, planned: Plan) -> None:
     """Raises ConfigError with all known problems of the planned artifacts, in one line, before any is made."""
+    from vlopd.preflight import inputs
+
     due = {artifact for artifact, why in planned.items() if why is not None}
     arms = [name for name in config.arms if f"arms/{name}" in due]
     evals = [name for name in config.arms if f"evals/{name}" in due]
+    measured = [name for name in config.geometry.arms if f"geometry/{name}" in due]
     lines = find_problems(config, arms, evaluated=False) if arms else []
+    lines += inputs.geometry_findings(config, measured) if measured else []
     lines += _find_task_problems(config, evals) if evals else []
     if lines:
         raise ConfigError("; ".join(dict.fromkeys(lines)))

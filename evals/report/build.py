@@ -60,7 +60,7 @@ def _write_report(its: Stage, config: ExperimentConfig) -> None:
         "identity": tables.identity(records),
     }
     tidy, data["geometry"] = tables.geometry(run, config)
-    data["probes"], data["alignment"] = tables.vision(run)
+    data["probes"], data["alignment"] = tables.vision(run, records)
     drawn: dict[str, str] = {}
     context: Context = {
         "run": run.root.resolve().name,
@@ -86,7 +86,7 @@ def _write_report(its: Stage, config: ExperimentConfig) -> None:
         "masks": _rows_of(data["masks"]),
         "identity": _rows_of(data["identity"]),
         "geometry": _geometry_context(run, tidy, data["geometry"], drawn),
-        "overlap": _overlap_context(run, drawn),
+        "overlap": _overlap_context(run, drawn) if len(config.geometry.arms) > 1 else [],
         "generations": examples.generations(run, shown),
         "figures": drawn,
     }

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from vlopd.config.experiment import ExperimentConfig
+from vlopd.digests import digest_weights
 from vlopd.files import read_json, read_jsonl
 from vlopd.run.folder import RunFolder
 
@@ -187,10 +188,22 @@ def masks(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def vision(run: RunFolder) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """evals/vision.json as (one row per arm and probe, one row per arm with alignment)."""
+def vision(run: RunFolder, records: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """evals/vision.json as (one row per arm and probe, one row per arm with alignment), of the arms as they are now."""
     path = run.root / "evals" / "vision.json"
     found = read_json(path) if path.exists() else {"towers": {}, "alignment": {}}
+    probed = found.get("inputs", {}).get("checkpoints", {})
+    same = {
+        arm
+        for arm, content in probed.items()
+        if arm in records and digest_weights(content) == records[arm]["checkpoint_digest"]
+    }
+    if found.get("base") not in same:
+        same = set()
+    found |= {
+        key: {a: its for a, its in found[key].items() if a in same}
+        for key in ("towers", "alignment")
+    }
     probes = [
         {
             "arm": arm,
@@ -235,11 +248,14 @@ def identity(records: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def geometry(run: RunFolder, config: ExperimentConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(geometry.csv, headline of summary.json) of all arms that have them, with an `arm` column."""
+    """(geometry.csv, headline of summary.json) of the arms of geometry.arms, with an `arm` column.
+
+    Measurements of an earlier config stay in the folder; their arm may have been made again.
+    """
     tidy, summary = [], []
     for arm in config.arms:
         folder = run.geometry(arm)
-        if (folder / "summary.json").exists():
+        if arm in config.geometry.arms and (folder / "summary.json").exists():
             tidy.append(pd.read_csv(folder / "geometry.csv", low_memory=False).assign(arm=arm))
             for row in read_json(folder / "summary.json")["headline"]:
                 summary.append({"arm": arm, "label": label(row), "null": "", "p": None, **row})

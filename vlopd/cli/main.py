@@ -70,16 +70,22 @@ def _print_plan(run: RunFolder, planned: pipeline.Plan) -> None:
     for artifact, why in due.items():
         by_reason.setdefault(why, []).append(artifact)
     for why, artifacts in by_reason.items():
-        line = f"{', '.join(artifacts)} ({why})"
+        derived = ", unless it comes out as it was" if why.startswith("from ") else ""
+        line = f"{', '.join(artifacts)} ({why}{derived})"
         console.print(f"[bold]to be made[/]: {escape(line)}", soft_wrap=True)
 
 
-def _refuse_outdated_results(run: RunFolder, config: ExperimentConfig) -> None:
-    """Raises ConfigError for results that do not match the changed config."""
-    if run.changes:
-        planned = pipeline.plan(run, config, list(config.arms), "evals", geometry=False)
-        _print_plan(run, planned)
-        pipeline.refuse_outdated(run, planned, ["arms", "masks", "evals"])
+def _refuse_outdated_results(run: RunFolder, config: ExperimentConfig, geometry: bool) -> None:
+    """Raises ConfigError for results that do not match the config.
+
+    A run that had one config only is not checked: its results are that config's, and its models may be gone.
+    """
+    if run.changes or run.read()["history"]:
+        planned = pipeline.plan(run, config, list(config.arms), "evals", geometry)
+        if run.changes:
+            _print_plan(run, planned)
+        kinds = ["arms", "masks", "evals", "tokens"]
+        pipeline.refuse_outdated(run, planned, [*kinds, "geometry"] if geometry else kinds)
 
 
 def _print_verdict(run: RunFolder) -> None:
@@ -222,6 +228,7 @@ def geometry(
         planned = pipeline.plan(folder, config, names, "geometry")
         _print_plan(folder, planned)
         pipeline.refuse_outdated(folder, planned, ["arms", "masks"])
+        pipeline.refuse_unready(config, planned)
         folder.save_config(config)
         pipeline.make_geometry(folder, config, names, print_artifact)
         return
@@ -295,7 +302,7 @@ def compare(
     first, *others = what
     if not others or _is_run(Path(first)):
         folder, config = pipeline.prepare(Path(first), others)
-        _refuse_outdated_results(folder, config)
+        _refuse_outdated_results(folder, config, geometry=False)
         folder.save_config(config)
         pipeline.make_comparison(folder, config, print_artifact)
     else:
@@ -306,7 +313,7 @@ def compare(
 def report(target: Target, overrides: Overrides = None) -> None:
     """Writes the report (report.html, report.md, figures, tables), after the comparison if all arms are evaluated."""
     folder, config = pipeline.prepare(target, overrides or ())
-    _refuse_outdated_results(folder, config)
+    _refuse_outdated_results(folder, config, geometry=True)
     folder.save_config(config)
     if all((folder.eval(name) / "results.json").exists() for name in config.arms):
         pipeline.make_comparison(folder, config, print_artifact)
@@ -318,20 +325,24 @@ def report(target: Target, overrides: Overrides = None) -> None:
 def show(run: Run) -> None:
     """Lists a run's arms, altered files, and its verdict if there is one. Read-only: works during training."""
     folder = RunFolder(run)
-    config = config_of(read_json(run / "run.json").get("config"), run / "run.json")
+    config = config_of(folder.read(altered=True)["config"], run / "run.json")
     table = Table("arm", "type", "mask", "density", "steps", "evaluated", title=config.name)
     for name in config.arms:
         path = folder.arm_record(name)
         about = read_json(path) if path.exists() else {"type": "not made yet"}
         density = about.get("density")
-        scored = (folder.eval(name) / "results.json").exists()
+        results = folder.eval(name) / "results.json"
+        scored = "no"
+        if results.exists():
+            same = read_json(results)["checkpoint_digest"] == about.get("checkpoint_digest")
+            scored = "yes" if same else "as it was before"
         table.add_row(
             name,
             about["type"],
             about.get("mask") or "",
             "" if density is None else f"{density:.2%}",
             str(about.get("steps", "")),
-            "yes" if scored else "no",
+            scored,
         )
     console.print(table)
     for artifact in folder.checksums.artifacts():

@@ -150,9 +150,7 @@ class ExperimentConfig(RecipeSections):
                 )
             if isinstance(self.arms[name], BaseArm):
                 raise ValueError(f"geometry.arms: {name} is the base itself and has no delta")
-        roles = self.roles
-        for contrast in self.eval.contrasts or ():
-            roles.contrast(contrast)
+        self.roles.contrasts(self.eval.contrasts or ())
         return self
 
     def _check_recipes(self) -> None:

@@ -80,6 +80,17 @@ class Roles:
     def first(self, role: Role) -> str | None:
         return next(iter(self.arms(role)), None)
 
+    def contrasts(self, texts: Sequence[str]) -> list[Contrast]:
+        """The declared contrasts. Raises ValueError as `contrast`, and where two are one test, which counts once."""
+        found: dict[Contrast, str] = {}
+        for text in texts:
+            a, b = its = self.contrast(text)
+            other = found.get(its) or (found.get(Contrast(b, a)) if isinstance(b, str) else None)
+            if other is not None:
+                raise ValueError(f"eval.contrasts: {other!r} and {text!r} are one comparison")
+            found[its] = text
+        return list(found)
+
     def contrast(self, text: str) -> Contrast:
         """Parses a declared contrast: "arm - arm", or "arm - random" for the mean of the arm's random controls.
 
@@ -88,6 +99,8 @@ class Roles:
         a, dash, b = text.partition(" - ")
         if not dash:
             raise ValueError(f'eval.contrasts: {text!r} is not "arm - arm"')
+        if a == b:
+            raise ValueError(f"eval.contrasts: {text!r} compares an arm with itself")
         kinds = {group.kind: group.arms for group in self.controls if group.arm == a}
         for name, known in ((a, self.of), (b, {*self.of, *kinds, RANDOM})):
             if name not in known:

@@ -139,9 +139,16 @@ def findings(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
         for model in teachers_loaded_late(config, needed):
             with found.catch():
                 load_configured(model, DTYPES[config.precision.compute])
-    for name in config.geometry.arms:
+    found.lines += geometry_findings(config, [n for n in config.geometry.arms if n in names])
+    return found.lines
+
+
+def geometry_findings(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
+    """The errors that would stop the geometry of these arms, one line each."""
+    found = Findings()
+    for name in names:
         with found.catch("geometry.arms: "):
-            if name in names and isinstance(config.arms[name], TeacherArm):
+            if isinstance(config.arms[name], TeacherArm):
                 refuse_another_shape(config, name)
     return found.lines
 
