@@ -46,6 +46,8 @@ def prepare(
         config = config_of(tree, target / "run.json")
         return RunFolder.prepare(target, config), config
     config = load_config(target, overrides)
+    if not config.arms:
+        raise ConfigError(f'{target}: arms is empty; add one, as in base = {{type = "base"}}')
     return RunFolder.prepare(out or Path("runs") / config.name, config), config
 
 
@@ -138,8 +140,11 @@ def plan(
 ) -> Plan:
     """What `run_all` of these arms would keep and make, and why.
 
-    The comparison and the report are not in it: they take seconds, and follow where all arms are evaluated.
+    The comparison and the report are not in it: they take seconds, and follow where all arms are evaluated. Of several
+    processes the first plans: when another asks, it may be at work already.
     """
+    if not is_first_process():
+        return {}
     planner = Planner(run, config)
     for name in names:
         planner.arm(name)

@@ -202,7 +202,8 @@ def vision(run: RunFolder, records: Mapping[str, Any]) -> tuple[pd.DataFrame, pd
     if found.get("base") not in same:
         same = set()
     found |= {
-        key: {a: its for a, its in found[key].items() if a in same} for key in ("towers", "alignment")
+        key: {a: its for a, its in found[key].items() if a in same}
+        for key in ("towers", "alignment")
     }
     probes = [
         {
