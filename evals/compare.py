@@ -168,6 +168,7 @@ def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> di
                 **stats.rank_among(float(scores[group.arm].mean()), means).__dict__,
             }
         )
+    contrasts += [contrast(its.of, its.arm) for its in roles.unpooled]
     given = {(its["a"], its["b"]) for its in contrasts}
     declared = roles.contrasts(config.contrasts or ())
     contrasts += [contrast(a, b) for a, b in declared if (a, b) not in given]

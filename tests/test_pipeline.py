@@ -323,6 +323,11 @@ def test_mistakes_are_one_line_and_exit_code_2(miniature, tmp_path, monkeypatch,
     assert vlopd(monkeypatch, "run", miniature, "--out", run, *arms, "--until", "arms") == 0
     capsys.readouterr()
 
+    empty = tmp_path / "empty.toml"
+    sections = "data = {type = 'shapes'}\ntrain = {steps = 1, prompts_per_step = 1}\n"
+    sections += "arms = {}\ngeometry = {arms = []}\n"
+    empty.write_text(f"name = 'x'\nstudent = '{tmp_path}'\nteacher = '{tmp_path}'\n{sections}")
+
     def refused(message: str, *words) -> None:
         assert vlopd(monkeypatch, *words) == 2
         error = capsys.readouterr().err
@@ -331,6 +336,7 @@ def test_mistakes_are_one_line_and_exit_code_2(miniature, tmp_path, monkeypatch,
         assert "Traceback" not in error
 
     refused("did you mean 'steps'", "run", miniature, "train.step=3", "--out", tmp_path / "x")
+    refused("arms is empty", "run", empty, "--out", tmp_path / "x")
     refused("student.model: ", "run", miniature, "student='elsewhere'", "--out", run)
     refused('precision.stored: "auto" -> "fp32"', "eval", run, "precision.stored=fp32")
     refused("arms/full is outdated (inputs changed: recipe.train.steps: 3 -> 4",

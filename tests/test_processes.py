@@ -18,7 +18,8 @@ LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 @pytest.mark.parametrize("kind", ["vlm"], indirect=True)
 def test_two_processes_make_the_step_of_one(kind, folders, tmp_path):
-    """Loss, tokens and gradient norm of the first step agree to 1e-5, for an arm under a mask and its `full`."""
+    """Loss, tokens and gradient norm of the first step agree to 1e-5, for an arm under a mask and its `full`; and two
+    processes train both again after a change."""
     config = tmp_path / "mini.toml"
     config.write_text(
         MINIATURE.format(
@@ -59,6 +60,12 @@ def test_two_processes_make_the_step_of_one(kind, folders, tmp_path):
             # full's weights differ in their last bits, so that its mask may take another of two equals
             near = 1e-3 if (arm, key) == ("subnetwork", "grad_norm") else 1e-5
             assert two[key] == pytest.approx(one[key], rel=near), (arm, key)
+    command = [sys.executable, *LAUNCHER, *words, "train.steps=2", "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for arm in ("full", "subnetwork"):
+        lines = (tmp_path / "two" / "arms" / arm / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == 2
 
 
 def test_one_process_cannot_leave_another_behind(folders, tmp_path):

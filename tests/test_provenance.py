@@ -18,6 +18,7 @@ from vlopd.digests import file_digest
 from vlopd.files import whole_file, whole_folder, write_json
 from vlopd.run.checksums import Checksums
 from vlopd.run.folder import RunFolder
+from vlopd.run.stage import stage
 from vlopd.run.verify import records_without_checksums, verify_run
 
 CONFIG = """
@@ -383,6 +384,27 @@ def test_records_are_deleted_before_an_artifact_is_made_again(tmp_path):
     run.checksums.start("arms/full")
     rows.write_text("half a li")
     assert not record.exists() and not sums.exists() and not records_without_checksums(run)
+
+
+def test_other_processes_do_not_read_what_the_first_withdraws(tmp_path, monkeypatch):
+    """While several processes look whether an arm is up to date, the first one withdraws its record: the others find it
+    due all the same."""
+    run = RunFolder(tmp_path)
+    rows = tmp_path / "arms" / "full" / "metrics.jsonl"
+    rows.parent.mkdir(parents=True)
+    rows.write_text("{}\n")
+    run.checksums.finish("arms/full", {"inputs": {"a": 1}}, [rows])
+    asked = []
+
+    def inputs(whole: bool):
+        asked.append(whole)
+        if len(asked) == 2:
+            run.checksums.start("arms/full")
+        return {"a": 2}
+
+    monkeypatch.setenv("RANK", "1")
+    with stage(run, "arms/full") as its:
+        assert its.is_due(inputs) and its.inputs == {"a": 2}
 
 
 def test_checksums_are_sha256sums(tmp_path):

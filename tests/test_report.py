@@ -543,6 +543,9 @@ def test_controls_that_differ_in_more_than_the_mask_are_not_averaged(tmp_path, m
     assert record["not_pooled"] == [
         {"arm": "random-1", "of": "subnetwork", "differences": [differs]}
     ]
+    (alone,) = [its for its in task["contrasts"] if its["name"] == "subnetwork - random-1"]
+    means = {arm: task["arms"][arm]["mean"] for arm in ("subnetwork", "random-1")}
+    assert alone["mean"] == pytest.approx(means["subnetwork"] - means["random-1"])
     said = f"random-1 is not pooled with the controls of subnetwork: {differs}"
     build_report(run, config)
     for name in ("report.html", "report.md"):

@@ -46,6 +46,8 @@ def prepare(
         config = config_of(tree, target / "run.json")
         return RunFolder.prepare(target, config), config
     config = load_config(target, overrides)
+    if not config.arms:
+        raise ConfigError(f'{target}: arms is empty; add one, as in base = {{type = "base"}}')
     return RunFolder.prepare(out or Path("runs") / config.name, config), config
 
 
@@ -139,8 +141,11 @@ def plan(
 ) -> Plan:
     """The artifacts that `run_all` of these arms would keep and make, with reasons.
 
-    Excludes the comparison and the report, which take seconds and are made once all arms are evaluated.
+    Excludes the comparison and the report, which take seconds and are made once all arms are evaluated. Of several
+    processes only the first plans, before any withdraws a record.
     """
+    if not is_first_process():
+        return {}
     planner = Planner(run, config)
     for name in names:
         planner.arm(name)

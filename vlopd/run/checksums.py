@@ -161,9 +161,14 @@ class Checksums:
         record = self.record(artifact)
         if not record.exists():
             return "new"
-        if self.path(artifact).exists():
-            self.check(artifact, whole=False)
-        before = read_json(record).get("inputs")
+        try:
+            if self.path(artifact).exists():
+                self.check(artifact, whole=False)
+            before = read_json(record).get("inputs")
+        except RunError:
+            if not record.exists():  # another process has begun to make it again
+                return "new"
+            raise
         if before != dict(inputs):
             changed = [_without_long_values(line) for line in differences(before, dict(inputs))]
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""

@@ -41,9 +41,8 @@ class Stage:
         if first and why != "new" and self.artifact not in self.run.planned:
             print(f"vlopd: {self.artifact}: {why}; making it again", file=sys.stderr)
         self.inputs = dict(inputs(first))
-        if why != "new":
-            self.before = read_json(sums.record(self.artifact))
-        if first:
+        if first:  # others must not read what this one withdraws
+            self.before = {} if why == "new" else read_json(sums.record(self.artifact))
             sums.start(self.artifact)
         self.made = True
         return True
