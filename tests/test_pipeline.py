@@ -266,7 +266,7 @@ def test_results_of_an_earlier_config_are_not_reported(miniature, tmp_path, monk
         capsys.readouterr()
         assert vlopd(monkeypatch, verb, run) == 2
         error = capsys.readouterr().err
-        assert f"{artifact} is not what the config says" in error and "vlopd run" in error, error
+        assert f"{artifact} is outdated" in error and "vlopd run" in error, error
     assert (run / "report" / "report.html").read_text() == page
     assert vlopd(monkeypatch, "show", run) == 0
     shown = capsys.readouterr().out

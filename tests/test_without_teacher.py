@@ -162,7 +162,9 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize("objective", TABLES)
+@pytest.mark.parametrize(
+    ("kind", "objective"), [("llm", "SFT"), ("vlm", "RLVR")], indirect=["kind"]
+)
 def test_a_whole_run_without_a_teacher(objective, kind, folders, tmp_path, monkeypatch, capsys):
     """From `vlopd check` to the report: records, cards, curves and samples, and no KL to a teacher anywhere."""
     config, run = tmp_path / "alone.toml", tmp_path / "run"
