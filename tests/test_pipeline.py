@@ -324,7 +324,8 @@ def test_mistakes_are_one_line_and_exit_code_2(miniature, tmp_path, monkeypatch,
     capsys.readouterr()
 
     empty = tmp_path / "empty.toml"
-    sections = "data = {type = 'shapes'}\ntrain = {steps = 1, prompts_per_step = 1}\narms = {}\ngeometry = {arms = []}\n"
+    sections = "data = {type = 'shapes'}\ntrain = {steps = 1, prompts_per_step = 1}\narms = {}\n"
+    sections += "geometry = {arms = []}\n"
     empty.write_text(f"name = 'x'\nstudent = '{tmp_path}'\nteacher = '{tmp_path}'\n{sections}")
 
     def refused(message: str, *words) -> None:

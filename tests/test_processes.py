@@ -99,7 +99,7 @@ def check_failures(out: Path) -> None:
         what = f"example {rows[broken].id!r} has no answer"
         assert told[f"row {kind}"][broken].startswith(f"DataError: {what}")
         other = told[f"row {kind}"][1 - broken]
-        assert other.startswith(f"StoppedElsewhere: process {broken} stopped: {what}")
+        assert other.startswith(f"OtherProcessFailed: process {broken} stopped: {what}")
         first, second = told[f"loss {kind}"]
         assert first == second
         assert f"not finite are the tokens of {rows[1].id} (process 1); the batch" in first
@@ -112,9 +112,9 @@ def check_failures(out: Path) -> None:
     assert "loss is nan" not in first
     first, second = told["disk llm"]
     assert first.startswith(("FileExistsError", "NotADirectoryError"))
-    assert second.startswith("StoppedElsewhere: process 0 stopped: ")
+    assert second.startswith("OtherProcessFailed: process 0 stopped: ")
     failed = "ZeroDivisionError: division by zero"
-    assert told["held-out llm"] == (failed, f"StoppedElsewhere: process 0 stopped: {failed}")
+    assert told["held-out llm"] == (failed, f"OtherProcessFailed: process 0 stopped: {failed}")
 
 
 def check_pictures(which: str, models: Path, out: Path) -> None:

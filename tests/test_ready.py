@@ -229,7 +229,7 @@ def test_a_teacher_of_another_shape_has_no_geometry(kind, make_config):
     (line,) = inputs.findings(config, ["teacher"])
     assert "geometry.arms: teacher is of another shape" in line
     # of an arm that is there already, when its geometry is added
-    with pytest.raises(ConfigError, match="geometry.arms: teacher is of another shape"):
+    with pytest.raises(ConfigError, match=r"geometry\.arms: teacher is of another shape"):
         pipeline.refuse_unready(config, {"arms/teacher": None, "geometry/teacher": "new"})
     pipeline.refuse_unready(config, {"arms/teacher": None, "geometry/teacher": None})
     with pytest.raises(ValueError, match="base is the base itself"):

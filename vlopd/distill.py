@@ -122,6 +122,11 @@ def distill(
             raise ConfigError(
                 f"{recipe.needs_teacher} needs a teacher: load_pair(student, teacher)"
             )
+        refuse_other_teachers(pair, recipe)
+        if len(data) == 0:
+            raise ConfigError(
+                f"{title}: the data has no examples; load_data(recipe.data, size) does"
+            )
         names.freeze(pair.student.model, train.freeze)
         with rounded_on_load(pair.student) as stored:
             trainable = Trainable(pair.student.model, mask, projections, stored=stored)
@@ -279,6 +284,21 @@ def follow_student(pair: ModelPair, mask: Mapping[str, Tensor] | None) -> Averag
             averages.append((average, teacher.ema))
             teacher.loaded.model.requires_grad_(False)
     return averages
+
+
+def refuse_other_teachers(pair: ModelPair, recipe: Recipe) -> None:
+    """Raises ConfigError where the pair was loaded with other teachers than the recipe's, or other contexts of them."""
+    loaded = [(its.loaded.name, its.context, its.ema) for its in pair.teachers]
+    student = pair.student.name
+    wanted = [
+        (student if its.is_student else its.model, its.context, its.ema)
+        for its in recipe.teachers.values()
+    ]
+    if loaded and wanted and loaded != wanted:
+        raise ConfigError(
+            f"the pair's teachers are {[name for name, *_ in loaded]}, the recipe's {[name for name, *_ in wanted]}, "
+            "or in another context: load_pair(student, recipe.teacher)"
+        )
 
 
 def split_evenly(prompts: int, accelerator: Accelerator) -> range:
