@@ -372,7 +372,7 @@ def test_the_mask_verbs(kind, make_config, tmp_path, monkeypatch, capsys):
     refused("no mask 'nope'", "make", run.root, "--mask", "nope")
     refused("takes one file", "combine", "complement", low, high, "--out", both)
     refused(
-        "give SOURCE and TRAINED",
+        "give BASE and TRAINED",
         "make",
         run.checkpoint("base"),
         "--rule",

@@ -122,11 +122,6 @@ def distill(
             raise ConfigError(
                 f"{recipe.needs_teacher} needs a teacher: load_pair(student, teacher)"
             )
-        refuse_other_teachers(pair, recipe)
-        if len(data) == 0:
-            raise ConfigError(
-                f"{title}: the data has no examples; load_data(recipe.data, size) does"
-            )
         names.freeze(pair.student.model, train.freeze)
         with rounded_on_load(pair.student) as stored:
             trainable = Trainable(pair.student.model, mask, projections, stored=stored)
@@ -141,6 +136,11 @@ def distill(
         if identity is not None:
             start = resume(out / "state", trainable, optimizer, averages, identity)
         share = split_evenly(train.prompts_per_step, accelerator)
+        refuse_other_teachers(pair, recipe)
+        if len(data) == 0:
+            raise ConfigError(
+                f"{title}: the data has no examples; load_data(recipe.data, size) makes some"
+            )
         pair.check_teachers_prompt(pick(data, 0, 1, seed))
         log = TrainingLog(out, title, train.steps, start, main, hooks.trackers)
     refuse_other_starts(start, out, accelerator)

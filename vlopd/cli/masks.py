@@ -77,7 +77,7 @@ def make(
             f"{parsed.type!r} is made of masks, not of checkpoints: vlopd mask combine"
         )
     if parsed.reads is not None and trained is None:
-        raise ConfigError(f"{parsed.type!r} looks at what changed: give SOURCE and TRAINED")
+        raise ConfigError(f"{parsed.type!r} looks at what changed: give BASE and TRAINED")
     for path in (base, *([trained] if trained is not None else [])):
         refuse_unlike_config(path)
     inputs["base"] = digest_checkpoint(base, whole=True)

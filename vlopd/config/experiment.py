@@ -148,7 +148,7 @@ class ExperimentConfig(RecipeSections):
             need(self.arms, name, "geometry.arms")
             if isinstance(self.arms[name], (ImportedArm, CheckpointArm)):
                 raise ValueError(
-                    f"geometry.arms: {name} is no arm of this student; use `vlopd geometry SOURCE TRAINED`"
+                    f"geometry.arms: {name} is no arm of this student; use `vlopd geometry BASE TRAINED`"
                 )
             if isinstance(self.arms[name], BaseArm):
                 raise ValueError(f"geometry.arms: {name} is the base itself and has no delta")
