@@ -15,6 +15,7 @@ from vlopd.config.analysis import EvalConfig
 from vlopd.config.arms import Role
 from vlopd.config.models import ModelConfig
 from vlopd.config.roles import Roles
+from vlopd.digests import digest_json
 from vlopd.errors import ConfigError
 from vlopd.files import shortest_distinct_names
 from vlopd.models.load import DTYPES, check_unloaded, load_configured
@@ -58,7 +59,8 @@ def compare_models(
             return model_content(about, whole)
 
         evaluate(run, Subject(name, content, compute, open_model, {"model": model}), config)
-    return compare_arms(run, roles, config, {}, {})
+    inputs = {"config": digest_json(config.model_dump(mode="json"))}
+    return compare_arms(run, roles, config, inputs, {})
 
 
 def _refuse_unready(names: Mapping[str, str], config: EvalConfig) -> None:

@@ -201,8 +201,9 @@ def test_an_averaged_teacher_follows_the_student(updates, kind, make_pair, make_
     for name, got in teacher.items():
         expected = 0.81 * start[name] + 0.09 * after[1][name] + 0.1 * after[2][name]
         torch.testing.assert_close(got.detach(), expected, rtol=1e-5, atol=1e-6)
-    fixed = make_pair(kind, teacher={"model": "student", "context": context})
-    run(fixed, make_config(kind), tmp_path / "fixed")
+    teacher_of_start = {"model": "student", "context": context}
+    fixed = make_pair(kind, teacher=teacher_of_start)
+    run(fixed, make_config(kind, teacher=teacher_of_start), tmp_path / "fixed")
     for name, got in fixed.teachers[0].loaded.model.named_parameters():
         assert torch.equal(got, start[name])
 

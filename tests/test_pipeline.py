@@ -276,7 +276,7 @@ def test_results_of_an_earlier_config_are_not_reported(miniature, tmp_path, monk
     assert vlopd(monkeypatch, "compare", run) == 0
     capsys.readouterr()
     assert vlopd(monkeypatch, "report", run) == 2
-    assert "geometry/full is not what the config says" in capsys.readouterr().err
+    assert "geometry/full is outdated" in capsys.readouterr().err
     assert vlopd(monkeypatch, "geometry", run) == 0
     assert vlopd(monkeypatch, "report", run) == 0
 

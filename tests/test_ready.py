@@ -612,6 +612,22 @@ def test_a_comparison_of_models_is_refused_before_they_are_loaded(
         assert len(said.strip().splitlines()) == 1 and not (out / "evals").exists(), said
 
 
+def test_a_comparison_of_models_follows_its_settings(folders, monkeypatch, capsys, tmp_path):
+    """Other contrasts or another confidence compare anew what was evaluated."""
+    student, teacher, out = folders["llm", "student"], folders["llm", "teacher"], tmp_path / "out"
+    words = ("compare", student, teacher, "--tasks", "shapes_text", "--out", out)
+    words += ("--set", "limit=4", "--set", "bootstrap_draws=50")
+    contrasts = ("--set", "contrasts=['llm-student - llm-teacher']", "--set", "confidence=0.9")
+    assert call(monkeypatch, capsys, *words)[0] == 0
+    evaluated = (out / "evals" / "llm-student" / "results.json").stat().st_mtime_ns
+    assert call(monkeypatch, capsys, *words, *contrasts)[0] == 0
+    record = json.loads((out / "compare.json").read_text())
+    declared = {its["name"]: its["declared"] for its in record["tasks"]["shapes_text"]["contrasts"]}
+    assert declared == {"llm-teacher - llm-student": False, "llm-student - llm-teacher": True}
+    assert record["confidence"] == 0.9
+    assert (out / "evals" / "llm-student" / "results.json").stat().st_mtime_ns == evaluated
+
+
 WHOLE = {"type": "whole", "components": ["language"]}
 
 

@@ -103,7 +103,8 @@ def test_an_arm_keeps_the_nulls_of_its_run(make_config):
 
 def test_distill_in_a_notebook(kind, folders, tmp_path):
     """Names, a recipe and a folder are enough: the metrics are at hand, and the saved student is what was trained. A
-    recipe that needs a teacher refuses a pair without one."""
+    recipe refuses a pair without the teacher that it needs, a pair with another teacher, and no data; a mask is of
+    bools."""
     modality = "image" if kind == "vlm" else "text"
     recipe = Recipe(
         teacher=str(folders[kind, "teacher"]),
@@ -126,6 +127,18 @@ def test_distill_in_a_notebook(kind, folders, tmp_path):
     assert any(not torch.equal(now[name], old[name]) for name in now)
     with pytest.raises(ConfigError, match=r"loss reverse_kl needs a teacher: load_pair\("):
         distill(again, data, recipe, out=tmp_path / "y")
+    pair = load_pair(student, student)
+    with pytest.raises(
+        ConfigError, match=r"the pair's teachers are .*-student'\], the recipe's .*-teacher'\]"
+    ):
+        distill(pair, data, recipe, out=tmp_path / "y")
+    pair = load_pair(student, recipe.teacher)
+    with pytest.raises(ConfigError, match="y: the data has no examples"):
+        distill(pair, [], recipe, out=tmp_path / "y")
+    mask = {name: torch.ones_like(its) for name, its in pair.student.model.named_parameters()}
+    with pytest.raises(ValueError, match=r"the mask's .* is torch\.bfloat16, not torch\.bool"):
+        distill(pair, data, recipe, out=tmp_path / "y", mask=mask)
+    assert not (tmp_path / "y").exists()
 
 
 MINIATURE = """

@@ -136,6 +136,11 @@ def distill(
         if identity is not None:
             start = resume(out / "state", trainable, optimizer, averages, identity)
         share = split_evenly(train.prompts_per_step, accelerator)
+        refuse_other_teachers(pair, recipe)
+        if len(data) == 0:
+            raise ConfigError(
+                f"{title}: the data has no examples; load_data(recipe.data, size) makes some"
+            )
         pair.check_teachers_prompt(pick(data, 0, 1, seed))
         log = TrainingLog(out, title, train.steps, start, main, hooks.trackers)
     refuse_other_starts(start, out, accelerator)
@@ -279,6 +284,21 @@ def follow_student(pair: ModelPair, mask: Mapping[str, Tensor] | None) -> Averag
             averages.append((average, teacher.ema))
             teacher.loaded.model.requires_grad_(False)
     return averages
+
+
+def refuse_other_teachers(pair: ModelPair, recipe: Recipe) -> None:
+    """Raises ConfigError where the pair was loaded with other teachers than the recipe's, or other contexts of them."""
+    loaded = [(its.loaded.name, its.context, its.ema) for its in pair.teachers]
+    student = pair.student.name
+    wanted = [
+        (student if its.is_student else its.model, its.context, its.ema)
+        for its in recipe.teachers.values()
+    ]
+    if loaded and wanted and loaded != wanted:
+        raise ConfigError(
+            f"the pair's teachers are {[name for name, *_ in loaded]}, the recipe's {[name for name, *_ in wanted]}, "
+            "or in another context: load_pair(student, recipe.teacher)"
+        )
 
 
 def split_evenly(prompts: int, accelerator: Accelerator) -> range:

@@ -252,6 +252,8 @@ class Trainable:
         self.slots: dict[str, Slot] = {}
         for name, parameter in self.model_parameters.items():
             marked = None if mask is None else mask.get(name, torch.zeros(0, dtype=torch.bool))
+            if marked is not None and marked.dtype != torch.bool:
+                raise ValueError(f"the mask's {name!r} is {marked.dtype}, not torch.bool")
             trains = parameter.requires_grad and (marked is None or bool(marked.any()))
             parameter.requires_grad_(trains)
             parameter.grad = None
