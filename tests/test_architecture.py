@@ -18,16 +18,17 @@ GROUND = {
 
 RANK = {
     "vlopd.errors": 0, "vlopd.types": 0, "vlopd.seeding": 0, "vlopd.bits": 0,
-    "vlopd.config": 1, "vlopd.digests": 1, "vlopd.files": 1, "vlopd.distributed": 1,
-    "vlopd.models": 2, "vlopd.data": 2,
-    "vlopd.weights": 3,
-    "vlopd.masks": 4, "vlopd.train": 4,
-    "vlopd.geometry": 5, "vlopd.distill": 5,
-    "vlopd.run": 6,
-    "vlopd.preflight": 7,
-    "evals": 8,
-    "vlopd.pipeline": 9,
-    "vlopd.cli": 10,
+    "vlopd.digests": 1, "vlopd.files": 1, "vlopd.distributed": 1,
+    "vlopd.config": 2,
+    "vlopd.models": 3, "vlopd.data": 3,
+    "vlopd.weights": 4,
+    "vlopd.masks": 5, "vlopd.train": 5,
+    "vlopd.geometry": 6, "vlopd.distill": 6,
+    "vlopd.run": 7,
+    "vlopd.preflight": 8,
+    "evals": 9,
+    "vlopd.pipeline": 10,
+    "vlopd.cli": 11,
 }  # fmt: skip
 """A room may import rooms of a lower rank, or itself."""
 

@@ -52,8 +52,6 @@ def test_a_wrong_key_or_value_is_one_clear_line(override, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("arms.full.type='source'", 'arms.full.type: "source" is now "base"'),
-        ("precision.stored='source'", 'precision.stored: "source" is now "auto"'),
         ("rollout.source='source'", "rollout.source.type: must be one of 'student', "),
         ("precision.compute='fp8'", "precision.compute: must be one of 'fp32', 'bf16'; got 'fp8'"),
         ("masks.top.fraction='x'", "masks.top.fraction: must be a number; got 'x'"),
@@ -67,10 +65,19 @@ def test_a_wrong_key_or_value_is_one_clear_line(override, message):
     ],
 )  # fmt: skip
 def test_errors_are_in_the_users_words(override, message):
-    """An error has the key path without a union tag, and a plain phrase; earlier values get their new name."""
+    """An error has the key path without a union tag, and a plain phrase."""
     with pytest.raises(ConfigError) as error:
         load_config(QUICKSTART, [override])
     assert str(error.value).startswith(f"{QUICKSTART}: {message}")
+
+
+def test_values_of_earlier_versions_are_read(capsys):
+    """`source` of an arm and of the stored precision is read as `base` and `auto`, with a line each."""
+    old = load_config(QUICKSTART, ["arms.base.type='source'", "precision.stored='source'"])
+    said = capsys.readouterr().err
+    assert 'arms.base.type = "source" is now "base"' in said
+    assert 'precision.stored = "source" is now "auto"' in said
+    assert old == load_config(QUICKSTART) and not capsys.readouterr().err
 
 
 def test_errors_of_a_section_alone_have_its_keys():

@@ -9,9 +9,6 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-RENAMED = {("type", "source"): "base", ("stored", "source"): "auto"}
-"""(key, value of an earlier version) -> value."""
-
 TYPES = {
     "bool_type": "true or false",
     "dict_type": "a table",
@@ -86,8 +83,6 @@ def _problem(error: ErrorDetails, key: str) -> str:
         rule = f"must match {context['pattern']}"
     else:
         rule = error["msg"].replace("Input should be", "must be", 1)
-    if isinstance(value, str) and (now := RENAMED.get((key, value))) and f"'{now}'" in rule:
-        return f'"{value}" is now "{now}"'
     return f"{rule}; got {value!r}" if isinstance(value, str | int | float | None) else rule
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from vlopd.config.base import Section
 from vlopd.config.experiment import ExperimentConfig, merge
 from vlopd.config.explain import explain_errors
 from vlopd.errors import ConfigError
+from vlopd.files import is_first_process
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -34,10 +36,24 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentCo
 
 def config_of(tree: Any, where: Path | str) -> ExperimentConfig:
     """Validates a config table of a TOML file or a run.json. Raises ConfigError with the file and the key."""
+    _rename(tree, where)
     try:
         return ExperimentConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{where}: {explain_errors(error, ExperimentConfig)}") from None
+
+
+def _rename(tree: Any, where: Path | str) -> None:
+    """Replaces values of earlier versions in place, with a line on stderr for each."""
+    tables = {"precision": tree.get("precision")} if isinstance(tree, dict) else {}
+    arms = tree.get("arms") if isinstance(tree, dict) else None
+    tables |= {f"arms.{name}": arm for name, arm in arms.items()} if isinstance(arms, dict) else {}
+    for name, table in tables.items():
+        key, now = ("stored", "auto") if name == "precision" else ("type", "base")
+        if isinstance(table, dict) and table.get(key) == "source":
+            table[key] = now
+            if is_first_process():
+                print(f'vlopd: {where}: {name}.{key} = "source" is now "{now}"', file=sys.stderr)
 
 
 AnySection = TypeVar("AnySection", bound=Section)
