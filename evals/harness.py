@@ -5,6 +5,7 @@ One model at a time, task by task. A task is evaluated only when its checkpoint,
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -205,18 +206,15 @@ def _task_of(samples: Path) -> str:
 def _reusable_results(its: Stage) -> dict[str, Any]:
     """Earlier results of the same checkpoint, without the tasks that are to be evaluated again or are gone."""
     out = its.run.root / its.artifact
-    fresh: dict[str, Any] = {"inputs": {**its.inputs, "tasks": {}}, "leaves": {}}
     old = its.before
-    if not old:
-        return fresh
-    kept = unchanged_tasks(old["inputs"], its.inputs)
-    if not kept:
-        return fresh
+    kept = unchanged_tasks(old["inputs"], its.inputs) if old else {}
     leaves = {task: old["leaves"][task] for task in kept}
     names = {leaf for task in kept for leaf in leaves[task]}
     for path in out.glob("samples_*.jsonl"):
         if path.stem.removeprefix("samples_") not in names:
             path.unlink()
+    if not kept:
+        return {"inputs": {**its.inputs, "tasks": {}}, "leaves": {}}
     merged = {**old, "inputs": {**its.inputs, "tasks": kept}, "leaves": leaves}
     for key in (*MERGED, *PER_TASK):
         merged[key] = {leaf: value for leaf, value in old.get(key, {}).items() if leaf in names}
@@ -399,13 +397,18 @@ def _save_images(
     if task.config.doc_to_image is None:
         return {}
     kept: dict[int, Path] = {}
+    changed = False
     for row in rows[:count]:
         if own := as_list(task.own_image(row["doc"])):
             path = run.root / "evals" / "images" / name / f"{row['doc_id']}.png"
-            with whole_file(path) as temporary:
-                own[0].convert("RGB").save(temporary, "PNG")
+            picture = io.BytesIO()
+            own[0].convert("RGB").save(picture, "PNG")
+            if not path.exists() or path.read_bytes() != picture.getvalue():
+                changed = True
+                with whole_file(path) as temporary:
+                    temporary.write_bytes(picture.getvalue())
             kept[row["doc_id"]] = path
-    if kept:
+    if kept and (changed or not run.checksums.path(f"images/{name}").exists()):
         # those that rows of other arms show stay vouched for
         run.checksums.write(f"images/{name}", (run.root / "evals" / "images" / name).glob("*.png"))
     return {doc_id: run.checksums.name(path) for doc_id, path in kept.items()}
