@@ -206,18 +206,15 @@ def _task_of(samples: Path) -> str:
 def _reusable_results(its: Stage) -> dict[str, Any]:
     """Earlier results of the same checkpoint, without the tasks that are to be evaluated again or are gone."""
     out = its.run.root / its.artifact
-    fresh: dict[str, Any] = {"inputs": {**its.inputs, "tasks": {}}, "leaves": {}}
     old = its.before
-    if not old:
-        return fresh
-    kept = unchanged_tasks(old["inputs"], its.inputs)
-    if not kept:
-        return fresh
+    kept = unchanged_tasks(old["inputs"], its.inputs) if old else {}
     leaves = {task: old["leaves"][task] for task in kept}
     names = {leaf for task in kept for leaf in leaves[task]}
     for path in out.glob("samples_*.jsonl"):
         if path.stem.removeprefix("samples_") not in names:
             path.unlink()
+    if not kept:
+        return {"inputs": {**its.inputs, "tasks": {}}, "leaves": {}}
     merged = {**old, "inputs": {**its.inputs, "tasks": kept}, "leaves": leaves}
     for key in (*MERGED, *PER_TASK):
         merged[key] = {leaf: value for leaf, value in old.get(key, {}).items() if leaf in names}

@@ -229,6 +229,9 @@ early = {type = "transplant", of = "full", mask = "visible"}
     rows = f"evals/full/samples_{task}.jsonl"
     assert files_and_times(run)[rows] == done[rows]
     assert not (run / "evals" / "full" / f"samples_{second}.jsonl").exists()
+    # and nothing is left of results of which nothing is kept
+    assert vlopd(monkeypatch, "eval", run, f"eval.tasks=['{second}']") == 0
+    assert not verify_run(RunFolder(run)).unknown
 
 
 @pytest.mark.parametrize("kind", ["llm"], indirect=True)
