@@ -58,7 +58,7 @@ class Subject:
 
 
 def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
-    """Scores one arm of a run on the config's tasks; returns whether there was anything to do."""
+    """Evaluates one arm of a run on the config's tasks; returns whether anything was done."""
     its = config.arms.get(arm)
     if isinstance(its, ImportedArm):
         return import_scores(run, Path(its.results), arm, config.eval)
@@ -68,7 +68,7 @@ def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
 
 
 def eval_inputs(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[str, Any]:
-    """The digests of all that decides an arm's results."""
+    """The inputs that determine an arm's results, as digests."""
     its = config.arms.get(arm)
     if isinstance(its, ImportedArm):
         return imported_inputs(Path(its.results), config.eval)
@@ -79,7 +79,7 @@ def eval_inputs(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[str,
 def subject_of(
     run: RunFolder, config: ExperimentConfig, arm: str, about: Mapping[str, Any]
 ) -> Subject:
-    """An arm with a model, as what is evaluated."""
+    """The subject of an arm that has a model."""
     return Subject(
         arm,
         lambda whole: arm_content(run, config, arm, whole),
@@ -91,17 +91,16 @@ def subject_of(
 
 
 def evaluate(run: RunFolder, subject: Subject, config: EvalConfig) -> bool:
-    """Scores a model on tasks; returns whether there was anything to do.
+    """Evaluates a model on tasks; returns whether anything was done.
 
-    Writes evals/<name>/samples_<task>.jsonl in the run and, after each task, results.json there. Tasks whose results
-    are there and were made from the same inputs are kept. Raises ConfigError for an unknown task and RunError for one
-    that nothing can be scored on.
+    Writes evals/<name>/samples_<task>.jsonl in the run and, after each task, results.json there. Results of tasks with
+    unchanged inputs are kept. Raises ConfigError for an unknown task and RunError for one that cannot be scored.
     """
     manager = Tasks.of(config.tasks, config.include)
     with stage(run, f"evals/{subject.name}") as its:
         record = run.checksums.record(its.artifact)
         if record.exists() and not _images_exist(run, read_json(record)):
-            run.checksums.start(its.artifact)  # everything that shows them is made again
+            run.checksums.start(its.artifact)  # remade together with the rows that show them
         if not its.is_due(lambda whole: evaluation_inputs(manager, subject, config, whole)):
             return False
         merged = _reusable_results(its)
@@ -110,7 +109,7 @@ def evaluate(run: RunFolder, subject: Subject, config: EvalConfig) -> bool:
             if task in merged["inputs"]["tasks"]:
                 continue
             if lm is None:
-                if merged["inputs"]["tasks"]:  # what is kept survives a kill
+                if merged["inputs"]["tasks"]:  # reused results survive a kill
                     _write_results(its, merged)
                 title = f"eval {subject.name}"
                 lm = ArmLM(subject.open(), config.batch_size, title, sampled=config.sampled)
@@ -134,22 +133,22 @@ def evaluate(run: RunFolder, subject: Subject, config: EvalConfig) -> bool:
 def evaluation_inputs(
     manager: Tasks, subject: Subject, config: EvalConfig, whole: bool
 ) -> dict[str, Any]:
-    """The digests of all that decides a model's results; `whole` as in digests.file_digest."""
+    """The inputs that determine a model's results, as digests; `whole` as in digests.file_digest."""
     tasks = {task: _inputs_of(manager, task, config, subject) for task in config.tasks}
     return {"checkpoint": dict(subject.content(whole)), "tasks": tasks}
 
 
 def _write_results(its: Stage, merged: Mapping[str, Any]) -> None:
-    """results.json of the tasks evaluated so far, and first the checksums of it and of their rows."""
+    """Writes results.json of the tasks evaluated so far, with checksums of it and of the rows."""
     out = its.run.root / its.artifact
     plain = json.loads(json.dumps(merged, default=handle_non_serializable))
     rows = [out / f"samples_{leaf}.jsonl" for leaf in merged["results"]]
-    present = [path for path in rows if path.exists()]  # a group of tasks has none
+    present = [path for path in rows if path.exists()]  # a group of tasks has no rows
     its.run.checksums.finish(its.artifact, without_nan(plain), present)
 
 
 def _images_exist(run: RunFolder, results: Mapping[str, Any]) -> bool:
-    """Whether the pictures that rows show were not deleted. Raises RunError where one is not as it was written."""
+    """Whether the rows' saved images still exist. Raises RunError where one was changed."""
     for leaf in results.get("pictures", ()):
         if not (run.root / "evals" / "images" / leaf).is_dir():
             return False
@@ -158,11 +157,11 @@ def _images_exist(run: RunFolder, results: Mapping[str, Any]) -> bool:
 
 
 def import_scores(run: RunFolder, folder: Path, name: str, config: EvalConfig) -> bool:
-    """Another lm-eval run's answers as an arm; returns whether there was anything to do.
+    """Imports another lm-eval run's scores as an arm; returns whether anything was done.
 
     Raises RunError where it lacks a task of the config.
     """
-    samples = samples_of(folder, config.tasks)  # refused before what is there is withdrawn
+    samples = samples_of(folder, config.tasks)  # raises before existing results are withdrawn
     with stage(run, f"evals/{name}") as its:
         if its.is_due(lambda _: imported_inputs(folder, config)):
             out = run.eval(name)
@@ -181,7 +180,7 @@ def import_scores(run: RunFolder, folder: Path, name: str, config: EvalConfig) -
 
 
 def imported_inputs(folder: Path, config: EvalConfig) -> dict[str, Any]:
-    """The digests of imported scores, and the tasks that they are read for."""
+    """The inputs of imported scores: their files and the tasks."""
     files = {path.name: file_digest(path) for path in score_files(folder)}
     return {"checkpoint": files, "tasks": list(config.tasks)}
 
@@ -204,7 +203,7 @@ def _task_of(samples: Path) -> str:
 
 
 def _reusable_results(its: Stage) -> dict[str, Any]:
-    """Earlier results of the same checkpoint, without the tasks that are to be evaluated again or are gone."""
+    """Earlier results of the same checkpoint that are still valid; rows of other tasks are deleted."""
     out = its.run.root / its.artifact
     old = its.before
     kept = unchanged_tasks(old["inputs"], its.inputs) if old else {}
@@ -223,7 +222,7 @@ def _reusable_results(its: Stage) -> dict[str, Any]:
 
 
 def unchanged_tasks(before: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """{task: its inputs} of those that were made from the same inputs, nothing beside the tasks being new."""
+    """{task: its inputs} of the tasks with unchanged inputs; none if inputs shared by all tasks changed."""
     if not before or any(before.get(key) != inputs[key] for key in inputs if key != "tasks"):
         return {}
     return {t: i for t, i in inputs["tasks"].items() if before["tasks"].get(t) == i}

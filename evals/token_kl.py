@@ -52,7 +52,7 @@ def write_token_kl(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
 
 
 def forget_tokens(run: RunFolder, arm: str) -> None:
-    """Removes what an earlier config asked for: the report would show it beside later answers."""
+    """Deletes the token KLs of an earlier config, which the report would show beside later answers."""
     if not run.checksums.record(f"tokens/{arm}").exists():
         return
     with run.lock_artifact(f"tokens/{arm}"):
@@ -62,13 +62,13 @@ def forget_tokens(run: RunFolder, arm: str) -> None:
 
 
 def has_tokens(config: ExperimentConfig, arm: str) -> bool:
-    """Whether an arm is a student of this run, whose answers a teacher can grade."""
+    """Whether token KL applies: the arm is a student of this run, and the run has a teacher and keeps questions."""
     foreign = isinstance(config.arms.get(arm), (TeacherArm, CheckpointArm, ImportedArm))
     return not foreign and bool(config.eval.keep_images) and config.teacher is not None
 
 
 def token_inputs(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[str, Any]:
-    """The digests of all that decides an arm's divergence from the teacher."""
+    """The inputs that determine an arm's token KL, as digests."""
     manager = Tasks.of(config.eval.tasks, config.eval.include)
     teachers = {n: teacher_content(run, config, its) for n, its in config.teachers.items()}
     return {
@@ -84,7 +84,7 @@ def token_inputs(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[str
 
 
 def write_tokens(its: Stage, config: ExperimentConfig, arm: str) -> None:
-    """Writes tokens_<task>.jsonl of the tasks that are new, and keeps those of the others."""
+    """Writes tokens_<task>.jsonl of new and changed tasks, and keeps those of unchanged ones."""
     run, out = its.run, its.run.eval(arm)
     kept = unchanged_tasks(its.before.get("inputs", {}), its.inputs)
     leaves: dict[str, list[str]] = {task: its.before["leaves"][task] for task in kept}

@@ -75,7 +75,7 @@ class Planner:
         if not self.run.checksums.record(artifact).exists():
             self.plan[artifact] = "new"
         elif new is not None:
-            self.plan[artifact] = f"depends on {new}"
+            self.plan[artifact] = f"depends on {new}, if that changes"
         else:
             self.plan[artifact] = self.run.checksums.outdated(artifact, inputs())
 
@@ -159,10 +159,11 @@ def plan(
 
 
 def unused_masks(run: RunFolder, config: ExperimentConfig, names: Sequence[str]) -> list[str]:
-    """Masks that `mask make` wrote and that no arm is made with: of a whole run, they are kept as the arms are."""
+    """Existing masks that no arm is made under (of `mask make`); a run of all arms keeps them up to date too."""
     if set(names) < set(config.arms):
         return []
-    return [name for name in config.masks if run.mask_record(name).exists()]
+    used = {mask_of(arm) for arm in config.arms.values()}
+    return [name for name in config.masks if name not in used and run.mask_record(name).exists()]
 
 
 # -------------------------------------------------------------------------------------------- stages

@@ -70,9 +70,18 @@ def _print_plan(run: RunFolder, planned: pipeline.Plan) -> None:
     for artifact, why in due.items():
         by_reason.setdefault(why, []).append(artifact)
     for why, artifacts in by_reason.items():
-        derived = ", unless it comes out as it was" if why.startswith("from ") else ""
-        line = f"{', '.join(artifacts)} ({why}{derived})"
+        line = f"{', '.join(artifacts)} ({why})"
         console.print(f"[bold]to be made[/]: {escape(line)}", soft_wrap=True)
+
+
+def _begin(
+    run: RunFolder, config: ExperimentConfig, planned: pipeline.Plan, reads: tuple[str, ...] = ()
+) -> None:
+    """Prints the plan, refuses known problems and outdated artifacts of the kinds that a stage `reads`, saves the config."""
+    _print_plan(run, planned)
+    pipeline.refuse_outdated(run, planned, reads)
+    pipeline.refuse_unready(config, planned)
+    run.save_config(config)
 
 
 def _refuse_outdated_results(run: RunFolder, config: ExperimentConfig, geometry: bool) -> None:
@@ -117,9 +126,7 @@ def run(
     folder, config = pipeline.prepare(target, overrides or (), out)
     names = _select_arms(config, arm, list(config.arms))
     planned = pipeline.plan(folder, config, names, until)
-    _print_plan(folder, planned)
-    pipeline.refuse_unready(config, planned)
-    folder.save_config(config)
+    _begin(folder, config, planned)
     pipeline.run_all(folder, config, names, until, print_artifact, allow_other_base)
     if until == "report" and not arm and is_first_process():
         _print_verdict(folder)
@@ -192,9 +199,7 @@ def retrain(
     folder, config = pipeline.prepare(target, overrides or (), out)
     names = _select_arms(config, arm, [n for n in config.arms if config.is_derived(n)])
     planned = pipeline.plan(folder, config, names, "arms")
-    _print_plan(folder, planned)
-    pipeline.refuse_unready(config, planned)
-    folder.save_config(config)
+    _begin(folder, config, planned)
     pipeline.make_arms(folder, config, names, print_artifact, allow_other_base)
 
 
@@ -226,10 +231,7 @@ def geometry(
         folder, config = pipeline.prepare(base, trained or ())
         names = list(config.geometry.arms)
         planned = pipeline.plan(folder, config, names, "geometry")
-        _print_plan(folder, planned)
-        pipeline.refuse_outdated(folder, planned, ["arms", "masks"])
-        pipeline.refuse_unready(config, planned)
-        folder.save_config(config)
+        _begin(folder, config, planned, reads=("arms", "masks"))
         pipeline.make_geometry(folder, config, names, print_artifact)
         return
     if out is None:
@@ -250,10 +252,7 @@ def evaluate(target: Target, overrides: Overrides = None, arm: Arms = None) -> N
     folder, config = pipeline.prepare(target, overrides or ())
     names = _select_arms(config, arm, list(config.arms))
     planned = pipeline.plan(folder, config, names, "evals", geometry=False)
-    _print_plan(folder, planned)
-    pipeline.refuse_outdated(folder, planned, ["arms", "masks"])
-    pipeline.refuse_unready(config, planned)
-    folder.save_config(config)
+    _begin(folder, config, planned, reads=("arms", "masks"))
     pipeline.make_evals(folder, config, names, print_artifact)
 
 

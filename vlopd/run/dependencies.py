@@ -47,7 +47,7 @@ def arm_inputs(
             "files": model_content(config.student, whole),
             "stored": config.precision.stored,
         }
-    files = arm_content(run, config, base_arm(config) if _is_derived(arm) else name, whole)
+    files = arm_content(run, config, base_arm(config) if _starts_from_base(arm) else name, whole)
     if isinstance(arm, TeacherArm):
         teacher = config.teacher_of(arm)
         return {"teacher": teacher.model, "revision": teacher.revision, "files": files}
@@ -70,7 +70,7 @@ def arm_inputs(
     return inputs | _reference_inputs(run, config, arm, whole)
 
 
-def _is_derived(arm: ArmConfig) -> bool:
+def _starts_from_base(arm: ArmConfig) -> bool:
     """Whether an arm is a checkpoint made from this run's base."""
     return isinstance(arm, (DistillArm, TransplantArm, ExtrapolateArm))
 

@@ -63,13 +63,13 @@ class RunFolder:
         return self.arm(arm) / "checkpoints" / f"step-{step}"
 
     def arm_record(self, arm: str) -> Path:
-        return self.arm(arm) / "record.json"
+        return self.checksums.record(f"arms/{arm}")
 
     def mask(self, name: str) -> Path:
         return self.root / "masks" / f"{name}.safetensors"
 
     def mask_record(self, name: str) -> Path:
-        return self.root / "masks" / f"{name}.json"
+        return self.checksums.record(f"masks/{name}")
 
     def geometry(self, arm: str) -> Path:
         return self.root / "geometry" / arm
@@ -79,7 +79,7 @@ class RunFolder:
 
     @property
     def compare(self) -> Path:
-        return self.root / "compare.json"
+        return self.checksums.record("compare")
 
     @property
     def report(self) -> Path:
@@ -238,12 +238,12 @@ def _resolved_config(config: ExperimentConfig) -> dict[str, Any]:
     return json.loads(config.model_dump_json())
 
 
-def _with_defaults(_resolved_config: Any) -> Any:
+def _with_defaults(stored: Any) -> Any:
     """A stored config with the defaults of settings added since; unchanged where it is no longer valid."""
     try:
-        return json.loads(ExperimentConfig.model_validate(_resolved_config).model_dump_json())
+        return _resolved_config(ExperimentConfig.model_validate(stored))
     except ValidationError:
-        return _resolved_config
+        return stored
 
 
 def up_to_date(record: Path, inputs: Mapping[str, Any]) -> bool:
