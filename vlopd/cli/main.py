@@ -77,7 +77,7 @@ def _print_plan(run: RunFolder, planned: pipeline.Plan) -> None:
 def _begin(
     run: RunFolder, config: ExperimentConfig, planned: pipeline.Plan, reads: tuple[str, ...] = ()
 ) -> None:
-    """Prints the plan, refuses known problems and outdated artifacts of the kinds that a stage `reads`, saves the config."""
+    """Prints the plan, refuses known problems and outdated artifacts that a stage `reads` (kinds), saves the config."""
     _print_plan(run, planned)
     pipeline.refuse_outdated(run, planned, reads)
     pipeline.refuse_unready(config, planned)
