@@ -22,10 +22,10 @@ from vlopd.config.arms import CheckpointArm, ImportedArm, TeacherArm
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.models import ModelConfig
 from vlopd.digests import digest_json, digest_text, digest_weights, file_digest
-from vlopd.distill import Evaluate
 from vlopd.distributed import accelerator
 from vlopd.errors import RunError
 from vlopd.files import read_json, read_jsonl, whole_file, without_nan, write_jsonl
+from vlopd.loop import Evaluate
 from vlopd.models.load import DTYPES, load_configured
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.thinking import Reading

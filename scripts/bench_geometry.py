@@ -31,9 +31,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlopd.config.analysis import GeometryConfig
-from vlopd.geometry.checkpoint import measure_checkpoint, pool
-from vlopd.geometry.projection import base_factors, matrix_measures
 from vlopd.models.parameter_names import classify
+from vlopd.update_geometry.checkpoint import measure_checkpoint, pool
+from vlopd.update_geometry.projection import base_factors, matrix_measures
 from vlopd.weights.delta import difference, stream
 
 RATIOS = (0.01, 0.05, 0.1, 0.2)

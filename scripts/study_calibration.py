@@ -36,12 +36,12 @@ from vlopd.config.analysis import (
     SignFlippedNull,
     UlpNull,
 )
-from vlopd.geometry.aggregate import tensor_rows
-from vlopd.geometry.matrix import keys_of, measure_matrix
-from vlopd.geometry.nulls import null_delta, null_name
-from vlopd.geometry.schema import EQUAL
 from vlopd.seeding import generator
 from vlopd.types import TensorName
+from vlopd.update_geometry.aggregate import tensor_rows
+from vlopd.update_geometry.matrix import keys_of, measure_matrix
+from vlopd.update_geometry.nulls import null_delta, null_name
+from vlopd.update_geometry.schema import EQUAL
 from vlopd.weights.delta import TensorDelta
 
 NULLS: tuple[NullConfig, ...] = (

@@ -21,8 +21,8 @@ from transformers import (
 from tests.families import llms, vlms
 from vlopd.config.analysis import GeometryConfig
 from vlopd.errors import RunError
-from vlopd.geometry.checkpoint import measure_checkpoint, read_rows
 from vlopd.models.parameter_names import classify
+from vlopd.update_geometry.checkpoint import measure_checkpoint, read_rows
 from vlopd.weights.delta import match_report, stream
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("vlopd/**/*.py"), *ROOT.glob("evals/**/*.py")])
 
 GROUND = {
-    "__init__", "bits", "digests", "distill", "distributed", "errors", "files", "pipeline", "seeding", "types",
+    "__init__", "bits", "digests", "distributed", "errors", "files", "loop", "pipeline", "seeding", "types",
 }  # fmt: skip
 """The doors of the ground floor: the loop, the pipeline, and what every room may use."""
 
@@ -23,7 +23,7 @@ RANK = {
     "vlopd.models": 3, "vlopd.data": 3,
     "vlopd.weights": 4,
     "vlopd.masks": 5, "vlopd.train": 5,
-    "vlopd.geometry": 6, "vlopd.distill": 6,
+    "vlopd.update_geometry": 6, "vlopd.loop": 6,
     "vlopd.run": 7,
     "vlopd.preflight": 8,
     "evals": 9,
@@ -70,7 +70,7 @@ def test_the_ground_floor_has_a_handful_of_doors():
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_one_way(path):
-    """No room imports one that is built on it: config <- models <- weights <- train <- distill <- run <- evals."""
+    """No room imports one that is built on it: config <- models <- weights <- train <- loop <- run <- evals."""
     here = room_of(name_of(path))
     if here is None:
         return

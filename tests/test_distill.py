@@ -11,8 +11,8 @@ from evals.harness import held_out_scores
 from tests.conftest import recipe_of
 from vlopd import distributed
 from vlopd.data.load import load_data, pick
-from vlopd.distill import Hooks, backward, distill
 from vlopd.errors import ConfigError, RunError
+from vlopd.loop import Hooks, backward, distill
 from vlopd.models.parameter_names import classify
 from vlopd.train.checks import TrainingError, refuse_overflow
 from vlopd.train.log import Stopwatch, TrainingLog, open_trackers
@@ -155,7 +155,7 @@ def test_a_resumed_run_is_bit_exact(kind, how, optimizer, make_pair, make_config
     class Killed(Exception):
         pass
 
-    import vlopd.distill as module
+    import vlopd.loop as module
 
     original, calls = module.save_state, []
 
@@ -421,9 +421,7 @@ def test_teachers_grade_a_rollout_once(
             body = each.loaded.model.model
             body.register_forward_hook(lambda module, inputs, output, calls=calls: calls.append(1))
         if anew:
-            monkeypatch.setattr(
-                "vlopd.distill.backward", lambda *arguments: backward(*arguments[:5])
-            )
+            monkeypatch.setattr("vlopd.loop.backward", lambda *arguments: backward(*arguments[:5]))
         run(pair, config, tmp_path / str(anew))
         ends.append(weights(pair))
         reads.append(len(calls))
@@ -484,7 +482,7 @@ def test_what_grows_has_each_step_once_after_kills(
     class Killed(BaseException):
         pass
 
-    import vlopd.distill as module
+    import vlopd.loop as module
 
     whole, kept = train_into(tmp_path / "whole")
     original, calls = getattr(module, name), []

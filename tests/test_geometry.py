@@ -29,16 +29,16 @@ from vlopd.config.analysis import (
 )
 from vlopd.errors import RunError
 from vlopd.files import read_json
-from vlopd.geometry.aggregate import PARTS
-from vlopd.geometry.base_masks import BaseMasks
-from vlopd.geometry.checkpoint import measure_checkpoint
-from vlopd.geometry.coordinates import coordinate_terms
-from vlopd.geometry.magnitudes import norm
-from vlopd.geometry.nulls import null_delta, null_direction, null_name
-from vlopd.geometry.projection import base_factors, matrix_measures, skipped_measures
-from vlopd.geometry.schema import DETAIL, Measure, Place, Row, rows_against_nulls
-from vlopd.geometry.spectrum import MatrixSum, as_matrix, rank_at, singular_values
 from vlopd.run.folder import up_to_date
+from vlopd.update_geometry.aggregate import PARTS
+from vlopd.update_geometry.base_masks import BaseMasks
+from vlopd.update_geometry.checkpoint import measure_checkpoint
+from vlopd.update_geometry.coordinates import coordinate_terms
+from vlopd.update_geometry.magnitudes import norm
+from vlopd.update_geometry.nulls import null_delta, null_direction, null_name
+from vlopd.update_geometry.projection import base_factors, matrix_measures, skipped_measures
+from vlopd.update_geometry.schema import DETAIL, Measure, Place, Row, rows_against_nulls
+from vlopd.update_geometry.spectrum import MatrixSum, as_matrix, rank_at, singular_values
 
 RATIOS = (0.01, 0.1, 0.25)
 CONFIG = GeometryConfig(ratios=RATIOS)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vlopd.config.analysis import GaussianNull
-from vlopd.geometry.nulls import null_name
+from vlopd.update_geometry.nulls import null_name
 
 spec = importlib.util.spec_from_file_location(
     "study_calibration", Path(__file__).parents[1] / "scripts" / "study_calibration.py"

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from vlopd.geometry.coordinates import count_coordinates, thresholds
-from vlopd.geometry.linalg import by_inverse_iteration, leading_eigenvectors, product
-from vlopd.geometry.magnitudes import (
+from vlopd.update_geometry.coordinates import count_coordinates, thresholds
+from vlopd.update_geometry.linalg import by_inverse_iteration, leading_eigenvectors, product
+from vlopd.update_geometry.magnitudes import (
     SAMPLE,
     SPARSE,
     OrderStatistic,
@@ -21,7 +21,7 @@ from vlopd.geometry.magnitudes import (
     nonzero_entries,
     top_energy,
 )
-from vlopd.geometry.spectrum import orthonormal
+from vlopd.update_geometry.spectrum import orthonormal
 
 N, K = 96, 20
 SPECTRA = {

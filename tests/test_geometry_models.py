@@ -14,8 +14,8 @@ from tests.families import llms, vlms
 from tests.test_geometry import RATIOS, reference
 from vlopd.config.analysis import GeometryConfig
 from vlopd.data.load import load_data
-from vlopd.distill import distill
-from vlopd.geometry.checkpoint import measure_checkpoint, read_rows
+from vlopd.loop import distill
+from vlopd.update_geometry.checkpoint import measure_checkpoint, read_rows
 
 CONFIG = GeometryConfig(null_draws=0, ratios=RATIOS)
 Values = dict[tuple[str, str], float | None]

@@ -19,11 +19,11 @@ from tests.test_geometry import RATIOS, orthogonal, reference
 from vlopd.config.analysis import GaussianNull, GeometryConfig, SignFlippedNull
 from vlopd.errors import RunError
 from vlopd.files import read_json
-from vlopd.geometry import paper
-from vlopd.geometry.checkpoint import measure_checkpoint, read_rows
-from vlopd.geometry.overlap import write_overlap
-from vlopd.geometry.trajectory import write_trajectory
 from vlopd.models.parameter_names import classify
+from vlopd.update_geometry import paper
+from vlopd.update_geometry.checkpoint import measure_checkpoint, read_rows
+from vlopd.update_geometry.overlap import write_overlap
+from vlopd.update_geometry.trajectory import write_trajectory
 from vlopd.weights.delta import stream
 
 QUICK = GeometryConfig(null_draws=0, ratios=RATIOS)

@@ -20,13 +20,13 @@ from vlopd.config.analysis import GeometryConfig
 from vlopd.config.masks import VisibleMask
 from vlopd.errors import RunError
 from vlopd.files import read_json
-from vlopd.geometry.checkpoint import measure_checkpoint, read_rows
-from vlopd.geometry.overlap import write_overlap
-from vlopd.geometry.trajectory import write_trajectory
 from vlopd.masks.apply import transplanted
 from vlopd.masks.files import check_shapes
 from vlopd.masks.rules import build_mask
 from vlopd.models.parameter_names import classify
+from vlopd.update_geometry.checkpoint import measure_checkpoint, read_rows
+from vlopd.update_geometry.overlap import write_overlap
+from vlopd.update_geometry.trajectory import write_trajectory
 from vlopd.weights.delta import stream, stream_whole
 
 Tensors = dict[str, Tensor]

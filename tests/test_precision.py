@@ -14,9 +14,9 @@ from tests.families.llms import LLMS
 from vlopd.bits import different, holds
 from vlopd.config.masks import VisibleMask
 from vlopd.config.objective import ReverseKL
-from vlopd.distill import follow_student
 from vlopd.errors import UserError
 from vlopd.files import read_json
+from vlopd.loop import follow_student
 from vlopd.masks.rules import build_mask
 from vlopd.models.load import load
 from vlopd.models.parameter_names import classify

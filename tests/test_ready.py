@@ -19,9 +19,9 @@ from vlopd import pipeline
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.models import ModelConfig
 from vlopd.config.objective import RolloutConfig
-from vlopd.distill import distill
 from vlopd.errors import ConfigError, DataError, RunError
 from vlopd.files import write_jsonl
+from vlopd.loop import distill
 from vlopd.masks.files import save_mask
 from vlopd.models.context_length import context_length
 from vlopd.models.load import load

@@ -10,8 +10,8 @@ from tests.conftest import pair_of, recipe_of
 from tests.test_pipeline import vlopd
 from vlopd.config.recipe import Recipe
 from vlopd.data.load import load_data
-from vlopd.distill import distill
 from vlopd.errors import ConfigError
+from vlopd.loop import distill
 from vlopd.train.pair import load_pair
 from vlopd.types import Example
 

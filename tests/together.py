@@ -17,8 +17,8 @@ from tests.conftest import pair_of, recipe_of
 from vlopd import distributed
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.data.shapes import ShapesDataset
-from vlopd.distill import Hooks, distill
 from vlopd.errors import UserError
+from vlopd.loop import Hooks, distill
 from vlopd.types import Example
 
 SEED = 7

@@ -25,11 +25,11 @@ def compare_folders(
     from vlopd.config.analysis import GeometryConfig
     from vlopd.config.input import section_of
     from vlopd.digests import digest_checkpoint, digest_json, file_digest
-    from vlopd.geometry import paper
-    from vlopd.geometry.checkpoint import measure_checkpoint, read_rows
-    from vlopd.geometry.overlap import write_overlap
-    from vlopd.geometry.trajectory import step_of
-    from vlopd.geometry.trajectory import write_trajectory as over_steps
+    from vlopd.update_geometry import paper
+    from vlopd.update_geometry.checkpoint import measure_checkpoint, read_rows
+    from vlopd.update_geometry.overlap import write_overlap
+    from vlopd.update_geometry.trajectory import step_of
+    from vlopd.update_geometry.trajectory import write_trajectory as over_steps
     from vlopd.weights.checks import refuse_unlike_config
 
     if device not in ("cpu", "cuda"):

@@ -24,9 +24,9 @@ from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.recipe import Recipe, training_of
 from vlopd.data.load import load_data
 from vlopd.digests import digest_checkpoint, digest_json
-from vlopd.distill import Evaluate, Hooks, distill
 from vlopd.errors import RunError
 from vlopd.files import whole_folder
+from vlopd.loop import Evaluate, Hooks, distill
 from vlopd.masks.apply import delta_norm, extrapolated, transplanted
 from vlopd.models.load import DTYPES, load_configured, resolve
 from vlopd.models.save import save

@@ -20,7 +20,6 @@ from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import FileMask, MaskConfig
 from vlopd.digests import digest_checkpoint, file_digest
 from vlopd.files import read_json
-from vlopd.geometry.trajectory import step_of
 from vlopd.masks.files import load_mask
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import (
@@ -34,6 +33,7 @@ from vlopd.run.resolve import (
     other_base,
     teacher_content,
 )
+from vlopd.update_geometry.trajectory import step_of
 
 
 def arm_inputs(

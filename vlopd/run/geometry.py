@@ -8,13 +8,13 @@ from typing import Any
 
 from vlopd.config.arms import TeacherArm
 from vlopd.config.experiment import ExperimentConfig
-from vlopd.geometry.checkpoint import PARTIAL, measure_checkpoint
-from vlopd.geometry.overlap import write_overlap
-from vlopd.geometry.trajectory import write_trajectory
 from vlopd.run.dependencies import geometry_inputs, overlap_inputs, saved_steps
 from vlopd.run.folder import RunFolder, up_to_date
 from vlopd.run.resolve import arm_folder, base_arm
 from vlopd.run.stage import Stage, stage
+from vlopd.update_geometry.checkpoint import PARTIAL, measure_checkpoint
+from vlopd.update_geometry.overlap import write_overlap
+from vlopd.update_geometry.trajectory import write_trajectory
 
 
 def make_geometry(run: RunFolder, config: ExperimentConfig, name: str) -> bool:

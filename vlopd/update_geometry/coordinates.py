@@ -15,11 +15,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlopd.geometry.base_masks import REASON, BaseMasks
-from vlopd.geometry.closed_forms import hypergeometric
-from vlopd.geometry.magnitudes import CHUNK, Test, compare, count, nonzero_entries, norm, top_energy
-from vlopd.geometry.schema import Measure, parameters
 from vlopd.masks.select import quota
+from vlopd.update_geometry.base_masks import REASON, BaseMasks
+from vlopd.update_geometry.closed_forms import hypergeometric
+from vlopd.update_geometry.magnitudes import (
+    CHUNK,
+    Test,
+    compare,
+    count,
+    nonzero_entries,
+    norm,
+    top_energy,
+)
+from vlopd.update_geometry.schema import Measure, parameters
 
 ATOLS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 UPDATE_ATOLS = (0.0, 1e-5)

@@ -8,10 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from vlopd.geometry.coordinates import Term
-from vlopd.geometry.matrix import OBSERVED, Keys, MatrixResult
-from vlopd.geometry.schema import STATUSES, Measure, Place, Row, parameters, rows_against_nulls
 from vlopd.models.parameter_names import classify
+from vlopd.update_geometry.coordinates import Term
+from vlopd.update_geometry.matrix import OBSERVED, Keys, MatrixResult
+from vlopd.update_geometry.schema import (
+    STATUSES,
+    Measure,
+    Place,
+    Row,
+    parameters,
+    rows_against_nulls,
+)
 from vlopd.weights.matching import LeftOut, MatchReport
 
 PARTS = {

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from vlopd.config.analysis import GeometryConfig
-from vlopd.geometry.closed_forms import projected_share
-from vlopd.geometry.linalg import eigenvalues_of, product
-from vlopd.geometry.magnitudes import norm
-from vlopd.geometry.schema import Measure, parameters
-from vlopd.geometry.spectrum import (
+from vlopd.update_geometry.closed_forms import projected_share
+from vlopd.update_geometry.linalg import eigenvalues_of, product
+from vlopd.update_geometry.magnitudes import norm
+from vlopd.update_geometry.schema import Measure, parameters
+from vlopd.update_geometry.spectrum import (
     ROWS,
     TOP,
     Factors,

@@ -13,8 +13,9 @@ from operator import eq, ge, gt, le, lt
 import torch
 from torch import Tensor
 
-from vlopd.geometry.linalg import product
-from vlopd.geometry.magnitudes import (
+from vlopd.masks.select import quota
+from vlopd.update_geometry.linalg import product
+from vlopd.update_geometry.magnitudes import (
     CHUNK,
     OrderStatistic,
     Test,
@@ -24,8 +25,7 @@ from vlopd.geometry.magnitudes import (
     magnitudes,
     true_indices,
 )
-from vlopd.geometry.spectrum import ROWS, Factors, rank_at
-from vlopd.masks.select import quota
+from vlopd.update_geometry.spectrum import ROWS, Factors, rank_at
 
 NAMES = ("principal", "low_magnitude", "principal_not_low", "nonprincipal_or_low")
 REASON = "the base does not define this mask: no matrix, too large, or all zero"

@@ -26,12 +26,12 @@ from transformers import PretrainedConfig
 from vlopd.config.analysis import GeometryConfig
 from vlopd.digests import digest_json
 from vlopd.files import read_json, whole_file, write_json
-from vlopd.geometry.aggregate import group_rows, left_out_rows, tensor_rows
-from vlopd.geometry.matrix import MatrixResult, keys_of, matrices, measure_matrix
-from vlopd.geometry.nulls import null_name
-from vlopd.geometry.schema import STATUSES, Place, Row
 from vlopd.models.config_files import config_of
 from vlopd.models.parameter_names import classify
+from vlopd.update_geometry.aggregate import group_rows, left_out_rows, tensor_rows
+from vlopd.update_geometry.matrix import MatrixResult, keys_of, matrices, measure_matrix
+from vlopd.update_geometry.nulls import null_name
+from vlopd.update_geometry.schema import STATUSES, Place, Row
 from vlopd.weights.delta import Deltas, stream
 from vlopd.weights.matching import MatchReport
 

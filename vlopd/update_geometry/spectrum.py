@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from vlopd.config.analysis import GeometryConfig
-from vlopd.geometry.linalg import eigenvalues_of, leading_eigenvectors, product
-from vlopd.geometry.schema import Measure, parameters
 from vlopd.seeding import generator
+from vlopd.update_geometry.linalg import eigenvalues_of, leading_eigenvectors, product
+from vlopd.update_geometry.schema import Measure, parameters
 
 TOP = (1, 2, 4, 8, 16, 32, 64)
 TOLERANCES = (1e-6, 1e-5, 1e-4)

@@ -19,14 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vlopd.config.analysis import GeometryConfig
-from vlopd.geometry.aggregate import rows_of, unshared_rows
-from vlopd.geometry.checkpoint import write_table
-from vlopd.geometry.coordinates import UPDATE_ATOLS, Term, not_above
-from vlopd.geometry.magnitudes import compare, kth_smallest, magnitudes
-from vlopd.geometry.matrix import OBSERVED
-from vlopd.geometry.nulls import null_delta, null_name
-from vlopd.geometry.schema import Measure, Place, Row, parameters
 from vlopd.models.parameter_names import classify
+from vlopd.update_geometry.aggregate import rows_of, unshared_rows
+from vlopd.update_geometry.checkpoint import write_table
+from vlopd.update_geometry.coordinates import UPDATE_ATOLS, Term, not_above
+from vlopd.update_geometry.magnitudes import compare, kth_smallest, magnitudes
+from vlopd.update_geometry.matrix import OBSERVED
+from vlopd.update_geometry.nulls import null_delta, null_name
+from vlopd.update_geometry.schema import Measure, Place, Row, parameters
 from vlopd.weights.delta import difference, stream
 
 STRATA = 10

@@ -11,14 +11,14 @@ import torch
 from transformers import PretrainedConfig
 
 from vlopd.config.analysis import GeometryConfig
-from vlopd.geometry.base_masks import BaseMasks
-from vlopd.geometry.coordinates import Term, coordinate_terms
-from vlopd.geometry.nulls import null_delta, null_name
-from vlopd.geometry.projection import base_factors, matrix_measures, skipped_measures
-from vlopd.geometry.schema import STATUSES, Measure, Place
-from vlopd.geometry.spectrum import as_matrix
 from vlopd.models.parameter_names import parts
 from vlopd.types import TensorName
+from vlopd.update_geometry.base_masks import BaseMasks
+from vlopd.update_geometry.coordinates import Term, coordinate_terms
+from vlopd.update_geometry.nulls import null_delta, null_name
+from vlopd.update_geometry.projection import base_factors, matrix_measures, skipped_measures
+from vlopd.update_geometry.schema import STATUSES, Measure, Place
+from vlopd.update_geometry.spectrum import as_matrix
 from vlopd.weights.delta import TensorDelta, difference
 
 OBSERVED = ""

@@ -27,7 +27,7 @@ class Measure(NamedTuple):
     (0/0); `skipped`, not computed; `failed`, raised an error. The last three have no value; all but `ok` have a
     `reason`, and all are counted in every aggregate. `decided_by` is one of DETAIL: a null that preserves this part of
     the update has the same value by construction. `chance` is the mean and standard deviation under an unstructured
-    update, where vlopd.geometry.closed_forms has a closed form.
+    update, where vlopd.update_geometry.closed_forms has a closed form.
     """
 
     metric: str

@@ -21,17 +21,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vlopd.config.analysis import GeometryConfig
-from vlopd.geometry.aggregate import rows_of, unshared_rows
-from vlopd.geometry.checkpoint import write_table
-from vlopd.geometry.coordinates import Term
-from vlopd.geometry.magnitudes import norm
-from vlopd.geometry.matrix import OBSERVED, matrices
-from vlopd.geometry.nulls import matched_delta
-from vlopd.geometry.schema import Measure, Place, Row, parameters
-from vlopd.geometry.spectrum import Factors, MatrixSum, as_matrix, factorise, too_large
 from vlopd.models.config_files import config_of
 from vlopd.models.parameter_names import classify
 from vlopd.seeding import generator
+from vlopd.update_geometry.aggregate import rows_of, unshared_rows
+from vlopd.update_geometry.checkpoint import write_table
+from vlopd.update_geometry.coordinates import Term
+from vlopd.update_geometry.magnitudes import norm
+from vlopd.update_geometry.matrix import OBSERVED, matrices
+from vlopd.update_geometry.nulls import matched_delta
+from vlopd.update_geometry.schema import Measure, Place, Row, parameters
+from vlopd.update_geometry.spectrum import Factors, MatrixSum, as_matrix, factorise, too_large
 from vlopd.weights.delta import stream
 
 RANKS = (1, 4, 16)

@@ -30,8 +30,8 @@ from vlopd.config.analysis import (
     SignFlippedNull,
     UlpNull,
 )
-from vlopd.geometry.magnitudes import CHUNK, compare, norm, true_indices
 from vlopd.seeding import generator
+from vlopd.update_geometry.magnitudes import CHUNK, compare, norm, true_indices
 
 TOLERANCE = 0.02
 """Relative error of a null's norm at which the search stops, in units of 1 / sqrt(entries), the sampling error."""
