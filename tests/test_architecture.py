@@ -28,7 +28,8 @@ RANK = {
     "vlopd.preflight": 8,
     "evals": 9,
     "vlopd.pipeline": 10,
-    "vlopd.cli": 11,
+    "vlopd.api": 11,
+    "vlopd.cli": 12,
 }  # fmt: skip
 """A room may import rooms of a lower rank, or itself."""
 
