@@ -50,7 +50,11 @@ class Tasks(TaskManager):
         """
         if include is not None and not Path(include).is_dir():
             raise ConfigError(f"eval.include: no folder {include!r}")
-        ours = cls(include_path=_folders(include), include_defaults=False)
+        ours = (
+            _our_tasks()
+            if include is None
+            else cls(include_path=_folders(include), include_defaults=False)
+        )
         if all(ours.has(task) for task in tasks):
             return ours
         _refuse_broken([task for task in tasks if not ours.has(task)], include)
@@ -99,6 +103,11 @@ def _refuse_broken(tasks: Sequence[str], include: str | None) -> None:
                 raise ConfigError(
                     f"eval.tasks: {path}, which names task {task!r}, cannot be read as YAML: {first_line(error)}"
                 ) from None
+
+
+@cache
+def _our_tasks() -> Tasks:
+    return Tasks(include_path=_folders(None), include_defaults=False)
 
 
 @cache

@@ -7,6 +7,7 @@ import glob
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -82,21 +83,27 @@ def _add_definition(path: Path, beside: Path, files: set[Path]) -> None:
 
 def _imported_modules(path: Path, beside: Path) -> Iterator[Path]:
     """Files of the modules that a module imports from its folder, the task's folder, or our tasks and data."""
+    for name in _imported_names(path.read_bytes()):
+        for folder in {ROOT} if name.startswith(OURS) else {path.parent, beside}:
+            yield from _module_files(folder, name)
+
+
+@lru_cache(maxsize=256)
+def _imported_names(source: bytes) -> tuple[str, ...]:
+    """The dotted names that a module imports; none where it does not parse, since importing it raises."""
     try:
-        tree = ast.parse(path.read_bytes())
+        tree = ast.parse(source)
     except (SyntaxError, ValueError):
-        return  # importing it raises
+        return ()
+    found: dict[str, None] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found |= dict.fromkeys(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = f"{node.module}." if node.module else ""
             names = [node.module or "", *(base + alias.name for alias in node.names)]
-        else:
-            continue
-        for name in filter(None, names):
-            for folder in {ROOT} if name.startswith(OURS) else {path.parent, beside}:
-                yield from _module_files(folder, name)
+            found |= dict.fromkeys(filter(None, names))
+    return tuple(found)
 
 
 def _module_files(folder: Path, name: str) -> Iterator[Path]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import lru_cache
 
 
+@lru_cache(maxsize=4096)
 def normalise(text: str) -> str:
     """Normalises text: lower case, no accents, apostrophes or punctuation, single spaces, "saint" as "st".
 
-    >>> words("Saint George's, São Tomé!")
+    >>> normalise("Saint George's, São Tomé!")
     "st georges sao tome"
     """
     bare = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
