@@ -131,6 +131,8 @@ def check_pictures(which: str, models: Path, out: Path) -> None:
         torch.testing.assert_close(first[name], one, rtol=1e-3, atol=1e-4)
     lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (out / which, alone)]
     norms = [[json.loads(line)["grad_norm"] for line in each] for each in lines]
+    words = [json.loads(each[0])["words"] for each in lines]
+    assert words[0] == words[1] > 0
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     if which == "eyes":
         assert norms[0].count(0.0) == sum(not any(e.images for e in step) for step in steps)

@@ -27,3 +27,7 @@ def first_line(error: BaseException) -> str:
 
 class RunError(UserError):
     """An invalid or missing file of a run; the message names the file and the remedy."""
+
+
+class PluginError(UserError):
+    """A function of the user's that cannot be used; the message names it ("module:function") and what is wrong."""

@@ -27,6 +27,7 @@ from accelerate.tracking import GeneralTracker
 from torch import Tensor
 
 from vlopd import distributed
+from vlopd.config.objective import FunctionLoss
 from vlopd.config.recipe import Recipe
 from vlopd.data.load import pick
 from vlopd.errors import ConfigError, RunError
@@ -122,6 +123,8 @@ def distill(
             raise ConfigError(
                 f"{recipe.needs_teacher} needs a teacher: load_pair(student, teacher)"
             )
+        for use in recipe.plugins:
+            use.check()
         parameter_names.freeze(pair.student.model, train.freeze)
         with rounded_on_load(pair.student) as stored:
             trainable = Trainable(pair.student.model, mask, projections, stored=stored)
@@ -144,6 +147,9 @@ def distill(
         pair.check_teachers_prompt(pick(data, 0, 1, seed))
         log = TrainingLog(out, title, train.steps, start, main, hooks.trackers)
     refuse_other_starts(start, out, accelerator)
+    remedy = "a lower optim.learning_rate may help"
+    if isinstance(recipe.loss, FunctionLoss):
+        remedy = f"check the loss {recipe.loss.type}, or lower optim.learning_rate"
     has_gradient = start > 0  # whether any trained value has had one
     with log:
         for note in recipe.notes:
@@ -171,7 +177,7 @@ def distill(
                 norm = gather_gradients(trainable, optim.max_grad_norm, accelerator)
                 has_gradient |= any(value.grad is not None for value in trainable.parameters())
                 rows.append(summarise(step, loss, norm, batches, tokens, group, accelerator))
-                refuse_not_finite(rows[-1], batches, tokens, out, title, accelerator)
+                refuse_not_finite(rows[-1], batches, tokens, out, title, accelerator, remedy)
 
                 # 4. the update
                 with distributed.together(accelerator):

@@ -10,6 +10,7 @@ functions, so that an invalid config and a finished run return at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -317,6 +318,19 @@ def refuse_unready(config: ExperimentConfig, planned: Plan) -> None:
     lines += _find_task_problems(config, evals) if evals else []
     if lines:
         raise ConfigError("; ".join(dict.fromkeys(lines)))
+
+
+def plugin_lines(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
+    """The user's own functions that these arms and those they are made from use, one line each.
+
+    One that has no file is left to the checks.
+    """
+    every = dict.fromkeys(a for name in names for a in (name, *config.ancestors(name)))
+    lines = []
+    for use in config.plugins_of(every):
+        with suppress(UserError, OSError):
+            lines.append(use.line)
+    return lines
 
 
 def find_problems(config: ExperimentConfig, names: Sequence[str], evaluated: bool) -> list[str]:

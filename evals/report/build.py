@@ -18,6 +18,7 @@ from evals.report import examples, figures, geometry, tables
 from evals.report.markdown import markdown
 from evals.report.verdict import full_name, interval, p_value, percent, verdict
 from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.training import COLUMNS
 from vlopd.digests import digest_files
 from vlopd.files import read_json, whole_folder
 from vlopd.run.folder import RunFolder
@@ -79,6 +80,7 @@ def _write_report(its: Stage, config: ExperimentConfig) -> None:
             for question in examples.questions(run, name, entry)
         ],
         "training": _training_context(data["training"]),
+        "own_metrics": [name for name in data["training"] if name not in (*COLUMNS, "arm")],
         "curves": _training_curves(data["training"], roles, drawn),
         "held_out": _rows_of(data["held_out"]),
         "probes": _rows_of(data["probes"]),

@@ -79,9 +79,16 @@ def _begin(
 ) -> None:
     """Prints the plan, refuses known problems and outdated artifacts that a stage `reads` (kinds), saves the config."""
     _print_plan(run, planned)
+    _print_plugins(config, list(config.arms))
     pipeline.refuse_outdated(run, planned, reads)
     pipeline.refuse_unready(config, planned)
     run.save_config(config)
+
+
+def _print_plugins(config: ExperimentConfig, names: list[str]) -> None:
+    """Prints the user's own functions that the config names: they are code that will run."""
+    for line in pipeline.plugin_lines(config, names) if is_first_process() else ():
+        console.print(f"[bold]plug-in[/]: {escape(line)}", soft_wrap=True)
 
 
 def _refuse_outdated_results(run: RunFolder, config: ExperimentConfig, geometry: bool) -> None:
@@ -147,6 +154,7 @@ def check(
 
     config = load_config(target, overrides or ())
     device = accelerator().device
+    _print_plugins(config, list(config.arms))
     try:
         if meta:
             rows = preflight_meta(config, device, target.parent / "architectures")

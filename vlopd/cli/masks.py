@@ -15,7 +15,7 @@ from rich.table import Table
 
 from vlopd.cli.common import AllowOtherBase, console, print_artifact
 from vlopd.config.input import parse_override
-from vlopd.config.masks import FileMask, MaskConfig, RandomMask
+from vlopd.config.masks import FileMask, FunctionMask, MaskConfig, RandomMask
 from vlopd.digests import digest_checkpoint
 from vlopd.errors import ConfigError, RunError
 from vlopd.files import write_json
@@ -64,10 +64,12 @@ def make(
     from vlopd.masks.files import load_mask, save_mask
     from vlopd.masks.rules import build_mask
     from vlopd.models.parameter_names import classify
+    from vlopd.run.resolve import plugin_content
     from vlopd.weights.checks import refuse_unlike_config
     from vlopd.weights.delta import stream
 
     parsed = _parse_rule(rule)
+    plugin = parsed.use("--rule") if isinstance(parsed, FunctionMask) else None
     named: dict[str, Mask] = {}
     inputs: dict[str, Any] = {"rule": parsed.model_dump(mode="json")}
     if isinstance(parsed, RandomMask):
@@ -78,6 +80,9 @@ def make(
         raise ConfigError(
             f"a mask of type {parsed.type!r} is made from masks, not checkpoints; use `vlopd mask combine`"
         )
+    if plugin is not None:
+        inputs["plugins"] = plugin_content([plugin], whole=True)
+        console.print(f"[bold]plug-in[/]: {escape(plugin.line)}", soft_wrap=True)
     if parsed.reads is not None and trained is None:
         raise ConfigError(f"a mask of type {parsed.type!r} reads the update; give BASE and TRAINED")
     for path in (base, *([trained] if trained is not None else [])):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from vlopd.config.base import Count, Section, Seed, Weight
+from vlopd.config.functions import with_names
 from vlopd.config.recipe import Recipe
 
 Role = Literal[
@@ -49,7 +50,7 @@ class TeacherArm(Section):
     """Name of the teacher, where there are several."""
 
 
-Table = dict[str, Any]
+Table = Annotated[dict[str, Any], BeforeValidator(with_names)]
 
 
 """Settings of a section that override the run's."""

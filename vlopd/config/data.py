@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from vlopd.config.base import Section
+from vlopd.config.functions import IS_BUILT_IN, IS_OWN, KIND, Function
 
 
 class ShapesData(Section):
@@ -91,6 +92,21 @@ class EmojiData(Section):
         return True
 
 
-DataConfig = Annotated[
+class FunctionData(Function):
+    """A function (size, seed, **arguments) -> Sequence[Example] (docs/plugins.md)."""
+
+    model_config = ConfigDict(extra="allow")
+    takes: ClassVar[tuple[str, ...]] = ("size", "seed")
+    images: bool = False
+    """Whether the examples have images."""
+
+    @property
+    def has_images(self) -> bool:
+        return self.images
+
+
+BuiltInData = Annotated[
     ShapesData | FileData | CapitalsData | ReasoningData | EmojiData, Field(discriminator="type")
 ]
+
+DataConfig = Annotated[Annotated[BuiltInData, IS_BUILT_IN] | Annotated[FunctionData, IS_OWN], KIND]

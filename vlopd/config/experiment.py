@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -23,6 +23,7 @@ from vlopd.config.base import Name, Section, Unique, distinct_names
 from vlopd.config.explain import explain_errors
 from vlopd.config.masks import (
     FileMask,
+    FunctionMask,
     MaskConfig,
     RandomMask,
     Reference,
@@ -34,6 +35,7 @@ from vlopd.config.recipe import Recipe, RecipeSections
 from vlopd.config.roles import Roles, roles_of
 from vlopd.config.training import Muon
 from vlopd.errors import ConfigError
+from vlopd.plugins import Use
 
 
 class TrackingConfig(Section):
@@ -65,7 +67,7 @@ class ExperimentConfig(RecipeSections):
         sections = {name: section for name, section in self if name in Recipe.model_fields}
         if arm.own:
             sections |= {
-                name: section.model_dump(mode="json")
+                name: section.model_dump()  # not JSON, which would lose functions
                 for name, section in sections.items()
                 if name in arm.own and section is not None
             }
@@ -81,6 +83,29 @@ class ExperimentConfig(RecipeSections):
         trained = {n: arm for n, arm in self.arms.items() if isinstance(arm, DistillArm)}
         recipes = {name: self.recipe_of(arm) for name, arm in trained.items()}
         return roles_of(self.arms, self.masks, recipes)
+
+    def plugins_of(self, names: Iterable[str]) -> list[Use]:
+        """The user's own functions that these arms are made with: of their recipes and masks, each once.
+
+        The key of a section that an arm has for itself begins with the arm: `arms.full.reward.rule`.
+        """
+        found: list[Use] = []
+        for name in names:
+            arm = self.arms[name]
+            mask = mask_of(arm)
+            found += [] if mask is None else self.plugins_of_mask(mask)
+            if isinstance(arm, DistillArm):
+                own = tuple(arm.own)
+                for use in self.recipe_of(arm).plugins:
+                    where = f"arms.{name}." if use.key.startswith(own) else ""
+                    found.append(use._replace(key=f"{where}{use.key}"))
+        return list({use.key: use for use in found}.values())
+
+    def plugins_of_mask(self, mask: str) -> list[Use]:
+        """The user's own functions that a mask is made with, directly or through other masks."""
+        rule = self.masks[mask]
+        found = [use for other in rule.combines for use in self.plugins_of_mask(other)]
+        return [*found, rule.use(f"masks.{mask}")] if isinstance(rule, FunctionMask) else found
 
     def checkpoint_of(self, arm: CheckpointArm) -> ModelConfig:
         """The settings of a foreign checkpoint, loaded like the student."""
@@ -201,14 +226,14 @@ class ExperimentConfig(RecipeSections):
             )
 
     def _takes_whole_matrices(self, mask: str) -> bool:
-        """Whether the rule selects whole matrices only; true for files, which are checked on loading."""
+        """Whether the rule selects whole matrices only; true for files and functions, which are checked on loading."""
         rule = self.masks[mask]
         if isinstance(rule, RandomMask) and rule.match in ("global", "module"):
             return False
         if rule.combines:
             return all(self._takes_whole_matrices(other) for other in rule.combines)
         whole = isinstance(rule, TopFractionMask) and rule.fraction == 1
-        return whole or isinstance(rule, (WholeMask, FileMask))
+        return whole or isinstance(rule, (WholeMask, FileMask, FunctionMask))
 
     def _refuse_cycle(self, arm: str) -> None:
         seen: list[str] = []

@@ -9,6 +9,8 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from vlopd.config.functions import BUILT_IN, OWN
+
 TYPES = {
     "bool_type": "true or false",
     "dict_type": "a table",
@@ -57,19 +59,21 @@ def _explain(error: ErrorDetails, root: Any) -> str:
     if error["type"] == "union_tag_invalid":
         keys = [*keys, "type"]
         where = _joined(where, "type")
-    problem = _problem(error, keys[-1] if keys else "")
+    problem = _problem(error, error["loc"][-1:] == (BUILT_IN,))
     return f"{where}: {problem}" if where else problem
 
 
-def _problem(error: ErrorDetails, key: str) -> str:
+def _problem(error: ErrorDetails, or_function: bool) -> str:
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "value_error":
         return str(context["error"])
     if kind == "union_tag_invalid":
         value, rule = context["tag"], f"must be one of {context['expected_tags']}"
+        rule += ', or "module:function"' if or_function else ""
     elif kind == "literal_error":
         expected = context["expected"].replace(" or ", ", ")
         rule = f"must be one of {expected}" if "," in expected else f"must be {expected}"
+        rule += ', or "module:function"' if or_function else ""
     elif kind in TYPES:
         rule = f"must be {TYPES[kind]}"
     elif kind in BOUNDS:
@@ -93,7 +97,8 @@ def _joined(where: str, key: str) -> str:
 def _walk(location: Sequence[int | str], root: Any) -> tuple[list[str], list[str], Any]:
     """(keys that the user writes, known keys beside the last, annotation there) of a pydantic error path.
 
-    pydantic's path also holds the `type` of a section and, for a table's key, "[key]"; both are dropped.
+    pydantic's path also holds the `type` of a section, "[built-in]" or "[function]" and, for a table's key, "[key]";
+    these are dropped.
     """
     here: Any = root
     keys: list[str] = []
@@ -101,7 +106,7 @@ def _walk(location: Sequence[int | str], root: Any) -> tuple[list[str], list[str
     for part in location:
         variants = _sections_in(here)
         tagged = [cls for cls in variants if part in _variant_tags(cls)]
-        if part == "[key]":
+        if part in ("[key]", BUILT_IN, OWN):
             continue
         if get_origin(_bare(here)) is dict:
             here = get_args(_bare(here))[1]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from vlopd.config.base import Count, NonNegative, Number, Section, Seed, Share, Unique
+from vlopd.config.functions import IS_BUILT_IN, IS_OWN, KIND, Function
 
 
 class Reference(NamedTuple):
@@ -205,7 +206,20 @@ class FileMask(MaskRule):
     path: str
 
 
-MaskConfig = Annotated[
+class FunctionMask(Function, MaskRule):
+    """A function (pairs, **arguments) -> {parameter: bool tensor} (docs/plugins.md)."""
+
+    model_config = ConfigDict(extra="allow")
+    takes: ClassVar[tuple[str, ...]] = ("pairs",)
+    of: str | None = None
+    """The trained checkpoint that it reads beside the base, as for other rules; null for the base alone."""
+
+    @property
+    def reads(self) -> str | None:
+        return self.of
+
+
+BuiltInMask = Annotated[
     VisibleMask
     | TopFractionMask
     | EnergyMask
@@ -220,3 +234,5 @@ MaskConfig = Annotated[
     | FileMask,
     Field(discriminator="type"),
 ]
+
+MaskConfig = Annotated[Annotated[BuiltInMask, IS_BUILT_IN] | Annotated[FunctionMask, IS_OWN], KIND]

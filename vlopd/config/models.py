@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    field_validator,
+    model_validator,
+)
 
 from vlopd.config.base import Part, Section, Weight
+from vlopd.config.functions import IS_BUILT_IN, IS_OWN, KIND, Function
 
 
 def as_table(value: Any) -> Any:
@@ -99,8 +107,19 @@ class CaptionContext(Section):
     column: str = Field(min_length=1)
 
 
-ContextConfig = Annotated[
+class FunctionContext(Function):
+    """A function (example, **arguments) -> Example, the example as the teacher reads it (docs/plugins.md)."""
+
+    model_config = ConfigDict(extra="allow")
+    takes: ClassVar[tuple[str, ...]] = ("example",)
+
+
+BuiltInContext = Annotated[
     SystemContext | TemplateContext | ImageContext | CaptionContext, Field(discriminator="type")
+]
+
+ContextConfig = Annotated[
+    Annotated[BuiltInContext, IS_BUILT_IN] | Annotated[FunctionContext, IS_OWN], KIND
 ]
 
 

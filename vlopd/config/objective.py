@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from vlopd.config.base import Count, Part, PartOrZero, Section, Share, Temperature, Weight
+from vlopd.config.functions import IS_BUILT_IN, IS_OWN, KIND, Function
+from vlopd.plugins import Plugin
 
 Writer = Literal["student", "teacher", "data"]
 """The source of one completion."""
@@ -207,6 +209,13 @@ class SkewForwardKL(Divergence):
     alpha: PartOrZero = 0.1
 
 
+class FunctionLoss(Function, Divergence):
+    """A function (student_logprobs [N, V], teacher_logprobs [N, V], **arguments) -> [N] nats (docs/plugins.md)."""
+
+    model_config = ConfigDict(extra="allow")
+    takes: ClassVar[tuple[str, ...]] = ("student_logprobs", "teacher_logprobs")
+
+
 class SampledToken(Loss):
     """A loss of the sampled tokens' log-probs alone, at temperature 1."""
 
@@ -244,10 +253,15 @@ class K3(Estimator):
     type: Literal["k3"] = "k3"
 
 
-LossConfig = Annotated[
+BuiltInLoss = Annotated[
     ReverseKL | ForwardKL | JSD | SkewReverseKL | SkewForwardKL | NLL | K1 | K2 | K3,
     Field(discriminator="type"),
 ]
+
+LossConfig = Annotated[Annotated[BuiltInLoss, IS_BUILT_IN] | Annotated[FunctionLoss, IS_OWN], KIND]
+
+
+BuiltInRule = Literal["exact_match", "verdict_match", "answer_named", "capital_named"]
 
 
 class RewardConfig(Section):
@@ -257,8 +271,9 @@ class RewardConfig(Section):
     advantages are mixed: alpha * (log p - log q) + (1 - alpha) * the reward's, clipped together.
     """
 
-    rule: Literal["exact_match", "verdict_match", "answer_named", "capital_named"]
-    """1 for a right completion, 0 for another, by a rule of vlopd/train/rewards.py."""
+    rule: Annotated[Annotated[BuiltInRule, IS_BUILT_IN] | Annotated[Plugin, IS_OWN], KIND]
+    """1 for a right completion, 0 for another, by a rule of vlopd/train/rewards.py; or "module:function", a function
+    (example, completion text) -> any finite number (docs/plugins.md)."""
     alpha: PartOrZero = 0.0
     """Weight of the loss; 0 is reinforcement learning alone (RLVR), where a teacher, if any, is a diagnostic."""
     scale: Literal["std", "none"] = "std"

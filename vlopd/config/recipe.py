@@ -6,6 +6,7 @@ from pydantic import model_validator
 
 from vlopd.config.base import Section
 from vlopd.config.data import DataConfig
+from vlopd.config.functions import Function
 from vlopd.config.models import MixedTeachers, TeacherConfig, TeachersConfig, teachers_by_name
 from vlopd.config.objective import (
     NLL,
@@ -16,6 +17,10 @@ from vlopd.config.objective import (
     RolloutConfig,
 )
 from vlopd.config.training import AdamW, OptimConfig, TrainConfig
+from vlopd.plugins import Plugin, Use
+
+OF_A_COMPLETION = ("example", "completion")
+"""What rewards and metrics are called with."""
 
 
 class RecipeSections(Section):
@@ -86,6 +91,20 @@ class Recipe(RecipeSections):
         if isinstance(self.loss, NLL) or (self.reward is not None and self.reward.alpha == 0):
             return None
         return f"loss {self.loss.type}"
+
+    @property
+    def plugins(self) -> list[Use]:
+        """The user's own functions in it, each at its key."""
+        sections: dict[str, Section | None] = {"data": self.data, "loss": self.loss}
+        for name, its in self.teachers.items():
+            where = "teacher" if its is self.teacher else f"teacher.teachers.{name}"
+            sections[f"{where}.context"] = its.context
+        found = [own.use(key) for key, own in sections.items() if isinstance(own, Function)]
+        if self.reward is not None and isinstance(self.reward.rule, Plugin):
+            found.append(Use("reward.rule", self.reward.rule, OF_A_COMPLETION))
+        for k, metric in enumerate(self.train.metrics):
+            found.append(Use(f"train.metrics.{k}", metric, OF_A_COMPLETION))
+        return found
 
     @property
     def prompts(self) -> int:

@@ -17,6 +17,7 @@ from vlopd.config.base import (
     Unique,
     between,
 )
+from vlopd.plugins import Plugin
 
 Factor = Annotated[float, between(SMALLEST, 1e6)]
 WeightDecay = Annotated[float, between(SMALLEST, 1e6, or_zero=True)]
@@ -128,6 +129,20 @@ OptimConfig = Annotated[
 Component = Literal["vision", "projector", "language", "embedding", "head"]
 
 
+COLUMNS = frozenset(
+    {
+        *("step", "loss", "kl", "kl_quarter_1", "kl_quarter_2", "kl_quarter_3", "kl_quarter_4"),
+        *("student_entropy", "teacher_entropy", "top_overlap_fraction", "logprob_gap"),
+        *("student_shared_mass_fraction", "teacher_shared_mass_fraction", "logprob_gap_max"),
+        *("truncated_fraction", "repeated_fraction", "reward", "mixed_group_fraction"),
+        *("completion_tokens", "mean_completion_tokens", "grad_norm", "learning_rate"),
+        *("data_seconds", "rollout_seconds", "teacher_seconds", "student_seconds"),
+        *("update_seconds", "seconds", "tokens_per_second"),
+    }
+)
+"""Columns of metrics.jsonl that a metric of the user's own cannot replace."""
+
+
 class TrainConfig(Section):
     """Settings of the training loop."""
 
@@ -150,6 +165,21 @@ class TrainConfig(Section):
     """Steps between optimizer statistics (optimizer.jsonl), which copy the trained values once; null for none."""
     keep_steps: Annotated[tuple[Count, ...], Unique] = ()
     """Steps after which each trained arm keeps a checkpoint, which masks and arms name as in `full@12`."""
+
+    metrics: Annotated[tuple[Plugin, ...], Unique] = ()
+    """Functions "module:function" (example, completion text) -> a number, whose means over a step's completions become
+    columns of metrics.jsonl under the functions' names (docs/plugins.md)."""
+
+    @model_validator(mode="after")
+    def check_metrics(self) -> TrainConfig:
+        labels = [metric.label for metric in self.metrics]
+        for metric, label in zip(self.metrics, labels, strict=True):
+            if label in COLUMNS or not label.isidentifier() or labels.count(label) > 1:
+                why = "is no name" if not label.isidentifier() else "is taken"
+                raise ValueError(
+                    f"metrics: {metric}: the column {label!r} of metrics.jsonl {why}; rename the function"
+                )
+        return self
 
     @model_validator(mode="after")
     def check_anything_trains(self) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""Loads the examples of a data section: the built-in visual world, capitals, reasoning-gym, emoji, a file or hub id."""
+"""Loads the examples of a data section: a built-in world, a file or hub id, a function of the user's own."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vlopd.config.data import (
     DataConfig,
     EmojiData,
     FileData,
+    FunctionData,
     ReasoningData,
     ShapesData,
 )
@@ -22,6 +23,7 @@ from vlopd.data.capitals import CapitalsDataset
 from vlopd.data.dataset import FileDataset
 from vlopd.data.emoji import EmojiDataset
 from vlopd.data.emoji import folder as emoji_folder
+from vlopd.data.functions import FunctionDataset
 from vlopd.data.reasoning import ReasoningDataset
 from vlopd.data.shapes import ShapesDataset
 from vlopd.types import Example
@@ -32,7 +34,7 @@ Item = TypeVar("Item")
 def load_data(
     data: DataConfig, size: int, seed: int = 1, teachers: Iterable[TeacherConfig] = ()
 ) -> Sequence[Example]:
-    """The examples of a data section. The built-in worlds give `size` of them for a seed; a file has its own.
+    """The examples of a data section. Built-in worlds and functions get a size and a seed; a file has its own examples.
 
     Columns with pictures for one of the `teachers` alone (its image context) are opened too.
     """
@@ -47,6 +49,8 @@ def load_data(
             return EmojiDataset(data.split, size, seed)
         case FileData():
             return FileDataset(data, picture_columns(teachers))
+        case FunctionData():
+            return FunctionDataset(data, size, seed)
 
 
 def picture_columns(teachers: Iterable[TeacherConfig]) -> list[str]:

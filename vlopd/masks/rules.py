@@ -5,6 +5,7 @@ A mask is a dict of bool tensors by parameter name. Counts of coordinates are ex
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
@@ -17,6 +18,7 @@ from vlopd.config.masks import (
     DifferenceMask,
     EnergyMask,
     FileMask,
+    FunctionMask,
     IntersectionMask,
     MagnitudeMask,
     MaskConfig,
@@ -27,7 +29,7 @@ from vlopd.config.masks import (
     VisibleMask,
     WholeMask,
 )
-from vlopd.errors import ConfigError
+from vlopd.errors import ConfigError, PluginError
 from vlopd.masks.compare import refuse_unlike
 from vlopd.masks.select import (
     order_keys,
@@ -37,6 +39,7 @@ from vlopd.masks.select import (
     select_energy,
     select_one,
 )
+from vlopd.plugins import call, wrong_value
 from vlopd.seeding import generator
 from vlopd.types import TensorName
 from vlopd.weights.delta import TensorDelta
@@ -93,6 +96,8 @@ def build_mask(
             return {name: ~marked for name, marked in masks[rule.mask].items()}
         case FileMask():
             return dict(masks[rule.path])
+        case FunctionMask():
+            return by_function(rule, pairs)
 
 
 # ------------------------------------------------------------------------------ rules on the delta
@@ -209,6 +214,41 @@ def whole_parameters(pairs: Pairs, rule: WholeMask) -> Mask:
             "no parameter matches components, layers and modules together; remove one of them"
         )
     return found
+
+
+# --------------------------------------------------------------------- functions of the user's own
+
+
+def by_function(rule: FunctionMask, pairs: Pairs) -> Mask:
+    """The mask that the rule's function returns; of a parameter that it leaves out, no coordinate.
+
+    Raises PluginError where the function cannot be used or fails, or its value is no mask of the parameters.
+    """
+    rule.use("mask").check()
+    shapes = {pair.name: pair.base.shape for pair in pairs}
+    where = f"{len(shapes)} parameters"
+    found = call(rule.type, where, pairs, **rule.arguments)
+    wanted = "{parameter: bool tensor of its shape}"
+    if not isinstance(found, Mapping):
+        raise wrong_value(rule.type, where, found, wanted)
+    for name, marked in found.items():
+        if name not in shapes:
+            near = difflib.get_close_matches(str(name), shapes, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise PluginError(
+                f"{rule.type} returned a mask of {name!r}, which is no parameter{hint}"
+            )
+        if not isinstance(marked, Tensor) or marked.dtype != torch.bool:
+            raise wrong_value(rule.type, name, marked, wanted)
+        if marked.shape != shapes[name]:
+            has, needs = list(marked.shape), list(shapes[name])
+            raise PluginError(
+                f"{rule.type} returned a mask of shape {has} for {name}, which is {needs}"
+            )
+    nothing = {
+        n: torch.zeros(shape, dtype=torch.bool) for n, shape in shapes.items() if n not in found
+    }
+    return {name: found[name].cpu() if name in found else nothing[name] for name in shapes}
 
 
 # ----------------------------------------------------------------------------------- random rules

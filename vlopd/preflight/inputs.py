@@ -41,21 +41,26 @@ from vlopd.config.masks import (
     WholeMask,
 )
 from vlopd.config.models import ImageContext, ModelConfig, TeacherConfig
+from vlopd.config.objective import FunctionLoss
 from vlopd.config.recipe import Recipe
 from vlopd.config.training import Component, TrainConfig
 from vlopd.data.dataset import FileDataset
+from vlopd.data.functions import FunctionDataset
 from vlopd.data.load import load_data, pick
-from vlopd.errors import ConfigError, DataError, RunError, UserError, first_line
+from vlopd.errors import ConfigError, DataError, PluginError, RunError, UserError, first_line
 from vlopd.masks.files import check_shapes, load_mask
 from vlopd.masks.rules import Mask, whole_parameters
 from vlopd.models import families, parameter_names
 from vlopd.models.load import DTYPES, load_configured, load_model_config, resolve
 from vlopd.models.loaded import LoadedModel, too_long_error
+from vlopd.plugins import Plugin
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import checkpoint_folder, hub_folder, score_files
+from vlopd.seeding import generator
 from vlopd.train.log import refuse_missing_trackers
+from vlopd.train.losses import on_support
 from vlopd.train.pair import ModelPair, load_pair, without_weights
-from vlopd.train.rewards import RULES, answer_of
+from vlopd.train.rewards import RULES, answer_of, scores
 from vlopd.train.rollouts import from_data
 from vlopd.train.teacher_context import field_of
 from vlopd.types import Example
@@ -96,6 +101,14 @@ def findings(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
     for name in needed:
         with found.catch(f"arms.{name}: "):
             refuse_missing_files(config, name)
+    unusable = False
+    for use in config.plugins_of(needed):
+        with found.catch():
+            use.check()
+            continue
+        unusable = True
+    if unusable:
+        return found.lines  # data, rows and models cannot be checked without them
     trained = {n: arm for n in needed if isinstance(arm := config.arms[n], DistillArm)}
     for name, arm in trained.items():
         with found.catch(f"arms.{name}: " if arm.own else ""):
@@ -128,6 +141,8 @@ def findings(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
             key = recipe.model_dump_json(include={"teacher", "data", "rollout", "reward", "train"})
             recipes.setdefault(key, (where, recipe, pairs[models]))
             seeds.setdefault(key, []).append(arm.seed)
+            if isinstance(recipe.loss, FunctionLoss):
+                try_loss(recipe.loss, pairs[models].vocabulary.size)
             if arm.mask is None or arm.mask in extents:
                 marked = None if arm.mask is None else extents[arm.mask]
                 freeze, student = recipe.train.freeze, pairs[models].student
@@ -402,12 +417,19 @@ def refuse_rows(recipe: Recipe, pair: ModelPair, seeds: Sequence[int]) -> None:
     count = min(len(data), recipe.prompts)
     used: Sequence[int] = range(min(count, BUILT_IN_ROWS))
     quick = data
+    if isinstance(data, FunctionDataset) and not recipe.data.has_images:
+        used = range(count)  # they need not be alike
     if isinstance(data, FileDataset):
         every = range(len(data))
         used = sorted({i for seed in seeds for i in pick(every, 0, count, seed)})
         quick = data.with_headers_only()
     only_data = set(rollout.source.shares) == {"data"}
     measured = [Measured() for _ in range(1 + len(pair.teachers))]
+    judges = [*([] if recipe.reward is None else [recipe.reward.rule]), *recipe.train.metrics]
+    if own := [judge for judge in judges if isinstance(judge, Plugin)]:
+        for example in (data[i] for i in used[:BUILT_IN_ROWS]):
+            for plugin in own:
+                scores(plugin, [example], [""])
     for i in used[:FEW]:
         for reader, so_far in zip(readers_of(pair, data[i]), measured, strict=False):
             view = reader.view(data[i])
@@ -451,12 +473,31 @@ def refuse_row(recipe: Recipe, pair: ModelPair, example: Example) -> int:
     Returns the number of tokens of its answer as a completion, 0 where no completions are from the data.
     """
     pair.assign([example])
-    if recipe.reward is not None:
+    rule = None if recipe.reward is None else recipe.reward.rule
+    if rule is not None and not isinstance(rule, Plugin):
         answer_of(example)
-        RULES[recipe.reward.rule](example, "")
+        RULES[rule](example, "")
     if "data" not in recipe.rollout.source.shares:
         return 0
     return from_data(pair, [example], recipe.rollout.max_new_tokens).ids.shape[1]
+
+
+def try_loss(loss: FunctionLoss, size: int) -> None:
+    """Calls the user's own loss on random log-probs [2, `size`].
+
+    Raises PluginError where it fails, or where it or its gradient is not finite.
+    """
+    draws = generator("cpu", "trial of a loss")
+    student = torch.randn(2, size, generator=draws).log_softmax(-1).requires_grad_()
+    teacher = torch.randn(2, size, generator=draws).log_softmax(-1)
+    value = on_support(loss, student, teacher)
+    value.sum().backward()
+    gradient = student.grad
+    for what, numbers in (("value", value), ("gradient", gradient)):
+        if numbers is not None and not bool(numbers.isfinite().all()):
+            raise PluginError(
+                f"loss = {loss.type}: its {what} is not finite on random log-probs [2, {size}]"
+            )
 
 
 def readers_of(pair: ModelPair, example: Example) -> list[Reader]:

@@ -17,7 +17,7 @@ from vlopd.config.arms import (
     checkpoints_of,
 )
 from vlopd.config.experiment import ExperimentConfig
-from vlopd.config.masks import FileMask, MaskConfig
+from vlopd.config.masks import FileMask, FunctionMask, MaskConfig
 from vlopd.digests import digest_checkpoint, file_digest
 from vlopd.files import read_json
 from vlopd.masks.files import load_mask
@@ -31,6 +31,7 @@ from vlopd.run.resolve import (
     data_content,
     model_content,
     other_base,
+    plugin_content,
     teacher_content,
 )
 from vlopd.update_geometry.trajectory import step_of
@@ -63,8 +64,11 @@ def arm_inputs(
             "teachers": {n: teacher_content(run, config, t, whole) for n, t in teachers.items()},
             "data": data_content(recipe.data, tuple(teachers.values()), whole),
             "arm": arm.model_dump(mode="json", include={"type", "seed", "mask", "subspace"}),
-            "recipe": settings | recipe.model_dump(mode="json"),
+            # metrics do not affect the weights; they are among the functions
+            "recipe": settings | recipe.model_dump(mode="json", exclude={"train": {"metrics"}}),
         }
+        if plugins := plugin_content(recipe.plugins, whole):
+            inputs["plugins"] = plugins
     else:
         inputs["arm"] = arm.model_dump(mode="json", exclude={"role"})
     return inputs | _reference_inputs(run, config, arm, whole)
@@ -114,6 +118,8 @@ def mask_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str
         "rule": rule.model_dump(mode="json"),
         "base": arm_digest(run, base_arm(config)),
     }
+    if isinstance(rule, FunctionMask):
+        inputs["plugins"] = plugin_content([rule.use("mask")], whole=True)
     other_bases: dict[str, str] = {}
     if rule.reads is not None:
         inputs["of"] = checkpoint_digest(run, config, rule.reads, whole=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from vlopd.masks.rules import Mask
 from vlopd.models import integrity, parameter_names
 from vlopd.models.load import resolve
 from vlopd.models.tokenizers import read_template
+from vlopd.plugins import Use
 from vlopd.run.folder import RunFolder
 from vlopd.weights import delta
 
@@ -111,6 +112,17 @@ def data_content(
         many = len(paths) > MAX_LISTED_FILES
         content |= {f"{len(paths)} *{ending}": digest_json(digests)} if many else digests
     return content
+
+
+def plugin_content(uses: Iterable[Use], whole: bool = False) -> dict[str, str]:
+    """{function: sha256 of its file}, and {file: sha256} of existing files that are named by their arguments."""
+    content: dict[str, str] = {}
+    for use in uses:
+        content[use.plugin] = use.plugin.digest()
+        for text in use.arguments.values():
+            if isinstance(text, str) and Path(text).is_file():
+                content[text] = file_digest(Path(text), whole)
+    return {str(name): content[name] for name in sorted(content)}
 
 
 def arm_content(

@@ -37,10 +37,11 @@ def refuse_not_finite(
     out: Path,
     title: str,
     accelerator: Accelerator,
+    remedy: str = "a lower optim.learning_rate may help",
 ) -> None:
     """Raises TrainingError where a loss, gradient or log-prob is not finite, on all processes if on one.
 
-    Each process saves its batches first.
+    Each process saves its batches first. `remedy` ends the message.
     """
     own: list[str] = []
     for batch, each in zip(batches, tokens, strict=True):
@@ -80,7 +81,7 @@ def refuse_not_finite(
         f"{title}: at step {row['step']} the loss is {row['loss']} and the gradient's norm "
         f"{row['grad_norm']}; not finite are the tokens of "
         f"{shown or f'no example among {every[0].id} to {every[-1].id}, so the gradient alone'}; the batch is "
-        f"in {where}, the last good state in {out / 'state'}; a lower optim.learning_rate may help"
+        f"in {where}, the last good state in {out / 'state'}; {remedy}"
     )
 
 

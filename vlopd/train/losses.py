@@ -33,6 +33,7 @@ from vlopd.config.objective import (
     Divergence,
     ForwardKL,
     FullSupport,
+    FunctionLoss,
     IntersectionTopK,
     LossConfig,
     ReverseKL,
@@ -44,6 +45,8 @@ from vlopd.config.objective import (
     TeacherTopK,
     TopK,
 )
+from vlopd.errors import PluginError
+from vlopd.plugins import call, wrong_value
 
 TOP_K = 16
 """Top tokens of each model that the overlap diagnostics compare (as arXiv 2604.13016 does)."""
@@ -157,7 +160,34 @@ def divergence(loss: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
         return skewed_kl(teacher, student, 1.0 - loss.alpha)
     if isinstance(loss, ForwardKL):
         return kl(teacher, student)
+    if isinstance(loss, FunctionLoss):
+        return of_function(loss, student, teacher)
     return kl(student, teacher)
+
+
+def of_function(loss: FunctionLoss, student: Tensor, teacher: Tensor) -> Tensor:
+    """The loss of a function of the user's own, from log-probs [N, V] to [N] nats.
+
+    Raises PluginError where it fails, changes its inputs in place, or returns another shape or no gradient.
+    """
+    n, columns = student.shape
+    where = f"log-probs [{n}, {columns}]"
+    versions = student._version, teacher._version
+    value = call(loss.type, where, student, teacher, **loss.arguments)
+    wanted = f"a floating-point tensor [{n}], the loss of each token in nats"
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise wrong_value(loss.type, where, value, wanted)
+    if value.shape != (n,):
+        raise wrong_value(loss.type, where, list(value.shape), f"{wanted}; this is a shape")
+    if (student._version, teacher._version) != versions:
+        raise PluginError(
+            f"{loss.type} changes its inputs in place, which later diagnostics read; use the out-of-place operation"
+        )
+    if student.requires_grad and torch.is_grad_enabled() and not value.requires_grad:
+        raise PluginError(
+            f"{loss.type} returned a loss without a gradient; compute it from student_logprobs, not detached"
+        )
+    return value
 
 
 LONG_SUM = 2**14

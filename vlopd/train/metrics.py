@@ -78,6 +78,7 @@ def measure(batch: Batch, tokens: TokenDivergence) -> Sums:
     logprob_gap             |sampler's - trainer's log-prob| of the student's own completions, temperature 1
     truncated_fraction      completions that reached the length limit
     repeated_fraction       4-grams of a completion that occurred in it before
+    the functions of train.metrics, by name, over completions
     """
     mask = batch.completions.mask
     quarter, kl = quarters(mask), tokens.reverse_kl
@@ -96,6 +97,7 @@ def measure(batch: Batch, tokens: TokenDivergence) -> Sums:
         "logprob_gap": total(own_gaps(batch, tokens)),
         "truncated_fraction": total(~batch.completions.ended),
         "repeated_fraction": (repeats, grams),
+        **{name: total(values) for name, values in batch.metrics.items()},
     }
 
 

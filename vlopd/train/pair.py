@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 from vlopd import distributed
 from vlopd.config.models import (
     CaptionContext,
+    FunctionContext,
     MixedTeachers,
     ModelConfig,
     RoutedTeachers,
@@ -273,13 +274,14 @@ def refuse_text_only(
     teachers: Mapping[str, TeacherConfig],
     known: Mapping[str, PretrainedConfig] | None = None,
 ) -> None:
-    """Raises ConfigError for a text-only model of data with images, unless it is a teacher that reads a caption.
+    """Raises ConfigError for a text-only model of data with images, unless it is a teacher that reads a caption, or
+    what a function makes of an example (checked where it is rendered).
 
     `known` are model configurations by name ("student", a teacher's); the others are read.
     """
     for name, model in {"student": student, **teachers}.items():
         if isinstance(model, TeacherConfig):
-            if isinstance(model.context, CaptionContext) or model.is_student:
+            if isinstance(model.context, (CaptionContext, FunctionContext)) or model.is_student:
                 continue
             remedy = f'give it a text view: {name}.context = {{type = "caption", column = ...}}'
         else:

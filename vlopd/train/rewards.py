@@ -1,6 +1,7 @@
 """Verifiable rewards: whether a completion is right, and group-relative advantages (GRPO).
 
-A rule is a pure function of the example and the completion's text, 1.0 for right and 0.0 for wrong.
+A rule is a pure function of the example and the completion's text, 1.0 for right and 0.0 for wrong; the user's own
+functions return any finite number.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from vlopd.config.objective import RewardConfig
 from vlopd.data.answers import after_last_colon, mentions_any, normalise
 from vlopd.errors import DataError
+from vlopd.plugins import Plugin, number
 from vlopd.types import Example
 
 Rule = Callable[[Example, str], float]
@@ -76,9 +78,20 @@ def answer_of(example: Example) -> str:
 
 def reward(config: RewardConfig, examples: Sequence[Example], texts: Sequence[str]) -> Tensor:
     """The reward of each completion, [B] float64."""
-    rule = RULES[config.rule]
-    scores = [rule(example, text) for example, text in zip(examples, texts, strict=True)]
-    return torch.tensor(scores, dtype=torch.float64)
+    rule = config.rule
+    if isinstance(rule, Plugin):
+        return scores(rule, examples, texts)
+    found = [RULES[rule](example, text) for example, text in zip(examples, texts, strict=True)]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def scores(plugin: Plugin, examples: Sequence[Example], texts: Sequence[str]) -> Tensor:
+    """The number that a function of the user's own gives each completion, [B] float64. Raises PluginError."""
+    found = [
+        number(plugin, f"example {example.id!r}", example, text)
+        for example, text in zip(examples, texts, strict=True)
+    ]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def group_advantages(rewards: Tensor, group: int, scale: str) -> Tensor:

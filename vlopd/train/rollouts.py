@@ -6,8 +6,8 @@ with a reward, an advantage each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from vlopd import seeding
 from vlopd.config.objective import RewardConfig, RolloutConfig, Writer
 from vlopd.config.recipe import Recipe
 from vlopd.errors import DataError
+from vlopd.plugins import Plugin
 from vlopd.train.pair import ModelPair
-from vlopd.train.rewards import answer_of, group_advantages, reward
+from vlopd.train.rewards import answer_of, group_advantages, reward, scores
 from vlopd.types import Completions, Example, Prompts
 
 
@@ -34,6 +35,7 @@ class Batch:
     writers: tuple[Writer, ...]  # B
     rewards: Tensor | None = None  # [B]
     advantages: Tensor | None = None  # [B]
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # [B] each, of train.metrics
 
 
 def collect(
@@ -70,6 +72,8 @@ def collect(
         )
         for i in range(0, len(repeated), size)
     ]
+    if recipe.train.metrics:
+        batches = [measured(pair, recipe.train.metrics, batch) for batch in batches]
     return batches if recipe.reward is None else rewarded(pair, recipe.reward, batches, n)
 
 
@@ -149,6 +153,13 @@ def from_data(pair: ModelPair, examples: Sequence[Example], longest: int) -> Com
         torch.zeros(ids.shape, device=student.device),
         ended.to(student.device),
     )
+
+
+def measured(pair: ModelPair, metrics: Sequence[Plugin], batch: Batch) -> Batch:
+    """The batch with the metrics of the user's own of each completion."""
+    texts = pair.student.decode(batch.completions, batch.prompts)
+    found = {metric.label: scores(metric, batch.examples, texts) for metric in metrics}
+    return replace(batch, metrics=found)
 
 
 def rewarded(

@@ -19,12 +19,15 @@ from PIL import Image
 from vlopd.config.models import (
     CaptionContext,
     ContextConfig,
+    FunctionContext,
     ImageContext,
     SystemContext,
     TemplateContext,
 )
+from vlopd.data.functions import refuse_unlike_images
 from vlopd.data.raw_values import cell_text, nested_field
 from vlopd.errors import ConfigError, UserError
+from vlopd.plugins import call, wrong_value
 from vlopd.types import Example
 
 Part = Mapping[str, Any]
@@ -43,6 +46,8 @@ def teacher_view(context: ContextConfig | None, example: Example) -> Example:
             return with_images(example, context.column)
         case CaptionContext():
             return with_caption(example, context.column)
+        case FunctionContext():
+            return with_function(example, context)
 
 
 def with_system(example: Example, text: str) -> Example:
@@ -129,6 +134,19 @@ def with_caption(example: Example, column: str) -> Example:
             'or use teacher.context = {type = "template", ...}'
         )
     return with_parts_for_pictures(example, [text_part(value)], ())
+
+
+def with_function(example: Example, context: FunctionContext) -> Example:
+    """The messages and images that a function of the user's own gives the example; the rest stays.
+
+    Raises PluginError where it fails or returns no Example, DataError where images and image parts do not match.
+    """
+    where = f"example {example.id!r}"
+    view = call(context.type, where, example, **context.arguments)
+    if not isinstance(view, Example):
+        raise wrong_value(context.type, where, view, "a vlopd.types.Example")
+    refuse_unlike_images(f"{context.type}: {where}", view)
+    return replace(example, messages=view.messages, images=view.images)
 
 
 # ------------------------------------------------------------------------------------------ messages
