@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -14,13 +15,15 @@ from torch import Tensor
 from vlopd.config.arms import BaseArm, CheckpointArm, ImportedArm, TeacherArm
 from vlopd.config.data import DataConfig
 from vlopd.config.experiment import ExperimentConfig
-from vlopd.config.masks import Reference
+from vlopd.config.masks import FileMask, Reference
 from vlopd.config.models import ModelConfig, TeacherConfig
 from vlopd.data.load import files_of
 from vlopd.digests import digest_checkpoint, digest_json, digest_text, file_digest
 from vlopd.errors import RunError, first_line
 from vlopd.files import read_json
 from vlopd.masks.files import check_mask, check_shapes, load_mask
+from vlopd.masks.foreign import is_foreign, open_foreign
+from vlopd.masks.importing import align_with_checkpoint, origin
 from vlopd.masks.rules import Mask
 from vlopd.models import integrity, parameter_names
 from vlopd.models.load import resolve
@@ -234,6 +237,24 @@ def check_mask_shapes(mask: Mask, run: RunFolder, base: str, what: str | Path) -
         check_shapes(mask, _mask_shapes(run, base))
     except RunError as error:
         raise RunError(f"{what}: {error}") from None
+
+
+def read_file_mask(
+    run: RunFolder, config: ExperimentConfig, rule: FileMask
+) -> tuple[Mask, dict[str, Any]]:
+    """The mask of a file and its inputs: `file`, its digest, and `base`, or how it was imported from another format.
+
+    Raises RunError where it cannot be read.
+    """
+    path = Path(rule.path)
+    if is_foreign(path):
+        foreign = open_foreign(path)
+        found = align_with_checkpoint(foreign, run.checkpoint(base_arm(config)))
+        return found.mask, {"imported": {"format": foreign.format, **origin(foreign, found)}}
+    mask, about = load_mask(path)
+    given = about["inputs"]
+    others = {"other_base": given["other_base"]} if "other_base" in given else {}
+    return mask, {"file": about["digest"], "base": given["base"], **others}
 
 
 def read_mask(run: RunFolder, config: ExperimentConfig, name: str) -> Mask:
