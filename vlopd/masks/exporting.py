@@ -83,7 +83,7 @@ def _export_shira(
     others = [name for name in marked if names.get(name) not in linear]
     if others and not linear_only:
         raise RunError(
-            f"{file}: {first_names(others, 1)} not of a linear layer, and SHiRA adapts those alone; export booleans or "
+            f"{file}: {first_names(others, 1)} not of linear layers, which alone SHiRA adapts; export booleans or "
             "indices, or leave them out with --linear-only"
         )
     marked = {name: its for name, its in marked.items() if name not in others}

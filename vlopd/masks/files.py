@@ -61,10 +61,9 @@ def load_mask(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises RunError where the file is missing, truncated, foreign, or does not match its digest.
     """
-    if path.is_dir() or (path.is_file() and path.suffix != ".safetensors"):
-        kind = "a folder" if path.is_dir() else f"a {path.suffix or 'nameless'} file"
+    if path.is_dir():
         raise RunError(
-            f"{path} is {kind}; a mask is one .safetensors file, as RUN/masks/NAME.safetensors, and `vlopd mask "
+            f"{path} is a folder; a mask is one .safetensors file, as RUN/masks/NAME.safetensors, and `vlopd mask "
             "import` makes one of booleans, index lists or a SHiRA adapter"
         )
     try:
@@ -74,9 +73,10 @@ def load_mask(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except FileNotFoundError:
         raise RunError(f"no mask {path}; run the stage that writes it first") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise RunError(
-            f"{path} is not a complete mask ({error}); delete it and run again"
-        ) from None
+        remedy = "delete it and run again"
+        if path.suffix != ".safetensors":
+            remedy = "name a .safetensors file, as RUN/masks/NAME.safetensors"
+        raise RunError(f"{path} is not a complete mask ({error}); {remedy}") from None
     if not metadata:
         raise RunError(
             f"{path} is not a mask file of vlopd; make one of it with `vlopd mask import {path} --base BASE --out FILE`"

@@ -43,8 +43,9 @@ from vlopd.config.masks import (
 from vlopd.config.models import ImageContext, ModelConfig, TeacherConfig
 from vlopd.config.recipe import Recipe
 from vlopd.config.training import Component, TrainConfig
-from vlopd.data.dataset import FileDataset
-from vlopd.data.load import load_data, pick
+from vlopd.data.dataset import StoredDataset
+from vlopd.data.load import load_data, order
+from vlopd.data.mixture import MixtureDataset
 from vlopd.errors import ConfigError, DataError, RunError, UserError, first_line
 from vlopd.masks.files import check_shapes, load_mask
 from vlopd.masks.foreign import is_foreign, open_foreign
@@ -407,13 +408,17 @@ def refuse_rows(recipe: Recipe, pair: ModelPair, seeds: Sequence[int]) -> None:
     count = min(len(data), recipe.prompts)
     used: Sequence[int] = range(min(count, BUILT_IN_ROWS))
     quick = data
-    if isinstance(data, FileDataset):
-        every = range(len(data))
-        used = sorted({i for seed in seeds for i in pick(every, 0, count, seed)})
+    if isinstance(data, MixtureDataset):
+        count = recipe.prompts  # a row may be drawn again before another is first
+    if isinstance(data, StoredDataset):
+        used = sorted({i for seed in seeds for i in order(data, 0, count, seed)})
         quick = data.with_headers_only()
+    shown = used[:FEW]
+    if isinstance(data, MixtureDataset):
+        used, shown = data.at_most(used, BUILT_IN_ROWS, generated=True), data.at_most(used, FEW)
     only_data = set(rollout.source.shares) == {"data"}
     measured = [Measured() for _ in range(1 + len(pair.teachers))]
-    for i in used[:FEW]:
+    for i in shown:
         for reader, so_far in zip(readers_of(pair, data[i]), measured, strict=False):
             view = reader.view(data[i])
             so_far.add(view.images, tokens_of(reader.loaded, view))
