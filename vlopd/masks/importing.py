@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlopd.digests import digest_checkpoint, file_digest
 from vlopd.errors import RunError
-from vlopd.masks.foreign import ForeignMask, Format, Shape, first_names, open_foreign
+from vlopd.masks.foreign import Entry, ForeignMask, Format, Shape, first_names, open_foreign
 from vlopd.weights.delta import assemble
 from vlopd.weights.matching import (
     EMBEDDING,
@@ -189,6 +189,30 @@ def align_with_checkpoint(
         shapes = {n: tuple(weights.shape(n)) for n in weights.names() if weights.is_parameter(n)}
         buffers = weights.names() - shapes.keys()
     return align(foreign, shapes, known_config(base), buffers, ignore_unknown)
+
+
+def under_names_of(
+    mask: dict[str, Tensor], shapes: Mapping[str, Shape], config: PretrainedConfig | None
+) -> dict[str, Tensor]:
+    """A mask under a model's own parameter names, where it has each of them under another name; else unchanged.
+
+    A checkpoint from the hub may have other names than the model that transformers makes of it, and than a run's base.
+    """
+    if mask.keys() == shapes.keys():
+        return mask
+    entries = {
+        name: Entry(name, tuple(marked.shape), functools.partial(_as_it_is, marked))
+        for name, marked in mask.items()
+    }
+    try:
+        found = align(ForeignMask(Path("mask"), "booleans", (), entries), shapes, config)
+    except RunError:
+        return mask
+    return mask if found.unmentioned else found.mask
+
+
+def _as_it_is(marked: Tensor, shape: Shape) -> Tensor:
+    return marked
 
 
 def import_mask(

@@ -49,7 +49,7 @@ from vlopd.data.mixture import MixtureDataset
 from vlopd.errors import ConfigError, DataError, RunError, UserError, first_line
 from vlopd.masks.files import check_shapes, load_mask
 from vlopd.masks.foreign import is_foreign, open_foreign
-from vlopd.masks.importing import align
+from vlopd.masks.importing import align, under_names_of
 from vlopd.masks.rules import Mask, whole_parameters
 from vlopd.models import families, parameter_names
 from vlopd.models.load import DTYPES, load_configured, load_model_config, resolve
@@ -341,10 +341,11 @@ def mask_of_file(path: Path, student: LoadedModel) -> Mask:
     """A mask file's parameters. Raises RunError where it is damaged, or of another model."""
     parameters = dict(student.model.named_parameters())
     others = set(student.model.state_dict()) - set(parameters)  # running means, tied names
+    shapes = {n: tuple(p.shape) for n, p in parameters.items()}
     if is_foreign(path):
-        shapes = {n: tuple(p.shape) for n, p in parameters.items()}
         return align(open_foreign(path), shapes, student.model.config, others).mask
     held = {n: m for n, m in load_mask(path)[0].items() if n not in others}
+    held = under_names_of(held, shapes, student.model.config)
     try:
         check_shapes(held, {n: p.shape for n, p in parameters.items()})
     except RunError as error:

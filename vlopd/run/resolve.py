@@ -23,13 +23,14 @@ from vlopd.errors import RunError, first_line
 from vlopd.files import read_json
 from vlopd.masks.files import check_mask, check_shapes, load_mask
 from vlopd.masks.foreign import is_foreign, open_foreign
-from vlopd.masks.importing import align_with_checkpoint, origin
+from vlopd.masks.importing import align_with_checkpoint, origin, under_names_of
 from vlopd.masks.rules import Mask
 from vlopd.models import integrity, parameter_names
 from vlopd.models.load import resolve
 from vlopd.models.tokenizers import read_template
 from vlopd.run.folder import RunFolder
 from vlopd.weights import delta
+from vlopd.weights.matching import known_config
 
 MODEL_FILES = (
     *(".safetensors", ".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".spm", ".vocab"),
@@ -231,14 +232,6 @@ def _mask_shapes(run: RunFolder, base: str) -> dict[str, torch.Size]:
     }
 
 
-def check_mask_shapes(mask: Mask, run: RunFolder, base: str, what: str | Path) -> None:
-    """Raises RunError for a mask whose tensors do not match this run's base."""
-    try:
-        check_shapes(mask, _mask_shapes(run, base))
-    except RunError as error:
-        raise RunError(f"{what}: {error}") from None
-
-
 def read_file_mask(
     run: RunFolder, config: ExperimentConfig, rule: FileMask
 ) -> tuple[Mask, dict[str, Any]]:
@@ -255,6 +248,19 @@ def read_file_mask(
     given = about["inputs"]
     others = {"other_base": given["other_base"]} if "other_base" in given else {}
     return mask, {"file": about["digest"], "base": given["base"], **others}
+
+
+def mask_of_file(run: RunFolder, config: ExperimentConfig, rule: FileMask) -> Mask:
+    """The mask of a file under the names of this run's base. Raises RunError where it is of another model."""
+    base = base_arm(config)
+    shapes = _mask_shapes(run, base)
+    mask, _ = read_file_mask(run, config, rule)
+    mask = under_names_of(mask, shapes, known_config(run.checkpoint(base)))
+    try:
+        check_shapes(mask, shapes)
+    except RunError as error:
+        raise RunError(f"{rule.path}: {error}") from None
+    return mask
 
 
 def read_mask(run: RunFolder, config: ExperimentConfig, name: str) -> Mask:
