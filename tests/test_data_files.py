@@ -12,10 +12,12 @@ import numpy
 import pandas
 import pytest
 from PIL import Image, ImageOps
+from pydantic import ValidationError
 
-from vlopd.config.data import FileData
+from vlopd.config.data import FileData, MixtureData
 from vlopd.data.dataset import FileDataset
 from vlopd.data.images import open_picture
+from vlopd.data.load import files_of, load_data, order, pick
 from vlopd.errors import ConfigError, DataError
 
 QUESTIONS = [
@@ -39,7 +41,8 @@ def write(tmp_path, rows, name="data.jsonl"):
 
 
 def columns(path, **more):
-    return FileData(**{"path": str(path), "question": "q", "answer": "a", "id": "key", **more})
+    path = path if isinstance(path, list) else str(path)
+    return FileData(**{"path": path, "question": "q", "answer": "a", "id": "key", **more})
 
 
 def saved(image, kind, **more):
@@ -413,3 +416,155 @@ def test_broken_files_and_columns_are_one_clear_line(tmp_path, rows):
     (tmp_path / "cut.parquet").write_bytes(b"PAR1junk")
     with pytest.raises(ConfigError, match=r"cannot read data\.path"):
         FileDataset(columns(tmp_path / "cut.parquet"))
+
+
+# ------------------------------------------------------------------------- chats, several files, mixtures
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize("column", ["messages", "prompt", "conversations"])
+def test_a_chat_needs_its_path_alone(tmp_path, column, capsys):
+    """Without a column `question` the chat's is read, which is printed once; an explicit column is never replaced."""
+    path = write(tmp_path, [{column: [turn("user", "q?"), turn("assistant", "a")]}], "chat.jsonl")
+    for _ in range(2):
+        data = load_data(FileData(path=str(path)), 1)
+        assert (data[0].question, data[0].answer) == ("q?", "a")
+    printed = capsys.readouterr().err
+    assert printed.count("has no column 'question'") == 1 and f"read from {column!r}" in printed
+    with pytest.raises(ConfigError, match="no column 'text'"):
+        load_data(FileData(path=str(path), question="text"), 1)
+    both = write(tmp_path, [{"question": "mine?", "messages": [turn("user", "q?")]}], "both.jsonl")
+    assert load_data(FileData(path=str(both)), 1)[0].question == "mine?"
+
+
+PARTS = {
+    "name": lambda name, _: {"type": "image", "image": name},
+    "table": lambda name, _: {"type": "image", "image": {"path": name, "bytes": None}},
+    "url": lambda name, _: {"type": "image_url", "image_url": {"url": name}},
+    "path": lambda name, _: {"type": "image", "path": name},
+    "bytes": lambda _, content: {"type": "image", "image": {"path": None, "bytes": content}},
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_pictures_inside_turns_are_read(tmp_path, rows, kind):
+    """`image` names the column of the turns; the pictures stand where their parts do, and their files are known."""
+    names = ["good.png", "other.png"]
+    parts = [PARTS[kind](name, (tmp_path / name).read_bytes()) for name in names]
+    content = [parts[0], {"type": "text", "text": "which?"}, parts[1]]
+    made = [
+        {"messages": [turn("user", content), turn("assistant", [{"type": "text", "text": "a"}])]}
+    ]
+    path = tmp_path / ("data.parquet" if kind == "bytes" else "data.jsonl")
+    if kind == "bytes":
+        datasets.Dataset.from_list(made).to_parquet(path)
+    else:
+        write(tmp_path, made)
+    config = FileData(path=str(path), image="messages")
+    data = FileDataset(config)
+    assert [image.size for image in data[0].images] == [(7, 5), (5, 7)] and data[0].answer == "a"
+    assert [part["type"] for part in data[0].messages[0]["content"]] == ["image", "text", "image"]
+    assert config.has_images and all(len(part) <= 2 for part in data[0].messages[0]["content"])
+    pictures = [] if kind == "bytes" else [tmp_path / name for name in names]
+    assert files_of(config) == [path, *pictures]
+    with pytest.raises(DataError, match=r'picture inside turn 1; set data\.image = "messages"'):
+        FileDataset(FileData(path=str(path)))[0]
+
+
+def test_a_turn_without_its_picture_names_its_row(tmp_path, rows):
+    """Where pictures are inside the turns, a bare image part, a missing file and odd keys are refused by row."""
+    bad = [
+        ({"type": "image"}, "has an image part of turn 1 without a picture"),
+        ({"type": "image", "image": "gone.png"}, "picture 'gone.png' does not exist"),
+        ({"type": "image", "image": "https://x.org/a.png"}, "is a URL; download"),
+        ({"type": "image", "image": "good.png", "detail": "low"}, "image part of turn 1 with detail, image"),
+    ]  # fmt: skip
+    text = {"type": "text", "text": "q?"}
+    path = write(tmp_path, [{"messages": [turn("user", [part, text])]} for part, _ in bad])
+    data = FileDataset(FileData(path=str(path), image="messages"))
+    for index, (_, message) in enumerate(bad):
+        with pytest.raises(DataError, match=f"row data-{index}.*{message}"):
+            data[index]
+
+
+def test_several_files_are_read_one_after_the_other(tmp_path, rows):
+    """By list or pattern, of any formats, each with its own folder of pictures; the file's name is put before ids."""
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    Image.new("RGB", (1, 1)).save(inner / "good.png")
+    a, b = write(tmp_path, rows, "a.jsonl"), inner / "b.parquet"
+    pandas.DataFrame(rows[:1]).to_parquet(b)
+    data = load_data(columns([str(a), str(b)], image="pic"), 0)
+    assert [e.id for e in data] == ["a/r1", "a/r2", "a/r3", "b/r1"]
+    assert [e.images[0].size for e in data] == [(7, 5), (5, 7), (7, 5), (1, 1)]
+    assert data[-1].id == "b/r1" and len(data) == 4
+    config = columns([str(b), str(tmp_path / "*.jsonl")], id=None)
+    assert [e.id for e in load_data(config, 0)] == ["b-0", "a-0", "a-1", "a-2"]
+    assert files_of(config) == [b, a]
+    same = write(inner, rows, "a.jsonl")
+    ids = [e.id for e in load_data(columns([str(a), str(same)], id=None), 0)]
+    assert len(set(ids)) == 6 and ids[3] == "inner-a-0"
+    write(tmp_path, [{"x": 1}], "odd.jsonl")
+    with pytest.raises(ConfigError, match=r"odd\.jsonl has no column 'q'"):
+        load_data(columns(str(tmp_path / "*.jsonl")), 0)
+    with pytest.raises(ConfigError, match=r"no file matches .*\.csv' \(data\.path\)"):
+        load_data(columns(str(tmp_path / "*.csv")), 0)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_skip_and_limit_keep_the_rows_names(tmp_path, rows, several):
+    """The first rows after those skipped, of all files together, under the ids that they have without."""
+    a, b = write(tmp_path, rows, "a.jsonl"), write(tmp_path, rows, "b.jsonl")
+    path = [str(a), str(b)] if several else str(a)
+    whole = [e.id for e in load_data(columns(path, id=None), 0)]
+    for skip, limit in ((0, 2), (2, None), (2, 2), (1, 9), (0, 1)):
+        data = load_data(columns(path, id=None, skip=skip, limit=limit), 0)
+        expected = whole[skip:][:limit]
+        assert [e.id for e in data] == expected and len(data) == len(expected)
+        assert data[-1].id == expected[-1]
+    with pytest.raises(ConfigError, match=r"data\.skip = 6 leaves nothing of the \d rows"):
+        load_data(columns(path, skip=6), 0)
+
+
+def mixture(tmp_path, rows, **weights):
+    path = write(tmp_path, rows, "a.jsonl")
+    sources = {"file": columns(path).model_dump(), "world": {"type": "shapes", "modality": "text"}}
+    return MixtureData.model_validate({"type": "mixture", "sources": sources, "weights": weights})
+
+
+def test_a_mixture_draws_by_weight_as_a_function_of_position(tmp_path, rows):
+    """Any cut of the stream is the same stream, in any process; shares are the weights', epochs each source's."""
+    config = mixture(tmp_path, rows, file=3.0, world=1.0)
+    data = load_data(config, 5000, 1)
+    stream = order(data, 0, 9000, 7)
+    again = load_data(config, 5000, 1)
+    assert order(again, 8000, 1000, 7) == stream[8000:]
+    cuts = [0, 1, 4095, 4096, 4097, 9000]
+    pieces = [order(again, a, b - a, 7) for a, b in itertools.pairwise(cuts)]
+    assert [index for piece in pieces for index in piece] == stream
+    assert order(data, 0, 100, 8) != stream[:100]
+    file, world = ([i for i in stream if (i < 3) == own] for own in (True, False))
+    assert abs(len(file) / 9000 - 0.75) < 5 * (0.75 * 0.25 / 9000) ** 0.5
+    assert all(sorted(file[k : k + 3]) == [0, 1, 2] for k in range(0, len(file) - 2, 3))
+    assert len(set(world)) == len(world)
+    assert {e.id.split("/")[0] for e in pick(data, 0, 20, 7)} == {"file", "world"}
+    assert data.first(4) == [0, 3, 1, 4] and not config.has_images
+    assert files_of(config) == [tmp_path / "a.jsonl"]
+    assert list(data.counts().values()) == [f"{tmp_path / 'a.jsonl'}: 3 rows", "generated"]
+
+
+def test_a_mixture_names_the_source_of_an_error(tmp_path, rows):
+    """A source that cannot be read, weights of other names, and a row that cannot be used name the source."""
+    with pytest.raises(ValidationError, match=r"weights are for \['file'\], sources are"):
+        mixture(tmp_path, rows, file=1.0)
+    rows[1]["q"] = None
+    data = load_data(mixture(tmp_path, rows), 10, 1)
+    with pytest.raises(DataError, match=r"a\.jsonl, row r2: column 'q' holds no text"):
+        pick(data, 0, 20, 1)
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    config = MixtureData(sources={"file": columns(tmp_path / "a.jsonl")})
+    with pytest.raises(ConfigError, match=r"data\.sources\.file: .*has no column 'q'"):
+        load_data(config, 10, 1)

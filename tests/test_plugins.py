@@ -19,7 +19,7 @@ from vlopd.config.models import FunctionContext
 from vlopd.config.objective import FunctionLoss, LossConfig, RewardConfig
 from vlopd.config.recipe import Recipe
 from vlopd.config.training import COLUMNS
-from vlopd.data.load import load_data
+from vlopd.data.load import load_data, pick
 from vlopd.errors import DataError, PluginError
 from vlopd.files import read_json, read_jsonl
 from vlopd.loop import distill
@@ -422,3 +422,15 @@ def test_a_loss_that_is_not_finite_in_training_is_named(
 
 def replace_loss(config: ExperimentConfig, loss) -> Recipe:
     return Recipe(**{**{name: s for name, s in recipe_of(config)}, "loss": loss})
+
+
+def test_a_source_of_a_mixture(here):
+    """A function is a source of a mixture beside the built-in ones, and is listed among the run's own functions."""
+    write_examples(here)
+    sources = {"own": {"type": "sources:colours"}, "shapes": {"type": "shapes", "modality": "text"}}
+    mixture = {"type": "mixture", "sources": sources}
+    recipe = Recipe.model_validate({"data": mixture, "train": {"steps": 1, "prompts_per_step": 4}})
+    assert [use.key for use in recipe.plugins] == ["data.sources.own"]
+    data = load_data(recipe.data, 40, 1)
+    drawn = [example.id for example in pick(data, 0, 20, 1)]
+    assert {name.partition("/")[0] for name in drawn} == {"own", "shapes"}, drawn

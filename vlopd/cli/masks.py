@@ -5,7 +5,7 @@ Heavy imports are inside the commands, so that `--help` returns at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Makes, combines, shows and compares masks.")
 MaskFile = Annotated[Path, typer.Argument(help="mask file (*.safetensors)")]
 Out = Annotated[Path, typer.Option(help="the mask file to write")]
+Format = Literal["booleans", "indices", "shira"]
+"""As vlopd.masks.foreign.Format, which needs torch."""
 
 
 @app.command()
@@ -162,6 +164,82 @@ def combine(
     print_artifact("mask", out, True)
 
 
+@app.command("import")
+def import_(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="safetensors file of booleans or index lists, or the folder of a SHiRA adapter"
+        ),
+    ],
+    base: Annotated[
+        str, typer.Option(help="base checkpoint (folder, hub id, builtin:NAME), or run folder")
+    ],
+    out: Out,
+    format: Annotated[
+        Format | None, typer.Option(help="format of the source; detected by default")
+    ] = None,
+    ignore_unknown: Annotated[
+        bool,
+        typer.Option("--ignore-unknown", help="leave out names that the base lacks (recorded)"),
+    ] = False,
+) -> None:
+    """Makes a mask file of a mask in another format (docs/masks.md)."""
+    from vlopd.masks.files import save_mask
+    from vlopd.masks.importing import import_mask
+    from vlopd.models.parameter_names import classify
+
+    found, inputs = import_mask(source, _base_folder(base), format, ignore_unknown)
+    save_mask(out, found.mask, inputs, classify)
+    print_artifact("mask", out, True)
+    _print_left_out(found.summary())
+
+
+@app.command("export")
+def export_(
+    file: MaskFile,
+    format: Annotated[Format, typer.Option(help="format to write")],
+    out: Annotated[Path, typer.Option(help="*.safetensors to write; for shira, a folder")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="for shira: the base checkpoint of the mask, or its run folder"),
+    ] = None,
+    trained: Annotated[
+        Path | None,
+        typer.Option(
+            help="for shira: the checkpoint whose update the adapter holds; zeros without"
+        ),
+    ] = None,
+    linear_only: Annotated[
+        bool,
+        typer.Option("--linear-only", help="for shira: leave out what is not of linear layers"),
+    ] = False,
+) -> None:
+    """Writes a mask file in another format (docs/masks.md)."""
+    from vlopd.masks.exporting import export_mask
+
+    folder = None if base is None else _base_folder(base)
+    lines = export_mask(file, out, format, folder, trained, linear_only)
+    print_artifact(f"mask as {format}", out, True)
+    _print_left_out(lines)
+
+
+def _base_folder(base: str) -> Path:
+    """The folder of a checkpoint; of a run folder, its base's."""
+    from vlopd.api.checkpoints import folder_of
+    from vlopd.run.resolve import base_arm
+
+    if (Path(base) / "run.json").is_file():
+        folder, config = RunFolder.open(Path(base))
+        return folder.checkpoint(base_arm(config))
+    return folder_of(base)
+
+
+def _print_left_out(lines: list[str]) -> None:
+    for line in lines:
+        console.print(f"[yellow]left out[/]: {escape(line)}", soft_wrap=True, highlight=False)
+
+
 @app.command()
 def show(file: MaskFile) -> None:
     """Shows a mask file: rule, origin, and density by component, module and layer."""
@@ -171,6 +249,7 @@ def show(file: MaskFile) -> None:
 
     mask, about = load_mask(file)
     inputs = about["inputs"]
+    origin = inputs.get("imported", inputs)
     rule = " ".join(f"{key}={value}" for key, value in inputs["rule"].items())
     count, total = sum(about["counts"].values()), sum(m.numel() for m in mask.values())
     lines = {
@@ -179,11 +258,16 @@ def show(file: MaskFile) -> None:
         "base": inputs["base"][:12],
         "of": inputs.get("of", "")[:12],
         "other base": ", ".join(inputs.get("other_base", {})),
+        "files": ", ".join(
+            f"{name} {digest[:12]}" for name, digest in origin.get("files", {}).items()
+        ),
+        "not in the file": _count_of(origin.get("unmentioned", ()), "parameters"),
+        "ignored": _count_of(origin.get("ignored", ()), "names"),
         "digest": about["digest"][:12],
     }
     for key, value in lines.items():
         if value:
-            console.print(f"[bold]{key}[/]: {value}", soft_wrap=True, highlight=False)
+            console.print(f"[bold]{key}[/]: {escape(value)}", soft_wrap=True, highlight=False)
 
     def layer(name: str) -> str:
         where = classify(name)
@@ -199,6 +283,10 @@ def show(file: MaskFile) -> None:
         for group, its_density in densities_by(mask, label).items():
             table.add_row(group, f"{its_density:.4%}")
         console.print(table)
+
+
+def _count_of(names: Sequence[str], what: str) -> str:
+    return f"{len(names)} {what}, as {names[0]}" if names else ""
 
 
 @app.command()

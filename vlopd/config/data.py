@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
-from vlopd.config.base import Section
+from vlopd.config.base import Count, Name, Number, Section, Unique, Weight
 from vlopd.config.functions import IS_BUILT_IN, IS_OWN, KIND, Function
+
+QUESTION = "question"
 
 
 class ShapesData(Section):
@@ -23,26 +25,29 @@ class ShapesData(Section):
 
 
 class FileData(Section):
-    """A JSONL, JSON, CSV or parquet file, a folder, or a hub data set; columns by name (docs/data.md).
+    """JSONL, JSON, CSV or parquet files, a folder, or a hub data set; columns by name (docs/data.md).
 
     Dotted names select nested columns (`reward_model.ground_truth`); a column with the exact name takes precedence.
     """
 
     type: Literal["file"] = "file"
-    path: str
-    """A .jsonl, .json, .csv or .parquet file, or a folder (relative to the working directory), or a hub data set id."""
+    path: str | Annotated[tuple[str, ...], Unique] = Field(min_length=1)
+    """A .jsonl, .json, .csv or .parquet file, or a folder (relative to the working directory), or a hub data set id; a
+    pattern (`data/*.jsonl`) or a list names several, which are read one after the other."""
     split: str = "train"
     """Split of a folder or hub data set, in the syntax of `datasets` (`train[:90%]`, `train+test`). A file has only
     `train`."""
     subset: str | None = None
     """Configuration name of a folder or hub data set that has several."""
-    question: str = "question"
-    """Column with the prompt: a text, or a list of turns that ends with the user's (`messages`, `prompt`,
-    `conversations`). An assistant turn after it is the answer, unless `answer` names a column."""
+    question: str = QUESTION
+    """Column with the prompt: a text, or a list of turns that ends with the user's. An assistant turn after it is the
+    answer, unless `answer` names a column. A file without a column `question` is read by the first that it has of
+    `messages`, `prompt`, `conversations`."""
     answer: str | None = None
     """Column with a text, a number (verbatim digits) or one assistant turn; null and empty CSV cells mean no answer."""
     image: str | None = None
-    """Column with an image, a list of images, or file names relative to the data file's folder."""
+    """Column with an image, a list of images, or file names relative to the data file's folder. The column of
+    `question` itself: the images are inside its turns' parts."""
     image_mark: str | None = Field(None, min_length=1)
     """Image placeholder in user turns (`<image>` in many data sets), once per image of the row; null inserts images at
     image parts, or else before the first user text, and leaves the text unchanged."""
@@ -50,6 +55,10 @@ class FileData(Section):
     """Column with a unique text or number; null numbers the rows."""
     system: str | None = None
     """System prompt prepended to every question. A row that has a system turn is refused."""
+    skip: Number = 0
+    """Rows to leave out at the beginning (of all files together)."""
+    limit: Count | None = None
+    """Rows to read at most, after those skipped; null reads all."""
 
     @property
     def has_images(self) -> bool:
@@ -108,5 +117,36 @@ class FunctionData(Function):
 BuiltInData = Annotated[
     ShapesData | FileData | CapitalsData | ReasoningData | EmojiData, Field(discriminator="type")
 ]
+DataSource = Annotated[Annotated[BuiltInData, IS_BUILT_IN] | Annotated[FunctionData, IS_OWN], KIND]
+"""Data of a single kind."""
 
-DataConfig = Annotated[Annotated[BuiltInData, IS_BUILT_IN] | Annotated[FunctionData, IS_OWN], KIND]
+
+class MixtureData(Section):
+    """Several sources, of which each prompt is drawn by weight; a source that is used up is reshuffled."""
+
+    type: Literal["mixture"] = "mixture"
+    sources: dict[Name, DataSource] = Field(min_length=1)
+    """Data sections by name, which is put before the ids of their examples."""
+    weights: dict[str, Annotated[Weight, Field(gt=0)]] = Field(default_factory=dict)
+    """Relative weights by source; equal by default."""
+
+    @model_validator(mode="after")
+    def check_weights(self) -> MixtureData:
+        if self.weights and self.weights.keys() != self.sources.keys():
+            raise ValueError(
+                f"weights are for {sorted(self.weights)}, sources are {sorted(self.sources)}"
+            )
+        return self
+
+    @property
+    def has_images(self) -> bool:
+        return any(source.has_images for source in self.sources.values())
+
+
+_BuiltInOrMixture = Annotated[
+    ShapesData | FileData | CapitalsData | ReasoningData | EmojiData | MixtureData,
+    Field(discriminator="type"),
+]
+DataConfig = Annotated[
+    Annotated[_BuiltInOrMixture, IS_BUILT_IN] | Annotated[FunctionData, IS_OWN], KIND
+]

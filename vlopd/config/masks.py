@@ -200,10 +200,11 @@ class ComplementMask(MaskRule):
 
 
 class FileMask(MaskRule):
-    """An existing mask file, such as another run's masks/top.safetensors."""
+    """An existing mask file, such as another run's masks/top.safetensors, or one of another format (docs/masks.md)."""
 
     type: Literal["file"] = "file"
     path: str
+    """A mask file, a safetensors file of booleans or of index lists by parameter, or the folder of a SHiRA adapter."""
 
 
 class FunctionMask(Function, MaskRule):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from vlopd.config.base import Section
-from vlopd.config.data import DataConfig
+from vlopd.config.data import DataConfig, MixtureData
 from vlopd.config.functions import Function
 from vlopd.config.models import MixedTeachers, TeacherConfig, TeachersConfig, teachers_by_name
 from vlopd.config.objective import (
@@ -96,6 +96,8 @@ class Recipe(RecipeSections):
     def plugins(self) -> list[Use]:
         """The user's own functions in it, each at its key."""
         sections: dict[str, Section | None] = {"data": self.data, "loss": self.loss}
+        if isinstance(self.data, MixtureData):
+            sections |= {f"data.sources.{name}": its for name, its in self.data.sources.items()}
         for name, its in self.teachers.items():
             where = "teacher" if its is self.teacher else f"teacher.teachers.{name}"
             sections[f"{where}.context"] = its.context

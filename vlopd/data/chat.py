@@ -9,7 +9,7 @@ A prompt ends with a user turn; an assistant turn after it is the answer.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vlopd.data.images import shorten
@@ -21,6 +21,8 @@ Turn = dict[str, Any]
 KEYS = (("role", "content"), ("from", "value"))
 ROLES = {r: r for r in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
 ENCODED_TURNS = re.compile(r"\s*\[?\s*\{.*\}\s*\]?\s*", re.DOTALL)
+PICTURE_KEYS = ("image", "image_url", "url", "path")
+"""Keys under which an image part holds its picture: a file name, bytes, or a table of either."""
 UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """Keys of a turn whose content would be lost; rows that have them are refused."""
 
@@ -80,8 +82,10 @@ def _read_turn(turn: Mapping[str, Any], number: int) -> Turn:
     return {"role": role, "content": _read_parts(turn.get(what), f"turn {number}")}
 
 
-def _read_parts(content: Any, where: str) -> list[dict[str, str]]:
-    """Converts a turn's text, or its list of parts: {"type": "text", "text": ...} and {"type": "image"}."""
+def _read_parts(content: Any, where: str) -> list[dict[str, Any]]:
+    """Converts a turn's text, or its list of parts, to {"type": "text", "text"} and {"type": "image"}, with "image"
+    where the picture is inside the part.
+    """
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, list) or not content:
@@ -94,18 +98,64 @@ def _read_parts(content: Any, where: str) -> list[dict[str, str]]:
         )
         if given.get("type") == "text" and isinstance(given.get("text"), str):
             parts.append({"type": "text", "text": given["text"]})
-        elif given.get("type") == "image" and len(given) == 1:
-            parts.append({"type": "image"})
-        elif str(given.get("type")).startswith("image"):
-            raise DataError(
-                f'has a picture inside {where}; leave {{"type": "image"}} in its place, and put the pictures '
-                "into a separate column, named by data.image"
-            )
+        elif given.get("type") in ("image", "image_url"):
+            held = [key for key in PICTURE_KEYS if key in given]
+            if len(held) > 1 or len(held) + 1 < len(given):
+                raise DataError(
+                    f"has an image part of {where} with {', '.join(sorted(given))}; type and one of "
+                    f"{', '.join(PICTURE_KEYS)} are wanted"
+                )
+            picture = {"image": _picture(given[held[0]])} if held else {}
+            parts.append({"type": "image", **picture})
         else:
             raise DataError(
                 f"has a part of {where} that is neither text nor an image: {shorten(str(part))}"
             )
     return parts
+
+
+def _picture(value: Any) -> Any:
+    """The picture of a part: OpenAI's {"url"} is that name."""
+    return value["url"] if isinstance(value, Mapping) and value.keys() == {"url"} else value
+
+
+def refuse_pictures(turns: Sequence[Turn], column: str) -> None:
+    """Raises DataError, without row and column, for a picture inside a turn."""
+    for number, turn in enumerate(turns, 1):
+        if any("image" in part for part in turn["content"]):
+            raise DataError(
+                f'has a picture inside turn {number}; set data.image = "{column}", the same column, to read it, or '
+                'leave {"type": "image"} in its place and name the column of the pictures'
+            )
+
+
+def take_pictures(turns: Sequence[Turn]) -> tuple[list[Turn], list[Any]]:
+    """(turns whose image parts are bare, the pictures inside them). Raises DataError for a part without one."""
+    bare, pictures = [], []
+    for number, turn in enumerate(turns, 1):
+        for part in turn["content"]:
+            if part["type"] == "image" and "image" not in part:
+                raise DataError(
+                    f"has an image part of turn {number} without a picture; put it under one of "
+                    f"{', '.join(PICTURE_KEYS)}"
+                )
+            pictures += [part["image"]] if part["type"] == "image" else []
+        parts = [{k: v for k, v in part.items() if k != "image"} for part in turn["content"]]
+        bare.append({**turn, "content": parts})
+    return bare, pictures
+
+
+def names_inside(value: Any) -> Iterator[str]:
+    """The file names of pictures inside turns; what is malformed raises when its row is read."""
+    try:
+        turns = read_turns(value) if is_turns(value) else []
+    except DataError:
+        return
+    for picture in (part.get("image") for turn in turns for part in turn["content"]):
+        if isinstance(picture, Mapping):
+            picture = None if picture.get("bytes") else picture.get("path")
+        if isinstance(picture, str):
+            yield picture
 
 
 def split_answer(turns: Sequence[Turn]) -> tuple[list[Turn], str | None]:

@@ -1,4 +1,4 @@
-"""`FileDataset`: examples from any JSONL, JSON, CSV or parquet file, saved data set, folder or hub data set.
+"""Examples from any JSONL, JSON, CSV or parquet files, saved data set, folder or hub data set.
 
 A column map names question, answer, image and id. Rows are read and images decoded on access.
 """
@@ -6,24 +6,69 @@ A column map names question, answer, image and id. Rows are read and images deco
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vlopd.config.data import FileData
+from vlopd.config.data import QUESTION, FileData
 from vlopd.data import chat
 from vlopd.data.images import open_header, open_picture, shorten
 from vlopd.data.raw_values import cell_text, check_characters, nested_value
 from vlopd.data.tables import open_table
 from vlopd.errors import ConfigError, DataError
+from vlopd.files import shortest_distinct_names
 from vlopd.types import Example
 
+TURNS = ("messages", "prompt", "conversations")
+"""Columns that are read where a file has no column `question`."""
 
-class FileDataset(Sequence[Example]):
-    """Examples by index; images are decoded on access.
+
+class StoredDataset(Sequence[Example]):
+    """Examples that are stored in files, or a mixture with such."""
+
+    notes: tuple[str, ...] = ()
+    """Lines on what was found in the files, such as the column of the prompts."""
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+    @abstractmethod
+    def __getitem__(self, index) -> Example: ...  # type: ignore[override]
+
+    @abstractmethod
+    def with_headers_only(self) -> StoredDataset:
+        """The same rows with only the headers of images read: existence and sizes."""
+
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """Every file that the examples are made from: the data files, and all images that a row names.
+
+        Nothing is decoded. Missing files are left out: reading their row raises.
+        """
+
+    @abstractmethod
+    def counts(self) -> dict[str, str]:
+        """The number of rows of each source, in words."""
+
+
+def cut(config: FileData, count: int) -> range:
+    """The rows that `skip` and `limit` leave of `count`. Raises ConfigError where none are left."""
+    stop = count if config.limit is None else min(count, config.skip + config.limit)
+    if config.skip >= count:
+        raise ConfigError(
+            f"data.skip = {config.skip} leaves nothing of the {count} rows of {config.path}"
+        )
+    return range(config.skip, stop)
+
+
+class FileDataset(StoredDataset):
+    """Examples of one file, folder or hub data set by index; images are decoded on access.
 
     `pictures` names further image columns, for a teacher's image context: they are decoded into the example's
     fields under the column's name. Boxes (lists of numbers) stay as they are.
@@ -32,15 +77,23 @@ class FileDataset(Sequence[Example]):
     text is lost; reading a row raises DataError with the row's id.
     """
 
-    def __init__(self, config: FileData, pictures: Sequence[str] = ()):
-        self.config = config
+    def __init__(self, config: FileData, pictures: Sequence[str] = (), label: str | None = None):
+        """`label` distinguishes the ids of several files."""
+        assert isinstance(config.path, str)
+        self.config, self.label = config, label
         self.pictures = tuple(dict.fromkeys(pictures))  # two teachers may share a column
         path = Path(config.path)
         self.folder = path if path.is_dir() else path.parent
         self.table = open_table(config)
         if len(self.table) == 0:
             raise ConfigError(f"{config.path} has no rows")
-        wanted = [config.question, config.answer, config.image, config.id, *pictures]
+        self.question = config.question
+        if self.question == QUESTION and not self.table.has(QUESTION):
+            self.question = next(filter(self.table.has, TURNS), QUESTION)
+            self.notes = (
+                f"{config.path} has no column 'question'; prompts are read from {self.question!r} (data.question)",
+            )
+        wanted = [self.question, config.answer, config.image, config.id, *pictures]
         for column in wanted:
             if column is not None and not self.table.has(column):
                 raise ConfigError(
@@ -55,32 +108,39 @@ class FileDataset(Sequence[Example]):
                     raise ConfigError(f"{config.path}: column {column!r} {error}") from None
         if config.id is not None:
             _refuse_repeated_ids(config.path, self.table.values(config.id))
+        self.rows = cut(config, len(self.table))
         self.open = open_picture
 
+    def with_rows(self, rows: range) -> FileDataset:
+        """Other rows of the same file."""
+        other = copy.copy(self)
+        other.rows = rows
+        return other
+
     def with_headers_only(self) -> FileDataset:
-        """The same rows with only the headers of images read: existence and sizes."""
         other = copy.copy(self)
         other.open = open_header
         return other
 
     def __len__(self) -> int:
-        return len(self.table)
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self[i] for i in range(len(self)))
+        return len(self.rows)
 
     def __getitem__(self, index) -> Example:  # type: ignore[override]
         config = self.config
-        index = range(len(self))[index]  # resolves a negative index
+        index = self.rows[index]
         row = self.table[index]
-        name = f"{Path(config.path).stem}-{index}"
+        name = f"{self.label or Path(str(config.path)).stem}-{index}"
         if config.id is not None:
-            name = str(cell_text(nested_value(row, config.id)))
+            own = str(cell_text(nested_value(row, config.id)))
+            name = own if self.label is None else f"{self.label}/{own}"
         where = f"{config.path}, row {name}"
         with _errors_at(where):
             check_characters(row)
-        with _errors_at(f"{where}: column {config.question!r}"):
-            turns, answer = self.read_question(nested_value(row, config.question))
+        inside: list[Any] | None = None
+        with _errors_at(f"{where}: column {self.question!r}"):
+            turns, answer = self.read_question(nested_value(row, self.question))
+            if config.image == self.question:
+                turns, inside = chat.take_pictures(turns)
         if config.answer is not None:
             with _errors_at(f"{where}: column {config.answer!r}"):
                 value = nested_value(row, config.answer)
@@ -88,7 +148,11 @@ class FileDataset(Sequence[Example]):
                     chat.refuse_encoded(value)
                 turned = chat.is_turns(value)
                 answer = chat.completion_text(value) if turned else cell_text(value, config.answer)
-        images = self.open_images(config.image, row, where) if config.image else ()
+        images: tuple[Image.Image, ...] = ()
+        if inside is not None:
+            images = self._open_each(inside, f"{where}: column {self.question!r}")
+        elif config.image is not None:
+            images = self.open_images(config.image, row, where)
         for column in self.pictures:
             with _errors_at(f"{where}: column {column!r}"):
                 value = nested_value(row, column)
@@ -104,7 +168,10 @@ class FileDataset(Sequence[Example]):
     def read_question(self, value: Any) -> tuple[list[chat.Turn], str | None]:
         """Splits a question into prompt turns and answer. Raises DataError, without row and column."""
         if chat.is_turns(value):
-            return chat.split_answer(chat.read_turns(value))
+            turns = chat.read_turns(value)
+            if self.config.image != self.question:
+                chat.refuse_pictures(turns, self.question)
+            return chat.split_answer(turns)
         if not isinstance(value, str) or not value.strip():
             kinds = " (expected text, or a list of {role, content})" if value else ""
             raise DataError(
@@ -124,7 +191,9 @@ class FileDataset(Sequence[Example]):
             raise DataError(
                 f"{where} is empty; name a picture, give an empty list, or remove the row"
             )
-        values = value if isinstance(value, list) else [value]
+        return self._open_each(value if isinstance(value, list) else [value], where)
+
+    def _open_each(self, values: Sequence[Any], where: str) -> tuple[Image.Image, ...]:
         images = []
         for place, each in enumerate(values, 1):
             try:
@@ -135,14 +204,69 @@ class FileDataset(Sequence[Example]):
         return tuple(images)
 
     def files(self) -> list[Path]:
-        """Every file that the examples are made from: the data files, and all images that a row names.
-
-        Nothing is decoded. Missing files are left out: reading their row raises.
-        """
-        columns = [*([self.config.image] if self.config.image else []), *self.pictures]
+        image = self.config.image
+        inside = image == self.question
+        columns = [*([image] if image and not inside else []), *self.pictures]
         names = {name for column in columns for name in self.table.named_pictures(column)}
+        if inside:
+            names |= {
+                n for each in self.table.values(self.question) for n in chat.names_inside(each)
+            }
         pictures = {path for name in names if _file_exists(path := self.folder / name)}
         return list(dict.fromkeys([*self.table.files(), *sorted(pictures)]))
+
+    def counts(self) -> dict[str, str]:
+        some = "" if len(self) == len(self.table) else f"{len(self):,} of "
+        return {str(self.config.path): f"{some}{len(self.table):,} rows"}
+
+
+class ConcatenatedDataset(StoredDataset):
+    """Several files, one after the other, under one set of column names; `skip` and `limit` are of all rows together.
+
+    The files' names are put before the ids.
+    """
+
+    def __init__(self, config: FileData, paths: Sequence[str], pictures: Sequence[str] = ()):
+        self.parts = [
+            FileDataset(
+                config.model_copy(update={"path": path, "skip": 0, "limit": None}), pictures, label
+            )
+            for path, label in zip(paths, _labels(paths), strict=True)
+        ]
+        rows, end = cut(config, sum(map(len, self.parts))), 0
+        for place, part in enumerate(self.parts):
+            start, end = end, end + len(part)
+            first, last = max(rows.start, start), min(rows.stop, end)
+            self.parts[place] = part.with_rows(range(first - start, max(first, last) - start))
+        self.ends = list(accumulate(map(len, self.parts)))
+        self.notes = tuple(note for part in self.parts for note in part.notes)
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index) -> Example:  # type: ignore[override]
+        index = range(len(self))[index]  # resolves a negative index
+        part = bisect_right(self.ends, index)
+        return self.parts[part][index - self.ends[part] + len(self.parts[part])]
+
+    def with_headers_only(self) -> ConcatenatedDataset:
+        other = copy.copy(self)
+        other.parts = [part.with_headers_only() for part in self.parts]
+        return other
+
+    def files(self) -> list[Path]:
+        return list(dict.fromkeys(path for part in self.parts for path in part.files()))
+
+    def counts(self) -> dict[str, str]:
+        return {source: rows for part in self.parts for source, rows in part.counts().items()}
+
+
+def _labels(paths: Sequence[str]) -> list[str]:
+    """Short distinct names of files: without their endings where those are not needed."""
+    bare = [Path(path).with_suffix("").parts for path in paths]
+    return shortest_distinct_names(
+        bare if len(set(bare)) == len(bare) else [Path(path).parts for path in paths]
+    )
 
 
 @contextmanager

@@ -1,33 +1,39 @@
-"""Loads the examples of a data section: a built-in world, a file or hub id, a function of the user's own."""
+"""Loads the examples of a data section: built-in worlds, files, hub data sets, functions, and mixtures of them."""
 
 from __future__ import annotations
 
+import glob
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
-from vlopd import seeding
 from vlopd.config.data import (
     CapitalsData,
     DataConfig,
     EmojiData,
     FileData,
     FunctionData,
+    MixtureData,
     ReasoningData,
     ShapesData,
 )
 from vlopd.config.models import ImageContext, TeacherConfig
 from vlopd.data.capitals import CapitalsDataset
-from vlopd.data.dataset import FileDataset
+from vlopd.data.dataset import ConcatenatedDataset, FileDataset, StoredDataset
 from vlopd.data.emoji import EmojiDataset
 from vlopd.data.emoji import folder as emoji_folder
 from vlopd.data.functions import FunctionDataset
+from vlopd.data.mixture import MixtureDataset
+from vlopd.data.order import shuffled
 from vlopd.data.reasoning import ReasoningDataset
 from vlopd.data.shapes import ShapesDataset
+from vlopd.errors import ConfigError, UserError
+from vlopd.files import is_first_process
 from vlopd.types import Example
 
+NOTED: set[str] = set()
+"""Notes on the data that were printed."""
 Item = TypeVar("Item")
 
 
@@ -48,9 +54,44 @@ def load_data(
         case EmojiData():
             return EmojiDataset(data.split, size, seed)
         case FileData():
-            return FileDataset(data, picture_columns(teachers))
+            paths = paths_of(data)
+            pictures = picture_columns(teachers)
+            if len(paths) > 1:
+                return _noted(ConcatenatedDataset(data, paths, pictures))
+            return _noted(FileDataset(data.model_copy(update={"path": paths[0]}), pictures))
         case FunctionData():
             return FunctionDataset(data, size, seed)
+        case MixtureData():
+            teachers = tuple(teachers)
+            sources = {}
+            for name, source in data.sources.items():
+                try:
+                    sources[name] = load_data(source, size, seed, teachers)
+                except UserError as error:
+                    raise type(error)(f"data.sources.{name}: {error}") from None
+            return MixtureDataset(sources, data.weights)
+
+
+def _noted(data: StoredDataset) -> StoredDataset:
+    """The same data, after its notes were printed, once a process."""
+    for note in data.notes:
+        if note not in NOTED and is_first_process():
+            print(f"vlopd: {note}", file=sys.stderr)
+        NOTED.add(note)
+    return data
+
+
+def paths_of(data: FileData) -> list[str]:
+    """The files, folders or hub ids that `path` names. Raises ConfigError for a pattern that matches no file."""
+    found = []
+    for path in (data.path,) if isinstance(data.path, str) else data.path:
+        if Path(path).exists() or not glob.has_magic(path):
+            found.append(path)
+        elif matched := sorted(glob.glob(path, recursive=True)):
+            found += matched
+        else:
+            raise ConfigError(f"no file matches {path!r} (data.path)")
+    return found
 
 
 def picture_columns(teachers: Iterable[TeacherConfig]) -> list[str]:
@@ -66,28 +107,33 @@ def files_of(data: DataConfig, teachers: Sequence[TeacherConfig] = ()) -> list[P
     """
     match data:
         case FileData():
-            path = Path(data.path)
-            if path.is_file() and not data.has_images and not picture_columns(teachers):
-                return [path]  # without reading its rows, for every arm anew
+            paths = list(map(Path, paths_of(data)))
+            pictures = data.has_images or picture_columns(teachers)
+            if all(path.is_file() for path in paths) and not pictures:
+                return paths  # without reading their rows, for every arm anew
             source = load_data(data, 0, 0, teachers)
-            assert isinstance(source, FileDataset)
+            assert isinstance(source, StoredDataset)
             return source.files()
+        case MixtureData():
+            parts = data.sources.values()
+            return list(dict.fromkeys(path for part in parts for path in files_of(part, teachers)))
         case EmojiData():
             return [path for path in sorted(emoji_folder().rglob("*")) if path.is_file()]
     return []
 
 
-def pick(data: Sequence[Item], start: int, count: int, seed: int) -> list[Item]:
-    """Examples `start` to `start + count` of an endless stream over `data` that is reshuffled every epoch.
+def order(data: Sequence[Item], start: int, count: int, seed: int) -> list[int]:
+    """Indices of the examples `start` to `start + count` of the endless training stream over `data`.
 
     A function of its arguments alone, so that a resumed run needs no saved position.
     """
-    examples = []
-    epoch, order = -1, torch.empty(0)
-    for position in range(start, start + count):
-        if position // len(data) != epoch:
-            epoch = position // len(data)
-            draws = seeding.generator("cpu", "data order", seed, epoch)
-            order = torch.randperm(len(data), generator=draws)
-        examples.append(data[int(order[position % len(data)])])
-    return examples
+    if isinstance(data, MixtureDataset):
+        return data.order(start, count, seed)
+    return shuffled(len(data), start, count, seed)
+
+
+def pick(data: Sequence[Item], start: int, count: int, seed: int) -> list[Item]:
+    """Examples `start` to `start + count` of an endless stream over `data`: reshuffled every epoch, or, of a mixture,
+    drawn by weight.
+    """
+    return [data[index] for index in order(data, start, count, seed)]

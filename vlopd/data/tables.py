@@ -103,6 +103,7 @@ OPENERS: Mapping[str, Callable[[Path], Table]] = {
 
 def open_table(config: FileData) -> Table:
     """Opens the rows of `path`, `subset` and `split`. Raises ConfigError with the reason and the remedy."""
+    assert isinstance(config.path, str), "one path; vlopd/data/load.py opens several"
     path = Path(config.path)
     loudness = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised below instead

@@ -59,8 +59,13 @@ def save_mask(
 def load_mask(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads a mask and its metadata.
 
-    Raises RunError where the file is missing, truncated, or does not match its digest.
+    Raises RunError where the file is missing, truncated, foreign, or does not match its digest.
     """
+    if path.is_dir():
+        raise RunError(
+            f"{path} is a folder; a mask is one .safetensors file, as RUN/masks/NAME.safetensors, and `vlopd mask "
+            "import` makes one of booleans, index lists or a SHiRA adapter"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get(HEADER, "{}"))
@@ -68,11 +73,14 @@ def load_mask(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except FileNotFoundError:
         raise RunError(f"no mask {path}; run the stage that writes it first") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise RunError(
-            f"{path} is not a complete mask ({error}); delete it and run again"
-        ) from None
+        remedy = "delete it and run again"
+        if path.suffix != ".safetensors":
+            remedy = "name a .safetensors file, as RUN/masks/NAME.safetensors"
+        raise RunError(f"{path} is not a complete mask ({error}); {remedy}") from None
     if not metadata:
-        raise RunError(f"{path} is not a mask file of vlopd; make one with `vlopd mask make`")
+        raise RunError(
+            f"{path} is not a mask file of vlopd; make one of it with `vlopd mask import {path} --base BASE --out FILE`"
+        )
     recorded = metadata.pop("digest", None)
     if recorded is None or recorded != _digest(metadata, packed):
         raise RunError(f"{path} is damaged: it does not match its digest; delete it and run again")

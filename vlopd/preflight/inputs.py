@@ -44,11 +44,14 @@ from vlopd.config.models import ImageContext, ModelConfig, TeacherConfig
 from vlopd.config.objective import FunctionLoss
 from vlopd.config.recipe import Recipe
 from vlopd.config.training import Component, TrainConfig
-from vlopd.data.dataset import FileDataset
+from vlopd.data.dataset import StoredDataset
 from vlopd.data.functions import FunctionDataset
-from vlopd.data.load import load_data, pick
+from vlopd.data.load import load_data, order
+from vlopd.data.mixture import MixtureDataset
 from vlopd.errors import ConfigError, DataError, PluginError, RunError, UserError, first_line
 from vlopd.masks.files import check_shapes, load_mask
+from vlopd.masks.foreign import is_foreign, open_foreign
+from vlopd.masks.importing import align, under_names_of
 from vlopd.masks.rules import Mask, whole_parameters
 from vlopd.models import families, parameter_names
 from vlopd.models.load import DTYPES, load_configured, load_model_config, resolve
@@ -353,7 +356,11 @@ def mask_of_file(path: Path, student: LoadedModel) -> Mask:
     """A mask file's parameters. Raises RunError where it is damaged, or of another model."""
     parameters = dict(student.model.named_parameters())
     others = set(student.model.state_dict()) - set(parameters)  # running means, tied names
+    shapes = {n: tuple(p.shape) for n, p in parameters.items()}
+    if is_foreign(path):
+        return align(open_foreign(path), shapes, student.model.config, others).mask
     held = {n: m for n, m in load_mask(path)[0].items() if n not in others}
+    held = under_names_of(held, shapes, student.model.config)
     try:
         check_shapes(held, {n: p.shape for n, p in parameters.items()})
     except RunError as error:
@@ -419,10 +426,14 @@ def refuse_rows(recipe: Recipe, pair: ModelPair, seeds: Sequence[int]) -> None:
     quick = data
     if isinstance(data, FunctionDataset) and not recipe.data.has_images:
         used = range(count)  # they need not be alike
-    if isinstance(data, FileDataset):
-        every = range(len(data))
-        used = sorted({i for seed in seeds for i in pick(every, 0, count, seed)})
+    if isinstance(data, MixtureDataset):
+        count = recipe.prompts  # a row may be drawn again before another is first
+    if isinstance(data, StoredDataset):
+        used = sorted({i for seed in seeds for i in order(data, 0, count, seed)})
         quick = data.with_headers_only()
+    shown = used[:FEW]
+    if isinstance(data, MixtureDataset):
+        used, shown = data.at_most(used, BUILT_IN_ROWS, generated=True), data.at_most(used, FEW)
     only_data = set(rollout.source.shares) == {"data"}
     measured = [Measured() for _ in range(1 + len(pair.teachers))]
     judges = [*([] if recipe.reward is None else [recipe.reward.rule]), *recipe.train.metrics]
@@ -430,7 +441,7 @@ def refuse_rows(recipe: Recipe, pair: ModelPair, seeds: Sequence[int]) -> None:
         for example in (data[i] for i in used[:BUILT_IN_ROWS]):
             for plugin in own:
                 scores(plugin, [example], [""])
-    for i in used[:FEW]:
+    for i in shown:
         for reader, so_far in zip(readers_of(pair, data[i]), measured, strict=False):
             view = reader.view(data[i])
             so_far.add(view.images, tokens_of(reader.loaded, view))

@@ -25,7 +25,9 @@ from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import TopFractionMask
 from vlopd.config.models import ModelConfig, TeacherConfig
 from vlopd.config.objective import NLL, ReverseKL
+from vlopd.data.dataset import StoredDataset
 from vlopd.data.load import load_data
+from vlopd.data.mixture import MixtureDataset
 from vlopd.errors import ConfigError, UserError
 from vlopd.models import families
 from vlopd.models.context_length import context_length
@@ -89,6 +91,7 @@ def preflight(
         *prompt_facts,
         context_row(models, lengths, config.rollout.max_new_tokens),
         *thought_rows(list(config.teachers), models, views, learns_answers(config)),
+        *data_rows(config),
     ]
     prompts = pair.student.render(examples)
     uniforms = seeding.uniforms(len(examples), config.rollout.max_new_tokens, "check")
@@ -183,9 +186,8 @@ def meta_prompts(
         return assumption
     views = views_of(config.teachers, examples)
     lengths, rows = prompt_rows(loaded, views)
-    return lengths, rows + thought_rows(
-        list(config.teachers), loaded, views, learns_answers(config)
-    )
+    rows += thought_rows(list(config.teachers), loaded, views, learns_answers(config))
+    return lengths, rows + data_rows(config)
 
 
 def turn_row(models: Sequence[LoadedModel]) -> CheckRow:
@@ -208,7 +210,16 @@ def turn_row(models: Sequence[LoadedModel]) -> CheckRow:
 def first_examples(data: DataConfig, teachers: Mapping[str, TeacherConfig]) -> list[Example]:
     """The first examples. Raises UserError where the data cannot be read."""
     examples = load_data(data, FEW, 0, teachers.values())
+    if isinstance(examples, MixtureDataset):
+        return [examples[i] for i in examples.first(FEW)]
     return [examples[i] for i in range(min(FEW, len(examples)))]
+
+
+def data_rows(config: ExperimentConfig) -> list[CheckRow]:
+    """The number of rows of each source of the data; none for generated data."""
+    data = load_data(config.data, FEW, 0, config.teachers.values())
+    counts = data.counts() if isinstance(data, StoredDataset) else {}
+    return [CheckRow("data", (f"{source}: {rows}",)) for source, rows in counts.items()]
 
 
 def views_of(

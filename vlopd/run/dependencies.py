@@ -19,9 +19,11 @@ from vlopd.config.arms import (
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import FileMask, FunctionMask, MaskConfig
 from vlopd.digests import digest_checkpoint, file_digest
+from vlopd.errors import UserError
 from vlopd.files import read_json
-from vlopd.masks.files import load_mask
+from vlopd.models.load import resolve
 from vlopd.run.folder import RunFolder
+from vlopd.run.records import base_arm_is_exact
 from vlopd.run.resolve import (
     arm_content,
     arm_digest,
@@ -29,9 +31,11 @@ from vlopd.run.resolve import (
     base_arm,
     checkpoint_digest,
     data_content,
+    hub_folder,
     model_content,
     other_base,
     plugin_content,
+    read_file_mask,
     teacher_content,
 )
 from vlopd.update_geometry.trajectory import step_of
@@ -131,9 +135,9 @@ def mask_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str
         for about in records.values():
             other_bases |= about["inputs"].get("other_base", {})
     if isinstance(rule, FileMask):
-        _, about = load_mask(Path(rule.path))
-        inputs["file"] = about["digest"]
-        other_bases = about["inputs"].get("other_base", {})
+        _, about = read_file_mask(run, config, rule)
+        other_bases = about.pop("other_base", {})
+        inputs |= {key: value for key, value in about.items() if key != "base"}
     other_bases |= other_bases_of_mask(run, config, rule)
     return inputs | ({"other_base": other_bases} if other_bases else {})
 
@@ -145,10 +149,21 @@ def other_bases_of_mask(
     if rule.reads is not None:
         return other_base(run, config, rule.reads)
     if isinstance(rule, FileMask):
-        _, about = load_mask(Path(rule.path))
-        if about["inputs"]["base"] != arm_digest(run, base_arm(config)):
-            return {rule.path: about["inputs"]["base"]}
+        ours = arm_digest(run, base_arm(config))
+        its = read_file_mask(run, config, rule)[1].get("base", ours)
+        if its != ours and not _is_student(config, its):
+            return {rule.path: its}
     return {}
+
+
+def _is_student(config: ExperimentConfig, digest: str) -> bool:
+    """Whether a digest is of the student's own checkpoint, which the base arm stores without rounding."""
+    student = config.student
+    try:
+        own = digest_checkpoint(hub_folder(resolve(student.model), student.revision))
+        return digest == own and base_arm_is_exact(config)
+    except UserError:  # the student may be gone from a finished run's machine
+        return False
 
 
 def geometry_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str, Any]:

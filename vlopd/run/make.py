@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from functools import partial
-from pathlib import Path
 
 from vlopd import distributed
 from vlopd.config.arms import (
@@ -20,7 +19,7 @@ from vlopd.config.arms import (
 )
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import FileMask, Reference
-from vlopd.masks.files import load_mask, save_mask
+from vlopd.masks.files import save_mask
 from vlopd.masks.rules import Mask, build_mask
 from vlopd.models import parameter_names
 from vlopd.run.arms import (
@@ -37,8 +36,8 @@ from vlopd.run.dependencies import arm_inputs, mask_inputs, other_bases_of_mask
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import (
     base_arm,
-    check_mask_shapes,
     checkpoint_folder,
+    mask_of_file,
     read_mask,
     refuse_other_base,
 )
@@ -111,8 +110,7 @@ def _write_mask(its: Stage, config: ExperimentConfig, name: str, options: ArmOpt
     run.checksums.check(f"arms/{base}")
     named: dict[str, Mask] = {}
     if isinstance(rule, FileMask):
-        named[rule.path], _ = load_mask(Path(rule.path))
-        check_mask_shapes(named[rule.path], run, base, rule.path)
+        named[rule.path] = mask_of_file(run, config, rule)
     # bases inherited from combined masks were checked when those were made
     refuse_other_base(
         other_bases_of_mask(run, config, rule), its.inputs["base"], options.allow_other_base

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -14,13 +15,15 @@ from torch import Tensor
 from vlopd.config.arms import BaseArm, CheckpointArm, ImportedArm, TeacherArm
 from vlopd.config.data import DataConfig
 from vlopd.config.experiment import ExperimentConfig
-from vlopd.config.masks import Reference
+from vlopd.config.masks import FileMask, Reference
 from vlopd.config.models import ModelConfig, TeacherConfig
 from vlopd.data.load import files_of
 from vlopd.digests import digest_checkpoint, digest_json, digest_text, file_digest
 from vlopd.errors import RunError, first_line
 from vlopd.files import read_json
 from vlopd.masks.files import check_mask, check_shapes, load_mask
+from vlopd.masks.foreign import is_foreign, open_foreign
+from vlopd.masks.importing import align_with_checkpoint, origin, under_names_of
 from vlopd.masks.rules import Mask
 from vlopd.models import integrity, parameter_names
 from vlopd.models.load import resolve
@@ -28,6 +31,7 @@ from vlopd.models.tokenizers import read_template
 from vlopd.plugins import Use
 from vlopd.run.folder import RunFolder
 from vlopd.weights import delta
+from vlopd.weights.matching import known_config
 
 MODEL_FILES = (
     *(".safetensors", ".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".spm", ".vocab"),
@@ -240,12 +244,35 @@ def _mask_shapes(run: RunFolder, base: str) -> dict[str, torch.Size]:
     }
 
 
-def check_mask_shapes(mask: Mask, run: RunFolder, base: str, what: str | Path) -> None:
-    """Raises RunError for a mask whose tensors do not match this run's base."""
+def read_file_mask(
+    run: RunFolder, config: ExperimentConfig, rule: FileMask
+) -> tuple[Mask, dict[str, Any]]:
+    """The mask of a file and its inputs: `file`, its digest, and `base`, or how it was imported from another format.
+
+    Raises RunError where it cannot be read.
+    """
+    path = Path(rule.path)
+    if is_foreign(path):
+        foreign = open_foreign(path)
+        found = align_with_checkpoint(foreign, run.checkpoint(base_arm(config)))
+        return found.mask, {"imported": {"format": foreign.format, **origin(foreign, found)}}
+    mask, about = load_mask(path)
+    given = about["inputs"]
+    others = {"other_base": given["other_base"]} if "other_base" in given else {}
+    return mask, {"file": about["digest"], "base": given["base"], **others}
+
+
+def mask_of_file(run: RunFolder, config: ExperimentConfig, rule: FileMask) -> Mask:
+    """The mask of a file under the names of this run's base. Raises RunError where it is of another model."""
+    base = base_arm(config)
+    shapes = _mask_shapes(run, base)
+    mask, _ = read_file_mask(run, config, rule)
+    mask = under_names_of(mask, shapes, known_config(run.checkpoint(base)))
     try:
-        check_shapes(mask, _mask_shapes(run, base))
+        check_shapes(mask, shapes)
     except RunError as error:
-        raise RunError(f"{what}: {error}") from None
+        raise RunError(f"{rule.path}: {error}") from None
+    return mask
 
 
 def read_mask(run: RunFolder, config: ExperimentConfig, name: str) -> Mask:

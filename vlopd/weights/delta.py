@@ -29,7 +29,7 @@ from vlopd.types import TensorName
 from vlopd.weights import adapters
 
 if TYPE_CHECKING:  # transformers' models load with it, and only layouts that differ need them
-    from vlopd.models.layouts import Pieces
+    from vlopd.models.layouts import Pieces, Region
 from vlopd.weights.matching import LEFT_OUT, MatchReport, match
 from vlopd.weights.merged_adapter import AdaptedWeights, refuse_both
 from vlopd.weights.reader import Weights
@@ -83,11 +83,14 @@ def match_report(base: Path, trained: Path, limit: float = LEFT_OUT) -> MatchRep
         return match(before, after, limit)
 
 
-def _assemble(weights: Weights, pieces: Pieces, shape: torch.Size) -> Tensor:
-    """Assembles a tensor of `shape` from pieces of others, bit for bit, in the dtype that holds all of them."""
+def assemble(read: Callable[[str, Region], Tensor], pieces: Pieces, shape: torch.Size) -> Tensor:
+    """Assembles a tensor of `shape` from pieces of others, bit for bit, in the dtype that holds all of them.
+
+    read: a region of a tensor, by name.
+    """
     parts = []
     for piece in pieces:
-        part = weights.read(piece.name, piece.of)
+        part = read(piece.name, piece.of)
         part = part.transpose(-1, -2) if piece.transposed else part
         parts.append(part.reshape([stop - start for start, stop in piece.into]))
     if len(parts) == 1:
@@ -129,7 +132,7 @@ class Deltas:
                 if (pieces := self.report.converted.get(name)) is not None:
                     old = before.read(name)
                     return TensorDelta(
-                        self._classify(name), old, _assemble(after, pieces, old.shape)
+                        self._classify(name), old, assemble(after.read, pieces, old.shape)
                     )
                 ours, theirs = self.report.names(name)
                 return TensorDelta(self._classify(name), before.read(ours), after.read(theirs))

@@ -121,7 +121,8 @@ def match(base: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchRepo
     converted: dict[str, Pieces] = {}
     if missing and extra:
         here, there = {n: ours[n] for n in missing}, {n: theirs[n] for n in extra}
-        converted = _match_layouts(base, here, trained, there, changes)
+        one, other = (known_config(weights.folder) for weights in sides)
+        converted = match_layouts(one or other, here, other or one, there, changes)
     for name, other in sorted(unlike.items()):
         if name not in converted:
             _refuse_shapes(name, ours[name], base, theirs[other], trained)
@@ -132,7 +133,7 @@ def match(base: Weights, trained: Weights, limit: float = LEFT_OUT) -> MatchRepo
     for name, (first, *more) in list(converted.items()):
         if not more and not first.transposed and ours[name] == theirs[first.name]:
             names[name] = converted.pop(name)[0].name  # only renamed
-    _refuse_ambiguous_transpose(base, trained, ours, names, converted)
+    refuse_ambiguous_transpose(base.folder, trained.folder, ours, names, converted)
     pairs = {name: (name, other) for name, other in names.items()}
     tied, heads = _tied_heads(base, trained, missing, extra, pairs)
     pairs |= heads
@@ -226,7 +227,7 @@ def _tied_heads(
                     continue
                 if _same_values(side.read(head), side.read(pair[own])):
                     tied.add(head)
-                elif _is_tied(known_config(other.folder) or known_config(side.folder)):
+                elif is_tied(known_config(other.folder) or known_config(side.folder)):
                     heads[head] = (head, pair[1]) if own == 0 else (pair[0], head)
                 break
     return tied, heads
@@ -237,7 +238,8 @@ def _same_values(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.to(wide), b.to(wide))
 
 
-def _is_tied(config: PretrainedConfig | None) -> bool:
+def is_tied(config: PretrainedConfig | None) -> bool:
+    """Whether the config's model ties its head to its embedding; False without a config."""
     if config is None:
         return False
     from vlopd.models.layouts import ties_head
@@ -245,15 +247,17 @@ def _is_tied(config: PretrainedConfig | None) -> bool:
     return ties_head(config)
 
 
-def _match_layouts(
-    base: Weights, ours: Shapes, trained: Weights, theirs: Shapes, changes: Changes
+def match_layouts(
+    our_config: PretrainedConfig | None,
+    ours: Shapes,
+    their_config: PretrainedConfig | None,
+    theirs: Shapes,
+    changes: Changes,
 ) -> dict[str, Pieces]:
-    """{base name: the pieces of trained tensors} of parameters that the two checkpoints lay out differently.
+    """{first name: the pieces of second tensors} of parameters that two checkpoints lay out differently.
 
-    ours, theirs: the unpaired parameters. changes: prefix changes, undone in the trained names. Needs a config.json.
+    ours, theirs: the unpaired parameters. changes: prefix changes, undone in the second names. Needs the configs.
     """
-    configs = [known_config(weights.folder) for weights in (base, trained)]
-    our_config, their_config = configs[0] or configs[1], configs[1] or configs[0]
     if our_config is None or their_config is None:
         return {}
     from vlopd.models.layouts import translate_layout
@@ -308,9 +312,9 @@ def _refuse_unmerged(weights: Weights, names: set[str]) -> None:
             )
 
 
-def _refuse_ambiguous_transpose(
-    base: Weights,
-    trained: Weights,
+def refuse_ambiguous_transpose(
+    base: Path,
+    trained: Path,
     ours: Shapes,
     names: Mapping[str, str],
     converted: Mapping[str, Pieces],
@@ -323,8 +327,8 @@ def _refuse_ambiguous_transpose(
         shape = ours[name]
         if len(shape) == 3 and shape[1] == shape[2] and name.rpartition(".")[0] in turned:
             raise RunError(
-                f"{name} {shape} is square, and its neighbours are transposed between {base.folder} and "
-                f"{trained.folder}, so its orientation is ambiguous; save both in one layout"
+                f"{name} {shape} is square, and its neighbours are transposed between {base} and "
+                f"{trained}, so its orientation is ambiguous; save both in one layout"
             )
 
 
