@@ -10,7 +10,6 @@ functions, so that an invalid config and a finished run return at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from vlopd.config.input import config_of, load_config, parse_override
 from vlopd.config.masks import Reference
 from vlopd.errors import ConfigError, UserError
 from vlopd.files import is_first_process
+from vlopd.plugins import Use
 from vlopd.run.folder import RunFolder
 
 OnArtifact = Callable[[str, Path, bool], None]
@@ -320,17 +320,10 @@ def refuse_unready(config: ExperimentConfig, planned: Plan) -> None:
         raise ConfigError("; ".join(dict.fromkeys(lines)))
 
 
-def plugin_lines(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
-    """The user's own functions that these arms and those they are made from use, one line each.
-
-    One that has no file is left to the checks.
-    """
+def plugins_of(config: ExperimentConfig, names: Sequence[str]) -> list[Use]:
+    """The plug-ins of these arms and of those that they are made from."""
     every = dict.fromkeys(a for name in names for a in (name, *config.ancestors(name)))
-    lines = []
-    for use in config.plugins_of(every):
-        with suppress(UserError, OSError):
-            lines.append(use.line)
-    return lines
+    return config.plugins_of(every)
 
 
 def find_problems(config: ExperimentConfig, names: Sequence[str], evaluated: bool) -> list[str]:

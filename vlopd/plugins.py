@@ -165,7 +165,7 @@ def _no_module(plugin: Plugin) -> PluginError:
     defined = "<" in plugin.function or plugin.module == "__main__"
     more = "; it was defined in a Python session: put it into a file" if defined else ""
     return PluginError(
-        f"{plugin}: no module {plugin.module!r}: neither {path}.py nor an installed one{more}"
+        f"{plugin}: no module {plugin.module!r}: neither {path}.py nor an installed one; run in its folder{more}"
     )
 
 

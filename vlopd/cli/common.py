@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from vlopd.files import is_first_process, read_json
+from vlopd.plugins import Use
 
 console = Console()
 
@@ -36,6 +37,12 @@ def print_artifact(what: str, where: Path, made: bool) -> None:
         console.print(f"[bold]{what}[/]: {where}{done}", soft_wrap=True)
         if made and where.name == "geometry.csv":
             print_left_out(where.parent)
+
+
+def print_plugin(use: Use) -> None:
+    """Prints a function of the user's own that will run, with its file and digest."""
+    if is_first_process():
+        console.print(f"[bold]plug-in[/]: {escape(use.line)}", soft_wrap=True)
 
 
 def print_left_out(folder: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,7 +19,16 @@ from safetensors import SafetensorError
 
 from vlopd import pipeline
 from vlopd.cli import checkpoints, masks
-from vlopd.cli.common import AllowOtherBase, Arms, Out, Overrides, Target, console, print_artifact
+from vlopd.cli.common import (
+    AllowOtherBase,
+    Arms,
+    Out,
+    Overrides,
+    Target,
+    console,
+    print_artifact,
+    print_plugin,
+)
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import config_of, load_config
 from vlopd.errors import ConfigError, UserError
@@ -86,9 +96,10 @@ def _begin(
 
 
 def _print_plugins(config: ExperimentConfig, names: list[str]) -> None:
-    """Prints the user's own functions that the config names: they are code that will run."""
-    for line in pipeline.plugin_lines(config, names) if is_first_process() else ():
-        console.print(f"[bold]plug-in[/]: {escape(line)}", soft_wrap=True)
+    """Prints the plug-ins of these arms that have a file; the others are left to the checks."""
+    for use in pipeline.plugins_of(config, names):
+        with suppress(UserError, OSError):
+            print_plugin(use)
 
 
 def _refuse_outdated_results(run: RunFolder, config: ExperimentConfig, geometry: bool) -> None:

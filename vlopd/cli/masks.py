@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from vlopd.cli.common import AllowOtherBase, console, print_artifact
+from vlopd.cli.common import AllowOtherBase, console, print_artifact, print_plugin
 from vlopd.config.input import parse_override
 from vlopd.config.masks import FileMask, FunctionMask, MaskConfig, RandomMask
 from vlopd.digests import digest_checkpoint
@@ -58,6 +58,8 @@ def make(
                 f"--mask {unknown}: not in the config, which has {', '.join(config.masks)}"
             )
         for each in name or config.masks:
+            for use in config.plugins_of_mask(each):
+                print_plugin(use)
             made = make_mask(folder, config, each, ArmOptions(allow_other_base))
             print_artifact(f"mask {each}", folder.mask(each), made)
         return
@@ -84,7 +86,7 @@ def make(
         )
     if plugin is not None:
         inputs["plugins"] = plugin_content([plugin], whole=True)
-        console.print(f"[bold]plug-in[/]: {escape(plugin.line)}", soft_wrap=True)
+        print_plugin(plugin)
     if parsed.reads is not None and trained is None:
         raise ConfigError(f"a mask of type {parsed.type!r} reads the update; give BASE and TRAINED")
     for path in (base, *([trained] if trained is not None else [])):
