@@ -26,7 +26,7 @@ from pydantic import (
     PositiveInt,
     ValidationError,
 )
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from vlopd.config.analysis import SampledConfig
 from vlopd.errors import ConfigError

@@ -17,7 +17,7 @@ from vlopd.config.data import FileData
 from vlopd.data import chat
 from vlopd.data.images import open_header, open_picture, shorten
 from vlopd.data.raw_values import cell_text, check_characters, nested_value
-from vlopd.data.tables import open_table
+from vlopd.data.tables import Table, open_table
 from vlopd.errors import ConfigError, DataError
 from vlopd.types import Example
 
@@ -32,12 +32,12 @@ class FileDataset(Sequence[Example]):
     text is lost; reading a row raises DataError with the row's id.
     """
 
-    def __init__(self, config: FileData, pictures: Sequence[str] = ()):
+    def __init__(self, config: FileData, pictures: Sequence[str] = (), table: Table | None = None):
         self.config = config
         self.pictures = tuple(dict.fromkeys(pictures))  # two teachers may share a column
         path = Path(config.path)
         self.folder = path if path.is_dir() else path.parent
-        self.table = open_table(config)
+        self.table = open_table(config) if table is None else table
         if len(self.table) == 0:
             raise ConfigError(f"{config.path} has no rows")
         wanted = [config.question, config.answer, config.image, config.id, *pictures]
@@ -56,6 +56,9 @@ class FileDataset(Sequence[Example]):
         if config.id is not None:
             _refuse_repeated_ids(config.path, self.table.values(config.id))
         self.open = open_picture
+
+    def __repr__(self) -> str:
+        return f"FileDataset({self.config.path}: {len(self):,} examples)"
 
     def with_headers_only(self) -> FileDataset:
         """The same rows with only the headers of images read: existence and sizes."""
