@@ -26,7 +26,7 @@ from pydantic import (
     PositiveInt,
     ValidationError,
 )
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vlopd.config.analysis import SampledConfig
 from vlopd.errors import ConfigError

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vlopd.errors import ConfigError
 from vlopd.files import json_lines, without_nan, write_jsonl

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 from pyarrow.csv import write_csv
 from threadpoolctl import threadpool_limits
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from vlopd.config.analysis import GeometryConfig

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vlopd.config.analysis import GeometryConfig
 from vlopd.models.parameter_names import classify

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vlopd.config.analysis import GeometryConfig
 from vlopd.models.config_files import config_of
