@@ -37,9 +37,14 @@ def load_config(
         tree, where = copy.deepcopy(dict(source)), "config"
     else:
         tree, where = _read_toml(Path(source)), str(source)
+    return config_of(merged(tree, overrides), where)
+
+
+def merged(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Merges TOML lines into `tree` in place, and returns it."""
     for line in overrides:
         merge(tree, parse_override(line))
-    return config_of(tree, where)
+    return tree
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -78,10 +83,8 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 def section_of(cls: type[AnySection], tree: dict[str, Any], settings: Sequence[str]) -> AnySection:
     """Validates a single section with TOML overrides. Raises ConfigError as load_config does."""
-    for line in settings:
-        merge(tree, parse_override(line))
     try:
-        return cls.model_validate(tree)
+        return cls.model_validate(merged(tree, settings))
     except ValidationError as error:
         raise ConfigError(f"--set: {explain_errors(error, cls)}") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
@@ -13,7 +14,7 @@ from vlopd.config.base import Part, Section, Weight
 
 def as_table(value: Any) -> Any:
     """Expands `student = "NAME"` to `student = {model = "NAME"}`."""
-    return {"model": value} if isinstance(value, str) else value
+    return {"model": str(value)} if isinstance(value, str | Path) else value
 
 
 TEMPLATE_NAMES = frozenset(

@@ -317,8 +317,8 @@ def without_weights(
 
 
 def load_pair(
-    student: ModelConfig | Mapping[str, Any] | str,
-    teacher: TeachersConfig | Mapping[str, Any] | str | None = None,
+    student: ModelConfig | Mapping[str, Any] | str | Path,
+    teacher: TeachersConfig | Mapping[str, Any] | str | Path | None = None,
     *,
     compute: Literal["auto", "fp32", "bf16"] = "auto",
     device: torch.device | str | None = None,
