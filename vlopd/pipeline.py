@@ -40,19 +40,23 @@ def prepare(
 
 
 def find_run(
-    target: Target, overrides: Sequence[str] = (), out: Path | str | None = None
+    target: Target,
+    overrides: Sequence[str] = (),
+    out: Path | str | None = None,
+    altered: bool = False,
 ) -> tuple[Path, ExperimentConfig]:
     """The folder and config of a run folder, or of a config (file, table or object), with TOML overrides.
 
-    Neither locks nor writes anything. Raises ConfigError for an invalid config.
+    Neither locks nor writes anything. Raises ConfigError for an invalid config, and RunError for a run.json that was
+    changed, unless `altered`.
     """
     if isinstance(target, str | Path) and Path(target).is_dir():
         root = Path(target)
         if out is not None and Path(out) != root:
             raise ConfigError(f"--out {out}: {target} is a run folder already")
-        run, config = RunFolder.open(root, locked=False)
+        run, config = RunFolder.open(root, locked=False, altered=altered)
         if overrides:
-            tree = merged(run.read()["config"], overrides)
+            tree = merged(run.read(altered)["config"], overrides)
             config = config_of(tree, root / "run.json")
         return root, config
     if isinstance(target, ExperimentConfig):

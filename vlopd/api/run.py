@@ -10,10 +10,13 @@ from vlopd import pipeline
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.errors import RunError
 from vlopd.files import read_json
+from vlopd.run.checksums import Problem
 from vlopd.run.folder import RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from vlopd.run.verify import Verified
 
 Stages = Literal["arms", "geometry", "evals", "report"]
 
@@ -25,6 +28,7 @@ class Run:
         source: a run folder, or a config: a TOML file, the same tables as a dict, or an ExperimentConfig.
         overrides: TOML lines over the config, as on the command line.
         out: the folder of a config's run; by default runs/NAME, NAME being the config's.
+        altered: read a run folder's config even where it does not match its checksum.
 
     Opening a run writes nothing and loads no models; results are read from its files whenever they are asked for.
     Raises ConfigError for an invalid config, RunError for a folder that is not a run.
@@ -39,8 +43,9 @@ class Run:
         source: str | Path | Mapping[str, Any] | ExperimentConfig,
         *overrides: str,
         out: str | Path | None = None,
+        altered: bool = False,
     ):
-        root, self.config = pipeline.find_run(source, overrides, out)
+        root, self.config = pipeline.find_run(source, overrides, out, altered)
         self.folder = RunFolder(root)
 
     def run(
@@ -114,6 +119,25 @@ class Run:
         if not path.exists():
             return "no"
         return "yes" if read_json(path)["checkpoint_digest"] == digest else "as it was before"
+
+    @property
+    def problems(self) -> list[Problem]:
+        """Files that were changed or removed since they were written, by size and time (`verify` hashes them)."""
+        sums = self.folder.checksums
+        return [
+            problem
+            for artifact in sums.artifacts()
+            for problem in sums.problems(artifact, whole=False)
+        ]
+
+    def verify(self) -> Verified:
+        """Hashes every file of the run, and the inputs it was made from.
+
+        Returns problems (changed, missing or unreadable files), unknown files, changed inputs, and counts.
+        """
+        from vlopd.run.verify import verify_run
+
+        return verify_run(self.folder)
 
     @property
     def masks(self) -> pd.DataFrame:
