@@ -9,6 +9,7 @@ import difflib
 import json
 import logging
 import math
+import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -148,6 +149,8 @@ def score_task(
     With `config.sampled` one pass per sample, merged by `_merge_passes`.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # lm-eval would start a process pool for closed-form errors
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     templated = config.chat_template
     if templated is None:
         templated = lm.loaded.chat_template is not None

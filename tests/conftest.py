@@ -30,7 +30,7 @@ from transformers import (
 from vlopd.config.arms import DistillArm
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.objective import RolloutConfig
-from vlopd.config.recipe import Recipe
+from vlopd.config.recipe import ArmRecipe
 from vlopd.models.load import BUILTIN
 from vlopd.seeding import uniforms
 from vlopd.train.pair import ModelPair, load_pair
@@ -109,7 +109,7 @@ def pair_of(config: ExperimentConfig) -> ModelPair:
     )
 
 
-def recipe_of(config: ExperimentConfig, arm: str = "full") -> Recipe:
+def recipe_of(config: ExperimentConfig, arm: str = "full") -> ArmRecipe:
     """The recipe of an arm that is trained."""
     about = config.arms[arm]
     assert isinstance(about, DistillArm)

@@ -374,7 +374,7 @@ def test_the_mask_verbs(kind, make_config, tmp_path, monkeypatch, capsys):
     refused("--mask nope: not in the config", "make", run.root, "--mask", "nope")
     refused("takes one file", "combine", "complement", low, high, "--out", both)
     refused(
-        "give BASE and TRAINED",
+        "give base and trained",
         "make",
         run.checkpoint("base"),
         "--rule",
@@ -382,7 +382,7 @@ def test_the_mask_verbs(kind, make_config, tmp_path, monkeypatch, capsys):
         "--out",
         both,
     )
-    refused("--rule: .*fraction", "make", run.root, "--rule", "{type='magnitude'}", "--out", both)
+    refused("rule: .*fraction", "make", run.root, "--rule", "{type='magnitude'}", "--out", both)
     mask, about = load_mask(low)
     save_mask(tmp_path / "else.safetensors", mask, {**about["inputs"], "base": "e" * 64}, classify)
     save_mask(

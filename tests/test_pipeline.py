@@ -346,7 +346,7 @@ def test_mistakes_are_one_line_and_exit_code_2(miniature, tmp_path, monkeypatch,
             "eval", run, "train.steps=4", "--arm", "full")  # fmt: skip
     refused("no data file", "run", miniature, "data={type='file', path='gone.jsonl'}",
             "--out", tmp_path / "y", "--arm", "full")  # fmt: skip
-    refused("--arm nope: not in the config", "run", miniature, "--out", run, "--arm", "nope")
+    refused("arm nope: not in the config", "run", miniature, "--out", run, "--arm", "nope")
     refused("not a run folder", "eval", tmp_path)
     refused("eval.tasks: no task", "run", miniature, "eval.tasks=['nope']",
             "--out", tmp_path / "z", "--arm", "base")  # fmt: skip

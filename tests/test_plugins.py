@@ -17,7 +17,7 @@ from vlopd.config.input import config_of
 from vlopd.config.masks import FunctionMask
 from vlopd.config.models import FunctionContext
 from vlopd.config.objective import FunctionLoss, LossConfig, RewardConfig
-from vlopd.config.recipe import Recipe
+from vlopd.config.recipe import ArmRecipe, Recipe
 from vlopd.config.training import COLUMNS
 from vlopd.data.load import load_data, pick
 from vlopd.errors import DataError, PluginError
@@ -429,7 +429,7 @@ def test_a_source_of_a_mixture(here):
     write_examples(here)
     sources = {"own": {"type": "sources:colours"}, "shapes": {"type": "shapes", "modality": "text"}}
     mixture = {"type": "mixture", "sources": sources}
-    recipe = Recipe.model_validate({"data": mixture, "train": {"steps": 1, "prompts_per_step": 4}})
+    recipe = ArmRecipe.model_validate({"data": mixture, "train": {"steps": 1, "prompts_per_step": 4}})
     assert [use.key for use in recipe.plugins] == ["data.sources.own"]
     data = load_data(recipe.data, 40, 1)
     drawn = [example.id for example in pick(data, 0, 20, 1)]

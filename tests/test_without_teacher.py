@@ -8,9 +8,11 @@ from safetensors.torch import load_file
 
 from tests.conftest import pair_of, recipe_of
 from tests.test_pipeline import vlopd
+from vlopd.config.data import ShapesData
 from vlopd.config.recipe import Recipe
 from vlopd.data.load import load_data
 from vlopd.errors import ConfigError
+from vlopd.files import read_jsonl
 from vlopd.loop import distill
 from vlopd.train.pair import load_pair
 from vlopd.types import Example
@@ -49,7 +51,8 @@ def test_a_teacher_that_only_observes_changes_no_bit(
         head[pair.student.tokenizer.convert_tokens_to_ids("red")] *= 2
         asked = [Example(e.id, e.messages, e.images, "red", e.fields) for e in rows]
         trained = distill(pair, asked if "RLVR" in objective else rows, recipe, tmp_path / name)
-        metrics = [{k: v for k, v in r.items() if "second" not in k} for r in trained.metrics]
+        rows = read_jsonl(trained.out / "metrics.jsonl")
+        metrics = [{k: v for k, v in r.items() if "second" not in k} for r in rows]
         samples = [json.loads(x) for x in (trained.out / "samples.jsonl").read_text().splitlines()]
         found[name] = (dict(pair.student.model.named_parameters()), metrics, samples)
     (one, beside, told), (other, alone, untold) = found["with"], found["without"]
@@ -108,14 +111,13 @@ def test_distill_in_a_notebook(kind, folders, tmp_path):
     modality = "image" if kind == "vlm" else "text"
     recipe = Recipe(
         teacher=str(folders[kind, "teacher"]),
-        data={"type": "shapes", "modality": modality},
         optim={"learning_rate": 1e-3},
         train={"steps": 2, "prompts_per_step": 2},
     )
     student = str(folders[kind, "student"])
-    data = load_data(recipe.data, recipe.prompts)
+    data = load_data(ShapesData(modality=modality), recipe.prompts)
     trained = distill(load_pair(student, recipe.teacher), data, recipe, out=tmp_path / "x", seed=1)
-    assert [row["step"] for row in trained.metrics] == [0, 1]
+    assert trained.metrics.step.tolist() == [0, 1]
     trained.save(tmp_path / "saved")
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert {x.dtype for x in saved.values()} == {torch.bfloat16}  # as in the student's checkpoint

@@ -19,7 +19,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -28,10 +29,9 @@ from torch import Tensor
 
 from vlopd import distributed
 from vlopd.config.objective import FunctionLoss
-from vlopd.config.recipe import Recipe
+from vlopd.config.recipe import Recipe, training_of
 from vlopd.data.load import pick
 from vlopd.errors import ConfigError, RunError
-from vlopd.files import read_jsonl
 from vlopd.models import parameter_names
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.save import save
@@ -46,8 +46,12 @@ from vlopd.train.resume import Averages, resume, save_state
 from vlopd.train.rollouts import Batch, collect
 from vlopd.train.sparse import Trainable
 from vlopd.types import Example
-from vlopd.weights.stored import rounded_on_load, stored_tensors
+from vlopd.weights.stored import in_parameter_names, rounded_on_load, stored_tensors
 from vlopd.weights.subspace import Projection
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 Evaluate = Callable[[LoadedModel], Mapping[str, Mapping[str, float]]]
 """Scores a model on held-out questions: {task: {metric: mean}}."""
@@ -69,18 +73,58 @@ class Hooks:
     """Started trackers of accelerate, finished with the training (train/log.py: open_trackers)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trained:
-    """A finished training run: the student, its trained coordinates, the folder with the logs."""
+    """A finished training run: the student, its trained coordinates, the folder with the logs.
+
+    The frames need pandas, the plot matplotlib; both load on first use.
+    """
 
     student: LoadedModel
     trainable: Trainable
     out: Path
+    recipe: Recipe
+    temporary: TemporaryDirectory[str] | None = None
+    """The folder where `distill` got none; removed with this object."""
 
     @property
-    def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl, one a step."""
-        return read_jsonl(self.out / "metrics.jsonl")
+    def metrics(self) -> pd.DataFrame:
+        """metrics.jsonl, one row a step (docs/run-folder.md): loss, kl, rewards, entropies, norms, seconds."""
+        from vlopd.train.curves import read_frame
+
+        return read_frame(self.out / "metrics.jsonl")
+
+    @property
+    def samples(self) -> pd.DataFrame:
+        """samples.jsonl, one row a sampled completion: step, id, question, reference, completion, log-probs."""
+        from vlopd.train.curves import read_frame
+
+        return read_frame(self.out / "samples.jsonl")
+
+    @property
+    def held_out(self) -> pd.DataFrame:
+        """heldout.jsonl, one row a step and task; empty where `hooks.evaluate` was not given."""
+        from vlopd.train.curves import read_frame
+
+        return read_frame(self.out / "heldout.jsonl")
+
+    def plot(self) -> Figure:
+        """Draws loss, KL, reward and held-out scores by optimizer step."""
+        from vlopd.train.curves import plot_curves
+
+        return plot_curves(self.metrics, self.held_out, repr(self))
+
+    def __repr__(self) -> str:
+        n, total = self.trainable.count, self.trainable.total
+        return (
+            f"Trained({self.student.name}: {training_of(self.recipe)}, {self.recipe.train.steps} steps, "
+            f"{n:,} of {total:,} coordinates, {self.out})"
+        )
+
+    def _repr_html_(self) -> str:
+        from vlopd.train.curves import curves_html
+
+        return curves_html(self.metrics, self.held_out, repr(self))
 
     def save(self, folder: Path | str) -> None:
         """Writes the student as a Hugging Face folder, each tensor in the dtype of the checkpoint it came from."""
@@ -93,7 +137,7 @@ def distill(
     pair: ModelPair,
     data: Sequence[Example],
     recipe: Recipe,
-    out: Path | str,
+    out: Path | str | None = None,
     seed: int = 1,
     mask: Mapping[str, Tensor] | None = None,
     hooks: Hooks = Hooks(),
@@ -105,14 +149,34 @@ def distill(
 ) -> Trained:
     """Trains the pair's student in place.
 
-    `seed` is of the data order and the sampling. With `mask` only its coordinates train; `projections` are of the
-    gradients, by parameter. Writes metrics.jsonl and samples.jsonl into `out`, and optimizer.jsonl and heldout.jsonl
-    where asked for. With an `identity` (a digest of everything that decides the result) it also saves its state there,
-    and resumes from a saved state whose `identity` matches. `title` names the run in messages; the folder's by default.
+    Args:
+        pair: student and teachers of `load_pair`; the teachers stay fixed, but for moving averages of the student.
+        data: the prompts, a sequence of examples (`load_data`), drawn in an order that depends on `seed` alone.
+        recipe: where completions come from, loss, reward, optimizer, steps.
+        out: folder for metrics.jsonl, samples.jsonl and, where asked for, optimizer.jsonl and heldout.jsonl;
+            None: a temporary one that lives as long as the result.
+        seed: of the data order and the sampling.
+        mask: {parameter: bool tensor of its shape}, or by the names and shapes of the student's checkpoint; only its
+            true coordinates train (`make_mask`).
+        hooks: what observes the training.
+        projections: of the gradients, by parameter.
+        identity: a digest of everything that decides the result; with it the state is saved every train.save_every
+            steps in `out`, and training resumes from a saved state whose `identity` matches.
+        title: name of the run in messages; by default the folder's.
+        accelerator: of this process; by default a GPU if there is one.
 
-    Raises TrainingError when the loss, a gradient, a log-prob or an updated value is not finite. Of several
-    processes all raise where one does.
+    Returns a Trained. Raises ConfigError for a pair, data, mask and recipe that do not fit together; TrainingError
+    when the loss, a gradient, a log-prob or an updated value is not finite. Of several processes all raise where one
+    does.
+
+    >>> pair = load_pair("builtin:shapes-text-student", "builtin:shapes-text-teacher")
+    >>> data = load_data("shapes", modality="text", size=1000)
+    >>> distill(pair, data, Recipe(train={"steps": 20, "prompts_per_step": 8}), "out/full").plot()
     """
+    temporary = None
+    if out is None:
+        temporary = TemporaryDirectory(prefix="vlopd-")
+        out, title = temporary.name, title or pair.student.name
     out = Path(out)
     title = out.name if title is None else title
     accelerator = accelerator or distributed.accelerator()
@@ -126,6 +190,8 @@ def distill(
         for use in recipe.plugins:
             use.check()
         parameter_names.freeze(pair.student.model, train.freeze)
+        if mask is not None:
+            mask = in_parameter_names(pair.student, mask)
         with rounded_on_load(pair.student) as stored:
             trainable = Trainable(pair.student.model, mask, projections, stored=stored)
         if trainable.count == 0:
@@ -142,7 +208,7 @@ def distill(
         refuse_other_teachers(pair, recipe)
         if len(data) == 0:
             raise ConfigError(
-                f"{title}: the data has no examples; load_data(recipe.data, size) makes some"
+                f"{title}: the data has no examples; load_data(source, size=...) loads some"
             )
         pair.check_teachers_prompt(pick(data, 0, 1, seed))
         log = TrainingLog(out, title, train.steps, start, main, hooks.trackers)
@@ -214,7 +280,7 @@ def distill(
                     hooks.keep(done, trainable)
                 if saves and main and identity is not None:
                     save_state(out / "state", done, trainable, optimizer, averages, identity)
-    return Trained(pair.student, trainable, out)
+    return Trained(pair.student, trainable, out, recipe, temporary)
 
 
 def backward(

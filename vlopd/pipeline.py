@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from vlopd.config.arms import CheckpointArm, ImportedArm, checkpoints_of, mask_of
-from vlopd.config.experiment import ExperimentConfig, merge
-from vlopd.config.input import config_of, load_config, parse_override
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.input import config_of, load_config, merged
 from vlopd.config.masks import Reference
 from vlopd.errors import ConfigError, UserError
 from vlopd.files import is_first_process
@@ -25,31 +25,61 @@ from vlopd.run.folder import RunFolder
 
 OnArtifact = Callable[[str, Path, bool], None]
 """Callback for each artifact: its description, its path, and whether it was made (False: already up to date)."""
+Target = Path | str | Mapping[str, Any] | ExperimentConfig
+"""A run folder, a config file, or a config."""
 
 
 def prepare(
-    target: Path, overrides: Sequence[str] = (), out: Path | None = None
+    target: Target, overrides: Sequence[str] = (), out: Path | str | None = None
 ) -> tuple[RunFolder, ExperimentConfig]:
-    """Opens a run folder, or the run of a config file, with TOML overrides; writes nothing.
+    """Opens the run of `find_run` to work in it: locks its folder, but writes no part of the run.
 
-    Returns the run and its config. Raises ConfigError for an invalid config or one of another run.
+    Raises ConfigError for an invalid config or one of another run.
     """
-    if target.is_dir():
-        if out is not None and out != target:
+    root, config = find_run(target, overrides, out)
+    return RunFolder.prepare(root, config), config
+
+
+def find_run(
+    target: Target,
+    overrides: Sequence[str] = (),
+    out: Path | str | None = None,
+    altered: bool = False,
+) -> tuple[Path, ExperimentConfig]:
+    """The folder and config of a run folder, or of a config (file, table or object), with TOML overrides.
+
+    Neither locks nor writes anything. Raises ConfigError for an invalid config, and RunError for a run.json that was
+    changed, unless `altered`.
+    """
+    if isinstance(target, str | Path) and Path(target).is_dir():
+        root = Path(target)
+        if out is not None and Path(out) != root:
             raise ConfigError(f"--out {out}: {target} is a run folder already")
-        run, config = RunFolder.open(target)
-        if not overrides:
-            return run, config
-        tree = run.read()["config"]
-        for line in overrides:
-            merge(tree, parse_override(line))
-        run.unlock()
-        config = config_of(tree, target / "run.json")
-        return RunFolder.prepare(target, config), config
-    config = load_config(target, overrides)
+        run, config = RunFolder.open(root, locked=False, altered=altered)
+        if overrides:
+            tree = merged(run.read(altered)["config"], overrides)
+            config = config_of(tree, root / "run.json")
+        return root, config
+    if isinstance(target, ExperimentConfig):
+        where, config = "config", target
+        if overrides:
+            config = config_of(merged(config.model_dump(mode="json"), overrides), where)
+    else:
+        where = str(target) if isinstance(target, str | Path) else "config"
+        config = load_config(target, overrides)
     if not config.arms:
-        raise ConfigError(f'{target}: arms is empty; add one, as in base = {{type = "base"}}')
-    return RunFolder.prepare(out or Path("runs") / config.name, config), config
+        raise ConfigError(f'{where}: arms is empty; add one, as in base = {{type = "base"}}')
+    return Path(out or Path("runs") / config.name), config
+
+
+def select_arms(
+    config: ExperimentConfig, arms: Sequence[str] | None, names: Sequence[str]
+) -> list[str]:
+    """The arms of `names` that are among `arms`; all without `arms`. Raises ConfigError for an unknown arm."""
+    for arm in arms or ():
+        if arm not in config.arms:
+            raise ConfigError(f"arm {arm}: not in the config, which has {', '.join(config.arms)}")
+    return [name for name in names if not arms or name in arms]
 
 
 # ---------------------------------------------------------------------------------------------- plan
@@ -57,6 +87,9 @@ def prepare(
 
 Plan = dict[str, str | None]
 """{artifact: reason to make it, None where it is up to date}, in the order of making."""
+
+OnPlan = Callable[[RunFolder, ExperimentConfig, Plan], None]
+"""Callback before anything is made."""
 
 
 class Planner:
@@ -291,6 +324,37 @@ def make_report(run: RunFolder, config: ExperimentConfig, on_artifact: OnArtifac
 
 
 # --------------------------------------------------------------------------------- checks before a stage
+
+
+def begin(
+    run: RunFolder,
+    config: ExperimentConfig,
+    planned: Plan,
+    reads: Sequence[str] = (),
+    on_plan: OnPlan | None = None,
+) -> None:
+    """Reports the plan, refuses known problems and outdated artifacts that a stage `reads`, saves the config."""
+    if on_plan is not None:
+        on_plan(run, config, planned)
+    refuse_outdated(run, planned, reads)
+    refuse_unready(config, planned)
+    run.save_config(config)
+
+
+def begin_results(
+    run: RunFolder, config: ExperimentConfig, geometry: bool, on_plan: OnPlan | None = None
+) -> None:
+    """As `begin`, for stages that read results alone: raises ConfigError for results that do not match the config.
+
+    A run that had one config only is not checked: its results are that config's, and its models may be gone.
+    """
+    if run.changes or run.read()["history"]:
+        planned = plan(run, config, list(config.arms), "evals", geometry)
+        if run.changes and on_plan is not None:
+            on_plan(run, config, planned)
+        kinds = ["arms", "masks", "evals", "tokens"]
+        refuse_outdated(run, planned, [*kinds, "geometry"] if geometry else kinds)
+    run.save_config(config)
 
 
 def refuse_outdated(run: RunFolder, planned: Plan, kinds: Sequence[str]) -> None:

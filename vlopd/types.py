@@ -10,8 +10,11 @@ Log-probs are in nats. Names carry units: `_logprobs`, `_seconds`, `_fraction` i
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import torch
@@ -53,6 +56,20 @@ class Example:
         if isinstance(content, str):
             return content
         return " ".join(part["text"] for part in content if part["type"] == "text")
+
+    def _repr_html_(self) -> str:
+        """The images, the question and the answer, for a notebook."""
+        cells = []
+        for image in self.images:
+            png = io.BytesIO()
+            image.save(png, "png")
+            source = base64.b64encode(png.getvalue()).decode()
+            cells.append(
+                f'<img src="data:image/png;base64,{source}" style="max-height: 14em; image-rendering: auto">'
+            )
+        cells.append(f"<b>{escape(self.question)}</b>")
+        cells += [] if self.answer is None else [f"{escape(self.answer)}"]
+        return f"<div><code>{escape(self.id)}</code><br>{'<br>'.join(cells)}</div>"
 
 
 def parts_at_marks(text: str, mark: str) -> list[dict[str, str]]:

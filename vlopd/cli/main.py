@@ -30,7 +30,7 @@ from vlopd.cli.common import (
     print_plugin,
 )
 from vlopd.config.experiment import ExperimentConfig
-from vlopd.config.input import config_of, load_config
+from vlopd.config.input import load_config
 from vlopd.errors import ConfigError, UserError
 from vlopd.files import is_first_process, read_json
 from vlopd.run.folder import RunFolder
@@ -42,7 +42,6 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "DISABLE_MULTIPROC": "1",  # lm-eval would start a process pool for closed-form errors
     "LOGLEVEL": "WARNING",
 }
 """Environment defaults that limit libraries to warnings; variables already set are kept."""
@@ -50,20 +49,13 @@ QUIET = {
 INTERRUPTED = 130
 """Typer's exit code after Ctrl-C."""
 
-Run = Annotated[Path, typer.Argument(help="run folder")]
+Folder = Annotated[Path, typer.Argument(help="run folder")]
 Stages = Literal["arms", "geometry", "evals", "report"]
 
 
-def _select_arms(config: ExperimentConfig, arms: list[str] | None, names: list[str]) -> list[str]:
-    """The arms of `names` selected by --arm, or all. Raises ConfigError for an unknown arm."""
-    for arm in arms or ():
-        if arm not in config.arms:
-            raise ConfigError(f"--arm {arm}: not in the config, which has {', '.join(config.arms)}")
-    return [name for name in names if not arms or name in arms]
-
-
-def _print_plan(run: RunFolder, planned: pipeline.Plan) -> None:
-    """Prints how the config changed, what is kept and what will be made; nothing for a new run."""
+def _print_plan(run: RunFolder, config: ExperimentConfig, planned: pipeline.Plan) -> None:
+    """Prints the plug-ins and, unless the run is new, how the config changed, what is kept and what will be made."""
+    _print_plugins(config, list(config.arms))
     if not is_first_process() or not (run.root / "run.json").exists():
         return
     for line in run.changes:
@@ -84,35 +76,11 @@ def _print_plan(run: RunFolder, planned: pipeline.Plan) -> None:
         console.print(f"[bold]to be made[/]: {escape(line)}", soft_wrap=True)
 
 
-def _begin(
-    run: RunFolder, config: ExperimentConfig, planned: pipeline.Plan, reads: tuple[str, ...] = ()
-) -> None:
-    """Prints the plan, refuses known problems and outdated artifacts that a stage `reads` (kinds), saves the config."""
-    _print_plan(run, planned)
-    _print_plugins(config, list(config.arms))
-    pipeline.refuse_outdated(run, planned, reads)
-    pipeline.refuse_unready(config, planned)
-    run.save_config(config)
-
-
 def _print_plugins(config: ExperimentConfig, names: list[str]) -> None:
     """Prints the plug-ins of these arms that have a file; the others are left to the checks."""
     for use in pipeline.plugins_of(config, names):
         with suppress(UserError, OSError):
             print_plugin(use)
-
-
-def _refuse_outdated_results(run: RunFolder, config: ExperimentConfig, geometry: bool) -> None:
-    """Raises ConfigError for results that do not match the config.
-
-    A run that had one config only is not checked: its results are that config's, and its models may be gone.
-    """
-    if run.changes or run.read()["history"]:
-        planned = pipeline.plan(run, config, list(config.arms), "evals", geometry)
-        if run.changes:
-            _print_plan(run, planned)
-        kinds = ["arms", "masks", "evals", "tokens"]
-        pipeline.refuse_outdated(run, planned, [*kinds, "geometry"] if geometry else kinds)
 
 
 def _print_verdict(run: RunFolder) -> None:
@@ -141,13 +109,17 @@ def run(
     Artifacts that are up to date are kept. With a changed config in the same folder, the artifacts that it adds or
     invalidates are listed, then made.
     """
-    folder, config = pipeline.prepare(target, overrides or (), out)
-    names = _select_arms(config, arm, list(config.arms))
-    planned = pipeline.plan(folder, config, names, until)
-    _begin(folder, config, planned)
-    pipeline.run_all(folder, config, names, until, print_artifact, allow_other_base)
+    from vlopd.api.run import Run
+
+    made = Run(target, *(overrides or ()), out=out).run(
+        until=until,
+        arms=arm,
+        allow_other_base=allow_other_base,
+        on_plan=_print_plan,
+        on_artifact=print_artifact,
+    )
     if until == "report" and not arm and is_first_process():
-        _print_verdict(folder)
+        _print_verdict(made.folder)
 
 
 @app.command()
@@ -216,9 +188,9 @@ def retrain(
 ) -> None:
     """Makes the arms derived from others: retrained under a mask, projected, transplanted, extrapolated."""
     folder, config = pipeline.prepare(target, overrides or (), out)
-    names = _select_arms(config, arm, [n for n in config.arms if config.is_derived(n)])
+    names = pipeline.select_arms(config, arm, [n for n in config.arms if config.is_derived(n)])
     planned = pipeline.plan(folder, config, names, "arms")
-    _begin(folder, config, planned)
+    pipeline.begin(folder, config, planned, on_plan=_print_plan)
     pipeline.make_arms(folder, config, names, print_artifact, allow_other_base)
 
 
@@ -250,7 +222,7 @@ def geometry(
         folder, config = pipeline.prepare(base, trained or ())
         names = list(config.geometry.arms)
         planned = pipeline.plan(folder, config, names, "geometry")
-        _begin(folder, config, planned, reads=("arms", "masks"))
+        pipeline.begin(folder, config, planned, ("arms", "masks"), _print_plan)
         pipeline.make_geometry(folder, config, names, print_artifact)
         return
     if out is None:
@@ -269,15 +241,15 @@ def _is_run(path: Path) -> bool:
 def evaluate(target: Target, overrides: Overrides = None, arm: Arms = None) -> None:
     """Evaluates arms with lm-eval."""
     folder, config = pipeline.prepare(target, overrides or ())
-    names = _select_arms(config, arm, list(config.arms))
+    names = pipeline.select_arms(config, arm, list(config.arms))
     planned = pipeline.plan(folder, config, names, "evals", geometry=False)
-    _begin(folder, config, planned, reads=("arms", "masks"))
+    pipeline.begin(folder, config, planned, ("arms", "masks"), _print_plan)
     pipeline.make_evals(folder, config, names, print_artifact)
 
 
 @app.command()
 def vision(
-    run: Run,
+    run: Folder,
     scorer: Annotated[
         str | None,
         typer.Option(
@@ -293,7 +265,7 @@ def vision(
     if scorer and scorer.startswith("local-dir:") and not Path(scorer[10:]).is_dir():
         raise ConfigError(f"--scorer {scorer}: no such folder")
     folder, config = RunFolder.open(run)
-    names = _select_arms(config, arm, list(config.arms))
+    names = pipeline.select_arms(config, arm, list(config.arms))
     pipeline.make_vision(folder, config, names, scorer, pictures, print_artifact)
 
 
@@ -320,8 +292,7 @@ def compare(
     first, *others = what
     if not others or _is_run(Path(first)):
         folder, config = pipeline.prepare(Path(first), others)
-        _refuse_outdated_results(folder, config, geometry=False)
-        folder.save_config(config)
+        pipeline.begin_results(folder, config, False, _print_plan)
         pipeline.make_comparison(folder, config, print_artifact)
     else:
         checkpoints.compare_models(what, tasks, out, settings or [], compute)
@@ -331,8 +302,7 @@ def compare(
 def report(target: Target, overrides: Overrides = None) -> None:
     """Writes the report (report.html, report.md, figures, tables), after the comparison if all arms are evaluated."""
     folder, config = pipeline.prepare(target, overrides or ())
-    _refuse_outdated_results(folder, config, geometry=True)
-    folder.save_config(config)
+    pipeline.begin_results(folder, config, True, _print_plan)
     if all((folder.eval(name) / "results.json").exists() for name in config.arms):
         pipeline.make_comparison(folder, config, print_artifact)
     pipeline.make_report(folder, config, print_artifact)
@@ -340,38 +310,30 @@ def report(target: Target, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def show(run: Run) -> None:
+def show(run: Folder) -> None:
     """Lists a run's arms, altered files, and its verdict if there is one. Read-only: works during training."""
-    folder = RunFolder(run)
-    config = config_of(folder.read(altered=True)["config"], run / "run.json")
-    table = Table("arm", "type", "mask", "density", "steps", "evaluated", title=config.name)
-    for name in config.arms:
-        path = folder.arm_record(name)
-        about = read_json(path) if path.exists() else {"type": "not made yet"}
-        density = about.get("density")
-        results = folder.eval(name) / "results.json"
-        scored = "no"
-        if results.exists():
-            same = read_json(results)["checkpoint_digest"] == about.get("checkpoint_digest")
-            scored = "yes" if same else "as it was before"
+    from vlopd.api.run import Run
+
+    its = Run(run, altered=True)
+    table = Table("arm", "type", "mask", "density", "steps", "evaluated", title=its.config.name)
+    for arm in its.arms.astype(object).where(its.arms.notna(), None).to_dict("records"):
         table.add_row(
-            name,
-            about["type"],
-            about.get("mask") or "",
-            "" if density is None else f"{density:.2%}",
-            str(about.get("steps", "")),
-            scored,
+            arm["arm"],
+            arm["type"] if arm["made"] else "not made yet",
+            arm["mask"] or "",
+            "" if arm["density"] is None else f"{arm['density']:.2%}",
+            "" if arm["steps"] is None else str(arm["steps"]),
+            arm["evaluated"],
         )
     console.print(table)
-    for artifact in folder.checksums.artifacts():
-        for problem in folder.checksums.problems(artifact, whole=False):
-            console.print(f"[red]altered[/]: {escape(str(problem))}", soft_wrap=True)
-    if folder.compare.exists():
-        _print_verdict(folder)
+    for problem in its.problems:
+        console.print(f"[red]altered[/]: {escape(str(problem))}", soft_wrap=True)
+    if its.folder.compare.exists():
+        _print_verdict(its.folder)
 
 
 @app.command()
-def verify(run: Run) -> None:
+def verify(run: Folder) -> None:
     """Verifies a run: hashes every file, and the inputs it was made from."""
     from vlopd.run.verify import verify_run
 

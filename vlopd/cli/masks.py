@@ -14,9 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlopd.cli.common import AllowOtherBase, console, print_artifact, print_plugin
-from vlopd.config.input import parse_override
-from vlopd.config.masks import FileMask, FunctionMask, MaskConfig, RandomMask
-from vlopd.digests import digest_checkpoint
+from vlopd.config.input import parse_override, value_of
+from vlopd.config.masks import FunctionMask, MaskConfig
 from vlopd.errors import ConfigError, RunError
 from vlopd.files import write_json
 from vlopd.run.folder import RunFolder
@@ -65,55 +64,15 @@ def make(
         return
     if rule is None or out is None:
         raise ConfigError('a mask of checkpoints needs --rule "{type=...}" and --out FILE')
-    from vlopd.masks.files import load_mask, save_mask
-    from vlopd.masks.rules import build_mask
-    from vlopd.models.parameter_names import classify
-    from vlopd.run.resolve import plugin_content
-    from vlopd.weights.checks import refuse_unlike_config
-    from vlopd.weights.delta import stream
+    from vlopd.api import masks
 
-    parsed = _parse_rule(rule)
-    plugin = parsed.use("--rule") if isinstance(parsed, FunctionMask) else None
-    named: dict[str, Mask] = {}
-    inputs: dict[str, Any] = {"rule": parsed.model_dump(mode="json")}
-    if isinstance(parsed, RandomMask):
-        named[parsed.like], like = load_mask(Path(parsed.like))
-        _check_base(base, named[parsed.like])
-        inputs["like"] = like["digest"]
-    elif parsed.combines or isinstance(parsed, FileMask):
-        raise ConfigError(
-            f"a mask of type {parsed.type!r} is made from masks, not checkpoints; use `vlopd mask combine`"
-        )
-    if plugin is not None:
-        inputs["plugins"] = plugin_content([plugin], whole=True)
-        print_plugin(plugin)
-    if parsed.reads is not None and trained is None:
-        raise ConfigError(f"a mask of type {parsed.type!r} reads the update; give BASE and TRAINED")
-    for path in (base, *([trained] if trained is not None else [])):
-        refuse_unlike_config(path)
-    inputs["base"] = digest_checkpoint(base, whole=True)
-    if trained is not None:
-        inputs["of"] = digest_checkpoint(trained, whole=True)
-    deltas = stream(base, trained or base, classify)
-    left_out = deltas.report.summary() if parsed.reads is not None else ""
-    if left_out:
-        inputs["left_out"] = [its.name for its in deltas.report.left_out]
-    mask = build_mask(parsed, deltas, named)
-    save_mask(out, mask, inputs, classify)
-    print_artifact("mask", out, True)
-    if left_out:
-        console.print(f"[yellow]left out[/]: {escape(left_out)}", soft_wrap=True)
-
-
-def _parse_rule(text: str) -> MaskConfig:
-    from pydantic import TypeAdapter, ValidationError
-
-    from vlopd.config.explain import explain_errors
-
-    try:
-        return TypeAdapter(MaskConfig).validate_python(parse_override(f"rule={text}")["rule"])
-    except ValidationError as error:
-        raise ConfigError(f"--rule: {explain_errors(error, MaskConfig)}") from None
+    parsed = value_of(MaskConfig, parse_override(f"rule={rule}")["rule"], "--rule")
+    if isinstance(parsed, FunctionMask):
+        print_plugin(parsed.use("--rule"))
+    mask = masks.make_mask(parsed, base, trained)
+    print_artifact("mask", mask.save(out), True)
+    if mask.left_out:
+        console.print(f"[yellow]left out[/]: {escape(mask.left_out)}", soft_wrap=True)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from vlopd.config.base import Count, Section, Seed, Weight
 from vlopd.config.functions import with_names
-from vlopd.config.recipe import Recipe
+from vlopd.config.recipe import ArmRecipe
 
 Role = Literal[
     "base",
@@ -98,7 +98,7 @@ class DistillArm(Section):
     @property
     def own(self) -> dict[str, Table]:
         """The sections that this arm overrides, by name."""
-        tables = self.model_dump(include=set(Recipe.model_fields))
+        tables = self.model_dump(include=set(ArmRecipe.model_fields))
         return {name: table for name, table in tables.items() if table is not None}
 
     @model_validator(mode="before")

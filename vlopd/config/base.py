@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vlopd.config.explain import explain_errors
+from vlopd.errors import ConfigError
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
@@ -20,7 +23,25 @@ RESERVED = {
 """File names that some systems reserve for devices, with any extension."""
 
 
-class Section(BaseModel):
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass as Explaining
+else:
+
+    class Explaining(type(BaseModel)):
+        """Metaclass of sections: constructing one in Python raises a one-line ConfigError, as a TOML file does.
+
+        Not an `__init__`, which pydantic would also call for nested tables, whose errors would then lose their path.
+        """
+
+        def __call__(cls, *args: Any, **settings: Any) -> Any:
+            try:
+                return super().__call__(*args, **settings)
+            except ValidationError as error:
+                message = f"{cls.__name__}: {explain_errors(error, cls)}"
+            raise ConfigError(message)
+
+
+class Section(BaseModel, metaclass=Explaining):
     """A frozen table of settings. Values are not converted (`true` is not a number, "3" not an integer), numbers are
     finite, strings not empty; an integer is accepted as a float, a list as a tuple."""
 

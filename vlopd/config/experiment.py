@@ -20,6 +20,7 @@ from vlopd.config.arms import (
     mask_of,
 )
 from vlopd.config.base import Name, Section, Unique, distinct_names
+from vlopd.config.data import DataConfig
 from vlopd.config.explain import explain_errors
 from vlopd.config.masks import (
     FileMask,
@@ -31,7 +32,7 @@ from vlopd.config.masks import (
     WholeMask,
 )
 from vlopd.config.models import ModelConfig, PrecisionConfig, TeacherConfig, as_table
-from vlopd.config.recipe import Recipe, RecipeSections
+from vlopd.config.recipe import ArmRecipe, RecipeSections
 from vlopd.config.roles import Roles, roles_of
 from vlopd.config.training import Muon
 from vlopd.errors import ConfigError
@@ -51,6 +52,7 @@ class ExperimentConfig(RecipeSections):
     name: Name
     title: str = Field("", min_length=0)
     student: Annotated[ModelConfig, BeforeValidator(as_table)]
+    data: DataConfig
     precision: PrecisionConfig = PrecisionConfig()
     masks: dict[Name, MaskConfig] = Field(default_factory=dict)
     """A random mask with `seeds = [7, 8]` expands to NAME-0 and NAME-1, as does an arm with it."""
@@ -59,12 +61,12 @@ class ExperimentConfig(RecipeSections):
     eval: EvalConfig = EvalConfig()
     tracking: TrackingConfig = TrackingConfig()
 
-    def recipe_of(self, arm: DistillArm) -> Recipe:
+    def recipe_of(self, arm: DistillArm) -> ArmRecipe:
         """How an arm is trained: its own sections merged into the run's.
 
         Raises ConfigError where they do not fit together.
         """
-        sections = {name: section for name, section in self if name in Recipe.model_fields}
+        sections = {name: section for name, section in self if name in ArmRecipe.model_fields}
         if arm.own:
             sections |= {
                 name: section.model_dump()  # not JSON, which would lose functions
@@ -73,9 +75,9 @@ class ExperimentConfig(RecipeSections):
             }
             merge(sections, arm.own)
         try:
-            return Recipe.model_validate(sections)
+            return ArmRecipe.model_validate(sections)
         except ValidationError as error:
-            raise ConfigError(explain_errors(error, Recipe)) from None
+            raise ConfigError(explain_errors(error, ArmRecipe)) from None
 
     @property
     def roles(self) -> Roles:

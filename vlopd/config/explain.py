@@ -9,7 +9,9 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from vlopd.config.functions import BUILT_IN, OWN
+BUILT_IN, OWN = "[built-in]", "[function]"
+"""Tags of built-in variants and functions of the user's own in pydantic's error locations; like its "[key]", no key
+can be one."""
 
 TYPES = {
     "bool_type": "true or false",

@@ -9,10 +9,8 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, Discriminator, Tag, model_validator
 
 from vlopd.config.base import Section
+from vlopd.config.explain import BUILT_IN, OWN
 from vlopd.plugins import Plugin, Use
-
-BUILT_IN, OWN = "[built-in]", "[function]"
-"""Tags of the two kinds of variants in pydantic's error locations; like its "[key]", no key can be one."""
 
 
 class Function(Section):

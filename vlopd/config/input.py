@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from vlopd.config.base import Section
 from vlopd.config.experiment import ExperimentConfig, merge
@@ -17,21 +18,42 @@ from vlopd.errors import ConfigError
 from vlopd.files import is_first_process
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Reads a TOML file and applies overrides, each a TOML line.
+def load_config(
+    source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> ExperimentConfig:
+    """Reads the config of an experiment.
 
-    Raises ConfigError with the file, the key and the nearest known key.
+    Args:
+        source: a TOML file, or the same tables as a dict.
+        overrides: TOML lines, as on the command line: `["train.steps=20", "name=other"]`.
+
+    Returns a frozen ExperimentConfig. Raises ConfigError with the file, the key and the nearest known key.
+
+    >>> config = load_config("mine.toml", ["train.steps=20"])
+    >>> config.recipe_of(config.arms["full"]).optim.learning_rate
+    2e-05
     """
-    path = Path(path)
+    if isinstance(source, Mapping):
+        tree, where = copy.deepcopy(dict(source)), "config"
+    else:
+        tree, where = _read_toml(Path(source)), str(source)
+    return config_of(merged(tree, overrides), where)
+
+
+def merged(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Merges TOML lines into `tree` in place, and returns it."""
+    for line in overrides:
+        merge(tree, parse_override(line))
+    return tree
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        tree = tomllib.loads(path.read_text())
-    except FileNotFoundError:
+        return tomllib.loads(path.read_text())
+    except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"no config file {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
-    for line in overrides:
-        merge(tree, parse_override(line))
-    return config_of(tree, path)
 
 
 def config_of(tree: Any, where: Path | str) -> ExperimentConfig:
@@ -61,12 +83,21 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 def section_of(cls: type[AnySection], tree: dict[str, Any], settings: Sequence[str]) -> AnySection:
     """Validates a single section with TOML overrides. Raises ConfigError as load_config does."""
-    for line in settings:
-        merge(tree, parse_override(line))
     try:
-        return cls.model_validate(tree)
+        return cls.model_validate(merged(tree, settings))
     except ValidationError as error:
         raise ConfigError(f"--set: {explain_errors(error, cls)}") from None
+
+
+def value_of(kind: Any, value: Any, where: str) -> Any:
+    """Validates a table, or an object that is valid already, as a section, union or annotated type of the config.
+
+    Raises ConfigError that begins with `where`.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {explain_errors(error, kind)}") from None
 
 
 def parse_override(line: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -21,7 +22,7 @@ from vlopd.config.functions import IS_BUILT_IN, IS_OWN, KIND, Function
 
 def as_table(value: Any) -> Any:
     """Expands `student = "NAME"` to `student = {model = "NAME"}`."""
-    return {"model": value} if isinstance(value, str) else value
+    return {"model": str(value)} if isinstance(value, str | Path) else value
 
 
 TEMPLATE_NAMES = frozenset(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import model_validator
 
 from vlopd.config.base import Section
@@ -31,7 +34,6 @@ class RecipeSections(Section):
 
     teacher: TeachersConfig | None = None
     """Null where nothing is learned from one: supervised fine-tuning on the data, or a reward with alpha = 0."""
-    data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = ReverseKL()
     reward: RewardConfig | None = None
@@ -45,7 +47,23 @@ class RecipeSections(Section):
 
 
 class Recipe(RecipeSections):
-    """How a student is trained: where completions come from, the objective, the optimizer, the loop's settings."""
+    """How a student is trained: where completions come from, the objective, the optimizer, the loop's settings.
+
+    Sections are tables (docs/configuration.md) or section objects. Only `train` is required: rollout.source is the
+    student, loss is the reverse KL, optim AdamW. `teacher` may stay out where the pair that is trained has one.
+
+    Raises ConfigError that names the key, the nearest known one, and the value.
+
+    >>> Recipe(train={"steps": 20, "prompts_per_step": 8}, optim={"learning_rate": 1e-4})
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_data(cls, sections: Any) -> Any:
+        """The data of a recipe outside of a run is an argument of `distill`."""
+        if isinstance(sections, Mapping) and "data" in sections.keys() - cls.model_fields.keys():
+            raise ValueError("data is not a section of a recipe; give load_data(...) to distill")
+        return sections
 
     @model_validator(mode="after")
     def check_writers(self) -> Recipe:
@@ -73,16 +91,6 @@ class Recipe(RecipeSections):
             )
         return self
 
-    @model_validator(mode="after")
-    def check_teacher(self) -> Recipe:
-        """There is a teacher where the rollout or the objective needs one."""
-        if self.teacher is None and self.needs_teacher:
-            raise ValueError(
-                f"{self.needs_teacher} needs a teacher: set teacher = MODEL, or train without one, on the data alone "
-                '(loss.type = "nll", rollout.source = "data") or on a reward alone (reward.alpha = 0)'
-            )
-        return self
-
     @property
     def needs_teacher(self) -> str | None:
         """The setting that needs a teacher; None where a teacher would be a diagnostic alone."""
@@ -95,9 +103,7 @@ class Recipe(RecipeSections):
     @property
     def plugins(self) -> list[Use]:
         """The user's own functions in it, each at its key."""
-        sections: dict[str, Section | None] = {"data": self.data, "loss": self.loss}
-        if isinstance(self.data, MixtureData):
-            sections |= {f"data.sources.{name}": its for name, its in self.data.sources.items()}
+        sections: dict[str, Section | None] = {"loss": self.loss}
         for name, its in self.teachers.items():
             where = "teacher" if its is self.teacher else f"teacher.teachers.{name}"
             sections[f"{where}.context"] = its.context
@@ -151,6 +157,30 @@ class Recipe(RecipeSections):
                 "logprob_gap is of the completions that the student itself wrote, if there are any"
             )
         return found
+
+
+class ArmRecipe(Recipe):
+    """How an arm of a run is trained: with its data and, where it needs one, its teacher."""
+
+    data: DataConfig
+
+    @property
+    def plugins(self) -> list[Use]:
+        sections: dict[str, Section] = {"data": self.data}
+        if isinstance(self.data, MixtureData):
+            sections = {f"data.sources.{name}": its for name, its in self.data.sources.items()}
+        own = [its.use(key) for key, its in sections.items() if isinstance(its, Function)]
+        return own + super().plugins
+
+    @model_validator(mode="after")
+    def check_teacher(self) -> ArmRecipe:
+        """There is a teacher where the rollout or the objective needs one."""
+        if self.teacher is None and self.needs_teacher:
+            raise ValueError(
+                f"{self.needs_teacher} needs a teacher: set teacher = MODEL, or train without one, on the data alone "
+                '(loss.type = "nll", rollout.source = "data") or on a reward alone (reward.alpha = 0)'
+            )
+        return self
 
 
 def training_of(recipe: Recipe) -> str:

@@ -22,7 +22,7 @@ from vlopd.config.arms import (
     mask_of,
 )
 from vlopd.config.masks import MagnitudeMask, MaskConfig, PrincipalMask, RandomMask
-from vlopd.config.recipe import Recipe
+from vlopd.config.recipe import ArmRecipe
 
 RANDOM = "random"
 """In eval.contrasts, the mean of an arm's random controls."""
@@ -125,7 +125,7 @@ class Roles:
 
 
 def roles_of(
-    arms: Mapping[str, ArmConfig], masks: Mapping[str, MaskConfig], recipes: Mapping[str, Recipe]
+    arms: Mapping[str, ArmConfig], masks: Mapping[str, MaskConfig], recipes: Mapping[str, ArmRecipe]
 ) -> Roles:
     """Given or default roles of all arms; `recipes` are those of the trained arms.
 
@@ -170,7 +170,7 @@ def _default_role(arm: ArmConfig, masks: Mapping[str, MaskConfig]) -> Role | Non
 def _full_arm(
     arms: Mapping[str, ArmConfig],
     given: Mapping[str, Role | None],
-    recipes: Mapping[str, Recipe],
+    recipes: Mapping[str, ArmRecipe],
     settings: Mapping[str, dict[str, Any]],
 ) -> str | None:
     """The full arm, with which others are compared. Raises ValueError where several different arms qualify."""
@@ -299,9 +299,9 @@ def _draw_key(masks: Mapping[str, MaskConfig], mask: str) -> tuple[str, ...]:
 # --------------------------------------------------------------------------------------- settings
 
 
-def _settings_of(arm: ArmConfig, recipe: Recipe | None) -> dict[str, Any]:
+def _settings_of(arm: ArmConfig, recipe: ArmRecipe | None) -> dict[str, Any]:
     """The settings that determine an arm except role, seed and mask, as {"optim.learning_rate": 1e-4, ...}."""
-    shared = set(Recipe.model_fields)
+    shared = set(ArmRecipe.model_fields)
     found = arm.model_dump(mode="json", exclude={"role", "seed", "mask", *shared})
     if recipe is not None:
         found |= recipe.model_dump(mode="json", include=shared)

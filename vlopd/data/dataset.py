@@ -20,7 +20,7 @@ from vlopd.config.data import QUESTION, FileData
 from vlopd.data import chat
 from vlopd.data.images import open_header, open_picture, shorten
 from vlopd.data.raw_values import cell_text, check_characters, nested_value
-from vlopd.data.tables import open_table
+from vlopd.data.tables import Table, open_table
 from vlopd.errors import ConfigError, DataError
 from vlopd.files import shortest_distinct_names
 from vlopd.types import Example
@@ -77,14 +77,20 @@ class FileDataset(StoredDataset):
     text is lost; reading a row raises DataError with the row's id.
     """
 
-    def __init__(self, config: FileData, pictures: Sequence[str] = (), label: str | None = None):
-        """`label` distinguishes the ids of several files."""
+    def __init__(
+        self,
+        config: FileData,
+        pictures: Sequence[str] = (),
+        label: str | None = None,
+        table: Table | None = None,
+    ):
+        """`label` distinguishes the ids of several files; `table` has the rows where they are in memory."""
         assert isinstance(config.path, str)
         self.config, self.label = config, label
         self.pictures = tuple(dict.fromkeys(pictures))  # two teachers may share a column
         path = Path(config.path)
         self.folder = path if path.is_dir() else path.parent
-        self.table = open_table(config)
+        self.table = open_table(config) if table is None else table
         if len(self.table) == 0:
             raise ConfigError(f"{config.path} has no rows")
         self.question = config.question
@@ -116,6 +122,9 @@ class FileDataset(StoredDataset):
         other = copy.copy(self)
         other.rows = rows
         return other
+
+    def __repr__(self) -> str:
+        return f"FileDataset({self.config.path}: {len(self):,} examples)"
 
     def with_headers_only(self) -> FileDataset:
         other = copy.copy(self)

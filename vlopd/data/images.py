@@ -31,6 +31,8 @@ ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (
 
 def open_header(value: Any, folder: Path) -> Image.Image:
     """As `open_picture`, but reads only the header: nothing is decoded, and the size is before EXIF rotation."""
+    if isinstance(value, Image.Image):
+        return value
     inside = value.get("bytes") or value.get("path") if isinstance(value, Mapping) else value
     try:
         where = BytesIO(inside) if isinstance(inside, bytes) else folder / str(inside)
@@ -40,7 +42,7 @@ def open_header(value: Any, folder: Path) -> Image.Image:
 
 
 def open_picture(value: Any, folder: Path) -> Image.Image:
-    """A file name (relative to `folder`), bytes, or `datasets`' {"bytes", "path"} -> RGB image.
+    """A file name (relative to `folder`), bytes, `datasets`' {"bytes", "path"}, or an open image -> RGB image.
 
     EXIF rotation is applied; transparency becomes white; CMYK is converted without colour management;
     16-bit grey is scaled to 8. The file is read to its end, so a damaged one fails here. Not detected: a JPEG that
@@ -52,6 +54,8 @@ def open_picture(value: Any, folder: Path) -> Image.Image:
         value = value.get("bytes") or value.get("path")
         if value is None:
             raise DataError('needs "bytes" or "path"; fill one of them in')
+    if isinstance(value, Image.Image):
+        return _as_rgb(ImageOps.exif_transpose(value))
     if not isinstance(value, (str, bytes)):
         raise DataError("is neither a file name nor bytes; name a file, or remove it")
     with warnings.catch_warnings():

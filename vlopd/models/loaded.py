@@ -24,7 +24,7 @@ class ModelUnreadable(ConfigError):
     """A model's config, tokenizer or weights could not be loaded from the given path or hub id."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadedModel:
     """A model with its processor (or tokenizer): renders prompts, scores and decodes completions."""
 
@@ -34,6 +34,10 @@ class LoadedModel:
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     """The checkpoint folder it was loaded from; None for a model made in memory."""
+
+    def __repr__(self) -> str:
+        size, sees = self.model.num_parameters() / 1e6, " with images" if self.sees_images else ""
+        return f"{self.name} ({size:,.1f} M parameters{sees})"
 
     @property
     def tokenizer(self) -> Any:

@@ -42,7 +42,7 @@ from vlopd.config.masks import (
 )
 from vlopd.config.models import ImageContext, ModelConfig, TeacherConfig
 from vlopd.config.objective import FunctionLoss
-from vlopd.config.recipe import Recipe
+from vlopd.config.recipe import ArmRecipe
 from vlopd.config.training import Component, TrainConfig
 from vlopd.data.dataset import StoredDataset
 from vlopd.data.functions import FunctionDataset
@@ -127,7 +127,7 @@ def findings(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
             refuse_another_model(config, text)
     pairs: dict[str, ModelPair] = {}
     seeds: dict[str, list[int]] = {}
-    recipes: dict[str, tuple[str, Recipe, ModelPair]] = {}
+    recipes: dict[str, tuple[str, ArmRecipe, ModelPair]] = {}
     for name, arm in trained.items():
         recipe = config.recipe_of(arm)
         where = f"arms.{name}: " if arm.own else ""
@@ -413,7 +413,7 @@ class Reader(NamedTuple):
     """The same for an example whose pictures are not decoded."""
 
 
-def refuse_rows(recipe: Recipe, pair: ModelPair, seeds: Sequence[int]) -> None:
+def refuse_rows(recipe: ArmRecipe, pair: ModelPair, seeds: Sequence[int]) -> None:
     """Raises UserError for the first row of those that training uses that cannot be used; if too long, with the count.
 
     Of a file all rows are read, with the headers of their pictures. Prompts are counted in bytes, which are never
@@ -478,7 +478,7 @@ def beyond(loaded: LoadedModel, example: Example, new_tokens: int) -> DataError 
     return too_long_error(example.id, length, new_tokens, loaded)
 
 
-def refuse_row(recipe: Recipe, pair: ModelPair, example: Example) -> int:
+def refuse_row(recipe: ArmRecipe, pair: ModelPair, example: Example) -> int:
     """Raises UserError where a row lacks what routes, rewards or completions from the data need.
 
     Returns the number of tokens of its answer as a completion, 0 where no completions are from the data.

@@ -21,7 +21,7 @@ from vlopd.config.arms import (
     TransplantArm,
 )
 from vlopd.config.experiment import ExperimentConfig
-from vlopd.config.recipe import Recipe, training_of
+from vlopd.config.recipe import ArmRecipe, training_of
 from vlopd.data.load import load_data
 from vlopd.digests import digest_checkpoint, digest_json
 from vlopd.errors import RunError
@@ -204,7 +204,7 @@ def _clear(folder: Path, identity: str) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _describe(recipe: Recipe, arm: DistillArm) -> str:
+def _describe(recipe: ArmRecipe, arm: DistillArm) -> str:
     """A short description of an arm's training for its model card."""
     text = f"{training_of(recipe)}, {recipe.objective}, {recipe.train.steps} steps"
     text += f", mask {arm.mask}" if arm.mask else ""

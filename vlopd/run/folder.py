@@ -137,16 +137,22 @@ class RunFolder:
             self.checksums.write("run", [self.root / "run.json"])
 
     @classmethod
-    def open(cls, root: Path | str) -> tuple[RunFolder, ExperimentConfig]:
-        """Opens an existing run and returns it with its config."""
+    def open(
+        cls, root: Path | str, locked: bool = True, altered: bool = False
+    ) -> tuple[RunFolder, ExperimentConfig]:
+        """Opens an existing run and returns it with its config.
+
+        Without a lock nothing is written. Raises RunError where run.json is missing or, unless `altered`, was altered.
+        """
         run = cls(root)
         path = run.root / "run.json"
         if not path.exists():
             raise RunError(
                 f"{root} is not a run folder (no run.json); make one with `vlopd run CONFIG`"
             )
-        run.lock()
-        return run, config_of(run.read()["config"], path)
+        if locked:
+            run.lock()
+        return run, config_of(run.read(altered)["config"], path)
 
     def read(self, altered: bool = False) -> dict[str, Any]:
         """Reads run.json. Raises RunError where it has another format version or, unless `altered`, was altered."""

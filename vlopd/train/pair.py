@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from vlopd import distributed
+from vlopd.config.input import value_of
 from vlopd.config.models import (
     CaptionContext,
     FunctionContext,
@@ -24,6 +25,7 @@ from vlopd.config.models import (
     RoutedTeachers,
     TeacherConfig,
     TeachersConfig,
+    as_table,
     teachers_by_name,
 )
 from vlopd.config.objective import LossConfig, RewardConfig, RolloutConfig
@@ -60,7 +62,7 @@ class TeacherForward(NamedTuple):
     hidden: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelPair:
     """Student and teachers, loaded; without a teacher, sampling and the losses that need none.
 
@@ -72,6 +74,11 @@ class ModelPair:
     by_name: Mapping[str, AnyTeacher]
     vocabulary: SharedVocabulary
     field: str | None = None
+
+    def __repr__(self) -> str:
+        models = [f"student {self.student}", *(f"teacher {its.loaded}" for its in self.teachers)]
+        device, dtype = self.student.device, str(self.student.model.dtype).removeprefix("torch.")
+        return f"ModelPair({', '.join(models)}; {self.vocabulary.size:,} shared tokens, {dtype} on {device})"
 
     @property
     def teachers(self) -> tuple[Teacher, ...]:
@@ -312,37 +319,49 @@ def without_weights(
 
 
 def load_pair(
-    student: ModelConfig | str,
-    teacher: TeachersConfig | str | None = None,
+    student: ModelConfig | Mapping[str, Any] | str | Path,
+    teacher: TeachersConfig | Mapping[str, Any] | str | Path | None = None,
     *,
-    compute: Literal["fp32", "bf16"] = "bf16",
+    compute: Literal["auto", "fp32", "bf16"] = "auto",
     device: torch.device | str | None = None,
     images: bool = False,
     student_folder: Path | str | None = None,
     load: Callable[..., LoadedModel] = load_configured,
 ) -> ModelPair:
-    """Loads student and teachers in the `compute` precision, by default on the device that training uses.
+    """Loads student and teachers.
 
-    `images` says that the data has images. `student_folder` takes the place of the configured student.
+    Args:
+        student: a folder, hub id, .gguf file or `builtin:NAME`; a table as in a config's [student] (docs/models.md).
+        teacher: the same, or a table as in [teacher], with a context or several teachers; None for losses without.
+        compute: precision of weights and activations; "auto" is bf16 on accelerators and on CPUs with bf16
+            instructions, else fp32.
+        device: by default the one that training uses.
+        images: whether the data has images, which a text-only model is then refused for.
+        student_folder: takes the place of the configured student.
+        load: loads one model of a config.
 
-    Raises ConfigError, before any weights are read, where vocabularies disagree or, with `images`, a model is
-    text-only.
+    Returns a ModelPair. Raises ConfigError, before any weights are read, where a model cannot be read, vocabularies
+    disagree or, with `images`, a model is text-only.
+
+    >>> load_pair("builtin:shapes-student", "builtin:shapes-teacher", images=True)
+    ModelPair(student builtin:shapes-student (0.7 M parameters with images), teacher builtin:shapes-teacher
+    (2.6 M parameters with images); 58 shared tokens, bfloat16 on cpu)
     """
-    student = ModelConfig(model=student) if isinstance(student, str) else student
-    plan = TeacherConfig(model=teacher) if isinstance(teacher, str) else teacher
+    own: ModelConfig = value_of(ModelConfig, as_table(student), "student")
+    plan = None if teacher is None else value_of(TeachersConfig, teacher, "teacher")
     configs = teachers_by_name(plan)
-    dtype = DTYPES[compute]
     device = distributed.accelerator().device if device is None else device
+    dtype = DTYPES[distributed.resolve_compute(compute, device)]
     if images:
-        refuse_text_only(student, configs)
-    vocabulary = shared_vocabulary(student, configs.values())
+        refuse_text_only(own, configs)
+    vocabulary = shared_vocabulary(own, configs.values())
     teachers: dict[str, Teacher] = {}
     for index, (name, its) in enumerate(configs.items()):
         folder = student_folder if its.is_student else None
-        loaded = load(its.loaded_from(student), dtype, device, folder)
+        loaded = load(its.loaded_from(own), dtype, device, folder)
         loaded.model.requires_grad_(False)
         teachers[name] = Teacher(loaded, vocabulary, index, its.context, its.ema)
-    trained = load(student, dtype, device, student_folder)
+    trained = load(own, dtype, device, student_folder)
     if isinstance(plan, RoutedTeachers):
         return ModelPair(trained, teachers, vocabulary, plan.field)
     if isinstance(plan, MixedTeachers):
