@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from vlopd.config.base import Count, Name, Number, Section, Weight, without_repeats
+from vlopd.config.base import Count, Name, Section, Weight, without_repeats
 
 QUESTION = "question"
 """Default column of the prompt."""
@@ -66,8 +66,8 @@ class FileData(Section):
     """Column with a unique text or number; null numbers the rows."""
     system: str | None = None
     """System prompt prepended to every question. A row that has a system turn is refused."""
-    skip: Number = 0
-    """Rows to leave out at the beginning (of all files together)."""
+    skip: Count | None = None
+    """Rows to leave out at the beginning (of all files together); null leaves none out."""
     limit: Count | None = None
     """Rows to read at most, after those skipped; null reads all."""
 
