@@ -297,7 +297,7 @@ def test_a_finished_run_is_kept(run):
     made, plans = [], []
     vlopd.Run(run.folder.root).run(
         on_artifact=lambda what, where, new: made.append((what, new)),
-        on_plan=lambda folder, planned: plans.append(planned),
+        on_plan=lambda folder, config, planned: plans.append(planned),
     )
     assert [what for what, new in made if new] == ["comparison", "report"]
     assert set(plans[0].values()) == {None}

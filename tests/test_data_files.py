@@ -520,9 +520,9 @@ def test_skip_and_limit_keep_the_rows_names(tmp_path, rows, several):
     a, b = write(tmp_path, rows, "a.jsonl"), write(tmp_path, rows, "b.jsonl")
     path = [str(a), str(b)] if several else str(a)
     whole = [e.id for e in load_data(columns(path, id=None), 0)]
-    for skip, limit in ((0, 2), (2, None), (2, 2), (1, 9), (0, 1)):
+    for skip, limit in ((None, 2), (2, None), (2, 2), (1, 9), (None, 1)):
         data = load_data(columns(path, id=None, skip=skip, limit=limit), 0)
-        expected = whole[skip:][:limit]
+        expected = whole[skip or 0 :][:limit]
         assert [e.id for e in data] == expected and len(data) == len(expected)
         assert data[-1].id == expected[-1]
     with pytest.raises(ConfigError, match=r"data\.skip = 6 leaves nothing of the \d rows"):

@@ -151,7 +151,7 @@ def test_a_misspelt_argument_has_the_nearest_name(here):
 def test_errors_of_such_sections_are_in_the_users_words(table, message):
     """Also beside functions, errors have the keys that the user wrote."""
     with pytest.raises(ValidationError) as error:
-        Recipe.model_validate({"data": {"type": "shapes"}, "train": {"steps": 1}, "loss": table})
+        Recipe.model_validate({"train": {"steps": 1, "prompts_per_step": 1}, "loss": table})
     assert re.search(message, explain_errors(error.value, Recipe))
 
 
@@ -161,7 +161,7 @@ def test_a_metric_does_not_replace_a_column(name):
     metric = {"<lambda>": lambda example, completion: 1.0}.get(name, f"metrics:{name}")
     with pytest.raises(ValidationError, match=f"the column '{name}' of metrics.jsonl"):
         Recipe.model_validate(
-            {"data": {"type": "shapes"}, "train": {"steps": 1, "prompts_per_step": 1, "metrics": [metric]}}
+            {"train": {"steps": 1, "prompts_per_step": 1, "metrics": [metric]}}
         )  # fmt: skip
 
 
@@ -240,7 +240,7 @@ def test_data_and_contexts_give_examples(here):
 
     def data(**table):
         return load_data(
-            TypeAdapter(Recipe.model_fields["data"].annotation).validate_python(table), 2, 1
+            TypeAdapter(ArmRecipe.model_fields["data"].annotation).validate_python(table), 2, 1
         )
 
     with pytest.raises(PluginError, match="mine:texts returned 'a' on index 0"):
@@ -340,11 +340,11 @@ def test_functions_themselves_are_used_in_python(tmp_path, make_pair, make_confi
     found = []
     for rule in ("exact_match", lambda example, text: text.strip() == example.answer.strip()):
         base = recipe_of(make_config("llm", **sections))
-        kept = {name: section for name, section in base if name != "reward"}
+        kept = {name: section for name, section in base if name not in ("data", "reward")}
         recipe = Recipe(**kept, reward={"rule": rule, "alpha": 0.5})
         data = make_data("llm", 2)
         trained = distill(make_pair("llm"), data, recipe, tmp_path / str(len(found)))
-        found.append([row["loss"] for row in trained.metrics])
+        found.append(trained.metrics.loss.tolist())
     assert found[0] == found[1]
     assert recipe.reward is not None
     assert json.loads(recipe.model_dump_json())["reward"]["rule"].endswith(".<lambda>")
@@ -421,7 +421,8 @@ def test_a_loss_that_is_not_finite_in_training_is_named(
 
 
 def replace_loss(config: ExperimentConfig, loss) -> Recipe:
-    return Recipe(**{**{name: s for name, s in recipe_of(config)}, "loss": loss})
+    kept = {name: s for name, s in recipe_of(config) if name != "data"}
+    return Recipe(**{**kept, "loss": loss})
 
 
 def test_a_source_of_a_mixture(here):
@@ -429,7 +430,8 @@ def test_a_source_of_a_mixture(here):
     write_examples(here)
     sources = {"own": {"type": "sources:colours"}, "shapes": {"type": "shapes", "modality": "text"}}
     mixture = {"type": "mixture", "sources": sources}
-    recipe = ArmRecipe.model_validate({"data": mixture, "train": {"steps": 1, "prompts_per_step": 4}})
+    sections = {"data": mixture, "teacher": "t", "train": {"steps": 1, "prompts_per_step": 4}}
+    recipe = ArmRecipe.model_validate(sections)
     assert [use.key for use in recipe.plugins] == ["data.sources.own"]
     data = load_data(recipe.data, 40, 1)
     drawn = [example.id for example in pick(data, 0, 20, 1)]

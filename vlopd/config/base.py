@@ -110,7 +110,7 @@ PartOrZero = Annotated[float, between(1e-6, 1 - 1e-6, or_zero=True)]
 Item = TypeVar("Item", bound=Hashable)
 
 
-def _without_repeats(values: tuple[Item, ...]) -> tuple[Item, ...]:
+def without_repeats(values: tuple[Item, ...]) -> tuple[Item, ...]:
     """Raises ValueError for a repeated value."""
     for i, value in enumerate(values):
         if value in values[:i]:
@@ -118,7 +118,7 @@ def _without_repeats(values: tuple[Item, ...]) -> tuple[Item, ...]:
     return values
 
 
-Unique = AfterValidator(_without_repeats)
+Unique = AfterValidator(without_repeats)
 """As in Annotated[tuple[str, ...], Unique]."""
 
 

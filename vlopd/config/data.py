@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from vlopd.config.base import Count, Name, Number, Section, Unique, Weight
+from vlopd.config.base import Count, Name, Section, Weight, without_repeats
 from vlopd.config.functions import IS_BUILT_IN, IS_OWN, KIND, Function
 
 QUESTION = "question"
+"""Default column of the prompt."""
+
+
+def _path_or_paths(value: Any) -> Any:
+    """Raises ValueError for anything but a path or a list of different paths, in one line for both."""
+    paths = value if isinstance(value, list | tuple) else [value]
+    if not paths or not all(isinstance(path, str) and path for path in paths):
+        raise ValueError(f"must be a path, or a list of paths; got {value!r}")
+    without_repeats(tuple(paths))
+    return value
 
 
 class ShapesData(Section):
@@ -17,7 +27,9 @@ class ShapesData(Section):
 
     type: Literal["shapes"] = "shapes"
     modality: Literal["image", "text"] = "image"
+    """Whether a scene is shown as an image or described in words."""
     split: Literal["train", "validation", "test"] = "train"
+    """Split of the scenes; no scene is in two."""
 
     @property
     def has_images(self) -> bool:
@@ -31,7 +43,7 @@ class FileData(Section):
     """
 
     type: Literal["file"] = "file"
-    path: str | Annotated[tuple[str, ...], Unique] = Field(min_length=1)
+    path: Annotated[str | tuple[str, ...], BeforeValidator(_path_or_paths)]
     """A .jsonl, .json, .csv or .parquet file, or a folder (relative to the working directory), or a hub data set id; a
     pattern (`data/*.jsonl`) or a list names several, which are read one after the other."""
     split: str = "train"
@@ -55,8 +67,8 @@ class FileData(Section):
     """Column with a unique text or number; null numbers the rows."""
     system: str | None = None
     """System prompt prepended to every question. A row that has a system turn is refused."""
-    skip: Number = 0
-    """Rows to leave out at the beginning (of all files together)."""
+    skip: Count | None = None
+    """Rows to leave out at the beginning (of all files together); null leaves none out."""
     limit: Count | None = None
     """Rows to read at most, after those skipped; null reads all."""
 
@@ -70,6 +82,7 @@ class CapitalsData(Section):
 
     type: Literal["capitals"] = "capitals"
     split: Literal["train", "validation", "test"] = "train"
+    """Split of the countries."""
 
     @property
     def has_images(self) -> bool:
@@ -83,7 +96,9 @@ class ReasoningData(Section):
     subjects: tuple[Literal["arithmetic", "sorting", "spelling"], ...] = Field(
         ("arithmetic", "sorting", "spelling"), min_length=1
     )
+    """Kinds of questions, drawn at equal rates."""
     split: Literal["train", "validation", "test"] = "train"
+    """Split of the questions."""
 
     @property
     def has_images(self) -> bool:
@@ -95,6 +110,7 @@ class EmojiData(Section):
 
     type: Literal["emoji"] = "emoji"
     split: Literal["train", "validation", "test"] = "train"
+    """Split of the concepts."""
 
     @property
     def has_images(self) -> bool:

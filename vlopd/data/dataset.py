@@ -59,12 +59,13 @@ class StoredDataset(Sequence[Example]):
 
 def cut(config: FileData, count: int) -> range:
     """The rows that `skip` and `limit` leave of `count`. Raises ConfigError where none are left."""
-    stop = count if config.limit is None else min(count, config.skip + config.limit)
-    if config.skip >= count:
+    start = config.skip or 0
+    stop = count if config.limit is None else min(count, start + config.limit)
+    if start >= count:
         raise ConfigError(
-            f"data.skip = {config.skip} leaves nothing of the {count} rows of {config.path}"
+            f"data.skip = {start} leaves nothing of the {count} rows of {config.path}"
         )
-    return range(config.skip, stop)
+    return range(start, stop)
 
 
 class FileDataset(StoredDataset):
@@ -238,7 +239,9 @@ class ConcatenatedDataset(StoredDataset):
     def __init__(self, config: FileData, paths: Sequence[str], pictures: Sequence[str] = ()):
         self.parts = [
             FileDataset(
-                config.model_copy(update={"path": path, "skip": 0, "limit": None}), pictures, label
+                config.model_copy(update={"path": path, "skip": None, "limit": None}),
+                pictures,
+                label,
             )
             for path, label in zip(paths, _labels(paths), strict=True)
         ]

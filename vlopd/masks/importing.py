@@ -93,7 +93,7 @@ def align(
             near = difflib.get_close_matches(name, shapes, 1, 0.0)
             raise RunError(
                 f"{source}: the base has no parameter {name}; nearest is {near[0] if near else 'none'}; rename it, or "
-                "leave it out with --ignore-unknown"
+                "leave it out by `vlopd mask import --ignore-unknown`"
             )
 
     @functools.lru_cache(maxsize=1)  # one stack of experts fills many parameters

@@ -23,7 +23,6 @@ from vlopd.errors import UserError
 from vlopd.files import read_json
 from vlopd.models.load import resolve
 from vlopd.run.folder import RunFolder
-from vlopd.run.records import base_arm_is_exact
 from vlopd.run.resolve import (
     arm_content,
     arm_digest,
@@ -157,11 +156,12 @@ def other_bases_of_mask(
 
 
 def _is_student(config: ExperimentConfig, digest: str) -> bool:
-    """Whether a digest is of the student's own checkpoint, which the base arm stores without rounding."""
+    """Whether a digest is of the student's own checkpoint, and the base arm stores it as it is."""
     student = config.student
+    if config.precision.stored != "auto":
+        return False
     try:
-        own = digest_checkpoint(hub_folder(resolve(student.model), student.revision))
-        return digest == own and base_arm_is_exact(config)
+        return digest == digest_checkpoint(hub_folder(resolve(student.model), student.revision))
     except UserError:  # the student may be gone from a finished run's machine
         return False
 
