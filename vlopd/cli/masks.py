@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from vlopd.cli.common import AllowOtherBase, console, print_artifact
+from vlopd.cli.common import AllowOtherBase, console, print_artifact, refuse, say
 from vlopd.config.input import parse_override
 from vlopd.config.masks import FileMask, MaskConfig, RandomMask
 from vlopd.digests import digest_checkpoint
@@ -49,7 +48,12 @@ def make(
     from vlopd.run.arms import ArmOptions
     from vlopd.run.make import make_mask
 
-    if trained is None and rule is None:
+    if (base / "run.json").is_file() or (trained is None and rule is None):
+        refuse(
+            {"TRAINED": trained, "--rule": rule, "--out": out},
+            f"{base} is a run, whose masks follow the rules of its config into {base}/masks; leave it out, or give "
+            f"{base}/arms/NAME as checkpoints",
+        )
         folder, config = RunFolder.open(base)
         for unknown in set(name or ()) - set(config.masks):
             raise ConfigError(
@@ -61,6 +65,10 @@ def make(
         return
     if rule is None or out is None:
         raise ConfigError('a mask of checkpoints needs --rule "{type=...}" and --out FILE')
+    refuse(
+        {"--mask": name, "--allow-other-base": allow_other_base},
+        "is for the masks of a run; leave it out",
+    )
     from vlopd.masks.files import load_mask, save_mask
     from vlopd.masks.rules import build_mask
     from vlopd.models.parameter_names import classify
@@ -93,7 +101,7 @@ def make(
     save_mask(out, mask, inputs, classify)
     print_artifact("mask", out, True)
     if left_out:
-        console.print(f"[yellow]left out[/]: {escape(left_out)}", soft_wrap=True)
+        say("left out", left_out, "yellow")
 
 
 def _parse_rule(text: str) -> MaskConfig:
@@ -178,7 +186,7 @@ def show(file: MaskFile) -> None:
     }
     for key, value in lines.items():
         if value:
-            console.print(f"[bold]{key}[/]: {value}", soft_wrap=True, highlight=False)
+            say(key, value)
 
     def layer(name: str) -> str:
         where = classify(name)

@@ -59,14 +59,19 @@ def _rename(tree: Any, where: Path | str) -> None:
 AnySection = TypeVar("AnySection", bound=Section)
 
 
-def section_of(cls: type[AnySection], tree: dict[str, Any], settings: Sequence[str]) -> AnySection:
-    """Validates a single section with TOML overrides. Raises ConfigError as load_config does."""
+def section_of(
+    cls: type[AnySection],
+    tree: dict[str, Any],
+    settings: Sequence[str] = (),
+    where: str = "--set: ",
+) -> AnySection:
+    """Validates a single section with TOML overrides. Raises ConfigError as load_config does, after `where`."""
     for line in settings:
         merge(tree, parse_override(line))
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"--set: {explain_errors(error, cls)}") from None
+        raise ConfigError(f"{where}{explain_errors(error, cls)}") from None
 
 
 def parse_override(line: str) -> dict[str, Any]:
