@@ -52,8 +52,9 @@ def write_geometry_page(
     paper: Mapping[str, Sequence[tuple[str, Sequence[str]]]] = {},
     paper_columns: Sequence[str] = (),
 ) -> Path:
-    """Writes out/geometry.html of the tables in `folders` (name -> folder) and in `out`; returns its path.
+    """Writes out/geometry.html, and figures/ beside each table, of the tables in `folders` and in `out`.
 
+    Returns the path of the page. folders: name -> folder of its geometry.csv and summary.json.
     trained: name -> the path or id of the checkpoint. paper: name -> the lines of the paper's table.
     """
     drawn: dict[str, str] = {}
@@ -67,7 +68,7 @@ def write_geometry_page(
                 "rows": rows_of(pd.DataFrame(tables.headline(folder))),
                 "left_out": geometry.left_out(folder),
                 "reasons": geometry.unmeasured(tidy),
-                "figures": add_drawings(drawn, f"geometry-{name}", geometry.draw(tidy)),
+                "figures": _add_and_save(drawn, name, geometry.draw(tidy), folder),
                 "groups": _group_tables(tidy),
                 "null": next(iter(summary["nulls"]), ""),
                 "paper": paper.get(name, ()),
@@ -87,8 +88,8 @@ def write_geometry_page(
         "notes": notes,
         "paper_columns": paper_columns,
         "overlap": [] if overlap is None else _overlap_rows(overlap),
-        "overlap_figures": add_drawings(drawn, "geometry", drawings),
-        "trajectory": add_drawings(drawn, "geometry", trajectory),
+        "overlap_figures": _add_and_save(drawn, "all", drawings, out),
+        "trajectory": _add_and_save(drawn, "all", trajectory, out),
         "settings": json.dumps(first["inputs"]["settings"], indent=1),
         "inputs": {name: its["inputs"] for name, its in about.items()},
         "figures": drawn,
@@ -96,6 +97,17 @@ def write_geometry_page(
     page = environment().get_template("geometry.html.j2").render(context)
     write_text(out / "geometry.html", page)
     return out / "geometry.html"
+
+
+def _add_and_save(
+    drawn: dict[str, str], prefix: str, drawings: Mapping[str, geometry.Drawing], folder: Path
+) -> list[tuple[str, str]]:
+    """`add_drawings` that also writes folder/figures/NAME.svg."""
+    shown = add_drawings(drawn, prefix, drawings)
+    for name in drawings:
+        svg = figures.standalone(drawn[f"{prefix}-{name}"])
+        write_text(folder / "figures" / f"{name}.svg", svg)
+    return shown
 
 
 def _group_tables(tidy: pd.DataFrame) -> list[Context]:
@@ -151,7 +163,7 @@ def write_comparison_page(
     level = f"{100 * record['confidence']:g} % interval"
     tasks = []
     for i, (task, entry) in enumerate(record["tasks"].items()):
-        own = rows[rows.task == task].iloc[::-1]  # the first model on top
+        own = rows[rows.task == task].set_index("arm").loc[list(entry["arms"])].reset_index()
         chance = (entry["chance"] or {}).get("all")
         add_figure(
             drawn, f"scores-{i}", figures.dots(own, chance, f"{entry['metric']} (%), {level}")

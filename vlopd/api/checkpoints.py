@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from vlopd.errors import RunError
+from vlopd.errors import ConfigError, RunError
 from vlopd.files import read_json, shortest_distinct_names
 from vlopd.loop import Trained
 from vlopd.masks.files import HEADER
@@ -57,6 +58,9 @@ def names_of(checkpoints: Sequence[Checkpoint]) -> list[str]:
     parts = [_parts_of(each) for each in checkpoints]
     if len({tuple(own) for own in parts}) < len(parts):  # two evaluations of one folder
         parts = [_parts_of(each, True) for each in checkpoints]
+    for i, own in enumerate(parts):
+        if own in parts[:i]:
+            raise ConfigError(f"{checkpoints[i]} is given twice")
     return shortest_distinct_names(parts)
 
 
@@ -65,7 +69,8 @@ def _parts_of(checkpoint: Checkpoint, with_files: bool = False) -> list[str]:
     if isinstance(checkpoint, Trained):
         checkpoint = checkpoint.out
     path = Path(checkpoint)
-    parts = path.resolve().parts if path.exists() else str(checkpoint).split("/")
+    # not `resolve`: a link's name is the one that the user knows
+    parts = Path(os.path.abspath(path)).parts if path.exists() else str(checkpoint).split("/")
     scores = path.is_file() and is_score_file(path) and not with_files
     if len(parts) > 1 and (parts[-1] == "checkpoint" or scores):
         parts = parts[:-1]
@@ -112,8 +117,12 @@ def what_it_is(path: Path) -> str | None:
         return f"an arm without a checkpoint of its own; give its model, {model}"
     if is_scores(path):
         return "a folder of evaluated scores, without weights"
-    for within, kind in (("config.json", "checkpoints"), ("results.json", "evaluations")):
-        inside = [each.parent.name for each in sorted(path.glob(f"*/{within}"))]
+    for kind, within in (
+        ("checkpoints", "*/config.json"),
+        ("arms", "*/checkpoint"),
+        ("evaluations", "*/results.json"),
+    ):
+        inside = [each.parent.name for each in sorted(path.glob(within))]
         if inside:
             return f"a folder of {kind}; give one of them ({', '.join(inside)})"
     return "not a checkpoint: it has neither config.json nor *.safetensors"

@@ -192,6 +192,7 @@ def shared_tasks(models: Mapping[str, Checkpoint]) -> list[str]:
     found: dict[str, list[str]] = {}
     for name, model in models.items():
         if isinstance(model, Trained) or not is_scores(Path(model)):
+            _model(model)  # raises for a path that is no model either
             raise ConfigError(
                 f"tasks: {name} is a model, not finished evaluations; name the tasks to evaluate it on, as in "
                 "shapes_text or gsm8k (--tasks on the command line)"

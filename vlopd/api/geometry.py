@@ -188,7 +188,6 @@ def geometry(
         write_trajectory(before, by_step, out, config, tables=tables_of_steps)
     elif len(names) > 1:
         write_overlap(before, dict(zip(names, after, strict=True)), out, config)
-    drawings.write_figures(out, list(folders.values()))
     lines = {n: paper.paper_table(read_rows(its)) for n, its in folders.items()} if preset else {}
     titles = [column.title for column in paper.COLUMNS]
     page = write_geometry_page(out, _path_or_id(base, before), folders, shown, notes, lines, titles)

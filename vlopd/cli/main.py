@@ -258,12 +258,12 @@ def geometry(
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers {workers}: must be at least 1")
     if _is_run(base):
+        overrides = [*_overrides(base, trained), *(f"geometry.{line}" for line in settings or ())]
         refuse({"--out": out}, f"the geometry of a run is in {base}/geometry; leave it out")
         refuse(
             {"--trajectory": trajectory},
             "a run's trajectories are measured wherever train.keep_steps keeps checkpoints; leave it out",
         )
-        overrides = [*_overrides(base, trained), *(f"geometry.{line}" for line in settings or ())]
         _geometry_of_run(Path(base), overrides, preset, workers, device)
         return
     from vlopd.api.checkpoints import names_of
@@ -295,7 +295,6 @@ def geometry(
     for table in ("overlap", "trajectory"):
         if (found.out / f"{table}.csv").exists():
             print_artifact(table, found.out / f"{table}.csv", True)
-    print_artifact("figures", found.out / "figures", True)
     print_artifact("page", found.page, True)
 
 
@@ -425,12 +424,12 @@ def compare(
     """Compares a run's arms (with recovery), or any models: paired differences with intervals."""
     first, *others = what
     if _is_run(first):
+        overrides = [*_overrides(first, others), *(f"eval.{line}" for line in settings or ())]
         refuse(
             {"--tasks": tasks, "--compute": compute},
             f"a run has its own; override eval.tasks or precision.compute in `vlopd eval {first}`",
         )
         refuse({"--out": out}, f"the comparison of a run is {first}/compare.json; leave it out")
-        overrides = [*_overrides(first, others), *(f"eval.{line}" for line in settings or ())]
         folder, config = pipeline.prepare(Path(first), overrides)
         _refuse_outdated_results(folder, config, geometry=False)
         folder.save_config(config)
