@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
 from evals.report import geometry as drawings
@@ -141,10 +142,7 @@ def geometry(
     """
     if not trained:
         raise ConfigError("geometry needs the base and one or more trained checkpoints")
-    if device not in ("cpu", "cuda"):
-        raise ConfigError(f"device {device}: must be cpu or cuda")
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers {workers}: must be at least 1")
+    check_options(preset, workers, device)
     config = geometry_config(preset, settings)
     names = names_of(trained)
     before, *after = map(folder_of, (base, *trained))
@@ -194,10 +192,20 @@ def geometry(
     return Geometry(out, folders, page, tuple(notes))
 
 
-def geometry_config(preset: str | None, settings: Mapping[str, Any]) -> GeometryConfig:
-    """The settings of a measurement outside a run. Raises ConfigError for an unknown preset or setting."""
+def check_options(preset: str | None, workers: int | None, device: str) -> None:
+    """Raises ConfigError for an unknown preset or device, a device that is missing here, or no workers."""
     if preset not in (None, "paper"):
         raise ConfigError(f"preset {preset}: must be paper")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers {workers}: must be at least 1")
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"device {device}: must be cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda: there is none on this machine; use cpu")
+
+
+def geometry_config(preset: str | None, settings: Mapping[str, Any]) -> GeometryConfig:
+    """The settings of a measurement outside a run. Raises ConfigError for an unknown setting."""
     if "arms" in settings:
         raise ConfigError("arms: names arms of a run; give the trained checkpoints themselves")
     tree = paper.preset().model_dump() if preset else {}

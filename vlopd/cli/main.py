@@ -251,12 +251,6 @@ def geometry(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
     """Measures the geometry of the updates of a run's arms, or of any checkpoints, against null models."""
-    if preset not in (None, "paper"):
-        raise ConfigError(f"--preset {preset}: must be paper")
-    if device not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {device}: must be cpu or cuda")
-    if workers is not None and workers < 1:
-        raise ConfigError(f"--workers {workers}: must be at least 1")
     if _is_run(base):
         overrides = [*_overrides(base, trained), *(f"geometry.{line}" for line in settings or ())]
         refuse({"--out": out}, f"the geometry of a run is in {base}/geometry; leave it out")
@@ -318,8 +312,10 @@ def _overrides(run: str, words: list[str] | None) -> list[str]:
 def _geometry_of_run(
     target: Path, overrides: list[str], preset: str | None, workers: int | None, device: str
 ) -> None:
+    from vlopd.api.geometry import check_options
     from vlopd.update_geometry import paper
 
+    check_options(preset, workers, device)
     folder, config = pipeline.prepare(target, overrides)
     if preset and (lacking := paper.lacking(config.geometry)):
         raise ConfigError(f"--preset paper: {lacking} (--set on the command line)")

@@ -48,12 +48,15 @@ def make(
     from vlopd.run.arms import ArmOptions
     from vlopd.run.make import make_mask
 
-    if (base / "run.json").is_file() or (trained is None and rule is None):
+    parsed = None if rule is None else _parse_rule(rule)
+    is_run = (base / "run.json").is_file()
+    if is_run:
         refuse(
             {"TRAINED": trained, "--rule": rule, "--out": out},
             f"{base} is a run, whose masks follow the rules of its config into {base}/masks; leave it out, or give "
             f"{base}/arms/NAME as checkpoints",
         )
+    if is_run or (trained is None and rule is None and out is None):
         folder, config = RunFolder.open(base)
         for unknown in set(name or ()) - set(config.masks):
             raise ConfigError(
@@ -63,7 +66,7 @@ def make(
             made = make_mask(folder, config, each, ArmOptions(allow_other_base))
             print_artifact(f"mask {each}", folder.mask(each), made)
         return
-    if rule is None or out is None:
+    if parsed is None or out is None:
         raise ConfigError('a mask of checkpoints needs --rule "{type=...}" and --out FILE')
     refuse(
         {"--mask": name, "--allow-other-base": allow_other_base},
@@ -75,7 +78,6 @@ def make(
     from vlopd.weights.checks import refuse_unlike_config
     from vlopd.weights.delta import stream
 
-    parsed = _parse_rule(rule)
     named: dict[str, Mask] = {}
     inputs: dict[str, Any] = {"rule": parsed.model_dump(mode="json")}
     if isinstance(parsed, RandomMask):

@@ -27,6 +27,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentCo
         tree = tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"no config file {path}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; give a config file (TOML)") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
     for line in overrides:
