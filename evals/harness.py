@@ -30,7 +30,7 @@ from vlopd.models.load import DTYPES, load_configured
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.thinking import Reading
 from vlopd.run.folder import RunFolder
-from vlopd.run.resolve import arm_content, score_files, teacher_folder
+from vlopd.run.resolve import arm_content, samples_by_task, score_files, teacher_folder
 from vlopd.run.stage import Stage, stage
 
 MERGED = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
@@ -40,6 +40,11 @@ PER_TASK = (
     *("thought_truncated_fraction", "pass_at", "not_compared"),
 )
 """Our entries that are keyed by task."""
+NOT_METRICS = (
+    *("doc_id", "doc_hash", "prompt_hash", "question", "target", "completion", "thought"),
+    *("thought_truncated", "group", "cluster", "image"),
+)
+"""Columns of samples_<task>.jsonl besides the metrics."""
 
 
 @dataclass(frozen=True)
@@ -156,21 +161,23 @@ def _images_exist(run: RunFolder, results: Mapping[str, Any]) -> bool:
     return True
 
 
-def import_scores(run: RunFolder, folder: Path, name: str, config: EvalConfig) -> bool:
-    """Imports another lm-eval run's scores as an arm; returns whether anything was done.
+def import_scores(run: RunFolder, where: Path, name: str, config: EvalConfig) -> bool:
+    """Imports finished evaluations (resolve.score_files) as an arm; returns whether anything was done.
 
-    Raises RunError where it lacks a task of the config.
+    Raises RunError where they lack a task of the config.
     """
-    samples = samples_of(folder, config.tasks)  # raises before existing results are withdrawn
+    samples = samples_of(where, config.tasks)  # raises before existing results are withdrawn
     with stage(run, f"evals/{name}") as its:
-        if its.is_due(lambda _: imported_inputs(folder, config)):
+        if its.is_due(lambda _: imported_inputs(where, config)):
             out = run.eval(name)
-            last, *_ = score_files(folder)
-            merged: dict[str, Any] = {**read_json(last), "arm": name}
+            first = score_files(where)[0]
+            results: dict[str, Any] = read_json(first) if first.suffix == ".json" else {}
+            merged: dict[str, Any] = {**results, "arm": name, "pictures": []}
             merged["checkpoint_digest"] = digest_json(its.inputs["checkpoint"])
             merged |= {key: {} for key in PER_TASK}
+            merged["chance"] = dict(results.get("chance") or {})
             for task, path in samples.items():
-                rows = one_row_a_question(task, read_jsonl(path))
+                rows = read_scored_rows(task, path)
                 write_jsonl(out / f"samples_{task}.jsonl", [_sample_row(row, {}) for row in rows])
                 for key, value in _task_entries(rows).items():
                     merged[key][task] = value
@@ -179,27 +186,41 @@ def import_scores(run: RunFolder, folder: Path, name: str, config: EvalConfig) -
     return its.made
 
 
-def imported_inputs(folder: Path, config: EvalConfig) -> dict[str, Any]:
+def read_scored_rows(task: str, path: Path) -> list[dict[str, Any]]:
+    """The rows of a samples file of lm-eval or of a run, one per question, as `scoring.one_row_a_question` has them.
+
+    Raises RunError for a file of another kind.
+    """
+    rows = read_jsonl(path)
+    if not all(isinstance(row, dict) and {"doc_id", "doc_hash"} <= row.keys() for row in rows):
+        raise RunError(f"{path} has rows without doc_id and doc_hash; it is not lm-eval's samples")
+    if not rows or "metrics" in rows[0]:
+        return one_row_a_question(task, rows)
+    return [
+        {
+            **row,
+            "doc": {"question": row["question"], "kind": row["group"], "cluster": row["cluster"]},
+            "numbers": {key: value for key, value in row.items() if key not in NOT_METRICS},
+        }
+        for row in rows
+    ]
+
+
+def imported_inputs(where: Path, config: EvalConfig) -> dict[str, Any]:
     """The inputs of imported scores: their files and the tasks."""
-    files = {path.name: file_digest(path) for path in score_files(folder)}
+    files = {path.name: file_digest(path) for path in score_files(where)}
     return {"checkpoint": files, "tasks": list(config.tasks)}
 
 
-def samples_of(folder: Path, tasks: Sequence[str]) -> dict[str, Path]:
-    """The samples file of each task in an lm-eval output folder. Raises RunError for a missing one."""
-    _, *samples = score_files(folder)
-    by_task = {_task_of(path): path for path in samples}
+def samples_of(where: Path, tasks: Sequence[str]) -> dict[str, Path]:
+    """The samples file of each task in finished evaluations. Raises RunError for a missing one."""
+    by_task = samples_by_task(where)
     for task in tasks:
         if task not in by_task:
             raise RunError(
-                f"{folder} has no samples of task {task}; it has {', '.join(sorted(by_task))}"
+                f"{where} has no samples of task {task}; it has {', '.join(sorted(by_task))}"
             )
     return {task: by_task[task] for task in tasks}
-
-
-def _task_of(samples: Path) -> str:
-    """samples_<task>_<time>.jsonl -> task"""
-    return samples.stem.removeprefix("samples_").rpartition("_")[0]
 
 
 def _reusable_results(its: Stage) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import aggregation_registry
 
-from evals.harness import samples_of
+from evals.harness import read_scored_rows, samples_of
 from evals.lm import PLACEHOLDER, ArmLM, GenerationSettings
 from evals.scoring import (
     TASKS,
@@ -27,14 +27,12 @@ from evals.scoring import (
     is_corpus_metric,
     load_task,
     nearest_hint,
-    one_row_a_question,
     preserve_random_state,
     unknown_metric,
 )
 from evals.task_columns import VerbatimRows, differs_from_file, empty_cell, unknown_column
 from vlopd.config.analysis import EvalConfig
 from vlopd.errors import RunError, UserError, first_line
-from vlopd.files import read_jsonl
 from vlopd.models import families
 from vlopd.models.loaded import LoadedModel
 
@@ -84,7 +82,7 @@ def find_import_problems(tasks: Sequence[str], folder: Path) -> list[str]:
     """Problems of importing another lm-eval run's scores as an arm."""
     try:
         for task, path in samples_of(folder, tasks).items():
-            one_row_a_question(task, read_jsonl(path))
+            read_scored_rows(task, path)
     except UserError as error:
         return [" ".join(str(error).split())]
     return []

@@ -273,12 +273,18 @@ def _held_out(config: ExperimentConfig) -> Any:
 
 
 def make_geometry(
-    run: RunFolder, config: ExperimentConfig, names: Sequence[str], on_artifact: OnArtifact
+    run: RunFolder,
+    config: ExperimentConfig,
+    names: Sequence[str],
+    on_artifact: OnArtifact,
+    workers: int | None = None,
+    device: str = "cpu",
 ) -> None:
+    """Measures the arms' updates; workers and device as in `measure_checkpoint`."""
     from vlopd.run import geometry
 
     for name in names:
-        made = geometry.make_geometry(run, config, name)
+        made = geometry.make_geometry(run, config, name, workers, device)
         on_artifact(f"geometry of {name}", run.geometry(name) / "geometry.csv", made)
     if len(names) > 1:
         made = geometry.make_overlap(run, config, list(names))

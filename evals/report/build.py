@@ -8,23 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure
 
 from evals.report import examples, figures, geometry, tables
 from evals.report.markdown import markdown
-from evals.report.verdict import full_name, interval, p_value, percent, verdict
+from evals.report.page import Context, add_drawings, add_figure, environment, rows_of
+from evals.report.verdict import full_name, verdict
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.training import COLUMNS
 from vlopd.digests import digest_files
 from vlopd.files import read_json, whole_folder
 from vlopd.run.folder import RunFolder
 from vlopd.run.stage import Stage, stage
-
-Context = dict[str, Any]
 
 
 def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
@@ -82,11 +78,11 @@ def _write_report(its: Stage, config: ExperimentConfig) -> None:
         "training": _training_context(data["training"]),
         "own_metrics": [name for name in data["training"] if name not in (*COLUMNS, "arm")],
         "curves": _training_curves(data["training"], roles, drawn),
-        "held_out": _rows_of(data["held_out"]),
-        "probes": _rows_of(data["probes"]),
-        "alignment": _rows_of(data["alignment"]),
-        "masks": _rows_of(data["masks"]),
-        "identity": _rows_of(data["identity"]),
+        "held_out": rows_of(data["held_out"]),
+        "probes": rows_of(data["probes"]),
+        "alignment": rows_of(data["alignment"]),
+        "masks": rows_of(data["masks"]),
+        "identity": rows_of(data["identity"]),
         "geometry": _geometry_context(run, tidy, data["geometry"], drawn),
         "overlap": _overlap_context(run, drawn) if len(config.geometry.arms) > 1 else [],
         "generations": examples.generations(run, shown),
@@ -100,7 +96,7 @@ def _write_report(its: Stage, config: ExperimentConfig) -> None:
         for name, table in data.items():
             if not table.empty:
                 table.to_csv(folder / "tables" / f"{name}.csv", index=False)
-        template = _environment().get_template("report.html.j2")
+        template = environment().get_template("report.html.j2")
         (folder / "report.html").write_text(template.render(context))
         words = template.render({**context, "questions": [], "generations": []})
         (folder / "report.md").write_text(markdown(words))
@@ -137,24 +133,24 @@ def _task_context(
     slug = "".join(c if c.isalnum() else "-" for c in task)
     share = f"{100 * compared['confidence']:g} % interval"
     scores = figures.dots(rows, chance, f"{entry['metric']} (%), {share}")
-    _draw(drawn, f"scores-{slug}", scores)
+    add_figure(drawn, f"scores-{slug}", scores)
     differences = rows[rows.role != "full"].dropna(subset=["difference_mean"])
     if not differences.empty:
         names = {f"difference_{key}": key for key in ("mean", "low", "high")}
         plotted = differences[["arm", "role", *names]].rename(columns=names)
         full = full_name(compared["arms"])
         forest = figures.forest(plotted, f"difference to {full} (percentage points), {share}")
-        _draw(drawn, f"differences-{slug}", forest)
+        add_figure(drawn, f"differences-{slug}", forest)
     _draw_density(rows, slug, f"{entry['metric']} (%)", drawn)
     return {
         "name": task,
         "slug": slug,
         "chance": chance,
         "entry": entry,
-        "rows": _rows_of(rows),
-        "contrasts": _rows_of(own["contrasts"]),
+        "rows": rows_of(rows),
+        "contrasts": rows_of(own["contrasts"]),
         "kinds": _pivot(own["kinds"], lambda row: f"{row['kind']}\nn = {row['n']}"),
-        "seeds": _rows_of(own["seeds"]),
+        "seeds": rows_of(own["seeds"]),
         "passes": _pivot(own["pass_at"], lambda row: row["metric"]),
         "non_inferior": [
             {"arm": c["a"], **c["non_inferiority"]}
@@ -176,14 +172,14 @@ def _draw_density(rows: pd.DataFrame, slug: str, label: str, drawn: dict[str, st
         return
     edges = rows[rows.role.isin(("full", "base", "teacher"))]
     lines = dict(zip(edges.arm, edges["mean"], strict=True))
-    _draw(drawn, f"density-{slug}", figures.against_density(masked, lines, label))
+    add_figure(drawn, f"density-{slug}", figures.against_density(masked, lines, label))
 
 
 def _pivot(table: pd.DataFrame, head: Callable[[Context], str]) -> Context | None:
     """Pivots a tidy table: one row per arm, one column per row of an arm, titled by `head`."""
     if table.empty:
         return None
-    rows = [(arm, _rows_of(part)) for arm, part in table.groupby("arm", sort=False)]
+    rows = [(arm, rows_of(part)) for arm, part in table.groupby("arm", sort=False)]
     return {"columns": ["Arm", *map(head, rows[0][1])], "rows": rows}
 
 
@@ -215,7 +211,7 @@ def _training_curves(
     for value, (title, label) in CURVES.items():
         if value in training and training[value].notna().any():
             known = training.dropna(subset=[value])
-            _draw(drawn, "training", figures.curves(known, roles, value, label))
+            add_figure(drawn, "training", figures.curves(known, roles, value, label))
             return {"title": title, "label": label}
     return None
 
@@ -228,25 +224,16 @@ def _geometry_context(
         return []
     found = []
     for arm, part in summary.groupby("arm", sort=False):
-        mine = tidy[tidy.arm == arm]
-        tensors = mine[(mine.status != "ok") & ~mine.name.str.startswith("[")]
-        reasons = tensors.groupby("reason").name.nunique().to_dict()
-        drawings = geometry.draw(mine)
-        if (run.geometry(str(arm)) / "trajectory.csv").exists():
-            table = pd.read_csv(run.geometry(str(arm)) / "trajectory.csv")
-            drawings |= geometry.draw_trajectory(table)
-        shown = []
-        for name, drawing in drawings.items():
-            _draw(drawn, f"geometry-{arm}-{name}", drawing.figure)
-            shown.append((f"geometry-{arm}-{name}", drawing.words))
-        left_out = geometry.left_out(run.geometry(str(arm)))
+        drawings = geometry.draw(mine := tidy[tidy.arm == arm])
+        if (path := run.geometry(str(arm)) / "trajectory.csv").exists():
+            drawings |= geometry.draw_trajectory(pd.read_csv(path))
         found.append(
             {
                 "arm": arm,
-                "rows": _rows_of(part),
-                "left_out": left_out,
-                "reasons": reasons,
-                "figures": shown,
+                "rows": rows_of(part),
+                "left_out": geometry.left_out(run.geometry(str(arm))),
+                "reasons": geometry.unmeasured(mine),
+                "figures": add_drawings(drawn, f"geometry-{arm}", drawings),
             }
         )
     return found
@@ -256,43 +243,7 @@ def _overlap_context(run: RunFolder, drawn: dict[str, str]) -> list[tuple[str, s
     """(figure name, caption) of the overlap of arms, if there is one."""
     path = run.root / "geometry" / "overlap.csv"
     found = geometry.draw_overlap(pd.read_csv(path)) if path.exists() else {}
-    for name, drawing in found.items():
-        _draw(drawn, f"geometry-{name}", drawing.figure)
-    return [(f"geometry-{name}", drawing.words) for name, drawing in found.items()]
-
-
-# ----------------------------------------------------------------------------------------- helpers
-
-
-def _draw(drawn: dict[str, str], name: str, figure: Figure) -> None:
-    drawn[name] = figures.to_svg(figure, name)
-
-
-def _rows_of(table: pd.DataFrame) -> list[Context]:
-    """Rows as dicts, with None for empty cells."""
-    return table.astype(object).where(table.notna(), None).to_dict("records")
-
-
-def _environment() -> Environment:
-    """The Jinja environment, with the report's number formats as filters."""
-    env = Environment(
-        loader=PackageLoader("evals.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    env.filters.update(
-        percent=percent,
-        p_value=p_value,
-        hundred=lambda x, form="%.1f": "-" if x is None else form % (100 * x),
-        significant=lambda x: "-" if x is None else f"{x:.4g}",
-        count=lambda x: "-" if x is None else f"{int(x):,}",
-        bracket=lambda low, high, scale=1, form=".2f": interval(
-            {"interval": [low, high]}, scale, form
-        ).strip(),
-    )
-    return env
+    return add_drawings(drawn, "geometry", found)
 
 
 def _teachers_of(config: ExperimentConfig) -> str:

@@ -114,6 +114,28 @@ def forest(rows: pd.DataFrame, label: str) -> Figure:
     return figure
 
 
+def comparison(scores: pd.DataFrame, contrasts: pd.DataFrame) -> Figure:
+    """Scores of models (columns task, model, metric, mean, low, high) and their contrasts (task, name, mean, low,
+    high), in percent with intervals; one row of panels per task."""
+    tasks = list(scores.task.unique())
+    heights = [
+        max(2, (scores.task == task).sum(), (contrasts.task == task).sum()) for task in tasks
+    ]
+    with matplotlib.rc_context(STYLE):
+        size = (1.7 * WIDTH, 0.26 * sum(heights) + 0.9 * len(tasks))
+        figure = Figure(figsize=size, layout="constrained", facecolor="white")
+        panels = figure.subplots(len(tasks), 2, squeeze=False, height_ratios=heights)
+        for task, (left, right) in zip(tasks, panels, strict=True):
+            own = scores[scores.task == task].rename(columns={"model": "arm"})
+            differences = contrasts[contrasts.task == task].rename(columns={"name": "arm"})
+            intervals(left, own.assign(role=["base"] + ["other"] * (len(own) - 1)), 100)
+            intervals(right, differences.assign(role="other"), 100)
+            right.axvline(0, color=INK, lw=0.8, alpha=0.7, zorder=0)
+            left.set_xlabel(f"{task}: {own.metric.iloc[0]} (%)")
+            right.set_xlabel("paired difference (percentage points)")
+    return figure
+
+
 def against_density(rows: pd.DataFrame, lines: Mapping[str, float], label: str) -> Figure:
     """Score against density (columns arm, role, density, mean, low, high), one colour per role; dashed lines at full,
     base and teacher."""

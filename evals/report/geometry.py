@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from evals.report import figures, tables
-from vlopd.files import read_json, write_text
+from vlopd.files import read_json
 
 HEAT_MAPS = (("frac_delta_eq_0", ""), ("top_energy_ratio", "k=16"))
 """(metric, parameter) drawn as heat maps: one that rounding explains, one that it does not."""
@@ -209,27 +209,16 @@ def _legend_height(nulls: Sequence[str]) -> float:
     return 0.17 * math.ceil((1 + len(nulls)) / 3)
 
 
-def write_figures(out: Path, folders: Sequence[Path]) -> Path:
-    """Writes figures/*.svg for every geometry.csv, and for overlap.csv and trajectory.csv in `out`."""
-    for folder in folders:
-        save(draw(read(folder / "geometry.csv")), folder / "figures")
-    readers = {"overlap": draw_overlap, "trajectory": draw_trajectory}
-    for name, reader in readers.items():
-        if (out / f"{name}.csv").exists():
-            save(reader(read(out / f"{name}.csv")), out / "figures")
-    return out / "figures"
-
-
 def left_out(folder: Path) -> str:
     """A sentence on the tensors that a geometry leaves out of the comparison; empty if none."""
     return read_json(folder / "summary.json").get("left_out", {}).get("summary", "")
 
 
+def unmeasured(tidy: pd.DataFrame) -> dict[str, int]:
+    """{reason: number of tensors} of the measures without an exact value in one geometry.csv."""
+    tensors = tidy[(tidy.status != "ok") & ~tidy.name.str.startswith("[")]
+    return tensors.groupby("reason").name.nunique().to_dict()
+
+
 def read(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, low_memory=False)  # infer dtypes from whole columns, not per chunk
-
-
-def save(drawings: Mapping[str, Drawing], folder: Path) -> None:
-    for name, drawing in drawings.items():
-        svg = figures.to_svg(drawing.figure, name)
-        write_text(folder / f"{name}.svg", figures.standalone(svg))

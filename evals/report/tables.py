@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -257,9 +258,14 @@ def geometry(run: RunFolder, config: ExperimentConfig) -> tuple[pd.DataFrame, pd
         folder = run.geometry(arm)
         if arm in config.geometry.arms and (folder / "summary.json").exists():
             tidy.append(pd.read_csv(folder / "geometry.csv", low_memory=False).assign(arm=arm))
-            for row in read_json(folder / "summary.json")["headline"]:
-                summary.append({"arm": arm, "label": label(row), "null": "", "p": None, **row})
+            summary += [{"arm": arm, **row} for row in headline(folder)]
     return pd.concat(tidy) if tidy else pd.DataFrame(), pd.DataFrame(summary)
+
+
+def headline(folder: Path) -> list[dict[str, Any]]:
+    """The headline rows of a folder's summary.json, each with a label."""
+    rows = read_json(folder / "summary.json")["headline"]
+    return [{"label": label(row), "null": "", "p": None, **row} for row in rows]
 
 
 def label(row: Mapping[str, Any]) -> str:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
+from vlopd.config.experiment import merge
+from vlopd.config.input import parse_override
+from vlopd.errors import ConfigError
 from vlopd.files import is_first_process, read_json
 from vlopd.plugins import Use
 
-console = Console()
+console = Console(markup=False, emoji=False)
+"""Prints every text as it is, since names, paths and errors may hold `[brackets]`; styles are given by Text."""
 
 AllowOtherBase = Annotated[
     bool,
@@ -30,11 +35,15 @@ Out = Annotated[Path | None, typer.Option(help="run folder for a config file; de
 Arms = Annotated[list[str] | None, typer.Option("--arm", help="only this arm; repeatable")]
 
 
+def say(label: str, text: object, style: str = "bold") -> None:
+    """Prints `label: text`, with the label in a style."""
+    console.print(Text.assemble((label, style), f": {text}"), soft_wrap=True)
+
+
 def print_artifact(what: str, where: Path, made: bool) -> None:
     """Prints an artifact's description and path, and whether it was already up to date."""
     if is_first_process():
-        done = "" if made else " (up to date)"
-        console.print(f"[bold]{what}[/]: {where}{done}", soft_wrap=True)
+        say(what, f"{where}{'' if made else ' (up to date)'}")
         if made and where.name == "geometry.csv":
             print_left_out(where.parent)
 
@@ -42,11 +51,29 @@ def print_artifact(what: str, where: Path, made: bool) -> None:
 def print_plugin(use: Use) -> None:
     """Prints a function of the user's own that will run, with its file and digest."""
     if is_first_process():
-        console.print(f"[bold]plug-in[/]: {escape(use.line)}", soft_wrap=True)
+        say("plug-in", use.line)
 
 
 def print_left_out(folder: Path) -> None:
     """Prints the tensors that a geometry leaves out of the comparison, if any."""
     left_out = read_json(folder / "summary.json")["left_out"]
     if left_out["summary"]:
-        console.print(f"[yellow]left out[/]: {escape(left_out['summary'])}", soft_wrap=True)
+        say("left out", left_out["summary"], "yellow")
+
+
+def refuse(options: dict[str, Any], remedy: str) -> None:
+    """Raises ConfigError for the first option that was given ({option: value}) where it has no effect."""
+    for option, value in options.items():
+        if value is not None and value is not False and value != []:
+            raise ConfigError(f"{option}: {remedy}")
+
+
+def settings_of(lines: list[str] | None, options: Collection[str]) -> dict[str, Any]:
+    """The table of `--set` lines. Raises ConfigError for a key that is one of the command's options or arguments."""
+    tree: dict[str, Any] = {}
+    for line in lines or ():
+        merge(tree, parse_override(line))
+    for key in tree:
+        if key in options:
+            raise ConfigError(f"--set {key}: is no setting; give it as an argument or as --{key}")
+    return tree

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError
 
 from vlopd import pipeline
-from vlopd.cli import checkpoints, masks
+from vlopd.cli import masks
 from vlopd.cli.common import (
     AllowOtherBase,
     Arms,
@@ -28,12 +29,18 @@ from vlopd.cli.common import (
     console,
     print_artifact,
     print_plugin,
+    refuse,
+    say,
+    settings_of,
 )
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import load_config
 from vlopd.errors import ConfigError, UserError
 from vlopd.files import is_first_process, read_json
 from vlopd.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(masks.app, name="mask")
@@ -62,18 +69,17 @@ def _print_plan(run: RunFolder, config: ExperimentConfig, planned: pipeline.Plan
         key, _, values = line.partition(": ")
         added, removed = values.startswith("null -> {"), values.startswith("{")
         line = f"{key}: new" if added else f"{key}: removed" if removed else line
-        console.print(f"[bold]config[/]: {escape(line)}", soft_wrap=True)
+        say("config", line)
     due = {artifact: why for artifact, why in planned.items() if why is not None}
     run.planned |= due.keys()
     kept = [artifact for artifact in planned if artifact not in due]
     if kept:
-        console.print(f"[bold]kept[/]: {escape(', '.join(kept))}", soft_wrap=True)
+        say("kept", ", ".join(kept))
     by_reason: dict[str, list[str]] = {}
     for artifact, why in due.items():
         by_reason.setdefault(why, []).append(artifact)
     for why, artifacts in by_reason.items():
-        line = f"{', '.join(artifacts)} ({why})"
-        console.print(f"[bold]to be made[/]: {escape(line)}", soft_wrap=True)
+        say("to be made", f"{', '.join(artifacts)} ({why})")
 
 
 def _print_plugins(config: ExperimentConfig, names: list[str]) -> None:
@@ -89,7 +95,8 @@ def _print_verdict(run: RunFolder) -> None:
     console.print()
     for sentence in verdict(read_json(run.compare)):
         console.print(sentence, soft_wrap=True, highlight=False)
-    console.print(f"\n[bold]report[/]: {run.report / 'report.html'}", soft_wrap=True)
+    console.print()
+    say("report", run.report / "report.html")
 
 
 # ------------------------------------------------------------------------------------------- commands
@@ -147,7 +154,7 @@ def check(
                 config, list(config.arms), "tasks" in config.eval.model_fields_set
             )
             for line in lines:
-                console.print(f"[red]not ready[/]: {escape(line)}", soft_wrap=True)
+                say("not ready", line, "red")
             if lines:
                 raise typer.Exit(1)
             examples = first_examples(config.data, config.teachers)
@@ -160,20 +167,20 @@ def check(
             )
             rows = preflight(pair, config, examples)
     except UserError as error:
-        console.print(f"[red]not ready[/]: {escape(str(error))}", soft_wrap=True)
+        say("not ready", error, "red")
         raise typer.Exit(1) from None
     columns = ["student", *config.teachers]
     each = Table("", *columns, "ok", title=config.name)
     all_together = Table("", "", "ok")
     for row in rows:
-        mark = {None: "", True: "yes", False: "[red]NO[/]"}[row.ok]
+        mark = Text("NO", "red") if row.ok is False else "yes" if row.ok else ""
         table = each if len(row.values) == len(columns) else all_together
-        table.add_row(row.what, *map(escape, row.values), mark)
+        table.add_row(row.what, *row.values, mark)
     console.print(each)
     console.print(all_together)
     failed = [row for row in rows if row.ok is False]
     for row in failed:
-        console.print(f"[red]not ready[/]: {escape(f'{row.what}: {row.remedy}')}", soft_wrap=True)
+        say("not ready", f"{row.what}: {row.remedy}", "red")
     if failed:
         raise typer.Exit(1)
 
@@ -196,45 +203,143 @@ def retrain(
 
 @app.command()
 def geometry(
-    base: Annotated[Path, typer.Argument(help="run folder, or the base checkpoint")],
+    base: Annotated[
+        str,
+        typer.Argument(
+            help="run folder, or the base checkpoint (folder, hub id, builtin:NAME, .gguf)"
+        ),
+    ],
     trained: Annotated[
         list[str] | None,
         typer.Argument(
             help="trained checkpoints or LoRA adapters (several: also their overlap); for a run, TOML overrides"
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="output folder, for checkpoints")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="for checkpoints: output folder; default geometry-<trained name>"),
+    ] = None,
     trajectory: Annotated[
-        bool, typer.Option("--trajectory", help="the trained checkpoints are steps of one run")
+        bool,
+        typer.Option("--trajectory", help="for checkpoints: they are steps of one training run"),
     ] = False,
     preset: Annotated[
-        str | None, typer.Option(help="`paper`: print a row of the paper's table")
+        str | None, typer.Option(help="`paper`: print the paper's summary table")
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="TOML override of the defaults, e.g. null_draws=5"),
+        typer.Option("--set", help="TOML override of section geometry, e.g. null_draws=5"),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="threads; default one per core")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
     """Measures the geometry of the updates of a run's arms, or of any checkpoints, against null models."""
-    if not trained or _is_run(base):
-        folder, config = pipeline.prepare(base, trained or ())
-        names = list(config.geometry.arms)
-        planned = pipeline.plan(folder, config, names, "geometry")
-        pipeline.begin(folder, config, planned, ("arms", "masks"), _print_plan)
-        pipeline.make_geometry(folder, config, names, print_artifact)
+    if _is_run(base):
+        overrides = [*_overrides(base, trained), *(f"geometry.{line}" for line in settings or ())]
+        refuse({"--out": out}, f"the geometry of a run is in {base}/geometry; leave it out")
+        refuse(
+            {"--trajectory": trajectory},
+            "a run's trajectories are measured wherever train.keep_steps keeps checkpoints; leave it out",
+        )
+        _geometry_of_run(Path(base), overrides, preset, workers, device)
         return
-    if out is None:
-        raise ConfigError("geometry of checkpoints needs --out DIR")
-    folders = [Path(each) for each in trained]
-    checkpoints.compare_folders(
-        base, folders, out, trajectory, preset, settings or [], workers, device
+    from vlopd.api.checkpoints import names_of
+    from vlopd.api.geometry import geometry as measure
+
+    if not trained:
+        raise ConfigError(
+            f"{base} is not a run folder (no run.json); for checkpoints give both, BASE and TRAINED"
+        )
+    names = names_of(trained)
+    more = f"-and-{len(names) - 1}-more" if len(names) > 1 else ""
+    found = measure(
+        base,
+        *trained,
+        out=out or Path(f"geometry-{names[0]}{more}"),
+        trajectory=trajectory,
+        preset=preset,
+        workers=workers,
+        device=device,
+        **settings_of(settings, ("base", "out", "trajectory", "preset", "workers", "device")),
+    )
+    for name, folder in found.folders.items():
+        _print_headline(name, found.headline[found.headline.trained == name])
+        if preset:
+            _print_paper_table(name, folder)
+        print_artifact(f"geometry of {name}", folder / "geometry.csv", True)
+    for note in found.notes:
+        console.print(note, soft_wrap=True, highlight=False)
+    for table in ("overlap", "trajectory"):
+        if (found.out / f"{table}.csv").exists():
+            print_artifact(table, found.out / f"{table}.csv", True)
+    print_artifact("page", found.page, True)
+
+
+def _is_run(target: str | Path) -> bool:
+    """Whether this is a run folder or a config file, rather than a checkpoint."""
+    return (Path(target) / "run.json").is_file() or str(target).endswith(".toml")
+
+
+def _overrides(run: str, words: list[str] | None) -> list[str]:
+    """The TOML overrides of a run. Raises ConfigError for a path or model among them."""
+    is_config = run.endswith(".toml")
+    instead = f"{run} is a config; use `vlopd run {run}`" if is_config else f"use {run}/arms/NAME"
+    for word in words or ():
+        if "=" not in word:
+            raise ConfigError(
+                f"{word} is no override (key=value) of {run}; for checkpoints {instead}"
+            )
+    return words or []
+
+
+def _geometry_of_run(
+    target: Path, overrides: list[str], preset: str | None, workers: int | None, device: str
+) -> None:
+    from vlopd.api.geometry import check_options
+    from vlopd.update_geometry import paper
+
+    check_options(preset, workers, device)
+    folder, config = pipeline.prepare(target, overrides)
+    if preset and (lacking := paper.lacking(config.geometry)):
+        raise ConfigError(f"--preset paper: {lacking} (--set on the command line)")
+    names = list(config.geometry.arms)
+    planned = pipeline.plan(folder, config, names, "geometry")
+    pipeline.begin(folder, config, planned, ("arms", "masks"), _print_plan)
+    pipeline.make_geometry(folder, config, names, print_artifact, workers, device)
+    for name in names if preset and is_first_process() else ():
+        _print_paper_table(name, folder.geometry(name))
+
+
+def _print_headline(name: str, rows: pd.DataFrame) -> None:
+    """Prints the main measures of an update beside each null."""
+    import pandas as pd
+
+    table = Table("measure", "update", "null: mean ± sd", "p", title=f"update of {name}")
+    before = ""
+    for row in rows.to_dict("records"):
+        numbers = (row["value"], row["null_mean"], row["p"])
+        value, mean, p = ("-" if pd.isna(x) else f"{x:.4g}" for x in numbers)
+        spread = "" if pd.isna(row["null_sd"]) else f" ± {row['null_sd']:.2g}"
+        null = f"{row['null'].replace('_', ' ')}: {mean}{spread}" if row["null"] else "-"
+        again = row["label"] == before
+        table.add_row("" if again else row["label"], "" if again else value, null, p)
+        before = row["label"]
+    console.print(table)
+    console.print(
+        "p: whether the update is one more draw of the null, noise of the same norm. A small p does not show that "
+        "training on a signal made the difference: training on nothing has a similar spectrum (docs/geometry.md).",
+        highlight=False,
     )
 
 
-def _is_run(path: Path) -> bool:
-    return (path / "run.json").is_file()
+def _print_paper_table(name: str, folder: Path) -> None:
+    from vlopd.update_geometry import paper
+    from vlopd.update_geometry.checkpoint import read_rows
+
+    table = Table(name, *(column.title for column in paper.COLUMNS))
+    for label, cells in paper.paper_table(read_rows(folder)):
+        table.add_row(label, *cells)
+    console.print(table)
 
 
 @app.command("eval")
@@ -274,28 +379,72 @@ def compare(
     what: Annotated[
         list[str],
         typer.Argument(
-            help="a run folder and TOML overrides; or models (folders, hub ids, lm-eval output folders), "
-            "each compared with the first"
+            help="a run folder and TOML overrides; or models and finished evaluations, each compared with the first "
+            "(folders, hub ids, builtin:NAME, arms/NAME or evals/NAME of a run, lm-eval's output folders and files)"
         ),
     ],
     tasks: Annotated[
-        str | None, typer.Option(help="for models: lm-eval task names, comma-separated")
+        str | None,
+        typer.Option(
+            help="for models: lm-eval task names, comma-separated; default, where all are evaluations, what they share"
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="for models: output folder")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="for models: output folder; default compared")
+    ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="for models: TOML override of section eval, e.g. limit=200"),
+        typer.Option("--set", help="TOML override of section eval, e.g. limit=200"),
     ] = None,
-    compute: Annotated[str, typer.Option(help="for models: fp32 or bf16")] = "fp32",
+    compute: Annotated[
+        str | None, typer.Option(help="for models: fp32 or bf16; default fp32")
+    ] = None,
 ) -> None:
     """Compares a run's arms (with recovery), or any models: paired differences with intervals."""
     first, *others = what
-    if not others or _is_run(Path(first)):
-        folder, config = pipeline.prepare(Path(first), others)
+    if _is_run(first):
+        overrides = [*_overrides(first, others), *(f"eval.{line}" for line in settings or ())]
+        refuse(
+            {"--tasks": tasks, "--compute": compute},
+            f"a run has its own; override eval.tasks or precision.compute in `vlopd eval {first}`",
+        )
+        refuse({"--out": out}, f"the comparison of a run is {first}/compare.json; leave it out")
+        folder, config = pipeline.prepare(Path(first), overrides)
         pipeline.begin_results(folder, config, False, _print_plan)
         pipeline.make_comparison(folder, config, print_artifact)
-    else:
-        checkpoints.compare_models(what, tasks, out, settings or [], compute)
+        return
+    from vlopd.api.checkpoints import names_of
+    from vlopd.api.compare import compare as compare_models
+
+    found = compare_models(
+        dict(zip(names_of(what), what, strict=True)),
+        None if tasks is None else tasks.split(","),
+        out=out or Path("compared"),
+        compute=compute or "fp32",
+        **settings_of(settings, ("models", "tasks", "out", "compute")),
+    )
+    if tasks is None:
+        say("tasks", f"{', '.join(found.tasks)} (those that all evaluations have)")
+    _print_comparison(found.record)
+    for sentence in found.verdict:
+        console.print(sentence, soft_wrap=True, highlight=False)
+    print_artifact("comparison", found.out / "compare.json", True)
+    print_artifact("page", found.page, True)
+
+
+def _print_comparison(compared: Mapping[str, Any]) -> None:
+    from evals.report.verdict import p_value, percent, points
+
+    for task, entry in compared["tasks"].items():
+        columns = (entry["metric"], "standard error", "difference to the first", "p (Holm)")
+        table = Table(task, *columns)
+        first = next(iter(entry["arms"]))
+        differences = {its["a"]: its for its in entry["contrasts"] if its["b"] == first}
+        for name, its in entry["arms"].items():
+            versus = differences.get(name)
+            cells = ("", "") if versus is None else (points(versus), p_value(versus["p_holm"]))
+            table.add_row(name, percent(its["mean"]), percent(its["standard_error"]), *cells)
+        console.print(table)
 
 
 @app.command()
@@ -327,7 +476,7 @@ def show(run: Folder) -> None:
         )
     console.print(table)
     for problem in its.problems:
-        console.print(f"[red]altered[/]: {escape(str(problem))}", soft_wrap=True)
+        say("altered", problem, "red")
     if its.folder.compare.exists():
         _print_verdict(its.folder)
 
@@ -339,16 +488,13 @@ def verify(run: Folder) -> None:
 
     found = verify_run(RunFolder(run))
     for problem in found.problems:
-        console.print(f"[red]altered[/]: {escape(str(problem))}", soft_wrap=True)
+        say("altered", problem, "red")
     for path in found.unknown:
-        console.print(f"[yellow]not written by a finished stage[/]: {path}", soft_wrap=True)
+        say("not written by a finished stage", path, "yellow")
     for line in found.inputs:
-        console.print(f"[yellow]input changed[/]: {escape(line)}", soft_wrap=True)
-    console.print(
-        f"[bold]verified[/]: {found.files:,} files ({decimal(found.n_bytes)}) of {run}, "
-        f"{len(found.problems)} altered",
-        soft_wrap=True,
-    )
+        say("input changed", line, "yellow")
+    size, altered = decimal(found.n_bytes), len(found.problems)
+    say("verified", f"{found.files:,} files ({size}) of {run}, {altered} altered")
     if found.problems:
         raise typer.Exit(1)
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from vlopd.cli.common import AllowOtherBase, console, print_artifact, print_plugin
+from vlopd.cli.common import AllowOtherBase, console, print_artifact, print_plugin, refuse, say
 from vlopd.config.input import parse_override, value_of
 from vlopd.config.masks import FunctionMask, MaskConfig
 from vlopd.errors import ConfigError, RunError
@@ -50,7 +49,17 @@ def make(
     from vlopd.run.arms import ArmOptions
     from vlopd.run.make import make_mask
 
-    if trained is None and rule is None:
+    parsed = None
+    if rule is not None:
+        parsed = value_of(MaskConfig, parse_override(f"rule={rule}")["rule"], "--rule")
+    is_run = (base / "run.json").is_file()
+    if is_run:
+        refuse(
+            {"TRAINED": trained, "--rule": rule, "--out": out},
+            f"{base} is a run, whose masks follow the rules of its config into {base}/masks; leave it out, or give "
+            f"{base}/arms/NAME as checkpoints",
+        )
+    if is_run or (trained is None and rule is None and out is None):
         folder, config = RunFolder.open(base)
         for unknown in set(name or ()) - set(config.masks):
             raise ConfigError(
@@ -62,17 +71,20 @@ def make(
             made = make_mask(folder, config, each, ArmOptions(allow_other_base))
             print_artifact(f"mask {each}", folder.mask(each), made)
         return
-    if rule is None or out is None:
+    if parsed is None or out is None:
         raise ConfigError('a mask of checkpoints needs --rule "{type=...}" and --out FILE')
+    refuse(
+        {"--mask": name, "--allow-other-base": allow_other_base},
+        "is for the masks of a run; leave it out",
+    )
     from vlopd.api import masks
 
-    parsed = value_of(MaskConfig, parse_override(f"rule={rule}")["rule"], "--rule")
     if isinstance(parsed, FunctionMask):
         print_plugin(parsed.use("--rule"))
     mask = masks.make_mask(parsed, base, trained)
     print_artifact("mask", mask.save(out), True)
     if mask.left_out:
-        console.print(f"[yellow]left out[/]: {escape(mask.left_out)}", soft_wrap=True)
+        say("left out", mask.left_out, "yellow")
 
 
 @app.command()
@@ -198,7 +210,7 @@ def _base_folder(base: str) -> Path:
 
 def _print_left_out(lines: list[str]) -> None:
     for line in lines:
-        console.print(f"[yellow]left out[/]: {escape(line)}", soft_wrap=True, highlight=False)
+        say("left out", line, "yellow")
 
 
 @app.command()
@@ -228,7 +240,7 @@ def show(file: MaskFile) -> None:
     }
     for key, value in lines.items():
         if value:
-            console.print(f"[bold]{key}[/]: {escape(value)}", soft_wrap=True, highlight=False)
+            say(key, value)
 
     def layer(name: str) -> str:
         where = classify(name)

@@ -50,8 +50,10 @@ def merged(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         raise ConfigError(f"no config file {path}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; give a config file (TOML)") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
 
@@ -81,12 +83,17 @@ def _rename(tree: Any, where: Path | str) -> None:
 AnySection = TypeVar("AnySection", bound=Section)
 
 
-def section_of(cls: type[AnySection], tree: dict[str, Any], settings: Sequence[str]) -> AnySection:
-    """Validates a single section with TOML overrides. Raises ConfigError as load_config does."""
+def section_of(
+    cls: type[AnySection],
+    tree: dict[str, Any],
+    settings: Sequence[str] = (),
+    where: str = "--set: ",
+) -> AnySection:
+    """Validates a single section with TOML overrides. Raises ConfigError as load_config does, after `where`."""
     try:
         return cls.model_validate(merged(tree, settings))
     except ValidationError as error:
-        raise ConfigError(f"--set: {explain_errors(error, cls)}") from None
+        raise ConfigError(f"{where}{explain_errors(error, cls)}") from None
 
 
 def value_of(kind: Any, value: Any, where: str) -> Any:

@@ -17,20 +17,31 @@ from vlopd.update_geometry.overlap import write_overlap
 from vlopd.update_geometry.trajectory import write_trajectory
 
 
-def make_geometry(run: RunFolder, config: ExperimentConfig, name: str) -> bool:
-    """Measures an arm's delta against nulls, also at its saved steps; returns whether it was made."""
+def make_geometry(
+    run: RunFolder,
+    config: ExperimentConfig,
+    name: str,
+    workers: int | None = None,
+    device: str = "cpu",
+) -> bool:
+    """Measures an arm's delta against nulls, also at its saved steps; returns whether it was made.
+
+    workers, device: as in `measure_checkpoint`.
+    """
     with stage(run, f"geometry/{name}") as its:
         if its.is_due(lambda _: geometry_inputs(run, config, name)):
             if its.before:  # of another update or settings: nothing is reused
                 shutil.rmtree(run.geometry(name), ignore_errors=True)
-            _write_geometry(its, config, name)
+            _write_geometry(its, config, name, workers, device)
         else:
             # left by a process that was killed after finishing
             shutil.rmtree(run.geometry(name) / PARTIAL, ignore_errors=True)
     return its.made
 
 
-def _write_geometry(its: Stage, config: ExperimentConfig, name: str) -> None:
+def _write_geometry(
+    its: Stage, config: ExperimentConfig, name: str, workers: int | None, device: str
+) -> None:
     run, base = its.run, base_arm(config)
     before, out, steps = run.checkpoint(base), run.geometry(name), saved_steps(run, name)
     _check_arms(run, config, [base, name])
@@ -39,7 +50,9 @@ def _write_geometry(its: Stage, config: ExperimentConfig, name: str) -> None:
         tables[step] = out / "steps" / str(step)
         own = {**its.inputs, "step": step}
         if not up_to_date(tables[step] / "summary.json", own):
-            measure_checkpoint(before, folder, tables[step], config.geometry, own)
+            measure_checkpoint(
+                before, folder, tables[step], config.geometry, own, workers=workers, device=device
+            )
     if len(steps) > 1:
         write_trajectory(before, steps, out, config.geometry, tables=tables)
 
@@ -48,7 +61,16 @@ def _write_geometry(its: Stage, config: ExperimentConfig, name: str) -> None:
         its.finish(content, tables)
 
     folder = arm_folder(run, config, name)
-    measure_checkpoint(before, folder, out, config.geometry, its.inputs, write_record=finish)
+    measure_checkpoint(
+        before,
+        folder,
+        out,
+        config.geometry,
+        its.inputs,
+        workers=workers,
+        device=device,
+        write_record=finish,
+    )
 
 
 def _check_arms(run: RunFolder, config: ExperimentConfig, names: list[str]) -> None:

@@ -70,6 +70,10 @@ def hub_folder(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except Exception as error:  # no such folder, no such id, no network
+        if model.count("/") != 1 or model.startswith((".", "/", "~")):
+            raise RunError(
+                f"{model}: no such file or folder, and not a hub id (those are OWNER/NAME)"
+            ) from None
         raise RunError(
             f"no folder {model!r}, and no such model on the hub: {first_line(error)}"
         ) from None
@@ -217,22 +221,42 @@ def checkpoint_deltas(run: RunFolder, config: ExperimentConfig, text: str) -> de
     return delta.stream_whole(base, checkpoint_folder(run, config, text), parameter_names.classify)
 
 
-def score_files(folder: Path) -> list[Path]:
-    """The files of an lm-eval output folder: the latest results_*.json and the samples of the same time stamp.
+SAMPLES = re.compile(r"samples_(.+?)(_\d{4}-\d\d-\d\dT[\d.-]+)?\.jsonl")
+"""Names of files with one row per question: samples_<task>_<time>.jsonl of lm-eval, samples_<task>.jsonl of a run."""
 
-    Raises RunError where they are missing.
+
+def is_score_file(path: Path) -> bool:
+    """Whether a file's name is that of evaluation results or samples."""
+    return bool(SAMPLES.fullmatch(path.name) or re.fullmatch(r"results(_.*)?\.json", path.name))
+
+
+def score_files(path: Path) -> list[Path]:
+    """The files of finished evaluations: results, then one samples file per task.
+
+    path: an output folder of lm-eval (the latest results_*.json, with the samples of the same time stamp), a run's
+    evals/<arm>, or one file of either. A samples file alone has no results. Raises RunError where files are missing.
     """
-    results = sorted(folder.rglob("results_*.json"), key=lambda path: path.name)
-    if not results:
-        raise RunError(f"{folder} has no results_*.json; name an output folder of lm-eval")
-    last = results[-1]
-    stamp = last.stem.removeprefix("results_")
-    samples = sorted(last.parent.glob(f"samples_*_{stamp}.jsonl"))
+    if SAMPLES.fullmatch(path.name) and path.is_file():
+        return [path]
+    found = [path] if path.is_file() else [path / "results.json"]
+    if not found[0].is_file():
+        found = sorted(path.rglob("results_*.json"), key=lambda each: each.name)
+    if not found:
+        raise RunError(f"{path} has no results_*.json; name an output folder of lm-eval")
+    last = found[-1]
+    stamp = last.stem.removeprefix("results")
+    samples = sorted(last.parent.glob(f"samples_*{stamp}.jsonl"))
     if not samples:
         raise RunError(
-            f"{last} has no samples_*_{stamp}.jsonl beside it; run lm-eval with --log_samples"
+            f"{last} has no samples_*{stamp}.jsonl beside it; run lm-eval with --log_samples"
         )
     return [last, *samples]
+
+
+def samples_by_task(path: Path) -> dict[str, Path]:
+    """{task: its samples file} of `score_files`."""
+    found = {SAMPLES.fullmatch(each.name): each for each in score_files(path)}
+    return {name[1]: each for name, each in found.items() if name is not None}
 
 
 def _mask_shapes(run: RunFolder, base: str) -> dict[str, torch.Size]:

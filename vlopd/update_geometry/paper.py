@@ -42,6 +42,13 @@ def preset() -> GeometryConfig:
     return GeometryConfig(arms=(), ratios=(0.01, 0.05, 0.1, 0.2), null_draws=3)
 
 
+def lacking(config: GeometryConfig) -> str | None:
+    """What the settings of a measurement lack for the table, with the remedy; None if nothing."""
+    if 0.1 in config.ratios:
+        return None
+    return f"its table needs 0.1 in ratios, which are {list(config.ratios)}; add it, as in ratios=[0.1]"
+
+
 def paper_table(rows: Iterable[Mapping[str, str]]) -> list[tuple[str, Sequence[str]]]:
     """(label, cells in the order of COLUMNS) of the pair, and of each null with its sd on a second line.
 

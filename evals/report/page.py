@@ -1,0 +1,57 @@
+"""Parts that the pages share: the Jinja environment with the number formats, rows and figures for the templates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from evals.report import figures
+from evals.report.geometry import Drawing
+from evals.report.verdict import interval, p_value, percent
+
+Context = dict[str, Any]
+
+
+def add_figure(drawn: dict[str, str], name: str, figure: Figure) -> None:
+    """Adds a figure as SVG to {name: svg}."""
+    drawn[name] = figures.to_svg(figure, name)
+
+
+def add_drawings(
+    drawn: dict[str, str], prefix: str, drawings: Mapping[str, Drawing]
+) -> list[tuple[str, str]]:
+    """Adds drawings to {name: svg}; returns (name, caption) of each."""
+    for name, drawing in drawings.items():
+        add_figure(drawn, f"{prefix}-{name}", drawing.figure)
+    return [(f"{prefix}-{name}", drawing.words) for name, drawing in drawings.items()]
+
+
+def rows_of(table: pd.DataFrame) -> list[Context]:
+    """Rows as dicts, with None for empty cells."""
+    return table.astype(object).where(table.notna(), None).to_dict("records")
+
+
+def environment() -> Environment:
+    """The Jinja environment, with the report's number formats as filters."""
+    env = Environment(
+        loader=PackageLoader("evals.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters.update(
+        percent=percent,
+        p_value=p_value,
+        hundred=lambda x, form="%.1f": "-" if x is None else form % (100 * x),
+        significant=lambda x: "-" if x is None else f"{x:.4g}",
+        count=lambda x: "-" if x is None else f"{int(x):,}",
+        bracket=lambda low, high, scale=1, form=".2f": interval(
+            {"interval": [low, high]}, scale, form
+        ).strip(),
+    )
+    return env
