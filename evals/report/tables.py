@@ -92,6 +92,23 @@ def contrasts(compared: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def differences(compared: Mapping[str, Any]) -> pd.DataFrame:
+    """One row per task and contrast a - b, as numbers to compute with; `recovery` is a's, where it has one."""
+    rows = []
+    for task, entry in compared["tasks"].items():
+        for its in entry["contrasts"]:
+            arms = {"a": its["a"], "b": its["b"]}
+            names = {
+                side: ", ".join(arm) if isinstance(arm, list) else arm for side, arm in arms.items()
+            }
+            found = estimate(its)
+            numbers = {"difference": found.pop("mean"), **found}
+            rest = {key: its[key] for key in ("p", "p_holm", "minimum_detectable_effect")}
+            recovery = (entry["arms"][its["a"]].get("recovery") or {}).get("value")
+            rows.append({"task": task, **names, **numbers, **rest, "recovery": recovery})
+    return pd.DataFrame(rows)
+
+
 def groups(compared: Mapping[str, Any]) -> pd.DataFrame:
     """One row per task, arm and question kind, with the kind's chance level."""
     rows = []

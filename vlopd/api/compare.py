@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
@@ -25,7 +25,7 @@ from vlopd.config.input import section_of
 from vlopd.config.models import ModelConfig
 from vlopd.config.roles import Roles
 from vlopd.digests import digest_json
-from vlopd.distributed import accelerator
+from vlopd.distributed import accelerator, resolve_compute
 from vlopd.errors import ConfigError, RunError
 from vlopd.files import read_json, read_jsonl
 from vlopd.loop import Trained
@@ -35,6 +35,7 @@ from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import model_content, samples_by_task
 from vlopd.train.pair import without_weights
 
+Compute = Literal["auto", "fp32", "bf16"]
 UNUSED = {
     "tasks": "name the tasks by the argument of that name (--tasks on the command line)",
     "during": "is of training; a comparison of finished models has none",
@@ -108,8 +109,8 @@ class Comparison:
 
     @cached_property
     def contrasts(self) -> pd.DataFrame:
-        """One row per task and contrast: paired difference with interval, p, p_holm, minimum_detectable_effect."""
-        return tables.contrasts(self.record)
+        """One row per task and contrast: task, a, b, difference (a - b, paired by question), low, high, p, p_holm, n."""
+        return tables.differences(self.record)
 
     @cached_property
     def verdict(self) -> list[str]:
@@ -118,7 +119,7 @@ class Comparison:
 
     def plot(self) -> Figure:
         """Scores of every model, and differences to the first, with intervals; one row per task."""
-        return figures.comparison(self.scores, self.contrasts)
+        return figures.comparison(self.scores, tables.contrasts(self.record))
 
     def __repr__(self) -> str:
         return "\n".join(
@@ -135,12 +136,12 @@ def evaluate(
     tasks: Sequence[str] | str,
     *,
     out: Path | str | None = None,
-    compute: str = "fp32",
+    compute: Compute = "auto",
     **settings: Any,
 ) -> Evaluation:
     """Evaluates one model on lm-eval tasks: built-in, lm-eval's own, or of `include`.
 
-    compute: "fp32" or "bf16". settings: fields of the section `eval` (EvalConfig), as in limit=200. Results in `out`
+    compute: "fp32", "bf16" or "auto" (bf16 on accelerators and CPUs that have it). settings: fields of the section `eval` (EvalConfig), as in limit=200. Results in `out`
     with unchanged inputs are kept. Raises ConfigError for unusable tasks, models and settings before weights are read.
     """
     models = {names_of([model])[0]: model}
@@ -154,14 +155,14 @@ def compare(
     tasks: Sequence[str] | str | None = None,
     *,
     out: Path | str | None = None,
-    compute: str = "fp32",
+    compute: Compute = "auto",
     **settings: Any,
 ) -> Comparison:
     """Evaluates models, or imports finished evaluations, and compares the others with the first, paired by question.
 
     models: {name: checkpoint}, or checkpoints, named by the ends of their paths; an evaluation is an output folder of
     lm-eval, a run's evals/ARM, or a results_*.json or samples_*.jsonl of either. tasks: may be omitted where all are
-    evaluations, for the tasks that they share. compute: "fp32" or "bf16". settings: fields of the section `eval`
+    evaluations, for the tasks that they share. compute: "fp32", "bf16" or "auto" (bf16 on accelerators and CPUs that have it). settings: fields of the section `eval`
     (EvalConfig). Writes evals/NAME/, compare.json and compare.html into `out`; evaluations there are reused.
     """
     named = (
@@ -220,14 +221,16 @@ def _config_of(
 
 
 def _evaluate_all(
-    run: RunFolder, models: Mapping[str, Checkpoint], config: EvalConfig, compute: str
+    run: RunFolder, models: Mapping[str, Checkpoint], config: EvalConfig, compute: Compute
 ) -> dict[str, str]:
     """Evaluates models and imports scores into evals/NAME/; returns {name: path or id}. Checks all before the first.
 
     Raises ConfigError for unusable tasks, models and settings, before any weights are read.
     """
-    if compute not in ("fp32", "bf16"):
-        raise ConfigError(f"compute {compute}: must be fp32 or bf16")
+    if compute not in get_args(Compute):
+        raise ConfigError(f"compute {compute}: must be {', '.join(get_args(Compute))}")
+    device = accelerator().device
+    resolved = resolve_compute(compute, device)
     scored = {n: m for n, m in models.items() if not isinstance(m, Trained) and is_scores(Path(m))}
     sources = {n: str(m) if n in scored else _model(m) for n, m in models.items()}
     abouts = {name: ModelConfig(model=its) for name, its in sources.items() if name not in scored}
@@ -235,12 +238,11 @@ def _evaluate_all(
         check_unloaded(about)
     if not all((run.eval(name) / "results.json").exists() for name in models):
         _refuse_unready({n: Path(sources[n]) for n in scored}, abouts, config)
-    device = accelerator().device
     for name, source in sources.items():
         if name in scored:
             harness.import_scores(run, Path(source), name, config)
             continue
-        subject = _subject(name, abouts[name], compute, device)
+        subject = _subject(name, abouts[name], resolved, device)
         harness.evaluate(run, subject, config)
     return sources
 

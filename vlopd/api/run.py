@@ -203,24 +203,9 @@ class Run:
         recovery is the share of full's gain over the base that `a` has. `b` names all pooled controls. Raises
         RunError before the comparison is made.
         """
-        import pandas as pd
+        from evals.report import tables
 
-        return pd.DataFrame(
-            {
-                "task": task,
-                "a": its["a"],
-                "b": ", ".join(its["b"]) if isinstance(its["b"], list) else its["b"],
-                "difference": its["mean"],
-                "low": its["interval"][0],
-                "high": its["interval"][1],
-                "p": its["p"],
-                "p_holm": its["p_holm"],
-                "n": its["n"],
-                "recovery": entry["arms"][its["a"]]["recovery"]["value"],
-            }
-            for task, entry in self._compared["tasks"].items()
-            for its in entry["contrasts"]
-        )
+        return tables.differences(self._compared)
 
     @property
     def verdict(self) -> list[str]:

@@ -397,7 +397,10 @@ def compare(
         typer.Option("--set", help="TOML override of section eval, e.g. limit=200"),
     ] = None,
     compute: Annotated[
-        str | None, typer.Option(help="for models: fp32 or bf16; default fp32")
+        Literal["auto", "fp32", "bf16"] | None,
+        typer.Option(
+            help="for models: precision; auto, the default, is bf16 where the device has it"
+        ),
     ] = None,
 ) -> None:
     """Compares a run's arms (with recovery), or any models: paired differences with intervals."""
@@ -420,7 +423,7 @@ def compare(
         dict(zip(names_of(what), what, strict=True)),
         None if tasks is None else tasks.split(","),
         out=out or Path("compared"),
-        compute=compute or "fp32",
+        compute=compute or "auto",
         **settings_of(settings, ("models", "tasks", "out", "compute")),
     )
     if tasks is None:
