@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -47,6 +47,19 @@ def accelerator() -> Accelerator:
             "with `accelerate launch`"
         )
     return state
+
+
+def resolve_compute(
+    setting: Literal["auto", "fp32", "bf16"], device: torch.device | str
+) -> Literal["fp32", "bf16"]:
+    """The compute precision of a setting: `auto` is bf16 on accelerators and on CPUs with bf16 instructions (AMX or
+    AVX512-BF16), fp32 elsewhere."""
+    if setting != "auto":
+        return setting
+    if torch.device(device).type != "cpu":
+        return "bf16"
+    has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if has_bf16 else "fp32"
 
 
 @contextmanager
