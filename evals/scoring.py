@@ -12,12 +12,13 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
 import lm_eval
+import lm_eval.api.task
 import numpy as np
 import torch
 from lm_eval.api.registry import metric_registry
@@ -32,6 +33,7 @@ from vlopd.config.analysis import EvalConfig
 from vlopd.data.images import shorten
 from vlopd.digests import digest_json, file_digest
 from vlopd.errors import ConfigError, RunError, UserError, first_line
+from vlopd.progress import progress
 
 TASKS = Path(__file__).parent / "tasks"
 LM = models.__file__
@@ -147,6 +149,10 @@ def score_task(
         lm.draw, lm.readings = draw, {}
         with preserve_random_state():
             loaded = load_task(manager, task, config.fewshot)
+            # lm-eval's own bar, of the prompts, has neither a name nor a switch
+            lm_eval.api.task.tqdm = partial(
+                progress, title=f"{lm.title}: prompts of {task}", leave=False, disable=lm.quiet
+            )
             # not simple_evaluate, which queries pip for all package versions, one second per call
             try:
                 results = lm_eval.evaluate(

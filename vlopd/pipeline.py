@@ -20,7 +20,7 @@ from vlopd.config.input import config_of, load_config, parse_override
 from vlopd.config.masks import Reference
 from vlopd.errors import ConfigError, UserError
 from vlopd.files import is_first_process
-from vlopd.run.folder import RunFolder
+from vlopd.run.folder import RunFolder, with_precision_of_run
 
 OnArtifact = Callable[[str, Path, bool], None]
 """Callback for each artifact: its description, its path, and whether it was made (False: already up to date)."""
@@ -31,7 +31,8 @@ def prepare(
 ) -> tuple[RunFolder, ExperimentConfig]:
     """Opens a run folder, or the run of a config file, with TOML overrides; writes nothing.
 
-    Returns the run and its config. Raises ConfigError for an invalid config or one of another run.
+    Returns the run and its config, with `precision.compute` resolved. Raises ConfigError for an invalid config or
+    one of another run.
     """
     if target.is_dir():
         if out is not None and out != target:
@@ -43,12 +44,14 @@ def prepare(
         for line in overrides:
             merge(tree, parse_override(line))
         run.unlock()
-        config = config_of(tree, target / "run.json")
+        config = with_precision_of_run(target, config_of(tree, target / "run.json"))
         return RunFolder.prepare(target, config), config
     config = load_config(target, overrides)
     if not config.arms:
         raise ConfigError(f'{target}: arms is empty; add one, as in base = {{type = "base"}}')
-    return RunFolder.prepare(out or Path("runs") / config.name, config), config
+    out = out or Path("runs") / config.name
+    config = with_precision_of_run(out, config)
+    return RunFolder.prepare(out, config), config
 
 
 # ---------------------------------------------------------------------------------------------- plan

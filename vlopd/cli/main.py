@@ -141,19 +141,22 @@ def check(
     ] = False,
 ) -> None:
     """Checks a config before a run: inputs, shared vocabulary, image use, agreement of the models, memory and time."""
-    from vlopd.distributed import accelerator
+    from vlopd.distributed import accelerator, resolve_compute
     from vlopd.preflight.pair import first_examples, preflight, preflight_meta
     from vlopd.train.pair import load_pair
 
     config = load_config(target, overrides or ())
     device = accelerator().device
+    compute = resolve_compute(config.precision.compute, device)
     try:
         if meta:
             rows = preflight_meta(config, device, target.parent / "architectures")
         else:
             # a config without eval.tasks may be for `run --until arms` only, so the default task is not checked
             lines = pipeline.find_problems(
-                config, list(config.arms), "tasks" in config.eval.model_fields_set
+                config.with_compute(compute),
+                list(config.arms),
+                "tasks" in config.eval.model_fields_set,
             )
             for line in lines:
                 console.print(f"[red]not ready[/]: {escape(line)}", soft_wrap=True)
@@ -163,7 +166,7 @@ def check(
             pair = load_pair(
                 config.student,
                 config.teacher,
-                compute=config.precision.compute,
+                compute=compute,
                 device=device,
                 images=config.data.has_images,
             )

@@ -75,6 +75,11 @@ class ExperimentConfig(RecipeSections):
         except ValidationError as error:
             raise ConfigError(explain_errors(error, Recipe)) from None
 
+    def with_compute(self, compute: Literal["fp32", "bf16"]) -> ExperimentConfig:
+        """This config with `precision.compute` resolved."""
+        precision = self.precision.model_copy(update={"compute": compute})
+        return self.model_copy(update={"precision": precision})
+
     @property
     def roles(self) -> Roles:
         """What each arm is for: as it says itself, or by the defaults of config/roles.py."""

@@ -37,6 +37,7 @@ from vlopd.masks.select import (
     select_energy,
     select_one,
 )
+from vlopd.progress import Repeated
 from vlopd.seeding import generator
 from vlopd.types import TensorName
 from vlopd.weights.delta import TensorDelta
@@ -64,6 +65,7 @@ def build_mask(
     Raises ConfigError for a component, layer or module that the model lacks, ValueError for masks of different models.
     """
     masks = masks or {}
+    pairs = Repeated(pairs, f"mask {rule.type}: tensors", "tensor")
     match rule:
         case VisibleMask():
             return {pair.name: _visible_update(pair, rule) for pair in pairs}

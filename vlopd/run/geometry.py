@@ -39,7 +39,8 @@ def _write_geometry(its: Stage, config: ExperimentConfig, name: str) -> None:
         tables[step] = out / "steps" / str(step)
         own = {**its.inputs, "step": step}
         if not up_to_date(tables[step] / "summary.json", own):
-            measure_checkpoint(before, folder, tables[step], config.geometry, own)
+            title = f"geometry of {name}@{step}"
+            measure_checkpoint(before, folder, tables[step], config.geometry, own, title=title)
     if len(steps) > 1:
         write_trajectory(before, steps, out, config.geometry, tables=tables)
 
@@ -48,7 +49,10 @@ def _write_geometry(its: Stage, config: ExperimentConfig, name: str) -> None:
         its.finish(content, tables)
 
     folder = arm_folder(run, config, name)
-    measure_checkpoint(before, folder, out, config.geometry, its.inputs, write_record=finish)
+    title = f"geometry of {name}"
+    measure_checkpoint(
+        before, folder, out, config.geometry, its.inputs, write_record=finish, title=title
+    )
 
 
 def _check_arms(run: RunFolder, config: ExperimentConfig, names: list[str]) -> None:

@@ -25,6 +25,7 @@ from vlopd.masks.rules import Mask
 from vlopd.models import integrity, parameter_names
 from vlopd.models.load import resolve
 from vlopd.models.tokenizers import read_template
+from vlopd.progress import downloads
 from vlopd.run.folder import RunFolder
 from vlopd.weights import delta
 
@@ -63,7 +64,11 @@ def hub_folder(model: str, revision: str | None) -> Path:
         return Path(model)
     wanted = [f"*{ending}" for ending in MODEL_FILES]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=wanted, tqdm_class=downloads(model)
+            )
+        )
     except Exception as error:  # no such folder, no such id, no network
         raise RunError(
             f"no folder {model!r}, and no such model on the hub: {first_line(error)}"

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
-from tqdm import tqdm
 
 from vlopd.errors import ConfigError
 from vlopd.files import json_lines, without_nan, write_jsonl
 from vlopd.models.loaded import LoadedModel
+from vlopd.progress import progress
 from vlopd.train.losses import TokenDivergence
 from vlopd.train.rollouts import Batch
 from vlopd.types import Example
@@ -53,8 +53,14 @@ class TrainingLog:
         trackers: Sequence[GeneralTracker] = (),
     ):
         self.folder, self.active, self.trackers = folder, active, trackers
-        self.bar = tqdm(
-            total=steps, initial=start, desc=title, unit="step", disable=not active, smoothing=0.1
+        self.title = title
+        self.bar = progress(
+            title=f"{title}: steps",
+            total=steps,
+            initial=start,
+            unit="step",
+            disable=not active,
+            smoothing=0.1,
         )
         if active:
             kept: dict[str, list[dict[str, Any]]] = {}
@@ -83,7 +89,7 @@ class TrainingLog:
     def note(self, text: str) -> None:
         """Prints a line above the progress bar."""
         if self.active:
-            self.bar.write(f"{self.bar.desc}: {text}")
+            self.bar.write(f"{self.title}: {text}")
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Writes one step's metrics to metrics.jsonl, and a few to the progress bar."""
