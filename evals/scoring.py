@@ -56,7 +56,7 @@ class Tasks(TaskManager):
         if all(ours.has(task) for task in tasks):
             return ours
         _refuse_broken([task for task in tasks if not ours.has(task)], include)
-        every = _all_tasks(include)
+        every = all_tasks(include)
         for task in tasks:
             if not every.has(task):
                 known = ", ".join(ours.all_tasks)
@@ -104,7 +104,7 @@ def _refuse_broken(tasks: Sequence[str], include: str | None) -> None:
 
 
 @cache
-def _all_tasks(include: str | None) -> Tasks:
+def all_tasks(include: str | None) -> Tasks:
     """Our tasks and lm-eval's, which take ten seconds to list; cached per process."""
     return Tasks(include_path=_folders(include))
 

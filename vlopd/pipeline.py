@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlopd.config.arms import CheckpointArm, ImportedArm, checkpoints_of, mask_of
+from vlopd.config.arms import CheckpointArm, DistillArm, ImportedArm, checkpoints_of, mask_of
 from vlopd.config.experiment import ExperimentConfig, merge
 from vlopd.config.input import config_of, load_config, parse_override
 from vlopd.config.masks import Reference
@@ -159,6 +159,23 @@ def plan(
     for mask in unused_masks(run, config, names) if geometry else ():
         planner.mask(mask)
     return planner.plan
+
+
+def without_effect(run: RunFolder, config: ExperimentConfig, planned: Plan) -> list[str]:
+    """Changed settings (`run.changes`) that do not reach artifacts which are kept, one line each."""
+    kept = [artifact for artifact, why in planned.items() if why is None]
+    lines = []
+    for keys, kind, when in (
+        (("tracking", "eval.during"), "arms/", "apply while an arm trains"),
+        (("eval.keep_images",), "evals/", "applies while an arm is evaluated"),
+    ):
+        changed = [key for key in keys if any(line.startswith(key) for line in run.changes)]
+        names = [artifact.removeprefix(kind) for artifact in kept if artifact.startswith(kind)]
+        if kind == "arms/":
+            names = [name for name in names if isinstance(config.arms.get(name), DistillArm)]
+        if changed and names:
+            lines.append(f"{' and '.join(changed)} {when}; no effect on {', '.join(names)}")
+    return lines
 
 
 def unused_masks(run: RunFolder, config: ExperimentConfig, names: Sequence[str]) -> list[str]:

@@ -17,16 +17,28 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from vlopd import pipeline
-from vlopd.cli import checkpoints, masks
-from vlopd.cli.common import AllowOtherBase, Arms, Out, Overrides, Target, console, print_artifact
+from vlopd.cli import checkpoints, init, masks, push, tasks
+from vlopd.cli.common import (
+    AllowOtherBase,
+    Arms,
+    Out,
+    Overrides,
+    Target,
+    console,
+    print_artifact,
+    print_versions,
+)
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import config_of, load_config
 from vlopd.errors import ConfigError, UserError
 from vlopd.files import is_first_process, read_json
 from vlopd.run.folder import RunFolder
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(masks.app, name="mask")
+app.command()(init.init)
+app.command()(tasks.tasks)
+app.command()(push.push)
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -52,9 +64,13 @@ def _select_arms(config: ExperimentConfig, arms: list[str] | None, names: list[s
     return [name for name in names if not arms or name in arms]
 
 
-def _print_plan(run: RunFolder, planned: pipeline.Plan) -> None:
-    """Prints how the config changed, what is kept and what will be made; nothing for a new run."""
-    if not is_first_process() or not (run.root / "run.json").exists():
+def _print_plan(run: RunFolder, config: ExperimentConfig, planned: pipeline.Plan) -> None:
+    """Prints settings without effect and, for a run that exists, how the config changed, what is kept and made."""
+    if not is_first_process():
+        return
+    if any(why is not None for why in planned.values()):
+        _print_notes(config.notes)
+    if not (run.root / "run.json").exists():
         return
     for line in run.changes:
         key, _, values = line.partition(": ")
@@ -72,13 +88,20 @@ def _print_plan(run: RunFolder, planned: pipeline.Plan) -> None:
     for why, artifacts in by_reason.items():
         line = f"{', '.join(artifacts)} ({why})"
         console.print(f"[bold]to be made[/]: {escape(line)}", soft_wrap=True)
+    for line in pipeline.without_effect(run, config, planned):
+        console.print(f"[yellow]no effect[/]: {escape(line)}", soft_wrap=True)
+
+
+def _print_notes(notes: list[str]) -> None:
+    for line in notes:
+        console.print(f"[yellow]note[/]: {escape(line)}", soft_wrap=True)
 
 
 def _begin(
     run: RunFolder, config: ExperimentConfig, planned: pipeline.Plan, reads: tuple[str, ...] = ()
 ) -> None:
     """Prints the plan, refuses known problems and outdated artifacts that a stage `reads` (kinds), saves the config."""
-    _print_plan(run, planned)
+    _print_plan(run, config, planned)
     pipeline.refuse_outdated(run, planned, reads)
     pipeline.refuse_unready(config, planned)
     run.save_config(config)
@@ -92,7 +115,7 @@ def _refuse_outdated_results(run: RunFolder, config: ExperimentConfig, geometry:
     if run.changes or run.read()["history"]:
         planned = pipeline.plan(run, config, list(config.arms), "evals", geometry)
         if run.changes:
-            _print_plan(run, planned)
+            _print_plan(run, config, planned)
         kinds = ["arms", "masks", "evals", "tokens"]
         pipeline.refuse_outdated(run, planned, [*kinds, "geometry"] if geometry else kinds)
 
@@ -102,11 +125,22 @@ def _print_verdict(run: RunFolder) -> None:
 
     console.print()
     for sentence in verdict(read_json(run.compare)):
-        console.print(sentence, soft_wrap=True, highlight=False)
-    console.print(f"\n[bold]report[/]: {run.report / 'report.html'}", soft_wrap=True)
+        console.print(sentence, soft_wrap=True, highlight=False, markup=False)
+    page = escape(str(run.report / "report.html"))
+    console.print(f"\n[bold]report[/]: {page}", soft_wrap=True)
 
 
 # ------------------------------------------------------------------------------------------- commands
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=print_versions, help="Show versions."),
+    ] = False,
+) -> None:
+    """On-policy distillation of language and vision-language models, and what it does to the weights."""
 
 
 @app.command()
@@ -183,6 +217,7 @@ def check(
         table.add_row(row.what, *map(escape, row.values), mark)
     console.print(each)
     console.print(all_together)
+    _print_notes(config.all_notes)
     failed = [row for row in rows if row.ok is False]
     for row in failed:
         console.print(f"[red]not ready[/]: {escape(f'{row.what}: {row.remedy}')}", soft_wrap=True)
@@ -363,11 +398,13 @@ def verify(run: Run) -> None:
     for problem in found.problems:
         console.print(f"[red]altered[/]: {escape(str(problem))}", soft_wrap=True)
     for path in found.unknown:
-        console.print(f"[yellow]not written by a finished stage[/]: {path}", soft_wrap=True)
+        console.print(
+            f"[yellow]not written by a finished stage[/]: {escape(str(path))}", soft_wrap=True
+        )
     for line in found.inputs:
         console.print(f"[yellow]input changed[/]: {escape(line)}", soft_wrap=True)
     console.print(
-        f"[bold]verified[/]: {found.files:,} files ({decimal(found.n_bytes)}) of {run}, "
+        f"[bold]verified[/]: {found.files:,} files ({decimal(found.n_bytes)}) of {escape(str(run))}, "
         f"{len(found.problems)} altered",
         soft_wrap=True,
     )

@@ -22,6 +22,7 @@ from vlopd.config.arms import (
 )
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.recipe import Recipe, training_of
+from vlopd.config.tracking import TrackingConfig
 from vlopd.data.load import load_data
 from vlopd.digests import digest_checkpoint, digest_json
 from vlopd.errors import RunError
@@ -144,9 +145,11 @@ def train_arm(
             save(pair.student, checkpoint, text, trainable.merged(before))
 
     with distributed.together(accelerator):
-        names = config.tracking.trackers if accelerator.is_main_process else ()
+        tracking = config.tracking if accelerator.is_main_process else TrackingConfig()
         settings = {**config.model_dump(mode="json"), **recipe.model_dump(mode="json")}
-        trackers = open_trackers(names, f"{config.name}-{name}", folder, settings)
+        trackers = open_trackers(
+            tracking, config.name, run.root.resolve().name, name, folder, settings
+        )
     every = config.eval.during.every if config.eval.during else None
     trainable = distill(
         pair,

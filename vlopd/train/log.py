@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
+from vlopd.config.tracking import TrackingConfig
 from vlopd.errors import ConfigError
 from vlopd.files import json_lines, without_nan, write_jsonl
 from vlopd.models.loaded import LoadedModel
@@ -226,15 +227,22 @@ def rows_before(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def open_trackers(
-    names: Sequence[str], project: str, folder: Path, config: Mapping[str, Any]
+    tracking: TrackingConfig,
+    experiment: str,
+    run: str,
+    arm: str,
+    folder: Path,
+    config: Mapping[str, Any],
 ) -> list[GeneralTracker]:
-    """Starts trackers of accelerate for one training run, with files under `folder` and `config` as its settings.
+    """Starts trackers of accelerate for one arm, with files under `folder` and `config` as the run's settings.
 
     Raises ConfigError for one that is not installed.
     """
-    refuse_missing_trackers(names)
+    refuse_missing_trackers(tracking.trackers)
     trackers: list[GeneralTracker] = []
-    for name in names:
+    for name in tracking.trackers:
+        arguments = tracking.arguments(name, experiment, run, arm)
+        project = arguments.pop("project")
         if name == "wandb":
             (folder / "trackers").mkdir(parents=True, exist_ok=True)
             os.environ.setdefault("WANDB_MODE", "offline")
@@ -243,7 +251,7 @@ def open_trackers(
         where = [str(folder / "trackers")] if kind.requires_logging_directory else []
         # a resumed run logs its earlier steps again; tensorboard drops those of before
         again = {"purge_step": 0} if name == "tensorboard" else {}
-        trackers.append(kind(project, *where, **again))
+        trackers.append(kind(project, *where, **again, **arguments))
     for tracker in trackers:
         tracker.start()
         tracker.store_init_configuration(flat(config))
