@@ -31,7 +31,8 @@ AllowOtherBase = Annotated[
 
 def complete_arms(context: typer.Context, incomplete: str) -> list[str]:
     """The arms of the config file or run folder of the command line, for the shell's completion."""
-    target = Path(context.params.get("target") or context.params.get("run") or "")
+    named = [context.params.get("target"), context.params.get("run"), *context.args]
+    target = next((Path(word) for word in named if word and Path(word).exists()), Path())
     try:
         if target.is_dir():
             arms = read_json(target / "run.json")["config"]["arms"]
