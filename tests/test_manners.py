@@ -116,7 +116,7 @@ def test_settings_that_come_too_late_are_said(finished):
     planned = pipeline.plan(run, config, ["full", "random-0"], "arms")
     (line,) = pipeline.without_effect(run, config, planned)
     run.unlock()
-    assert line == "tracking apply while an arm trains; no effect on full"
+    assert line == "tracking: only read while an arm trains, so not for full"
 
 
 @pytest.mark.parametrize(

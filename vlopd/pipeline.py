@@ -166,15 +166,17 @@ def without_effect(run: RunFolder, config: ExperimentConfig, planned: Plan) -> l
     kept = [artifact for artifact, why in planned.items() if why is None]
     lines = []
     for keys, kind, when in (
-        (("tracking", "eval.during"), "arms/", "apply while an arm trains"),
-        (("eval.keep_images",), "evals/", "applies while an arm is evaluated"),
+        (("tracking", "eval.during"), "arms/", "while an arm trains"),
+        (("eval.keep_images",), "evals/", "while an arm is evaluated"),
     ):
         changed = [key for key in keys if any(line.startswith(key) for line in run.changes)]
         names = [artifact.removeprefix(kind) for artifact in kept if artifact.startswith(kind)]
         if kind == "arms/":
             names = [name for name in names if isinstance(config.arms.get(name), DistillArm)]
         if changed and names:
-            lines.append(f"{' and '.join(changed)} {when}; no effect on {', '.join(names)}")
+            lines.append(
+                f"{' and '.join(changed)}: only read {when}, so not for {', '.join(names)}"
+            )
     return lines
 
 
