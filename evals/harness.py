@@ -88,7 +88,7 @@ def subject_of(
     return Subject(
         arm,
         lambda whole: arm_content(run, config, arm, whole),
-        config.precision.compute,
+        config.precision.resolved,
         lambda: open_arm(run, config, arm),
         about,
         _model_config_of(config, arm).template_arguments,
@@ -116,8 +116,7 @@ def evaluate(run: RunFolder, subject: Subject, config: EvalConfig) -> bool:
             if lm is None:
                 if merged["inputs"]["tasks"]:  # reused results survive a kill
                     _write_results(its, merged)
-                title = f"eval {subject.name}"
-                lm = ArmLM(subject.open(), config.batch_size, title, sampled=config.sampled)
+                lm = ArmLM(subject.open(), config.batch_size, subject.name, sampled=config.sampled)
                 merged |= {**subject.about, "arm": subject.name}
                 merged["checkpoint_digest"] = digest_weights(its.inputs["checkpoint"])
                 merged |= {"precision": subject.compute, **_digests_of(lm.loaded)}
@@ -284,7 +283,7 @@ def open_arm(run: RunFolder, config: ExperimentConfig, name: str) -> LoadedModel
         folder = None
     return load_configured(
         _model_config_of(config, name),
-        DTYPES[config.precision.compute],
+        DTYPES[config.precision.resolved],
         accelerator().device,
         folder,
     )

@@ -26,13 +26,13 @@ from pydantic import (
     PositiveInt,
     ValidationError,
 )
-from tqdm import tqdm
 
 from vlopd.config.analysis import SampledConfig
 from vlopd.errors import ConfigError
 from vlopd.models.families import pad_left
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.thinking import Reading
+from vlopd.progress import progress
 from vlopd.seeding import uniforms
 from vlopd.train.generation import sample
 from vlopd.train.losses import logprobs_at
@@ -231,16 +231,18 @@ class ArmLM(LM):
     ) -> list[float]:
         """Log-probability of whole texts, in windows of the model's context length."""
         totals = []
-        for request in tqdm(requests, disable=disable_tqdm or self.quiet, desc=self.title):
-            ids = self.text_ids(request.args[0])
-            windows = map(
-                make_disjoint_window,
-                get_rolling_token_windows(ids, self.prefix_id, self.max_length - 1, 1),
-            )
-            total = 0.0
-            for context, continuation in windows:
-                total += self.score(self.prompts([context]), [continuation])[0][0]
-            totals.append(total)
+        with self.bar(requests, disable_tqdm) as bar:
+            for request in requests:
+                ids = self.text_ids(request.args[0])
+                windows = map(
+                    make_disjoint_window,
+                    get_rolling_token_windows(ids, self.prefix_id, self.max_length - 1, 1),
+                )
+                total = 0.0
+                for context, continuation in windows:
+                    total += self.score(self.prompts([context]), [continuation])[0][0]
+                totals.append(total)
+                bar.update()
         return totals
 
     # ----------------------------------------------------------------------------------------- helpers
@@ -261,8 +263,7 @@ class ArmLM(LM):
         for i, kind in enumerate(kinds):
             groups.setdefault(kind, []).append(i)
         answers: list[Any] = [None] * len(requests)
-        off = disable_tqdm or self.quiet
-        with tqdm(total=len(requests), disable=off, desc=self.title, unit="question") as bar:
+        with self.bar(requests, disable_tqdm) as bar:
             for group in groups.values():
                 group.sort(key=lambda i: -len(requests[i].args[0]))
                 for start in range(0, len(group), self.batch_size):
@@ -271,6 +272,13 @@ class ArmLM(LM):
                         answers[i] = value
                     bar.update(len(batch))
         return answers
+
+    def bar(self, requests: Sequence[Instance], disable: bool) -> Any:
+        """The progress bar of a task's requests, such as "full: shapes"."""
+        tasks = sorted({str(request.task_name) for request in requests})
+        title = f"{self.title}: {', '.join(tasks[:3])}{', ...' if len(tasks) > 3 else ''}"
+        unit = "request"
+        return progress(title=title, total=len(requests), unit=unit, disable=disable or self.quiet)
 
     def decoding(self, request: Instance) -> Decoding:
         """The decoding settings of a request, or those of `sampled`."""

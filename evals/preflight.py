@@ -58,18 +58,23 @@ def find_problems(config: EvalConfig, models: Mapping[str, LoadedModel]) -> list
         return [str(error)]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     found: list[str] = []
-    comparable = False
+    comparable = generates = False
     for task, limit in wanted.items():
         try:
             with preserve_random_state():
                 loaded = load_task(manager, task, config.fewshot)["tasks"]
                 for leaf, its in loaded.items():
+                    generates |= its.OUTPUT_TYPE == "generate_until"
                     check = TaskCheck(leaf, its, config, limit, manager.task_index[task].yaml_path)
                     comparable |= check.refuse_bad_rows()
                     for name, model in models.items():
                         check.refuse_unreadable(name, model)
         except UserError as error:
             found.append(" ".join(str(error).split()))
+    if not found and config.sampled and not generates:
+        found.append(
+            f"eval.sampled: no task of {', '.join(wanted)} generates answers that could be sampled; leave it out"
+        )
     if not found and not comparable:
         found.append(
             f"eval.tasks: no metric of {', '.join(wanted)} is a number per question, so nothing could be "

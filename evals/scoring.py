@@ -13,12 +13,13 @@ import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
 import lm_eval
+import lm_eval.api.task
 import numpy as np
 import torch
 from lm_eval.api.registry import metric_registry
@@ -33,6 +34,7 @@ from vlopd.config.analysis import EvalConfig
 from vlopd.data.images import shorten
 from vlopd.digests import digest_json, file_digest
 from vlopd.errors import ConfigError, RunError, UserError, first_line
+from vlopd.progress import progress
 
 TASKS = Path(__file__).parent / "tasks"
 LM = models.__file__
@@ -59,7 +61,7 @@ class Tasks(TaskManager):
         if all(ours.has(task) for task in tasks):
             return ours
         _refuse_broken([task for task in tasks if not ours.has(task)], include)
-        every = _all_tasks(include)
+        every = all_tasks(include)
         for task in tasks:
             if not every.has(task):
                 known = ", ".join(ours.all_tasks)
@@ -112,7 +114,7 @@ def _our_tasks() -> Tasks:
 
 
 @cache
-def _all_tasks(include: str | None) -> Tasks:
+def all_tasks(include: str | None) -> Tasks:
     """Our tasks and lm-eval's, which take ten seconds to list; cached per process."""
     return Tasks(include_path=_folders(include))
 
@@ -159,6 +161,10 @@ def score_task(
         lm.draw, lm.readings = draw, {}
         with preserve_random_state():
             loaded = load_task(manager, task, config.fewshot)
+            # lm-eval's own bar, of the prompts, has neither a name nor a switch
+            lm_eval.api.task.tqdm = partial(
+                progress, title=f"{lm.title}: prompts of {task}", leave=False, disable=lm.quiet
+            )
             # not simple_evaluate, which queries pip for all package versions, one second per call
             try:
                 results = lm_eval.evaluate(

@@ -25,6 +25,7 @@ from vlopd.config.objective import ReverseKL
 from vlopd.distributed import accelerator
 from vlopd.errors import UserError
 from vlopd.files import write_jsonl
+from vlopd.progress import progress
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import arm_content, teacher_content
 from vlopd.run.stage import Stage, stage
@@ -102,14 +103,16 @@ def write_tokens(its: Stage, config: ExperimentConfig, arm: str) -> None:
         pair = load_pair(
             config.student,
             config.teacher,
-            compute=config.precision.compute,
+            compute=config.precision.resolved,
             device=accelerator().device,
             images=config.data.has_images,
             student_folder=run.checkpoint(arm),
         )
         for task, examples in asked.items():
             try:
-                rows = _token_kl_rows(pair, examples, config.eval.batch_size)
+                rows = _token_kl_rows(
+                    pair, examples, config.eval.batch_size, f"{arm}: token KL of {task}"
+                )
             except UserError as error:
                 skipped[task] = str(error)
             else:
@@ -118,11 +121,12 @@ def write_tokens(its: Stage, config: ExperimentConfig, arm: str) -> None:
 
 
 def _token_kl_rows(
-    pair: ModelPair, examples: Sequence[Example], batch_size: int
+    pair: ModelPair, examples: Sequence[Example], batch_size: int, title: str
 ) -> list[dict[str, Any]]:
     """Per-token KL of the pair on the student's greedy answers, one row per question."""
     found = []
-    for start in range(0, len(examples), batch_size):
+    starts = range(0, len(examples), batch_size)
+    for start in progress(starts, title=title, unit="batch", leave=False):
         batch = examples[start : start + batch_size]
         with torch.no_grad():
             prompts = pair.student.render(batch)

@@ -53,7 +53,7 @@ def test_a_wrong_key_or_value_is_one_clear_line(override, message):
     ("override", "message"),
     [
         ("rollout.source='source'", "rollout.source.type: must be one of 'student', "),
-        ("precision.compute='fp8'", "precision.compute: must be one of 'fp32', 'bf16'; got 'fp8'"),
+        ("precision.compute='fp8'", "precision.compute: must be one of 'auto', 'fp32', 'bf16'; got 'fp8'"),
         ("masks.top.fraction='x'", "masks.top.fraction: must be a number; got 'x'"),
         ("arms.full.optim={type='adam'}", "arms.full: optim.type: must be one of 'adamw', "),
         ("geometry.nulls=[{type='low_rank', rank=0}]", "geometry.nulls.0.rank: must be greater than 0"),

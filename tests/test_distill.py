@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from evals.harness import held_out_scores
 from tests.conftest import recipe_of
 from vlopd import distributed
+from vlopd.config.tracking import TrackingConfig
 from vlopd.data.load import load_data, pick
 from vlopd.errors import ConfigError, RunError
 from vlopd.loop import Hooks, backward, distill
@@ -604,7 +605,9 @@ def test_curves_go_to_tensorboard(make_pair, make_config, tmp_path):
     config = make_config("llm")
 
     def opened():
-        return open_trackers(["tensorboard"], "test", tmp_path, config.model_dump(mode="json"))
+        tracking = TrackingConfig(trackers=("tensorboard",))
+        settings = config.model_dump(mode="json")
+        return open_trackers(tracking, "test", "run", "full", tmp_path, settings)
 
     run(make_pair("llm"), config, tmp_path, trackers=opened())
     (folder,) = (tmp_path / "trackers").iterdir()
@@ -621,7 +624,7 @@ def test_curves_go_to_tensorboard(make_pair, make_config, tmp_path):
     again = {e.step: e.value for e in EventAccumulator(str(folder)).Reload().Scalars("kl")}
     assert again == {0: before[0], 1: before[1], 2: 7.0}
     with pytest.raises(ConfigError, match="names 'wandb', which is not installed: pip install"):
-        open_trackers(["wandb"], "test", tmp_path / "other", {})
+        open_trackers(TrackingConfig(trackers=("wandb",)), "test", "run", "full", tmp_path, {})
 
 
 def test_samples_hold_both_models_logprobs(kind, make_pair, make_config, tmp_path):

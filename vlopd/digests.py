@@ -22,6 +22,9 @@ from vlopd.errors import RunError
 RACY_NS = 50_000_000
 """A file that changed less than this before hashing may change again within the same time stamp; it is not cached."""
 
+LARGE = 2**30
+"""Files from this many bytes on are hashed with a progress bar."""
+
 Stamp = tuple[int, int, int, int]
 """Inode, size, modification and change time in ns."""
 
@@ -51,12 +54,26 @@ def file_digest(path: Path, whole: bool = False) -> str:
     if known is not None and known[0] == stamp:
         return known[1]
     started = time.time_ns()
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = _sha256(path, stamp[1])
     if _file_stamp(path) == stamp and started - stamp[3] > RACY_NS:
         _hashed[path] = (stamp, digest)
         _write_cached(path, stamp, digest)
     return digest
+
+
+def _sha256(path: Path, size: int) -> str:
+    with path.open("rb") as file:
+        if size < LARGE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        from vlopd.progress import progress
+
+        found = hashlib.sha256()
+        title = f"{path.parent.name}/{path.name}: digest"
+        with progress(title=title, total=size, unit="B", unit_scale=True, leave=False) as bar:
+            while chunk := file.read(2**24):
+                found.update(chunk)
+                bar.update(len(chunk))
+        return found.hexdigest()
 
 
 def _file_stamp(path: Path) -> Stamp:

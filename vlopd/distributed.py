@@ -52,14 +52,12 @@ def accelerator() -> Accelerator:
 def resolve_compute(
     setting: Literal["auto", "fp32", "bf16"], device: torch.device | str
 ) -> Literal["fp32", "bf16"]:
-    """The compute precision of a setting: `auto` is bf16 on accelerators and on CPUs with bf16 instructions (AMX or
-    AVX512-BF16), fp32 elsewhere."""
+    """The compute precision of a setting: `auto` is bf16 on accelerators and on CPUs with AMX, fp32 elsewhere."""
     if setting != "auto":
         return setting
     if torch.device(device).type != "cpu":
         return "bf16"
-    has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if has_bf16 else "fp32"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
 
 
 @contextmanager

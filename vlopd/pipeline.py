@@ -14,14 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlopd.config.arms import CheckpointArm, ImportedArm, checkpoints_of, mask_of
+from vlopd.config.arms import CheckpointArm, DistillArm, ImportedArm, checkpoints_of, mask_of
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import config_of, load_config, merged
 from vlopd.config.masks import Reference
 from vlopd.errors import ConfigError, UserError
 from vlopd.files import is_first_process
 from vlopd.plugins import Use
-from vlopd.run.folder import RunFolder
+from vlopd.run.folder import RunFolder, with_precision_of_run
 
 OnArtifact = Callable[[str, Path, bool], None]
 """Callback for each artifact: its description, its path, and whether it was made (False: already up to date)."""
@@ -34,9 +34,11 @@ def prepare(
 ) -> tuple[RunFolder, ExperimentConfig]:
     """Opens the run of `find_run` to work in it: locks its folder, but writes no part of the run.
 
-    Raises ConfigError for an invalid config or one of another run.
+    Returns the run and its config, with `precision.compute` resolved. Raises ConfigError for an invalid config or
+    one of another run.
     """
     root, config = find_run(target, overrides, out)
+    config = with_precision_of_run(root, config)
     return RunFolder.prepare(root, config), config
 
 
@@ -190,6 +192,25 @@ def plan(
     for mask in unused_masks(run, config, names) if geometry else ():
         planner.mask(mask)
     return planner.plan
+
+
+def without_effect(run: RunFolder, config: ExperimentConfig, planned: Plan) -> list[str]:
+    """Changed settings (`run.changes`) that do not reach artifacts which are kept, one line each."""
+    kept = [artifact for artifact, why in planned.items() if why is None]
+    lines = []
+    for keys, kind, when in (
+        (("tracking", "eval.during"), "arms/", "while an arm trains"),
+        (("eval.keep_images",), "evals/", "while an arm is evaluated"),
+    ):
+        changed = [key for key in keys if any(line.startswith(key) for line in run.changes)]
+        names = [artifact.removeprefix(kind) for artifact in kept if artifact.startswith(kind)]
+        if kind == "arms/":
+            names = [name for name in names if isinstance(config.arms.get(name), DistillArm)]
+        if changed and names:
+            lines.append(
+                f"{' and '.join(changed)}: only read {when}, so not for {', '.join(names)}"
+            )
+    return lines
 
 
 def unused_masks(run: RunFolder, config: ExperimentConfig, names: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from vlopd.config.arms import ImportedArm, TeacherArm
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.errors import ConfigError
 from vlopd.files import write_jsonl
+from vlopd.progress import progress
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import arm_content, base_arm
 from vlopd.run.stage import Stage, stage
@@ -64,7 +65,7 @@ def probe_arms(
     if clip is not None:
         aligned[base], base_rows = alignment.score_shapes(untrained, clip, pictures)
         write_jsonl(run.eval(base) / "alignment.jsonl", base_rows)
-    for arm in models:
+    for arm in progress(models, title="vision: arms", unit="arm"):
         if arm == base:
             continue
         loaded = open_arm(run, config, arm)

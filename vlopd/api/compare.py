@@ -109,7 +109,7 @@ class Comparison:
 
     @cached_property
     def contrasts(self) -> pd.DataFrame:
-        """One row per task and contrast: task, a, b, difference (a - b, paired by question), low, high, p, p_holm, n."""
+        """One row per task and contrast: task, a, b, difference (a - b, paired by question), low, high, p, p_holm."""
         return tables.differences(self.record)
 
     @cached_property
@@ -141,8 +141,16 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates one model on lm-eval tasks: built-in, lm-eval's own, or of `include`.
 
-    compute: "fp32", "bf16" or "auto" (bf16 on accelerators and CPUs that have it). settings: fields of the section `eval` (EvalConfig), as in limit=200. Results in `out`
-    with unchanged inputs are kept. Raises ConfigError for unusable tasks, models and settings before weights are read.
+    Args:
+        model: a folder, hub id, `builtin:NAME`, .gguf file, or the result of `distill`.
+        tasks: their names, or one.
+        out: folder for evals/NAME/; results there with unchanged inputs are kept. None: a temporary one.
+        compute: "fp32", "bf16" or "auto", bf16 on accelerators and on CPUs with AMX.
+        settings: fields of the section `eval` (docs/evaluation.md): limit, batch_size, fewshot, include, ...
+
+    Returns an Evaluation. Raises ConfigError for unusable tasks, models and settings, before weights are read.
+
+    >>> evaluate("builtin:shapes-text-student", "shapes_text", limit=200).scores
     """
     models = {names_of([model])[0]: model}
     config, run = _config_of(models, tasks, settings), _folder(out)
@@ -160,10 +168,17 @@ def compare(
 ) -> Comparison:
     """Evaluates models, or imports finished evaluations, and compares the others with the first, paired by question.
 
-    models: {name: checkpoint}, or checkpoints, named by the ends of their paths; an evaluation is an output folder of
-    lm-eval, a run's evals/ARM, or a results_*.json or samples_*.jsonl of either. tasks: may be omitted where all are
-    evaluations, for the tasks that they share. compute: "fp32", "bf16" or "auto" (bf16 on accelerators and CPUs that have it). settings: fields of the section `eval`
-    (EvalConfig). Writes evals/NAME/, compare.json and compare.html into `out`; evaluations there are reused.
+    Args:
+        models: {name: model}, or a list, named by the ends of their paths. A model is as in `evaluate`; a finished
+            evaluation is an output folder of lm-eval, a run's evals/ARM, or a results_*.json or samples_*.jsonl.
+        tasks: names of tasks; may be left out where all are evaluations, for the tasks that they share.
+        out: folder for evals/NAME/, compare.json and compare.html; evaluations there are reused. None: a temporary one.
+        compute: as in `evaluate`.
+        settings: fields of the section `eval` (docs/evaluation.md): limit, confidence, margin, ...
+
+    Returns a Comparison. Raises ConfigError for unusable tasks, models and settings, before weights are read.
+
+    >>> compare({"base": "builtin:shapes-text-student", "full": trained}, ["shapes_text"], limit=200).contrasts
     """
     named = (
         dict(models)

@@ -136,9 +136,20 @@ def geometry(
     Writes geometry.csv, match.json and summary.json of each checkpoint (of several, in out/NAME/), figures, and the
     page geometry.html; of several also their overlap or, with `trajectory`, their evolution as steps of one run.
 
-    preset: "paper" for the settings and the summary table of arXiv 2606.13657. workers: threads, one per core by
-    default. device: "cpu" or "cuda". settings: fields of the section `geometry` (GeometryConfig), as in null_draws=8.
-    Raises ConfigError for invalid settings, RunError for paths that are no checkpoints, or of different models.
+    Args:
+        base: a folder, hub id, `builtin:NAME`, .gguf file, or the result of `distill`.
+        trained: the same, or LoRA adapters of the base.
+        out: folder for all files; a measurement there of the same inputs and settings is kept. None: a temporary one.
+        trajectory: whether the trained checkpoints are steps of one training run.
+        preset: "paper" for the settings and the summary table of arXiv 2606.13657.
+        workers: threads; by default one per core.
+        device: "cpu" or "cuda".
+        settings: fields of the section `geometry` (docs/geometry.md): null_draws, nulls, ratios, ...
+
+    Returns a Geometry. Raises ConfigError for invalid settings, RunError for paths that are no checkpoints, or of
+    different models.
+
+    >>> geometry("builtin:shapes-student", trained, null_draws=3).plot()
     """
     if not trained:
         raise ConfigError("geometry needs the base and one or more trained checkpoints")

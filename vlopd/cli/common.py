@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import tomllib
 from collections.abc import Collection
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from vlopd.config.arms import expand_seeds
 from vlopd.config.experiment import merge
 from vlopd.config.input import parse_override
 from vlopd.errors import ConfigError
@@ -18,6 +23,8 @@ from vlopd.plugins import Use
 
 console = Console(markup=False, emoji=False)
 """Prints every text as it is, since names, paths and errors may hold `[brackets]`; styles are given by Text."""
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = 200  # in files and pipes, tables are not cut at 80 columns
 
 AllowOtherBase = Annotated[
     bool,
@@ -26,13 +33,41 @@ AllowOtherBase = Annotated[
         help="use masks and checkpoints of another base (recorded in every later artifact)",
     ),
 ]
+
+
+def complete_arms(context: typer.Context, incomplete: str) -> list[str]:
+    """The arms of the config file or run folder of the command line, for the shell's completion."""
+    named = [context.params.get("target"), context.params.get("run"), *context.args]
+    target = next((Path(word) for word in named if word and Path(word).exists()), Path())
+    try:
+        if target.is_dir():
+            arms = read_json(target / "run.json")["config"]["arms"]
+        else:
+            arms = expand_seeds(tomllib.loads(target.read_text()))["arms"]
+    except (OSError, ValueError, KeyError):  # nothing to complete from
+        return []
+    return [name for name in arms if name.startswith(incomplete)]
+
+
 Target = Annotated[Path, typer.Argument(help="config file (TOML) or run folder")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="TOML overrides of the config, e.g. optim.learning_rate=2e-4"),
 ]
 Out = Annotated[Path | None, typer.Option(help="run folder for a config file; default runs/<name>")]
-Arms = Annotated[list[str] | None, typer.Option("--arm", help="only this arm; repeatable")]
+Arms = Annotated[
+    list[str] | None,
+    typer.Option("--arm", help="only this arm; repeatable", autocompletion=complete_arms),
+]
+
+
+def print_versions(wanted: bool) -> None:
+    """Prints the versions of vlopd and of what its results depend on most, and exits."""
+    if wanted:
+        for package in ("vlopd", "torch", "transformers"):
+            print(package, version(package))
+        print("python", platform.python_version())
+        raise typer.Exit
 
 
 def say(label: str, text: object, style: str = "bold") -> None:

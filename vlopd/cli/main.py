@@ -19,7 +19,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 
 from vlopd import pipeline
-from vlopd.cli import masks
+from vlopd.cli import init, masks, push, tasks
 from vlopd.cli.common import (
     AllowOtherBase,
     Arms,
@@ -29,6 +29,7 @@ from vlopd.cli.common import (
     console,
     print_artifact,
     print_plugin,
+    print_versions,
     refuse,
     say,
     settings_of,
@@ -42,8 +43,11 @@ from vlopd.run.folder import RunFolder
 if TYPE_CHECKING:
     import pandas as pd
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(masks.app, name="mask")
+app.command()(init.init)
+app.command()(tasks.tasks)
+app.command()(push.push)
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -61,9 +65,14 @@ Stages = Literal["arms", "geometry", "evals", "report"]
 
 
 def _print_plan(run: RunFolder, config: ExperimentConfig, planned: pipeline.Plan) -> None:
-    """Prints the plug-ins and, unless the run is new, how the config changed, what is kept and what will be made."""
+    """Prints plug-ins, settings without effect and, for a run that exists, how the config changed, what is kept and
+    made."""
     _print_plugins(config, list(config.arms))
-    if not is_first_process() or not (run.root / "run.json").exists():
+    if not is_first_process():
+        return
+    if any(why is not None for why in planned.values()):
+        _print_notes(config.notes)
+    if not (run.root / "run.json").exists():
         return
     for line in run.changes:
         key, _, values = line.partition(": ")
@@ -80,6 +89,13 @@ def _print_plan(run: RunFolder, config: ExperimentConfig, planned: pipeline.Plan
         by_reason.setdefault(why, []).append(artifact)
     for why, artifacts in by_reason.items():
         say("to be made", f"{', '.join(artifacts)} ({why})")
+    for line in pipeline.without_effect(run, config, planned):
+        say("no effect", line, "yellow")
+
+
+def _print_notes(notes: list[str]) -> None:
+    for line in notes:
+        say("note", line, "yellow")
 
 
 def _print_plugins(config: ExperimentConfig, names: list[str]) -> None:
@@ -100,6 +116,16 @@ def _print_verdict(run: RunFolder) -> None:
 
 
 # ------------------------------------------------------------------------------------------- commands
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=print_versions, help="Show versions."),
+    ] = False,
+) -> None:
+    """On-policy distillation of language and vision-language models, and what it does to the weights."""
 
 
 @app.command()
@@ -138,20 +164,23 @@ def check(
     ] = False,
 ) -> None:
     """Checks a config before a run: inputs, shared vocabulary, image use, agreement of the models, memory and time."""
-    from vlopd.distributed import accelerator
+    from vlopd.distributed import accelerator, resolve_compute
     from vlopd.preflight.pair import first_examples, preflight, preflight_meta
     from vlopd.train.pair import load_pair
 
     config = load_config(target, overrides or ())
     device = accelerator().device
     _print_plugins(config, list(config.arms))
+    compute = resolve_compute(config.precision.compute, device)
     try:
         if meta:
             rows = preflight_meta(config, device, target.parent / "architectures")
         else:
             # a config without eval.tasks may be for `run --until arms` only, so the default task is not checked
             lines = pipeline.find_problems(
-                config, list(config.arms), "tasks" in config.eval.model_fields_set
+                config.with_compute(compute),
+                list(config.arms),
+                "tasks" in config.eval.model_fields_set,
             )
             for line in lines:
                 say("not ready", line, "red")
@@ -161,7 +190,7 @@ def check(
             pair = load_pair(
                 config.student,
                 config.teacher,
-                compute=config.precision.compute,
+                compute=compute,
                 device=device,
                 images=config.data.has_images,
             )
@@ -178,6 +207,7 @@ def check(
         table.add_row(row.what, *row.values, mark)
     console.print(each)
     console.print(all_together)
+    _print_notes(config.all_notes)
     failed = [row for row in rows if row.ok is False]
     for row in failed:
         say("not ready", f"{row.what}: {row.remedy}", "red")

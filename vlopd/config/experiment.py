@@ -19,8 +19,8 @@ from vlopd.config.arms import (
     expand_seeds,
     mask_of,
 )
-from vlopd.config.base import Name, Section, Unique, distinct_names
-from vlopd.config.data import DataConfig
+from vlopd.config.base import Name, distinct_names
+from vlopd.config.data import DataConfig, FileData
 from vlopd.config.explain import explain_errors
 from vlopd.config.masks import (
     FileMask,
@@ -34,16 +34,10 @@ from vlopd.config.masks import (
 from vlopd.config.models import ModelConfig, PrecisionConfig, TeacherConfig, as_table
 from vlopd.config.recipe import ArmRecipe, RecipeSections
 from vlopd.config.roles import Roles, roles_of
+from vlopd.config.tracking import TrackingConfig
 from vlopd.config.training import Muon
 from vlopd.errors import ConfigError
 from vlopd.plugins import Use
-
-
-class TrackingConfig(Section):
-    """Trackers for training curves besides metrics.jsonl, through accelerate."""
-
-    trackers: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], Unique] = ()
-    """wandb runs offline unless WANDB_MODE is set."""
 
 
 class ExperimentConfig(RecipeSections):
@@ -79,12 +73,47 @@ class ExperimentConfig(RecipeSections):
         except ValidationError as error:
             raise ConfigError(explain_errors(error, ArmRecipe)) from None
 
+    def with_compute(self, compute: Literal["fp32", "bf16"]) -> ExperimentConfig:
+        """This config with `precision.compute` resolved."""
+        precision = self.precision.model_copy(update={"compute": compute})
+        return self.model_copy(update={"precision": precision})
+
     @property
     def roles(self) -> Roles:
         """What each arm is for: as it says itself, or by the defaults of config/roles.py."""
         trained = {n: arm for n, arm in self.arms.items() if isinstance(arm, DistillArm)}
         recipes = {name: self.recipe_of(arm) for name, arm in trained.items()}
         return roles_of(self.arms, self.masks, recipes)
+
+    @property
+    def notes(self) -> list[str]:
+        """Settings that have no effect in this combination, one line each; those of training are in `Recipe.notes`."""
+        found = self.tracking.notes
+        its, default = self.geometry, GeometryConfig()
+        changed = [f"geometry.{k}" for k, v in its if k != "arms" and v != dict(default)[k]]
+        if changed and not its.arms:
+            found.append(f"{', '.join(changed)}: no effect without geometry.arms")
+        elif its.null_draws == 0 and its.nulls != default.nulls:
+            found.append("geometry.nulls: no effect with geometry.null_draws = 0")
+        used = {mask_of(arm) for arm in self.arms.values()}
+        used |= {other for mask in self.masks.values() for other in mask.combines}
+        if unused := [name for name in self.masks if name not in used]:
+            found.append(
+                f"masks {', '.join(unused)}: no arm is made under them (`vlopd mask make`)"
+            )
+        if isinstance(self.data, FileData) and self.data.image_mark and self.data.image is None:
+            found.append("data.image_mark: no effect without data.image")
+        return found
+
+    @property
+    def all_notes(self) -> list[str]:
+        """`notes`, and those of every trained arm's recipe, with the arm's name where it has sections of its own."""
+        found = self.notes
+        for name, arm in self.arms.items():
+            if isinstance(arm, DistillArm):
+                where = f"arms.{name}: " if arm.own else ""
+                found += [f"{where}{note}" for note in self.recipe_of(arm).notes]
+        return list(dict.fromkeys(found))
 
     def plugins_of(self, names: Iterable[str]) -> list[Use]:
         """The user's own functions that these arms are made with: of their recipes and masks, each once.

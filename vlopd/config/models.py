@@ -205,9 +205,16 @@ def teachers_by_name(teacher: TeachersConfig | None) -> dict[str, TeacherConfig]
 class PrecisionConfig(Section):
     """Precisions, which determine the visible update; recorded in every artifact."""
 
-    compute: Literal["fp32", "bf16"] = "bf16"
-    """Precision of weights and activations in rollout, forward and backward. Trained values are always fp32 and start
-    from the student's stored tensors, not from their rounding to `compute`."""
+    compute: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of weights and activations in rollout, forward and backward. `auto` is bf16 on accelerators and on CPUs
+    with bf16 instructions, fp32 elsewhere; a run resolves it once and keeps it (run.json), also on another machine.
+    Trained values are always fp32 and start from the student's stored tensors, not from their rounding to `compute`."""
     stored: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of checkpoints: `auto` stores each tensor in its dtype in the student's checkpoint (the widest of
     several that are fused into one); otherwise every floating-point tensor is rounded once to this dtype."""
+
+    @property
+    def resolved(self) -> Literal["fp32", "bf16"]:
+        """`compute` of a run's config, in which it is not "auto" (run/folder.py: with_precision_of_run)."""
+        assert self.compute != "auto"
+        return self.compute

@@ -12,8 +12,10 @@ from vlopd.config.data import DataConfig, MixtureData
 from vlopd.config.functions import Function
 from vlopd.config.models import MixedTeachers, TeacherConfig, TeachersConfig, teachers_by_name
 from vlopd.config.objective import (
+    K1,
     NLL,
     Estimator,
+    FunctionLoss,
     LossConfig,
     ReverseKL,
     RewardConfig,
@@ -152,10 +154,46 @@ class Recipe(RecipeSections):
                 "the reward's policy gradient is biased: rollout.temperature, top_k or top_p sample another "
                 "distribution than the student's own"
             )
+        found += self._without_effect()
         if not self.rollout.is_on_policy:
             found.append(
                 "logprob_gap is of the completions that the student itself wrote, if there are any"
             )
+        return found
+
+    def _without_effect(self) -> list[str]:
+        """Settings other than their defaults that nothing reads in this combination, one line each."""
+        found = []
+        rollout, loss, optim, train = self.rollout, self.loss, self.optim, self.train
+        if set(rollout.source.shares) == {"data"}:
+            sampling = ("temperature", "top_k", "top_p")
+            found += [
+                f"rollout.{key}: no effect on the data's answers"
+                for key in sampling
+                if dict(rollout)[key] != RolloutConfig.model_fields[key].default
+            ]
+        if self.reward is not None:
+            fields = ("chunk_tokens", "normalisation")  # of the policy gradient too
+            own = {} if isinstance(loss, FunctionLoss) else dict(type(loss)())
+            changed = [k for k, value in loss if k not in fields and value != own.get(k)]
+            if self.reward.alpha == 0 and (changed or not isinstance(loss, ReverseKL)):
+                found.append(f"loss {loss.type}: no effect on training with reward.alpha = 0")
+            elif isinstance(loss, K1) and "clip" in changed:
+                found.append("loss.clip: no effect with a reward; reward.clip is of both parts")
+        found += [
+            f"optim.component_rates.{name}: no effect on a component in train.freeze"
+            for name, factor in optim.component_rates
+            if factor != 1 and name in train.freeze
+        ]
+        for name, teacher in self.teachers.items():
+            default = dict(TeacherConfig(model="student"))
+            ignored = ("revision", "template", "attention", "trust_remote_code")
+            if teacher.is_student:
+                found += [
+                    f"{name}.{key}: no effect on a teacher that is the student; set student.{key}"
+                    for key in ignored
+                    if dict(teacher)[key] != default[key]
+                ]
         return found
 
 

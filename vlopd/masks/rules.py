@@ -40,6 +40,7 @@ from vlopd.masks.select import (
     select_one,
 )
 from vlopd.plugins import call, wrong_value
+from vlopd.progress import Repeated
 from vlopd.seeding import generator
 from vlopd.types import TensorName
 from vlopd.weights.delta import TensorDelta
@@ -67,6 +68,7 @@ def build_mask(
     Raises ConfigError for a component, layer or module that the model lacks, ValueError for masks of different models.
     """
     masks = masks or {}
+    pairs = Repeated(pairs, f"mask {rule.type}: tensors", "tensor")
     match rule:
         case VisibleMask():
             return {pair.name: _visible_update(pair, rule) for pair in pairs}

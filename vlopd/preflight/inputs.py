@@ -156,7 +156,7 @@ def findings(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
     if not found.lines:  # the most expensive check, loading whole models, comes last
         for model in teachers_loaded_late(config, needed):
             with found.catch():
-                load_configured(model, DTYPES[config.precision.compute])
+                load_configured(model, DTYPES[config.precision.resolved])
     found.lines += geometry_findings(config, [n for n in config.geometry.arms if n in names])
     return found.lines
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -28,6 +28,7 @@ from vlopd.config.objective import NLL, ReverseKL
 from vlopd.data.dataset import StoredDataset
 from vlopd.data.load import load_data
 from vlopd.data.mixture import MixtureDataset
+from vlopd.distributed import resolve_compute
 from vlopd.errors import ConfigError, UserError
 from vlopd.models import families
 from vlopd.models.context_length import context_length
@@ -69,9 +70,11 @@ def preflight(
     pair: ModelPair, config: ExperimentConfig, examples: Sequence[Example]
 ) -> list[CheckRow]:
     """The table for a loaded pair, on a few examples; one column for the student, one a teacher."""
+    asked, device = config.precision.compute, pair.student.device
+    config = config.with_compute(resolve_compute(asked, device))
     for arm in checkpoint_arms(config):
         # refused here rather than after training
-        load_configured(arm, DTYPES[config.precision.compute])
+        load_configured(arm, DTYPES[config.precision.resolved])
     models = (pair.student, *(teacher.loaded for teacher in pair.teachers))
     views = views_of(config.teachers, examples)
     lengths, prompt_facts = prompt_rows(models, views)
@@ -83,6 +86,7 @@ def preflight(
         row("model", lambda m: f"{m.name} ({m.model.config.model_type})"),
         row("parameters", lambda m: f"{m.model.num_parameters():,}"),
         row("precision", lambda m: str(m.model.dtype).removeprefix("torch.")),
+        compute_row(asked, config, device),
         row("vocabulary rows", rows_and_tokens),
         row("special tokens", special_tokens),
         *shared_rows(pair.vocabulary),
@@ -108,7 +112,7 @@ def preflight(
         memory.Reader(m.model, length, m.model.config._attn_implementation)
         for m, length in zip(models, lengths, strict=True)
     ]
-    return rows + estimate_rows(config, readers, pair.student.device, must_fit=True)
+    return rows + estimate_rows(config, readers, device, must_fit=True)
 
 
 def preflight_meta(
@@ -118,7 +122,8 @@ def preflight_meta(
 
     A model's configuration is read from `architectures`/<its name>/config.json where there is one, without the hub.
     """
-    teachers = config.teachers
+    asked, teachers = config.precision.compute, config.teachers
+    config = config.with_compute(resolve_compute(asked, device))
     wanted = (config.student, *(each.loaded_from(config.student) for each in teachers.values()))
     found = [model_config(model, architectures) for model in wanted]
     if config.data.has_images:
@@ -137,7 +142,7 @@ def preflight_meta(
         CheckRow("configuration", tuple(about.name_or_path for about in found)),
         CheckRow("parameters", tuple(f"{model.num_parameters():,}" for model in models)),
         CheckRow("by component", tuple(components(model) for model in models)),
-        CheckRow("precision", tuple([config.precision.compute] * len(models))),
+        compute_row(asked, config, device),
         CheckRow(
             "vocabulary rows",
             tuple(f"{m.get_output_embeddings().weight.shape[0]:,}" for m in models),
@@ -347,15 +352,24 @@ def shared_rows(vocabulary: SharedVocabulary) -> list[CheckRow]:
     ]
 
 
+def compute_row(asked: str, config: ExperimentConfig, device: torch.device) -> CheckRow:
+    """The resolved precision.compute, and the reason."""
+    compute, why = config.precision.resolved, "as set"
+    if asked == "auto":
+        has = "with" if compute == "bf16" else "without"
+        why = f"auto: a CPU {has} bf16 instructions" if device.type == "cpu" else "auto: a GPU"
+    return CheckRow("precision.compute", (f"{compute} ({why})",))
+
+
 def estimate_rows(
     config: ExperimentConfig,
     readers: Sequence[memory.Reader],
     device: torch.device,
     must_fit: bool = False,
 ) -> list[CheckRow]:
-    """Memory and seconds of a step on this device, dense and under each mask of known density."""
-    dtype = DTYPES[config.precision.compute]
-    speed = memory.measure_device(device, dtype)
+    """Memory and seconds of a step on this device: dense, under each mask of known density, in the other precision."""
+    compute = config.precision.resolved
+    speed = memory.measure_device(device, DTYPES[compute])
     densities = {"all coordinates": 1.0}
     for name, mask in config.masks.items():
         if isinstance(mask, TopFractionMask):
@@ -369,26 +383,15 @@ def estimate_rows(
             ),
         )
     ]
-    new_tokens = config.rollout.max_new_tokens
     try:
-        costs = [memory.forward_cost(reader, dtype, new_tokens) for reader in readers]
+        estimates = _estimates(config, readers, speed, list(densities.values()))
+        other: Literal["fp32", "bf16"] = "fp32" if compute == "bf16" else "bf16"
+        others = _estimates(
+            config.with_compute(other), readers, memory.measure_device(device, DTYPES[other]), [1.0]
+        )
     except UserError as error:
         return [*rows, CheckRow("memory and time", (f"not estimated: {error}",))]
-    for coordinates, density in densities.items():
-        one = memory.estimate(
-            readers[0],
-            readers[1:],
-            speed,
-            dtype=dtype,
-            completions_per_step=(
-                config.train.prompts_per_step * config.rollout.completions_per_prompt
-            ),
-            max_new_tokens=new_tokens,
-            chunk_tokens=config.loss.chunk_tokens,
-            micro_batch=config.train.micro_batch,
-            trained_fraction=density,
-            costs=costs,
-        )
+    for coordinates, one in zip(densities, estimates, strict=True):
         parts = one.memory._asdict().items()
         needed = ", ".join(
             f"{what.replace('_', ' ')} {decimal(size)}" for what, size in parts if size
@@ -406,7 +409,35 @@ def estimate_rows(
         )
         laps = ", ".join(f"{name} {value:.2g}" for name, value in one.seconds._asdict().items())
     rows.append(CheckRow("seconds a step", (f"about {one.seconds.total:.2g} ({laps})",)))
-    return rows
+    cost = f"{decimal(others[0].peak_bytes)}, about {others[0].seconds.total:.2g} seconds a step"
+    return [*rows, CheckRow(f"with compute = {other}", (cost,))]
+
+
+def _estimates(
+    config: ExperimentConfig,
+    readers: Sequence[memory.Reader],
+    speed: memory.DeviceSpeed,
+    densities: Sequence[float],
+) -> list[memory.Estimate]:
+    """The estimate of a training step for each fraction of trained coordinates, in the config's precision."""
+    dtype, new_tokens = DTYPES[config.precision.resolved], config.rollout.max_new_tokens
+    costs = [memory.forward_cost(reader, dtype, new_tokens) for reader in readers]
+    completions = config.train.prompts_per_step * config.rollout.completions_per_prompt
+    return [
+        memory.estimate(
+            readers[0],
+            readers[1:],
+            speed,
+            dtype=dtype,
+            completions_per_step=completions,
+            max_new_tokens=new_tokens,
+            chunk_tokens=config.loss.chunk_tokens,
+            micro_batch=config.train.micro_batch,
+            trained_fraction=density,
+            costs=costs,
+        )
+        for density in densities
+    ]
 
 
 def tokens_of(model: LoadedModel, ids: Sequence[int]) -> str:

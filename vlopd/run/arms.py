@@ -22,6 +22,7 @@ from vlopd.config.arms import (
 )
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.recipe import ArmRecipe, training_of
+from vlopd.config.tracking import TrackingConfig
 from vlopd.data.load import load_data
 from vlopd.digests import digest_checkpoint, digest_json
 from vlopd.errors import RunError
@@ -100,7 +101,7 @@ def record_external(
     if isinstance(arm, CheckpointArm):
         folder = hub_folder(resolve(arm.model), None)
         model = config.checkpoint_of(arm)
-        load_configured(model, DTYPES[config.precision.compute])  # fails here, before any training
+        load_configured(model, DTYPES[config.precision.resolved])  # fails here, before any training
     digest = digest_json(its.inputs["files"]) if folder is None else digest_checkpoint(folder)
     write_record(its, config, name, arm.type, digest, folder)
 
@@ -119,7 +120,7 @@ def train_arm(
     pair = load_pair(
         config.student,
         recipe.teacher,
-        compute=config.precision.compute,
+        compute=config.precision.resolved,
         device=accelerator.device,
         images=recipe.data.has_images,
         # the base arm, unless it is stored in a lower precision than the student
@@ -144,9 +145,11 @@ def train_arm(
             save(pair.student, checkpoint, text, trainable.merged(before))
 
     with distributed.together(accelerator):
-        names = config.tracking.trackers if accelerator.is_main_process else ()
+        tracking = config.tracking if accelerator.is_main_process else TrackingConfig()
         settings = {**config.model_dump(mode="json"), **recipe.model_dump(mode="json")}
-        trackers = open_trackers(names, f"{config.name}-{name}", folder, settings)
+        trackers = open_trackers(
+            tracking, config.name, run.root.resolve().name, name, folder, settings
+        )
     every = config.eval.during.every if config.eval.during else None
     trainable = distill(
         pair,
@@ -282,7 +285,7 @@ def _write_untrained(
     base = run.checkpoint(base_arm(config))
     before = read_tensors(base)
     # only its configuration is used: all weights that are written are in `before`
-    student = load_configured(config.student, DTYPES[config.precision.compute], folder=base)
+    student = load_configured(config.student, DTYPES[config.precision.resolved], folder=base)
     with whole_folder(run.checkpoint(name)) as folder:
         save(student, folder, model_card(config, name, what, inputs), {**before, **change(mask)})
     total = student.model.num_parameters()

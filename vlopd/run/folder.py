@@ -116,7 +116,8 @@ class RunFolder:
         return run
 
     def save_config(self, config: ExperimentConfig) -> None:
-        """Writes `config` to run.json and appends the previous one to the history there."""
+        """Writes `config`, its precision resolved, to run.json and appends the previous one to the history there."""
+        assert config.precision.compute != "auto"
         if not is_first_process():
             return
         wanted, history = _resolved_config(config), []
@@ -237,6 +238,24 @@ class RunFolder:
                 yield
             finally:
                 self._held.remove(artifact)
+
+
+def with_precision_of_run(root: Path | str, config: ExperimentConfig) -> ExperimentConfig:
+    """The config with `precision.compute = "auto"` replaced by the run's precision, or by this device's for a new run.
+
+    All arms and evaluations of a run thus share one precision, also where it is continued on another machine.
+    """
+    if config.precision.compute != "auto":
+        return config
+    run = RunFolder(root)
+    if (run.root / "run.json").exists():
+        return config.with_compute(run.read()["config"]["precision"]["compute"])
+    from vlopd.distributed import (
+        accelerator,
+        resolve_compute,
+    )  # loads torch, which a finished run does not need
+
+    return config.with_compute(resolve_compute("auto", accelerator().device))
 
 
 def _resolved_config(config: ExperimentConfig) -> dict[str, Any]:

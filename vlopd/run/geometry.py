@@ -50,8 +50,16 @@ def _write_geometry(
         tables[step] = out / "steps" / str(step)
         own = {**its.inputs, "step": step}
         if not up_to_date(tables[step] / "summary.json", own):
+            title = f"geometry of {name}@{step}"
             measure_checkpoint(
-                before, folder, tables[step], config.geometry, own, workers=workers, device=device
+                before,
+                folder,
+                tables[step],
+                config.geometry,
+                own,
+                title=title,
+                workers=workers,
+                device=device,
             )
     if len(steps) > 1:
         write_trajectory(before, steps, out, config.geometry, tables=tables)
@@ -61,6 +69,7 @@ def _write_geometry(
         its.finish(content, tables)
 
     folder = arm_folder(run, config, name)
+    title = f"geometry of {name}"
     measure_checkpoint(
         before,
         folder,
@@ -69,6 +78,7 @@ def _write_geometry(
         its.inputs,
         workers=workers,
         device=device,
+        title=title,
         write_record=finish,
     )
 

@@ -69,7 +69,7 @@ def _precision_entry(config: ExperimentConfig, folder: Path | None) -> dict[str,
     stored = None
     if folder is not None:
         stored = "+".join(sorted(str(own).removeprefix("torch.") for own in _dtypes_in(folder)))
-    return {"compute": config.precision.compute, "stored": stored, "values": "fp32"}
+    return {"compute": config.precision.resolved, "stored": stored, "values": "fp32"}
 
 
 def record_checkpoint(

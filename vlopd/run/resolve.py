@@ -29,6 +29,7 @@ from vlopd.models import integrity, parameter_names
 from vlopd.models.load import resolve
 from vlopd.models.tokenizers import read_template
 from vlopd.plugins import Use
+from vlopd.progress import downloads
 from vlopd.run.folder import RunFolder
 from vlopd.weights import delta
 from vlopd.weights.matching import known_config
@@ -68,7 +69,11 @@ def hub_folder(model: str, revision: str | None) -> Path:
         return Path(model)
     wanted = [f"*{ending}" for ending in MODEL_FILES]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=wanted, tqdm_class=downloads(model)
+            )
+        )
     except Exception as error:  # no such folder, no such id, no network
         if model.count("/") != 1 or model.startswith((".", "/", "~")):
             raise RunError(

@@ -7,12 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import config_of
 from vlopd.errors import RunError, UserError
 from vlopd.files import read_json
+from vlopd.progress import progress
 from vlopd.run.checksums import Problem, differences
 from vlopd.run.dependencies import arm_inputs, mask_inputs
 from vlopd.run.folder import LOCK, RunFolder
@@ -40,7 +39,7 @@ def verify_run(run: RunFolder) -> Verified:
     problems: list[Problem] = []
     known: set[str] = set()
     artifacts = run.checksums.artifacts()
-    for artifact in tqdm(artifacts, desc="verify", unit="artifact"):
+    for artifact in progress(artifacts, title="verify: artifacts", unit="artifact"):
         if run.checksums.is_recorded(artifact) and not run.checksums.record(artifact).exists():
             continue  # the stage was killed before writing its record: not done, will be remade
         found = list(run.checksums.problems(artifact))

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
-from tqdm import tqdm
 
+from vlopd.config.tracking import TrackingConfig
 from vlopd.errors import ConfigError
 from vlopd.files import json_lines, without_nan, write_jsonl
 from vlopd.models.loaded import LoadedModel
+from vlopd.progress import progress
 from vlopd.train.losses import TokenDivergence
 from vlopd.train.rollouts import Batch
 from vlopd.types import Example
@@ -53,8 +54,14 @@ class TrainingLog:
         trackers: Sequence[GeneralTracker] = (),
     ):
         self.folder, self.active, self.trackers = folder, active, trackers
-        self.bar = tqdm(
-            total=steps, initial=start, desc=title, unit="step", disable=not active, smoothing=0.1
+        self.title = title
+        self.bar = progress(
+            title=f"{title}: steps",
+            total=steps,
+            initial=start,
+            unit="step",
+            disable=not active,
+            smoothing=0.1,
         )
         if active:
             kept: dict[str, list[dict[str, Any]]] = {}
@@ -83,7 +90,7 @@ class TrainingLog:
     def note(self, text: str) -> None:
         """Prints a line above the progress bar."""
         if self.active:
-            self.bar.write(f"{self.bar.desc}: {text}")
+            self.bar.write(f"{self.title}: {text}")
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Writes one step's metrics to metrics.jsonl, and a few to the progress bar."""
@@ -220,15 +227,22 @@ def rows_before(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def open_trackers(
-    names: Sequence[str], project: str, folder: Path, config: Mapping[str, Any]
+    tracking: TrackingConfig,
+    experiment: str,
+    run: str,
+    arm: str,
+    folder: Path,
+    config: Mapping[str, Any],
 ) -> list[GeneralTracker]:
-    """Starts trackers of accelerate for one training run, with files under `folder` and `config` as its settings.
+    """Starts trackers of accelerate for one arm, with files under `folder` and `config` as the run's settings.
 
     Raises ConfigError for one that is not installed.
     """
-    refuse_missing_trackers(names)
+    refuse_missing_trackers(tracking.trackers)
     trackers: list[GeneralTracker] = []
-    for name in names:
+    for name in tracking.trackers:
+        arguments = tracking.arguments(name, experiment, run, arm)
+        project = arguments.pop("project")
         if name == "wandb":
             (folder / "trackers").mkdir(parents=True, exist_ok=True)
             os.environ.setdefault("WANDB_MODE", "offline")
@@ -237,7 +251,7 @@ def open_trackers(
         where = [str(folder / "trackers")] if kind.requires_logging_directory else []
         # a resumed run logs its earlier steps again; tensorboard drops those of before
         again = {"purge_step": 0} if name == "tensorboard" else {}
-        trackers.append(kind(project, *where, **again))
+        trackers.append(kind(project, *where, **again, **arguments))
     for tracker in trackers:
         tracker.start()
         tracker.store_init_configuration(flat(config))

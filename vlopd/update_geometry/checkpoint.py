@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 import torch
 from pyarrow.csv import write_csv
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from vlopd.config.analysis import GeometryConfig
@@ -28,6 +27,7 @@ from vlopd.digests import digest_json
 from vlopd.files import read_json, whole_file, write_json
 from vlopd.models.config_files import config_of
 from vlopd.models.parameter_names import classify
+from vlopd.progress import progress as bar
 from vlopd.update_geometry.aggregate import group_rows, left_out_rows, tensor_rows
 from vlopd.update_geometry.matrix import MatrixResult, keys_of, matrices, measure_matrix
 from vlopd.update_geometry.nulls import null_name
@@ -63,12 +63,14 @@ def measure_checkpoint(
     workers: int | None = None,
     device: str = "cpu",
     write_record: Callable[[Path, Any], None] = write_json,
+    title: str = "geometry",
 ) -> Path:
     """Measures the update of every tensor against nulls, and writes the tables into `out`.
 
     Returns the path of summary.json, the stage's record, which is written last and holds `inputs`. A killed
     analysis of the same inputs resumes. workers: threads, each with one tensor pair in memory and
-    one core (default: one per core; 1 on a GPU). Raises RunError where the checkpoints cannot be read or are
+    one core (default: one per core; 1 on a GPU). title: of the progress bar.
+    Raises RunError where the checkpoints cannot be read or are
     not of one model.
     """
     deltas = stream(base_folder, trained_folder, classify, config.max_left_out)
@@ -78,7 +80,7 @@ def measure_checkpoint(
     settings = config.model_dump(mode="json", exclude={"arms"})
     partial = _open_partial(out, {"inputs": inputs, "config": settings})
     workers = workers or (1 if device != "cpu" else os.cpu_count() or 1)
-    findings = _measure_matrices(deltas, model, config, partial, progress, workers, device)
+    findings = _measure_matrices(deltas, model, config, partial, progress, workers, device, title)
     keys = keys_of(config)
     groups = group_rows(findings, keys)
     rows = [*groups, *(row for finding in findings for row in tensor_rows(finding, keys))]
@@ -162,6 +164,7 @@ def _measure_matrices(
     progress: bool,
     workers: int,
     device: str,
+    title: str,
 ) -> list[MatrixResult]:
     """The results of all matrices, in the order of names; those in `partial` are not recomputed.
 
@@ -179,13 +182,17 @@ def _measure_matrices(
         _save_findings(path, own)
         return own
 
-    bar = tqdm(
-        total=sum(sizes.values()), desc="geometry", unit="w", unit_scale=True, disable=not progress
+    shown = bar(
+        title=f"{title}: matrices, with nulls",
+        total=sum(sizes.values()),
+        unit="weight",
+        unit_scale=True,
+        disable=not progress,
     )
-    with bar, deltas.reader() as read, pool(workers) as run:
+    with shown, deltas.reader() as read, pool(workers) as run:
         for name, own in run(work, sorted(order, key=lambda n: (-sizes[n], n))):
             found[name] = own
-            bar.update(sizes[name])
+            shown.update(sizes[name])
     return [finding for name in order for finding in found[name]]
 
 

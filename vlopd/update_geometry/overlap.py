@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vlopd.config.analysis import GeometryConfig
 from vlopd.models.parameter_names import classify
+from vlopd.progress import progress as bar
 from vlopd.update_geometry.aggregate import rows_of, unshared_rows
 from vlopd.update_geometry.checkpoint import write_table
 from vlopd.update_geometry.coordinates import UPDATE_ATOLS, Term, not_above
@@ -61,7 +61,7 @@ def write_overlap(
     places = []
     with ExitStack() as stack:
         read = {run: stack.enter_context(its.reader()) for run, its in deltas.items()}
-        for name in tqdm(names, desc="overlap", unit="tensor", disable=not progress):
+        for name in bar(names, title="overlap: tensors", unit="tensor", disable=not progress):
             pairs = {run: one(name) for run, one in read.items()}
             first = next(iter(pairs.values()))
             where, shape = first.where, "x".join(map(str, first.base.shape))

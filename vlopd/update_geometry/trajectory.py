@@ -18,11 +18,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vlopd.config.analysis import GeometryConfig
 from vlopd.models.config_files import config_of
 from vlopd.models.parameter_names import classify
+from vlopd.progress import progress as bar
 from vlopd.seeding import generator
 from vlopd.update_geometry.aggregate import rows_of, unshared_rows
 from vlopd.update_geometry.checkpoint import write_table
@@ -77,7 +77,7 @@ def write_trajectory(
     places = []
     with ExitStack() as stack:
         read = {step: stack.enter_context(its.reader()) for step, its in deltas.items()}
-        for name in tqdm(names, desc="trajectory", unit="tensor", disable=not progress):
+        for name in bar(names, title="trajectory: tensors", unit="tensor", disable=not progress):
             stored = [matrices(read[step](name), model) for step in order]
             for pairs in zip(*stored, strict=True):
                 first, where = pairs[0], pairs[0].where

@@ -1,0 +1,273 @@
+"""The command line's manners: templates, task list, bars, completion, upload, precision, settings without effect."""
+
+import base64
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import get_args
+
+import pytest
+import torch
+from huggingface_hub import constants
+from typer.testing import CliRunner
+
+from evals.task_list import list_tasks
+from tests.command import call
+from vlopd import pipeline
+from vlopd.cli import init
+from vlopd.cli.main import app
+from vlopd.config.input import load_config
+from vlopd.config.tracking import TrackingConfig
+from vlopd.run.folder import RunFolder
+
+QUICK = ("train.steps=2", "train.prompts_per_step=4", "eval.limit=4", "eval.keep_images=1")
+TEMPLATES = get_args(init.Template)
+
+
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory):
+    """The folder with every template, written by `vlopd init`."""
+    folder = tmp_path_factory.mktemp("templates")
+    for name in TEMPLATES:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(init, "ROWS", {"image": 8, "text": 8})
+            made = CliRunner().invoke(app, ["init", "--from", name, str(folder / f"{name}.toml")])
+        assert made.exit_code == 0, made.output
+        assert f"vlopd check {folder / name}.toml" in made.output.replace("\n", "")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(templates, tmp_path_factory):
+    """(run folder, stderr) of a few steps of the llm template, up to the evaluation of its subnetwork."""
+    out = tmp_path_factory.mktemp("runs") / "llm"
+    words = ["run", templates / "llm.toml", *QUICK, "--out", out, "--until", "evals"]
+    made = CliRunner().invoke(app, [*map(str, words), "--arm", "subnetwork"])
+    assert made.exit_code == 0, made.output
+    return out, made.stderr
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_pass_the_checks_of_a_run(name, templates):
+    """`vlopd init` writes configs in which `vlopd check` finds no problem and no setting without effect."""
+    config = load_config(templates / f"{name}.toml", QUICK).with_compute("fp32")
+    assert pipeline.find_problems(config, list(config.arms), True) == []
+    assert load_config(templates / f"{name}.toml").all_notes == []
+
+
+def test_init_does_not_overwrite(templates, monkeypatch, capsys):
+    """An existing config is kept unless --force is passed."""
+    path = templates / "llm.toml"
+    before = path.read_text()
+    code, said = call(monkeypatch, capsys, "init", path)
+    assert code == 2 and "exists already" in said and path.read_text() == before
+
+
+def test_bars_are_lines_where_stderr_is_no_terminal(finished):
+    """A training step and an evaluation have bars with names; in a pipe they are whole lines."""
+    _, said = finished
+    assert "\r" not in said
+    assert "full: steps: 100% 2/2" in said and "subnetwork: shapes_text: 100% 4/4" in said
+
+
+def test_a_long_bar_prints_now_and_then():
+    """In a pipe a bar prints one line every so many seconds and one at the end; a nested one none at its end."""
+    script = """if True:
+        import time
+        from vlopd import progress
+        progress.SECONDS_BETWEEN_LINES = 0.2
+        for _ in progress.progress(range(6), title="outer: steps"): time.sleep(0.09)
+        for _ in progress.progress(range(3), title="inner", leave=False): pass
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert "\r" not in done.stderr and "inner" not in done.stderr
+    assert 2 <= len(lines) <= 4 and all(line.startswith("outer: steps: ") for line in lines)
+    assert lines[-1].startswith("outer: steps: 100% 6/6")
+
+
+def test_auto_precision_is_resolved_once_a_run(templates, tmp_path, monkeypatch):
+    """`auto` becomes this device's precision; the run keeps it where another device would choose another."""
+
+    def opened(amx: bool, *overrides: str):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: amx)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+        run, config = pipeline.prepare(templates / "llm.toml", overrides, tmp_path / "run")
+        run.unlock()
+        return run, config
+
+    run, config = opened(True)
+    assert config.precision.compute == "bf16"
+    run.save_config(config)
+    run, config = opened(False)
+    assert config.precision.compute == "bf16" and run.changes == []
+    assert opened(False, "precision.compute='fp32'")[0].changes == [
+        'precision.compute: "bf16" -> "fp32"'
+    ]
+    assert RunFolder.open(tmp_path / "run")[1].precision.compute == "bf16"
+
+
+def test_settings_that_come_too_late_are_said(finished):
+    """Trackers and held-out evaluation have no effect on arms that are trained; the plan says so."""
+    run, config = pipeline.prepare(finished[0], ["tracking.trackers=['tensorboard']"])
+    planned = pipeline.plan(run, config, ["full", "random-0"], "arms")
+    (line,) = pipeline.without_effect(run, config, planned)
+    run.unlock()
+    assert line == "tracking: only read while an arm trains, so not for full"
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        (["tracking.project='x'"], "tracking.project: no effect without tracking.trackers"),
+        (
+            ["tracking={trackers=['tensorboard'], tags=['a']}"],
+            "tracking.tags: no effect on tensorboard",
+        ),
+        (
+            ["geometry={arms=[], null_draws=5}"],
+            "geometry.null_draws: no effect without geometry.arms",
+        ),
+        (["masks.other={type='visible', of='full'}"], "masks other: no arm is made under them"),
+        (
+            ["rollout={source='data', temperature=0.5}", "loss.type='nll'"],
+            "rollout.temperature: no effect on the data's answers",
+        ),
+        (
+            [
+                "reward.rule='exact_match'",
+                "rollout.completions_per_prompt=2",
+                "loss.type='forward_kl'",
+            ],
+            "loss forward_kl: no effect on training with reward.alpha = 0",
+        ),
+        (
+            ["train.freeze=['vision']", "optim.component_rates.vision=0.1"],
+            "optim.component_rates.vision: no effect on a component in train.freeze",
+        ),
+        (
+            ["teacher={model='student', ema=0.9, attention='eager'}"],
+            "teacher.attention: no effect on a teacher that is the student",
+        ),
+    ],
+)
+def test_settings_without_effect_are_said(settings, note, templates):
+    """A setting that nothing reads in its combination has a note with its name; the template itself has none."""
+    notes = load_config(templates / "llm.toml", settings).all_notes
+    assert any(line.startswith(note) for line in notes), notes
+
+
+def test_tracker_arguments():
+    """wandb gets project, group, entity, tags and mode; others what they have a place for; unset ones are left out."""
+    plain = TrackingConfig(trackers=("wandb", "trackio", "tensorboard"))
+    assert plain.arguments("wandb", "mine", "run-3", "full") == {
+        "project": "mine",
+        "group": "run-3",
+        "name": "full",
+    }
+    full = plain.model_copy(
+        update={"project": "p", "group": "g", "entity": "e", "tags": ("t",), "mode": "online"}
+    )
+    assert full.arguments("wandb", "mine", "run-3", "full") == {
+        "project": "p",
+        "group": "g",
+        "entity": "e",
+        "tags": ["t"],
+        "mode": "online",
+        "name": "full",
+    }
+    assert full.arguments("trackio", "mine", "r", "full") == {
+        "project": "p",
+        "group": "g",
+        "name": "full",
+    }
+    assert full.arguments("tensorboard", "mine", "r", "full") == {"project": "mine-full"}
+
+
+def test_tasks_are_listed_without_their_data(tmp_path, monkeypatch):
+    """Tasks of a folder stand beside ours; missing files and hub data sets that are not cached are said to be so."""
+    task = {
+        "dataset_path": "json",
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_choice": ["a", "b", "c", "d"],
+    }
+    for name, file in {"here": tmp_path / "rows.jsonl", "gone": tmp_path / "gone.jsonl"}.items():
+        own = {**task, "task": name, "dataset_kwargs": {"data_files": {"test": str(file)}}}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(own))
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    rows = {row.task: row for row in list_tasks(include=str(tmp_path))}
+    assert rows["here"].reachable == "yes" and rows["here"].chance == "0.25"
+    assert rows["gone"].reachable == f"no: {tmp_path / 'gone.jsonl'} is missing"
+    assert rows["shapes"][1:] == ("built-in", "image", "exact_match", "measured", "3,000", "yes")
+    gsm8k = rows["vlopd_gsm8k"]
+    assert gsm8k.source == "openai/gsm8k" and gsm8k.reachable.startswith("no: not cached")
+    assert [row.task for row in list_tasks("shapes_t*")] == [
+        "shapes_text",
+        "shapes_text_validation",
+    ]
+
+
+def test_versions_and_completion(templates):
+    """--version names the libraries; the shell completes an option's arms from the config before it."""
+    said = CliRunner().invoke(app, ["--version"]).output
+    assert all(f"{name} " in said for name in ("vlopd", "torch", "transformers", "python"))
+    words = f"vlopd run {templates / 'compare.toml'} --arm ra"
+    environment = {"_VLOPD_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "4"}
+    said = CliRunner().invoke(app, prog_name="vlopd", env=environment).output
+    assert said.split() == ["random-0", "random-1", "random-2"]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The three requests of a commit to the hub, with every file sent inline."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["content-length"]))
+        url, answer = f"http://{self.headers['host']}/me/mine", {}
+        self.server.asked.append((self.path, body))
+        if self.path.endswith("/repos/create"):
+            answer = {"url": url, "name": "me/mine"}
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            mode = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            answer = {"files": [{"path": name, **mode} for name in names]}
+        elif "/commit/" in self.path:
+            answer = {"commitUrl": f"{url}/commit/1", "commitOid": "1", "success": True}
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_an_arm_is_pushed_with_its_record_and_mask(finished, monkeypatch, capsys):
+    """`vlopd push` commits checkpoint, record, mask and a model card with the scores; --dry-run sends nothing."""
+    words = ("push", finished[0], "--arm", "subnetwork", "--repo", "me/mine")
+    files = {"README.md", "model.safetensors", "record.json", "mask/mask.safetensors"}
+    code, said = call(monkeypatch, capsys, *words, "--dry-run")
+    assert code == 0 and all(f"{name} (" in said for name in files)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    code, said = call(monkeypatch, capsys, *words)
+    assert code == 2 and "me/mine: the upload failed" in said and said.count("\n") == 1
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    code, said = call(monkeypatch, capsys, *words, "--private")
+    server.shutdown()
+    assert code == 0 and "uploaded to: me/mine" in said
+    assert json.loads(dict(server.asked)["/api/repos/create"])["visibility"] == "private"
+    (commit,) = [body for path, body in server.asked if "/commit/" in path]
+    lines = [json.loads(line)["value"] for line in commit.splitlines()]
+    by_name = {line["path"]: line for line in lines if "path" in line}
+    assert files <= by_name.keys()
+    card = base64.b64decode(by_name["README.md"]["content"]).decode()
+    assert "| shapes_text | exact_match |" in card

@@ -1,5 +1,0 @@
-"""`python -m vlopd.cli`: the command line without an installed script."""
-
-from vlopd.cli.main import main
-
-main()

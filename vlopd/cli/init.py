@@ -1,0 +1,80 @@
+"""`vlopd init`: writes a commented config that runs as it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import typer
+
+from vlopd.cli.common import say
+from vlopd.errors import ConfigError
+
+Template = Literal["quickstart", "vlm", "llm", "compare"]
+
+PARTS: dict[Template, tuple[str, ...]] = {
+    "quickstart": ("quickstart",),
+    "vlm": ("vlm", "training", "arms"),
+    "llm": ("llm", "training", "arms"),
+    "compare": ("compare", "training"),
+}
+"""The files of cli/templates/ that each template is joined from."""
+
+OWN_DATA: dict[str, Literal["image", "text"]] = {"vlm": "image", "llm": "text"}
+"""Templates with a data file, and the modality of its rows."""
+
+ROWS = {"image": 128, "text": 4096}
+"""Rows of a generated data file; of fewer texts the student learns the rows, not the task."""
+
+
+def template(name: Template, data: Path) -> str:
+    """The text of a template; `data` is the folder of its data file."""
+    folder = files("vlopd.cli") / "templates"
+    text = "".join((folder / f"{part}.toml").read_text() for part in PARTS[name])
+    return text.replace("@DATA@", data.as_posix())
+
+
+def init(
+    file: Annotated[Path, typer.Argument(help="config file to write")] = Path("vlopd.toml"),
+    of: Annotated[
+        Template,
+        typer.Option(
+            "--from",
+            help="quickstart: the built-in experiment; vlm, llm: your own data and models; compare: subnetwork, "
+            "controls and contrasts",
+        ),
+    ] = "quickstart",
+    force: Annotated[bool, typer.Option("--force", help="overwrite")] = False,
+) -> None:
+    """Writes a commented config that runs as it is; vlm and llm come with a small data file."""
+    assert set(get_args(Template)) == set(PARTS)
+    data = file.with_name(f"{file.stem}-data")
+    for path in (file, data) if of in OWN_DATA else (file,):
+        if path.exists() and not force:
+            raise ConfigError(f"{path} exists already; name another file, or pass --force")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(template(of, data))
+    say("wrote", file)
+    if of in OWN_DATA:
+        write_rows(data, OWN_DATA[of])
+        say("wrote", data / "train.jsonl")
+    say("next", f"vlopd check {file}")
+
+
+def write_rows(folder: Path, modality: Literal["image", "text"]) -> None:
+    """Writes train.jsonl with questions of the built-in data set, and their pictures beside it."""
+    from vlopd.data.shapes import ShapesDataset
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    rows = []
+    for k, example in enumerate(ShapesDataset("train", ROWS[modality], seed=1, modality=modality)):
+        row = {"question": example.question, "answer": example.answer}
+        for image in example.images:
+            row["image"] = name = f"{k:03}.png"
+            image.save(folder / name)
+        rows.append(json.dumps(row) + "\n")
+    (folder / "train.jsonl").write_text("".join(rows))
