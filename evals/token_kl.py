@@ -27,7 +27,7 @@ from vlopd.errors import UserError
 from vlopd.files import write_jsonl
 from vlopd.progress import progress
 from vlopd.run.folder import RunFolder
-from vlopd.run.resolve import arm_content, teacher_content
+from vlopd.run.resolve import arm_content, plugin_content, teacher_content
 from vlopd.run.stage import Stage, stage
 from vlopd.train.generation import sample
 from vlopd.train.pair import ModelPair, load_pair
@@ -72,7 +72,9 @@ def token_inputs(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[str
     """The inputs that determine an arm's token KL, as digests."""
     manager = Tasks.of(config.eval.tasks, config.eval.include)
     teachers = {n: teacher_content(run, config, its) for n, its in config.teachers.items()}
+    contexts = plugin_content(use for use in config.plugins if use.key.startswith("teacher"))
     return {
+        **({"plugins": contexts} if contexts else {}),
         "checkpoint": arm_content(run, config, arm),
         "teacher": config.model_dump(mode="json", include={"teacher", "precision"}),
         "files": teachers,

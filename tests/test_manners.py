@@ -93,7 +93,6 @@ def test_auto_precision_is_resolved_once_a_run(templates, tmp_path, monkeypatch)
 
     def opened(amx: bool, *overrides: str):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: amx)
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
         run, config = pipeline.prepare(templates / "llm.toml", overrides, tmp_path / "run")
         run.unlock()

@@ -19,6 +19,8 @@ from vlopd.digests import digest_checkpoint
 from vlopd.errors import ConfigError, RunError
 from vlopd.masks.compare import density
 from vlopd.masks.files import check_shapes, load_mask, save_mask
+from vlopd.masks.foreign import is_foreign
+from vlopd.masks.importing import import_mask
 from vlopd.masks.rules import build_mask
 from vlopd.models.parameter_names import classify
 from vlopd.run.resolve import plugin_content
@@ -130,6 +132,8 @@ def make_mask(
     if isinstance(rule, str) or callable(rule):
         rule = {"type": rule}
     parsed = value_of(MaskConfig, rule, "rule")
+    if isinstance(parsed, FileMask) and parsed.path not in masks and is_foreign(Path(parsed.path)):
+        return _imported(Path(parsed.path), base)
     own = parsed.use("rule") if isinstance(parsed, FunctionMask) else None
     reads = parsed.reads is not None or (own is not None and trained is not None)
     named = {name: _named(name, masks) for name in _names(parsed)}
@@ -165,6 +169,14 @@ def make_mask(
     if left_out:
         inputs["left_out"] = [its.name for its in deltas.report.left_out]
     return MaskTensors(_build(parsed, deltas, named), inputs, left_out)
+
+
+def _imported(path: Path, base: Checkpoint | None) -> MaskTensors:
+    """A mask file of another tool, in the names of the base's tensors."""
+    if base is None:
+        raise ConfigError(f"{path} is a mask of another tool; give the base that it is for")
+    found, inputs = import_mask(path, folder_of(base))
+    return MaskTensors(found.mask, inputs)
 
 
 def read_mask(path: Path | str) -> MaskTensors:

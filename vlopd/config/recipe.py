@@ -47,6 +47,20 @@ class RecipeSections(Section):
         """All teachers by name; a single one is called "teacher"."""
         return teachers_by_name(self.teacher)
 
+    @property
+    def plugins(self) -> list[Use]:
+        """The user's own functions in it, each at its key."""
+        sections: dict[str, Section | None] = {"loss": self.loss}
+        for name, its in self.teachers.items():
+            where = "teacher" if its is self.teacher else f"teacher.teachers.{name}"
+            sections[f"{where}.context"] = its.context
+        found = [own.use(key) for key, own in sections.items() if isinstance(own, Function)]
+        if self.reward is not None and isinstance(self.reward.rule, Plugin):
+            found.append(Use("reward.rule", self.reward.rule, OF_A_COMPLETION))
+        for k, metric in enumerate(self.train.metrics):
+            found.append(Use(f"train.metrics.{k}", metric, OF_A_COMPLETION))
+        return found
+
 
 class Recipe(RecipeSections):
     """How a student is trained: where completions come from, the objective, the optimizer, the loop's settings.
@@ -101,20 +115,6 @@ class Recipe(RecipeSections):
         if isinstance(self.loss, NLL) or (self.reward is not None and self.reward.alpha == 0):
             return None
         return f"loss {self.loss.type}"
-
-    @property
-    def plugins(self) -> list[Use]:
-        """The user's own functions in it, each at its key."""
-        sections: dict[str, Section | None] = {"loss": self.loss}
-        for name, its in self.teachers.items():
-            where = "teacher" if its is self.teacher else f"teacher.teachers.{name}"
-            sections[f"{where}.context"] = its.context
-        found = [own.use(key) for key, own in sections.items() if isinstance(own, Function)]
-        if self.reward is not None and isinstance(self.reward.rule, Plugin):
-            found.append(Use("reward.rule", self.reward.rule, OF_A_COMPLETION))
-        for k, metric in enumerate(self.train.metrics):
-            found.append(Use(f"train.metrics.{k}", metric, OF_A_COMPLETION))
-        return found
 
     @property
     def prompts(self) -> int:

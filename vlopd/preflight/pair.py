@@ -357,7 +357,7 @@ def compute_row(asked: str, config: ExperimentConfig, device: torch.device) -> C
     compute, why = config.precision.resolved, "as set"
     if asked == "auto":
         has = "with" if compute == "bf16" else "without"
-        why = f"auto: a CPU {has} bf16 instructions" if device.type == "cpu" else "auto: a GPU"
+        why = f"auto: a CPU {has} AMX" if device.type == "cpu" else "auto: a GPU"
     return CheckRow("precision.compute", (f"{compute} ({why})",))
 
 
