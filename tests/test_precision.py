@@ -338,7 +338,10 @@ def test_stored_in_fp16_and_refused_where_that_overflows(students, make_config, 
     """`stored = "fp16"` rounds to it; a value beyond its range is one line that names tensor and remedy."""
     student = students["llm", "fp32"]
     config = make_config(
-        "llm", student=str(student), precision={"stored": "fp16"}, arms={"base": {"type": "base"}}
+        "llm",
+        student=str(student),
+        precision={"compute": "bf16", "stored": "fp16"},
+        arms={"base": {"type": "base"}},
     )
     run = RunFolder.create(tmp_path / "run", config)
     make_arm(run, config, "base")
