@@ -131,7 +131,8 @@ def test_only_the_report_makes_sentences():
 def test_constraints_pin_every_requirement():
     """Each dependency of pyproject.toml has a pinned version in constraints.txt."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["dev"] + extras["docs"]
     names = {re.split(r"[\[<>=]", line)[0].lower().replace("-", "_") for line in wanted}
     pinned = {
         line.split("==")[0].lower().replace("-", "_")

@@ -49,6 +49,7 @@ class LowRankNull(Section):
 
     type: Literal["low_rank"] = "low_rank"
     rank: Count = 8
+    """Rank of the product."""
 
 
 class UlpNull(Section):
@@ -67,11 +68,13 @@ class GeometryConfig(Section):
     """Geometry of the updates of some arms, compared with nulls."""
 
     arms: Annotated[tuple[str, ...], Unique] = ("full",)
+    """Arms whose update from the base is measured."""
     nulls: tuple[NullConfig, ...] = (GaussianNull(),)
     """Null models; each draw has the observed norm of each tensor after rounding to the stored precision."""
     null_draws: Number = 3
-    """Draws per null."""
+    """Draws of each null."""
     seed: Seed = 0
+    """Seed of the null draws and of randomised factorisations."""
     ratios: Annotated[tuple[Part, ...], Unique] = Field(
         (0.01, 0.05, 0.1, 0.2), min_length=1, max_length=7
     )
@@ -79,9 +82,9 @@ class GeometryConfig(Section):
     factorisation: Literal["gram", "svd"] = "gram"
     """`gram`: resolves singular values down to 1e-7 of the largest; `svd`: all, several times slower."""
     max_exact_side: Count = 4096
+    """Largest min(m, n) of a matrix that is factorised exactly, in rows; others are `approximate`."""
     max_exact_cost: Annotated[float, between(1, 1e30)] = 1e12
-    """Matrices with min(m, n) above max_exact_side, or m n min(m, n) above max_exact_cost, are factorised
-    approximately."""
+    """Largest m n min(m, n) of a matrix that is factorised exactly, in multiplications; others are `approximate`."""
     max_left_out: PartOrZero = 0.01
     """The largest fraction of either checkpoint's parameters that may be unpaired; more is refused."""
 
@@ -102,9 +105,13 @@ class SampledConfig(Section):
     pass@k."""
 
     n: int = Field(8, gt=1, lt=2**31)
+    """Answers per question."""
     temperature: Temperature = 1.0
+    """Sampling temperature; divides the logits."""
     top_p: Share = 1.0
+    """Nucleus sampling: keep the smallest set of most likely tokens with this probability mass, a fraction."""
     top_k: Count | None = None
+    """Top-k sampling: keep the k most likely tokens; null for all."""
 
 
 class EvalConfig(Section):
@@ -117,14 +124,17 @@ class EvalConfig(Section):
     limit: Count | None = None
     """Number of questions per task; null for all."""
     batch_size: Count = 64
+    """Prompts, or choices to score, of one forward pass."""
     fewshot: Number | None = None
     """Number of few-shot examples, with their images; null for the task's default."""
     chat_template: bool | None = None
     """Whether to apply the model's chat template; null: if it has one."""
     sampled: SampledConfig | None = None
-    """Null: greedy decoding, or the task's settings."""
+    """Sampling of several answers per question; null: greedy decoding, or the task's settings."""
     confidence: Part = 0.95
+    """Confidence level of all intervals, a fraction."""
     bootstrap_draws: Count = 10_000
+    """Bootstrap resamples per interval."""
     margin: Part = 0.02
     """Non-inferiority margin of a subnetwork against the full arm, in units of the score."""
     contrasts: Annotated[tuple[str, ...], Unique, Field(min_length=1)] | None = None
@@ -132,6 +142,6 @@ class EvalConfig(Section):
     random controls, "subnetwork - random". They are the family of Holm's correction; those that follow from the arms'
     roles stand beside them, uncorrected. Null: the family is all that follow from the roles."""
     keep_images: Number = 32
-    """Number of questions, from the first, whose images are kept for the report's examples."""
+    """Questions, from the first, whose images are kept for the report's examples."""
     during: HeldOutConfig | None = None
     """Periodic held-out evaluation during training; never affects training."""

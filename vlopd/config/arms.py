@@ -39,6 +39,7 @@ class BaseArm(Section):
 
     type: Literal["base"] = "base"
     role: Literal["base"] | None = None
+    """Role in the comparison; null for `base`."""
 
 
 class TeacherArm(Section):
@@ -46,6 +47,7 @@ class TeacherArm(Section):
 
     type: Literal["teacher"] = "teacher"
     role: Literal["teacher"] | None = None
+    """Role in the comparison; null for `teacher`."""
     teacher: str | None = None
     """Name of the teacher, where there are several."""
 
@@ -66,8 +68,9 @@ class Subspace(Section):
     of: str
     """The checkpoint whose delta from the base defines the subspace, e.g. `full@12`; see masks."""
     rank: Count = 16
+    """Singular directions kept per matrix."""
     side: Literal["right", "left", "both"] = "right"
-    """G V V^T, U U^T G, or both."""
+    """Side of the projection: `right` is G V V^T, `left` U U^T G."""
 
 
 class DistillArm(Section):
@@ -82,18 +85,28 @@ class DistillArm(Section):
         Literal["full", "replicate", "variant", "subnetwork", "control", "projection", "other"]
         | None
     ) = None
+    """Role in the comparison; null for the default of config/roles.py, which must be unambiguous."""
     seed: Seed
-    """Seed of data order and sampling. Default 1; 2 for an arm with a mask, since evaluating a mask on the data that
-    selected it is optimistically biased."""
+    """Seed of data order and sampling. An arm with a mask has another by default, since evaluating a mask on the data
+    that selected it is optimistically biased; `seeds = [1, 2]` makes one arm per seed."""
     mask: str | None = None
+    """Name of the mask whose coordinates train; null for all coordinates."""
     teacher: Table | None = None
+    """Overrides settings of `teacher` for this arm."""
     data: Table | None = None
+    """Overrides settings of `data` for this arm."""
     rollout: Table | None = None
+    """Overrides settings of `rollout` for this arm."""
     loss: Table | None = None
+    """Overrides settings of `loss` for this arm; another `type` replaces the whole section."""
     reward: Table | None = None
+    """Overrides settings of `reward` for this arm, or adds a reward to it."""
     optim: Table | None = None
+    """Overrides settings of `optim` for this arm; another `type` replaces the whole section."""
     train: Table | None = None
+    """Overrides settings of `train` for this arm."""
     subspace: Subspace | None = None
+    """Projects gradients onto the subspace of an early update; null for none."""
 
     @property
     def own(self) -> dict[str, Table]:
@@ -120,8 +133,11 @@ class TransplantArm(Section):
 
     type: Literal["transplant"] = "transplant"
     role: Literal["transplant", "control", "other"] | None = None
+    """Role in the comparison; null for `transplant`, or `control` under a random mask."""
     of: str = "full"
+    """The checkpoint whose delta is transplanted: an arm, `full@12`, or a folder."""
     mask: str
+    """Name of the mask on which the delta is applied."""
 
 
 class ExtrapolateArm(Section):
@@ -132,6 +148,7 @@ class ExtrapolateArm(Section):
 
     type: Literal["extrapolate"] = "extrapolate"
     role: Literal["projection", "control", "other"] | None = None
+    """Role in the comparison; null for `projection`."""
     of: str
     """The early checkpoint, e.g. `full@12`; see masks."""
     factor: Annotated[Weight, Field(gt=0)] | None = None
@@ -139,6 +156,7 @@ class ExtrapolateArm(Section):
     norm_of: str | None = None
     """Instead of a factor: the arm whose delta norm, over the whole model, is matched."""
     mask: str | None = None
+    """Name of the mask on which the delta is applied; null for all coordinates."""
 
     @model_validator(mode="after")
     def check_length(self) -> ExtrapolateArm:
@@ -154,6 +172,7 @@ class CheckpointArm(Section):
 
     type: Literal["checkpoint"] = "checkpoint"
     role: Literal["base", "teacher", "full", "variant", "other"] | None = None
+    """Role in the comparison; null for `other`."""
     model: str
     """A folder, a hub id or `builtin:NAME`."""
 
@@ -163,6 +182,7 @@ class ImportedArm(Section):
 
     type: Literal["imported"] = "imported"
     role: Literal["base", "teacher", "full", "variant", "other"] | None = None
+    """Role in the comparison; null for `other`."""
     results: str
     """lm-eval's output folder: results_*.json and samples_*.jsonl (its --log_samples)."""
 

@@ -46,7 +46,12 @@ class Section(BaseModel, metaclass=Explaining):
     finite, strings not empty; an integer is accepted as a float, a list as a tuple."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, str_min_length=1
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        str_min_length=1,
+        use_attribute_docstrings=True,  # for the configuration reference
     )
 
     @model_validator(mode="before")

@@ -44,16 +44,25 @@ class ExperimentConfig(RecipeSections):
     """All settings that determine the results of an experiment."""
 
     name: Name
+    """Name of the experiment; the run folder is `runs/NAME` unless `--out` is given."""
     title: str = Field("", min_length=0)
+    """Title of the report; empty for the name."""
     student: Annotated[ModelConfig, BeforeValidator(as_table)]
+    """The model that is trained: a name, or a table."""
     data: DataConfig
+    """The prompts, with answers where a reward or supervised training needs them."""
     precision: PrecisionConfig = PrecisionConfig()
+    """Precision of the computation and of checkpoints."""
     masks: dict[Name, MaskConfig] = Field(default_factory=dict)
-    """A random mask with `seeds = [7, 8]` expands to NAME-0 and NAME-1, as does an arm with it."""
+    """Mask rules by name. A random mask with `seeds = [7, 8]` expands to NAME-0 and NAME-1, as does an arm with it."""
     arms: dict[Name, ArmConfig]
+    """The models of the experiment by name, each made, trained or referenced as its `type` says."""
     geometry: GeometryConfig = GeometryConfig()
+    """Geometry of the arms' updates."""
     eval: EvalConfig = EvalConfig()
+    """Evaluation of the arms and their comparison."""
     tracking: TrackingConfig = TrackingConfig()
+    """Trackers for training curves."""
 
     def recipe_of(self, arm: DistillArm) -> ArmRecipe:
         """How an arm is trained: its own sections merged into the run's.

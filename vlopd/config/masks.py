@@ -68,13 +68,17 @@ Scope = Literal["tensor", "global"]
 class VisibleMask(DeltaRule):
     """Coordinates whose value changed by more than a tolerance, in the given precision.
 
-    |delta| > atol + rtol |w| and, if `ulps` is given, more than that many ulps of the precision (0: any change).
+    Selected are |delta| > atol + rtol |w| and, if `ulps` is given, more than that many ulps of the precision (0: any
+    change).
     """
 
     type: Literal["visible"] = "visible"
     atol: NonNegative = 0.0
+    """Absolute tolerance on |delta|, in units of the weights."""
     rtol: NonNegative = 0.0
+    """Relative tolerance, a multiple of |w|."""
     ulps: Number | None = None
+    """Tolerance in ulps (units in the last place) of `precision`; null for none."""
     precision: Literal["stored", "fp32", "bf16", "fp16"] = "stored"
     """Precision to which both values are rounded first."""
 
@@ -84,8 +88,11 @@ class TopFractionMask(DeltaRule):
 
     type: Literal["top_fraction"] = "top_fraction"
     fraction: Share
+    """Fraction of the coordinates that is selected."""
     by: Literal["delta", "relative_delta"] = "delta"
+    """The magnitude that ranks coordinates: `delta` is |delta|, `relative_delta` is |delta| / |w|."""
     scope: Scope = "tensor"
+    """Whether the fraction is of each tensor or of the whole model."""
 
 
 class EnergyMask(DeltaRule):
@@ -93,7 +100,9 @@ class EnergyMask(DeltaRule):
 
     type: Literal["energy"] = "energy"
     share: Share
+    """Fraction of the sum of delta^2 that the selected coordinates hold."""
     scope: Scope = "tensor"
+    """Whether the share is of each tensor or of the whole model."""
 
 
 class MagnitudeMask(MaskRule):
@@ -101,8 +110,11 @@ class MagnitudeMask(MaskRule):
 
     type: Literal["magnitude"] = "magnitude"
     which: Literal["low", "high"] = "low"
+    """`low` selects the smallest |w|, `high` the largest."""
     fraction: Share
+    """Fraction of the coordinates that is selected."""
     scope: Scope = "tensor"
+    """Whether the fraction is of each tensor or of the whole model."""
 
 
 class PrincipalMask(MaskRule):
@@ -113,8 +125,11 @@ class PrincipalMask(MaskRule):
 
     type: Literal["principal"] = "principal"
     which: Literal["principal", "off_principal"] = "principal"
+    """`principal` selects the largest magnitudes of the approximation, `off_principal` the smallest."""
     fraction: Share
+    """Fraction of each tensor's coordinates that is selected."""
     rank: Count | None = None
+    """Rank of the approximation, in singular directions; give this or `rank_fraction`."""
     rank_fraction: Share | None = None
     """Rank as a fraction of the smaller side, rounded down, at least 1."""
 
@@ -130,7 +145,9 @@ class RandomMask(MaskRule):
 
     type: Literal["random"] = "random"
     like: str
+    """Name of the mask whose counts are copied."""
     seed: Seed
+    """Seed of the draw; `seeds = [1, 2]` makes one mask per seed."""
     match: Literal["global", "module", "tensor", "magnitude", "visibility"] = "tensor"
     """The classes. global: the whole model; module: the tensors of one component and module; tensor: each tensor;
     magnitude: sixteen quantiles of |w| per tensor; visibility: binades of |w| per tensor, within which the ulp, and so
@@ -149,9 +166,11 @@ class WholeMask(MaskRule):
 
     type: Literal["whole"] = "whole"
     components: tuple[str, ...] = ()
+    """Components: `vision`, `projector`, `language`, `embedding`, `head`; empty for all."""
     layers: tuple[Number, ...] = ()
+    """Layer numbers from 0; empty for all."""
     modules: tuple[str, ...] = ()
-    """`ffn` and `attention` stand for their matrices."""
+    """Modules, such as `up` and `q`; `ffn` and `attention` stand for their matrices; empty for all."""
 
     @model_validator(mode="after")
     def check_any(self) -> WholeMask:
@@ -164,6 +183,7 @@ class Combination(MaskRule):
     """A set operation on several masks."""
 
     masks: Annotated[tuple[str, ...], Unique] = Field(min_length=2)
+    """Names of the combined masks."""
 
     @property
     def combines(self) -> tuple[str, ...]:
@@ -193,6 +213,7 @@ class ComplementMask(MaskRule):
 
     type: Literal["complement"] = "complement"
     mask: str
+    """Name of the mask whose complement is taken."""
 
     @property
     def combines(self) -> tuple[str, ...]:

@@ -58,11 +58,13 @@ class ModelConfig(Section):
     model: str = Field(min_length=1)
     """A hub id, a local folder, a .gguf file, or `builtin:NAME`."""
     revision: str | None = None
+    """Branch, tag or commit of a hub id; null for the default branch."""
     template: str | None = None
     """Replaces the model's chat template: a .jinja file, or `plain` (bare text, for base models)."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
     """Attention kernel; null for transformers' default. On CPU, eager is faster for small models."""
     trust_remote_code: bool = False
+    """Whether Python code from the model's repository may run."""
     template_arguments: dict[str, JsonValue] = Field(default_factory=dict)
     """Further variables of the chat template, such as `enable_thinking = false`."""
 
@@ -85,6 +87,7 @@ class SystemContext(Section):
 
     type: Literal["system"] = "system"
     text: str = Field(min_length=1)
+    """The system prompt."""
 
 
 class TemplateContext(Section):
@@ -92,6 +95,7 @@ class TemplateContext(Section):
 
     type: Literal["template"] = "template"
     template: str = Field(min_length=1)
+    """Jinja template of the teacher's question, over `question`, `answer` and the example's columns."""
 
 
 class ImageContext(Section):
@@ -99,6 +103,7 @@ class ImageContext(Section):
 
     type: Literal["image"] = "image"
     column: str = Field(min_length=1)
+    """Column with the image or images, or with a crop box [x0, y0, x1, y1] in pixels."""
 
 
 class CaptionContext(Section):
@@ -106,6 +111,7 @@ class CaptionContext(Section):
 
     type: Literal["caption"] = "caption"
     column: str = Field(min_length=1)
+    """Column with the text that replaces the images."""
 
 
 class FunctionContext(Function):
@@ -132,6 +138,7 @@ class TeacherConfig(ModelConfig):
 
     type: Literal["model"] = "model"
     context: ContextConfig | None = None
+    """Privileged context that the student does not get; null for none."""
     ema: Part | None = None
     """Per-step decay of the moving average of the student's weights, for `model = "student"`; null keeps them fixed."""
 
@@ -164,7 +171,9 @@ class RoutedTeachers(Section):
 
     type: Literal["routed"] = "routed"
     field: str
+    """Column of the data with the teacher's name, for every example."""
     teachers: Named = Field(min_length=1)
+    """Teachers by name: a model's name or table each."""
 
 
 class MixedTeachers(Section):
@@ -172,6 +181,7 @@ class MixedTeachers(Section):
 
     type: Literal["mixed"] = "mixed"
     teachers: Named = Field(min_length=1)
+    """Teachers by name: a model's name or table each."""
     weights: dict[str, Annotated[Weight, Field(gt=0)]] = Field(default_factory=dict)
     """Relative weights by teacher; equal by default."""
 

@@ -29,8 +29,11 @@ class MixedSource(Section):
 
     type: Literal["mixture"] = "mixture"
     student: Weight = 0.0
+    """Relative weight of the student's samples."""
     teacher: Weight = 0.0
+    """Relative weight of the teacher's samples."""
     data: Weight = 0.0
+    """Relative weight of the data's answers."""
 
     @property
     def shares(self) -> dict[Writer, float]:
@@ -63,9 +66,11 @@ class RolloutConfig(Section):
     """Where completions come from, and how they are sampled."""
 
     source: SourceConfig = OneSource()
+    """Where completions come from: `student` (OPD), `teacher`, `data`, or a mixture."""
     max_new_tokens: Count = 16
-    """Longer answers of the data are truncated."""
+    """Largest number of completion tokens; longer answers of the data are truncated."""
     completions_per_prompt: Count = 1
+    """Completions sampled per prompt; a reward compares them and needs at least 2."""
     temperature: Temperature = 1.0
     """Sampling temperature; a loss has its own temperatures."""
     top_k: Count | None = None
@@ -94,6 +99,7 @@ class TopK(Section):
     """The k most likely tokens at each position; the selection is not differentiated."""
 
     k: Count = 64
+    """Tokens kept, per model."""
     tail: Literal["bucket", "renormalise", "none"] = "bucket"
     """Treatment of the other tokens: `bucket` merges them into one token (a divergence again), `renormalise` divides by
     the mass inside (0 where one model bans all tokens inside), `none` omits them (not a divergence: the KLs can be
@@ -145,6 +151,7 @@ class Divergence(Loss):
     """A sum over a support at every completion token. Below, q is the student and p the teacher."""
 
     support: SupportConfig = FullSupport()
+    """The tokens over which the divergence is summed."""
     student_temperature: Temperature = 1.0
     """Divides the student's logits in the loss (the sampling has its own, rollout.temperature)."""
     teacher_temperature: Temperature = 1.0
@@ -182,6 +189,7 @@ class JSD(Divergence):
 
     type: Literal["jsd"] = "jsd"
     beta: Weight = Field(0.5, le=1)
+    """Teacher's weight in the mixture m, a fraction."""
     normalised: bool = False
     """Divides by beta (1 - beta): forward KL at 0, reverse KL at 1, continuous, and of equal curvature at q = p."""
 
@@ -200,6 +208,7 @@ class SkewReverseKL(Divergence):
 
     type: Literal["skew_reverse_kl"] = "skew_reverse_kl"
     alpha: PartOrZero = 0.1
+    """Student's weight in the mixture, a fraction."""
 
 
 class SkewForwardKL(Divergence):
@@ -207,6 +216,7 @@ class SkewForwardKL(Divergence):
 
     type: Literal["skew_forward_kl"] = "skew_forward_kl"
     alpha: PartOrZero = 0.1
+    """Teacher's weight in the mixture, a fraction."""
 
 
 class FunctionLoss(Function, Divergence):
@@ -238,7 +248,7 @@ class K1(Estimator):
 
     type: Literal["k1"] = "k1"
     clip: Part | None = 0.2
-    """PPO's clip range of the student's to the sampler's probability ratio; null for none."""
+    """Largest deviation from 1 of the student's to the sampler's probability ratio (PPO's clip); null for none."""
 
 
 class K2(Estimator):
@@ -279,4 +289,4 @@ class RewardConfig(Section):
     scale: Literal["std", "none"] = "std"
     """Whether advantages are divided by their group's standard deviation (GRPO) or left (arXiv 2503.20783)."""
     clip: Part | None = 0.2
-    """PPO's clip range of the importance ratio, also of k1's part; null for none."""
+    """Largest deviation from 1 of the importance ratio (PPO's clip), also of k1's part; null for none."""

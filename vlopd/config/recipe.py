@@ -35,12 +35,18 @@ class RecipeSections(Section):
     """
 
     teacher: TeachersConfig | None = None
-    """Null where nothing is learned from one: supervised fine-tuning on the data, or a reward with alpha = 0."""
+    """The model or models that score completions. Null where nothing is learned from one: supervised fine-tuning on the
+    data, or a reward with alpha = 0."""
     rollout: RolloutConfig = RolloutConfig()
+    """Where completions come from and how they are sampled."""
     loss: LossConfig = ReverseKL()
+    """The objective at the completion's tokens."""
     reward: RewardConfig | None = None
+    """Verifiable reward of whole completions; null for none."""
     optim: OptimConfig = AdamW()
+    """The optimizer and its schedule."""
     train: TrainConfig
+    """Length and batch sizes of the training."""
 
     @property
     def teachers(self) -> dict[str, TeacherConfig]:
@@ -201,6 +207,7 @@ class ArmRecipe(Recipe):
     """How an arm of a run is trained: with its data and, where it needs one, its teacher."""
 
     data: DataConfig
+    """The prompts, with answers where a reward or supervised training needs them."""
 
     @property
     def plugins(self) -> list[Use]:

@@ -27,11 +27,15 @@ class ComponentRates(Section):
     """Factors of the learning rate by component (models/parameter_names.py); component "other" has factor 1."""
 
     vision: Factor = 1.0
+    """Factor of the vision tower's learning rate."""
     projector: Factor = 1.0
+    """Factor of the projector's learning rate."""
     language: Factor = 1.0
+    """Factor of the language model's learning rate, embedding and head excepted."""
     embedding: Factor = 1.0
-    """A head tied to the embedding counts as embedding."""
+    """Factor of the embedding's learning rate; a head tied to the embedding counts as embedding."""
     head: Factor = 1.0
+    """Factor of the output layer's learning rate."""
 
 
 Decay = PartOrZero
@@ -45,15 +49,19 @@ class OptimizerBase(Section):
     """Settings of all optimizers. They update the fp32 values of the trained coordinates and nothing else."""
 
     learning_rate: Positive = 1e-6
+    """Peak learning rate: the factor of the optimizer's step, in units of the weights."""
     component_rates: ComponentRates = ComponentRates()
     """`{vision = 0.1}` trains the vision tower at a tenth of the rate; to freeze it: train.freeze."""
     weight_decay: WeightDecay = 0.0
-    """AdamW, Lion and Muon: values *= 1 - rate * decay. SGD and RMSProp add decay * values to the gradient. A parameter
-    unused in a step (a vision tower, without a picture) is skipped, decay and momentum included."""
+    """Decay of the trained values towards 0. AdamW, Lion and Muon: values *= 1 - rate * decay. SGD and RMSProp add
+    decay * values to the gradient. A parameter unused in a step (a vision tower, without a picture) is skipped, decay
+    and momentum included."""
     max_grad_norm: Positive | None = 1.0
-    """Clips the gradient's norm over trained coordinates; null for no clipping."""
+    """Largest norm of the gradient over trained coordinates, in units of the gradient; null for no clipping."""
     warmup_steps: Number = 0
+    """Steps of linear warm-up from near 0 to the learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay after the warm-up: none, or linear or cosine to 0 after the last step."""
 
 
 class AdamW(OptimizerBase):
@@ -61,7 +69,9 @@ class AdamW(OptimizerBase):
 
     type: Literal["adamw"] = "adamw"
     betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay per step of the averages of gradients and of squared gradients."""
     eps: Epsilon = 1e-8
+    """Added to the root of the second moment, in units of the gradient."""
 
 
 class SGD(OptimizerBase):
@@ -69,8 +79,9 @@ class SGD(OptimizerBase):
 
     type: Literal["sgd"] = "sgd"
     momentum: Decay = 0.9
+    """Decay of the momentum per step."""
     nesterov: bool = False
-    """Steps along g + momentum * b."""
+    """Whether the update is along g + momentum * b."""
 
     @model_validator(mode="after")
     def check_momentum(self) -> SGD:
@@ -86,7 +97,9 @@ class RMSProp(OptimizerBase):
     alpha: Decay = 0.99
     """Decay of the average of squared gradients."""
     eps: Epsilon = 1e-8
+    """Added to the root of the second moment, in units of the gradient."""
     momentum: Decay = 0.0
+    """Decay of the momentum per step; 0 for none."""
 
 
 class Lion(OptimizerBase):
@@ -94,6 +107,7 @@ class Lion(OptimizerBase):
 
     type: Literal["lion"] = "lion"
     betas: tuple[Decay, Decay] = (0.9, 0.99)
+    """Decay per step of the average in the sign, and of the average that is kept."""
 
 
 class Muon(OptimizerBase):
@@ -105,14 +119,18 @@ class Muon(OptimizerBase):
 
     type: Literal["muon"] = "muon"
     momentum: Decay = 0.95
+    """Decay of the momentum per step."""
     nesterov: bool = True
+    """Whether the update is along g + momentum * b."""
     scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """Factor of a matrix's rate: 0.2 sqrt(max(m, n)), for which AdamW's rates suit (arXiv 2502.16982), or the original
     sqrt(max(1, m / n))."""
     adamw_learning_rate: Positive | None = None
-    """Rate of AdamW's part; null for `learning_rate`."""
+    """Learning rate of AdamW's part, in units of the weights; null for `learning_rate`."""
     adamw_betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay per step of AdamW's averages of gradients and of squared gradients."""
     adamw_eps: Epsilon = 1e-8
+    """Added to the root of AdamW's second moment, in units of the gradient."""
 
 
 def as_optimizer(value: Any) -> Any:
