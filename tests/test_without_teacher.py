@@ -116,12 +116,16 @@ def test_distill_in_a_notebook(kind, folders, tmp_path):
     )
     student = str(folders[kind, "student"])
     data = load_data(ShapesData(modality=modality), recipe.prompts)
-    trained = distill(load_pair(student, recipe.teacher), data, recipe, out=tmp_path / "x", seed=1)
+    trained = distill(
+        load_pair(student, recipe.teacher, compute="bf16"), data, recipe, out=tmp_path / "x", seed=1
+    )
     assert trained.metrics.step.tolist() == [0, 1]
     trained.save(tmp_path / "saved")
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert {x.dtype for x in saved.values()} == {torch.bfloat16}  # as in the student's checkpoint
-    before, again = load_pair(student), load_pair(str(tmp_path / "saved"))
+    before, again = (
+        load_pair(folder, compute="bf16") for folder in (student, str(tmp_path / "saved"))
+    )
     old = dict(before.student.model.named_parameters())
     now = dict(trained.student.model.named_parameters())
     reread = dict(again.student.model.named_parameters())
@@ -134,7 +138,7 @@ def test_distill_in_a_notebook(kind, folders, tmp_path):
         ConfigError, match=r"the pair's teachers are .*-student'\], the recipe's .*-teacher'\]"
     ):
         distill(pair, data, recipe, out=tmp_path / "y")
-    pair = load_pair(student, recipe.teacher)
+    pair = load_pair(student, recipe.teacher, compute="bf16")
     with pytest.raises(ConfigError, match="y: the data has no examples"):
         distill(pair, [], recipe, out=tmp_path / "y")
     mask = {name: torch.ones_like(its) for name, its in pair.student.model.named_parameters()}
