@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import json
 import re
 import sys
@@ -134,14 +135,30 @@ def front_door() -> dict[str, str]:
 
 
 def tutorial(path: Path) -> str:
-    """A notebook as Markdown: its text and its code."""
+    """A notebook as Markdown: its text, its code, and the outputs that scripts/run_tutorials.py saved."""
     pieces = []
     for cell in json.loads(path.read_text())["cells"]:
         text = "".join(cell["source"])
         pieces.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        pieces += map(shown, cell.get("outputs", ()))
     heading, *rest = pieces
     download = f"[Download this notebook]({path.name}){{: download }}"
     return "\n\n".join([heading, download, *rest])
+
+
+def shown(output: dict[str, Any]) -> str:
+    """One output of a notebook's cell as Markdown."""
+    data = {kind: "".join(content) for kind, content in output.get("data", {}).items()}
+    if picture := data.get("image/png"):
+        return f'<img alt="output" src="data:image/png;base64,{picture.strip()}">'
+    if drawing := data.get("image/svg+xml"):
+        encoded = base64.b64encode(drawing.encode()).decode()
+        return f'<img alt="output" src="data:image/svg+xml;base64,{encoded}">'
+    if page := data.get("text/html"):
+        lines = [line.strip() for line in page.splitlines() if line.strip()]
+        return f'<div class="output">{"".join(lines)}</div>'
+    text = data.get("text/plain") or "".join(output.get("text", ()))
+    return f"```text\n{text.rstrip()}\n```"
 
 
 # -------------------------------------------------------------------------------------------- hook
