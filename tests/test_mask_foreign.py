@@ -344,6 +344,7 @@ def test_a_run_takes_masks_in_any_format(tmp_path, mask, linear):
             "name": "foreign",
             "student": "builtin:shapes-text-student",
             "teacher": "builtin:shapes-text-teacher",
+            "precision": {"compute": "fp32"},
             "data": {"type": "shapes", "modality": "text"},
             "optim": {"learning_rate": 1e-3},
             "train": {"steps": 1, "prompts_per_step": 1},

@@ -18,7 +18,7 @@ from vlopd.config.masks import DeltaRule, FileMask, FunctionMask, MaskConfig, Ma
 from vlopd.digests import digest_checkpoint
 from vlopd.errors import ConfigError, RunError
 from vlopd.masks.compare import density
-from vlopd.masks.files import check_shapes, load_mask, save_mask
+from vlopd.masks.files import check_base, load_mask, save_mask
 from vlopd.masks.foreign import is_foreign
 from vlopd.masks.importing import import_mask
 from vlopd.masks.rules import build_mask
@@ -26,7 +26,6 @@ from vlopd.models.parameter_names import classify
 from vlopd.run.resolve import plugin_content
 from vlopd.weights.checks import refuse_unlike_config
 from vlopd.weights.delta import Deltas, stream
-from vlopd.weights.reader import Weights
 
 
 class MaskTensors(dict[str, Tensor]):
@@ -160,7 +159,7 @@ def make_mask(
     for folder in dict.fromkeys((before, after)):
         refuse_unlike_config(folder)
     for mask in named.values():
-        _check_shapes(before, mask)
+        check_base(mask, before)
     inputs |= _origin(parsed, named) | {"base": digest_checkpoint(before, whole=True)}
     if trained is not None:
         inputs["of"] = digest_checkpoint(after, whole=True)
@@ -232,13 +231,3 @@ def _build(rule: MaskConfig, deltas: Deltas | tuple[()], named: Mapping[str, Mas
         raise
     except ValueError as error:
         raise RunError(f"{', '.join(named) or rule.type}: {error}") from None
-
-
-def _check_shapes(base: Path, mask: Mapping[str, Tensor]) -> None:
-    """Raises RunError for a checkpoint whose tensors do not match the mask."""
-    with Weights(base) as weights:
-        shapes = {n: weights.shape(n) for n in weights.names() if weights.is_parameter(n)}
-    try:
-        check_shapes(mask, shapes)
-    except RunError as error:
-        raise RunError(f"{base}: {error}") from None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -18,9 +18,6 @@ from vlopd.config.masks import FunctionMask, MaskConfig
 from vlopd.errors import ConfigError, RunError
 from vlopd.files import write_json
 from vlopd.run.folder import RunFolder
-
-if TYPE_CHECKING:
-    from vlopd.masks.rules import Mask
 
 app = typer.Typer(no_args_is_help=True, help="Makes, combines, shows and compares masks.")
 MaskFile = Annotated[Path, typer.Argument(help="mask file (*.safetensors)")]
@@ -276,7 +273,7 @@ def compare(
 ) -> None:
     """Compares two masks: Jaccard index, coverage both ways and enrichment over chance; globally, by tensor, by |w|."""
     from vlopd.masks.compare import overlap, overlap_by_class, overlap_by_tensor, sum_overlaps
-    from vlopd.masks.files import load_mask
+    from vlopd.masks.files import check_base, load_mask
     from vlopd.masks.rules import quantiles
     from vlopd.models.parameter_names import classify
     from vlopd.weights.delta import stream
@@ -291,7 +288,7 @@ def compare(
         "each tensor": sum_overlaps(tensors.values()),
     }
     if base is not None:
-        _check_base(base, mask_a)
+        check_base(mask_a, base)
         pairs = stream(base, base, classify)
         classes = ((pair.name, quantiles(pair.base)) for pair in pairs)
         rows["each tensor's quantiles of |w|"] = overlap_by_class(mask_a, mask_b, classes)
@@ -321,16 +318,3 @@ def compare(
         }
         write_json(out, content)
         print_artifact("comparison", out, True)
-
-
-def _check_base(base: Path, mask: Mask) -> None:
-    """Raises RunError for a checkpoint whose tensors do not match the mask."""
-    from vlopd.masks.files import check_shapes
-    from vlopd.weights.reader import Weights
-
-    with Weights(base) as weights:
-        shapes = {n: weights.shape(n) for n in weights.names() if weights.is_parameter(n)}
-    try:
-        check_shapes(mask, shapes)
-    except RunError as error:
-        raise RunError(f"{base}: {error}") from None

@@ -51,7 +51,7 @@ from vlopd.data.mixture import MixtureDataset
 from vlopd.errors import ConfigError, DataError, PluginError, RunError, UserError, first_line
 from vlopd.masks.files import check_shapes, load_mask
 from vlopd.masks.foreign import is_foreign, open_foreign
-from vlopd.masks.importing import align, under_names_of
+from vlopd.masks.importing import align, in_parameter_names
 from vlopd.masks.rules import Mask, whole_parameters
 from vlopd.models import families, parameter_names
 from vlopd.models.load import DTYPES, load_configured, load_model_config, resolve
@@ -354,15 +354,13 @@ def extent(rule: MaskConfig, parts: Sequence[Extent]) -> Extent:
 
 def mask_of_file(path: Path, student: LoadedModel) -> Mask:
     """A mask file's parameters. Raises RunError where it is damaged, or of another model."""
-    parameters = dict(student.model.named_parameters())
-    others = set(student.model.state_dict()) - set(parameters)  # running means, tied names
-    shapes = {n: tuple(p.shape) for n, p in parameters.items()}
+    shapes = {n: tuple(p.shape) for n, p in student.model.named_parameters()}
     if is_foreign(path):
-        return align(open_foreign(path), shapes, student.model.config, others).mask
-    held = {n: m for n, m in load_mask(path)[0].items() if n not in others}
-    held = under_names_of(held, shapes, student.model.config)
+        buffers = student.model.state_dict().keys() - shapes.keys()
+        return align(open_foreign(path), shapes, student.model.config, buffers).mask
+    held = in_parameter_names(load_mask(path)[0], student)
     try:
-        check_shapes(held, {n: p.shape for n, p in parameters.items()})
+        check_shapes(held, shapes)
     except RunError as error:
         raise RunError(f"{path}: {error}") from None
     return held
