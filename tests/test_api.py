@@ -243,16 +243,16 @@ def test_masks_that_cannot_be_made(rule, given, message):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished miniature run on the built-in text pair."""
-    student, teacher = "builtin:shapes-text-student", "builtin:shapes-text-teacher"
+def run(folders, tmp_path_factory):
+    """A finished miniature run."""
     config = {
         "name": "mini",
-        "student": student,
-        "teacher": teacher,
+        "student": str(folders["llm", "student"]),
+        "teacher": str(folders["llm", "teacher"]),
         "precision": {"compute": "fp32"},
         "data": {"type": "shapes", "modality": "text"},
         "train": {"steps": 2, "prompts_per_step": 4, "sample_every": 1},
+        "rollout": {"max_new_tokens": 4},
         "optim": {"learning_rate": 1e-3},
         "masks": {"top": {"type": "top_fraction", "fraction": 0.1}},
         "arms": {
