@@ -225,7 +225,7 @@ def test_masks_of_masks_and_files(whole, tmp_path):
         ({"type": "visible"}, {"base": 1}, "reads the update; give base and trained"),
         ({"type": "whole", "modules": ["ffn"]}, {"base": 1, "trained": 1}, "leave out trained"),
         ({"type": "visible", "of": "full"}, {"base": 1, "trained": 1}, "names an arm of a run"),
-        ({"type": "complement", "mask": "m"}, {}, "no mask 'm': masks is empty, and there is no"),
+        ({"type": "complement", "mask": "m"}, {}, "no mask 'm': there is no such file$"),
         ({"type": "visibel"}, {}, "rule: type: must be one of 'visible'"),
         ({"type": "union", "masks": ["a", "b"]}, {"masks": 1}, "belong to different models"),
     ],

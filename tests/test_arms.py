@@ -428,6 +428,7 @@ def test_two_jobs_train_arms_of_one_run_at_once(kind, folders, tmp_path):
 name = "two"
 student = "{folders[kind, "student"]}"
 teacher = "{folders[kind, "teacher"]}"
+precision = {{compute = "fp32"}}
 data = {{type = "shapes", modality = "text"}}
 rollout = {{max_new_tokens = 4}}
 train = {{steps = 2, prompts_per_step = 2}}
@@ -474,7 +475,7 @@ full = {{type = "distill", seeds = [1, 2]}}
 
 def test_what_a_killed_job_left_is_swept_when_nobody_else_is_there(tmp_path):
     """Unfinished files stay while another process works in the folder, and go when one opens it alone."""
-    config = experiment()
+    config = experiment().with_compute("fp32")
     first = RunFolder.create(tmp_path, config)
     left = tmp_path / "arms" / ".unfinished-0123456789abcdef"
     left.mkdir(parents=True)

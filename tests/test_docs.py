@@ -203,7 +203,7 @@ def check_command(words: list[str], folder: Path) -> None:
 
 
 def test_tutorials_run(tmp_path, monkeypatch):
-    """Every cell of every tutorial runs with a step and four questions, in one kernel, whose names are cleared between."""
+    """Every cell of every tutorial runs with a step and four questions, in one kernel, its names cleared between."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     cells = []
     for path in sorted(ROOT.glob("docs/tutorials/*.ipynb")):

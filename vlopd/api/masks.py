@@ -110,6 +110,7 @@ def make_mask(
     trained: Checkpoint | None = None,
     *,
     masks: Mapping[str, Mapping[str, Tensor]] = {},
+    allow_other_base: bool = False,
 ) -> MaskTensors:
     """Makes a mask of two checkpoints, or of other masks.
 
@@ -120,6 +121,7 @@ def make_mask(
         trained: the checkpoint after training, for rules that read the update.
         masks: masks by the names that the rule combines (`like`, `mask`, `masks`); a name that is not among them is
             a mask file.
+        allow_other_base: combine masks of different base checkpoints (recorded in every later artifact).
 
     Returns MaskTensors, in the names and shapes of the base's tensors. Raises ConfigError for an invalid rule or a
     missing checkpoint or mask, RunError for checkpoints or masks of different models.
@@ -144,7 +146,7 @@ def make_mask(
     if base is None:
         _refuse_without_base(parsed, trained)
         mask = _build(parsed, (), named)
-        return MaskTensors(mask, inputs | _origin(parsed, named))
+        return MaskTensors(mask, inputs | _origin(parsed, named, allow_other_base))
     if own is not None:
         inputs["plugins"] = plugin_content([own], whole=True)
         own.check()
@@ -160,7 +162,9 @@ def make_mask(
         refuse_unlike_config(folder)
     for mask in named.values():
         check_base(mask, before)
-    inputs |= _origin(parsed, named) | {"base": digest_checkpoint(before, whole=True)}
+    inputs |= _origin(parsed, named, allow_other_base) | {
+        "base": digest_checkpoint(before, whole=True)
+    }
     if trained is not None:
         inputs["of"] = digest_checkpoint(after, whole=True)
     deltas = stream(before, after, classify)
@@ -196,8 +200,8 @@ def _named(name: str, masks: Mapping[str, Mapping[str, Tensor]]) -> MaskTensors:
         mask = masks[name]
         return mask if isinstance(mask, MaskTensors) else MaskTensors(mask)
     if not Path(name).is_file():
-        known = f"masks has {', '.join(masks)}" if masks else "masks is empty"
-        raise ConfigError(f"no mask {name!r}: {known}, and there is no such file")
+        known = f", and masks has {', '.join(masks)}" if masks else ""
+        raise ConfigError(f"no mask {name!r}: there is no such file{known}")
     return read_mask(name)
 
 
@@ -210,18 +214,27 @@ def _refuse_without_base(rule: MaskConfig, trained: Checkpoint | None) -> None:
         raise ConfigError(f"a mask of type {rule.type!r} reads checkpoints; give {needs}")
 
 
-def _origin(rule: MaskRule, named: Mapping[str, MaskTensors]) -> dict[str, Any]:
-    """The digests of the masks that a rule reads, and the base that they have in common."""
+def _origin(
+    rule: MaskRule, named: Mapping[str, MaskTensors], allow_other_base: bool
+) -> dict[str, Any]:
+    """The digests of the masks that a rule reads, the first one's base, and the other bases."""
     found: dict[str, Any] = {}
     if isinstance(rule, RandomMask):
         found["like"] = named[rule.like].digest
     elif named:
         found["masks"] = {name: mask.digest for name, mask in named.items()}
-    bases = {name: mask.inputs["base"] for name, mask in named.items() if "base" in mask.inputs}
-    if len(set(bases.values())) > 1:
-        about = ", ".join(f"{name} of {digest[:12]}" for name, digest in bases.items())
-        raise RunError(f"the masks are of different base checkpoints: {about}")
-    return found | ({"base": next(iter(bases.values()))} if bases else {})
+    others: dict[str, str] = {}
+    for name, mask in named.items():
+        its = mask.inputs.get("base")
+        if its is not None and its != found.setdefault("base", its):
+            if not allow_other_base:
+                raise RunError(
+                    f"{name} was made from base checkpoint {its[:12]}, {next(iter(named))} from {found['base'][:12]}; "
+                    "allow it with allow_other_base (--allow-other-base), recorded in every later artifact"
+                )
+            others[name] = its
+        others |= mask.inputs.get("other_base", {})
+    return found | ({"other_base": others} if others else {})
 
 
 def _build(rule: MaskConfig, deltas: Deltas | tuple[()], named: Mapping[str, MaskTensors]) -> Any:

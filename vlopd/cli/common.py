@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vlopd.config.arms import expand_seeds
-from vlopd.config.experiment import merge
-from vlopd.config.input import parse_override
+from vlopd.config.input import merged
 from vlopd.errors import ConfigError
 from vlopd.files import is_first_process, read_json
 from vlopd.plugins import Use
@@ -105,9 +104,7 @@ def refuse(options: dict[str, Any], remedy: str) -> None:
 
 def settings_of(lines: list[str] | None, options: Collection[str]) -> dict[str, Any]:
     """The table of `--set` lines. Raises ConfigError for a key that is one of the command's options or arguments."""
-    tree: dict[str, Any] = {}
-    for line in lines or ():
-        merge(tree, parse_override(line))
+    tree = merged({}, lines or ())
     for key in tree:
         if key in options:
             raise ConfigError(f"--set {key}: is no setting; give it as an argument or as --{key}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -95,43 +95,17 @@ def combine(
     allow_other_base: AllowOtherBase = False,
 ) -> None:
     """Combines mask files by a set operation."""
-    from vlopd.config.masks import ComplementMask
-    from vlopd.masks.files import load_mask, save_mask
-    from vlopd.masks.rules import build_mask, combine
-    from vlopd.models.parameter_names import classify
+    from vlopd.api.masks import make_mask
 
-    if (operation == "complement") != (len(files) == 1):
+    is_complement = operation == "complement"
+    if is_complement != (len(files) == 1):
         raise ConfigError(
-            f"{operation} takes {'one file' if operation == 'complement' else 'two or more files'}"
+            f"{operation} takes {'one file' if is_complement else 'two or more files'}"
         )
-    loaded = [load_mask(path) for path in files]
-    first = loaded[0][1]["inputs"]["base"]
-    foreign: dict[str, str] = {}
-    for path, (_, about) in zip(files, loaded, strict=True):
-        its = about["inputs"]["base"]
-        if its != first:
-            if not allow_other_base:
-                raise RunError(
-                    f"{path} was made from base checkpoint {its[:12]}, {files[0]} from {first[:12]}; "
-                    "pass --allow-other-base (recorded in every later artifact)"
-                )
-            foreign[str(path)] = its
-        foreign |= about["inputs"].get("other_base", {})
-    try:
-        if operation == "complement":
-            rule = ComplementMask(mask="mask")
-            mask = build_mask(rule, masks={"mask": loaded[0][0]})
-        else:
-            mask = combine(operation, [mask for mask, _ in loaded])
-    except ValueError as error:
-        raise RunError(f"{', '.join(map(str, files))}: {error}") from None
-    inputs: dict[str, Any] = {
-        "rule": {"type": operation, "files": [str(path) for path in files]},
-        "base": first,
-        "masks": {str(p): about["digest"] for p, (_, about) in zip(files, loaded, strict=True)},
-    }
-    save_mask(out, mask, inputs | ({"other_base": foreign} if foreign else {}), classify)
-    print_artifact("mask", out, True)
+    names = [str(path) for path in files]
+    rule = {"type": operation, **({"mask": names[0]} if is_complement else {"masks": names})}
+    mask = make_mask(rule, allow_other_base=allow_other_base)
+    print_artifact("mask", mask.save(out), True)
 
 
 @app.command("import")

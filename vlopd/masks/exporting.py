@@ -12,7 +12,8 @@ from torch import Tensor
 from vlopd.errors import RunError
 from vlopd.files import whole_file, write_json
 from vlopd.masks.files import check_base, load_mask
-from vlopd.masks.foreign import INDICES, SHIRA_INDICES, SHIRA_WEIGHT, Format, first_names
+from vlopd.masks.foreign import INDICES, SHIRA_INDICES, SHIRA_WEIGHT, Format
+from vlopd.models.integrity import first_names
 from vlopd.weights.adapters import CONFIG, PREFIX, WEIGHTS
 from vlopd.weights.delta import stream_whole
 from vlopd.weights.matching import known_config
@@ -77,7 +78,7 @@ def _export_shira(
     others = [name for name in marked if names.get(name) not in linear]
     if others and not linear_only:
         raise RunError(
-            f"{file}: {first_names(others, 1)} not of linear layers, which alone SHiRA adapts; export booleans or "
+            f"{file}: SHiRA adapts linear layers alone, not {first_names(others)}; export booleans or "
             "indices, or leave them out with --linear-only"
         )
     marked = {name: its for name, its in marked.items() if name not in others}
@@ -112,7 +113,7 @@ def _export_shira(
     write_json(out / CONFIG, about)
     if others:
         n = sum(int(mask[name].sum()) for name in others)
-        lines.append(f"{n:,} coordinates are not of linear layers: {first_names(others, 3)}")
+        lines.append(f"{n:,} coordinates are not of linear layers: {first_names(others)}")
     return lines
 
 

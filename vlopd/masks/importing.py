@@ -17,7 +17,8 @@ from torch import Tensor
 
 from vlopd.digests import digest_checkpoint, file_digest
 from vlopd.errors import RunError
-from vlopd.masks.foreign import Entry, ForeignMask, Format, Shape, first_names, open_foreign
+from vlopd.masks.foreign import Entry, ForeignMask, Format, Shape, open_foreign
+from vlopd.models.integrity import first_names
 from vlopd.weights.delta import assemble
 from vlopd.weights.matching import (
     EMBEDDING,
@@ -46,17 +47,17 @@ class Aligned(NamedTuple):
     ignored: list[str]
     """Names of the source that the model lacks."""
 
-    def summary(self, most: int = 3) -> list[str]:
+    def summary(self) -> list[str]:
         """A line on the parameters that are not mentioned, and one on ignored names; none where there are none."""
         lines = []
         if self.unmentioned:
             n = sum(self.mask[name].numel() for name in self.unmentioned)
             lines.append(
                 f"{len(self.unmentioned)} of {len(self.mask)} parameters ({n:,} coordinates) are not in the file, and "
-                f"so not in the mask: {first_names(self.unmentioned, most)}"
+                f"so not in the mask: {first_names(self.unmentioned)}"
             )
         if self.ignored:
-            lines.append(f"ignored, as the base lacks them: {first_names(self.ignored, most)}")
+            lines.append(f"ignored, as the base lacks them: {first_names(self.ignored)}")
         return lines
 
 
@@ -116,7 +117,7 @@ def align(
             mask[name] = torch.zeros(shapes[name], dtype=torch.bool)
     if not any(bool(marked.any()) for marked in mask.values()):
         raise RunError(
-            f"{source}: the mask is empty: no coordinate of {first_names(sorted(entries), 3)} is in it"
+            f"{source}: the mask is empty: no coordinate of {first_names(sorted(entries))} is in it"
         )
     unmentioned = [name for name in mask if name not in names and name not in converted]
     return Aligned(mask, unmentioned, ignored)
