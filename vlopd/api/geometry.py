@@ -172,16 +172,7 @@ def geometry(
     digests = {path: digest_checkpoint(path, whole=True) for path in (before, *after)}
     notes = []
     for (name, folder), path in zip(folders.items(), after, strict=True):
-        layouts = [its / "config.json" for its in (before, path) if (its / "config.json").is_file()]
-        inputs = {
-            "base": digests[before],
-            "trained": digests[path],
-            "configs": digest_json([file_digest(each) for each in layouts]),
-            "settings": config.model_dump(mode="json"),
-        }
-        if not up_to_date(folder / "summary.json", inputs):
-            measure_checkpoint(before, path, folder, config, inputs, workers=workers, device=device)
-        summary = read_json(folder / "summary.json")
+        summary = _measure(before, path, folder, config, digests, workers, device)
         if narrowed := summary["tensors_narrowed"]:
             notes.append(
                 f"{narrowed} of {summary['tensors']} tensors are stored in lower precision in {shown[name]} than in "
@@ -201,6 +192,28 @@ def geometry(
     titles = [column.title for column in paper.COLUMNS]
     page = write_geometry_page(out, path_or_id(base), folders, shown, notes, lines, titles)
     return Geometry(out, folders, page, tuple(notes))
+
+
+def _measure(
+    base: Path,
+    trained: Path,
+    folder: Path,
+    config: GeometryConfig,
+    digests: Mapping[Path, str],
+    workers: int | None,
+    device: str,
+) -> dict[str, Any]:
+    """Measures an update, unless its inputs and settings are those of the measurement in `folder`; its summary.json."""
+    layouts = [its / "config.json" for its in (base, trained) if (its / "config.json").is_file()]
+    inputs = {
+        "base": digests[base],
+        "trained": digests[trained],
+        "configs": digest_json([file_digest(each) for each in layouts]),
+        "settings": config.model_dump(mode="json"),
+    }
+    if not up_to_date(folder / "summary.json", inputs):
+        measure_checkpoint(base, trained, folder, config, inputs, workers=workers, device=device)
+    return read_json(folder / "summary.json")
 
 
 def check_options(preset: str | None, workers: int | None, device: str) -> None:

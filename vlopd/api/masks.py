@@ -115,7 +115,7 @@ def make_mask(
     """Makes a mask of two checkpoints, or of other masks.
 
     Args:
-        rule: a table as in a config's [masks], a section object of vlopd.config.masks, or a function of your own or its
+        rule: a table as in a config's [masks], a section object of vlopd.config.masks, or a plug-in: a function, or its
             "module:function" (docs/plugins.md).
         base: the checkpoint before training; not needed by rules that only combine masks.
         trained: the checkpoint after training, for rules that read the update.

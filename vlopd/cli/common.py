@@ -87,7 +87,7 @@ def print_artifact(what: str, where: Path, made: bool) -> None:
 
 
 def print_plugin(use: Use) -> None:
-    """Prints a function of the user's own that will run, with its file and digest."""
+    """Prints a plug-in that will run, with its file and digest."""
     if is_first_process():
         say("plug-in", use.line)
 

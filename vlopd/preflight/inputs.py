@@ -381,7 +381,7 @@ def split_among_processes(train: TrainConfig) -> None:
 
 
 def try_loss(loss: FunctionLoss, size: int) -> None:
-    """Calls the user's own loss on random log-probs [2, `size`].
+    """Calls a plug-in loss on random log-probs [2, `size`].
 
     Raises PluginError where it fails, or where it or its gradient is not finite.
     """
