@@ -44,7 +44,7 @@ def commands() -> str:
     lines = [
         "# Commands",
         "",
-        "Every command exits with 0, or with 2 and one line on stderr for an error of the user's (`check` and "
+        "Every command exits with 0, or with 2 and one line on stderr for a user error (`check` and "
         "`verify`: 1 for what they find). See [the command line](../command-line.md) and "
         "[the run folder](../run-folder.md).",
         "",

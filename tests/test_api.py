@@ -225,7 +225,7 @@ def test_masks_of_masks_and_files(whole, tmp_path):
         ({"type": "visible"}, {"base": 1}, "reads the update; give base and trained"),
         ({"type": "whole", "modules": ["ffn"]}, {"base": 1, "trained": 1}, "leave out trained"),
         ({"type": "visible", "of": "full"}, {"base": 1, "trained": 1}, "names an arm of a run"),
-        ({"type": "complement", "mask": "m"}, {}, "no mask 'm': masks is empty, and there is no"),
+        ({"type": "complement", "mask": "m"}, {}, "no mask 'm': there is no such file$"),
         ({"type": "visibel"}, {}, "rule: type: must be one of 'visible'"),
         ({"type": "union", "masks": ["a", "b"]}, {"masks": 1}, "belong to different models"),
     ],
@@ -243,16 +243,16 @@ def test_masks_that_cannot_be_made(rule, given, message):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished miniature run on the built-in text pair."""
-    student, teacher = "builtin:shapes-text-student", "builtin:shapes-text-teacher"
+def run(folders, tmp_path_factory):
+    """A finished miniature run."""
     config = {
         "name": "mini",
-        "student": student,
-        "teacher": teacher,
+        "student": str(folders["llm", "student"]),
+        "teacher": str(folders["llm", "teacher"]),
         "precision": {"compute": "fp32"},
         "data": {"type": "shapes", "modality": "text"},
         "train": {"steps": 2, "prompts_per_step": 4, "sample_every": 1},
+        "rollout": {"max_new_tokens": 4},
         "optim": {"learning_rate": 1e-3},
         "masks": {"top": {"type": "top_fraction", "fraction": 0.1}},
         "arms": {

@@ -475,7 +475,7 @@ full = {{type = "distill", seeds = [1, 2]}}
 
 def test_what_a_killed_job_left_is_swept_when_nobody_else_is_there(tmp_path):
     """Unfinished files stay while another process works in the folder, and go when one opens it alone."""
-    config = experiment(precision={"compute": "fp32"})
+    config = experiment().with_compute("fp32")
     first = RunFolder.create(tmp_path, config)
     left = tmp_path / "arms" / ".unfinished-0123456789abcdef"
     left.mkdir(parents=True)

@@ -10,7 +10,7 @@ from tests.conftest import recipe_of
 from vlopd.config.analysis import GeometryConfig
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.explain import explain_errors
-from vlopd.config.input import load_config, section_of
+from vlopd.config.input import load_config, merged, value_of
 from vlopd.config.masks import MaskConfig
 from vlopd.errors import ConfigError
 from vlopd.files import read_json
@@ -81,13 +81,13 @@ def test_values_of_earlier_versions_are_read(capsys):
 
 
 def test_errors_of_a_section_alone_have_its_keys():
-    """Errors of `--set` and of a single union have paths and nearest keys relative to that section."""
+    """Errors of a single section or union have paths and nearest keys relative to that section."""
     with pytest.raises(
-        ConfigError, match=r"^--set: nulls\.0\.rank: must be greater than 0; got 0$"
+        ConfigError, match=r"^geometry: nulls\.0\.rank: must be greater than 0; got 0$"
     ):
-        section_of(GeometryConfig, {}, ["nulls=[{type='low_rank', rank=0}]"])
-    with pytest.raises(ConfigError, match=r"^--set: unknown key 'null_drawss'; did you mean"):
-        section_of(GeometryConfig, {}, ["null_drawss=1"])
+        value_of(GeometryConfig, merged({}, ["nulls=[{type='low_rank', rank=0}]"]), "geometry")
+    with pytest.raises(ConfigError, match=r"^geometry: unknown key 'null_drawss'; did you mean"):
+        value_of(GeometryConfig, merged({}, ["null_drawss=1"]), "geometry")
     with pytest.raises(ValidationError) as error:
         TypeAdapter(MaskConfig).validate_python({"type": "energy", "share": 2.0})
     assert explain_errors(error.value, MaskConfig).startswith("share: must be between")

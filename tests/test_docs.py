@@ -22,7 +22,6 @@ from vlopd.config.base import Section
 from vlopd.config.experiment import merge
 from vlopd.config.input import config_of, load_config
 from vlopd.config.recipe import RecipeSections
-from vlopd.models.load import BUILTIN
 
 
 def sections_below(cls: type) -> list[type]:
@@ -107,13 +106,13 @@ def blocks(page: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def folder(request, tmp_path, monkeypatch):
+def folder(request, tmp_path, monkeypatch, folders):
     """A working folder with the files that the page shows, the pictures these name, two checkpoints if it has such."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.toml").write_text(BASE)
     if '"base", "trained"' in request.getfixturevalue("page").read_text():
-        shutil.copytree(BUILTIN / "shapes-text-student", tmp_path / "base")
-        shutil.copytree(BUILTIN / "shapes-text-student", tmp_path / "trained")
+        shutil.copytree(folders["llm", "student"], tmp_path / "base")
+        shutil.copytree(tmp_path / "base", tmp_path / "trained")
         weights = load_file(tmp_path / "base" / "model.safetensors")
         moved = {name: value * 1.01 for name, value in weights.items()}
         save_file(moved, tmp_path / "trained" / "model.safetensors", {"format": "pt"})
@@ -203,20 +202,19 @@ def check_command(words: list[str], folder: Path) -> None:
         load_config(folder / "mine.toml", overrides)
 
 
-TUTORIALS = sorted(ROOT.glob("docs/tutorials/*.ipynb"))
-
-
-@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
-def test_tutorials_run(path, tmp_path, monkeypatch):
-    """Every cell of every tutorial runs, in a kernel of its own, with a step and four questions."""
+def test_tutorials_run(tmp_path, monkeypatch):
+    """Every cell of every tutorial runs with a step and four questions, in one kernel, its names cleared between."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        assert not cell.get("outputs"), "committed without outputs"
-        if cell.cell_type == "code":
-            cell.source = smaller(cell.source)
-    where = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=where).execute()
+    cells = []
+    for path in sorted(ROOT.glob("docs/tutorials/*.ipynb")):
+        (tmp_path / path.stem).mkdir()
+        cells.append(nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {tmp_path / path.stem}"))
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code":
+                assert not cell.outputs, f"{path} is committed without outputs"
+                cells.append(nbformat.v4.new_code_cell(smaller(cell.source)))
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
 
 
 @pages_with("python")

@@ -30,4 +30,4 @@ class RunError(UserError):
 
 
 class PluginError(UserError):
-    """A function of the user's that cannot be used; the message names it ("module:function") and what is wrong."""
+    """A plug-in that cannot be used; the message names it ("module:function") and what is wrong."""

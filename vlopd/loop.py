@@ -32,6 +32,7 @@ from vlopd.config.objective import FunctionLoss
 from vlopd.config.recipe import Recipe, training_of
 from vlopd.data.load import pick
 from vlopd.errors import ConfigError, RunError
+from vlopd.masks.importing import in_parameter_names
 from vlopd.models import parameter_names
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.save import save
@@ -46,7 +47,7 @@ from vlopd.train.resume import Averages, resume, save_state
 from vlopd.train.rollouts import Batch, collect
 from vlopd.train.sparse import Trainable
 from vlopd.types import Example
-from vlopd.weights.stored import in_parameter_names, rounded_on_load, stored_tensors
+from vlopd.weights.stored import rounded_on_load, stored_tensors
 from vlopd.weights.subspace import Projection
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def distill(
             use.check()
         parameter_names.freeze(pair.student.model, train.freeze)
         if mask is not None:
-            mask = in_parameter_names(pair.student, mask)
+            mask = in_parameter_names(mask, pair.student, partial=True)
         with rounded_on_load(pair.student) as stored:
             trainable = Trainable(pair.student.model, mask, projections, stored=stored)
         if trainable.count == 0:

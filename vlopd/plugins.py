@@ -1,4 +1,4 @@
-"""Functions of the user's own, named "module:function" in a config: import, checks, digests, calls.
+"""Plug-ins, functions named "module:function" in a config: import, checks, digests, calls.
 
 A module is a file of the working folder (`rewards` is rewards.py, `my.rewards` is my/rewards.py), else an installed
 one. Nothing is imported before a function is checked or called. A process imports a file once, and again where it has
@@ -141,7 +141,7 @@ class Plugin(str):
                 raise _no_module(self)
             if not spec.has_location or spec.origin is None:
                 raise PluginError(
-                    f"{self}: {self.module} has no file; put a function that calls it into one of your own"
+                    f"{self}: {self.module} has no file; put a function that calls it into a file"
                 )
             file = Path(spec.origin)
         return file, file.read_bytes()

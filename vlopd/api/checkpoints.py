@@ -53,6 +53,11 @@ def model_of(checkpoint: Checkpoint) -> str:
     return str(checkpoint)
 
 
+def path_or_id(checkpoint: Checkpoint) -> str:
+    """A checkpoint as the caller named it; a trained student by its output folder."""
+    return str(checkpoint.out if isinstance(checkpoint, Trained) else checkpoint)
+
+
 def names_of(checkpoints: Sequence[Checkpoint]) -> list[str]:
     """Distinct short names: the ends of their paths or ids. Raises ConfigError for one given twice."""
     parts = [_parts_of(each) for each in checkpoints]
@@ -66,11 +71,10 @@ def names_of(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 def _parts_of(checkpoint: Checkpoint, with_files: bool = False) -> list[str]:
     """The parts of a path or id, without `checkpoint` and, unless `with_files`, the name of a file of scores."""
-    if isinstance(checkpoint, Trained):
-        checkpoint = checkpoint.out
-    path = Path(checkpoint)
+    text = path_or_id(checkpoint)
+    path = Path(text)
     # not `resolve`: a link's name is the one that the user knows
-    parts = Path(os.path.abspath(path)).parts if path.exists() else str(checkpoint).split("/")
+    parts = Path(os.path.abspath(path)).parts if path.exists() else text.split("/")
     scores = path.is_file() and is_score_file(path) and not with_files
     if len(parts) > 1 and (parts[-1] == "checkpoint" or scores):
         parts = parts[:-1]

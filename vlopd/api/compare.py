@@ -21,7 +21,7 @@ from evals.stats import mean_with_error
 from vlopd.api.checkpoints import Checkpoint, is_scores, model_of, names_of, temporary_folder
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.arms import Role
-from vlopd.config.input import section_of
+from vlopd.config.input import value_of
 from vlopd.config.models import ModelConfig
 from vlopd.config.roles import Roles
 from vlopd.digests import digest_json
@@ -232,7 +232,7 @@ def _config_of(
     for key in UNUSED.keys() & settings.keys():
         raise ConfigError(f"{key}: {UNUSED[key]}")
     tasks = shared_tasks(models) if tasks is None else [tasks] if isinstance(tasks, str) else tasks
-    return section_of(EvalConfig, {**settings, "tasks": tuple(tasks)}, where="eval: ")
+    return value_of(EvalConfig, {**settings, "tasks": tuple(tasks)}, "eval")
 
 
 def _evaluate_all(

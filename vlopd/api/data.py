@@ -36,9 +36,9 @@ def load_data(
 
     Args:
         source: a built-in data set ("shapes", "capitals", "reasoning", "emoji"); a .jsonl, .json, .csv or .parquet
-            file, a folder or a hub id; a config's [data] section or the same as a dict; a function of your own or its
-            "module:function" (docs/plugins.md); or rows in memory, a list of
-            dicts or a datasets.Dataset, whose images are PIL images, bytes or file names.
+            file, a folder or a hub id; a config's [data] section or the same as a dict; a plug-in, a function or its
+            "module:function" (docs/plugins.md); or rows in memory, a list of dicts or a datasets.Dataset, whose
+            images are PIL images, bytes or file names.
         size: number of examples; by default 1,000 of a built-in data set, which is unlimited, and all others'.
         seed: of a built-in data set's examples.
         settings: of the data section (docs/data.md): for a file or rows the columns, `question=`, `answer=`,

@@ -7,8 +7,7 @@ from functools import cached_property
 
 import pandas as pd
 
-from vlopd.api.checkpoints import Checkpoint, folder_of
-from vlopd.loop import Trained
+from vlopd.api.checkpoints import Checkpoint, folder_of, path_or_id
 from vlopd.models.parameter_names import classify
 from vlopd.weights.checks import refuse_unlike_config
 from vlopd.weights.delta import Deltas, TensorDelta, stream
@@ -73,7 +72,8 @@ class Delta:
         return summed.astype({"parameters": int, "changed": int})
 
     def __repr__(self) -> str:
-        return f"Delta({name_of(self.base)} -> {name_of(self.trained)}: {len(self)} tensors)"
+        base, trained = map(path_or_id, (self.base, self.trained))
+        return f"Delta({base} -> {trained}: {len(self)} tensors)"
 
     def _repr_html_(self) -> str:
         return f"<p>{self!r}</p>{self.by_component().to_html()}<p>{self.left_out}</p>"
@@ -98,8 +98,3 @@ def delta(base: Checkpoint, trained: Checkpoint) -> Delta:
     for folder in (before, after):
         refuse_unlike_config(folder)
     return Delta(base, trained, stream(before, after, classify))
-
-
-def name_of(checkpoint: Checkpoint) -> str:
-    """A checkpoint's name in a line of text."""
-    return str(checkpoint.out if isinstance(checkpoint, Trained) else checkpoint)

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from evals.report import geometry as drawings
 from evals.report import tables
 from evals.report.checkpoints import write_geometry_page
-from vlopd.api.checkpoints import Checkpoint, folder_of, names_of, temporary_folder
+from vlopd.api.checkpoints import Checkpoint, folder_of, names_of, path_or_id, temporary_folder
 from vlopd.config.analysis import GeometryConfig
-from vlopd.config.input import section_of
+from vlopd.config.input import value_of
 from vlopd.digests import digest_checkpoint, digest_json, file_digest
 from vlopd.errors import ConfigError
 from vlopd.files import read_json
@@ -157,7 +157,7 @@ def geometry(
     config = geometry_config(preset, settings)
     names = names_of(trained)
     before, *after = map(folder_of, (base, *trained))
-    shown = dict(zip(names, map(_path_or_id, trained, after), strict=True))
+    shown = dict(zip(names, map(path_or_id, trained), strict=True))
     steps = [step_of(Path(name), i) for i, name in enumerate(names)]
     if trajectory and len(set(steps)) < len(steps):
         raise ConfigError(f"the checkpoints' names end in the steps {steps}; they must differ")
@@ -172,20 +172,11 @@ def geometry(
     digests = {path: digest_checkpoint(path, whole=True) for path in (before, *after)}
     notes = []
     for (name, folder), path in zip(folders.items(), after, strict=True):
-        layouts = [its / "config.json" for its in (before, path) if (its / "config.json").is_file()]
-        inputs = {
-            "base": digests[before],
-            "trained": digests[path],
-            "configs": digest_json([file_digest(each) for each in layouts]),
-            "settings": config.model_dump(mode="json"),
-        }
-        if not up_to_date(folder / "summary.json", inputs):
-            measure_checkpoint(before, path, folder, config, inputs, workers=workers, device=device)
-        summary = read_json(folder / "summary.json")
+        summary = _measure(before, path, folder, config, digests, workers, device)
         if narrowed := summary["tensors_narrowed"]:
             notes.append(
                 f"{narrowed} of {summary['tensors']} tensors are stored in lower precision in {shown[name]} than in "
-                f"{_path_or_id(base, before)}: their delta includes that rounding, which dominates small updates; "
+                f"{path_or_id(base)}: their delta includes that rounding, which dominates small updates; "
                 "round the base to the same dtype"
             )
     for stale in ("overlap", "trajectory"):  # of other checkpoints in the same folder
@@ -199,8 +190,30 @@ def geometry(
         write_overlap(before, dict(zip(names, after, strict=True)), out, config)
     lines = {n: paper.paper_table(read_rows(its)) for n, its in folders.items()} if preset else {}
     titles = [column.title for column in paper.COLUMNS]
-    page = write_geometry_page(out, _path_or_id(base, before), folders, shown, notes, lines, titles)
+    page = write_geometry_page(out, path_or_id(base), folders, shown, notes, lines, titles)
     return Geometry(out, folders, page, tuple(notes))
+
+
+def _measure(
+    base: Path,
+    trained: Path,
+    folder: Path,
+    config: GeometryConfig,
+    digests: Mapping[Path, str],
+    workers: int | None,
+    device: str,
+) -> dict[str, Any]:
+    """Measures an update, unless its inputs and settings are those of the measurement in `folder`; its summary.json."""
+    layouts = [its / "config.json" for its in (base, trained) if (its / "config.json").is_file()]
+    inputs = {
+        "base": digests[base],
+        "trained": digests[trained],
+        "configs": digest_json([file_digest(each) for each in layouts]),
+        "settings": config.model_dump(mode="json"),
+    }
+    if not up_to_date(folder / "summary.json", inputs):
+        measure_checkpoint(base, trained, folder, config, inputs, workers=workers, device=device)
+    return read_json(folder / "summary.json")
 
 
 def check_options(preset: str | None, workers: int | None, device: str) -> None:
@@ -220,12 +233,7 @@ def geometry_config(preset: str | None, settings: Mapping[str, Any]) -> Geometry
     if "arms" in settings:
         raise ConfigError("arms: names arms of a run; give the trained checkpoints themselves")
     tree = paper.preset().model_dump() if preset else {}
-    config = section_of(GeometryConfig, {**tree, "arms": (), **settings}, where="geometry: ")
+    config: GeometryConfig = value_of(GeometryConfig, {**tree, "arms": (), **settings}, "geometry")
     if preset and (lacking := paper.lacking(config)):
         raise ConfigError(f"preset paper: {lacking}")
     return config
-
-
-def _path_or_id(checkpoint: Checkpoint, folder: Path) -> str:
-    """A checkpoint as the caller named it; a trained student by its folder."""
-    return str(checkpoint) if isinstance(checkpoint, str | Path) else str(folder)

@@ -18,7 +18,7 @@ from vlopd.config.masks import DeltaRule, FileMask, FunctionMask, MaskConfig, Ma
 from vlopd.digests import digest_checkpoint
 from vlopd.errors import ConfigError, RunError
 from vlopd.masks.compare import density
-from vlopd.masks.files import check_shapes, load_mask, save_mask
+from vlopd.masks.files import check_base, load_mask, save_mask
 from vlopd.masks.foreign import is_foreign
 from vlopd.masks.importing import import_mask
 from vlopd.masks.rules import build_mask
@@ -26,7 +26,6 @@ from vlopd.models.parameter_names import classify
 from vlopd.run.resolve import plugin_content
 from vlopd.weights.checks import refuse_unlike_config
 from vlopd.weights.delta import Deltas, stream
-from vlopd.weights.reader import Weights
 
 
 class MaskTensors(dict[str, Tensor]):
@@ -111,16 +110,18 @@ def make_mask(
     trained: Checkpoint | None = None,
     *,
     masks: Mapping[str, Mapping[str, Tensor]] = {},
+    allow_other_base: bool = False,
 ) -> MaskTensors:
     """Makes a mask of two checkpoints, or of other masks.
 
     Args:
-        rule: a table as in a config's [masks], a section object of vlopd.config.masks, or a function of your own or its
+        rule: a table as in a config's [masks], a section object of vlopd.config.masks, or a plug-in: a function, or its
             "module:function" (docs/plugins.md).
         base: the checkpoint before training; not needed by rules that only combine masks.
         trained: the checkpoint after training, for rules that read the update.
         masks: masks by the names that the rule combines (`like`, `mask`, `masks`); a name that is not among them is
             a mask file.
+        allow_other_base: combine masks of different base checkpoints (recorded in every later artifact).
 
     Returns MaskTensors, in the names and shapes of the base's tensors. Raises ConfigError for an invalid rule or a
     missing checkpoint or mask, RunError for checkpoints or masks of different models.
@@ -145,7 +146,7 @@ def make_mask(
     if base is None:
         _refuse_without_base(parsed, trained)
         mask = _build(parsed, (), named)
-        return MaskTensors(mask, inputs | _origin(parsed, named))
+        return MaskTensors(mask, inputs | _origin(parsed, named, allow_other_base))
     if own is not None:
         inputs["plugins"] = plugin_content([own], whole=True)
         own.check()
@@ -160,8 +161,10 @@ def make_mask(
     for folder in dict.fromkeys((before, after)):
         refuse_unlike_config(folder)
     for mask in named.values():
-        _check_shapes(before, mask)
-    inputs |= _origin(parsed, named) | {"base": digest_checkpoint(before, whole=True)}
+        check_base(mask, before)
+    inputs |= _origin(parsed, named, allow_other_base) | {
+        "base": digest_checkpoint(before, whole=True)
+    }
     if trained is not None:
         inputs["of"] = digest_checkpoint(after, whole=True)
     deltas = stream(before, after, classify)
@@ -197,8 +200,8 @@ def _named(name: str, masks: Mapping[str, Mapping[str, Tensor]]) -> MaskTensors:
         mask = masks[name]
         return mask if isinstance(mask, MaskTensors) else MaskTensors(mask)
     if not Path(name).is_file():
-        known = f"masks has {', '.join(masks)}" if masks else "masks is empty"
-        raise ConfigError(f"no mask {name!r}: {known}, and there is no such file")
+        known = f", and masks has {', '.join(masks)}" if masks else ""
+        raise ConfigError(f"no mask {name!r}: there is no such file{known}")
     return read_mask(name)
 
 
@@ -211,18 +214,27 @@ def _refuse_without_base(rule: MaskConfig, trained: Checkpoint | None) -> None:
         raise ConfigError(f"a mask of type {rule.type!r} reads checkpoints; give {needs}")
 
 
-def _origin(rule: MaskRule, named: Mapping[str, MaskTensors]) -> dict[str, Any]:
-    """The digests of the masks that a rule reads, and the base that they have in common."""
+def _origin(
+    rule: MaskRule, named: Mapping[str, MaskTensors], allow_other_base: bool
+) -> dict[str, Any]:
+    """The digests of the masks that a rule reads, the first one's base, and the other bases."""
     found: dict[str, Any] = {}
     if isinstance(rule, RandomMask):
         found["like"] = named[rule.like].digest
     elif named:
         found["masks"] = {name: mask.digest for name, mask in named.items()}
-    bases = {name: mask.inputs["base"] for name, mask in named.items() if "base" in mask.inputs}
-    if len(set(bases.values())) > 1:
-        about = ", ".join(f"{name} of {digest[:12]}" for name, digest in bases.items())
-        raise RunError(f"the masks are of different base checkpoints: {about}")
-    return found | ({"base": next(iter(bases.values()))} if bases else {})
+    others: dict[str, str] = {}
+    for name, mask in named.items():
+        its = mask.inputs.get("base")
+        if its is not None and its != found.setdefault("base", its):
+            if not allow_other_base:
+                raise RunError(
+                    f"{name} was made from base checkpoint {its[:12]}, {next(iter(named))} from {found['base'][:12]}; "
+                    "allow it with allow_other_base (--allow-other-base), recorded in every later artifact"
+                )
+            others[name] = its
+        others |= mask.inputs.get("other_base", {})
+    return found | ({"other_base": others} if others else {})
 
 
 def _build(rule: MaskConfig, deltas: Deltas | tuple[()], named: Mapping[str, MaskTensors]) -> Any:
@@ -232,13 +244,3 @@ def _build(rule: MaskConfig, deltas: Deltas | tuple[()], named: Mapping[str, Mas
         raise
     except ValueError as error:
         raise RunError(f"{', '.join(named) or rule.type}: {error}") from None
-
-
-def _check_shapes(base: Path, mask: Mapping[str, Tensor]) -> None:
-    """Raises RunError for a checkpoint whose tensors do not match the mask."""
-    with Weights(base) as weights:
-        shapes = {n: weights.shape(n) for n in weights.names() if weights.is_parameter(n)}
-    try:
-        check_shapes(mask, shapes)
-    except RunError as error:
-        raise RunError(f"{base}: {error}") from None

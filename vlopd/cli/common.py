@@ -1,4 +1,4 @@
-"""Shared parts of the commands: console, arguments, and the line printed for each artifact."""
+"""Shared parts of the commands: console, arguments, and what is printed of a plan and of each artifact."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import platform
 import tomllib
 from collections.abc import Collection
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,12 +15,14 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from vlopd import pipeline
 from vlopd.config.arms import expand_seeds
-from vlopd.config.experiment import merge
-from vlopd.config.input import parse_override
-from vlopd.errors import ConfigError
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.input import merged
+from vlopd.errors import ConfigError, UserError
 from vlopd.files import is_first_process, read_json
 from vlopd.plugins import Use
+from vlopd.run.folder import RunFolder
 
 console = Console(markup=False, emoji=False)
 """Prints every text as it is, since names, paths and errors may hold `[brackets]`; styles are given by Text."""
@@ -84,7 +87,7 @@ def print_artifact(what: str, where: Path, made: bool) -> None:
 
 
 def print_plugin(use: Use) -> None:
-    """Prints a function of the user's own that will run, with its file and digest."""
+    """Prints a plug-in that will run, with its file and digest."""
     if is_first_process():
         say("plug-in", use.line)
 
@@ -105,10 +108,69 @@ def refuse(options: dict[str, Any], remedy: str) -> None:
 
 def settings_of(lines: list[str] | None, options: Collection[str]) -> dict[str, Any]:
     """The table of `--set` lines. Raises ConfigError for a key that is one of the command's options or arguments."""
-    tree: dict[str, Any] = {}
-    for line in lines or ():
-        merge(tree, parse_override(line))
+    tree = merged({}, lines or ())
     for key in tree:
         if key in options:
             raise ConfigError(f"--set {key}: is no setting; give it as an argument or as --{key}")
     return tree
+
+
+def is_run(target: str | Path) -> bool:
+    """Whether this is a run folder or a config file, rather than a checkpoint."""
+    return (Path(target) / "run.json").is_file() or str(target).endswith(".toml")
+
+
+def overrides_of(run: str, words: list[str] | None) -> list[str]:
+    """The TOML overrides of a run. Raises ConfigError for a path or model among them."""
+    is_config = run.endswith(".toml")
+    instead = f"{run} is a config; use `vlopd run {run}`" if is_config else f"use {run}/arms/NAME"
+    for word in words or ():
+        if "=" not in word:
+            raise ConfigError(
+                f"{word} is no override (key=value) of {run}; for checkpoints {instead}"
+            )
+    return words or []
+
+
+# ---------------------------------------------------------------------------------- before a run
+
+
+def print_plan(run: RunFolder, config: ExperimentConfig, planned: pipeline.Plan) -> None:
+    """Prints plug-ins, settings without effect and, for a run that exists, how the config changed, what is kept and
+    made."""
+    print_plugins(config, list(config.arms))
+    if not is_first_process():
+        return
+    if any(why is not None for why in planned.values()):
+        print_notes(config.notes)
+    if not (run.root / "run.json").exists():
+        return
+    for line in run.changes:
+        key, _, values = line.partition(": ")
+        added, removed = values.startswith("null -> {"), values.startswith("{")
+        line = f"{key}: new" if added else f"{key}: removed" if removed else line
+        say("config", line)
+    due = {artifact: why for artifact, why in planned.items() if why is not None}
+    run.planned |= due.keys()
+    kept = [artifact for artifact in planned if artifact not in due]
+    if kept:
+        say("kept", ", ".join(kept))
+    by_reason: dict[str, list[str]] = {}
+    for artifact, why in due.items():
+        by_reason.setdefault(why, []).append(artifact)
+    for why, artifacts in by_reason.items():
+        say("to be made", f"{', '.join(artifacts)} ({why})")
+    for line in pipeline.without_effect(run, config, planned):
+        say("no effect", line, "yellow")
+
+
+def print_notes(notes: list[str]) -> None:
+    for line in notes:
+        say("note", line, "yellow")
+
+
+def print_plugins(config: ExperimentConfig, names: list[str]) -> None:
+    """Prints the plug-ins of these arms that have a file; the others are left to the checks."""
+    for use in pipeline.plugins_of(config, names):
+        with suppress(UserError, OSError):
+            print_plugin(use)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -18,9 +18,6 @@ from vlopd.config.masks import FunctionMask, MaskConfig
 from vlopd.errors import ConfigError, RunError
 from vlopd.files import write_json
 from vlopd.run.folder import RunFolder
-
-if TYPE_CHECKING:
-    from vlopd.masks.rules import Mask
 
 app = typer.Typer(no_args_is_help=True, help="Makes, combines, shows and compares masks.")
 MaskFile = Annotated[Path, typer.Argument(help="mask file (*.safetensors)")]
@@ -98,43 +95,17 @@ def combine(
     allow_other_base: AllowOtherBase = False,
 ) -> None:
     """Combines mask files by a set operation."""
-    from vlopd.config.masks import ComplementMask
-    from vlopd.masks.files import load_mask, save_mask
-    from vlopd.masks.rules import build_mask, combine
-    from vlopd.models.parameter_names import classify
+    from vlopd.api.masks import make_mask
 
-    if (operation == "complement") != (len(files) == 1):
+    is_complement = operation == "complement"
+    if is_complement != (len(files) == 1):
         raise ConfigError(
-            f"{operation} takes {'one file' if operation == 'complement' else 'two or more files'}"
+            f"{operation} takes {'one file' if is_complement else 'two or more files'}"
         )
-    loaded = [load_mask(path) for path in files]
-    first = loaded[0][1]["inputs"]["base"]
-    foreign: dict[str, str] = {}
-    for path, (_, about) in zip(files, loaded, strict=True):
-        its = about["inputs"]["base"]
-        if its != first:
-            if not allow_other_base:
-                raise RunError(
-                    f"{path} was made from base checkpoint {its[:12]}, {files[0]} from {first[:12]}; "
-                    "pass --allow-other-base (recorded in every later artifact)"
-                )
-            foreign[str(path)] = its
-        foreign |= about["inputs"].get("other_base", {})
-    try:
-        if operation == "complement":
-            rule = ComplementMask(mask="mask")
-            mask = build_mask(rule, masks={"mask": loaded[0][0]})
-        else:
-            mask = combine(operation, [mask for mask, _ in loaded])
-    except ValueError as error:
-        raise RunError(f"{', '.join(map(str, files))}: {error}") from None
-    inputs: dict[str, Any] = {
-        "rule": {"type": operation, "files": [str(path) for path in files]},
-        "base": first,
-        "masks": {str(p): about["digest"] for p, (_, about) in zip(files, loaded, strict=True)},
-    }
-    save_mask(out, mask, inputs | ({"other_base": foreign} if foreign else {}), classify)
-    print_artifact("mask", out, True)
+    names = [str(path) for path in files]
+    rule = {"type": operation, **({"mask": names[0]} if is_complement else {"masks": names})}
+    mask = make_mask(rule, allow_other_base=allow_other_base)
+    print_artifact("mask", mask.save(out), True)
 
 
 @app.command("import")
@@ -276,7 +247,7 @@ def compare(
 ) -> None:
     """Compares two masks: Jaccard index, coverage both ways and enrichment over chance; globally, by tensor, by |w|."""
     from vlopd.masks.compare import overlap, overlap_by_class, overlap_by_tensor, sum_overlaps
-    from vlopd.masks.files import load_mask
+    from vlopd.masks.files import check_base, load_mask
     from vlopd.masks.rules import quantiles
     from vlopd.models.parameter_names import classify
     from vlopd.weights.delta import stream
@@ -291,7 +262,7 @@ def compare(
         "each tensor": sum_overlaps(tensors.values()),
     }
     if base is not None:
-        _check_base(base, mask_a)
+        check_base(mask_a, base)
         pairs = stream(base, base, classify)
         classes = ((pair.name, quantiles(pair.base)) for pair in pairs)
         rows["each tensor's quantiles of |w|"] = overlap_by_class(mask_a, mask_b, classes)
@@ -321,16 +292,3 @@ def compare(
         }
         write_json(out, content)
         print_artifact("comparison", out, True)
-
-
-def _check_base(base: Path, mask: Mask) -> None:
-    """Raises RunError for a checkpoint whose tensors do not match the mask."""
-    from vlopd.masks.files import check_shapes
-    from vlopd.weights.reader import Weights
-
-    with Weights(base) as weights:
-        shapes = {n: weights.shape(n) for n in weights.names() if weights.is_parameter(n)}
-    try:
-        check_shapes(mask, shapes)
-    except RunError as error:
-        raise RunError(f"{base}: {error}") from None

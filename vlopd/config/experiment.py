@@ -125,7 +125,7 @@ class ExperimentConfig(RecipeSections):
         return list(dict.fromkeys(found))
 
     def plugins_of(self, names: Iterable[str]) -> list[Use]:
-        """The user's own functions that these arms are made with: of their recipes and masks, each once.
+        """The plug-ins that these arms are made with: of their recipes and masks, each once.
 
         The key of a section that an arm has for itself begins with the arm: `arms.full.reward.rule`.
         """
@@ -142,7 +142,7 @@ class ExperimentConfig(RecipeSections):
         return list({use.key: use for use in found}.values())
 
     def plugins_of_mask(self, mask: str) -> list[Use]:
-        """The user's own functions that a mask is made with, directly or through other masks."""
+        """The plug-ins that a mask is made with, directly or through other masks."""
         rule = self.masks[mask]
         found = [use for other in rule.combines for use in self.plugins_of_mask(other)]
         return [*found, rule.use(f"masks.{mask}")] if isinstance(rule, FunctionMask) else found

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 BUILT_IN, OWN = "[built-in]", "[function]"
-"""Tags of built-in variants and functions of the user's own in pydantic's error locations; like its "[key]", no key
+"""Tags of built-in variants and plug-ins in pydantic's error locations; like its "[key]", no key
 can be one."""
 
 TYPES = {

@@ -1,4 +1,4 @@
-"""Sections whose `type` is a function of the user's own, "module:function" (docs/plugins.md)."""
+"""Sections whose `type` is a plug-in, "module:function" (docs/plugins.md)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlopd.plugins import Plugin, Use
 
 
 class Function(Section):
-    """A function of the user's own; keys of the table that are not settings below are its keyword arguments."""
+    """A plug-in; keys of the table that are not settings below are its keyword arguments."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -49,7 +49,7 @@ class Function(Section):
 
 
 def _kind(value: Any) -> str:
-    """Whether a table, a section or a name is of a function of the user's own."""
+    """Whether a table, a section or a name is of a plug-in."""
     name = value.get("type") if isinstance(value, Mapping) else value
     if isinstance(value, Function) or isinstance(name, Plugin) or callable(name):
         return OWN

@@ -7,11 +7,10 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from vlopd.config.base import Section
 from vlopd.config.experiment import ExperimentConfig, merge
 from vlopd.config.explain import explain_errors
 from vlopd.errors import ConfigError
@@ -78,22 +77,6 @@ def _rename(tree: Any, where: Path | str) -> None:
             table[key] = now
             if is_first_process():
                 print(f'vlopd: {where}: {name}.{key} = "source" is now "{now}"', file=sys.stderr)
-
-
-AnySection = TypeVar("AnySection", bound=Section)
-
-
-def section_of(
-    cls: type[AnySection],
-    tree: dict[str, Any],
-    settings: Sequence[str] = (),
-    where: str = "--set: ",
-) -> AnySection:
-    """Validates a single section with TOML overrides. Raises ConfigError as load_config does, after `where`."""
-    try:
-        return cls.model_validate(merged(tree, settings))
-    except ValidationError as error:
-        raise ConfigError(f"{where}{explain_errors(error, cls)}") from None
 
 
 def value_of(kind: Any, value: Any, where: str) -> Any:

@@ -55,7 +55,7 @@ class RecipeSections(Section):
 
     @property
     def plugins(self) -> list[Use]:
-        """The user's own functions in it, each at its key."""
+        """The plug-ins in it, each at its key."""
         sections: dict[str, Section | None] = {"loss": self.loss}
         for name, its in self.teachers.items():
             where = "teacher" if its is self.teacher else f"teacher.teachers.{name}"

@@ -158,7 +158,7 @@ COLUMNS = frozenset(
         *("update_seconds", "seconds", "tokens_per_second"),
     }
 )
-"""Columns of metrics.jsonl that a metric of the user's own cannot replace."""
+"""Columns of metrics.jsonl that the name of a plug-in must not take."""
 
 
 class TrainConfig(Section):

@@ -1,4 +1,4 @@
-"""Examples of a data source of the user's own, each checked when it is read."""
+"""Examples of a plug-in data source, each checked when it is read."""
 
 from __future__ import annotations
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from vlopd.errors import RunError
 from vlopd.files import whole_file, write_json
-from vlopd.masks.files import check_shapes, load_mask
-from vlopd.masks.foreign import INDICES, SHIRA_INDICES, SHIRA_WEIGHT, Format, first_names
+from vlopd.masks.files import check_base, load_mask
+from vlopd.masks.foreign import INDICES, SHIRA_INDICES, SHIRA_WEIGHT, Format
+from vlopd.models.integrity import first_names
 from vlopd.weights.adapters import CONFIG, PREFIX, WEIGHTS
 from vlopd.weights.delta import stream_whole
 from vlopd.weights.matching import known_config
 from vlopd.weights.name_matching import pair_names
-from vlopd.weights.reader import Weights
 
 Mask = dict[str, Tensor]
 
@@ -66,12 +66,7 @@ def _export_shira(
 
     if out.is_file():
         raise RunError(f"{out} is a file; a SHiRA adapter is a folder")
-    with Weights(base) as weights:
-        held = {n: weights.shape(n) for n in weights.names() if weights.is_parameter(n)}
-    try:
-        check_shapes(mask, held)
-    except RunError as error:
-        raise RunError(f"{file}, {base}: {error}") from None
+    check_base(mask, base)
     config = known_config(base)
     if config is None:
         raise RunError(f"{base} has no config.json, which defines its linear layers")
@@ -83,7 +78,7 @@ def _export_shira(
     others = [name for name in marked if names.get(name) not in linear]
     if others and not linear_only:
         raise RunError(
-            f"{file}: {first_names(others, 1)} not of linear layers, which alone SHiRA adapts; export booleans or "
+            f"{file}: SHiRA adapts linear layers alone, not {first_names(others)}; export booleans or "
             "indices, or leave them out with --linear-only"
         )
     marked = {name: its for name, its in marked.items() if name not in others}
@@ -118,7 +113,7 @@ def _export_shira(
     write_json(out / CONFIG, about)
     if others:
         n = sum(int(mask[name].sum()) for name in others)
-        lines.append(f"{n:,} coordinates are not of linear layers: {first_names(others, 3)}")
+        lines.append(f"{n:,} coordinates are not of linear layers: {first_names(others)}")
     return lines
 
 

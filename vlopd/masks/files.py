@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import safe_open, save_file
 from torch import Tensor
@@ -19,6 +18,7 @@ from vlopd.errors import RunError
 from vlopd.files import whole_file, write_json
 from vlopd.masks.compare import densities_by, density
 from vlopd.types import TensorName
+from vlopd.weights.reader import Weights
 
 HEADER = "mask"
 
@@ -101,7 +101,7 @@ def _digest(metadata: Mapping[str, Any], packed: Mapping[str, Tensor]) -> str:
 def check_mask(
     mask: Mapping[str, Tensor],
     metadata: Mapping[str, Any],
-    shapes: Mapping[str, torch.Size],
+    shapes: Mapping[str, tuple[int, ...]],
     base_digest: str,
 ) -> None:
     """Raises RunError for a mask of another model or base checkpoint, naming the first tensor or both digests."""
@@ -115,7 +115,17 @@ def check_mask(
         )
 
 
-def check_shapes(mask: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+def check_base(mask: Mapping[str, Tensor], base: Path) -> None:
+    """Raises RunError for a checkpoint folder whose parameters do not match the mask."""
+    with Weights(base) as weights:
+        shapes = weights.parameter_shapes()
+    try:
+        check_shapes(mask, shapes)
+    except RunError as error:
+        raise RunError(f"{base}: {error}") from None
+
+
+def check_shapes(mask: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises RunError naming the first tensor in which a mask and a model differ."""
     for name in sorted(mask.keys() | shapes.keys()):
         if name not in mask:

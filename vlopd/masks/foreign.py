@@ -246,9 +246,3 @@ def _mark_pairs(path: Path, name: str, shape: Shape) -> Tensor:
         others = (flat != flat[-1]).nonzero()
         flat = flat[: int(others[-1]) + 2 if len(others) else 1]
     return _mark_flat(flat, shape)
-
-
-def first_names(names: list[str], most: int) -> str:
-    """The first names, and how many more there are."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from vlopd.digests import digest_checkpoint, file_digest
 from vlopd.errors import RunError
-from vlopd.masks.foreign import Entry, ForeignMask, Format, Shape, first_names, open_foreign
+from vlopd.masks.foreign import Entry, ForeignMask, Format, Shape, open_foreign
+from vlopd.models.integrity import first_names
 from vlopd.weights.delta import assemble
 from vlopd.weights.matching import (
     EMBEDDING,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # transformers' models load with it, and only layouts that di
     from transformers import PretrainedConfig
 
     from vlopd.models.layouts import Pieces, Region
+    from vlopd.models.loaded import LoadedModel
 
 
 class Aligned(NamedTuple):
@@ -45,17 +47,17 @@ class Aligned(NamedTuple):
     ignored: list[str]
     """Names of the source that the model lacks."""
 
-    def summary(self, most: int = 3) -> list[str]:
+    def summary(self) -> list[str]:
         """A line on the parameters that are not mentioned, and one on ignored names; none where there are none."""
         lines = []
         if self.unmentioned:
             n = sum(self.mask[name].numel() for name in self.unmentioned)
             lines.append(
                 f"{len(self.unmentioned)} of {len(self.mask)} parameters ({n:,} coordinates) are not in the file, and "
-                f"so not in the mask: {first_names(self.unmentioned, most)}"
+                f"so not in the mask: {first_names(self.unmentioned)}"
             )
         if self.ignored:
-            lines.append(f"ignored, as the base lacks them: {first_names(self.ignored, most)}")
+            lines.append(f"ignored, as the base lacks them: {first_names(self.ignored)}")
         return lines
 
 
@@ -115,7 +117,7 @@ def align(
             mask[name] = torch.zeros(shapes[name], dtype=torch.bool)
     if not any(bool(marked.any()) for marked in mask.values()):
         raise RunError(
-            f"{source}: the mask is empty: no coordinate of {first_names(sorted(entries), 3)} is in it"
+            f"{source}: the mask is empty: no coordinate of {first_names(sorted(entries))} is in it"
         )
     unmentioned = [name for name in mask if name not in names and name not in converted]
     return Aligned(mask, unmentioned, ignored)
@@ -186,19 +188,33 @@ def align_with_checkpoint(
 ) -> Aligned:
     """`align` with the parameters of a checkpoint folder."""
     with Weights(base) as weights:
-        shapes = {n: tuple(weights.shape(n)) for n in weights.names() if weights.is_parameter(n)}
+        shapes = weights.parameter_shapes()
         buffers = weights.names() - shapes.keys()
     return align(foreign, shapes, known_config(base), buffers, ignore_unknown)
 
 
+def in_parameter_names(
+    mask: Mapping[str, Tensor], loaded: LoadedModel, partial: bool = False
+) -> dict[str, Tensor]:
+    """A mask of a model's checkpoint under the names of its parameters, without buffers; see `under_names_of`."""
+    shapes = {name: tuple(p.shape) for name, p in loaded.model.named_parameters()}
+    others = loaded.model.state_dict().keys() - shapes.keys()  # running means, tied names
+    held = {name: marked for name, marked in mask.items() if name not in others}
+    return under_names_of(held, shapes, loaded.model.config, partial)
+
+
 def under_names_of(
-    mask: dict[str, Tensor], shapes: Mapping[str, Shape], config: PretrainedConfig | None
+    mask: dict[str, Tensor],
+    shapes: Mapping[str, Shape],
+    config: PretrainedConfig | None,
+    partial: bool = False,
 ) -> dict[str, Tensor]:
     """A mask under a model's own parameter names, where it has each of them under another name; else unchanged.
 
     A checkpoint from the hub may have other names than the model that transformers makes of it, and than a run's base.
+    A `partial` mask may lack some: no coordinate of them is in the result.
     """
-    if mask.keys() == shapes.keys():
+    if mask.keys() <= shapes.keys():
         return mask
     entries = {
         name: Entry(name, tuple(marked.shape), functools.partial(_as_it_is, marked))
@@ -208,7 +224,7 @@ def under_names_of(
         found = align(ForeignMask(Path("mask"), "booleans", (), entries), shapes, config)
     except RunError:
         return mask
-    return mask if found.unmentioned else found.mask
+    return found.mask if partial or not found.unmentioned else mask
 
 
 def _as_it_is(marked: Tensor, shape: Shape) -> Tensor:

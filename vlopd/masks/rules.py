@@ -218,7 +218,7 @@ def whole_parameters(pairs: Pairs, rule: WholeMask) -> Mask:
     return found
 
 
-# --------------------------------------------------------------------- functions of the user's own
+# --------------------------------------------------------------------------------------- plug-ins
 
 
 def by_function(rule: FunctionMask, pairs: Pairs) -> Mask:

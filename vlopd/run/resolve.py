@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,7 +24,7 @@ from vlopd.masks.files import check_mask, check_shapes, load_mask
 from vlopd.masks.foreign import is_foreign, open_foreign
 from vlopd.masks.importing import align_with_checkpoint, origin, under_names_of
 from vlopd.masks.rules import Mask
-from vlopd.models import integrity, parameter_names
+from vlopd.models import parameter_names
 from vlopd.models.load import resolve
 from vlopd.models.tokenizers import read_template
 from vlopd.plugins import Use
@@ -33,6 +32,7 @@ from vlopd.progress import downloads
 from vlopd.run.folder import RunFolder
 from vlopd.weights import delta
 from vlopd.weights.matching import known_config
+from vlopd.weights.reader import Weights
 
 MODEL_FILES = (
     *(".safetensors", ".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".spm", ".vocab"),
@@ -264,13 +264,9 @@ def samples_by_task(path: Path) -> dict[str, Path]:
     return {name[1]: each for name, each in found.items() if name is not None}
 
 
-def _mask_shapes(run: RunFolder, base: str) -> dict[str, torch.Size]:
-    tensors = read_tensors(run.checkpoint(base))
-    return {
-        name: t.shape
-        for name, t in tensors.items()
-        if t.is_floating_point() and not integrity.is_constant(name, t.shape)
-    }
+def _mask_shapes(run: RunFolder, base: str) -> dict[str, tuple[int, ...]]:
+    with Weights(run.checkpoint(base)) as weights:
+        return weights.parameter_shapes()
 
 
 def read_file_mask(

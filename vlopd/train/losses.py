@@ -166,7 +166,7 @@ def divergence(loss: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def of_function(loss: FunctionLoss, student: Tensor, teacher: Tensor) -> Tensor:
-    """The loss of a function of the user's own, from log-probs [N, V] to [N] nats.
+    """The loss of a plug-in, from log-probs [N, V] to [N] nats.
 
     Raises PluginError where it fails, changes its inputs in place, or returns another shape or no gradient.
     """

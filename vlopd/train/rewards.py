@@ -1,7 +1,7 @@
 """Verifiable rewards: whether a completion is right, and group-relative advantages (GRPO).
 
-A rule is a pure function of the example and the completion's text, 1.0 for right and 0.0 for wrong; the user's own
-functions return any finite number.
+A rule is a pure function of the example and the completion's text, 1.0 for right and 0.0 for wrong; a plug-in
+returns any finite number.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def reward(config: RewardConfig, examples: Sequence[Example], texts: Sequence[st
 
 
 def scores(plugin: Plugin, examples: Sequence[Example], texts: Sequence[str]) -> Tensor:
-    """The number that a function of the user's own gives each completion, [B] float64. Raises PluginError."""
+    """A plug-in's number for each completion, [B] float64. Raises PluginError."""
     found = [
         number(plugin, f"example {example.id!r}", example, text)
         for example, text in zip(examples, texts, strict=True)

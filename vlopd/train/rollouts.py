@@ -156,7 +156,7 @@ def from_data(pair: ModelPair, examples: Sequence[Example], longest: int) -> Com
 
 
 def measured(pair: ModelPair, metrics: Sequence[Plugin], batch: Batch) -> Batch:
-    """The batch with the metrics of the user's own of each completion."""
+    """The batch with the values of plug-in metrics for each completion."""
     texts = pair.student.decode(batch.completions, batch.prompts)
     found = {metric.label: scores(metric, batch.examples, texts) for metric in metrics}
     return replace(batch, metrics=found)

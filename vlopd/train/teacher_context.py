@@ -137,7 +137,7 @@ def with_caption(example: Example, column: str) -> Example:
 
 
 def with_function(example: Example, context: FunctionContext) -> Example:
-    """The messages and images that a function of the user's own gives the example; the rest stays.
+    """The example with the messages and images that a plug-in gives it; the rest stays.
 
     Raises PluginError where it fails or returns no Example, DataError where images and image parts do not match.
     """

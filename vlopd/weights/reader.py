@@ -136,6 +136,11 @@ class Weights:
         """False for integers and for constants such as causal masks."""
         return self.is_floating_point(name) and not integrity.is_constant(name, self.shape(name))
 
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{parameter: its shape}, in the order of names."""
+        names = sorted(self._where)
+        return {name: tuple(self.shape(name)) for name in names if self.is_parameter(name)}
+
     def header(self) -> dict[str, Tensor]:
         """The floating-point tensors on the meta device: shapes and dtypes without values."""
         dtypes = {name: FLOATS.get(self.stored(name)) for name in sorted(self._where)}

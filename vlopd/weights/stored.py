@@ -60,25 +60,3 @@ def rounded_on_load(loaded: LoadedModel) -> Iterator[Mapping[str, Tensor]]:
     parameters = {name: p.dtype for name, p in loaded.model.named_parameters()}
     with stored_tensors(loaded) as tensors:
         yield tensors.not_exact_in(parameters)
-
-
-def in_parameter_names(loaded: LoadedModel, mask: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """A mask of a model's checkpoint as one of its parameters, converted like the checkpoint's tensors.
-
-    A mask in the parameters' names is returned without buffers, and else unchanged. Names of no tensor of the
-    checkpoint are kept, to be refused with the mask.
-    """
-    own = {name for name, _ in loaded.model.named_parameters()}
-    if loaded.folder is None or mask.keys() <= own:
-        return mask
-    with Weights(loaded.folder) as weights:
-        found = origins(loaded.model, weights.header())
-    converted, known = {}, set(loaded.model.state_dict())
-    for name, origin in found.items():
-        stored = {key for key, _ in origin.stored}
-        known |= stored
-        if name in own and name in mask:
-            converted[name] = mask[name]
-        elif name in own and stored <= mask.keys():
-            converted[name] = origin.read(mask.__getitem__) != 0
-    return converted | {name: mask[name] for name in mask.keys() - known}
