@@ -79,16 +79,16 @@ def test_a_row_beyond_the_context(kind, make_config, tmp_path):
     questions = ["how many red"] * 5 + ["red " * 300] + ["how many blue"] * 3 + ["blue " * 400]
     data = rows_file(tmp_path / "data.jsonl", kind, questions)
     config = make_config(kind, data=data)
-    (line,) = inputs.findings(config, ["full"])
+    (line,) = inputs.find_problems(config, ["full"])
     tokens = int(line.split(": ")[1].split()[0])
     assert line.startswith("example 'row-5'") and tokens >= 300
     assert f"up to 6 of completion (rollout.max_new_tokens) are {tokens + 6}" in line
     assert "has 256 positions" in line and "1 more of 10 rows" in line
     data = rows_file(tmp_path / "data.jsonl", kind, questions[:5])
     config = make_config(kind, data=data)
-    assert inputs.findings(config, ["full"]) == []
+    assert inputs.find_problems(config, ["full"]) == []
     far = config.rollout.model_copy(update={"max_new_tokens": 256})
-    (line,) = inputs.findings(config.model_copy(update={"rollout": far}), ["full"])
+    (line,) = inputs.find_problems(config.model_copy(update={"rollout": far}), ["full"])
     assert "row-0" in line and "4 more of 5 rows" in line
 
 
@@ -106,7 +106,7 @@ def test_the_count_of_tokens_is_the_models_own(kind, make_config, tmp_path):
     most = 256 - max(lengths)
     for new, fits in ((most, True), (most + 1, False)):
         its = config.model_copy(update={"rollout": RolloutConfig(max_new_tokens=new)})
-        assert (inputs.findings(its, ["full"]) == []) == fits
+        assert (inputs.find_problems(its, ["full"]) == []) == fits
         uniforms = torch.rand(1, new, dtype=torch.float64)
         if lengths[0] == max(lengths):
             if fits:
@@ -121,7 +121,7 @@ def test_a_teachers_context_counts(kind, make_config, folders, tmp_path):
     data = rows_file(tmp_path / "data.jsonl", kind, ["how many red"])
     context = {"type": "system", "text": "look at all of the red objects " * 40}
     teacher = {"model": str(folders[kind, "teacher"]), "context": context}
-    (line,) = inputs.findings(make_config(kind, data=data, teacher=teacher), ["full"])
+    (line,) = inputs.find_problems(make_config(kind, data=data, teacher=teacher), ["full"])
     assert str(folders[kind, "teacher"]) in line and "256 positions" in line
     pair = pair_of(make_config(kind, data=data, teacher=teacher))
     example = Example.ask(
@@ -168,7 +168,7 @@ def test_a_teachers_context_counts(kind, make_config, folders, tmp_path):
 def test_what_would_stop_an_arm_later(kind, sections, more, message, make_config, tmp_path):
     """Answers, rewards, masks, freezing, checkpoints and trackers that cannot be: one line before anything is made."""
     data = rows_file(tmp_path / "data.jsonl", kind, ["how many red"] * 3, **more)
-    lines = inputs.findings(make_config(kind, data=data, **sections), ["full"])
+    lines = inputs.find_problems(make_config(kind, data=data, **sections), ["full"])
     assert len(lines) == 1 and "\n" not in lines[0]
     assert message in lines[0], lines
 
@@ -176,7 +176,7 @@ def test_what_would_stop_an_arm_later(kind, sections, more, message, make_config
 def test_freezing_all_that_a_model_has(kind, make_config):
     """A language model without its language, embedding and head has nothing to train; a vision-language model has."""
     train = {"steps": 1, "prompts_per_step": 2, "freeze": ["language", "embedding", "head"]}
-    lines = inputs.findings(make_config(kind, train=train), ["full"])
+    lines = inputs.find_problems(make_config(kind, train=train), ["full"])
     if kind == "vlm":
         assert lines == []
     else:
@@ -196,12 +196,12 @@ def test_rows_that_no_teacher_is_for_and_pictures_that_are_gone(folders, make_co
         train={"steps": 30, "prompts_per_step": 4},
     )
     write_jsonl(tmp_path / "data.jsonl", rows)
-    assert inputs.findings(config, ["full"]) == []
+    assert inputs.find_problems(config, ["full"]) == []
     write_jsonl(tmp_path / "data.jsonl", [*rows, rows[0] | {"id": "last", "who": "c"}])
-    (line,) = inputs.findings(config, ["full"])
+    (line,) = inputs.find_problems(config, ["full"])
     assert "'last'" in line and "'c'" in line
     write_jsonl(tmp_path / "data.jsonl", [*rows, rows[0] | {"id": "last", "image": "gone.png"}])
-    (line,) = inputs.findings(config, ["full"])
+    (line,) = inputs.find_problems(config, ["full"])
     assert "row last" in line and "gone.png" in line
 
 
@@ -215,7 +215,7 @@ def test_a_mask_file_of_another_model(folders, make_config, tmp_path, monkeypatc
     masks = {"m": {"type": "file", "path": str(tmp_path / "m.safetensors")}}
     config = make_config("llm", masks=masks, arms={"full": {"type": "distill", "mask": "m"}})
     monkeypatch.setenv("WORLD_SIZE", "3")
-    divides, other = inputs.findings(config, ["full"])
+    divides, other = inputs.find_problems(config, ["full"])
     assert divides == "train.prompts_per_step = 4 does not divide among 3 processes"
     assert (
         other.startswith("masks.m: ") and "lm_head.weight is (58, 48) there, (58, 32) here" in other
@@ -226,7 +226,7 @@ def test_a_teacher_of_another_shape_has_no_geometry(kind, make_config):
     """geometry.arms takes no arm whose tensors are not the student's, and the base has no delta."""
     arms = {"teacher": {"type": "teacher"}}
     config = make_config(kind, arms=arms, geometry={"arms": ["teacher"]})
-    (line,) = inputs.findings(config, ["teacher"])
+    (line,) = inputs.find_problems(config, ["teacher"])
     assert "geometry.arms: teacher is of another shape" in line
     # of an arm that is there already, when its geometry is added
     with pytest.raises(ConfigError, match=r"geometry\.arms: teacher is of another shape"):
@@ -646,7 +646,7 @@ def test_masks_of_arms_that_do_not_train(kind, arm, wrong, named, make_config):
     """A mask of another model is found before the arm that it is put over is trained, once and by its name."""
     x = {"type": arm, "of": "full", "mask": "w"} | ({"factor": 2.0} if arm == "extrapolate" else {})
     arms = {"full": {"type": "distill"}, "x": x, "y": x}
-    (line,) = inputs.findings(make_config(kind, masks=wrong, arms=arms), ["full", "x", "y"])
+    (line,) = inputs.find_problems(make_config(kind, masks=wrong, arms=arms), ["full", "x", "y"])
     assert line.startswith(named)
 
 
@@ -688,7 +688,7 @@ def test_folders_that_later_arms_read(kind, arm, folders, make_config, tmp_path)
         x = json.loads(json.dumps(arm).replace("FOLDER", str(folder)))
         masks = {"w": WHOLE, "v": {"type": "visible", "of": str(folder)}}
         config = make_config(kind, masks=masks, arms={"full": {"type": "distill"}, "x": x})
-        lines = inputs.findings(config, ["full", "x"])
+        lines = inputs.find_problems(config, ["full", "x"])
         if name == "whole":
             assert lines == []
             continue
@@ -739,7 +739,7 @@ def test_masks_that_leave_nothing_to_train(masks, freeze, left, make_config):
     """Combinations are judged as far as their rules tell: an arm that could only be the base is refused."""
     train = {"steps": 1, "prompts_per_step": 2, "freeze": freeze}
     arms = {"x": {"type": "distill", "mask": "m"}}
-    lines = inputs.findings(make_config("llm", masks=masks, arms=arms, train=train), ["x"])
+    lines = inputs.find_problems(make_config("llm", masks=masks, arms=arms, train=train), ["x"])
     assert bool(lines) != left
     assert all("arms.x: " in line and "'m'" in line for line in lines)
 

@@ -405,7 +405,7 @@ def refuse_unready(config: ExperimentConfig, planned: Plan) -> None:
     evals = [name for name in config.arms if f"evals/{name}" in due]
     measured = [name for name in config.geometry.arms if f"geometry/{name}" in due]
     lines = find_problems(config, arms, evaluated=False) if arms else []
-    lines += inputs.geometry_findings(config, measured) if measured else []
+    lines += inputs.find_geometry_problems(config, measured) if measured else []
     lines += _find_task_problems(config, evals) if evals else []
     if lines:
         raise ConfigError("; ".join(dict.fromkeys(lines)))
@@ -421,7 +421,7 @@ def find_problems(config: ExperimentConfig, names: Sequence[str], evaluated: boo
     """Problems that would stop making these arms, one line each; with `evaluated`, also their evaluation."""
     from vlopd.preflight import inputs
 
-    lines = inputs.findings(config, list(names))
+    lines = inputs.find_problems(config, list(names))
     if evaluated:
         lines += _find_task_problems(config, names)
     elif (during := config.eval.during) is not None:

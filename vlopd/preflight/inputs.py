@@ -1,7 +1,7 @@
 """Checks of a run's inputs before its first step: `vlopd run`, `vlopd check`.
 
 Most are of file headers and configurations. Values are read only of what would first be read after other arms have
-trained: checkpoints in folders, teachers of single arms. Every finding is one line that names the thing and the
+trained: checkpoints in folders, teachers of single arms. Every problem is one line that names the thing and the
 remedy; evals/preflight.py has those of the tasks. An input refused here would otherwise stop a run halfway.
 """
 
@@ -61,7 +61,7 @@ from vlopd.weights import delta
 from vlopd.weights.delta import TensorDelta
 
 
-class Findings:
+class _Problems:
     """Error lines, without repeats."""
 
     def __init__(self) -> None:
@@ -78,9 +78,9 @@ class Findings:
                 self.lines.append(line)
 
 
-def findings(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
+def find_problems(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
     """The errors that would stop these arms, or those that they are made from, one line each."""
-    found = Findings()
+    found = _Problems()
     needed = list(dict.fromkeys(a for name in names for a in (name, *config.ancestors(name))))
     with found.catch():
         refuse_missing_trackers(config.tracking.trackers)
@@ -138,13 +138,13 @@ def findings(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
         for model in teachers_loaded_late(config, needed):
             with found.catch():
                 load_configured(model, DTYPES[config.precision.resolved])
-    found.lines += geometry_findings(config, [n for n in config.geometry.arms if n in names])
+    found.lines += find_geometry_problems(config, [n for n in config.geometry.arms if n in names])
     return found.lines
 
 
-def geometry_findings(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
+def find_geometry_problems(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
     """The errors that would stop the geometry of these arms, one line each."""
-    found = Findings()
+    found = _Problems()
     for name in names:
         with found.catch("geometry.arms: "):
             if isinstance(config.arms[name], TeacherArm):
@@ -168,7 +168,7 @@ def evaluated(config: ExperimentConfig, names: Sequence[str]) -> dict[str, Loade
             try:
                 found[f"arms.{name}"] = without_weights(model)
             except UserError as error:
-                raise type(error)(f"arms.{name}: {error}") from None  # as `findings` has it
+                raise type(error)(f"arms.{name}: {error}") from None  # as `find_problems` has it
         elif not isinstance(arm, ImportedArm) and "student" not in found:
             found["student"] = without_weights(config.student)
     return found
