@@ -225,7 +225,10 @@ def retrain(
 ) -> None:
     """Makes the arms derived from others: retrained under a mask, projected, transplanted, extrapolated."""
     folder, config = pipeline.prepare(target, overrides or (), out)
-    names = pipeline.select_arms(config, arm, [n for n in config.arms if config.is_derived(n)])
+    derived = [n for n in config.arms if config.is_derived(n)]
+    if not derived:
+        raise ConfigError(f"{target}: no arm is derived from others; use `vlopd run {target}`")
+    names = pipeline.select_arms(config, arm, derived)
     planned = pipeline.plan(folder, config, names, "arms")
     pipeline.begin(folder, config, planned, on_plan=_print_plan)
     pipeline.make_arms(folder, config, names, print_artifact, allow_other_base)
@@ -333,6 +336,10 @@ def _geometry_of_run(
     if preset and (lacking := paper.lacking(config.geometry)):
         raise ConfigError(f"--preset paper: {lacking} (--set on the command line)")
     names = list(config.geometry.arms)
+    if not names:
+        raise ConfigError(
+            f"{target}: geometry.arms is empty; name arms to measure, as in geometry.arms='[\"full\"]'"
+        )
     planned = pipeline.plan(folder, config, names, "geometry")
     pipeline.begin(folder, config, planned, ("arms", "masks"), _print_plan)
     pipeline.make_geometry(folder, config, names, print_artifact, workers, device)
@@ -358,6 +365,7 @@ def _print_headline(name: str, rows: pd.DataFrame) -> None:
     console.print(
         "p: whether the update is one more draw of the null, noise of the same norm. A small p does not show that "
         "training on a signal made the difference: training on nothing has a similar spectrum (docs/geometry.md).",
+        soft_wrap=True,
         highlight=False,
     )
 
@@ -537,7 +545,7 @@ def main() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
-        app(standalone_mode=True)
+        app(prog_name="vlopd", standalone_mode=True)
     except UserError as error:
         print(f"vlopd: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
