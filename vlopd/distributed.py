@@ -11,15 +11,18 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
-from vlopd.errors import ConfigError, UserError
+from vlopd.errors import ConfigError, UserError, first_line
 
 T = TypeVar("T")
+
+Compute = Literal["auto", "fp32", "bf16"]
+"""Settings of the compute precision."""
 
 LONGEST_WAIT = timedelta(days=1)
 """Timeout while the first process works alone (held-out evaluation, a large checkpoint); NCCL's default is 10 minutes.
@@ -49,15 +52,26 @@ def accelerator() -> Accelerator:
     return state
 
 
-def resolve_compute(
-    setting: Literal["auto", "fp32", "bf16"], device: torch.device | str
-) -> Literal["fp32", "bf16"]:
-    """The compute precision of a setting: `auto` is bf16 on accelerators and on CPUs with AMX, fp32 elsewhere."""
+def resolve_compute(setting: Compute, device: torch.device | str) -> Literal["fp32", "bf16"]:
+    """The compute precision of a setting: `auto` is bf16 on accelerators and on CPUs with AMX, fp32 elsewhere.
+
+    Raises ConfigError for another setting.
+    """
+    if setting not in get_args(Compute):
+        raise ConfigError(f"compute {setting}: must be {', '.join(get_args(Compute))}")
     if setting != "auto":
         return setting
     if torch.device(device).type != "cpu":
         return "bf16"
     return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def refuse_missing_device(device: torch.device | str) -> None:
+    """Raises ConfigError for a device that torch does not know or this machine lacks."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device}: {first_line(error)}; cpu is always there") from None
 
 
 @contextmanager

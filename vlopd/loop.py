@@ -36,6 +36,12 @@ from vlopd.masks.importing import in_parameter_names
 from vlopd.models import parameter_names
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.save import save
+from vlopd.train.arguments import (
+    refuse_other_kinds,
+    refuse_other_mask,
+    refuse_other_rows,
+    refuse_trained,
+)
 from vlopd.train.checks import TrainingError, refuse_broken, refuse_not_finite, refuse_overflow
 from vlopd.train.log import Stopwatch, TrainingLog, sample_rows
 from vlopd.train.losses import TokenDivergence, token_weights
@@ -151,14 +157,15 @@ def distill(
     """Trains the pair's student in place.
 
     Args:
-        pair: student and teachers of `load_pair`; the teachers stay fixed, but for moving averages of the student.
+        pair: student and teachers of `load_pair`, loaded anew for each training; the teachers stay fixed, but for
+            moving averages of the student.
         data: the prompts, a sequence of examples (`load_data`), drawn in an order that depends on `seed` alone.
         recipe: where completions come from, loss, reward, optimizer, steps.
         out: folder for metrics.jsonl, samples.jsonl and, where asked for, optimizer.jsonl and heldout.jsonl;
             None: a temporary one that lives as long as the result.
         seed: of the data order and the sampling.
         mask: {parameter: bool tensor of its shape}, or by the names and shapes of the student's checkpoint; only its
-            true coordinates train (`make_mask`).
+            true coordinates train. One of `make_mask` must be of the student's checkpoint.
         hooks: what observes the training.
         projections: of the gradients, by parameter.
         identity: a digest of everything that decides the result; with it the state is saved every train.save_every
@@ -174,6 +181,7 @@ def distill(
     >>> data = load_data("shapes", modality="text", size=1000)
     >>> distill(pair, data, Recipe(train={"steps": 20, "prompts_per_step": 8}), "out/full").plot()
     """
+    refuse_other_kinds(pair, data, recipe, seed)
     temporary = None
     if out is None:
         temporary = TemporaryDirectory(prefix="vlopd-")
@@ -188,11 +196,18 @@ def distill(
             raise ConfigError(
                 f"{recipe.needs_teacher} needs a teacher: load_pair(student, teacher)"
             )
+        if len(data) == 0:
+            raise ConfigError(
+                f"{title}: the data has no examples; load_data(source, size=...) loads some"
+            )
+        refuse_other_rows(data)
         for use in recipe.plugins:
             use.check()
-        parameter_names.freeze(pair.student.model, train.freeze)
         if mask is not None:
+            refuse_other_mask(mask, pair.student)
             mask = in_parameter_names(mask, pair.student, partial=True)
+        refuse_trained(pair.student)
+        parameter_names.freeze(pair.student.model, train.freeze)
         with rounded_on_load(pair.student) as stored:
             trainable = Trainable(pair.student.model, mask, projections, stored=stored)
         if trainable.count == 0:
@@ -207,10 +222,6 @@ def distill(
             start = resume(out / "state", trainable, optimizer, averages, identity)
         share = split_evenly(train.prompts_per_step, accelerator)
         refuse_other_teachers(pair, recipe)
-        if len(data) == 0:
-            raise ConfigError(
-                f"{title}: the data has no examples; load_data(source, size=...) loads some"
-            )
         pair.check_teachers_prompt(pick(data, 0, 1, seed))
         log = TrainingLog(out, title, train.steps, start, main, hooks.trackers)
     refuse_other_starts(start, out, accelerator)

@@ -66,6 +66,10 @@ def find_run(
         where, config = "config", target
         if overrides:
             config = config_of(merged(config.model_dump(mode="json"), overrides), where)
+    elif not isinstance(target, str | Path | Mapping):
+        raise ConfigError(
+            f"a run is a run folder, a config file, a dict or an ExperimentConfig, not a {type(target).__name__}"
+        )
     else:
         where = str(target) if isinstance(target, str | Path) else "config"
         config = load_config(target, overrides)
@@ -77,11 +81,18 @@ def find_run(
 def select_arms(
     config: ExperimentConfig, arms: Sequence[str] | None, names: Sequence[str]
 ) -> list[str]:
-    """The arms of `names` that are among `arms`; all without `arms`. Raises ConfigError for an unknown arm."""
+    """The arms of `names` that are among `arms`; all without `arms`.
+
+    Raises ConfigError for an unknown arm, and where none of `arms` is among `names`.
+    """
+    arms = [arms] if isinstance(arms, str) else arms
     for arm in arms or ():
         if arm not in config.arms:
             raise ConfigError(f"arm {arm}: not in the config, which has {', '.join(config.arms)}")
-    return [name for name in names if not arms or name in arms]
+    chosen = [name for name in names if not arms or name in arms]
+    if arms and names and not chosen:
+        raise ConfigError(f"arm {', '.join(arms)}: not among {', '.join(names)}")
+    return chosen
 
 
 # ---------------------------------------------------------------------------------------------- plan

@@ -164,6 +164,8 @@ def _no_module(plugin: Plugin) -> PluginError:
     path = Path.cwd().joinpath(*plugin.module.split("."))
     defined = "<" in plugin.function or plugin.module == "__main__"
     more = "; it was defined in a Python session: put it into a file" if defined else ""
+    if plugin.module.endswith(".py"):
+        more = f"; write {plugin.module.removesuffix('.py')}:{plugin.function}"
     return PluginError(
         f"{plugin}: no module {plugin.module!r}: neither {path}.py nor an installed one; run in its folder{more}"
     )
@@ -226,10 +228,22 @@ def _working_folder_first() -> Iterator[None]:
     importlib.invalidate_caches()
     sys.path.insert(0, folder)
     try:
-        yield
+        with _same_working_folder():
+            yield
     finally:
         with suppress(ValueError):
             sys.path.remove(folder)
+
+
+@contextmanager
+def _same_working_folder() -> Iterator[None]:
+    """Restores the working folder, to which modules and the paths of a run are relative."""
+    folder = os.getcwd()
+    try:
+        yield
+    finally:
+        if os.getcwd() != folder:
+            os.chdir(folder)
 
 
 def _in_short(error: BaseException) -> str:
@@ -291,16 +305,30 @@ class Use(NamedTuple):
 def call(plugin: Plugin, where: str, *values: Any, **arguments: Any) -> Any:
     """The function's value. Raises PluginError, naming the function and `where`, for any error in it."""
     function = plugin.load()
-    try:
+    with _named(plugin, where):
         return function(*values, **arguments)
-    except Exception as error:  # a function of the user's may raise anything
+
+
+def item(plugin: Plugin, where: str, sequence: Any, index: Any) -> Any:
+    """An item of the sequence that a function returned. Raises PluginError as `call` does."""
+    with _named(plugin, where):
+        return sequence[index]
+
+
+@contextmanager
+def _named(plugin: Plugin, where: str) -> Iterator[None]:
+    """Raises PluginError, naming the function and `where`, for any error in code of the function's module."""
+    try:
+        with _same_working_folder():
+            yield
+    except (Exception, SystemExit) as error:  # a function of the user's may raise anything
         raise PluginError(f"{plugin} fails on {where}: {_in_short(error)}") from error
 
 
 def number(plugin: Plugin, where: str, *values: Any) -> float:
     """As `call`, of a function that returns a number. Raises PluginError for another value, NaN or infinity."""
     value = call(plugin, where, *values)
-    with suppress(TypeError, ValueError, RuntimeError):
+    with suppress(TypeError, ValueError, RuntimeError, OverflowError):
         if isinstance(value, SupportsFloat) and math.isfinite(found := float(value)):
             return found
     raise wrong_value(plugin, where, value, "a finite number")

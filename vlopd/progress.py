@@ -55,6 +55,11 @@ def _bars() -> type[plain_tqdm]:
     return tqdm if issubclass(tqdm, tqdm_notebook) or sys.stderr.isatty() else _Lines
 
 
+def are_drawn() -> bool:
+    """Whether bars are drawn: in a terminal or as a notebook's widgets, rather than printed as lines."""
+    return _bars() is not _Lines
+
+
 def progress(iterable: Iterable[Any] | None = None, *, title: str, **settings: Any) -> Any:
     """A tqdm bar with a title, over an iterable or with `total`; `settings` are tqdm's.
 
@@ -78,6 +83,9 @@ class Repeated:
 
     def __init__(self, items: Iterable[Any], title: str, unit: str):
         self.items, self.title, self.unit = items, title, unit
+
+    def __len__(self) -> int:
+        return len(self.items) if isinstance(self.items, Sized) else sum(1 for _ in self.items)
 
     def __iter__(self) -> Iterator[Any]:
         total = len(self.items) if isinstance(self.items, Sized) else None

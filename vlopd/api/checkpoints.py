@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -44,6 +45,7 @@ def model_of(checkpoint: Checkpoint) -> str:
         folder = checkpoint.out / "checkpoint"
         checkpoint.save(folder)
         return str(folder)
+    refuse_other_kinds(checkpoint)
     path = Path(checkpoint)
     if path.exists():
         if not _holds_weights(path) and _holds_weights(path / "checkpoint"):
@@ -58,8 +60,19 @@ def path_or_id(checkpoint: Checkpoint) -> str:
     return str(checkpoint.out if isinstance(checkpoint, Trained) else checkpoint)
 
 
+def refuse_other_kinds(checkpoint: Any) -> None:
+    """Raises ConfigError for what is no path, id or result of `distill`."""
+    if not isinstance(checkpoint, str | Path | Trained):
+        raise ConfigError(
+            f"a checkpoint is a folder, a hub id, builtin:NAME, a .gguf file or what `distill` returned, not a "
+            f"{type(checkpoint).__name__}"
+        )
+
+
 def names_of(checkpoints: Sequence[Checkpoint]) -> list[str]:
     """Distinct short names: the ends of their paths or ids. Raises ConfigError for one given twice."""
+    for each in checkpoints:
+        refuse_other_kinds(each)
     parts = [_parts_of(each) for each in checkpoints]
     if len({tuple(own) for own in parts}) < len(parts):  # two evaluations of one folder
         parts = [_parts_of(each, True) for each in checkpoints]

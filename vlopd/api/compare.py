@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,14 +19,21 @@ from evals.report import figures, tables
 from evals.report.checkpoints import write_comparison_page
 from evals.report.verdict import verdict
 from evals.stats import mean_with_error
-from vlopd.api.checkpoints import Checkpoint, is_scores, model_of, names_of, temporary_folder
+from vlopd.api.checkpoints import (
+    Checkpoint,
+    is_scores,
+    model_of,
+    names_of,
+    refuse_other_kinds,
+    temporary_folder,
+)
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.arms import Role
 from vlopd.config.input import value_of
 from vlopd.config.models import ModelConfig
 from vlopd.config.roles import Roles
 from vlopd.digests import digest_json
-from vlopd.distributed import accelerator, resolve_compute
+from vlopd.distributed import Compute, accelerator, resolve_compute
 from vlopd.errors import ConfigError, RunError
 from vlopd.files import read_json, read_jsonl
 from vlopd.loop import Trained
@@ -35,12 +43,13 @@ from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import model_content, samples_by_task
 from vlopd.train.pair import without_weights
 
-Compute = Literal["auto", "fp32", "bf16"]
 UNUSED = {
     "tasks": "name the tasks by the argument of that name (--tasks on the command line)",
     "during": "is of training; a comparison of finished models has none",
 }
 """Fields of the section `eval` that are not settings here, with the reason."""
+READ_BY_COMPARISON = {"confidence", "bootstrap_draws", "margin", "contrasts"}
+"""Fields of the section `eval` that finished evaluations are compared by; the others are of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -180,13 +189,30 @@ def compare(
 
     >>> compare({"base": "builtin:shapes-text-student", "full": trained}, ["shapes_text"], limit=200).contrasts
     """
+    if isinstance(models, str | Path | Trained):
+        models = [models]
     named = (
         dict(models)
         if isinstance(models, Mapping)
         else dict(zip(names_of(models), models, strict=True))
     )
+    for name, model in named.items():
+        refuse_other_kinds(model)
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\.][^/\\]*", name):
+            raise ConfigError(
+                f"models: {name!r} is no name; a name is text without slashes and without a dot at its start"
+            )
     if len(named) < 2:
         raise ConfigError("a comparison needs two or more models or evaluations")
+    if all(not isinstance(model, Trained) and is_scores(Path(model)) for model in named.values()):
+        unread = [
+            key for key in settings if key in EvalConfig.model_fields.keys() - READ_BY_COMPARISON
+        ]
+        unread = [key for key in unread if key not in UNUSED] + ["compute"] * (compute != "auto")
+        if unread:
+            raise ConfigError(
+                f"{unread[0]}: is of an evaluation, and all of these are finished; leave it out"
+            )
     config, run = _config_of(named, tasks, settings), _folder(out)
     first, *others = named
     of: dict[str, Role] = {first: "base", **dict.fromkeys(others, "other")}
@@ -242,8 +268,6 @@ def _evaluate_all(
 
     Raises ConfigError for unusable tasks, models and settings, before any weights are read.
     """
-    if compute not in get_args(Compute):
-        raise ConfigError(f"compute {compute}: must be {', '.join(get_args(Compute))}")
     device = accelerator().device
     resolved = resolve_compute(compute, device)
     scored = {n: m for n, m in models.items() if not isinstance(m, Trained) and is_scores(Path(m))}

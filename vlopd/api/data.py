@@ -49,10 +49,15 @@ def load_data(
 
     >>> load_data("train.jsonl", question="problem", answer="solution", image="picture")[0]
     >>> load_data("shapes", modality="text", size=200)
-    >>> load_data([{"question": "2 + 2", "answer": "4"}])
+    >>> load_data([{"question": "2 + 2", "answer": "4"}], answer="answer")
     """
-    if size is not None and size < 1:
-        raise ConfigError(f"size = {size}: must be at least 1")
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise ConfigError(f"size = {size}: must be an integer of at least 1")
+    if isinstance(source, Mapping) and not {"type", "path"} & source.keys():
+        raise ConfigError(
+            f"a dict is a data section with a `type`; this one has {', '.join(map(str, source))}; of a DatasetDict "
+            'give one split, as in data["train"], and of columns a list of rows'
+        )
     if isinstance(source, Section | Mapping | str | Path) or callable(source):
         return load_section(_cut(_section(source, settings), size), size or SIZE, seed)
     section = value_of(FileData, {"path": "rows", **settings}, "load_data")

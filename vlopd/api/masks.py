@@ -73,7 +73,8 @@ class MaskTensors(dict[str, Tensor]):
                     "density": selected / marked.numel() if marked.numel() else 0.0,
                 }
             )
-        return pd.DataFrame(rows).astype({"layer": "Int64"})
+        columns = ("tensor", "component", "layer", "module", "shape", "parameters", "selected")
+        return pd.DataFrame(rows, columns=[*columns, "density"]).astype({"layer": "Int64"})
 
     def save(self, path: Path | str) -> Path:
         """Writes the mask as .safetensors (packed bits) with its record beside it (docs/run-folder.md).

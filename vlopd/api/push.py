@@ -8,7 +8,7 @@ from typing import Any
 from vlopd.config.arms import mask_of
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import config_of
-from vlopd.errors import RunError, first_line
+from vlopd.errors import ConfigError, RunError, first_line
 from vlopd.files import read_json
 from vlopd.run.folder import RunFolder
 
@@ -19,15 +19,21 @@ def push(
     """Uploads an arm's checkpoint, record, mask and model card with results to a model repository of the hub.
 
     repo: "user/name", created where it does not exist; `private` applies then. Needs a token (`hf auth login`).
-    Returns {file in the repository: local file, or content}; with `dry_run` nothing is uploaded. Raises RunError for
-    an arm without a checkpoint in the run, and where the hub refuses.
+    Returns {file in the repository: local file, or content}; with `dry_run` nothing is uploaded. Raises
+    ConfigError for an invalid repository name, RunError for an arm without a checkpoint, and where the hub refuses.
     """
     folder = RunFolder(run)
     config = config_of(folder.read()["config"], folder.root / "run.json")
     found = _files_of(folder, config, arm)
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ConfigError(f"--repo: {first_line(error)}") from None
     if dry_run:
         return found
-    from huggingface_hub import CommitOperationAdd, HfApi
 
     operations = [CommitOperationAdd(name, content) for name, content in found.items()]
     try:

@@ -112,6 +112,10 @@ def _geometry_of_run(
     if preset and (lacking := paper.lacking(config.geometry)):
         raise ConfigError(f"--preset paper: {lacking} (--set on the command line)")
     names = list(config.geometry.arms)
+    if not names:
+        raise ConfigError(
+            f"{target}: geometry.arms is empty; name arms to measure, as in geometry.arms='[\"full\"]'"
+        )
     planned = pipeline.plan(folder, config, names, "geometry")
     pipeline.begin(folder, config, planned, ("arms", "masks"), print_plan)
     pipeline.make_geometry(folder, config, names, print_artifact, workers, device)
@@ -137,6 +141,7 @@ def _print_headline(name: str, rows: pd.DataFrame) -> None:
     console.print(
         "p: whether the update is one more draw of the null, noise of the same norm. A small p does not show that "
         "training on a signal made the difference: training on nothing has a similar spectrum (docs/geometry.md).",
+        soft_wrap=True,
         highlight=False,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import shlex
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -34,7 +34,7 @@ def template(name: Template, data: Path) -> str:
     """The text of a template; `data` is the folder of its data file."""
     folder = files("vlopd.cli") / "templates"
     text = "".join((folder / f"{part}.toml").read_text() for part in PARTS[name])
-    return text.replace("@DATA@", data.as_posix())
+    return text.replace("@DATA@", json.dumps(data.as_posix(), ensure_ascii=False)[1:-1])
 
 
 def init(
@@ -52,6 +52,8 @@ def init(
     """Writes a commented config that runs as it is; vlm and llm come with a small data file."""
     assert set(get_args(Template)) == set(PARTS)
     data = file.with_name(f"{file.stem}-data")
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder; name the file to write, as {file / 'vlopd.toml'}")
     for path in (file, data) if of in OWN_DATA else (file,):
         if path.exists() and not force:
             raise ConfigError(f"{path} exists already; name another file, or pass --force")
@@ -61,15 +63,14 @@ def init(
     if of in OWN_DATA:
         write_rows(data, OWN_DATA[of])
         say("wrote", data / "train.jsonl")
-    say("next", f"vlopd check {file}")
+    say("next", f"vlopd check {shlex.quote(str(file))}")
 
 
 def write_rows(folder: Path, modality: Literal["image", "text"]) -> None:
-    """Writes train.jsonl with questions of the built-in data set, and their pictures beside it."""
+    """Writes train.jsonl with questions of the built-in data set, and their pictures beside it; other files stay."""
     from vlopd.data.shapes import ShapesDataset
 
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for k, example in enumerate(ShapesDataset("train", ROWS[modality], seed=1, modality=modality)):
         row = {"question": example.question, "answer": example.answer}

@@ -178,7 +178,10 @@ def retrain(
 ) -> None:
     """Makes the arms derived from others: retrained under a mask, projected, transplanted, extrapolated."""
     folder, config = pipeline.prepare(target, overrides or (), out)
-    names = pipeline.select_arms(config, arm, [n for n in config.arms if config.is_derived(n)])
+    derived = [n for n in config.arms if config.is_derived(n)]
+    if not derived:
+        raise ConfigError(f"{target}: no arm is derived from others; use `vlopd run {target}`")
+    names = pipeline.select_arms(config, arm, derived)
     planned = pipeline.plan(folder, config, names, "arms")
     pipeline.begin(folder, config, planned, on_plan=print_plan)
     pipeline.make_arms(folder, config, names, print_artifact, allow_other_base)
@@ -279,7 +282,7 @@ def main() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
-        app(standalone_mode=True)
+        app(prog_name="vlopd", standalone_mode=True)
     except UserError as error:
         print(f"vlopd: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -34,16 +34,32 @@ def load_config(
     """
     if isinstance(source, Mapping):
         tree, where = copy.deepcopy(dict(source)), "config"
-    else:
+    elif isinstance(source, str | Path):
         tree, where = _read_toml(Path(source)), str(source)
+    else:
+        raise ConfigError(f"a config is a TOML file or a dict, not a {type(source).__name__}")
     return config_of(merged(tree, overrides), where)
 
 
 def merged(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Merges TOML lines into `tree` in place, and returns it."""
-    for line in overrides:
-        merge(tree, parse_override(line))
+    """Merges TOML lines into `tree` in place, and returns it.
+
+    The lines are one change: with `optim.type` among them, the others of `optim` hold for the new type, in any order.
+    """
+    change: dict[str, Any] = {}
+    for line in [overrides] if isinstance(overrides, str) else overrides:
+        _join(change, parse_override(line))
+    merge(tree, change)
     return tree
+
+
+def _join(tree: dict[str, Any], more: Mapping[str, Any]) -> None:
+    for key, value in more.items():
+        old = tree.get(key)
+        if isinstance(old, dict) and isinstance(value, Mapping):
+            _join(old, value)
+        else:
+            tree[key] = value
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

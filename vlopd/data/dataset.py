@@ -135,7 +135,9 @@ class FileDataset(StoredDataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index) -> Example:  # type: ignore[override]
+    def __getitem__(self, index) -> Any:
+        if isinstance(index, slice):
+            return self.with_rows(self.rows[index])
         config = self.config
         index = self.rows[index]
         row = self.table[index]

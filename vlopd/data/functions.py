@@ -7,7 +7,7 @@ from typing import Any
 
 from vlopd.config.data import FunctionData
 from vlopd.errors import DataError
-from vlopd.plugins import call, wrong_value
+from vlopd.plugins import call, item, wrong_value
 from vlopd.types import Example
 
 
@@ -31,10 +31,16 @@ class FunctionDataset(Sequence[Example]):
         return len(self.found)
 
     def __getitem__(self, index) -> Example:  # type: ignore[override]
-        example = self.found[index]
-        plugin = self.config.type
+        plugin, size = self.config.type, len(self.found)
+        if not -size <= index < size:
+            raise IndexError(f"index {index} of {size} examples")
+        example = item(plugin, f"index {index}", self.found, index)
         if not isinstance(example, Example):
             raise wrong_value(plugin, f"index {index}", example, "vlopd.types.Example at each")
+        if not all({"role", "content"} <= set(message) for message in example.messages):
+            raise DataError(
+                f"{plugin}: example {example.id!r} has a message without role or content"
+            )
         refuse_unlike_images(f"{plugin}: example {example.id!r}", example)
         if example.images and not self.config.images:
             raise DataError(f"{plugin}: example {example.id!r} has images; set data.images = true")

@@ -57,6 +57,11 @@ def open_rows(rows: Sequence[Mapping[str, Any]] | Dataset) -> MemoryTable | Arro
     """Opens a list of dicts or a `datasets.Dataset`. Raises ConfigError for another type."""
     if isinstance(rows, Dataset):
         return ArrowTable(rows, [])
+    if not isinstance(rows, Sequence):
+        raise ConfigError(
+            f"rows are a list of dicts or a datasets.Dataset, not a {type(rows).__name__}; list(...) makes a list of "
+            'an iterable, frame.to_dict("records") of a DataFrame'
+        )
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ConfigError(

@@ -45,8 +45,10 @@ def export_mask(
         if base is None:
             raise RunError("a SHiRA adapter is of a model; give --base, the checkpoint of the mask")
         return _export_shira(file, mask, out, base, trained, linear_only)
-    if trained is not None or linear_only:
-        raise RunError(f"{format} hold no update; --trained and --linear-only are for shira")
+    if base is not None or trained is not None or linear_only:
+        raise RunError(
+            f"{format} are of the mask alone; --base, --trained and --linear-only are for shira"
+        )
     if out.suffix != ".safetensors":
         raise RunError(f"{out}: {format} are written to a file *.safetensors")
     tensors = mask

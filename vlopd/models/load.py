@@ -17,6 +17,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from vlopd.config.models import ModelConfig
 from vlopd.errors import ConfigError, first_line
 from vlopd.models import families, integrity
+from vlopd.models.bars import bars_where_drawn
 from vlopd.models.gguf import convert, smollm2
 from vlopd.models.loaded import LoadedModel, ModelUnreadable
 from vlopd.models.openclip import vlm
@@ -193,16 +194,17 @@ def load(
     if is_folder:
         _check_files(name, Path(where))
     try:
-        model, loading = model_class.from_pretrained(
-            where,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # integrity.refuse_partial names them
-        )
+        with bars_where_drawn():
+            model, loading = model_class.from_pretrained(
+                where,
+                dtype=dtype,
+                attn_implementation=attention,
+                use_safetensors=True,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # integrity.refuse_partial names them
+            )
         if not is_folder:
             where = snapshot_download(where, revision=revision, local_files_only=True)
     except Exception as error:  # loaders raise arbitrary exceptions

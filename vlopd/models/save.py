@@ -14,6 +14,7 @@ from transformers.core_model_loading import build_glob_alternation
 
 from vlopd.bits import holds, widest
 from vlopd.errors import UserError
+from vlopd.models.bars import bars_where_drawn
 from vlopd.models.loaded import LoadedModel
 
 
@@ -32,7 +33,8 @@ def save(
     dtype = _reload_dtype(loaded.model, state or loaded.model.state_dict())
     before = loaded.model.config.dtype
     try:
-        loaded.model.save_pretrained(folder, state_dict=state, save_original_format=False)
+        with bars_where_drawn():
+            loaded.model.save_pretrained(folder, state_dict=state, save_original_format=False)
     finally:
         loaded.model.config.dtype = before
     _write_dtype(folder / "config.json", dtype)

@@ -56,6 +56,7 @@ from vlopd.run.resolve import checkpoint_folder, hub_folder, score_files
 from vlopd.seeding import generator
 from vlopd.train.log import refuse_missing_trackers
 from vlopd.train.losses import on_support
+from vlopd.train.optimizers import refuse_missing_components
 from vlopd.train.pair import ModelPair, load_pair, without_weights
 from vlopd.weights import delta
 from vlopd.weights.delta import TensorDelta
@@ -131,6 +132,8 @@ def find_problems(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
                 marked = None if arm.mask is None else extents[arm.mask]
                 freeze, student = recipe.train.freeze, pairs[models].student
                 refuse_nothing_to_train(freeze, name, arm.mask, marked, student)
+            names_in_model = dict(pairs[models].student.model.named_parameters())
+            refuse_missing_components(recipe.optim, names_in_model)
     for key, (where, recipe, pair) in recipes.items():
         with found.catch(where):
             refuse_rows(recipe, pair, sorted(set(seeds[key])))

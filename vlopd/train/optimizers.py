@@ -6,7 +6,7 @@ The optimizers are torch's and timm's; this module builds their parameter groups
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -147,17 +147,22 @@ def component_factors(config: OptimConfig, trainable: Trainable) -> dict[str, fl
 
     Raises ConfigError for a component that the model has no parameter of.
     """
+    refuse_missing_components(config, trainable.names)
     factors: dict[str, float] = config.component_rates.model_dump()
-    known = {parameter_names.classify(name).component for name in trainable.names}
-    for component, factor in factors.items():
+    return {
+        name: factors.get(parameter_names.classify(name).component, 1.0) for name in trainable.slots
+    }
+
+
+def refuse_missing_components(config: OptimConfig, names: Iterable[str]) -> None:
+    """Raises ConfigError for a factor of a component that none of the parameters `names` is of."""
+    known = {parameter_names.classify(name).component for name in names}
+    for component, factor in config.component_rates:
         if factor != 1.0 and component not in known:
             raise ConfigError(
                 f"optim.component_rates.{component} = {factor}: the model has no {component!r}, it has "
                 f"{', '.join(sorted(known))}"
             )
-    return {
-        name: factors.get(parameter_names.classify(name).component, 1.0) for name in trainable.slots
-    }
 
 
 def grouped(slots: Mapping[str, Slot], factors: Mapping[str, float]) -> Groups:

@@ -351,6 +351,7 @@ def load_pair(
     plan = None if teacher is None else value_of(TeachersConfig, teacher, "teacher")
     configs = teachers_by_name(plan)
     device = distributed.accelerator().device if device is None else device
+    distributed.refuse_missing_device(device)
     dtype = DTYPES[distributed.resolve_compute(compute, device)]
     if images:
         refuse_text_only(own, configs)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vlopd.bits import different, pack, positions, widest
-from vlopd.errors import UserError
+from vlopd.errors import ConfigError, UserError
 from vlopd.weights.subspace import Projection
 
 Storage = Literal["whole", "listed", "packed", "dense"]
@@ -233,7 +233,7 @@ class Trainable:
     `stored` has, by name, the checkpoint's tensors of the parameters that were rounded when the model was loaded
     (`vlopd.weights.stored.unrounded`): their values start from these, all others from the model.
 
-    Raises ValueError for a mask that names no parameter of the model or has another shape, and UserError for a
+    Raises ConfigError for a mask that names no parameter of the model or has another shape, and UserError for a
     parameter that is not its stored tensor, rounded.
     """
 
@@ -253,7 +253,7 @@ class Trainable:
         for name, parameter in self.model_parameters.items():
             marked = None if mask is None else mask.get(name, torch.zeros(0, dtype=torch.bool))
             if marked is not None and marked.dtype != torch.bool:
-                raise ValueError(f"the mask's {name!r} is {marked.dtype}, not torch.bool")
+                raise ConfigError(f"the mask's {name!r} is {marked.dtype}, not torch.bool")
             trains = parameter.requires_grad and (marked is None or bool(marked.any()))
             parameter.requires_grad_(trains)
             parameter.grad = None
@@ -338,11 +338,11 @@ def refuse_foreign(
 ) -> None:
     for name, of in named.items():
         if name not in parameters:
-            raise ValueError(
+            raise ConfigError(
                 f"the mask names {name!r}, which the model lacks: it is of another model"
             )
         if isinstance(of, Tensor) and of.shape != parameters[name].shape:
-            raise ValueError(
+            raise ConfigError(
                 f"the mask's {name!r} has shape {tuple(of.shape)}, the model's "
                 f"{tuple(parameters[name].shape)}: it is of another model"
             )
