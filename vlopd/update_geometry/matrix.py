@@ -41,7 +41,7 @@ class MeasureKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Keys:
-    """Names of the rows of `Finding.terms` and `Finding.measures`; the same for every tensor of a config."""
+    """Names of the rows of `MatrixResult.terms` and `MatrixResult.measures`; the same for every tensor of a config."""
 
     terms: tuple[TermKey, ...]
     measures: tuple[MeasureKey, ...]
