@@ -71,7 +71,7 @@ class RecipeSections(Section):
 class Recipe(RecipeSections):
     """How a student is trained: where completions come from, the objective, the optimizer, the loop's settings.
 
-    Sections are tables (docs/configuration.md) or section objects. Only `train` is required: rollout.source is the
+    Sections are tables, as in a config file, or section objects. Only `train` is required: rollout.source is the
     student, loss is the reverse KL, optim AdamW. `teacher` may stay out where the pair that is trained has one.
 
     Raises ConfigError that names the key, the nearest known one, and the value.
