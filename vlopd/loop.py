@@ -147,14 +147,14 @@ def distill(
     title: str | None = None,
     accelerator: Accelerator | None = None,
 ) -> Trained:
-    """Trains the pair's student in place.
+    """Trains the pair's student in place; each training needs a newly loaded pair.
 
     Args:
         pair: student and teachers of `load_pair`; the teachers stay fixed, but for moving averages of the student.
         data: the prompts, a sequence of examples (`load_data`), drawn in an order that depends on `seed` alone.
         recipe: where completions come from, loss, reward, optimizer, steps.
-        out: folder for metrics.jsonl, samples.jsonl and, where asked for, optimizer.jsonl and heldout.jsonl;
-            None: a temporary one that lives as long as the result.
+        out: folder for metrics.jsonl, samples.jsonl and, where asked for, optimizer.jsonl and heldout.jsonl, which
+            replace those of an earlier training there; None: a temporary one that lives as long as the result.
         seed: of the data order and the sampling.
         mask: {parameter: bool tensor of its shape}, or by the names and shapes of the student's checkpoint; only its
             true coordinates train (`make_mask`).
@@ -173,13 +173,15 @@ def distill(
     >>> data = load_data("shapes", modality="text", size=1000)
     >>> distill(pair, data, Recipe(train={"steps": 20, "prompts_per_step": 8}), "out/full").plot()
     """
+    accelerator = accelerator or distributed.accelerator()
+    with distributed.together(accelerator):
+        refuse_other_types(pair, data, recipe, seed, mask)
     temporary = None
     if out is None:
         temporary = TemporaryDirectory(prefix="vlopd-")
         out, title = temporary.name, title or pair.student.name
     out = Path(out)
     title = out.name if title is None else title
-    accelerator = accelerator or distributed.accelerator()
     train, optim, group = recipe.train, recipe.optim, recipe.rollout.completions_per_prompt
     main = accelerator.is_main_process
     with distributed.together(accelerator):
@@ -193,7 +195,10 @@ def distill(
         if mask is not None:
             mask = in_parameter_names(pair.student, mask)
         with rounded_on_load(pair.student) as stored:
-            trainable = Trainable(pair.student.model, mask, projections, stored=stored)
+            try:
+                trainable = Trainable(pair.student.model, mask, projections, stored=stored)
+            except ValueError as error:
+                raise ConfigError(f"{title}: {error}") from None
         if trainable.count == 0:
             raise ConfigError(
                 f"{title}: nothing is left to train: the mask has no coordinate outside of train.freeze = "
@@ -281,6 +286,38 @@ def distill(
                 if saves and main and identity is not None:
                     save_state(out / "state", done, trainable, optimizer, averages, identity)
     return Trained(pair.student, trainable, out, recipe, temporary)
+
+
+def refuse_other_types(
+    pair: ModelPair,
+    data: Sequence[Example],
+    recipe: Recipe,
+    seed: int,
+    mask: Mapping[str, Tensor] | None,
+) -> None:
+    """Raises ConfigError for an argument of another type, and for a pair whose student was trained before."""
+    made_by: dict[str, tuple[object, type, str]] = {
+        "pair": (pair, ModelPair, "load_pair(student, teacher)"),
+        "recipe": (recipe, Recipe, "Recipe(train={...}, ...)"),
+    }
+    for name, (value, kind, how) in made_by.items():
+        if not isinstance(value, kind):
+            raise ConfigError(f"{name} is a {type(value).__name__}; make it with {how}")
+    if isinstance(data, str | Path) or (len(data) and not isinstance(data[0], Example)):
+        raise ConfigError("data is not a sequence of examples; make it with load_data(source, ...)")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed = {seed!r}: must be an integer of at least 0")
+    if mask is not None:
+        tensors = mask.values() if isinstance(mask, Mapping) else (None,)
+        if not all(isinstance(each, Tensor) and each.dtype == torch.bool for each in tensors):
+            raise ConfigError(
+                "mask is not a table of bool tensors by parameter; make it with make_mask(rule, base, trained), "
+                'of a file with the rule {"type": "file", "path": ...}'
+            )
+    if any(each._post_accumulate_grad_hooks for each in pair.student.model.parameters()):
+        raise ConfigError(
+            f"the student {pair.student.name} was trained in place by an earlier call; load the pair again"
+        )
 
 
 def backward(

@@ -44,13 +44,23 @@ def model_of(checkpoint: Checkpoint) -> str:
         folder = checkpoint.out / "checkpoint"
         checkpoint.save(folder)
         return str(folder)
-    path = Path(checkpoint)
+    path = _path_of(checkpoint)
     if path.exists():
         if not _holds_weights(path) and _holds_weights(path / "checkpoint"):
             return str(path / "checkpoint")
         if (what := what_it_is(path)) is not None:
             raise RunError(f"{path} is {what}")
     return str(checkpoint)
+
+
+def _path_of(checkpoint: str | Path) -> Path:
+    """A checkpoint's name as a path. Raises ConfigError for an object of another type."""
+    if not isinstance(checkpoint, str | Path):
+        raise ConfigError(
+            f"a {type(checkpoint).__name__} is no checkpoint; give a folder, a hub id, builtin:NAME, a .gguf file, "
+            "or what distill returned (several as arguments of their own)"
+        )
+    return Path(checkpoint)
 
 
 def names_of(checkpoints: Sequence[Checkpoint]) -> list[str]:
@@ -68,7 +78,7 @@ def _parts_of(checkpoint: Checkpoint, with_files: bool = False) -> list[str]:
     """The parts of a path or id, without `checkpoint` and, unless `with_files`, the name of a file of scores."""
     if isinstance(checkpoint, Trained):
         checkpoint = checkpoint.out
-    path = Path(checkpoint)
+    path = _path_of(checkpoint)
     # not `resolve`: a link's name is the one that the user knows
     parts = Path(os.path.abspath(path)).parts if path.exists() else str(checkpoint).split("/")
     scores = path.is_file() and is_score_file(path) and not with_files

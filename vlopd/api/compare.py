@@ -180,6 +180,8 @@ def compare(
 
     >>> compare({"base": "builtin:shapes-text-student", "full": trained}, ["shapes_text"], limit=200).contrasts
     """
+    if isinstance(models, str | Path):
+        raise ConfigError(f"models = {str(models)!r} is one model; give a list or {{name: model}}")
     named = (
         dict(models)
         if isinstance(models, Mapping)

@@ -198,6 +198,8 @@ def _named(name: str, masks: Mapping[str, Mapping[str, Tensor]]) -> MaskTensors:
         return mask if isinstance(mask, MaskTensors) else MaskTensors(mask)
     if not Path(name).is_file():
         known = f"masks has {', '.join(masks)}" if masks else "masks is empty"
+        if any(isinstance(mask, Tensor) for mask in masks.values()):
+            known = f"masks is a single mask; give masks = {{{name!r}: mask}}"
         raise ConfigError(f"no mask {name!r}: {known}, and there is no such file")
     return read_mask(name)
 

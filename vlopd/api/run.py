@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from vlopd import pipeline
 from vlopd.config.experiment import ExperimentConfig
-from vlopd.errors import RunError
+from vlopd.errors import ConfigError, RunError
 from vlopd.files import read_json
 from vlopd.run.checksums import Problem
 from vlopd.run.folder import RunFolder
@@ -70,6 +70,9 @@ class Run:
 
         >>> Run("mine.toml").run(until="arms", arms=["full"]).arms
         """
+        if until not in get_args(Stages):
+            raise ConfigError(f"until = {until!r}: must be one of {', '.join(get_args(Stages))}")
+        arms = [arms] if isinstance(arms, str) else arms
         folder, config = pipeline.prepare(self.config, out=self.folder.root)
         self.folder, self.config = folder, config
         names = pipeline.select_arms(config, arms, list(config.arms))

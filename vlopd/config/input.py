@@ -42,7 +42,7 @@ def load_config(
 
 def merged(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Merges TOML lines into `tree` in place, and returns it."""
-    for line in overrides:
+    for line in [overrides] if isinstance(overrides, str) else overrides:
         merge(tree, parse_override(line))
     return tree
 
@@ -109,6 +109,10 @@ def value_of(kind: Any, value: Any, where: str) -> Any:
 
 def parse_override(line: str) -> dict[str, Any]:
     """`optim.learning_rate=2e-4` -> {"optim": {"learning_rate": 2e-4}}; a bare word is a string."""
+    if not isinstance(line, str):
+        raise ConfigError(
+            f"override {line!r} is a {type(line).__name__}; give each as a text of its own, such as 'train.steps=20'"
+        )
     key, equals, value = line.partition("=")
     if not equals:
         raise ConfigError(f"override {line!r} has no '='; write key=value, as in train.steps=20")

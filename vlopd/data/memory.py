@@ -57,10 +57,14 @@ def open_rows(rows: Sequence[Mapping[str, Any]] | Dataset) -> MemoryTable | Arro
     """Opens a list of dicts or a `datasets.Dataset`. Raises ConfigError for another type."""
     if isinstance(rows, Dataset):
         return ArrowTable(rows, [])
+    remedy = "give a list of dicts, a datasets.Dataset, a path, a hub id, or the name of a built-in data set"
+    if type(rows).__name__ == "DataFrame":
+        remedy = 'give its rows, frame.to_dict("records")'
+    if not isinstance(rows, Sequence):
+        raise ConfigError(f"the data is of type {type(rows).__name__}; {remedy}")
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ConfigError(
-                f"row {index} (from 0) is a {type(row).__name__}, not a dict of columns; give a list of dicts, a "
-                "datasets.Dataset, a path, a hub id, or the name of a built-in data set"
+                f"row {index} (from 0) is a {type(row).__name__}, not a dict of columns; {remedy}"
             )
     return MemoryTable(rows)

@@ -350,7 +350,14 @@ def load_pair(
     own: ModelConfig = value_of(ModelConfig, as_table(student), "student")
     plan = None if teacher is None else value_of(TeachersConfig, teacher, "teacher")
     configs = teachers_by_name(plan)
-    device = distributed.accelerator().device if device is None else device
+    if compute not in ("auto", "fp32", "bf16"):
+        raise ConfigError(f"compute = {compute!r}: must be one of auto, fp32, bf16")
+    try:
+        device = distributed.accelerator().device if device is None else torch.device(device)
+    except RuntimeError:
+        raise ConfigError(
+            f"device = {device!r}: no such device; leave it out, or give cpu or cuda"
+        ) from None
     dtype = DTYPES[distributed.resolve_compute(compute, device)]
     if images:
         refuse_text_only(own, configs)
