@@ -52,7 +52,8 @@ class Tasks(TaskManager):
         Raises ConfigError for an unknown task, and for a missing folder.
         """
         if include is not None and not Path(include).is_dir():
-            raise ConfigError(f"eval.include: no folder {include!r}")
+            is_file = "; it is a file: give its folder" if Path(include).is_file() else ""
+            raise ConfigError(f"eval.include: no folder {include!r}{is_file}")
         ours = (
             _our_tasks()
             if include is None
@@ -64,8 +65,12 @@ class Tasks(TaskManager):
         every = all_tasks(include)
         for task in tasks:
             if not every.has(task):
-                known = ", ".join(ours.all_tasks)
-                raise ConfigError(f"eval.tasks: no task {task!r}; built-in are {known}")
+                near = difflib.get_close_matches(task, every.all_tasks, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                own = "" if include else "; a task of your own needs eval.include, its folder"
+                raise ConfigError(
+                    f"eval.tasks: no task {task!r}{hint} (`vlopd tasks --all` lists all){own}"
+                )
         return every
 
     def has(self, task: str) -> bool:

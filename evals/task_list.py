@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lm_eval
 from huggingface_hub import constants
 from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
 
@@ -102,7 +103,8 @@ def _source_of(settings: Mapping[str, Any], yaml: Any) -> tuple[str, str]:
         return "built-in", _built_in(Path(str(settings.get("custom_dataset"))).name)
     path, arguments = settings.get("dataset_path"), settings.get("dataset_kwargs") or {}
     if not isinstance(path, str):
-        return f"code beside {yaml}" if yaml else UNKNOWN, UNKNOWN
+        own = yaml is not None and Path(lm_eval.__file__).parent not in Path(yaml).parents
+        return f"code beside {yaml}" if yaml else UNKNOWN, "yes" if own else UNKNOWN
     if path in FILES and "data_files" in arguments:
         files = _strings(arguments["data_files"])
         missing = [file for file in files if "://" not in file and not Path(file).exists()]

@@ -90,7 +90,8 @@ name of your own. TOML has no null: leave the key out. An unknown key or a value
 nearest known key or the bounds.
 
 Units: fractions are in [0, 1], log-probs and KL in nats, times in seconds; a count is of what its sentence names. Steps
-are optimizer steps of `train.steps`, numbered from 1.
+are optimizer steps of `train.steps`, numbered from 1 (`full@12` is after 12 steps); the column `step` of the logs
+counts the steps before, from 0.
 """
 
 

@@ -186,6 +186,20 @@ def test_tracker_arguments():
     assert full.arguments("tensorboard", "mine", "r", "full") == {"project": "mine-full"}
 
 
+def test_a_task_with_a_dataset_function_is_loaded(tmp_path):
+    """`--load` reads the questions of a task of one's own whose rows come from a function (docs/how-to/own-task.md)."""
+    (tmp_path / "signs.py").write_text(
+        "from datasets import Dataset\n\n\ndef dataset(**_):\n"
+        '    return {"test": Dataset.from_list([{"question": "how many red", "answer": "1"}] * 3)}\n'
+    )
+    (tmp_path / "signs.yaml").write_text(
+        "task: signs\ncustom_dataset: !function signs.dataset\ntest_split: test\noutput_type: generate_until\n"
+        "doc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+    )
+    (row,) = list_tasks("signs", str(tmp_path), load=True)
+    assert (row.questions, row.reachable) == ("3", "yes")
+
+
 def test_tasks_are_listed_without_their_data(tmp_path, monkeypatch):
     """Tasks of a folder stand beside ours; missing files and hub data sets that are not cached are said to be so."""
     task = {

@@ -154,15 +154,15 @@ def distill(
     title: str | None = None,
     accelerator: Accelerator | None = None,
 ) -> Trained:
-    """Trains the pair's student in place.
+    """Trains the pair's student in place; each training needs a newly loaded pair.
 
     Args:
         pair: student and teachers of `load_pair`, loaded anew for each training; the teachers stay fixed, but for
             moving averages of the student.
         data: the prompts, a sequence of examples (`load_data`), drawn in an order that depends on `seed` alone.
         recipe: where completions come from, loss, reward, optimizer, steps.
-        out: folder for metrics.jsonl, samples.jsonl and, where asked for, optimizer.jsonl and heldout.jsonl;
-            None: a temporary one that lives as long as the result.
+        out: folder for metrics.jsonl, samples.jsonl and, where asked for, optimizer.jsonl and heldout.jsonl, which
+            replace those of an earlier training there; None: a temporary one that lives as long as the result.
         seed: of the data order and the sampling.
         mask: {parameter: bool tensor of its shape}, or by the names and shapes of the student's checkpoint; only its
             true coordinates train. One of `make_mask` must be of the student's checkpoint.

@@ -127,7 +127,7 @@ class TaskSentences:
             name = f"The {self.density(arm)}subnetwork{_parenthesised(arm)}, retrained{self.seed(arm)},"
             recovered = self.arms[arm]["recovery"]
             if recovered["status"] == "ok":
-                line = f"{name} recovers {share(recovered)} of {self.name}'s gain"
+                line = f"{name} recovers {share(recovered)} of {possessive(self.name)} gain"
             else:
                 line = f"{name} scores {percent(self.arms[arm]['mean'])}"
             for group in self.controls(arm):
@@ -317,6 +317,10 @@ def _p_values(difference: Entry) -> str:
 
 def _mean_of(arms: Sequence[str]) -> str:
     return "one mask" if len(arms) == 1 else f"mean of {len(arms)}"
+
+
+def possessive(name: str) -> str:
+    return f"{name}'" if name.endswith("s") else f"{name}'s"
 
 
 def _parenthesised(arm: str) -> str:

@@ -190,7 +190,9 @@ def compare(
     >>> compare({"base": "builtin:shapes-text-student", "full": trained}, ["shapes_text"], limit=200).contrasts
     """
     if isinstance(models, str | Path | Trained):
-        models = [models]
+        raise ConfigError(
+            f"models is one model, {path_or_id(models)}; give a list or {{name: model}}"
+        )
     named = (
         dict(models)
         if isinstance(models, Mapping)

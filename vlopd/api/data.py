@@ -42,17 +42,19 @@ def load_data(
         size: number of examples; by default 1,000 of a built-in data set, which is unlimited, and all others'.
         seed: of a built-in data set's examples.
         settings: of the data section (docs/data.md): for a file or rows the columns, `question=`, `answer=`,
-            `image=`, `id=`, and `split=`, `image_mark=`, `system=`; `modality="text"` for "shapes".
+            `image=`, `id=`, and `split=`, `image_mark=`, `system=`; `modality="text"` for "shapes". Answers and images
+            are read from named columns only, whatever the columns are called.
 
     Returns a sequence of Examples; rows are read and images decoded on access. Raises ConfigError for an unknown
     setting, file or column; reading a malformed row raises DataError with the row.
 
     >>> load_data("train.jsonl", question="problem", answer="solution", image="picture")[0]
     >>> load_data("shapes", modality="text", size=200)
-    >>> load_data([{"question": "2 + 2", "answer": "4"}], answer="answer")
+    >>> load_data([{"question": "2 + 2", "answer": "4"}], answer="answer")[0].answer
+    '4'
     """
     if size is not None and (not isinstance(size, int) or size < 1):
-        raise ConfigError(f"size = {size}: must be an integer of at least 1")
+        raise ConfigError(f"size = {size!r}: must be an integer of at least 1")
     if isinstance(source, Mapping) and not {"type", "path"} & source.keys():
         raise ConfigError(
             f"a dict is a data section with a `type`; this one has {', '.join(map(str, source))}; of a DatasetDict "

@@ -202,6 +202,8 @@ def _named(name: str, masks: Mapping[str, Mapping[str, Tensor]]) -> MaskTensors:
         return mask if isinstance(mask, MaskTensors) else MaskTensors(mask)
     if not Path(name).is_file():
         known = f", and masks has {', '.join(masks)}" if masks else ""
+        if any(isinstance(mask, Tensor) for mask in masks.values()):
+            known = f"; masks is a single mask: give masks = {{{name!r}: mask}}"
         raise ConfigError(f"no mask {name!r}: there is no such file{known}")
     return read_mask(name)
 

@@ -149,7 +149,7 @@ def export_(
         typer.Option(help="for shira: the base checkpoint of the mask, or its run folder"),
     ] = None,
     trained: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="for shira: the checkpoint whose update the adapter holds; zeros without"
         ),
@@ -160,10 +160,12 @@ def export_(
     ] = False,
 ) -> None:
     """Writes a mask file in another format (docs/masks.md)."""
+    from vlopd.api.checkpoints import folder_of
     from vlopd.masks.exporting import export_mask
 
     folder = None if base is None else _base_folder(base)
-    lines = export_mask(file, out, format, folder, trained, linear_only)
+    after = None if trained is None else folder_of(trained)
+    lines = export_mask(file, out, format, folder, after, linear_only)
     print_artifact(f"mask as {format}", out, True)
     _print_left_out(lines)
 
@@ -238,8 +240,10 @@ def compare(
     a: MaskFile,
     b: MaskFile,
     base: Annotated[
-        Path | None,
-        typer.Option(help="base checkpoint, for chance within quantiles of each tensor's |w|"),
+        str | None,
+        typer.Option(
+            help="base checkpoint or run folder, for chance within quantiles of each tensor's |w|"
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="JSON file to write, with values per tensor")
@@ -256,14 +260,17 @@ def compare(
     try:
         tensors = overlap_by_tensor(mask_a, mask_b)
     except ValueError as error:
-        raise RunError(f"{a} and {b}: {error}") from None
+        raise RunError(
+            f"{a} and {b}: {error}; of one model, make or import both for the same base (a run's masks: --base RUN)"
+        ) from None
     rows = {
         "the whole model": overlap(mask_a, mask_b),
         "each tensor": sum_overlaps(tensors.values()),
     }
     if base is not None:
-        check_base(mask_a, base)
-        pairs = stream(base, base, classify)
+        folder = _base_folder(base)
+        check_base(mask_a, folder)
+        pairs = stream(folder, folder, classify)
         classes = ((pair.name, quantiles(pair.base)) for pair in pairs)
         rows["each tensor's quantiles of |w|"] = overlap_by_class(mask_a, mask_b, classes)
     table = Table(

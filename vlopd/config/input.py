@@ -108,6 +108,10 @@ def value_of(kind: Any, value: Any, where: str) -> Any:
 
 def parse_override(line: str) -> dict[str, Any]:
     """`optim.learning_rate=2e-4` -> {"optim": {"learning_rate": 2e-4}}; a bare word is a string."""
+    if not isinstance(line, str):
+        raise ConfigError(
+            f"override {line!r} is a {type(line).__name__}; give each as a text of its own, such as 'train.steps=20'"
+        )
     key, equals, value = line.partition("=")
     if not equals:
         raise ConfigError(f"override {line!r} has no '='; write key=value, as in train.steps=20")

@@ -106,7 +106,10 @@ class Recipe(RecipeSections):
                 "rollout.source: mixed teachers score completions together, but cannot sample"
             )
         if self.reward is not None and not rollout.is_on_policy:
-            raise ValueError('reward needs the student\'s own samples: rollout.source = "student"')
+            raise ValueError(
+                'reward needs the student\'s own samples: rollout.source = "student"; where only some arms have a '
+                "reward, give it to these (arms.NAME.reward) instead of to all"
+            )
         if self.reward is not None and rollout.completions_per_prompt < 2:
             raise ValueError(
                 "reward compares completions of one prompt; set rollout.completions_per_prompt = 8, say"

@@ -65,7 +65,7 @@ def open_rows(rows: Sequence[Mapping[str, Any]] | Dataset) -> MemoryTable | Arro
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ConfigError(
-                f"row {index} (from 0) is a {type(row).__name__}, not a dict of columns; give a list of dicts, a "
-                "datasets.Dataset, a path, a hub id, or the name of a built-in data set"
+                f"row {index} (from 0) is a {type(row).__name__}, not a dict of columns; give a list of "
+                "dicts, a datasets.Dataset, a path, a hub id, or the name of a built-in data set"
             )
     return MemoryTable(rows)

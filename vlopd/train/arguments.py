@@ -41,11 +41,12 @@ def refuse_other_kinds(pair: Any, data: Any, recipe: Any, seed: Any) -> None:
             isinstance(recipe, Recipe),
             "Recipe(train={...}, ...) makes one",
         ),
-        "seed": (seed, isinstance(seed, int), "give an integer"),
     }
     for name, (value, is_right, remedy) in wrong.items():
         if not is_right:
             raise ConfigError(f"{name} is a {type(value).__name__}; {remedy}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed = {seed!r}: must be an integer of at least 0")
 
 
 def refuse_other_rows(data: Sequence[Any]) -> None:

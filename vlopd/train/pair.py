@@ -350,6 +350,8 @@ def load_pair(
     own: ModelConfig = value_of(ModelConfig, as_table(student), "student")
     plan = None if teacher is None else value_of(TeachersConfig, teacher, "teacher")
     configs = teachers_by_name(plan)
+    if compute not in ("auto", "fp32", "bf16"):
+        raise ConfigError(f"compute = {compute!r}: must be one of auto, fp32, bf16")
     device = distributed.accelerator().device if device is None else device
     distributed.refuse_missing_device(device)
     dtype = DTYPES[distributed.resolve_compute(compute, device)]
