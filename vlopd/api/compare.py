@@ -24,6 +24,7 @@ from vlopd.api.checkpoints import (
     is_scores,
     model_of,
     names_of,
+    path_or_id,
     refuse_other_kinds,
     temporary_folder,
 )
