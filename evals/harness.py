@@ -23,7 +23,7 @@ from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.models import ModelConfig
 from vlopd.digests import digest_json, digest_text, digest_weights, file_digest
 from vlopd.distributed import accelerator
-from vlopd.errors import RunError
+from vlopd.errors import RunError, UserError
 from vlopd.files import read_json, read_jsonl, whole_file, without_nan, write_jsonl
 from vlopd.loop import Evaluate
 from vlopd.models.load import DTYPES, load_configured
@@ -170,7 +170,9 @@ def import_scores(run: RunFolder, where: Path, name: str, config: EvalConfig) ->
         if its.is_due(lambda _: imported_inputs(where, config)):
             out = run.eval(name)
             first = score_files(where)[0]
-            results: dict[str, Any] = read_json(first) if first.suffix == ".json" else {}
+            results = read_json(first) if first.suffix == ".json" else {}
+            if not isinstance(results, dict):
+                raise RunError(f"{first} is not lm-eval's results: it holds no object")
             merged: dict[str, Any] = {**results, "arm": name, "pictures": []}
             merged["checkpoint_digest"] = digest_json(its.inputs["checkpoint"])
             merged |= {key: {} for key in PER_TASK}
@@ -193,16 +195,26 @@ def read_scored_rows(task: str, path: Path) -> list[dict[str, Any]]:
     rows = read_jsonl(path)
     if not all(isinstance(row, dict) and {"doc_id", "doc_hash"} <= row.keys() for row in rows):
         raise RunError(f"{path} has rows without doc_id and doc_hash; it is not lm-eval's samples")
-    if not rows or "metrics" in rows[0]:
-        return one_row_a_question(task, rows)
-    return [
-        {
-            **row,
-            "doc": {"question": row["question"], "kind": row["group"], "cluster": row["cluster"]},
-            "numbers": {key: value for key, value in row.items() if key not in NOT_METRICS},
-        }
-        for row in rows
-    ]
+    if not rows:
+        raise RunError(f"{path} has no rows; evaluate the model again with --log_samples")
+    try:
+        return one_row_a_question(task, rows) if "metrics" in rows[0] else list(map(_own_row, rows))
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(
+            f"{path} is not samples of lm-eval or of a run: {type(error).__name__} {error}; evaluate the model again "
+            "with the installed lm-eval"
+        ) from None
+
+
+def _own_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a run's samples file, as `scoring.one_row_a_question` has it."""
+    return {
+        **row,
+        "doc": {"question": row["question"], "kind": row["group"], "cluster": row["cluster"]},
+        "numbers": {key: value for key, value in row.items() if key not in NOT_METRICS},
+    }
 
 
 def imported_inputs(where: Path, config: EvalConfig) -> dict[str, Any]:

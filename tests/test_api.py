@@ -178,6 +178,9 @@ def test_load_distill_mask_retrain(kind, folders, tmp_path):
     assert update.by_component().changed["all"] == frame.changed.sum()
     assert f"{len(update)} tensors" in repr(update) and "language" in update._repr_html_()
 
+    with pytest.raises(ConfigError, match="was given to `distill` before"):
+        vlopd.distill(pair, data, recipe)
+
     mask = vlopd.make_mask({"type": "top_fraction", "fraction": 0.1}, student, full)
     assert mask.density == pytest.approx(0.1, abs=0.01)
     assert mask.frame.selected.sum() == sum(int(m.sum()) for m in mask.values())
@@ -314,6 +317,8 @@ def test_a_run_that_cannot_be_read(run, tmp_path):
         (lambda: vlopd.Run(tmp_path), "is not a run folder"),
         (lambda: vlopd.Run(run.config, out=tmp_path / "new").scores, "has no comparison yet"),
         (lambda: vlopd.Run(run.config, out=tmp_path / "new").run(arms=["nope"]), "arm nope"),
+        (lambda: vlopd.Run(run.config, out=tmp_path / "new").run(arms="nope"), "arm nope"),
+        (lambda: vlopd.Run(run.config, out=tmp_path / "new").run(until="end"), "until end: must"),
     ):
         with pytest.raises(vlopd.UserError, match=message):
             ask()
@@ -327,3 +332,75 @@ def test_what_the_api_returns_is_a_mask_of_distill(whole):
     assert isinstance(whole, MaskTensors) and isinstance(whole, dict)
     assert {marked.dtype for marked in whole.values()} == {torch.bool}
     assert import_module("vlopd.masks.compare").density(whole) == whole.density
+
+
+WRONG = {
+    "data is a generator": {"data": (row for row in ())},
+    "data is a dict; ": {"data": {}},
+    r"data\[0\] is a dict, not an Example": {"data": [{"question": "2 + 2"}]},
+    "recipe is a dict; Recipe": {"recipe": {"train": TRAIN}},
+    "pair is a str; load_pair": {"pair": "builtin:shapes-text-student"},
+    "seed is a str": {"seed": "1"},
+    "mask is a str; give": {"mask": "mask.safetensors"},
+    "'a' is torch.int64, not a torch.bool tensor": {"mask": {"a": torch.ones(2).long()}},
+    "'a' is list, not a torch.bool tensor": {"mask": {"a": [True]}},
+    "names 'a', which the model lacks": {"mask": {"a": torch.ones(2).bool()}},
+}
+
+
+@pytest.fixture(scope="module")
+def untrained(folders):
+    return [vlopd.load_pair(folders["llm", "student"], compute="fp32") for _ in range(2)]
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_arguments_of_another_kind(message, untrained, tmp_path):
+    """distill names the argument and what makes the right one; a pair that it refused so can be trained afterwards."""
+    recipe = vlopd.Recipe(train=TRAIN, loss={"type": "nll"}, rollout={"source": "data"})
+    data = vlopd.load_data("shapes", modality="text", size=2)
+    given = {"pair": untrained[0], "data": data, "recipe": recipe} | WRONG[message]
+    with pytest.raises(vlopd.UserError, match=message):
+        vlopd.distill(**given, out=tmp_path)
+
+
+def test_a_mask_is_of_its_base(whole, untrained, tmp_path):
+    """A mask of another base checkpoint is refused, even where names and shapes agree."""
+    recipe = vlopd.Recipe(train=TRAIN, loss={"type": "nll"}, rollout={"source": "data"})
+    data = vlopd.load_data("shapes", modality="text", size=2)
+    student = untrained[1].student
+    shapes = {name: its.shape for name, its in student.model.named_parameters()}
+    other = MaskTensors({n: torch.ones(s).bool() for n, s in shapes.items()}, whole.inputs)
+    with pytest.raises(ConfigError, match=f"from base checkpoint {whole.inputs['base'][:12]}"):
+        vlopd.distill(untrained[1], data, recipe, tmp_path, mask=other)
+    assert (
+        vlopd.distill(untrained[1], data, recipe, tmp_path, mask=dict(other)).metrics.step[1] == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda: vlopd.delta(1, 2), "a checkpoint is a folder, .* not a int"),
+        (lambda: vlopd.evaluate(None, "shapes"), "not a NoneType"),
+        (lambda: vlopd.compare({"../x": "a", "b": "b"}, ["shapes"]), "'../x' is no name"),
+        (lambda: vlopd.compare("builtin:shapes-student", ["shapes"]), "two or more"),
+        (lambda: vlopd.load_pair("builtin:shapes-student", compute="fp8"), "compute fp8: must be"),
+        (lambda: vlopd.load_pair("builtin:shapes-student", device="abacus"), "device abacus: "),
+        (lambda: vlopd.load_data(iter([{}])), "not a list_iterator; list"),
+        (lambda: vlopd.load_data({"train": []}), "this one has train; of a DatasetDict"),
+        (lambda: vlopd.load_data("shapes", size=2.5), "size = 2.5: must be an integer"),
+        (lambda: vlopd.load_config(3), "not a int"),
+        (lambda: vlopd.Run(3), "not a int"),
+    ],
+)
+def test_values_of_another_kind(ask, message):
+    """Each function names what it was given and what it takes."""
+    with pytest.raises(vlopd.UserError, match=message):
+        ask()
+
+
+def test_rows_are_sliced_like_a_list():
+    """A slice of rows in memory is the same rows again."""
+    data = vlopd.load_data([{"question": str(n)} for n in range(5)])
+    assert [its.id for its in data[1:4][1:]] == ["rows-2", "rows-3"] and len(data[:2]) == 2
+    assert MaskTensors({}).frame.empty

@@ -12,13 +12,15 @@ from matplotlib.figure import Figure
 from rich.markup import render
 from safetensors.torch import load_file, save_file
 
+from evals.harness import read_scored_rows
 from tests.command import call
 from vlopd.api.checkpoints import folder_of, names_of, what_it_is
 from vlopd.api.compare import compare, evaluate
 from vlopd.api.geometry import geometry
+from vlopd.api.masks import make_mask
 from vlopd.cli.main import app
-from vlopd.errors import ConfigError, UserError
-from vlopd.files import read_json
+from vlopd.errors import ConfigError, RunError, UserError
+from vlopd.files import read_json, write_jsonl
 from vlopd.masks.files import save_mask
 from vlopd.models.load import BUILTIN
 from vlopd.models.parameter_names import classify
@@ -240,6 +242,11 @@ def _other_task(place: Path) -> Path:
         ("compare RUN --tasks a", "--tasks: "),
         ("compare RUN --out x", "--out: "),
         ("compare RUN --compute fp32", "--compute: "),
+        ("compare SCORES SCORES/samples_shapes_text.jsonl --compute fp32", "compute: "),
+        ("compare SCORES SCORES/samples_shapes_text.jsonl --set limit=3", "limit: "),
+        ("geometry RUN --set arms=[]", "geometry.arms is empty"),
+        ("retrain RUN", "no arm is derived"),
+        ("mask export MASK --format booleans --out x.safetensors --base MODEL", "--base, "),
         ("compare RUN --set limits=3", "unknown key 'eval.limits'"),
         ("mask make RUN --out x", "--out: "),
         ("mask make RUN --rule {type='visible'}", "--rule: "),
@@ -251,6 +258,9 @@ def test_no_option_is_ignored(words, named, make_config, place, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     RunFolder.create("RUN", make_config("llm", arms={"base": {"type": "base"}}))
     Path("MODEL").symlink_to(place / "step-1")
+    Path("SCORES").symlink_to(place / "scores" / "evals" / "shapes-text-student")
+    if "MASK" in words:
+        make_mask({"type": "whole", "modules": ["ffn"]}, "MODEL").save("MASK")
     code, said = call(monkeypatch, capsys, *words.split())
     assert code == 2 and len(said.strip().splitlines()) == 1 and named in said, said
 
@@ -277,3 +287,32 @@ def test_nothing_printed_is_markup(make_config, tmp_path, monkeypatch, capsys):
         assert render(text).plain == text
     for path in (ROOT / "vlopd" / "cli").glob("*.py"):
         assert not re.search(r"\[/\]|rich.markup|\[bold\]", path.read_text()), path
+
+
+SAMPLE = {
+    "doc_id": 0,
+    "doc_hash": "h",
+    "doc": {},
+    "target": "a",
+    "prompt_hash": "p",
+    "exact_match": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "has no rows; evaluate the model again with --log_samples"),
+        ([3], "rows without doc_id and doc_hash"),
+        ([{"doc_id": 0}], "rows without doc_id and doc_hash"),
+        ([SAMPLE], "is not samples of lm-eval or of a run: KeyError 'question'"),
+        ([SAMPLE | {"metrics": ["exact_match"], "filter": "none"}], "is not samples of lm-eval or of a run: KeyError"),
+    ],
+)  # fmt: skip
+def test_samples_of_another_version_are_one_clear_line(rows, message, tmp_path):
+    """A samples file that lacks what is read of it is refused by its path, not with a traceback."""
+    path = tmp_path / "samples_t.jsonl"
+    write_jsonl(path, rows)
+    with pytest.raises(RunError, match=message) as error:
+        read_scored_rows("t", path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)

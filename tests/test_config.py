@@ -99,6 +99,16 @@ def test_overrides_reach_what_they_name():
     assert (config.optim.learning_rate, config.name, config.arms["full"].seed) == (2e-4, "other", 9)
 
 
+def test_overrides_hold_together():
+    """Those of one section hold for its new `type`, in any order; none is dropped for a later one."""
+    lines = ["optim.learning_rate=2e-4", "optim.type='sgd'"]
+    for order in (lines, lines[::-1]):
+        optim = load_config(QUICKSTART, order).optim
+        assert (optim.type, optim.learning_rate) == ("sgd", 2e-4)
+    with pytest.raises(ConfigError, match=r"unknown key 'optim\.betas'"):
+        load_config(QUICKSTART, ["optim.betas=[0.5, 0.5]", "optim.type='sgd'"])
+
+
 def test_a_missing_or_broken_file_is_one_clear_line(tmp_path):
     """No file, or one that is not TOML, is refused with its path."""
     with pytest.raises(ConfigError, match=r"no config file .*nope\.toml"):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -63,6 +64,20 @@ def test_init_does_not_overwrite(templates, monkeypatch, capsys):
     before = path.read_text()
     code, said = call(monkeypatch, capsys, "init", path)
     assert code == 2 and "exists already" in said and path.read_text() == before
+    code, said = call(monkeypatch, capsys, "init", templates, "--force")
+    assert code == 2 and f"{templates} is a folder" in said
+
+
+def test_init_of_any_name(tmp_path, monkeypatch, capsys):
+    """A name with quotes and spaces gives a config that loads; --force keeps other files of the data's folder."""
+    monkeypatch.setattr(init, "ROWS", {"image": 2, "text": 2})
+    path = tmp_path / 'a "b" \\.toml'
+    code, said = call(monkeypatch, capsys, "init", path, "--from", "llm")
+    assert code == 0 and f"vlopd check '{path}'" in said
+    data = Path(load_config(path).data.path).parent
+    (data / "mine.jsonl").write_text("kept")
+    assert call(monkeypatch, capsys, "init", path, "--from", "llm", "--force")[0] == 0
+    assert (data / "mine.jsonl").read_text() == "kept"
 
 
 def test_bars_are_lines_where_stderr_is_no_terminal(finished):

@@ -27,6 +27,7 @@ from vlopd.masks.files import load_mask
 from vlopd.masks.rules import build_mask
 from vlopd.pipeline import find_problems
 from vlopd.plugins import Plugin, Use
+from vlopd.plugins import call as call_plugin
 from vlopd.train import losses
 from vlopd.train.checks import TrainingError
 from vlopd.train.losses import Sampled, token_divergence
@@ -165,7 +166,9 @@ def test_a_metric_does_not_replace_a_column(name):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "1", [1.0], torch.ones(2)])
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), 10**400, None, "1", [1.0], torch.ones(2)]
+)
 def test_a_reward_is_a_finite_number(value):
     """Another value is refused with the function and the example; numbers of numpy and torch are taken."""
     config = RewardConfig(rule=lambda example, completion: value)  # type: ignore[arg-type]
@@ -397,6 +400,22 @@ def test_a_changed_file_is_imported_again(here):
     use.check()
     assert plugin.load()(0, 0) == 3.0
     assert sys.path == before
+
+
+def test_the_working_folder_stays(here):
+    """A module or function that changes the working folder, or exits, does not move the run or end the process."""
+    (here / "mine.py").write_text(
+        "import os, sys\nos.chdir('/')\n"
+        "def reward(e, c):\n    os.chdir('/')\n    return sys.exit(1) if c else 1.0\n"
+    )
+    plugin = Plugin.of("mine:reward")
+    assert call_plugin(plugin, "x", ASKED, "") == 1.0 and Path.cwd() == here
+    with pytest.raises(
+        PluginError, match=r"mine:reward fails on x: SystemExit: 1 \(mine.py, line 5"
+    ):
+        call_plugin(plugin, "x", ASKED, "red")
+    with pytest.raises(PluginError, match=r"; write mine:reward$"):
+        Plugin.of("mine.py:reward").load()
 
 
 def test_the_working_folder_comes_before_installed_modules(here, monkeypatch):
