@@ -32,6 +32,7 @@ def arguments() -> dict[str, Any]:
         ({"data": ROWS}, r"data\[0\] is a dict, not an Example; load_data"),
         ({"seed": "1"}, "seed = '1': must be an integer"),
         ({"seed": -1}, "seed = -1: must be an integer"),
+        ({"out": __file__}, "is a file; give a folder"),
         ({"mask": "mask.safetensors"}, "mask is a str; give"),
         ({"mask": {"type": "whole"}}, "the mask's 'type' is str, not a torch.bool tensor"),
         ({"mask": {"head": torch.ones(2)}}, "the mask's 'head' is torch.float32, not a torch.bool"),
@@ -72,6 +73,8 @@ CONFIG = {
         (lambda: vlopd.load_pair(STUDENT, device="gpu"), "device gpu: .*; cpu is always there"),
         (lambda: vlopd.load_data(5), "rows are a list of dicts or a datasets.Dataset, not a int"),  # type: ignore[arg-type]
         (lambda: vlopd.load_data(pd.DataFrame(ROWS)), r"frame.to_dict"),  # type: ignore[arg-type]
+        (lambda: vlopd.load_data("shape"), "did you mean the built-in data set 'shapes'"),
+        (lambda: vlopd.Run("nope"), "no config file or run folder nope"),
         (lambda: vlopd.load_data("shapes", size="10"), "size = '10': must be an integer"),  # type: ignore[arg-type]
         (lambda: vlopd.delta(STUDENT, None), "a checkpoint is a folder, .*, not a NoneType"),  # type: ignore[arg-type]
         (lambda: vlopd.geometry(STUDENT, [STUDENT]), "a checkpoint is a folder, .*, not a list"),  # type: ignore[arg-type]

@@ -187,6 +187,8 @@ def distill(
         temporary = TemporaryDirectory(prefix="vlopd-")
         out, title = temporary.name, title or pair.student.name
     out = Path(out)
+    if out.is_file():
+        raise ConfigError(f"out = {out} is a file; give a folder")
     title = out.name if title is None else title
     accelerator = accelerator or distributed.accelerator()
     train, optim, group = recipe.train, recipe.optim, recipe.rollout.completions_per_prompt

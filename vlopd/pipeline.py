@@ -72,6 +72,8 @@ def find_run(
         )
     else:
         where = str(target) if isinstance(target, str | Path) else "config"
+        if isinstance(target, str | Path) and not Path(target).exists():
+            raise ConfigError(f"no config file or run folder {target}")
         config = load_config(target, overrides)
     if not config.arms:
         raise ConfigError(f'{where}: arms is empty; add one, as in base = {{type = "base"}}')

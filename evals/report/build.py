@@ -76,7 +76,9 @@ def _write_report(its: Stage, config: ExperimentConfig) -> None:
             for question in examples.questions(run, name, entry)
         ],
         "training": _training_context(data["training"]),
-        "own_metrics": [name for name in data["training"] if name not in (*COLUMNS, "arm")],
+        "own_metrics": [
+            name for name in data["training"] if name == "reward" or name not in (*COLUMNS, "arm")
+        ],
         "curves": _training_curves(data["training"], roles, drawn),
         "held_out": rows_of(data["held_out"]),
         "probes": rows_of(data["probes"]),

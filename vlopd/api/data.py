@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -85,6 +86,9 @@ def _section(
         source = {"type": source}
     elif not isinstance(source, Mapping):
         name = str(source)
+        near = difflib.get_close_matches(name, _built_in_types(), 1, 0.8)
+        if near and near != [name] and not Path(name).exists():
+            raise ConfigError(f"no file {name!r}; did you mean the built-in data set {near[0]!r}?")
         is_type = name in _built_in_types() or NAME.fullmatch(name)
         built_in = is_type and not Path(name).exists()
         source = {"type": name} if built_in else {"type": "file", "path": name}
