@@ -155,8 +155,10 @@ def shown(output: dict[str, Any]) -> str:
         encoded = base64.b64encode(drawing.encode()).decode()
         return f'<img alt="output" src="data:image/svg+xml;base64,{encoded}">'
     if page := data.get("text/html"):
+        page = re.sub(r"<style.*?</style>", "", page, flags=re.DOTALL)
+        page = re.sub(r"<table[^>]*>", "<table>", page)  # the site's own style
         lines = [line.strip() for line in page.splitlines() if line.strip()]
-        return f'<div class="output">{"".join(lines)}</div>'
+        return f"<div>{''.join(lines)}</div>"
     text = data.get("text/plain") or "".join(output.get("text", ()))
     return f"```text\n{text.rstrip()}\n```"
 

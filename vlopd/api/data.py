@@ -12,6 +12,7 @@ from vlopd.config.data import BuiltInData, DataConfig, FileData
 from vlopd.config.input import value_of
 from vlopd.data.dataset import FileDataset
 from vlopd.data.load import load_data as load_section
+from vlopd.data.load import noted
 from vlopd.data.memory import open_rows
 from vlopd.errors import ConfigError
 from vlopd.plugins import NAME
@@ -64,7 +65,7 @@ def load_data(
     if isinstance(source, Section | Mapping | str | Path) or callable(source):
         return load_section(_cut(_section(source, settings), size), size or SIZE, seed)
     section = value_of(FileData, {"path": "rows", **settings}, "load_data")
-    return FileDataset(_cut(section, size), table=open_rows(source))
+    return noted(FileDataset(_cut(section, size), table=open_rows(source)))
 
 
 def _cut(section: Any, size: int | None) -> Any:

@@ -316,13 +316,16 @@ class ExperimentConfig(RecipeSections):
 
 
 def merge(tree: dict[str, Any], change: Mapping[str, Any]) -> None:
-    """Merges `change` into `tree` in place, table by table; a table of another `type` replaces the old one."""
+    """Merges `change` into `tree` in place, table by table; a table of another `type` replaces the old one.
+
+    An old table without a `type` is kept: what does not fit the new type is then refused by its key, not lost.
+    """
     for key, value in change.items():
         old = tree.get(key)
         if (
             isinstance(value, Mapping)
             and isinstance(old, dict)
-            and value.get("type", old.get("type")) == old.get("type")
+            and ("type" not in old or value.get("type", old["type"]) == old["type"])
         ):
             merge(old, value)
         else:

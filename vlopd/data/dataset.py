@@ -100,6 +100,8 @@ class FileDataset(StoredDataset):
             self.notes = (
                 f"{config.path} has no column 'question'; prompts are read from {self.question!r} (data.question)",
             )
+        if config.answer is None and self.table.has("answer"):
+            self.notes += (f"{config.path} has a column 'answer', which is not read (data.answer)",)
         wanted = [self.question, config.answer, config.image, config.id, *pictures]
         for column in wanted:
             if column is not None and not self.table.has(column):

@@ -57,8 +57,8 @@ def load_data(
             paths = paths_of(data)
             pictures = picture_columns(teachers)
             if len(paths) > 1:
-                return _noted(ConcatenatedDataset(data, paths, pictures))
-            return _noted(FileDataset(data.model_copy(update={"path": paths[0]}), pictures))
+                return noted(ConcatenatedDataset(data, paths, pictures))
+            return noted(FileDataset(data.model_copy(update={"path": paths[0]}), pictures))
         case FunctionData():
             return FunctionDataset(data, size, seed)
         case MixtureData():
@@ -72,7 +72,7 @@ def load_data(
             return MixtureDataset(sources, data.weights)
 
 
-def _noted(data: StoredDataset) -> StoredDataset:
+def noted(data: StoredDataset) -> StoredDataset:
     """The same data, after its notes were printed, once a process."""
     for note in data.notes:
         if note not in NOTED and is_first_process():

@@ -46,13 +46,13 @@ def plot_curves(metrics: pd.DataFrame, held_out: pd.DataFrame, title: str) -> Dr
         smooth = metrics[name].rolling(max(1, len(metrics) // 40), min_periods=1, center=True)
         each.plot(metrics.step, metrics[name], lw=0.5, alpha=0.3, color="C0")
         each.plot(metrics.step, smooth.mean(), lw=1.5, color="C0")
-        each.set_ylabel(CURVES[name])
+        each.set_title(CURVES[name], fontsize=9, loc="left")
     if not held_out.empty:
         for task, part in held_out.groupby("task", sort=False):
             about = ("step", "task", "limit", "seconds")
             metric = next(name for name in part if name not in about and part[name].notna().any())
             axes[-1].plot(part.step, part[metric], "o-", ms=3, label=f"{task}: {metric}")
-        axes[-1].set_ylabel("held-out score")
+        axes[-1].set_title("held-out score", fontsize=9, loc="left")
         axes[-1].legend(fontsize=8, frameon=False)
     for each in axes:
         each.set_xlabel("optimizer step")
