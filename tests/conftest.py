@@ -3,6 +3,7 @@ sizes and, where they have eyes, different towers and resolutions."""
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,7 @@ os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
 from pathlib import Path
 
+import lm_eval.api.task  # noqa: F401 - with the libraries that it needs
 import pytest
 import torch
 from transformers import (
@@ -37,6 +39,9 @@ from vlopd.train.pair import ModelPair, load_pair
 from vlopd.types import Completions, Prompts
 
 KINDS = ("llm", "vlm")
+
+gc.collect()
+gc.freeze()  # the libraries' million objects, which every collection would go through otherwise
 
 
 def tiny_language(vocabulary: int, width: int) -> LlamaConfig:

@@ -318,7 +318,10 @@ def test_a_run_that_cannot_be_read(run, tmp_path):
         (lambda: vlopd.Run(run.config, out=tmp_path / "new").scores, "has no comparison yet"),
         (lambda: vlopd.Run(run.config, out=tmp_path / "new").run(arms=["nope"]), "arm nope"),
         (lambda: vlopd.Run(run.config, out=tmp_path / "new").run(arms="nope"), "arm nope"),
-        (lambda: vlopd.Run(run.config, out=tmp_path / "new").run(until="end"), "until end: must"),
+        (
+            lambda: vlopd.Run(run.config, out=tmp_path / "new").run(until="end"),
+            "until = 'end': must",
+        ),
     ):
         with pytest.raises(vlopd.UserError, match=message):
             ask()
@@ -340,7 +343,7 @@ WRONG = {
     r"data\[0\] is a dict, not an Example": {"data": [{"question": "2 + 2"}]},
     "recipe is a dict; Recipe": {"recipe": {"train": TRAIN}},
     "pair is a str; load_pair": {"pair": "builtin:shapes-text-student"},
-    "seed is a str": {"seed": "1"},
+    "seed = '1': must be an integer": {"seed": "1"},
     "mask is a str; give": {"mask": "mask.safetensors"},
     "'a' is torch.int64, not a torch.bool tensor": {"mask": {"a": torch.ones(2).long()}},
     "'a' is list, not a torch.bool tensor": {"mask": {"a": [True]}},
@@ -383,8 +386,11 @@ def test_a_mask_is_of_its_base(whole, untrained, tmp_path):
         (lambda: vlopd.delta(1, 2), "a checkpoint is a folder, .* not a int"),
         (lambda: vlopd.evaluate(None, "shapes"), "not a NoneType"),
         (lambda: vlopd.compare({"../x": "a", "b": "b"}, ["shapes"]), "'../x' is no name"),
-        (lambda: vlopd.compare("builtin:shapes-student", ["shapes"]), "two or more"),
-        (lambda: vlopd.load_pair("builtin:shapes-student", compute="fp8"), "compute fp8: must be"),
+        (lambda: vlopd.compare("builtin:shapes-student", ["shapes"]), "models is one model"),
+        (
+            lambda: vlopd.load_pair("builtin:shapes-student", compute="fp8"),
+            "compute = 'fp8': must be",
+        ),
         (lambda: vlopd.load_pair("builtin:shapes-student", device="abacus"), "device abacus: "),
         (lambda: vlopd.load_data(iter([{}])), "not a list_iterator; list"),
         (lambda: vlopd.load_data({"train": []}), "this one has train; of a DatasetDict"),

@@ -425,8 +425,16 @@ def test_a_very_high_rate_is_left_to_the_loop(make_config):
 
 def test_a_type_given_later_keeps_the_table():
     """`optim.type=...` over a table without a type keeps its other keys; one that does not fit is refused by name."""
-    sections = {"name": "x", "student": "s", "teacher": "t", "data": {"type": "shapes"}, "arms": {"base": {"type": "base"}},
-                "train": {"steps": 1, "prompts_per_step": 1}, "optim": {"learning_rate": 0.5}, "geometry": {"arms": []}}  # fmt: skip
+    sections = {
+        "name": "x",
+        "student": "s",
+        "teacher": "t",
+        "data": {"type": "shapes"},
+        "arms": {"base": {"type": "base"}},
+        "train": {"steps": 1, "prompts_per_step": 1},
+        "optim": {"learning_rate": 0.5},
+        "geometry": {"arms": []},
+    }
     assert load_config(sections, ["optim.type='sgd'"]).optim.learning_rate == 0.5
     with pytest.raises(ConfigError, match=r"optim\.betas"):
         load_config({**sections, "optim": {"betas": [0.9, 0.9]}}, ["optim.type='sgd'"])

@@ -211,7 +211,6 @@ def test_tutorials_run(tmp_path, monkeypatch):
         cells.append(nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {tmp_path / path.stem}"))
         for cell in nbformat.read(path, as_version=4).cells:
             if cell.cell_type == "code":
-                assert not cell.outputs, f"{path} is committed without outputs"
                 cells.append(nbformat.v4.new_code_cell(smaller(cell.source)))
     notebook = nbformat.v4.new_notebook(cells=cells)
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute()

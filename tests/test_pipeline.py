@@ -156,6 +156,7 @@ def test_every_verb_in_order(kind, miniature, tmp_path, monkeypatch, capsys):
     assert all(torch.equal(full[n], t) for n, t in tensors["full"].items() if n in full)
 
 
+@pytest.mark.parametrize("kind", ["vlm"], indirect=True)
 def test_a_finished_run_grows(kind, miniature, tmp_path, monkeypatch, capsys):
     """Two arms and a task more: what is kept, what is made and why is said first, nothing else is touched, a kill in
     between resumes, the report has them, and run.json has the config before."""

@@ -194,6 +194,7 @@ def replacements(kind: str):
     return {name: found[name] for name in few}
 
 
+@pytest.mark.parametrize("kind", ["vlm"], indirect=True)
 def test_what_is_replaced_is_made_again_and_nothing_else(kind, project, monkeypatch, capsys):
     """One input after the other is replaced under its own name: exactly what depends on it is made again."""
     assert vlopd(monkeypatch, "run", "mini.toml", "--out", "run") == 0, capsys.readouterr()

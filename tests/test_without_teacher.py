@@ -142,7 +142,7 @@ def test_distill_in_a_notebook(kind, folders, tmp_path):
     with pytest.raises(ConfigError, match="y: the data has no examples"):
         distill(pair, [], recipe, out=tmp_path / "y")
     mask = {name: torch.ones_like(its) for name, its in pair.student.model.named_parameters()}
-    with pytest.raises(ValueError, match=r"the mask's .* is torch\.bfloat16, not torch\.bool"):
+    with pytest.raises(ValueError, match=r"the mask's .* is torch\.bfloat16, not a torch\.bool"):
         distill(pair, data, recipe, out=tmp_path / "y", mask=mask)
     assert not (tmp_path / "y").exists()
 
