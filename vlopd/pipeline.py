@@ -57,15 +57,10 @@ def find_run(
         root = Path(target)
         if out is not None and Path(out) != root:
             raise ConfigError(f"--out {out}: {target} is a run folder already")
-        run, config = RunFolder.open(root, locked=False, altered=altered)
-        if overrides:
-            tree = merged(run.read(altered)["config"], overrides)
-            config = config_of(tree, root / "run.json")
-        return root, config
+        _, config = RunFolder.open(root, locked=False, altered=altered)
+        return root, _changed(config, overrides, root / "run.json")
     if isinstance(target, ExperimentConfig):
-        where, config = "config", target
-        if overrides:
-            config = config_of(merged(config.model_dump(mode="json"), overrides), where)
+        where, config = "config", _changed(target, overrides, "config")
     elif not isinstance(target, str | Path | Mapping):
         raise ConfigError(
             f"a run is a run folder, a config file, a dict or an ExperimentConfig, not a {type(target).__name__}"
@@ -78,6 +73,15 @@ def find_run(
     if not config.arms:
         raise ConfigError(f'{where}: arms is empty; add one, as in base = {{type = "base"}}')
     return Path(out or Path("runs") / config.name), config
+
+
+def _changed(
+    config: ExperimentConfig, overrides: Sequence[str], where: Path | str
+) -> ExperimentConfig:
+    """A config with TOML overrides. Raises ConfigError that begins with `where`."""
+    if not overrides:
+        return config
+    return config_of(merged(config.model_dump(mode="json"), overrides), where)
 
 
 def select_arms(

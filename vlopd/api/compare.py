@@ -35,13 +35,13 @@ from vlopd.config.models import ModelConfig
 from vlopd.config.roles import Roles
 from vlopd.digests import digest_json
 from vlopd.distributed import Compute, accelerator, resolve_compute
-from vlopd.errors import ConfigError, RunError
+from vlopd.errors import ConfigError
 from vlopd.files import read_json, read_jsonl
 from vlopd.loop import Trained
 from vlopd.models.load import DTYPES, check_unloaded, load_configured
 from vlopd.models.loaded import LoadedModel
 from vlopd.run.folder import RunFolder
-from vlopd.run.resolve import model_content, samples_by_task
+from vlopd.run.resolve import model_content, no_such_model, samples_by_task
 from vlopd.train.pair import without_weights
 
 UNUSED = {
@@ -296,9 +296,7 @@ def _model(checkpoint: Checkpoint) -> str:
         try:
             check_unloaded(ModelConfig(model=model))
         except ConfigError:
-            raise RunError(
-                f"{model}: no such file or folder, and not a hub id (those are OWNER/NAME)"
-            ) from None
+            raise no_such_model(model) from None
     return model
 
 

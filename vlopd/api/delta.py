@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import pandas as pd
+from torch import Tensor
 
 from vlopd.api.checkpoints import Checkpoint, folder_of, path_or_id
 from vlopd.models.parameter_names import classify
+from vlopd.types import TensorName
 from vlopd.weights.checks import refuse_unlike_config
 from vlopd.weights.delta import Deltas, TensorDelta, stream
+
+
+def tensor_columns(where: TensorName, tensor: Tensor) -> dict[str, Any]:
+    """What the rows of every frame of tensors begin with."""
+    return {
+        "tensor": where.name,
+        "component": where.component,
+        "layer": where.layer,
+        "module": where.module,
+        "shape": tuple(tensor.shape),
+        "parameters": tensor.numel(),
+    }
 
 
 class Delta:
@@ -43,12 +58,7 @@ class Delta:
             base, norm = float(pair.base.double().norm()), float(pair.delta.double().norm())
             rows.append(
                 {
-                    "tensor": pair.name,
-                    "component": pair.where.component,
-                    "layer": pair.where.layer,
-                    "module": pair.where.module,
-                    "shape": tuple(pair.base.shape),
-                    "parameters": pair.base.numel(),
+                    **tensor_columns(pair.where, pair.base),
                     "changed": changed,
                     "changed_fraction": changed / pair.base.numel() if pair.base.numel() else 0.0,
                     "base_norm": base,

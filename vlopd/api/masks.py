@@ -12,6 +12,7 @@ import pandas as pd
 from torch import Tensor
 
 from vlopd.api.checkpoints import Checkpoint, folder_of
+from vlopd.api.delta import tensor_columns
 from vlopd.bits import pack
 from vlopd.config.input import value_of
 from vlopd.config.masks import DeltaRule, FileMask, FunctionMask, MaskConfig, MaskRule, RandomMask
@@ -60,15 +61,10 @@ class MaskTensors(dict[str, Tensor]):
         """One row a tensor: tensor, component, layer, module, shape, parameters, selected, density."""
         rows = []
         for name, marked in self.items():
-            where, selected = classify(name), int(marked.sum())
+            selected = int(marked.sum())
             rows.append(
                 {
-                    "tensor": name,
-                    "component": where.component,
-                    "layer": where.layer,
-                    "module": where.module,
-                    "shape": tuple(marked.shape),
-                    "parameters": marked.numel(),
+                    **tensor_columns(classify(name), marked),
                     "selected": selected,
                     "density": selected / marked.numel() if marked.numel() else 0.0,
                 }

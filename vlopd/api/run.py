@@ -72,7 +72,6 @@ class Run:
         """
         if until not in get_args(Stages):
             raise ConfigError(f"until = {until!r}: must be one of {', '.join(get_args(Stages))}")
-        arms = [arms] if isinstance(arms, str) else arms
         folder, config = pipeline.prepare(self.config, out=self.folder.root)
         self.folder, self.config = folder, config
         names = pipeline.select_arms(config, arms, list(config.arms))

@@ -66,11 +66,10 @@ def compare(
         pipeline.begin_results(folder, config, False, print_plan)
         pipeline.make_comparison(folder, config, print_artifact)
         return
-    from vlopd.api.checkpoints import names_of
     from vlopd.api.compare import compare as compare_models
 
     found = compare_models(
-        dict(zip(names_of(what), what, strict=True)),
+        what,
         None if tasks is None else tasks.split(","),
         out=out or Path("compared"),
         compute=compute or "auto",

@@ -250,10 +250,8 @@ def with_precision_of_run(root: Path | str, config: ExperimentConfig) -> Experim
     run = RunFolder(root)
     if (run.root / "run.json").exists():
         return config.with_compute(run.read()["config"]["precision"]["compute"])
-    from vlopd.distributed import (
-        accelerator,
-        resolve_compute,
-    )  # loads torch, which a finished run does not need
+    # loads torch, which a finished run does not need
+    from vlopd.distributed import accelerator, resolve_compute
 
     return config.with_compute(resolve_compute("auto", accelerator().device))
 

@@ -63,6 +63,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def no_such_model(model: str) -> RunError:
+    """The error for a path of nothing that has no hub id's form."""
+    return RunError(f"{model}: no such file or folder, and not a hub id (those are OWNER/NAME)")
+
+
 def hub_folder(model: str, revision: str | None) -> Path:
     """A model's folder: the path itself, or the local snapshot of a hub id."""
     if Path(model).is_dir():
@@ -76,9 +81,7 @@ def hub_folder(model: str, revision: str | None) -> Path:
         )
     except Exception as error:  # no such folder, no such id, no network
         if model.count("/") != 1 or model.startswith((".", "/", "~")):
-            raise RunError(
-                f"{model}: no such file or folder, and not a hub id (those are OWNER/NAME)"
-            ) from None
+            raise no_such_model(model) from None
         raise RunError(
             f"no folder {model!r}, and no such model on the hub: {first_line(error)}"
         ) from None
