@@ -136,7 +136,7 @@ def _token_kl_rows(
             completions = sample(
                 pair.student, prompts, min(longest, TOKENS), 0, columns=pair.vocabulary.student
             )
-            kl = pair.divergence(ReverseKL(), batch, prompts, completions).loss
+            kl = pair.divergence(ReverseKL(), batch, prompts, completions, False).loss
         found += _rows_of(pair, batch, completions, kl)
     return found
 

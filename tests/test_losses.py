@@ -1,5 +1,7 @@
 """Losses against float64 references written from their formulas."""
 
+import weakref
+
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -436,48 +438,83 @@ def test_tokens_that_one_model_bans(name, banned):
 @pytest.mark.parametrize(
     "name", [*DIVERGENCES, "nll", "k1", "k2", "k3", "union", "intersection", "teacher_top_k"]
 )
-@pytest.mark.parametrize("chunk", [1, 4, 10, 11])
-def test_chunks_change_nothing(name, chunk):
-    """Chunked value and gradients (hidden states and head) equal the unchunked ones."""
+@pytest.mark.parametrize("alpha", [None, 0.0, 0.3])
+@pytest.mark.parametrize("chunk", [1, 4, 11])
+def test_chunks_change_nothing(name, alpha, chunk):
+    """Back-propagated chunk by chunk, value, diagnostics and gradients (hidden states and head) equal those of all
+    logits at once under autograd, of both models and with a reward."""
     torch.manual_seed(3)
     head, teacher_head = torch.nn.Linear(8, 20).double(), torch.nn.Linear(6, 20).double()
     hidden, teacher_hidden = torch.randn(11, 8).double(), torch.randn(11, 6).double()
     weights = torch.rand(11).double()
-    sampled = Sampled(torch.randint(0, 20, (11,)), -3 * torch.rand(11))
-    loss = make(name) if name not in ("union", "intersection", "teacher_top_k") else None
+    sampled = Sampled(torch.randint(0, 20, (11,)), -3 * torch.rand(11), torch.randn(11))
+    tables = {"student_temperature": 0.8} if name in DIVERGENCES else {}
+    if name in ("union", "intersection", "teacher_top_k"):
+        loss = make("reverse_kl", f"{name} bucket")
+    else:
+        loss = make(name, **tables)
+    reward = None if alpha is None else RewardConfig(rule="exact_match", alpha=alpha)
 
-    def run(size: int):
+    def run(size: int, at_once: bool):
         head.zero_grad()
         leaf = hidden.clone().requires_grad_()
-        cut = (loss or make("reverse_kl", f"{name} bucket")).model_copy(
-            update={"chunk_tokens": size}
-        )
-        out = chunked_divergence(cut, leaf, head, teacher_hidden, teacher_head, sampled)
-        (out.loss * weights).sum().backward()
+        both = (leaf, head, teacher_hidden, teacher_head, sampled, reward)
+        cut = loss.model_copy(update={"chunk_tokens": size})
+        if at_once:
+            out = chunked_divergence(cut, *both)
+            (out.loss * weights).sum().backward()
+        else:
+            out = chunked_divergence(cut, *both, weights)
         return *(column.detach() for column in out), leaf.grad, head.weight.grad.clone()
 
-    for ours, whole in zip(run(chunk), run(1000), strict=True):
+    for ours, whole in zip(run(chunk, False), run(1000, True), strict=True):
         torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-14)
     assert teacher_head.weight.grad is None
 
 
 def test_chunks_hold_no_more_than_a_chunk_of_logits():
-    """What autograd keeps between forward and backward does not grow with the tokens' number times V."""
+    """What autograd holds at any time in a back-propagated loss does not grow with the tokens' number times V."""
     head = torch.nn.Linear(4, 500)
+    alive = weakref.WeakSet()
 
-    def kept(tokens: int, chunk: int) -> int:
+    class Kept:
+        def __init__(self, tensor: torch.Tensor):
+            self.tensor = tensor
+            alive.add(self)
+
+    def most(tokens: int, chunk: int) -> int:
         sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda x: sizes.append(x.numel()) or x, lambda x: x
-        ):
-            hidden = torch.randn(tokens, 4, requires_grad=True)
-            loss = ReverseKL(chunk_tokens=chunk)
-            sampled = Sampled(torch.zeros(tokens, dtype=torch.long), torch.zeros(tokens))
-            chunked_divergence(loss, hidden, head, hidden.detach(), head, sampled).loss.sum()
+
+        def measured(x: torch.Tensor) -> torch.Tensor:
+            logits = head(x)
+            sizes.append(sum(each.tensor.numel() for each in alive) + logits.numel())
+            return logits
+
+        hidden = torch.randn(tokens, 4, requires_grad=True)
+        sampled = Sampled(torch.zeros(tokens, dtype=torch.long), torch.zeros(tokens))
+        loss, weights = ReverseKL(chunk_tokens=chunk), torch.ones(tokens)
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            chunked_divergence(
+                loss, hidden, measured, hidden.detach(), head, sampled, None, weights
+            )
         return max(sizes)
 
-    assert kept(40, 100) >= 40 * 500
-    assert kept(40, 8) < 8 * 500
+    assert most(40, 40) >= 40 * 500
+    assert most(40, 8) < 2 * 8 * 500
+
+
+@pytest.mark.parametrize("k", [1, 16, 40])
+def test_the_largest_are_found_by_blocks(k):
+    """The k largest of each row, in order, also where they stand together or in the columns after the last block."""
+    torch.manual_seed(0)
+    values = torch.randn(5, 64 * 170 + 9)
+    values[1, 64:84] += 10
+    values[2, -9:] += 10
+    values[3, :] = -INF
+    values[3, 5:100:7] = 1.5
+    values[4] = values[4].bfloat16()
+    expected = values.topk(k).values
+    assert torch.equal(values.gather(1, losses.top(values, k)), expected)
 
 
 # --------------------------------------------------------------------------------------- estimators

@@ -305,7 +305,7 @@ def backward(
     clock: Stopwatch,
     forwards: Forwards | None = None,
 ) -> tuple[float, list[TokenDivergence]]:
-    """Accumulates the gradient of the step's loss over this process's micro-batches.
+    """Accumulates the gradient of the step's loss over this process's micro-batches, each in chunks of tokens.
 
     `forwards` caches the teachers' forward passes from one update to the next: within a step teachers do not change.
     Returns this process's part of the loss, and loss and diagnostics of every token, by micro-batch.
@@ -323,17 +323,18 @@ def backward(
                 if forwards is not None:
                     forwards[k] = theirs
             clock.lap("teacher")
-            tokens = pair.loss_of(
-                recipe.loss, theirs, batch.prompts, completions, recipe.reward, batch.advantages
-            )
             weights = token_weights(recipe.loss, completions.mask, n_tokens, n_completions, longest)
-            part = (tokens.loss * weights).sum()
-            if (
-                part.requires_grad
-            ):  # false if no trained parameter was used: a vision tower, no picture
-                part.backward()
-            loss += part.item()
-            found.append(tokens._replace(loss=tokens.loss.detach()))
+            tokens = pair.loss_of(
+                recipe.loss,
+                theirs,
+                batch.prompts,
+                completions,
+                recipe.reward,
+                batch.advantages,
+                weights,
+            )
+            loss += float((tokens.loss * weights).sum())
+            found.append(tokens)
             clock.lap("student")
     return loss, found
 

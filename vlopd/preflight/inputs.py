@@ -55,7 +55,7 @@ from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import checkpoint_folder, hub_folder, score_files
 from vlopd.seeding import generator
 from vlopd.train.log import refuse_missing_trackers
-from vlopd.train.losses import on_support
+from vlopd.train.losses import Sampled, token_divergence
 from vlopd.train.optimizers import refuse_missing_components
 from vlopd.train.pair import ModelPair, load_pair, without_weights
 from vlopd.weights import delta
@@ -389,9 +389,10 @@ def try_loss(loss: FunctionLoss, size: int) -> None:
     Raises PluginError where it fails, or where it or its gradient is not finite.
     """
     draws = generator("cpu", "trial of a loss")
-    student = torch.randn(2, size, generator=draws).log_softmax(-1).requires_grad_()
-    teacher = torch.randn(2, size, generator=draws).log_softmax(-1)
-    value = on_support(loss, student, teacher)
+    student = torch.randn(2, size, generator=draws).requires_grad_()
+    teacher = torch.randn(2, size, generator=draws)
+    made_up = Sampled(torch.zeros(2, dtype=torch.long), torch.zeros(2))
+    value = token_divergence(loss, student, teacher, made_up, diagnostics=False).loss
     value.sum().backward()
     gradient = student.grad
     for what, numbers in (("value", value), ("gradient", gradient)):

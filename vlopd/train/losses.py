@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from vlopd.config.objective import (
     JSD,
@@ -190,39 +189,103 @@ def of_function(loss: FunctionLoss, student: Tensor, teacher: Tensor) -> Tensor:
     return value
 
 
-LONG_SUM = 2**14
-"""Terms beyond which a sum in fp32 loses digits that count."""
+LOG2_E = 1 / math.log(2)
 
 
-def log_softmax(logits: Tensor) -> Tensor:
-    """torch's log_softmax over the last dimension, accurate for large vocabularies.
+class Distribution(NamedTuple):
+    """A model's distribution at each token: log-probs and probabilities [N, V], and log sum_v e^logit_v [N, 1]."""
 
-    Over 152,064 fp32 logits of standard deviation 3 torch's normaliser is off by 1.6e-5 nats on a CPU. What the
-    probabilities miss of 1, summed in float64, is taken out; the gradient is that of the corrected value.
+    logprobs: Tensor
+    probs: Tensor
+    normaliser: Tensor
+
+    def at(self, columns: Tensor) -> Tensor:
+        """[N] columns -> [N] log-probs."""
+        return self.logprobs.gather(1, columns[:, None])[:, 0]
+
+    def entropy(self) -> Tensor:
+        """-sum_v p_v log p_v, [N] nats."""
+        finite = self.logprobs.clamp(min=torch.finfo(self.logprobs.dtype).min)  # 0 log 0 = 0
+        return -torch.linalg.vecdot(self.probs, finite)
+
+
+def distribution(logits: Tensor) -> Distribution:
+    """Softmax and log-softmax over the last dimension, accurate for large vocabularies; a row of -inf has no mass.
+
+    Over 152,064 fp32 logits of standard deviation 3 the normaliser of torch's log_softmax is off by 1.6e-5 nats on a
+    CPU, which `sum` is not. (There 2^x takes a third of the time of e^x, too.)
     """
-    first = torch.log_softmax(logits, -1)
-    if logits.shape[-1] <= LONG_SUM or logits.dtype == torch.float64:
-        return first
-    return first - first.exp().sum(-1, keepdim=True, dtype=torch.float64).log().to(first.dtype)
-
-
-def entropy(logprobs: Tensor) -> Tensor:
-    """-sum_v p_v log p_v, [N] nats."""
-    finite = logprobs.clamp(min=torch.finfo(logprobs.dtype).min)  # 0 log 0 = 0
-    return -(logprobs.exp() * finite).sum(-1)
+    highest = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
+    logprobs = logits - highest
+    probs = (logprobs * LOG2_E).exp2_()
+    total = probs.sum(-1, keepdim=True)
+    probs.mul_(1.0 / total.clamp(min=torch.finfo(logits.dtype).tiny))
+    return Distribution(logprobs.sub_(total.log()), probs, highest + total.log())
 
 
 def logprobs_at(logits: Tensor, targets: Tensor) -> Tensor:
-    """[N, V] logits, [N] columns -> [N] log-probs, nats, fp32."""
-    logits = logits.float()
+    """[N, V] logits, [N] columns -> [N] log-probs, nats, fp32 (or wider)."""
+    logits = widened(logits)
     return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def widened(logits: Tensor) -> Tensor:
+    """In fp32, or wider if they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class Slope(NamedTuple):
+    """A divergence's value [N] and, where wanted, its gradient [N, V] in the student's logits (divided by their
+    temperature)."""
+
+    value: Tensor
+    gradient: Tensor | None
+
+
+def full_slope(
+    loss: Divergence, student: Distribution, teacher: Distribution, wanted: bool
+) -> Slope:
+    """The divergence over the whole vocabulary. With g_v its derivative in log q_v, the gradient is g - q sum_v g_v."""
+    if isinstance(loss, ReverseKL):
+        value, terms = kl_terms(student, teacher)
+        gradient = terms.addcmul_(student.probs, value[:, None], value=-1.0) if wanted else None
+        return Slope(value, gradient)
+    if isinstance(loss, ForwardKL):
+        value, terms = kl_terms(teacher, student)
+        gradient = torch.sub(student.probs, teacher.probs, out=terms) if wanted else None
+        return Slope(value, gradient)
+    value, slope = sloped(loss, student.logprobs, teacher.logprobs, wanted)
+    if slope is not None:
+        slope = slope.addcmul_(student.probs, slope.sum(-1, keepdim=True), value=-1.0)
+    return Slope(value, slope)
+
+
+def kl_terms(a: Distribution, b: Distribution) -> tuple[Tensor, Tensor]:
+    """KL(a || b) [N] and its terms a_v (log a_v - log b_v) [N, V]; 0 where a_v is, whatever b_v."""
+    terms = (a.logprobs - b.logprobs).mul_(a.probs)
+    terms.nan_to_num_(0.0, torch.inf, -torch.inf)  # 0 * inf
+    # a row of NaN logits stays NaN
+    return terms.sum(-1) + 0.0 * (a.normaliser + b.normaliser)[:, 0], terms
+
+
+def sloped(
+    loss: Divergence, student: Tensor, teacher: Tensor, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The divergence [N] of log-probs [N, V] and, where wanted, its derivative in each of the student's."""
+    with torch.set_grad_enabled(wanted):
+        leaf = student.detach().requires_grad_(wanted)
+        value = divergence(loss, leaf, teacher)
+        slope = torch.autograd.grad(value.sum(), leaf)[0] if wanted else None
+    return value.detach(), slope
 
 
 # ---------------------------------------------------------------------------------------- supports
 
 
-def on_support(loss: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
-    """The divergence on the configured support S, from log-probs [N, V] to [N].
+def slope_on_support(
+    loss: Divergence, student: Distribution, teacher: Distribution, wanted: bool
+) -> Slope:
+    """The divergence on the configured support S.
 
     The tail, which is V without S: `bucket` counts it as one more token, of mass 1 - sum_S q and 1 - sum_S p (a
     divergence again, at most the full one); `renormalise` divides q and p by their masses on S; `none` leaves it
@@ -232,48 +295,94 @@ def on_support(loss: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
     """
     support = loss.support
     if isinstance(support, FullSupport):
-        return divergence(loss, student, teacher)
-    chosen = choose(support, student.detach(), teacher)
-    inside = [logprobs.masked_fill(~chosen, -torch.inf) for logprobs in (student, teacher)]
-    if support.tail == "renormalise":
-        nothing = torch.stack([(part == -torch.inf).all(-1, keepdim=True) for part in inside]).any(
-            0
-        )
-        inside = [torch.log_softmax(part.masked_fill(nothing, 0.0), -1) for part in inside]
-    total = divergence(loss, *inside)
-    if support.tail == "bucket":
-        total = total + divergence(loss, log_mass(student, ~chosen), log_mass(teacher, ~chosen))
-    return total
-
-
-def choose(support: TopK, student: Tensor, teacher: Tensor) -> Tensor:
-    """The support's columns as [N, V] bool, from log-probs [N, V]; all that a model does not ban where k is more.
-
-    (Which of the banned columns, all -inf, a top-k takes, is left to chance.)
-    """
+        return full_slope(loss, student, teacher, wanted)
+    columns, kept = choose(support, student.logprobs, teacher.logprobs)
     ours, theirs = (
-        torch.zeros_like(logprobs, dtype=torch.bool)
-        .scatter_(1, logprobs.topk(min(support.k, logprobs.shape[1])).indices, True)
-        .logical_and_(logprobs > -torch.inf)
-        for logprobs in (student, teacher)
+        each.logprobs.gather(1, columns).masked_fill_(~kept, -torch.inf)
+        for each in (student, teacher)
     )
-    if isinstance(support, TeacherTopK):
-        return theirs
-    if isinstance(support, StudentTopK):
-        return ours
-    return ours & theirs if isinstance(support, IntersectionTopK) else ours | theirs
+    tail = None
+    if support.tail == "bucket":
+        tail, other = (outside(each, columns, kept) for each in (student, teacher))
+        ours, theirs = (
+            torch.cat([ours, tail.normaliser], 1),
+            torch.cat([theirs, other.normaliser], 1),
+        )
+    elif support.tail == "renormalise":
+        nothing = ((ours == -torch.inf).all(-1) | (theirs == -torch.inf).all(-1))[:, None]
+        theirs = torch.log_softmax(theirs.masked_fill(nothing, 0.0), -1)
+    with torch.set_grad_enabled(wanted):
+        leaf = inside = ours.requires_grad_(wanted)
+        if support.tail == "renormalise":
+            inside = torch.log_softmax(leaf.masked_fill(nothing, 0.0), -1)
+        value = divergence(loss, inside, theirs)
+        if not wanted:
+            return Slope(value, None)
+        (slope,) = torch.autograd.grad(value.sum(), leaf)
+    # of log q_v on S the gradient is that of v less q; of the tail's log-mass, its own distribution less q
+    gradient = student.probs * -slope.sum(-1, keepdim=True)
+    if tail is not None:
+        gradient.addcmul_(tail.probs, slope[:, -1:])
+    gradient.scatter_add_(1, columns, slope[:, : columns.shape[1]])
+    return Slope(value.detach(), gradient)
 
 
-def log_mass(logprobs: Tensor, where: Tensor) -> Tensor:
-    """log sum_{v in where} p_v, [N, V] to [N, 1]; -inf, of gradient 0, where that is nothing.
+def choose(support: TopK, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The support from log-probs [N, V]: columns [N, k] (of the union [N, 2k]), and which of these are in it.
 
-    Summed rather than taken from 1, which leaves no digits of a small tail.
+    All that a model does not ban where k is more. (Which of the banned columns, all -inf, a top-k takes, is left to
+    chance.)
     """
-    nothing = torch.finfo(
-        logprobs.dtype
-    ).min  # finite: logsumexp of -inf alone has a gradient of NaN
-    mass = logprobs.masked_fill(~where, nothing).logsumexp(-1, keepdim=True)
-    return mass.masked_fill(mass < nothing / 2, -torch.inf)
+
+    def likeliest(logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        columns = top(logprobs, support.k)
+        return columns, logprobs.gather(1, columns) > -torch.inf
+
+    if isinstance(support, TeacherTopK):
+        return likeliest(teacher)
+    ours, allowed = likeliest(student)
+    if isinstance(support, StudentTopK):
+        return ours, allowed
+    theirs, also = likeliest(teacher)
+    if isinstance(support, IntersectionTopK):
+        return ours, allowed & marked(student, theirs, also).gather(1, ours)
+    new = also & ~marked(student, ours, allowed).gather(1, theirs)
+    return torch.cat([ours, theirs], 1), torch.cat([allowed, new], 1)
+
+
+def marked(like: Tensor, columns: Tensor, which: Tensor) -> Tensor:
+    """[N, V] bool, true at those of the columns [N, k] that `which` [N, k] marks."""
+    return torch.zeros_like(like, dtype=torch.bool).scatter_(1, columns, which)
+
+
+def outside(whole: Distribution, columns: Tensor, kept: Tensor) -> Distribution:
+    """The distribution of the tail, given that it is one: its normaliser is the log of the tail's mass.
+
+    Summed rather than taken from 1, which leaves no digits of a small tail; -inf where that is nothing.
+    """
+    never = torch.where(kept, -torch.inf, torch.inf).to(whole.logprobs.dtype)
+    return distribution(whole.logprobs.scatter_reduce(1, columns, never, "amin"))
+
+
+BLOCK = 64
+"""Columns of which `top` first takes the largest."""
+
+
+def top(values: Tensor, k: int) -> Tensor:
+    """Columns [N, k] of each row's k largest of [N, V] (all where k is more), in order.
+
+    Over 150k columns a tenth of the time of torch's topk: the k largest are in the k blocks of the largest maxima.
+    """
+    n, size = values.shape
+    k, blocks = min(k, size), size // BLOCK
+    if k >= blocks // 4:
+        return values.topk(k).indices
+    end = blocks * BLOCK
+    best = values[:, :end].unflatten(1, (blocks, BLOCK)).amax(-1).topk(k).indices
+    within = torch.arange(BLOCK, device=values.device)
+    rest = torch.arange(end, size, device=values.device).expand(n, -1)
+    columns = torch.cat([(best[:, :, None] * BLOCK + within).flatten(1), rest], 1)
+    return columns.gather(1, values.gather(1, columns).topk(k).indices)
 
 
 # ---------------------------------------------------------------------------------- sampled tokens
@@ -323,61 +432,168 @@ def token_divergence(
     teacher_logits: Tensor | None,
     sampled: Sampled,
     reward: RewardConfig | None = None,
+    diagnostics: bool = True,
 ) -> TokenDivergence:
     """[N, V] logits of both models, in any precision -> loss and diagnostics of every token.
 
     With a reward the loss is alpha * loss + (1 - alpha) * the policy gradient of `sampled.advantages`; under k1
-    it is the policy gradient of both advantages together. `teacher_logits` are None without a teacher.
+    it is the policy gradient of both advantages together. `teacher_logits` are None without a teacher. Without
+    `diagnostics` those that compare with a teacher are None.
     """
-    wide = torch.promote_types(student_logits.dtype, torch.float32)
-    student_logits = student_logits.to(wide)
-    student = log_softmax(student_logits)
-    q = student.gather(1, sampled.columns[:, None])[:, 0]
-    teacher = p = None
+    wanted = student_logits.requires_grad and torch.is_grad_enabled()
+    ones = torch.ones(len(student_logits), device=student_logits.device) if wanted else None
+    tokens, gradient = evaluate(
+        loss, student_logits.detach(), teacher_logits, sampled, reward, ones, diagnostics
+    )
+    if gradient is None:
+        return tokens
+    return tokens._replace(loss=_WithGradient.apply(student_logits, tokens.loss, gradient))
+
+
+class _WithGradient(torch.autograd.Function):
+    """[N] values with their known gradients [N, V] in logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream[0][:, None]).to(gradient.dtype), None, None
+
+
+def evaluate(
+    loss: LossConfig,
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    sampled: Sampled,
+    reward: RewardConfig | None = None,
+    weights: Tensor | None = None,
+    diagnostics: bool = True,
+) -> tuple[TokenDivergence, Tensor | None]:
+    """As `token_divergence`, and with `weights` [N] the gradient [N, V] of sum_n weights_n loss_n in the student's
+    logits, in their dtype.
+
+    Rows are taken few at a time, so that what is kept of them in fp32 stays in a CPU's cache and small on a GPU.
+    """
+    n, size = student_logits.shape
+    rows = max(1, BLOCK_NUMEL[student_logits.device.type == "cpu"] // size)
+    if isinstance(loss, FunctionLoss):
+        rows = max(1, n)  # a function sees all of the chunk's tokens
+    gradient = None if weights is None else torch.empty_like(student_logits)
+    pieces = []
+    with torch.no_grad():
+        for start in range(0, max(1, n), rows):
+            part = slice(start, start + rows)
+            pieces.append(
+                evaluate_rows(
+                    loss,
+                    widened(student_logits[part]),
+                    None if teacher_logits is None else widened(teacher_logits[part]),
+                    Sampled(*(column[part] for column in sampled)),
+                    reward,
+                    None if weights is None else weights[part],
+                    diagnostics,
+                    None if gradient is None else gradient[part],
+                )
+            )
+    return by_column(torch.cat, pieces), gradient
+
+
+BLOCK_NUMEL = {True: 1 << 20, False: 1 << 25}
+"""Logits of the rows that are evaluated at once, on a CPU and elsewhere."""
+
+
+def evaluate_rows(
+    loss: LossConfig,
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    sampled: Sampled,
+    reward: RewardConfig | None,
+    weights: Tensor | None,
+    diagnostics: bool,
+    gradient: Tensor | None,
+) -> TokenDivergence:
+    """Loss and diagnostics of the rows; writes their gradient, if there is one to write."""
+    student, wanted = distribution(student_logits), gradient is not None
+    columns, old = sampled.columns, sampled.logprobs.to(student_logits.dtype)
+    q, p, teacher = student.at(columns), None, None
+    is_compared = isinstance(loss, Divergence) and (reward is None or reward.alpha > 0)
     if teacher_logits is not None:
-        teacher_logits = teacher_logits.to(wide)
-        teacher = log_softmax(teacher_logits)
-        p = teacher.gather(1, sampled.columns[:, None])[:, 0]
-    old = sampled.logprobs.to(wide)
-    if reward is not None and reward.alpha == 0:
-        value = torch.zeros_like(q)
-    elif isinstance(loss, SampledToken):
-        value = of_sampled(loss, q, p, old)
-    else:
+        if is_compared or diagnostics:
+            teacher = distribution(teacher_logits)
+            p = teacher.at(columns)
+        else:
+            p = logprobs_at(teacher_logits, columns)
+    slope = None
+    if is_compared:
+        assert isinstance(loss, Divergence)
         assert teacher is not None and teacher_logits is not None, NO_TEACHER
         ours, theirs = student, teacher
         if loss.student_temperature != 1:
-            ours = log_softmax(student_logits / loss.student_temperature)
+            ours = distribution(student_logits / loss.student_temperature)
         if loss.teacher_temperature != 1:
-            theirs = log_softmax(teacher_logits / loss.teacher_temperature)
-        value = on_support(loss, ours, theirs)
-    if reward is not None:
-        advantages, alpha = sampled.advantages.to(wide), reward.alpha
-        if isinstance(loss, K1):
-            both = (1 - alpha) * advantages
-            if (
-                alpha > 0
-            ):  # at 0 the teacher is a diagnostic and may ban the token: 0 times infinity
-                assert p is not None, NO_TEACHER
-                both = alpha * (p - q).detach() + both
-            value = policy_gradient(both, q, old, reward.clip)
-        else:
-            rewarded = policy_gradient(advantages, q, old, reward.clip)
-            value = alpha * value + (1 - alpha) * rewarded
-    with torch.no_grad():
-        own = TokenDivergence(value, entropy(student), q.detach())
-        if teacher is None:
-            return own
-        plain = reward is None and is_plain_reverse_kl(loss)
-        overlap, student_mass, teacher_mass = top_overlap(student, teacher)
-        return own._replace(
-            reverse_kl=value.detach() if plain else kl(student, teacher),
-            teacher_entropy=entropy(teacher),
-            teacher_logprobs=p,
-            top_overlap=overlap,
-            student_shared_mass=student_mass,
-            teacher_shared_mass=teacher_mass,
-        )
+            theirs = distribution(teacher_logits / loss.teacher_temperature)
+        slope = slope_on_support(loss, ours, theirs, wanted)
+    compared = torch.zeros_like(q) if slope is None else slope.value
+    with torch.set_grad_enabled(wanted):  # of [N] alone
+        leaves = [x.detach().clone().requires_grad_(wanted) for x in (compared, q)]
+        value = combined(loss, *leaves, p, old, reward, sampled.advantages)
+        if gradient is not None and weights is not None:
+            total = (value * weights.to(value.dtype)).sum()
+            per_value, per_logprob = torch.autograd.grad(
+                total, leaves, allow_unused=True, materialize_grads=True
+            )
+            if slope is not None and slope.gradient is not None:
+                if loss.student_temperature != 1:
+                    per_value = per_value / loss.student_temperature
+                whole = slope.gradient.mul_(per_value[:, None])
+                if reward is not None:
+                    whole.addcmul_(student.probs, per_logprob[:, None], value=-1.0)
+            else:
+                whole = student.probs * -per_logprob[:, None]
+            if slope is None or reward is not None:
+                whole.scatter_add_(1, columns[:, None], per_logprob[:, None])
+            gradient.copy_(whole)
+    own = TokenDivergence(value.detach(), student.entropy(), q)
+    if teacher is None or not diagnostics:
+        return own._replace(teacher_logprobs=p)
+    plain = reward is None and is_plain_reverse_kl(loss)
+    overlap, student_mass, teacher_mass = top_overlap(student, teacher)
+    return own._replace(
+        reverse_kl=own.loss if plain else kl_terms(student, teacher)[0],
+        teacher_entropy=teacher.entropy(),
+        teacher_logprobs=p,
+        top_overlap=overlap,
+        student_shared_mass=student_mass,
+        teacher_shared_mass=teacher_mass,
+    )
+
+
+def combined(
+    loss: LossConfig,
+    compared: Tensor,
+    q: Tensor,
+    p: Tensor | None,
+    old: Tensor,
+    reward: RewardConfig | None,
+    advantages: Tensor,
+) -> Tensor:
+    """The loss of each token [N], from its divergence and its log-probs by student, teacher and sampler."""
+    if reward is None or reward.alpha > 0:
+        value = of_sampled(loss, q, p, old) if isinstance(loss, SampledToken) else compared
+        if reward is None:
+            return value
+    advantages, alpha = advantages.to(q), reward.alpha
+    if isinstance(loss, K1):
+        if alpha > 0:  # at 0 the teacher is a diagnostic and may ban the token: 0 times infinity
+            assert p is not None, NO_TEACHER
+            advantages = alpha * (p - q).detach() + (1 - alpha) * advantages
+        return policy_gradient(advantages, q, old, reward.clip)
+    rewarded = policy_gradient(advantages, q, old, reward.clip)
+    return alpha * value + (1 - alpha) * rewarded if alpha > 0 else rewarded
 
 
 def is_plain_reverse_kl(loss: LossConfig) -> bool:
@@ -389,16 +605,15 @@ def is_plain_reverse_kl(loss: LossConfig) -> bool:
     )
 
 
-def top_overlap(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From log-probs [N, V]: the fraction of the TOP_K top tokens that both models have in common, and the
-    probability mass that student and teacher give to these; [N] each.
+def top_overlap(student: Distribution, teacher: Distribution) -> tuple[Tensor, Tensor, Tensor]:
+    """The fraction of the TOP_K top tokens that both models have in common, and the probability mass that student
+    and teacher give to these; [N] each.
     """
-    k = min(TOP_K, student.shape[1])
-    ours, theirs = student.topk(k).indices, teacher.topk(k).indices
+    ours, theirs = (top(each.logprobs, TOP_K) for each in (student, teacher))
     shared = (ours[:, :, None] == theirs[:, None, :]).any(-1)  # [N, k], of the student's
 
-    def mass(logprobs: Tensor) -> Tensor:
-        return (logprobs.gather(1, ours).exp() * shared).sum(-1).clamp(max=1.0)
+    def mass(its: Distribution) -> Tensor:
+        return (its.probs.gather(1, ours) * shared).sum(-1).clamp(max=1.0)
 
     return shared.float().mean(-1), mass(student), mass(teacher)
 
@@ -426,32 +641,43 @@ def chunked_divergence(
     teacher_head: Callable[[Tensor], Tensor] | None,
     sampled: Sampled,
     reward: RewardConfig | None = None,
+    weights: Tensor | None = None,
+    diagnostics: bool = True,
 ) -> TokenDivergence:
-    """The loss from hidden states, holding at most `loss.chunk_tokens` rows of logits at once.
+    """The loss from hidden states, `loss.chunk_tokens` rows of logits at once. Equal to the unchunked loss.
 
     `student_hidden` [N, H] and `teacher_hidden` [N, H'] are mapped by their heads to [*, V]; None for both of the
-    teacher's without one. Each chunk's logits are recomputed in the backward pass rather than kept. Equal to the
-    unchunked loss.
+    teacher's without one. With `weights` [N], the sum of weight * loss is back-propagated here: each chunk through
+    the head at once, so that no more than one chunk's logits are ever in memory, and all through `student_hidden`
+    at the end. Without, the loss carries its gradient, and memory for it [N, V].
     """
-
-    def piece(student: Tensor, teacher: Tensor | None, *token: Tensor) -> TokenDivergence:
-        teacher_logits = None
-        if teacher is not None and teacher_head is not None:
-            with torch.no_grad():
-                teacher_logits = teacher_head(teacher)
-        tokens = Sampled(*token)
-        return token_divergence(loss, student_head(student), teacher_logits, tokens, reward)
-
     n, size = len(student_hidden), loss.chunk_tokens
-    if n <= size:
-        return piece(student_hidden, teacher_hidden, *sampled)
-    columns = (student_hidden, teacher_hidden, *sampled)
-    pieces = [
-        checkpoint(
-            piece, *(c if c is None else c[i : i + size] for c in columns), use_reentrant=False
-        )
-        for i in range(0, n, size)
-    ]
+    in_hidden = torch.zeros_like(student_hidden) if student_hidden.requires_grad else None
+    pieces = []
+    for start in range(0, max(1, n), size):
+        part = slice(start, start + size)
+        tokens = Sampled(*(column[part] for column in sampled))
+        theirs = None
+        if teacher_hidden is not None and teacher_head is not None:
+            with torch.no_grad():
+                theirs = teacher_head(teacher_hidden[part])
+        if weights is None:
+            ours = student_head(student_hidden[part])
+            pieces.append(token_divergence(loss, ours, theirs, tokens, reward, diagnostics))
+            continue
+        leaf = student_hidden[part].detach().requires_grad_(in_hidden is not None)
+        ours = student_head(leaf)
+        # neither the hidden states nor the head train: a vision tower alone, and no picture
+        own = weights[part] if ours.requires_grad else None
+        piece, gradient = evaluate(loss, ours.detach(), theirs, tokens, reward, own, diagnostics)
+        del theirs
+        if gradient is not None:
+            ours.backward(gradient)
+        if in_hidden is not None and leaf.grad is not None:
+            in_hidden[part] = leaf.grad
+        pieces.append(piece)
+    if weights is not None and in_hidden is not None:
+        student_hidden.backward(in_hidden)
     return by_column(torch.cat, pieces)
 
 

@@ -145,13 +145,15 @@ class ModelPair:
         examples: Sequence[Example],
         prompts: Prompts,
         completions: Completions,
+        diagnostics: bool = True,
     ) -> TokenDivergence:
         """The loss at every completion token, [N]; gradients flow to the student only.
 
-        `prompts` are the examples as the student reads them; teachers render their own.
+        `prompts` are the examples as the student reads them; teachers render their own. Under autograd the gradient
+        of all logits is kept, [N, V]; training back-propagates in chunks instead (`loss_of`).
         """
         forwards = self.teacher_forward(examples, completions)
-        return self.loss_of(loss, forwards, prompts, completions)
+        return self.loss_of(loss, forwards, prompts, completions, diagnostics=diagnostics)
 
     def loss_of(
         self,
@@ -161,31 +163,46 @@ class ModelPair:
         completions: Completions,
         reward: RewardConfig | None = None,
         advantages: Tensor | None = None,
+        weights: Tensor | None = None,
+        diagnostics: bool = True,
     ) -> TokenDivergence:
-        """As `divergence`, from the teachers' forward passes, with a reward's `advantages` [B] mixed in."""
-        student_hidden = self.student.completion_hidden(prompts, completions)
+        """As `divergence`, from the teachers' forward passes, with a reward's `advantages` [B] mixed in.
+
+        With `weights` [N], the sum of weight * loss is back-propagated here, a chunk of tokens at a time.
+        """
+        hidden = self.student.completion_hidden(prompts, completions)
+        # the chunks' gradients meet here, so that the backbone's backward pass is one
+        student_hidden = hidden
+        if weights is not None:
+            student_hidden = hidden.detach().requires_grad_(hidden.requires_grad)
         per_token = None if advantages is None else spread(advantages, completions.mask)
         no_teacher = (None, list(range(len(completions.ids))), None)
         pieces, order = [], []
-        for teacher, rows, hidden in forwards or (no_teacher,):
+        for teacher, rows, teacher_hidden in forwards or (no_teacher,):
             tokens, mine = tokens_of_rows(completions, rows), completions.take(rows)
+
+            def own(column: Tensor | None, tokens: Tensor | None = tokens) -> Any:
+                return column if column is None or tokens is None else column[tokens]
+
             sampled = Sampled(self.vocabulary.targets(mine), mine.logprobs[mine.mask])
             if per_token is not None:
-                sampled = sampled._replace(
-                    advantages=per_token if tokens is None else per_token[tokens]
-                )
+                sampled = sampled._replace(advantages=own(per_token))
             pieces.append(
                 chunked_divergence(
                     loss,
-                    student_hidden if tokens is None else student_hidden[tokens],
+                    own(student_hidden),
                     lambda hidden: self.student.logits(hidden, self.vocabulary.student),
-                    hidden,
+                    teacher_hidden,
                     None if teacher is None else teacher.logits,
                     sampled,
                     reward,
+                    own(weights),
+                    diagnostics,
                 )
             )
             order.append(tokens)
+        if weights is not None and student_hidden.grad is not None:
+            hidden.backward(student_hidden.grad)
         return by_column(lambda column: in_order(column, order), pieces)
 
     def assign(self, examples: Sequence[Example]) -> list[tuple[AnyTeacher, list[int]]]:
