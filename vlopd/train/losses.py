@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from vlopd.config.objective import (
     JSD,
@@ -527,49 +528,51 @@ def evaluate_rows(
             p = teacher.at(columns)
         else:
             p = logprobs_at(teacher_logits, columns)
-    slope = None
-    if is_compared:
-        assert isinstance(loss, Divergence)
+    slope = Slope(torch.zeros_like(q), None)
+    if is_compared and isinstance(loss, Divergence):
         assert teacher is not None and teacher_logits is not None, NO_TEACHER
-        ours, theirs = student, teacher
-        if loss.student_temperature != 1:
-            ours = distribution(student_logits / loss.student_temperature)
-        if loss.teacher_temperature != 1:
-            theirs = distribution(teacher_logits / loss.teacher_temperature)
+        ours = at_temperature(student, student_logits, loss.student_temperature)
+        theirs = at_temperature(teacher, teacher_logits, loss.teacher_temperature)
         slope = slope_on_support(loss, ours, theirs, wanted)
-    compared = torch.zeros_like(q) if slope is None else slope.value
+        if slope.gradient is not None and loss.student_temperature != 1:
+            slope.gradient.div_(loss.student_temperature)
     with torch.set_grad_enabled(wanted):  # of [N] alone
-        leaves = [x.detach().clone().requires_grad_(wanted) for x in (compared, q)]
-        value = combined(loss, *leaves, p, old, reward, sampled.advantages)
-        if gradient is not None and weights is not None:
-            total = (value * weights.to(value.dtype)).sum()
-            per_value, per_logprob = torch.autograd.grad(
-                total, leaves, allow_unused=True, materialize_grads=True
-            )
-            if slope is not None and slope.gradient is not None:
-                if loss.student_temperature != 1:
-                    per_value = per_value / loss.student_temperature
-                whole = slope.gradient.mul_(per_value[:, None])
-                if reward is not None:
-                    whole.addcmul_(student.probs, per_logprob[:, None], value=-1.0)
-            else:
-                whole = student.probs * -per_logprob[:, None]
-            if slope is None or reward is not None:
-                whole.scatter_add_(1, columns[:, None], per_logprob[:, None])
-            gradient.copy_(whole)
-    own = TokenDivergence(value.detach(), student.entropy(), q)
+        compared, at_token = (x.detach().requires_grad_(wanted) for x in (slope.value, q.clone()))
+        value = combined(loss, compared, at_token, p, old, reward, sampled.advantages)
+    if gradient is not None and weights is not None:
+        in_compared, in_token = torch.autograd.grad(
+            value,
+            (compared, at_token),
+            weights.to(value.dtype),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        if slope.gradient is None:
+            total = student.probs * -in_token[:, None]
+        else:
+            total = slope.gradient.mul_(in_compared[:, None])
+        if slope.gradient is not None and reward is not None:
+            total.addcmul_(student.probs, in_token[:, None], value=-1.0)
+        if slope.gradient is None or reward is not None:
+            total.scatter_add_(1, columns[:, None], in_token[:, None])
+        gradient.copy_(total)
+    own = TokenDivergence(value.detach(), student.entropy(), q, teacher_logprobs=p)
     if teacher is None or not diagnostics:
-        return own._replace(teacher_logprobs=p)
+        return own
     plain = reward is None and is_plain_reverse_kl(loss)
     overlap, student_mass, teacher_mass = top_overlap(student, teacher)
     return own._replace(
         reverse_kl=own.loss if plain else kl_terms(student, teacher)[0],
         teacher_entropy=teacher.entropy(),
-        teacher_logprobs=p,
         top_overlap=overlap,
         student_shared_mass=student_mass,
         teacher_shared_mass=teacher_mass,
     )
+
+
+def at_temperature(plain: Distribution, logits: Tensor, temperature: float) -> Distribution:
+    """The distribution of the logits at a temperature, which `plain` is at 1."""
+    return plain if temperature == 1 else distribution(logits / temperature)
 
 
 def combined(
@@ -582,18 +585,18 @@ def combined(
     advantages: Tensor,
 ) -> Tensor:
     """The loss of each token [N], from its divergence and its log-probs by student, teacher and sampler."""
-    if reward is None or reward.alpha > 0:
-        value = of_sampled(loss, q, p, old) if isinstance(loss, SampledToken) else compared
-        if reward is None:
-            return value
+    value = compared
+    if isinstance(loss, SampledToken) and (reward is None or reward.alpha > 0):
+        value = of_sampled(loss, q, p, old)
+    if reward is None:
+        return value
     advantages, alpha = advantages.to(q), reward.alpha
     if isinstance(loss, K1):
         if alpha > 0:  # at 0 the teacher is a diagnostic and may ban the token: 0 times infinity
             assert p is not None, NO_TEACHER
             advantages = alpha * (p - q).detach() + (1 - alpha) * advantages
         return policy_gradient(advantages, q, old, reward.clip)
-    rewarded = policy_gradient(advantages, q, old, reward.clip)
-    return alpha * value + (1 - alpha) * rewarded if alpha > 0 else rewarded
+    return alpha * value + (1 - alpha) * policy_gradient(advantages, q, old, reward.clip)
 
 
 def is_plain_reverse_kl(loss: LossConfig) -> bool:
@@ -653,7 +656,7 @@ def chunked_divergence(
     """
     n, size = len(student_hidden), loss.chunk_tokens
     in_hidden = torch.zeros_like(student_hidden) if student_hidden.requires_grad else None
-    pieces = []
+    pieces, head_gradients = [], SummedGradients()
     for start in range(0, max(1, n), size):
         part = slice(start, start + size)
         tokens = Sampled(*(column[part] for column in sampled))
@@ -665,20 +668,66 @@ def chunked_divergence(
             ours = student_head(student_hidden[part])
             pieces.append(token_divergence(loss, ours, theirs, tokens, reward, diagnostics))
             continue
-        leaf = student_hidden[part].detach().requires_grad_(in_hidden is not None)
-        ours = student_head(leaf)
-        # neither the hidden states nor the head train: a vision tower alone, and no picture
-        own = weights[part] if ours.requires_grad else None
-        piece, gradient = evaluate(loss, ours.detach(), theirs, tokens, reward, own, diagnostics)
+        leaf = student_hidden[part].detach().requires_grad_()
+        with head_gradients:
+            ours = student_head(leaf)
+        piece, gradient = evaluate(
+            loss, ours.detach(), theirs, tokens, reward, weights[part], diagnostics
+        )
         del theirs
-        if gradient is not None:
-            ours.backward(gradient)
+        ours.backward(gradient)
+        del ours, gradient
         if in_hidden is not None and leaf.grad is not None:
             in_hidden[part] = leaf.grad
         pieces.append(piece)
+    head_gradients.backward()
     if weights is not None and in_hidden is not None:
         student_hidden.backward(in_hidden)
     return by_column(torch.cat, pieces)
+
+
+class SummedGradients(TorchFunctionMode):
+    """Adds up the gradients of trained weights [V, H] over several calls of a linear map, and then back-propagates
+    their sums: a weight's hooks run once, and its gradient is added to in place rather than written for each call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: dict[Tensor, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear and not kwargs and torch.is_grad_enabled():
+            weight, bias = args[1], args[2] if len(args) > 2 else None
+            if weight.requires_grad and weight.is_leaf and bias is None and args[0].dim() == 2:
+                return _SummedLinear.apply(args[0], (weight, self.sums))
+        return func(*args, **(kwargs or {}))
+
+    def backward(self) -> None:
+        """Passes the sums on to the weights, whose hooks run."""
+        while self.sums:
+            weight, total = self.sums.popitem()
+            weight.backward(total)
+
+
+class _SummedLinear(torch.autograd.Function):
+    """torch.nn.functional.linear [N, H] -> [N, V], whose weight's gradient is added to `sums`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, weight_and_sums: tuple[Tensor, dict[Tensor, Tensor]]
+    ) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.weight, ctx.sums = weight_and_sums  # in a tuple, autograd does not see the weight
+        return torch.nn.functional.linear(inputs, ctx.weight)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        (inputs,), (gradient,) = ctx.saved_tensors, upstream
+        if ctx.weight in ctx.sums:
+            ctx.sums[ctx.weight].addmm_(gradient.t(), inputs)
+        else:
+            ctx.sums[ctx.weight] = gradient.t().mm(inputs)
+        return gradient.mm(ctx.weight), None
 
 
 def by_column(
