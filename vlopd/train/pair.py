@@ -96,6 +96,7 @@ class ModelPair:
             self.vocabulary.student,
             rollout.top_k,
             rollout.top_p,
+            engine=rollout.engine,
         )
 
     def teacher_sample(
@@ -123,6 +124,7 @@ class ModelPair:
                 rollout.top_k,
                 rollout.top_p,
                 self.vocabulary.in_teacher(banned, teacher.index).tolist(),
+                engine=rollout.engine,
             )
             pad = self.student.pad_id
             parts.append((rows, self.vocabulary.translate_back(theirs, teacher.index, pad)))
