@@ -244,7 +244,8 @@ def cached(loaded: LoadedModel, what: str, find: Callable[[], str | None]) -> st
     """Looks a finding up by kind of model."""
     model, text = loaded.model, loaded.model.config.get_text_config()
     types = tuple(str(layer) for layer in DynamicCache(config=text).layers)
-    kind = (what, type(model), text._attn_implementation, types, model.dtype, model.device.type)
+    about = (text.model_type, text._attn_implementation, model.dtype, model.device.type)
+    kind = (what, type(model), *about, types)
     if kind not in FOUND:
         FOUND[kind] = find()
     return FOUND[kind]

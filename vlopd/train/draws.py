@@ -127,7 +127,7 @@ def kept(logits: Tensor, mass: Tensor, top_k: int | None, top_p: float) -> Tenso
 
 
 def _most_likely(logits: Tensor, mass: Tensor, top_k: int | None, top_p: float) -> Any:
-    """The top k in descending order; without k, enough for the nucleus (all on accelerators, which a look would stop)."""
+    """The top k in descending order; without k, enough for the nucleus (on accelerators all: no host sync)."""
     if top_k is not None:
         return logits.topk(min(top_k, logits.shape[1]))
     if logits.device.type == "cpu":
