@@ -7,7 +7,8 @@ from tests.conftest import sampled
 from vlopd.config.objective import RolloutConfig
 from vlopd.models.load import load
 from vlopd.seeding import uniforms
-from vlopd.train.generation import draw, sample
+from vlopd.train.draws import draw
+from vlopd.train.generation import sample
 
 
 def test_samplers_logprobs_equal_rescored_ones(kind, make_pair, make_data):

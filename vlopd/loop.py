@@ -232,7 +232,7 @@ def distill(
         remedy = f"check the loss {recipe.loss.type}, or lower optim.learning_rate"
     has_gradient = start > 0  # whether any trained value has had one
     with log:
-        for note in recipe.notes:
+        for note in (*recipe.notes, *pair.engine_notes(recipe.rollout)):
             log.note(note)
         if start == 0:
             evaluate_held_out(hooks, 0, train.steps, pair.student, log, accelerator)

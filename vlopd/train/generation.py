@@ -11,14 +11,20 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from vlopd.models import families
 from vlopd.models.loaded import LoadedModel
+from vlopd.train.decoding import (
+    SHRINK,
+    Decoder,
+    Engine,
+    accepts_prepared_masks,
+    chosen_engine,
+)
+from vlopd.train.draws import pick
 from vlopd.types import Completions, Prompts
 
 CHECK_EVERY = 8
-"""Tokens between calls of `enough`."""
+"""Tokens between calls of `enough`; on an accelerator also between looks at which rows are unfinished."""
 
 
 @torch.no_grad()
@@ -33,100 +39,70 @@ def sample(
     top_p: float = 1.0,
     banned_ids: Sequence[int] = (),
     enough: Callable[[Tensor, Tensor], Tensor] | None = None,
+    rows: Sequence[int] | None = None,
+    engine: Engine = "eager",
 ) -> Completions:
-    """Samples one completion a prompt; temperature 0 is greedy (the first of equal tokens).
+    """Samples completions; temperature 0 is greedy (the first of equal tokens).
 
-    `uniforms` [B, max_new_tokens] decide the draws (seeding.uniforms); temperature 0 needs none. `top_k` and
-    `top_p` truncate the distribution, after the temperature. `columns` restricts sampling to a part of the
+    `rows` [B'] are indices of prompts, one for each completion (a prompt is read once, whatever their number); default:
+    one a prompt. `uniforms` [B', max_new_tokens] decide the draws (seeding.uniforms); temperature 0 needs none. `top_k`
+    and `top_p` truncate the distribution, after the temperature. `columns` restricts sampling to a part of the
     vocabulary (the tokens shared with the teachers): the first `columns` tokens, or ids [V]. Image placeholders,
     padding and `banned_ids` are never sampled. `logprobs` are the model's own over the columns at temperature 1,
     nothing truncated or banned, and so equal to re-scoring however the tokens were drawn. `enough` gets ids and mask
-    [B, C] every CHECK_EVERY tokens and returns the rows [B] to stop.
+    [B', C] every CHECK_EVERY tokens and returns the rows [B'] to stop. `engine` runs the decode steps (decoding.py).
+
+    Finished rows leave the batch once they are many enough; what is returned is in the order of `rows`.
     """
-    model, body = loaded.model, families.backbone(loaded.model)
+    device = loaded.device
     columns = loaded.vocabulary_rows if columns is None else columns
     allowed = (
-        torch.arange(columns, device=loaded.device)
-        if isinstance(columns, int)
-        else columns.to(loaded.device)
+        torch.arange(columns, device=device) if isinstance(columns, int) else columns.to(device)
     )  # [V] ids
-    unsampleable = torch.tensor([*loaded.unsampleable_ids, *banned_ids], device=loaded.device)
-    banned = torch.isin(allowed, unsampleable)
-    ends = torch.tensor(loaded.end_ids, device=loaded.device)
-    attention, ids = prompts.attention_mask, prompts.input_ids
-    extra = {**prompts.per_token, **prompts.per_image}
-    cache = DynamicCache(config=model.config.get_text_config())
-    alive = torch.ones(len(prompts), dtype=torch.bool, device=loaded.device)
-    tokens, logprobs, masks = [], [], []
-    where = families.position_ids(model, prompts, max_new_tokens)
+    unsampleable = torch.tensor([*loaded.unsampleable_ids, *banned_ids], device=device)
+    banned = torch.isin(allowed, unsampleable).nonzero()[:, 0]
+    ends = torch.tensor(loaded.end_ids, device=device)
+    index = torch.arange(len(prompts)) if rows is None else torch.tensor(rows, dtype=torch.long)
+    n, look_every = len(index), 1 if device.type == "cpu" else CHECK_EVERY
     if uniforms is not None:
-        uniforms = uniforms.to(loaded.device)
+        uniforms = uniforms.to(device)
+
+    engine = chosen_engine(loaded, engine)[0]
+    prepares_masks = engine == "eager" and max_new_tokens > 1 and accepts_prepared_masks(loaded)
+    decoder = Decoder(loaded, prompts, max_new_tokens, engine, prepares_masks)
+    hidden = decoder.prefill()  # [b, H] of the b rows in the batch
+    if not torch.equal(index, torch.arange(len(prompts))):
+        index = index.to(device)
+        decoder.select(index)
+        hidden = hidden.index_select(0, index)
+    ids = torch.full((n, max_new_tokens), loaded.pad_id, device=device)
+    mask = torch.zeros(n, max_new_tokens, dtype=torch.bool, device=device)
+    logprobs = torch.zeros(n, max_new_tokens, device=device)
+    ended = torch.ones(n, dtype=torch.bool, device=device)  # those that have left
+    batch = torch.arange(n, device=device)  # [b] the rows that are in the batch
+    alive = torch.ones(n, dtype=torch.bool, device=device)  # [b] the unfinished of these
     for position in range(max_new_tokens):
-        now = slice(attention.shape[1] - ids.shape[1], attention.shape[1])
-        out = body(
-            input_ids=ids,
-            attention_mask=attention,
-            past_key_values=cache,
-            use_cache=True,
-            **{name: values[..., now] for name, values in where.items()},
-            **extra,
-        )
-        logits = loaded.logits(out.last_hidden_state[:, -1], columns).float()  # [B, V]
-        uniform = None if uniforms is None else uniforms[:, position]
-        column = draw(logits, temperature, banned, uniform, top_k, top_p)
-        logprob = logits.gather(1, column[:, None])[:, 0] - logits.logsumexp(-1)
+        logits = loaded.logits(hidden, columns).float()  # [b, V]
+        uniform = None if uniforms is None else uniforms[batch, position]
+        column, logprob = pick(logits, temperature, banned, uniform, top_k, top_p)
         token = torch.where(alive, allowed[column], loaded.pad_id)
-        tokens.append(token)
-        logprobs.append(logprob * alive)
-        masks.append(alive)
-        alive = alive & ~torch.isin(token, ends)
+        ids[batch, position], mask[batch, position] = token, alive
+        logprobs[batch, position] = torch.where(alive, logprob, 0.0)
+        alive = alive & ~(token[:, None] == ends).any(1)
         if enough is not None and position % CHECK_EVERY == CHECK_EVERY - 1:
-            alive = alive & ~enough(torch.stack(tokens, 1), torch.stack(masks, 1))
-        if not alive.any():
+            stopped = enough(ids[:, : position + 1], mask[:, : position + 1])
+            alive = alive & ~stopped[batch]
+        if position == max_new_tokens - 1:
             break
-        ids, extra = token[:, None], {}
-        attention = torch.cat([attention, attention.new_ones(len(prompts), 1)], 1)
-    return Completions(
-        torch.stack(tokens, 1), torch.stack(masks, 1), torch.stack(logprobs, 1), ended=~alive
-    )
-
-
-def draw(
-    logits: Tensor,
-    temperature: float,
-    banned: Tensor,
-    uniform: Tensor | None,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-) -> Tensor:
-    """[B, V] logits, [V] banned, [B] uniforms -> [B] columns, by inverting the cumulative distribution.
-
-    (`torch.multinomial` draws an exponential for every vocabulary entry: a fifth of the time of a
-    rollout at 49,000 entries.)
-    """
-    logits = logits.masked_fill(banned, -torch.inf)
-    if temperature == 0:
-        return logits.argmax(-1)
-    assert uniform is not None, "sampling needs uniforms"
-    probabilities = torch.softmax(logits.double() / temperature, -1)
-    if top_k is not None or top_p < 1:
-        probabilities = truncated(probabilities, top_k, top_p)
-    cumulative = probabilities.cumsum(-1)
-    # `right=True`: the first entry whose cumulative probability exceeds the draw, so never one of mass 0
-    wanted = uniform[:, None] * cumulative[:, -1:]
-    picked = torch.searchsorted(cumulative, wanted, right=True)[:, 0]
-    return picked.clamp(max=logits.shape[1] - 1)
-
-
-def truncated(probabilities: Tensor, top_k: int | None, top_p: float) -> Tensor:
-    """[B, V] probabilities, set to 0 outside the top k and then outside the nucleus `top_p`; not renormalised.
-
-    The nucleus (arXiv 1904.09751) is the smallest set of the most likely tokens whose share of the mass in the top k
-    reaches top_p, the token that reaches it included.
-    """
-    ordered, columns = probabilities.sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
-        ordered[:, top_k:] = 0.0
-    before = ordered.cumsum(-1) - ordered
-    ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0.0
-    return torch.zeros_like(probabilities).scatter_(-1, columns, ordered)
+        if position % look_every == look_every - 1:
+            unfinished = int(alive.sum())
+            if not unfinished:
+                break
+            if unfinished <= SHRINK[engine] * len(batch):
+                staying = alive.nonzero()[:, 0]
+                decoder.select(staying)
+                batch, alive, token = batch[staying], alive[staying], token[staying]
+        hidden = decoder.step(token)
+    ended[batch] = ~alive
+    longest = int(mask.sum(1).max()) if look_every > 1 else position + 1
+    return Completions(ids[:, :longest], mask[:, :longest], logprobs[:, :longest], ended)

@@ -42,6 +42,7 @@ from vlopd.models.load import (
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.meta import meta_model
 from vlopd.models.vocabulary import SharedVocabulary, read_vocabulary, share_vocabulary
+from vlopd.train.decoding import chosen_engine
 from vlopd.train.generation import sample
 from vlopd.train.losses import (
     Sampled,
@@ -96,7 +97,18 @@ class ModelPair:
             self.vocabulary.student,
             rollout.top_k,
             rollout.top_p,
+            engine=rollout.engine,
         )
+
+    def engine_notes(self, rollout: RolloutConfig) -> list[str]:
+        """Says which engine runs the decode steps where one other than eager is asked for, and why if it is not that."""
+        if rollout.engine == "eager":
+            return []
+        shares = rollout.source.shares
+        models = [self.student] if "student" in shares else []
+        models += [its.loaded for its in self.teachers] if "teacher" in shares else []
+        found = [(its.name, *chosen_engine(its, rollout.engine)) for its in models]
+        return [f"{name}: {why or f'decode steps by {engine!r}'}" for name, engine, why in found]
 
     def teacher_sample(
         self, examples: Sequence[Example], rollout: RolloutConfig, uniforms: Tensor
@@ -123,6 +135,7 @@ class ModelPair:
                 rollout.top_k,
                 rollout.top_p,
                 self.vocabulary.in_teacher(banned, teacher.index).tolist(),
+                engine=rollout.engine,
             )
             pad = self.student.pad_id
             parts.append((rows, self.vocabulary.translate_back(theirs, teacher.index, pad)))
