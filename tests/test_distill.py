@@ -90,19 +90,17 @@ def test_splitting_or_permuting_a_step_changes_no_gradient(
         pair = fresh()
         n = train["prompts_per_step"]
         examples = pick(load_data(config.data, 8, 1), 0, n, 1)
-        batches = collect(pair, recipe_of(config), examples, range(n), 1, 0)
+        batches = collect(pair, recipe_of(config), pair.render(examples), range(n), 1, 0)
         assert len(batches) == 8 // size
         found.append(gradient(pair, batches))
         if size == 8:
             (whole,) = batches
             lengths = whole.completions.mask.sum(1)
             order = [3, 1, 0, 7, 6, 2, 5, 4]
-            asked = [whole.examples[i] for i in order]
             other = fresh()
             permuted = replace(
                 whole,
-                examples=asked,
-                prompts=other.student.render(asked),
+                rendered=[whole.rendered[i] for i in order],
                 completions=whole.completions.take(order),
                 advantages=None if whole.advantages is None else whole.advantages[order],
             )
@@ -356,7 +354,7 @@ def test_updates_on_the_same_completions(kind, make_pair, make_config, tmp_path)
     other = make_pair(kind, **sections)
     trainable = Trainable(other.student.model)
     examples = pick(load_data(config.data, 4, SEED), 0, 4, SEED)
-    batches = collect(other, recipe_of(config), examples, range(4), SEED, 0)
+    batches = collect(other, recipe_of(config), other.render(examples), range(4), SEED, 0)
     losses = []
     for _ in range(2):
         trainable.zero_grad()

@@ -33,8 +33,9 @@ def sample(
     top_p: float = 1.0,
     banned_ids: Sequence[int] = (),
     enough: Callable[[Tensor, Tensor], Tensor] | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Completions:
-    """Samples one completion a prompt; temperature 0 is greedy (the first of equal tokens).
+    """Samples one completion a prompt, or of the prompts `rows`; temperature 0 is greedy (the first of equal tokens).
 
     `uniforms` [B, max_new_tokens] decide the draws (seeding.uniforms); temperature 0 needs none. `top_k` and
     `top_p` truncate the distribution, after the temperature. `columns` restricts sampling to a part of the
@@ -71,7 +72,14 @@ def sample(
             **{name: values[..., now] for name, values in where.items()},
             **extra,
         )
-        logits = loaded.logits(out.last_hidden_state[:, -1], columns).float()  # [B, V]
+        last = out.last_hidden_state[:, -1]
+        if position == 0 and rows is not None:
+            index = torch.tensor(rows, device=loaded.device)
+            cache.batch_select_indices(index)
+            last, attention = last[index], attention[index]
+            where = {name: values[..., index, :] for name, values in where.items()}
+            alive = torch.ones(len(rows), dtype=torch.bool, device=loaded.device)
+        logits = loaded.logits(last, columns).float()  # [B, V]
         uniform = None if uniforms is None else uniforms[:, position]
         column = draw(logits, temperature, banned, uniform, top_k, top_p)
         logprob = logits.gather(1, column[:, None])[:, 0] - logits.logsumexp(-1)
@@ -85,7 +93,7 @@ def sample(
         if not alive.any():
             break
         ids, extra = token[:, None], {}
-        attention = torch.cat([attention, attention.new_ones(len(prompts), 1)], 1)
+        attention = torch.cat([attention, attention.new_ones(len(alive), 1)], 1)
     return Completions(
         torch.stack(tokens, 1), torch.stack(masks, 1), torch.stack(logprobs, 1), ended=~alive
     )
