@@ -53,7 +53,7 @@ from vlopd.train.packing import sampling_budget
 from vlopd.train.pair import ModelPair, TeacherForward
 from vlopd.train.prefetch import read_ahead
 from vlopd.train.resume import Averages, chosen_before, resume, save_state
-from vlopd.train.rollouts import Batch, collect
+from vlopd.train.rollouts import Batch, collect, sampling_note
 from vlopd.train.sparse import Trainable
 from vlopd.types import Example
 from vlopd.weights.stored import rounded_on_load, stored_tensors
@@ -162,7 +162,8 @@ def distill(
     Args:
         pair: student and teachers of `load_pair`, loaded anew for each training; the teachers stay fixed, but for
             moving averages of the student.
-        data: the prompts, a sequence of examples (`load_data`), drawn in an order that depends on `seed` alone.
+        data: the prompts, a sequence of examples (`load_data`), drawn in an order that depends on `seed` alone; a
+            thread reads those of the next step ahead.
         recipe: where completions come from, loss, reward, optimizer, steps.
         out: folder for metrics.jsonl, samples.jsonl and, where asked for, optimizer.jsonl and heldout.jsonl, which
             replace those of an earlier training there; None: a temporary one that lives as long as the result.
@@ -250,9 +251,10 @@ def distill(
                 clock.lap("data")
 
                 # 1. the student samples (or the teacher or the data writes)
-                batches = collect(
-                    pair, recipe, rendered, share, seed, step, chosen["sampling_bytes"]
-                )
+                size = chosen["sampling_bytes"]
+                if step == start and (limit := sampling_note(pair, recipe, rendered, size)):
+                    log.note(limit)
+                batches = collect(pair, recipe, rendered, share, seed, step, size)
                 clock.lap("rollout")
 
             rows: list[dict[str, Any]] = []

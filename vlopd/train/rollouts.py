@@ -6,6 +6,7 @@ with a reward, an advantage each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -195,6 +196,36 @@ def fits_in(loaded: LoadedModel, rollout: RolloutConfig, sampling_bytes: int | N
         return sampling_bytes is None or rows * needed(prompt, completion) <= sampling_bytes
 
     return fits
+
+
+def sampling_note(
+    pair: ModelPair, recipe: Recipe, rendered: Sequence[Rendered], sampling_bytes: int
+) -> str | None:
+    """How many completions are sampled at once where `sampling_bytes` do not hold all of a step's; else None."""
+    rollout, writers = recipe.rollout, set(recipe.rollout.source.shares)
+    own = [(pair.student, each.student) for each in rendered if "student" in writers]
+    theirs = [
+        (teacher.loaded, each.teachers[teacher.index])
+        for teacher in pair.teachers
+        for each in rendered
+        if "teacher" in writers and teacher.index in each.teachers
+    ]
+    most = min(
+        (
+            max(
+                1, sampling_bytes // sequence_bytes(loaded, prompt.n_tokens, rollout.max_new_tokens)
+            )
+            for loaded, prompt in own + theirs
+        ),
+        default=math.inf,
+    )
+    asked = len(rendered) * rollout.completions_per_prompt
+    if rollout.batch is not None or most >= asked:
+        return None
+    return (
+        f"of {asked} completions at least {most} are sampled at once, in {sampling_bytes / 1e9:.1f} GB of free "
+        "memory; rollout.batch sets another number"
+    )
 
 
 def from_data(pair: ModelPair, examples: Sequence[Example], longest: int) -> Completions:
