@@ -258,7 +258,7 @@ def _split(inputs: Mapping[str, Tensor], prompts: int) -> list[Prompts]:
     """The inputs of prompts with images of the same number and sizes, by prompt and without padding."""
     per_token = {name: inputs[name] for name in PER_TOKEN_INPUTS if name in inputs}
     per_image = {
-        name: value.view(prompts, -1, *value.shape[1:])
+        name: value.reshape(prompts, len(value) // prompts, *value.shape[1:])
         for name, value in inputs.items()
         if name not in ("input_ids", "attention_mask", *PER_TOKEN_INPUTS)
     }
@@ -276,10 +276,8 @@ def collate(processor: Any, rows: Sequence[Prompts]) -> Prompts:
     if len(rows) == 1:
         return rows[0]
     pad_id = tokenizer_of(processor).pad_token_id or 0
-    per_token, per_image = (
-        dict.fromkeys(name for row in rows for name in inputs(row))
-        for inputs in (lambda row: row.per_token, lambda row: row.per_image)
-    )
+    per_token = dict.fromkeys(name for row in rows for name in row.per_token)
+    per_image = dict.fromkeys(name for row in rows for name in row.per_image)
     return Prompts(
         pad_left([row.input_ids for row in rows], pad_id),
         pad_left([row.attention_mask for row in rows], 0),
