@@ -31,7 +31,7 @@ SPLITS = [
     ({}, None, None, 8),
     ({"micro_batch": 3}, 5, None, 8),  # a prompt's completions in two sampling batches
     ({"micro_tokens": 60}, 1, None, 8),
-    ({"micro_batch": 1}, None, 40_000, 8),
+    ({"micro_batch": 1}, None, 130_000, 8),
     ({"micro_tokens": 1}, 4, None, 4),  # two processes
 ]
 """(of train, rollout.batch, bytes to sample in, prompts of a process)."""
