@@ -45,7 +45,7 @@ def test_a_steps_numbers(writer, kind, make_pair, make_config):
         train = {"steps": 1, "prompts_per_step": 5, "micro_batch": size}
         config, pair = make_config(kind, **sections, train=train), make_pair(kind, **sections)
         examples = pick(load_data(config.data, 5, 1), 0, 5, 1)
-        batches = collect(pair, recipe_of(config), examples, range(5), 1, 0)
+        batches = collect(pair, recipe_of(config), pair.render(examples), range(5), 1, 0)
         with torch.no_grad():
             tokens = [
                 pair.divergence(ReverseKL(), b.examples, b.prompts, b.completions) for b in batches
@@ -57,7 +57,7 @@ def test_a_steps_numbers(writer, kind, make_pair, make_config):
         assert rows[1][key] == close, key
     row = rows[0]
     whole = make_config(kind, **sections, train={"steps": 1, "prompts_per_step": 5})
-    (batch,) = collect(pair, recipe_of(whole), examples, range(5), 1, 0)
+    (batch,) = collect(pair, recipe_of(whole), pair.render(examples), range(5), 1, 0)
     hidden = pair.student.completion_hidden(batch.prompts, batch.completions)
     with torch.no_grad():
         q = pair.student.logits(hidden, pair.vocabulary.student).double().log_softmax(-1)
@@ -89,7 +89,7 @@ def test_what_is_infinite_where_the_loss_does_not_look_is_null(make_pair, make_c
     """A token that the teacher bans makes the KL infinite: the row has null for it, and stays valid JSON."""
     config, pair = make_config("llm"), make_pair("llm")
     examples = pick(load_data(config.data, 4, 1), 0, 4, 1)
-    batches = collect(pair, recipe_of(config), examples, range(4), 1, 0)
+    batches = collect(pair, recipe_of(config), pair.render(examples), range(4), 1, 0)
     head = pair.teachers[0].loaded.model.get_output_embeddings()
     banned = torch.tensor([7])
     head.register_forward_hook(lambda _, inputs, output: output.index_fill(-1, banned, -math.inf))

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    DynamicCache,
 )
 
 from tests.families.llms import LLMS
@@ -29,6 +30,7 @@ from vlopd.config.objective import ReverseKL
 from vlopd.data.shapes import ShapesDataset
 from vlopd.errors import ConfigError, UserError
 from vlopd.models import families, parameter_names
+from vlopd.models.cache_size import cache_bytes
 from vlopd.models.load import load
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.save import save
@@ -173,7 +175,8 @@ def test_prompts_with_like_pictures_are_read_as_one_by_one(seeing, make):
     first, second = ShapesDataset("train", 2, modality="image")
     longer = Example.ask("longer", f"{second.question} or {first.question}", second.images)
     together = model.render([first, longer])
-    apart = [model.render([example]) for example in (first, longer)]
+    copied = model.with_own_processor()  # as the thread that reads ahead has it
+    apart = [copied.render([example]) for example in (first, longer)]
     for k, one in enumerate(apart):
         kept = together.attention_mask[k].bool()
         assert torch.equal(together.input_ids[k][kept], one.input_ids[0])
@@ -182,6 +185,26 @@ def test_prompts_with_like_pictures_are_read_as_one_by_one(seeing, make):
     assert together.per_image.keys() == apart[0].per_image.keys()
     for name, values in together.per_image.items():
         assert torch.equal(values, torch.cat([one.per_image[name] for one in apart])), name
+
+
+def test_the_caches_size_is_what_is_counted(family, make):
+    """Keys and values after a forward pass take the bytes that are counted; states of linear attention are not."""
+    if family in ("gpt_neox", "opt"):
+        pytest.skip("they ignore the num_key_value_heads that their tiny config has")
+    model = make(family)
+    config = model.model.config
+    ids = torch.randint(5, 10, (2, 5), generator=torch.Generator().manual_seed(0))
+    for tokens in (1, 5):
+        cache = DynamicCache(config=config.get_text_config())
+        with torch.no_grad():
+            families.backbone(model.model)(input_ids=ids[:, :tokens], past_key_values=cache)
+        held = [
+            x
+            for layer in cache.layers
+            if hasattr(layer, "keys")
+            for x in (layer.keys, layer.values)
+        ]
+        assert sum(x.nbytes for x in held) == 2 * cache_bytes(config, torch.float32, tokens)
 
 
 def test_logprobs_equal_those_of_generate(family, make):

@@ -322,7 +322,7 @@ def test_a_metric_is_the_mean_over_the_steps_completions(size, make_pair, make_c
     rollout = {"max_new_tokens": 6, "completions_per_prompt": 2}
     config = make_config("llm", rollout=rollout, train=train)
     pair = make_pair("llm")
-    batches = collect(pair, recipe_of(config), make_data("llm", 4), range(4), 1, 0)
+    batches = collect(pair, recipe_of(config), pair.render(make_data("llm", 4)), range(4), 1, 0)
     every = [
         length(example, text)
         for batch in batches

@@ -110,10 +110,10 @@ def test_the_count_of_tokens_is_the_models_own(kind, make_config, tmp_path):
         uniforms = torch.rand(1, new, dtype=torch.float64)
         if lengths[0] == max(lengths):
             if fits:
-                write(pair, its.rollout, [example], ("student",), uniforms)
+                write(pair, its.rollout, pair.render([example]), ("student",), uniforms)
             else:
                 with pytest.raises(DataError, match=r"'row-0': .* positions"):
-                    write(pair, its.rollout, [example], ("student",), uniforms)
+                    write(pair, its.rollout, pair.render([example]), ("student",), uniforms)
 
 
 def test_a_teachers_context_counts(kind, make_config, folders, tmp_path):
@@ -130,12 +130,12 @@ def test_a_teachers_context_counts(kind, make_config, folders, tmp_path):
     done = write(
         pair,
         make_config(kind).rollout,
-        [example],
+        pair.render([example]),
         ("student",),
         torch.rand(1, 6, dtype=torch.float64),
     )
     with pytest.raises(DataError, match=r"'row-0': .* positions"):
-        pair.teacher_forward([example], done.completions)
+        pair.teacher_forward([example], done)
 
 
 @pytest.mark.parametrize(

@@ -8,55 +8,62 @@ from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.objective import RewardConfig
 from vlopd.errors import DataError
 from vlopd.train.rewards import RULES, group_advantages, reward
-from vlopd.train.rollouts import choose_writers, collect, from_data
+from vlopd.train.rollouts import by_place, choose_writers, collect, from_data
 from vlopd.types import Example
 
 
-def rows_of(batches) -> list[list[int]]:
-    return [
-        ids[mask].tolist()
-        for batch in batches
-        for ids, mask in zip(batch.completions.ids, batch.completions.mask, strict=True)
+def rows_of(batches) -> list[tuple[list[int], str, str]]:
+    """(tokens, example, writer) of each completion, prompt-major."""
+    rows = [
+        (place, ids[mask].tolist(), example.id, writer)
+        for b in batches
+        for place, ids, mask, example, writer in zip(
+            b.places, b.completions.ids, b.completions.mask, b.examples, b.writers, strict=True
+        )
     ]
+    return [row[1:] for row in sorted(rows)]
 
 
 # ------------------------------------------------------------------------------------------ sources
 
 
+SPLITS = [
+    ({}, None, None, 8),
+    ({"micro_batch": 3}, 5, None, 8),  # a prompt's completions in two sampling batches
+    ({"micro_tokens": 60}, 1, None, 8),
+    ({"micro_batch": 1}, None, 130_000, 8),
+    ({"micro_tokens": 1}, 4, None, 4),  # two processes
+]
+"""(of train, rollout.batch, bytes to sample in, prompts of a process)."""
+
+
 @pytest.mark.parametrize("source", ["student", "teacher", "mixture"])
 def test_what_is_written_does_not_depend_on_the_split(source, kind, make_pair, make_config):
-    """The same completions by the same writers, whatever the micro-batches and the processes' shares."""
+    """The same completions by the same writers, whatever the sampling batches, the micro-batches and the processes'
+    shares."""
     shares = {"type": "mixture", "student": 2, "teacher": 1, "data": 1}
-    sections = {
-        "rollout": {
-            "max_new_tokens": 6,
-            "completions_per_prompt": 2,
-            "source": shares if source == "mixture" else source,
-        }
+    rollout = {
+        "max_new_tokens": 6,
+        "completions_per_prompt": 2,
+        "source": shares if source == "mixture" else source,
     }
-    pair = make_pair(kind, **sections)
+    pair = make_pair(kind, rollout=rollout)
+    rendered = pair.render(list(_world(kind, 8)))
     found = []
-    for size, share in ((None, 8), (3, 8), (1, 8), (2, 4)):
-        train = {"steps": 1, "prompts_per_step": 8, "micro_batch": size}
-        config = make_config(kind, **sections, train=train)
-        data = list(_world(kind, 8))
-        batches = [
-            batch
-            for start in range(0, 8, share)
-            for batch in collect(
-                pair,
-                recipe_of(config),
-                data[start : start + share],
-                range(start, start + share),
-                5,
-                3,
-            )
-        ]
-        found.append((rows_of(batches), [w for b in batches for w in b.writers]))
+    for how, batch, sampling_bytes, share in SPLITS:
+        train = {"steps": 1, "prompts_per_step": 8, **how}
+        config = make_config(kind, rollout={**rollout, "batch": batch}, train=train)
+        rows = []
+        for start in range(0, 8, share):
+            part = range(start, start + share)
+            own = rendered[start : start + share]
+            batches = collect(pair, recipe_of(config), own, part, 5, 3, sampling_bytes)
+            rows += rows_of(batches)
+        found.append(rows)
     assert all(each == found[0] for each in found[1:])
-    rows, writers = found[0]
-    assert len(rows) == 16
-    assert len({tuple(row) for row in rows}) > 6  # two completions of a prompt are two draws
+    assert len(found[0]) == 16
+    tokens, _, writers = zip(*found[0], strict=True)
+    assert len(set(map(tuple, tokens))) > 6  # two completions of a prompt are two draws
     assert set(writers) == ({"student", "teacher", "data"} if source == "mixture" else {source})
 
 
@@ -98,7 +105,7 @@ def test_the_teacher_writes_as_the_teacher(kind, make_pair, make_config, make_da
         rollout = {"max_new_tokens": 6, "source": source, "completions_per_prompt": 20}
         pair = make_pair(kind, rollout=rollout)
         config = make_config(kind, rollout=rollout, train={"steps": 1, "prompts_per_step": 6})
-        (batch,) = collect(pair, recipe_of(config), make_data(kind), range(6), 1, 0)
+        (batch,) = collect(pair, recipe_of(config), pair.render(make_data(kind)), range(6), 1, 0)
         ours = pair.student_logprobs(batch.prompts, batch.completions)
         theirs = pair.teacher_logprobs(batch.examples, batch.completions)
         gaps[source] = float((ours - theirs).mean())
@@ -183,14 +190,15 @@ def test_groups_may_span_micro_batches(kind, make_pair, make_config, make_data):
         with torch.no_grad():
             head = pair.student.model.get_output_embeddings().weight
             head[pair.student.tokenizer.convert_tokens_to_ids("red")] *= 2
-        batches = collect(pair, recipe_of(config), examples, range(6), 2, 0)
-        found.append(torch.cat([b.advantages for b in batches]))
-        rewards = torch.cat([b.rewards for b in batches])
+        batches = collect(pair, recipe_of(config), pair.render(examples), range(6), 2, 0)
+        found.append(by_place(batches, [b.advantages for b in batches]))
+        rewards = by_place(batches, [b.rewards for b in batches])
         torch.testing.assert_close(
             found[-1].double(), group_advantages(rewards, 4, "std"), rtol=1e-6, atol=1e-6
         )
-        texts = [t for b in batches for t in pair.student.decode(b.completions)]
-        assert rewards.tolist() == [float("red" in t.split()) for t in texts]
+        for b in batches:
+            texts = pair.student.decode(b.completions)
+            assert b.rewards.tolist() == [float("red" in text.split()) for text in texts]
         assert 0 < float(rewards.mean()) < 1
     torch.testing.assert_close(*found)
 

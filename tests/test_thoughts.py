@@ -304,7 +304,7 @@ def test_rewards_read_the_answer(kind, ends, folders, make_pair, make_config, ma
         config = make_config(
             kind, **{**sections, "rollout": {**sections["rollout"], "temperature": 0.05}}
         )
-        (batch,) = collect(own, recipe_of(config), [example], range(1), 0, 0)
+        (batch,) = collect(own, recipe_of(config), own.render([example]), range(1), 0, 0)
         assert batch.rewards.tolist() == [worth, worth]
 
 

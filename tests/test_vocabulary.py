@@ -133,8 +133,12 @@ def test_a_remapped_teacher_grades_as_the_unmapped_one(
         prompts = pair.student.render(examples)
         completions = sampled(pair, prompts, 6, 0)
         tokens = pair.divergence(ReverseKL(), examples, prompts, completions)
+        (teacher,) = pair.teachers
         written = pair.teacher_sample(
-            examples, RolloutConfig(max_new_tokens=6), uniforms(len(examples), 6, 1)
+            teacher,
+            teacher.render(examples),
+            RolloutConfig(max_new_tokens=6),
+            uniforms(len(examples), 6, 1),
         )
         assert not torch.equal(written.ids, completions.ids)
         results.append(

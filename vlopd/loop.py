@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,9 +49,11 @@ from vlopd.train.losses import TokenDivergence, token_weights
 from vlopd.train.metrics import summarise
 from vlopd.train.optimizer_statistics import UpdateStatistics
 from vlopd.train.optimizers import build_optimizer, learning_rate
+from vlopd.train.packing import sampling_budget
 from vlopd.train.pair import ModelPair, TeacherForward
-from vlopd.train.resume import Averages, resume, save_state
-from vlopd.train.rollouts import Batch, collect
+from vlopd.train.prefetch import read_ahead
+from vlopd.train.resume import Averages, chosen_before, resume, save_state
+from vlopd.train.rollouts import Batch, collect, sampling_note
 from vlopd.train.sparse import Trainable
 from vlopd.types import Example
 from vlopd.weights.stored import rounded_on_load, stored_tensors
@@ -159,7 +162,8 @@ def distill(
     Args:
         pair: student and teachers of `load_pair`, loaded anew for each training; the teachers stay fixed, but for
             moving averages of the student.
-        data: the prompts, a sequence of examples (`load_data`), drawn in an order that depends on `seed` alone.
+        data: the prompts, a sequence of examples (`load_data`), drawn in an order that depends on `seed` alone; a
+            thread reads those of the next step ahead.
         recipe: where completions come from, loss, reward, optimizer, steps.
         out: folder for metrics.jsonl, samples.jsonl and, where asked for, optimizer.jsonl and heldout.jsonl, which
             replace those of an earlier training there; None: a temporary one that lives as long as the result.
@@ -219,19 +223,22 @@ def distill(
             )
         optimizer = build_optimizer(optim, trainable)
         averages = follow_student(pair, mask)
-        start = 0
+        start, chosen = 0, {}
         if identity is not None:
             start = resume(out / "state", trainable, optimizer, averages, identity)
+            chosen = chosen_before(out / "state") if start > 0 else {}
         share = split_evenly(train.prompts_per_step, accelerator)
         refuse_other_teachers(pair, recipe)
         pair.check_teachers_prompt(pick(data, 0, 1, seed))
         log = TrainingLog(out, title, train.steps, start, main, hooks.trackers)
     refuse_other_starts(start, out, accelerator)
+    chosen = chosen or {"sampling_bytes": sampling_budget(accelerator, trainable.count)}
+    read = read_ahead(pair, data, share, train.prompts_per_step, seed, range(start, train.steps))
     remedy = "a lower optim.learning_rate may help"
     if isinstance(recipe.loss, FunctionLoss):
         remedy = f"check the loss {recipe.loss.type}, or lower optim.learning_rate"
     has_gradient = start > 0  # whether any trained value has had one
-    with log:
+    with log, closing(read):
         for note in (*recipe.notes, *pair.engine_notes(recipe.rollout)):
             log.note(note)
         if start == 0:
@@ -239,13 +246,15 @@ def distill(
         for step in range(start, train.steps):
             clock = Stopwatch()
             with distributed.together(accelerator):
-                first = step * train.prompts_per_step + share.start
-                examples = pick(data, first, len(share), seed)
+                rendered = next(read)
                 rate = learning_rate(optim, step, train.steps)
                 clock.lap("data")
 
                 # 1. the student samples (or the teacher or the data writes)
-                batches = collect(pair, recipe, examples, share, seed, step)
+                size = chosen["sampling_bytes"]
+                if step == start and (limit := sampling_note(pair, recipe, rendered, size)):
+                    log.note(limit)
+                batches = collect(pair, recipe, rendered, share, seed, step, size)
                 clock.lap("rollout")
 
             rows: list[dict[str, Any]] = []
@@ -262,7 +271,7 @@ def distill(
                 # 4. the update
                 with distributed.together(accelerator):
                     if update == 0 and step % train.sample_every == 0:
-                        log.samples(step, *sample_rows(pair.student, batches[0], tokens[0], group))
+                        log.samples(step, *sample_rows(pair.student, batches, tokens, group))
                     is_due = train.evidence_every and step % train.evidence_every == 0
                     statistics = UpdateStatistics(trainable) if is_due and update == 0 else None
                     optimizer.step(rate)
@@ -293,7 +302,9 @@ def distill(
                 if hooks.keep and keeps and main:
                     hooks.keep(done, trainable)
                 if saves and main and identity is not None:
-                    save_state(out / "state", done, trainable, optimizer, averages, identity)
+                    save_state(
+                        out / "state", done, trainable, optimizer, averages, identity, chosen
+                    )
     return Trained(pair.student, trainable, out, recipe, temporary)
 
 
@@ -319,7 +330,7 @@ def backward(
             completions = batch.completions
             theirs = None if forwards is None else forwards.get(k)
             if theirs is None:
-                theirs = pair.teacher_forward(batch.examples, completions)
+                theirs = pair.teacher_forward(batch.examples, completions, batch.rendered)
                 if forwards is not None:
                     forwards[k] = theirs
             clock.lap("teacher")

@@ -107,7 +107,16 @@ class Prompts:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Prompts:
+    @property
+    def n_tokens(self) -> int:
+        return int(self.attention_mask.sum())
+
+    @property
+    def text(self) -> Prompts:
+        """Token ids and mask alone."""
+        return Prompts(self.input_ids, self.attention_mask)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Prompts:
         """Moves to a device; floating-point entries (pixels) are cast to the model's dtype."""
         return Prompts(
             self.input_ids.to(device),
@@ -150,6 +159,14 @@ class Completions:
         return Completions(
             self.ids[index], self.mask[index], self.logprobs[index], self.ended[index]
         )
+
+    def trimmed(self) -> Completions:
+        """Without the columns after the longest completion."""
+        longest = int(self.mask.sum(1).max())
+        if longest == self.ids.shape[1]:
+            return self
+        columns = (self.ids[:, :longest], self.mask[:, :longest], self.logprobs[:, :longest])
+        return Completions(*columns, self.ended)
 
     @staticmethod
     def joined(parts: Sequence[tuple[Sequence[int], Completions]], pad_id: int) -> Completions:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -227,35 +227,71 @@ def chat_messages(
 def encode(
     processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], with_images: bool
 ) -> Prompts:
-    """Tokenizes rendered prompts (template already applied) with their images, left-padded.
+    """Tokenizes rendered prompts (template already applied) with their images, left-padded."""
+    return collate(processor, encode_each(processor, texts, images, with_images))
 
-    Prompts whose images agree in number and size are processed in one batch, which is faster;
-    others one by one, so that a prompt's inputs cannot depend on the rest of the batch.
+
+def encode_each(
+    processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], with_images: bool
+) -> list[Prompts]:
+    """Tokenizes rendered prompts with their images, each to a batch of one without padding.
+
+    Prompts whose images agree in number and size are processed in one call, which is faster; others in calls of their
+    own, so that a prompt's inputs cannot depend on the rest of the batch.
     """
-    pad_id = tokenizer_of(processor).pad_token_id or 0
-    if with_images and len({tuple(image.size for image in each) for each in images}) == 1:
-        rows = [process(processor, texts, images)]
-    elif with_images:
-        rows = [process(processor, [text], [own]) for text, own in zip(texts, images, strict=True)]
-    else:
+    if not with_images:
         tokenizer = tokenizer_of(processor)
-        rows = [
-            {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]} for text in texts
-        ]
-        rows = [{k: torch.tensor([v], dtype=torch.long) for k, v in row.items()} for row in rows]
-        rows = [{**row, "attention_mask": torch.ones_like(row["input_ids"])} for row in rows]
+        rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        ids = [torch.tensor([row], dtype=torch.long) for row in rows]
+        return [Prompts(row, torch.ones_like(row)) for row in ids]
+    alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    for k, each in enumerate(images):
+        alike.setdefault(tuple(image.size for image in each), []).append(k)
+    found: dict[int, Prompts] = {}
+    for rows in alike.values():
+        inputs = process(processor, [texts[k] for k in rows], [images[k] for k in rows])
+        found |= zip(rows, _split(inputs, len(rows)), strict=True)
+    return [found[k] for k in range(len(texts))]
+
+
+def _split(inputs: Mapping[str, Tensor], prompts: int) -> list[Prompts]:
+    """The inputs of prompts with images of the same number and sizes, by prompt and without padding."""
+    per_token = {name: inputs[name] for name in PER_TOKEN_INPUTS if name in inputs}
+    per_image = {
+        name: value.reshape(prompts, len(value) // prompts, *value.shape[1:])
+        for name, value in inputs.items()
+        if name not in ("input_ids", "attention_mask", *PER_TOKEN_INPUTS)
+    }
+    found = []
+    for k in range(prompts):
+        kept = inputs["attention_mask"][k].bool()
+        ids, mask = (inputs[name][k][kept][None] for name in ("input_ids", "attention_mask"))
+        own = {name: value[k][kept][None] for name, value in per_token.items()}
+        found.append(Prompts(ids, mask, own, {name: v[k] for name, v in per_image.items()}))
+    return found
+
+
+def collate(processor: Any, rows: Sequence[Prompts]) -> Prompts:
+    """One batch of prompts, left-padded; per-image inputs concatenated, with patches and pixels padded."""
+    if len(rows) == 1:
+        return rows[0]
+    pad_id = tokenizer_of(processor).pad_token_id or 0
+    per_token = dict.fromkeys(name for row in rows for name in row.per_token)
+    per_image = dict.fromkeys(name for row in rows for name in row.per_image)
     return Prompts(
-        pad_left([row["input_ids"] for row in rows], pad_id),
-        pad_left([row["attention_mask"] for row in rows], 0),
+        pad_left([row.input_ids for row in rows], pad_id),
+        pad_left([row.attention_mask for row in rows], 0),
         {
-            name: pad_left([row.get(name, torch.zeros_like(row["input_ids"])) for row in rows], 0)
-            for name in PER_TOKEN_INPUTS
-            if any(name in row for row in rows)
+            name: pad_left(
+                [row.per_token.get(name, torch.zeros_like(row.input_ids)) for row in rows], 0
+            )
+            for name in per_token
         },
         {
-            name: _concatenate_padded([row[name] for row in rows if name in row])
-            for name in dict.fromkeys(name for row in rows for name in row)
-            if name not in ("input_ids", "attention_mask", *PER_TOKEN_INPUTS)
+            name: _concatenate_padded(
+                [row.per_image[name] for row in rows if name in row.per_image]
+            )
+            for name in per_image
         },
     )
 

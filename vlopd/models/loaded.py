@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,13 @@ class LoadedModel:
         return self.tokenize(texts, images).to(self.device, self.model.dtype)
 
     def tokenize(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Prompts:
-        """Rendered prompts with their images -> model inputs, on the CPU.
+        """As `encode`, on the CPU."""
+        return families.collate(self.processor, self.tokenize_each(texts, images))
+
+    def tokenize_each(
+        self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]
+    ) -> list[Prompts]:
+        """Rendered prompts with their images -> model inputs of each, on the CPU.
 
         Raises ConfigError for images and a text-only model, UserError for an empty prompt and for
         a token without a row in the embedding.
@@ -180,9 +187,13 @@ class LoadedModel:
                 f"{self.name} is text-only but the prompt has an image; a text-only teacher needs "
                 'teacher.context = {type = "caption", column = ...}, a field with a description of the image'
             )
-        prompts = families.encode(self.processor, texts, images, self.sees_images)
-        self.check_prompts(prompts)
+        prompts = families.encode_each(self.processor, texts, images, self.sees_images)
+        self.check_prompts(families.collate(self.processor, [each.text for each in prompts]))
         return prompts
+
+    def collate(self, prompts: Sequence[Prompts]) -> Prompts:
+        """Single prompts -> one left-padded batch, on the model's device."""
+        return families.collate(self.processor, prompts).to(self.device, self.model.dtype)
 
     def check_prompts(self, prompts: Prompts) -> None:
         """Raises UserError for a prompt of no tokens, and for a token without a row in the embedding."""
@@ -200,16 +211,20 @@ class LoadedModel:
                 raise UserError(missing_row_message(self.name, self.tokenizer, i, rows))
 
     def render(self, examples: Sequence[Example]) -> Prompts:
-        """Examples -> model inputs on the model's device, by its template and processor. Raises as `prompts_of`."""
-        return self.prompts_of(examples).to(self.device, self.model.dtype)
+        """Examples -> model inputs on the model's device, by its template and processor. Raises as `render_each`."""
+        return self.collate(self.render_each(examples))
 
     def prompts_of(self, examples: Sequence[Example]) -> Prompts:
-        """As `render`, on the CPU.
+        """As `render`, on the CPU."""
+        return families.collate(self.processor, self.render_each(examples))
+
+    def render_each(self, examples: Sequence[Example]) -> list[Prompts]:
+        """Examples -> model inputs of each, on the CPU.
 
         Raises UserError with the example's id where the template or the processor fails on it.
         """
         try:
-            return self.tokenize(
+            return self.tokenize_each(
                 [self.render_text(e) for e in examples], [e.images for e in examples]
             )
         except ConfigError:
@@ -217,11 +232,15 @@ class LoadedModel:
         except Exception as error:  # templates and processors raise arbitrary exceptions
             if len(examples) > 1:
                 for example in examples:
-                    self.prompts_of([example])
+                    self.render_each([example])
             raise UserError(
                 f"example {examples[0].id!r}: {self.name} cannot read its prompt: {first_line(error)}; "
                 "if the chat template is at fault, set `template` beside its `model`"
             ) from error
+
+    def with_own_processor(self) -> LoadedModel:
+        """The same model with a copy of its processor, for another thread: a tokenizer's padding is state."""
+        return replace(self, processor=copy.deepcopy(self.processor))
 
     def refuse_too_long(
         self, examples: Sequence[Example], prompts: Prompts, new_tokens: int

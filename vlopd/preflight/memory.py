@@ -18,15 +18,12 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from vlopd.errors import UserError
 from vlopd.models import parameter_names
+from vlopd.models.cache_size import SAMPLER_BYTES, cache_bytes
 from vlopd.models.meta import on_meta
-
-SAMPLER_BYTES = 32
-"""A vocabulary entry and sequence, sampler.draw: logits and a copy in fp32, three arrays in fp64."""
-
 
 STUDENT_LOGIT_BYTES, TEACHER_LOGIT_BYTES = 24, 8
 """A vocabulary entry and token, losses.py: logits and log-probs in fp32, the student's gradients and products."""
@@ -236,15 +233,6 @@ def patches_of(reader: Reader) -> int:
     return (size // patch) ** 2
 
 
-def cache_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Of one token: keys and values of every layer and key-value head; windows are ignored."""
-    text = config.get_text_config()
-    values = text.to_dict()
-    heads = values.get("num_key_value_heads") or text.num_attention_heads
-    width = values.get("head_dim") or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * width * dtype.itemsize
-
-
 def estimate(
     student: Reader,
     teachers: Sequence[Reader],
@@ -287,7 +275,7 @@ def estimate(
         indices=min(4 * trained, weights // 8) if masked else 0,
         gradients=4 * trained,
         moments=8 * trained,
-        kv_cache=batch * (student.prompt_tokens + new) * cache_bytes(student.model.config, dtype),
+        kv_cache=batch * cache_bytes(student.model.config, dtype, student.prompt_tokens + new),
         sampling=batch * rows * SAMPLER_BYTES,
         activations=batch * own.kept_bytes,
         working=batch * max(cost.working_bytes for cost in (own, *theirs)),

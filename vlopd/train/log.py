@@ -182,29 +182,42 @@ class Stopwatch:
 
 
 def sample_rows(
-    student: LoadedModel, batch: Batch, tokens: TokenDivergence, group: int, most: int = 4
+    student: LoadedModel,
+    batches: Sequence[Batch],
+    tokens: Sequence[TokenDivergence],
+    group: int,
+    most: int = 4,
 ) -> tuple[list[Example], list[dict[str, Any]]]:
-    """(examples, rows of samples.jsonl): a few completions of different prompts, with both models' log-probs."""
-    completions = batch.completions
-    counts = completions.mask.sum(1).tolist()
+    """(examples, rows of samples.jsonl): the first completions of the first prompts, with both models' log-probs."""
+    found: dict[int, tuple[Example, dict[str, Any]]] = {}
+    for batch, each in zip(batches, tokens, strict=True):
+        for k, place in enumerate(batch.places):
+            if place % group == 0 and place // group < most:
+                found[place] = (batch.examples[k], sample_row(student, batch, each, k))
+    chosen = [found[place] for place in sorted(found)]
+    return [example for example, _ in chosen], [row for _, row in chosen]
+
+
+def sample_row(
+    student: LoadedModel, batch: Batch, tokens: TokenDivergence, k: int
+) -> dict[str, Any]:
+    """Row `k` of a micro-batch: its completion with both models' log-probs."""
+    mask = batch.completions.mask
+    ids = batch.completions.ids[k][mask[k]].tolist()
+    row: dict[str, Any] = {
+        "writer": batch.writers[k],
+        "completion": student.transcript(ids),
+        "tokens": student.tokenizer.convert_ids_to_tokens(ids),
+    }
     columns = {"student_logprobs": tokens.student_logprobs}
     if tokens.teacher_logprobs is not None:
         columns["teacher_logprobs"] = tokens.teacher_logprobs
-    by_row = {name: column.split(counts) for name, column in columns.items()}
-    chosen = range(0, len(batch.examples), group)[:most]
-    rows = []
-    for k in chosen:
-        ids = completions.ids[k][completions.mask[k]].tolist()
-        row: dict[str, Any] = {
-            "writer": batch.writers[k],
-            "completion": student.transcript(ids),
-            "tokens": student.tokenizer.convert_ids_to_tokens(ids),
-        }
-        row |= {name: [rounded(x) for x in each[k].tolist()] for name, each in by_row.items()}
-        if batch.rewards is not None:
-            row["reward"] = float(batch.rewards[k])
-        rows.append(row)
-    return [batch.examples[k] for k in chosen], rows
+    start = int(mask[:k].sum())
+    for name, column in columns.items():
+        row[name] = [rounded(x) for x in column[start : start + len(ids)].tolist()]
+    if batch.rewards is not None:
+        row["reward"] = float(batch.rewards[k])
+    return row
 
 
 def rounded(logprob: float) -> float | None:

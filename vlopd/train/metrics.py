@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlopd.train.losses import TokenDivergence
 from vlopd.train.pair import spread
-from vlopd.train.rollouts import Batch
+from vlopd.train.rollouts import Batch, by_place
 
 QUARTERS = 4
 GRAM = 4
@@ -43,7 +43,7 @@ def summarise(
     parts = [measure(batch, each) for batch, each in zip(batches, tokens, strict=True)]
     rewards = [batch.rewards for batch in batches if batch.rewards is not None]
     if rewards:
-        parts.append(measure_groups(torch.cat(rewards).view(-1, group)))
+        parts.append(measure_groups(by_place(batches, rewards).view(-1, group)))
     sums = reduced(add(parts), accelerator)
     gaps = [own_gaps(batch, each) for batch, each in zip(batches, tokens, strict=True)]
     gap = max(float(each.max()) if len(each) else 0.0 for each in gaps)

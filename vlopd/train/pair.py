@@ -7,7 +7,7 @@ is the completion's tokens. Losses are over the shared vocabulary at the complet
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -51,8 +51,16 @@ from vlopd.train.losses import (
     chunked_divergence,
     logprobs_at,
 )
-from vlopd.train.teacher import AnyTeacher, Mixture, Teacher
+from vlopd.train.teacher import AnyTeacher, ByTeacher, Mixture, Teacher
 from vlopd.types import Completions, Example, Prompts
+
+
+class Rendered(NamedTuple):
+    """An example as each model of a pair that reads it does: single prompts, on the CPU."""
+
+    example: Example
+    student: Prompts
+    teachers: ByTeacher
 
 
 class TeacherForward(NamedTuple):
@@ -86,8 +94,36 @@ class ModelPair:
         """All teacher models, the members of a mixture included."""
         return tuple(member for teacher in self.by_name.values() for member in teacher.members)
 
-    def sample(self, prompts: Prompts, rollout: RolloutConfig, uniforms: Tensor) -> Completions:
-        """The student's completions, of shared tokens only. `uniforms` [B, max_new_tokens]."""
+    def with_own_processors(self) -> ModelPair:
+        """The same pair with copies of its processors, for another thread."""
+        return replace(
+            self,
+            student=self.student.with_own_processor(),
+            by_name={name: its.with_own_processors() for name, its in self.by_name.items()},
+        )
+
+    def render(self, examples: Sequence[Example]) -> list[Rendered]:
+        """Each example as the student and its teachers read it, on the CPU, in the models' dtypes."""
+        theirs: list[dict[int, Prompts]] = [{} for _ in examples]
+        students = on_host(self.student, examples)
+        for teacher, rows in self.assign(examples):
+            for member in teacher.members:
+                views = [member.view(examples[i]) for i in rows]
+                for i, prompts in zip(rows, on_host(member.loaded, views), strict=True):
+                    theirs[i][member.index] = prompts
+        return [Rendered(*each) for each in zip(examples, students, theirs, strict=True)]
+
+    def sample(
+        self,
+        prompts: Prompts,
+        rollout: RolloutConfig,
+        uniforms: Tensor,
+        rows: Sequence[int] | None = None,
+    ) -> Completions:
+        """The student's completions, of shared tokens only: one a prompt, or of the prompts `rows` [B'].
+
+        `uniforms` [B', max_new_tokens].
+        """
         return sample(
             self.student,
             prompts,
@@ -97,6 +133,7 @@ class ModelPair:
             self.vocabulary.student,
             rollout.top_k,
             rollout.top_p,
+            rows=rows,
             engine=rollout.engine,
         )
 
@@ -111,46 +148,50 @@ class ModelPair:
         return [f"{name}: {why or f'decode steps by {engine!r}'}" for name, engine, why in found]
 
     def teacher_sample(
-        self, examples: Sequence[Example], rollout: RolloutConfig, uniforms: Tensor
+        self,
+        teacher: Teacher,
+        prompts: Prompts,
+        rollout: RolloutConfig,
+        uniforms: Tensor,
+        rows: Sequence[int] | None = None,
     ) -> Completions:
-        """A completion of each example by its teacher, in the teacher's context, as the student's ids.
+        """As `sample`, of a teacher whose prompts these are, as the student's ids.
 
         Of shared tokens only, and without either model's image placeholders.
         """
-        parts = []
         unsampleable = torch.tensor(self.student.unsampleable_ids, dtype=torch.long)
         banned = unsampleable[self.vocabulary.contains(unsampleable)]
-        for teacher, rows in self.assign(examples):
-            assert isinstance(teacher, Teacher), "Recipe refuses to sample from a mixture"
-            asked = [examples[i] for i in rows]
-            prompts = teacher.render(asked)
-            teacher.loaded.refuse_too_long(asked, prompts, rollout.max_new_tokens)
-            theirs = sample(
-                teacher.loaded,
-                prompts,
-                rollout.max_new_tokens,
-                rollout.temperature,
-                uniforms[rows],
-                self.vocabulary.teachers[teacher.index],
-                rollout.top_k,
-                rollout.top_p,
-                self.vocabulary.in_teacher(banned, teacher.index).tolist(),
-                engine=rollout.engine,
-            )
-            pad = self.student.pad_id
-            parts.append((rows, self.vocabulary.translate_back(theirs, teacher.index, pad)))
-        return Completions.joined(parts, self.student.pad_id)
+        theirs = sample(
+            teacher.loaded,
+            prompts,
+            rollout.max_new_tokens,
+            rollout.temperature,
+            uniforms,
+            self.vocabulary.teachers[teacher.index],
+            rollout.top_k,
+            rollout.top_p,
+            self.vocabulary.in_teacher(banned, teacher.index).tolist(),
+            rows=rows,
+            engine=rollout.engine,
+        )
+        return self.vocabulary.translate_back(theirs, teacher.index, self.student.pad_id)
 
     def teacher_forward(
-        self, examples: Sequence[Example], completions: Completions
+        self,
+        examples: Sequence[Example],
+        completions: Completions,
+        rendered: Sequence[Rendered] | None = None,
     ) -> list[TeacherForward]:
-        """The teachers' forward passes over the completions: the costly, gradient-free half of the loss."""
-        return [
-            TeacherForward(
-                teacher, rows, teacher.hidden([examples[i] for i in rows], completions.take(rows))
-            )
-            for teacher, rows in self.assign(examples)
-        ]
+        """The teachers' forward passes over the completions: the costly, gradient-free half of the loss.
+
+        `rendered` are the examples as `render` gives them; None: they are rendered here.
+        """
+        forwards = []
+        for teacher, rows in self.assign(examples):
+            theirs = None if rendered is None else [rendered[i].teachers for i in rows]
+            hidden = teacher.hidden([examples[i] for i in rows], completions.take(rows), theirs)
+            forwards.append(TeacherForward(teacher, rows, hidden))
+        return forwards
 
     def divergence(
         self,
@@ -245,7 +286,7 @@ class ModelPair:
         """Raises UserError where a teacher cannot read these: a picture for a text-only model, a missing field."""
         for teacher, rows in self.assign(examples):
             for member in teacher.members:
-                member.render([examples[i] for i in rows])
+                member.loaded.render_each([member.view(examples[i]) for i in rows])
 
     @torch.no_grad()
     def student_logprobs(
@@ -273,6 +314,11 @@ class ModelPair:
         """Each example's teacher's log-probability of every completion token, [N] nats."""
         logits = self.teacher_logits(examples, completions)
         return logprobs_at(logits, self.vocabulary.targets(completions))
+
+
+def on_host(loaded: LoadedModel, examples: Sequence[Example]) -> list[Prompts]:
+    """Examples -> single prompts on the CPU, in the model's dtype. Raises as `LoadedModel.render_each`."""
+    return [each.to("cpu", loaded.model.dtype) for each in loaded.render_each(examples)]
 
 
 def in_order(pieces: Sequence[Tensor], order: Sequence[Tensor | None]) -> Tensor:

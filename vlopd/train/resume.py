@@ -29,8 +29,10 @@ def save_state(
     optimizer: Optimizers,
     averages: Averages,
     identity: str,
+    chosen: Mapping[str, int] = {},
 ) -> None:
-    """Writes one safetensors file, atomically: values, the optimizer's state, averages and the step."""
+    """Writes one safetensors file, atomically: values, the optimizer's state, averages, the step, and what was chosen
+    by the memory that was free."""
     tensors = {f"values/{n}": values for n, values in trainable.state().items()}
     plain: dict[str, dict[str, Any]] = {}  # not tensors: into the header, as JSON
     for name, entries in optimizer.state().items():
@@ -43,6 +45,7 @@ def save_state(
         tensors |= {f"average-{k}/{n}": values for n, values in average.state().items()}
     tensors = {label: tensor.contiguous() for label, tensor in tensors.items()}
     about = {"step": str(step), "identity": identity, "optimizer": json.dumps(plain)}
+    about["chosen"] = json.dumps(dict(chosen))
     about["digest"] = digest(about, tensors)
     with whole_file(folder / "state.safetensors") as temporary:
         save_file(tensors, temporary, about)
@@ -68,6 +71,12 @@ def is_state_of(folder: Path, identity: str) -> bool:
             return (file.metadata() or {}).get("identity") == identity
     except (OSError, SafetensorError):
         return True
+
+
+def chosen_before(folder: Path) -> dict[str, int]:
+    """What the run that saved the state had chosen."""
+    with safe_open(folder / "state.safetensors", "pt") as file:
+        return dict(json.loads((file.metadata() or {}).get("chosen", "{}")))
 
 
 def resume(

@@ -6,50 +6,91 @@ with a reward, an advantage each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from vlopd import seeding
-from vlopd.config.objective import RewardConfig, RolloutConfig, Writer
+from vlopd.config.objective import RolloutConfig, Writer
 from vlopd.config.recipe import Recipe
 from vlopd.errors import DataError
-from vlopd.plugins import Plugin
-from vlopd.train.pair import ModelPair
+from vlopd.models.cache_size import sequence_bytes
+from vlopd.models.loaded import LoadedModel
+from vlopd.train.packing import Fits, micro_batches, packed
+from vlopd.train.pair import ModelPair, Rendered
 from vlopd.train.rewards import answer_of, group_advantages, reward, scores
+from vlopd.train.teacher import Teacher
 from vlopd.types import Completions, Example, Prompts
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: completions, each with its example, its prompt and its writer.
+    """A micro-batch: completions, each with its prompt, its writer and its place among the process's completions.
 
-    Completions of one prompt are adjacent; a group may continue in the next micro-batch.
+    Places are prompt-major: completion k of n of prompt i has place i n + k.
     """
 
-    examples: Sequence[Example]  # B
-    prompts: Prompts  # as the student reads them
+    student: LoadedModel
+    rendered: Sequence[Rendered]  # B
     completions: Completions
     writers: tuple[Writer, ...]  # B
+    places: tuple[int, ...]  # B
     rewards: Tensor | None = None  # [B]
     advantages: Tensor | None = None  # [B]
     metrics: Mapping[str, Tensor] = field(default_factory=dict)  # [B] each, of train.metrics
+
+    @property
+    def examples(self) -> list[Example]:
+        return [each.example for each in self.rendered]
+
+    @property
+    def prompts(self) -> Prompts:
+        """As the student reads them; collated and moved to its device at each access."""
+        return self.student.collate([each.student for each in self.rendered])
+
+    def take(self, rows: Sequence[int]) -> Batch:
+        """Selects completions, without the padding that only others need."""
+
+        def of(column: Tensor | None) -> Tensor | None:
+            return None if column is None else column[torch.tensor(rows, device=column.device)]
+
+        return Batch(
+            self.student,
+            [self.rendered[i] for i in rows],
+            self.completions.take(rows).trimmed(),
+            tuple(self.writers[i] for i in rows),
+            tuple(self.places[i] for i in rows),
+            of(self.rewards),
+            of(self.advantages),
+            {name: values[list(rows)] for name, values in self.metrics.items()},
+        )
+
+
+def by_place(batches: Sequence[Batch], columns: Sequence[Tensor]) -> Tensor:
+    """Values [B] of each micro-batch as one tensor in the order of places."""
+    places = torch.tensor([place for batch in batches for place in batch.places])
+    values = torch.cat(list(columns))
+    return values[places.argsort().to(values.device)]
 
 
 def collect(
     pair: ModelPair,
     recipe: Recipe,
-    examples: Sequence[Example],
+    rendered: Sequence[Rendered],
     share: range,
     seed: int,
     step: int,
+    sampling_bytes: int | None = None,
 ) -> list[Batch]:
-    """This process's completions of a step: rollout.completions_per_prompt for each of its examples.
+    """This process's completions of a step: rollout.completions_per_prompt for each of its `rendered` examples.
 
     `share` are the examples' indices among the step's prompts. Random numbers belong to an index, so completions do
-    not depend on how the step is split into micro-batches and processes.
+    not depend on how the step is split: into processes, sampling batches (rollout.batch, or what fits in
+    `sampling_bytes`) and micro-batches of the training (train.micro_batch or micro_tokens), by length.
     """
     rollout, n = recipe.rollout, recipe.rollout.completions_per_prompt
     prompts = recipe.train.prompts_per_step
@@ -59,22 +100,15 @@ def collect(
     ]
     uniforms = torch.stack(everyones, 1)[share.start : share.stop].flatten(0, 1)  # [B, C]
     writers = choose_writers(rollout.source.shares, prompts, n, seed, step)
-    mine = writers[share.start * n : share.stop * n]
-    repeated = [example for example in examples for _ in range(n)]
-    size = recipe.train.micro_batch or len(repeated)
-    batches = [
-        write(
-            pair,
-            rollout,
-            repeated[i : i + size],
-            tuple(mine[i : i + size]),
-            uniforms[i : i + size],
-        )
-        for i in range(0, len(repeated), size)
-    ]
-    if recipe.train.metrics:
-        batches = [measured(pair, recipe.train.metrics, batch) for batch in batches]
-    return batches if recipe.reward is None else rewarded(pair, recipe.reward, batches, n)
+    mine = tuple(writers[share.start * n : share.stop * n])
+    completions = write(pair, rollout, rendered, mine, uniforms, sampling_bytes)
+    repeated = [each for each in rendered for _ in range(n)]
+    whole = Batch(pair.student, repeated, completions, mine, tuple(range(len(mine))))
+    whole = scored(pair, recipe, whole)
+    lengths = completions.mask.sum(1).tolist()
+    sizes = [(each.student.n_tokens, own) for each, own in zip(repeated, lengths, strict=True)]
+    parts = micro_batches(recipe.train, sizes)
+    return [whole] if len(parts) == 1 else [whole.take(part) for part in parts]
 
 
 def choose_writers(
@@ -93,29 +127,105 @@ def choose_writers(
 def write(
     pair: ModelPair,
     rollout: RolloutConfig,
-    examples: Sequence[Example],
-    writers: tuple[Writer, ...],
+    rendered: Sequence[Rendered],
+    writers: Sequence[Writer],
     uniforms: Tensor,
-) -> Batch:
-    """One micro-batch. Its prompts are those that the student reads, whoever writes the completions."""
-    prompts = pair.student.render(examples)
+    sampling_bytes: int | None = None,
+) -> Completions:
+    """The completions, prompt-major, of the `rendered` examples by `writers` [B] with random numbers `uniforms` [B, C].
+
+    A sampling batch has prompts of like length, each once, whose completions share its prefill.
+    """
+    student, new_tokens = pair.student, rollout.max_new_tokens
+    examples = [each.example for each in rendered]
+    texts = student.collate([each.student.text for each in rendered])
     if set(writers) != {"data"}:
-        pair.student.refuse_too_long(examples, prompts, rollout.max_new_tokens)
+        student.refuse_too_long(examples, texts, new_tokens)
+    n = len(writers) // len(rendered)
     parts: list[tuple[Sequence[int], Completions]] = []
     for writer in sorted(set(writers)):
-        rows = [i for i, each in enumerate(writers) if each == writer]
-        asked = [examples[i] for i in rows]
+        places = [place for place, each in enumerate(writers) if each == writer]
+        asked = [examples[place // n] for place in places]
         if writer == "data":
-            part = from_data(pair, asked, rollout.max_new_tokens)
-        elif writer == "teacher":
-            part = pair.teacher_sample(asked, rollout, uniforms[rows])
+            parts.append((places, from_data(pair, asked, new_tokens)))
+        elif writer == "student":
+            prompts = {place: rendered[place // n].student for place in places}
+            fits = fits_in(student, rollout, sampling_bytes)
+            parts += sampled(student, prompts, n, rollout, uniforms, fits, pair.sample)
         else:
-            own = prompts if len(rows) == len(examples) else pair.student.render(asked)
-            part = pair.sample(own, rollout, uniforms[rows])
-        parts.append((rows, part))
-    completions = Completions.joined(parts, pair.student.pad_id)
-    pair.student.refuse_too_long(examples, prompts, completions.ids.shape[1])
-    return Batch(examples, prompts, completions, writers)
+            for teacher, rows in pair.assign(asked):
+                assert isinstance(teacher, Teacher), "Recipe refuses to sample from a mixture"
+                own = [places[i] for i in rows]
+                prompts = {place: rendered[place // n].teachers[teacher.index] for place in own}
+                theirs = teacher.loaded.collate([each.text for each in prompts.values()])
+                teacher.loaded.refuse_too_long([asked[i] for i in rows], theirs, new_tokens)
+                fits = fits_in(teacher.loaded, rollout, sampling_bytes)
+                draw = partial(pair.teacher_sample, teacher)
+                parts += sampled(teacher.loaded, prompts, n, rollout, uniforms, fits, draw)
+    completions = Completions.joined(parts, student.pad_id)
+    student.refuse_too_long(examples, texts, completions.ids.shape[1])
+    return completions
+
+
+def sampled(
+    loaded: LoadedModel,
+    prompts: Mapping[int, Prompts],
+    n: int,
+    rollout: RolloutConfig,
+    uniforms: Tensor,
+    fits: Fits,
+    draw: Callable[[Prompts, RolloutConfig, Tensor, Sequence[int] | None], Completions],
+) -> Iterator[tuple[list[int], Completions]]:
+    """Samples the completions at the places of `prompts`, of which `n` adjacent ones share a prompt, in batches."""
+    lengths = {place: (each.n_tokens, rollout.max_new_tokens) for place, each in prompts.items()}
+    for places in packed(lengths, fits):
+        asked = {place // n: prompts[place] for place in places}
+        where = {prompt: row for row, prompt in enumerate(asked)}
+        rows = [where[place // n] for place in places] if len(asked) < len(places) else None
+        batch = loaded.collate(list(asked.values()))
+        yield places, draw(batch, rollout, uniforms[places], rows)
+
+
+def fits_in(loaded: LoadedModel, rollout: RolloutConfig, sampling_bytes: int | None) -> Fits:
+    """Whether completions are sampled at once: rollout.batch, or all that `sampling_bytes` hold."""
+    needed = cache(partial(sequence_bytes, loaded))
+
+    def fits(rows: int, prompt: int, completion: int) -> bool:
+        if rollout.batch is not None:
+            return rows <= rollout.batch
+        return sampling_bytes is None or rows * needed(prompt, completion) <= sampling_bytes
+
+    return fits
+
+
+def sampling_note(
+    pair: ModelPair, recipe: Recipe, rendered: Sequence[Rendered], sampling_bytes: int
+) -> str | None:
+    """How many completions are sampled at once where `sampling_bytes` do not hold all of a step's; else None."""
+    rollout, writers = recipe.rollout, set(recipe.rollout.source.shares)
+    own = [(pair.student, each.student) for each in rendered if "student" in writers]
+    theirs = [
+        (teacher.loaded, each.teachers[teacher.index])
+        for teacher in pair.teachers
+        for each in rendered
+        if "teacher" in writers and teacher.index in each.teachers
+    ]
+    most = min(
+        (
+            max(
+                1, sampling_bytes // sequence_bytes(loaded, prompt.n_tokens, rollout.max_new_tokens)
+            )
+            for loaded, prompt in own + theirs
+        ),
+        default=math.inf,
+    )
+    asked = len(rendered) * rollout.completions_per_prompt
+    if rollout.batch is not None or most >= asked:
+        return None
+    return (
+        f"of {asked} completions at least {most} are sampled at once, in {sampling_bytes / 1e9:.1f} GB of free "
+        "memory; rollout.batch sets another number"
+    )
 
 
 def from_data(pair: ModelPair, examples: Sequence[Example], longest: int) -> Completions:
@@ -155,25 +265,18 @@ def from_data(pair: ModelPair, examples: Sequence[Example], longest: int) -> Com
     )
 
 
-def measured(pair: ModelPair, metrics: Sequence[Plugin], batch: Batch) -> Batch:
-    """The batch with the values of plug-in metrics for each completion."""
-    texts = pair.student.decode(batch.completions, batch.prompts)
-    found = {metric.label: scores(metric, batch.examples, texts) for metric in metrics}
-    return replace(batch, metrics=found)
-
-
-def rewarded(
-    pair: ModelPair, config: RewardConfig, batches: Sequence[Batch], group: int
-) -> list[Batch]:
-    """The batches with each completion's reward and its advantage within its prompt's group of `group`."""
-    scores = [
-        reward(config, batch.examples, pair.student.decode(batch.completions, batch.prompts))
-        for batch in batches
-    ]
-    advantages = group_advantages(torch.cat(scores), group, config.scale)
-    sizes = [len(batch.examples) for batch in batches]
-    device = pair.student.device
-    return [
-        replace(batch, rewards=own, advantages=each.to(device, torch.float32))
-        for batch, own, each in zip(batches, scores, advantages.split(sizes), strict=True)
-    ]
+def scored(pair: ModelPair, recipe: Recipe, whole: Batch) -> Batch:
+    """The process's completions, prompt-major, with rewards, advantages and the values of plug-in metrics."""
+    config, metrics = recipe.reward, recipe.train.metrics
+    if config is None and not metrics:
+        return whole
+    prompts = pair.student.collate([each.student.text for each in whole.rendered])
+    texts = pair.student.decode(whole.completions, prompts)
+    found = {metric.label: scores(metric, whole.examples, texts) for metric in metrics}
+    whole = replace(whole, metrics=found)
+    if config is None:
+        return whole
+    rewards = reward(config, whole.examples, texts)
+    advantages = group_advantages(rewards, recipe.rollout.completions_per_prompt, config.scale)
+    advantages = advantages.to(pair.student.device, torch.float32)
+    return replace(whole, rewards=rewards, advantages=advantages)

@@ -6,8 +6,8 @@ over the shared vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from vlopd.models.vocabulary import SharedVocabulary
 from vlopd.train.losses import logprobs_at
 from vlopd.train.teacher_context import teacher_view
 from vlopd.types import Completions, Example, Prompts
+
+ByTeacher = Mapping[int, Prompts]
+"""One example as its teachers read it, by their index: single prompts."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,27 @@ class Teacher:
         """The student's completions in this teacher's ids."""
         return self.vocabulary.translate(completions, self.index, self.loaded.pad_id)
 
+    def with_own_processors(self) -> Teacher:
+        """The same teacher with a copy of its processor, for another thread."""
+        return replace(self, loaded=self.loaded.with_own_processor())
+
+    def collate(
+        self, examples: Sequence[Example], rendered: Sequence[ByTeacher] | None = None
+    ) -> Prompts:
+        """As `render`, from what is already rendered, if it is."""
+        if rendered is None:
+            return self.render(examples)
+        return self.loaded.collate([each[self.index] for each in rendered])
+
     @torch.no_grad()
-    def hidden(self, examples: Sequence[Example], completions: Completions) -> Tensor:
+    def hidden(
+        self,
+        examples: Sequence[Example],
+        completions: Completions,
+        rendered: Sequence[ByTeacher] | None = None,
+    ) -> Tensor:
         """[N, H'] hidden states that predict each token of the student's completions."""
-        prompts = self.render(examples)
+        prompts = self.collate(examples, rendered)
         self.loaded.refuse_too_long(examples, prompts, completions.ids.shape[1])
         return self.loaded.completion_hidden(prompts, self.translate(completions))
 
@@ -70,9 +90,18 @@ class Mixture:
     members: tuple[Teacher, ...]
     weights: tuple[float, ...]
 
-    def hidden(self, examples: Sequence[Example], completions: Completions) -> Tensor:
+    def with_own_processors(self) -> Mixture:
+        """The same mixture with copies of its processors, for another thread."""
+        return replace(self, members=tuple(its.with_own_processors() for its in self.members))
+
+    def hidden(
+        self,
+        examples: Sequence[Example],
+        completions: Completions,
+        rendered: Sequence[ByTeacher] | None = None,
+    ) -> Tensor:
         """The members' hidden states, concatenated: [N, H'_1 + H'_2 + ...]."""
-        return torch.cat([member.hidden(examples, completions) for member in self.members], -1)
+        return torch.cat([its.hidden(examples, completions, rendered) for its in self.members], -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, sum H'] -> [N, V]: the weighted sum of log-probs, fp32 (softmax normalises it)."""
