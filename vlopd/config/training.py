@@ -173,6 +173,14 @@ class TrainConfig(Section):
     Teachers run one forward pass for all of them; a moving-average teacher is updated once a step, after the last."""
     micro_batch: Count | None = None
     """Completions of one forward and backward pass; null for all of the process's at once."""
+    activation_checkpointing: bool = False
+    """Whether the student's layers keep their inputs alone and run again in the backward pass: less memory, for a third
+    more arithmetic. Gradients do not change."""
+    offload_optimizer: bool = False
+    """Whether fp32 values, gradients and optimizer state are in host memory, where the optimizer then runs; copies
+    overlap with computation. Not with Muon."""
+    offload_teacher: bool = False
+    """Whether teachers' weights are in host memory but for their phase, once a step. Output layers stay."""
     freeze: Annotated[tuple[Component, ...], Unique] = ()
     """Components of the student that are not trained."""
     save_every: Count = 50

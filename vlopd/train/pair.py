@@ -61,6 +61,10 @@ class TeacherForward(NamedTuple):
     rows: list[int]
     hidden: Tensor
 
+    def to(self, device: torch.device) -> TeacherForward:
+        """With the hidden states on a device."""
+        return self._replace(hidden=self.hidden.to(device))
+
 
 @dataclass(frozen=True, repr=False)
 class ModelPair:
