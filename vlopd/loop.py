@@ -252,6 +252,7 @@ def distill(
     with log, trainable, teachers, memory:
         for note in recipe.notes:
             log.note(note)
+        memory.enter("evaluation")
         if start == 0:
             evaluate_held_out(hooks, 0, train.steps, pair.student, log, accelerator)
         for step in range(start, train.steps):

@@ -1,9 +1,10 @@
 """Memory of a training, by part and phase; and the error where it does not suffice.
 
 Parts have the names of `vlopd.preflight.memory.Memory`, which predicts them. Weights, values, indices, gradients and
-optimizer state are the bytes of their tensors; activations are what autograd keeps of the first micro-batch, exactly;
-the cache is computed from the longest rollout. Peaks are the allocator's, reset at the start of each phase, on a GPU
-of CUDA. Elsewhere they are the resident set's, libraries included, which is never reset: of the phases that raised it.
+optimizer state are the bytes of their tensors; activations, and logits of the vocabulary's width, are what autograd
+keeps of the first step's largest micro-batch, exactly; the cache is computed from the longest micro-batch. Peaks are
+the allocator's, reset at the start of each phase, on a GPU of CUDA. Elsewhere they are the resident set's, libraries
+included, which is never reset: of the phases that raised it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from vlopd.train.sparse import Trainable
 class MemoryUse:
     """The memory of one training. As a context manager, turns failed allocations into OutOfMemory.
 
-    `enter` begins a phase; `saved` counts what autograd keeps; `file` has the result from the first step on.
+    `enter` begins a phase; within `saved`, what autograd keeps is counted, until `about` is called.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class MemoryUse:
         self.device = pair.student.device
         self.phase = "start"
         self.peaks: dict[str, int] = {}
-        self.kept: dict[str, int] | None = None
-        self.cache = self.gradients = 0
+        self.counts = True
+        self.kept = {"activations": 0, "logits": 0}
+        self.cache = 0
         self.shapes: dict[str, int] = {}
         read_peak(self.device)
 
@@ -65,8 +67,8 @@ class MemoryUse:
 
     @contextmanager
     def saved(self, checkpointing: bool = False) -> Iterator[None]:
-        """A context around the student's forward pass and the loss; the first one is counted."""
-        if self.kept is not None:
+        """A context around the student's forward pass and the loss, in which what autograd keeps is counted."""
+        if not self.counts:
             with recomputed(self.pair.student.model, checkpointing):
                 yield
             return
@@ -88,7 +90,8 @@ class MemoryUse:
             recomputed(self.pair.student.model, checkpointing, note),
         ):
             yield
-        self.kept = {part: sum(each.values()) for part, each in sizes.items()}
+        for part, each in sizes.items():
+            self.kept[part] = max(self.kept[part], sum(each.values()))
 
     def rolled_out(self, batches: Sequence[Batch]) -> None:
         """Notes the sizes of a step's completions."""
@@ -118,7 +121,7 @@ class MemoryUse:
             "values": total_bytes(s.values for s in every if s.values.data_ptr() not in shared),
             "indices": sum(s.index_bytes for s in every),
             "gradients": total_bytes(gradients),
-            "moments": total_bytes(x for x in state if isinstance(x, Tensor)),
+            "moments": total_bytes(x for x in state if isinstance(x, Tensor) and x.ndim),
         }
 
     def on_host(self) -> list[str]:
@@ -131,12 +134,13 @@ class MemoryUse:
         return [*found, "teacher_weights"] if resting else found
 
     def about(self) -> dict[str, Any]:
-        """The content of memory.json."""
+        """The content of memory.json; ends the counting."""
+        self.counts = False
         dense = max(slot.parameter.nbytes for slot in self.trainable.slots.values())
         parts = {
             **self.held(),
             "kv_cache": self.cache,
-            **(self.kept or {}),
+            **self.kept,
             "dense_gradient": dense,
         }
         on_gpu = self.device.type == "cuda"
