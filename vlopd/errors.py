@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
+import psutil
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -101,16 +103,16 @@ def as_size(n: int) -> str:
 
 
 REMEDIES = {
-    "rollout": "less needs rollout.max_new_tokens or train.micro_batch to be smaller",
-    "teacher": "less needs a smaller train.micro_batch, or train.offload_optimizer = true",
-    "student": "less needs a smaller train.micro_batch or loss.chunk_tokens, train.activation_checkpointing = true, "
-    "train.offload_teacher = true, or a mask",
-    "update": "less needs train.offload_optimizer = true, train.offload_teacher = true, train.freeze, or a mask",
-    "evaluation": "less needs a smaller eval.batch_size",
+    "rollout": "a smaller rollout.batch or rollout.max_new_tokens needs less",
+    "teacher": "a smaller train.micro_batch needs less, and so does train.offload_optimizer = true",
+    "student": "a smaller train.micro_batch or loss.chunk_tokens needs less, and so do a mask, "
+    "train.activation_checkpointing = true and train.offload_teacher = true",
+    "update": "train.offload_optimizer = true, train.offload_teacher = true, train.freeze and a mask need less",
+    "evaluation": "a smaller eval.batch_size needs less",
 }
 """What would need less memory, by phase."""
 
-REMEDY = 'less needs a smaller model, or precision.compute = "bf16"'
+REMEDY = 'a smaller model needs less, and so does precision.compute = "bf16"'
 """Of all other phases."""
 
 
@@ -133,7 +135,10 @@ def one_line_out_of_memory(phase: str) -> Callable[[Callable[P, T]], Callable[P,
                 else:
                     raise
                 failed.__context__ = failed.__cause__ = None
-            raise failed
+            try:
+                raise failed
+            finally:
+                del failed  # which its traceback would own through this frame
 
         return call
 
@@ -145,4 +150,6 @@ def out_of_memory(
 ) -> OutOfMemory:
     """The error for a failed allocation in a phase, with the bytes held by part."""
     wanted, free = wanted_and_free(error)
+    if isinstance(error, MemoryError) or "CPUAllocator" in str(error):
+        free = psutil.virtual_memory().available
     return OutOfMemory(phase, wanted, held, free, REMEDIES.get(phase, REMEDY))

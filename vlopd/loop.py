@@ -247,9 +247,9 @@ def distill(
     if isinstance(recipe.loss, FunctionLoss):
         remedy = f"check the loss {recipe.loss.type}, or lower optim.learning_rate"
     has_gradient = start > 0  # whether any trained value has had one
-    teachers = Resting(pair.teachers if train.offload_teacher else ())
+    teachers = Resting(pair.teachers, pair.student.device, train.offload_teacher)
     memory = MemoryUse(pair, trainable, optimizer, [average for average, _ in averages])
-    with log, trainable, teachers, memory:
+    with log, trainable, memory:
         for note in recipe.notes:
             log.note(note)
         memory.enter("evaluation")

@@ -180,7 +180,8 @@ class TrainConfig(Section):
     """Whether fp32 values, gradients and optimizer state are in host memory, where the optimizer then runs; copies
     overlap with computation. Not with Muon."""
     offload_teacher: bool = False
-    """Whether teachers' weights are in host memory but for their phase, once a step. Output layers stay."""
+    """Whether teachers' weights are in host memory but for their phase, once a step, and after the training. Output
+    layers stay."""
     freeze: Annotated[tuple[Component, ...], Unique] = ()
     """Components of the student that are not trained."""
     save_every: Count = 50

@@ -91,46 +91,39 @@ class Downloads:
 
 
 class Resting:
-    """Models whose weights are in host memory except within `awake`.
+    """Teachers whose weights are in host memory except within `awake`, also after the training.
 
-    Output layers, and what they share with embeddings, stay where they are. Nothing is written back: outside of
-    `awake` the parameters are the host's tensors, so that a moving average may update them there. As a context
-    manager, it brings them back to their device at the end.
+    Output layers, and what they share with embeddings, stay on the device. Nothing is written back: outside of `awake`
+    the parameters are the host's tensors, so that a moving average may update them there. If not `rests`, all stay.
     """
 
-    def __init__(self, teachers: Iterable[Teacher]):
-        self.parameters: list[tuple[nn.Parameter, torch.device]] = []
-        self.moves = 0
-        """Times that the weights were brought to their device."""
+    def __init__(self, teachers: Iterable[Teacher], device: torch.device, rests: bool = True):
+        self.device, self.moves = device, 0
+        """Where they are awake, and the times that they were brought there."""
+        self.parameters: list[nn.Parameter] = []
         for model in {teacher.loaded.model: None for teacher in teachers}:
+            if not rests:
+                model.to(device)  # from where an earlier training left them
+                continue
             stay = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
             for parameter in model.parameters():
                 if id(parameter) not in stay:
-                    self.parameters.append((parameter, parameter.device))
-                    held = pinned(parameter, parameter.dtype, parameter.device)
+                    held = pinned(parameter, parameter.dtype, device)
                     parameter.data = held.copy_(parameter.data)
+                    self.parameters.append(parameter)
 
     @contextmanager
     def awake(self, on: bool = True) -> Iterator[None]:
         """A context in which the weights are on their device; nothing if not `on`."""
-        if not on:
+        if not on or not self.parameters:
             yield
             return
-        resting = [parameter.data for parameter, _ in self.parameters]
-        self.moves += bool(resting)
+        resting = [parameter.data for parameter in self.parameters]
+        self.moves += 1
         try:
-            for parameter, device in self.parameters:
-                parameter.data = parameter.data.to(device, non_blocking=True, copy=True)
+            for parameter in self.parameters:
+                parameter.data = parameter.data.to(self.device, non_blocking=True, copy=True)
             yield
         finally:
-            for (parameter, _), held in zip(self.parameters, resting, strict=True):
+            for parameter, held in zip(self.parameters, resting, strict=True):
                 parameter.data = held
-
-    def __enter__(self) -> Resting:
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if error is None:  # else the device may be full
-            for parameter, device in self.parameters:
-                parameter.data = parameter.data.to(device)
-        self.parameters.clear()
