@@ -23,7 +23,7 @@ from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.models import ModelConfig
 from vlopd.digests import digest_json, digest_text, digest_weights, file_digest
 from vlopd.distributed import accelerator
-from vlopd.errors import RunError, UserError
+from vlopd.errors import RunError, UserError, one_line_out_of_memory
 from vlopd.files import read_json, read_jsonl, whole_file, without_nan, write_jsonl
 from vlopd.loop import Evaluate
 from vlopd.models.load import DTYPES, load_configured
@@ -95,6 +95,7 @@ def subject_of(
     )
 
 
+@one_line_out_of_memory("evaluation")
 def evaluate(run: RunFolder, subject: Subject, config: EvalConfig) -> bool:
     """Evaluates a model on tasks; returns whether anything was done.
 

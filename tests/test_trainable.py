@@ -5,6 +5,7 @@ import torch
 
 from tests.conftest import sampled
 from vlopd.config.objective import ReverseKL
+from vlopd.train.checkpointing import recomputed
 from vlopd.train.generation import sample
 from vlopd.train.optimizers import build_optimizer
 from vlopd.train.sparse import CompactSlot, DenseSlot, Trainable, cheapest
@@ -266,10 +267,9 @@ def test_activation_checkpointing_gives_the_same_gradients(kind, compute, make_p
         trainable = Trainable(pair.student.model, random_mask(pair.student.model))
         prompts = pair.student.render(make_data(kind, 2))
         completions = sampled(pair, prompts, 5)
-        if recompute:
-            pair.student.model.gradient_checkpointing_enable()
-        pair.student.model.train()  # transformers recomputes in training mode only
-        pair.divergence(ReverseKL(), make_data(kind, 2), prompts, completions).loss.sum().backward()
+        with recomputed(pair.student.model, recompute):
+            tokens = pair.divergence(ReverseKL(), make_data(kind, 2), prompts, completions)
+        tokens.loss.sum().backward()
         found.append({n: s.values.grad for n, s in trainable.slots.items()})
     for name, gradient in found[0].items():
         other = found[1][name]

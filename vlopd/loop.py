@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +32,8 @@ from vlopd import distributed
 from vlopd.config.objective import FunctionLoss
 from vlopd.config.recipe import Recipe, training_of
 from vlopd.data.load import pick
-from vlopd.errors import ConfigError, RunError
+from vlopd.errors import ConfigError, RunError, one_line_out_of_memory
+from vlopd.files import read_json, write_json
 from vlopd.masks.importing import in_parameter_names
 from vlopd.models import parameter_names
 from vlopd.models.loaded import LoadedModel
@@ -43,10 +44,13 @@ from vlopd.train.arguments import (
     refuse_other_rows,
     refuse_trained,
 )
+from vlopd.train.checkpointing import recomputed, refuse_without_layers
 from vlopd.train.checks import TrainingError, refuse_broken, refuse_not_finite, refuse_overflow
 from vlopd.train.log import Stopwatch, TrainingLog, sample_rows
 from vlopd.train.losses import TokenDivergence, token_weights
+from vlopd.train.memory_use import MemoryUse
 from vlopd.train.metrics import summarise
+from vlopd.train.offload import HOST, Resting
 from vlopd.train.optimizer_statistics import UpdateStatistics
 from vlopd.train.optimizers import build_optimizer, learning_rate
 from vlopd.train.packing import sampling_budget
@@ -118,6 +122,11 @@ class Trained:
 
         return read_frame(self.out / "heldout.jsonl")
 
+    @property
+    def memory(self) -> dict[str, Any]:
+        """memory.json: bytes by part, as `vlopd check` predicts them, and peaks by phase (docs/run-folder.md)."""
+        return read_json(self.out / "memory.json")
+
     def plot(self) -> Figure:
         """Draws loss, KL, reward and held-out scores by optimizer step."""
         from vlopd.train.curves import plot_curves
@@ -143,6 +152,7 @@ class Trained:
         save(self.student, Path(folder), f"{self.student.name}, trained by vlopd.\n", state)
 
 
+@one_line_out_of_memory("start")
 def distill(
     pair: ModelPair,
     data: Sequence[Example],
@@ -178,8 +188,8 @@ def distill(
         accelerator: of this process; by default a GPU if there is one.
 
     Returns a Trained. Raises ConfigError for a pair, data, mask and recipe that do not fit together; TrainingError
-    when the loss, a gradient, a log-prob or an updated value is not finite. Of several processes all raise where one
-    does.
+    when the loss, a gradient, a log-prob or an updated value is not finite; OutOfMemory. Of several processes all
+    raise where one does.
 
     >>> pair = load_pair("builtin:shapes-text-student", "builtin:shapes-text-teacher")
     >>> data = load_data("shapes", modality="text", size=1000)
@@ -215,14 +225,19 @@ def distill(
         refuse_trained(pair.student)
         parameter_names.freeze(pair.student.model, train.freeze)
         with rounded_on_load(pair.student) as stored:
-            trainable = Trainable(pair.student.model, mask, projections, stored=stored)
+            offload = train.offload_optimizer
+            trainable = Trainable(
+                pair.student.model, mask, projections, stored=stored, offload=offload
+            )
         if trainable.count == 0:
             raise ConfigError(
                 f"{title}: nothing is left to train: the mask has no coordinate outside of train.freeze = "
                 f"{list(train.freeze)}; the arm would be the base under another name"
             )
         optimizer = build_optimizer(optim, trainable)
-        averages = follow_student(pair, mask)
+        averages = follow_student(pair, mask, offload)
+        if train.activation_checkpointing:
+            refuse_without_layers(pair.student.model)
         start, chosen = 0, {}
         if identity is not None:
             start = resume(out / "state", trainable, optimizer, averages, identity)
@@ -238,31 +253,43 @@ def distill(
     if isinstance(recipe.loss, FunctionLoss):
         remedy = f"check the loss {recipe.loss.type}, or lower optim.learning_rate"
     has_gradient = start > 0  # whether any trained value has had one
-    with log, closing(read):
+    teachers = Resting(pair.teachers, pair.student.device, train.offload_teacher)
+    memory = MemoryUse(pair, trainable, optimizer, [average for average, _ in averages])
+    with log, closing(read), trainable, memory:
         for note in (*recipe.notes, *pair.engine_notes(recipe.rollout)):
             log.note(note)
+        memory.enter("evaluation")
         if start == 0:
             evaluate_held_out(hooks, 0, train.steps, pair.student, log, accelerator)
         for step in range(start, train.steps):
-            clock = Stopwatch()
+            clock = Stopwatch(memory.enter)
+            clock.start("data")
             with distributed.together(accelerator):
                 rendered = next(read)
                 rate = learning_rate(optim, step, train.steps)
-                clock.lap("data")
 
                 # 1. the student samples (or the teacher or the data writes)
+                clock.start("rollout")
                 size = chosen["sampling_bytes"]
                 if step == start and (limit := sampling_note(pair, recipe, rendered, size)):
                     log.note(limit)
-                batches = collect(pair, recipe, rendered, share, seed, step, size)
-                clock.lap("rollout")
+                with teachers.awake("teacher" in recipe.rollout.source.shares):
+                    batches = collect(pair, recipe, rendered, share, seed, step, size)
+                memory.rolled_out(batches)
 
             rows: list[dict[str, Any]] = []
             forwards: Forwards | None = {} if train.updates_per_rollout > 1 else None
+            if (
+                train.offload_teacher
+            ):  # all of the teachers' phase first, so that they move once a step
+                clock.start("teacher")
+                with distributed.together(accelerator), teachers.awake():
+                    forwards = teacher_forwards(pair, batches)
             for update in range(train.updates_per_rollout):
                 # 2. and 3. the teacher's forward pass, the loss, the student's backward pass
                 trainable.zero_grad()
-                loss, tokens = backward(pair, recipe, batches, accelerator, clock, forwards)
+                loss, tokens = backward(pair, recipe, batches, accelerator, clock, forwards, memory)
+                clock.start("update")
                 norm = gather_gradients(trainable, optim.max_grad_norm, accelerator)
                 has_gradient |= any(value.grad is not None for value in trainable.parameters())
                 rows.append(summarise(step, loss, norm, batches, tokens, group, accelerator))
@@ -281,10 +308,10 @@ def distill(
                     if statistics is not None:
                         log.append("optimizer.jsonl", statistics.rows(step, trainable, optimizer))
                     trainable.write_back()
-                    clock.lap("update")
             for average, decay in averages:
                 average.move_towards(trainable, 1.0 - decay)
-            clock.lap("update")
+            clock.start(None)
+            memory.enter("evaluation")
 
             done = step + 1
             keeps, saves = done in train.keep_steps, done % train.save_every == 0
@@ -297,6 +324,8 @@ def distill(
             row = rows[0]  # of the weights that sampled the completions
             with distributed.together(accelerator):
                 log.step({**row, "learning_rate": rate, **clock.seconds(row["completion_tokens"])})
+                if main and done in (start + 1, train.steps):
+                    write_json(out / "memory.json", memory.about())
             evaluate_held_out(hooks, done, train.steps, pair.student, log, accelerator)
             with distributed.together(accelerator):
                 if hooks.keep and keeps and main:
@@ -315,10 +344,12 @@ def backward(
     accelerator: Accelerator,
     clock: Stopwatch,
     forwards: Forwards | None = None,
+    memory: MemoryUse | None = None,
 ) -> tuple[float, list[TokenDivergence]]:
     """Accumulates the gradient of the step's loss over this process's micro-batches, each in chunks of tokens.
 
     `forwards` caches the teachers' forward passes from one update to the next: within a step teachers do not change.
+    `memory` counts what the first micro-batch keeps.
     Returns this process's part of the loss, and loss and diagnostics of every token, by micro-batch.
     """
     n_tokens, n_completions = count(batches, accelerator)
@@ -329,25 +360,47 @@ def backward(
         for k, batch in enumerate(batches):
             completions = batch.completions
             theirs = None if forwards is None else forwards.get(k)
-            if theirs is None:
+            if theirs is not None:
+                theirs = [each.to(pair.student.device) for each in theirs]
+            else:
+                clock.start("teacher")
                 theirs = pair.teacher_forward(batch.examples, completions, batch.rendered)
                 if forwards is not None:
                     forwards[k] = theirs
-            clock.lap("teacher")
+            clock.start("student")
             weights = token_weights(recipe.loss, completions.mask, n_tokens, n_completions, longest)
-            tokens = pair.loss_of(
-                recipe.loss,
-                theirs,
-                batch.prompts,
-                completions,
-                recipe.reward,
-                batch.advantages,
-                weights,
-            )
+            with student_forward(pair, recipe, memory):
+                tokens = pair.loss_of(
+                    recipe.loss,
+                    theirs,
+                    batch.prompts,
+                    completions,
+                    recipe.reward,
+                    batch.advantages,
+                    weights,
+                )
             loss += float((tokens.loss * weights).sum())
             found.append(tokens)
-            clock.lap("student")
     return loss, found
+
+
+def teacher_forwards(pair: ModelPair, batches: Sequence[Batch]) -> Forwards:
+    """The teachers' forward passes over all of a step's micro-batches, their hidden states in host memory."""
+    return {
+        k: [
+            each.to(HOST)
+            for each in pair.teacher_forward(batch.examples, batch.completions, batch.rendered)
+        ]
+        for k, batch in enumerate(batches)
+    }
+
+
+def student_forward(
+    pair: ModelPair, recipe: Recipe, memory: MemoryUse | None
+) -> AbstractContextManager[None]:
+    """What the student's forward pass runs in: activation checkpointing, and the count of what it keeps."""
+    on = recipe.train.activation_checkpointing
+    return recomputed(pair.student.model, on) if memory is None else memory.saved(on)
 
 
 def gather_gradients(
@@ -358,6 +411,7 @@ def gather_gradients(
     A process without a gradient of a value (none of its rows has a picture, say) adds zeros. Where no process has
     one, the value has none, as with a single process: optimizers skip it, weight decay included.
     """
+    trainable.wait()
     values = list(trainable.parameters())
     if accelerator.num_processes > 1:
         has = [float(value.grad is not None) for value in values]
@@ -365,11 +419,14 @@ def gather_gradients(
         for value, processes_with in zip(values, anywhere, strict=True):
             if processes_with:
                 own = torch.zeros_like(value) if value.grad is None else value.grad
-                value.grad = accelerator.reduce(own, "sum")
+                total = accelerator.reduce(own.to(accelerator.device), "sum")
+                value.grad = total.to(value.device)
     return float(torch.nn.utils.clip_grad_norm_(values, max_norm or math.inf))
 
 
-def follow_student(pair: ModelPair, mask: Mapping[str, Tensor] | None) -> Averages:
+def follow_student(
+    pair: ModelPair, mask: Mapping[str, Tensor] | None, offload: bool = False
+) -> Averages:
     """Teachers that are moving averages of the student. Only the trained coordinates differ and are averaged."""
     averages = []
     trains = {name: p.requires_grad for name, p in pair.student.model.named_parameters()}
@@ -378,7 +435,8 @@ def follow_student(pair: ModelPair, mask: Mapping[str, Tensor] | None) -> Averag
             for name, parameter in teacher.loaded.model.named_parameters():
                 parameter.requires_grad_(trains[name])
             with rounded_on_load(teacher.loaded) as stored:
-                average = Trainable(teacher.loaded.model, mask, stored=stored)
+                average = Trainable(teacher.loaded.model, mask, stored=stored, offload=offload)
+            average.close()  # it has no gradients
             averages.append((average, teacher.ema))
             teacher.loaded.model.requires_grad_(False)
     return averages

@@ -216,7 +216,7 @@ def without_effect(run: RunFolder, config: ExperimentConfig, planned: Plan) -> l
     kept = [artifact for artifact, why in planned.items() if why is None]
     lines = []
     for keys, kind, when in (
-        (("tracking", "eval.during"), "arms/", "while an arm trains"),
+        (("tracking", "eval.during", *PLACED), "arms/", "while an arm trains"),
         (("eval.keep_images",), "evals/", "while an arm is evaluated"),
     ):
         changed = [key for key in keys if any(line.startswith(key) for line in run.changes)]
@@ -228,6 +228,10 @@ def without_effect(run: RunFolder, config: ExperimentConfig, planned: Plan) -> l
                 f"{' and '.join(changed)}: only read {when}, so not for {', '.join(names)}"
             )
     return lines
+
+
+PLACED = ("train.activation_checkpointing", "train.offload_optimizer", "train.offload_teacher")
+"""Settings of where tensors are kept; they change no weight."""
 
 
 def unused_masks(run: RunFolder, config: ExperimentConfig, names: Sequence[str]) -> list[str]:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, SupportsFloat
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-from vlopd.errors import PluginError, first_line
+from vlopd.errors import PluginError, first_line, is_out_of_memory
 
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^:]+")
 
@@ -322,6 +322,8 @@ def _named(plugin: Plugin, where: str) -> Iterator[None]:
         with _same_working_folder():
             yield
     except (Exception, SystemExit) as error:  # a function of the user's may raise anything
+        if is_out_of_memory(error):
+            raise
         raise PluginError(f"{plugin} fails on {where}: {_in_short(error)}") from error
 
 

@@ -176,6 +176,15 @@ class TrainConfig(Section):
     micro_tokens: Count | None = None
     """Tokens of one forward and backward pass instead of `micro_batch`: completions times the longest prompt and the
     longest completion among them, padding included. A longer completion has a pass of its own."""
+    activation_checkpointing: bool = False
+    """Whether the student's layers keep their inputs alone and run again in the backward pass: less memory, for a third
+    more arithmetic. Gradients do not change."""
+    offload_optimizer: bool = False
+    """Whether fp32 values, gradients and optimizer state are in host memory, where the optimizer then runs; copies
+    overlap with computation. Not with Muon."""
+    offload_teacher: bool = False
+    """Whether teachers' weights are in host memory but for their phase, once a step, and after the training. Output
+    layers stay."""
     freeze: Annotated[tuple[Component, ...], Unique] = ()
     """Components of the student that are not trained."""
     save_every: Count = 50

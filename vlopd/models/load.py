@@ -15,7 +15,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from vlopd.config.models import ModelConfig
-from vlopd.errors import ConfigError, first_line
+from vlopd.errors import ConfigError, first_line, is_out_of_memory, one_line_out_of_memory
 from vlopd.models import families, integrity
 from vlopd.models.bars import bars_where_drawn
 from vlopd.models.gguf import convert, smollm2
@@ -167,6 +167,7 @@ def load_generation_config(name: str, config: PretrainedConfig, revision: str | 
         raise _unreadable_error(f"read the generation_config.json of {name!r}", error) from None
 
 
+@one_line_out_of_memory("load")
 def load(
     name: str,
     dtype: torch.dtype,
@@ -208,6 +209,8 @@ def load(
         if not is_folder:
             where = snapshot_download(where, revision=revision, local_files_only=True)
     except Exception as error:  # loaders raise arbitrary exceptions
+        if is_out_of_memory(error):
+            raise
         raise _unreadable_error(f"load the weights of {name!r}", error) from None
     if not is_folder:
         _check_files(name, Path(where))

@@ -39,6 +39,10 @@ from vlopd.run.resolve import (
 )
 from vlopd.update_geometry.trajectory import step_of
 
+NO_INPUTS = {"metrics", "activation_checkpointing", "offload_optimizer", "offload_teacher"}
+"""Settings of train that do not decide the weights: metrics, whose plug-ins are inputs, and where tensors are kept, so
+that a training that ran out of memory resumes with other ones."""
+
 
 def arm_inputs(
     run: RunFolder, config: ExperimentConfig, name: str, whole: bool = False
@@ -67,8 +71,7 @@ def arm_inputs(
             "teachers": {n: teacher_content(run, config, t, whole) for n, t in teachers.items()},
             "data": data_content(recipe.data, tuple(teachers.values()), whole),
             "arm": arm.model_dump(mode="json", include={"type", "seed", "mask", "subspace"}),
-            # metrics do not affect the weights; they are among the functions
-            "recipe": settings | recipe.model_dump(mode="json", exclude={"train": {"metrics"}}),
+            "recipe": settings | recipe.model_dump(mode="json", exclude={"train": NO_INPUTS}),
         }
         if plugins := plugin_content(recipe.plugins, whole):
             inputs["plugins"] = plugins

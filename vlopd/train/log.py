@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -153,10 +153,12 @@ class TrainingLog:
 
 
 class Stopwatch:
-    """Seconds by name; several laps of one name add up."""
+    """Seconds by phase; several phases of one name add up. `on_start` is called with the name of each that starts."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_start: Callable[[str], object] | None = None) -> None:
+        self.on_start = on_start
         self.started = self.last = self.now()
+        self.phase: str | None = None
         self.laps: dict[str, float] = {}
 
     @staticmethod
@@ -165,14 +167,19 @@ class Stopwatch:
             torch.accelerator.synchronize()  # kernels are still running when their calls return
         return time.perf_counter()
 
-    def lap(self, name: str) -> None:
-        """Adds the time since the last lap to `name`."""
-        now, key = self.now(), f"{name}_seconds"
-        self.laps[key] = self.laps.get(key, 0.0) + now - self.last
-        self.last = now
+    def start(self, phase: str | None) -> None:
+        """Ends the phase under way, and starts another; None: none."""
+        now = self.now()
+        if self.phase is not None:
+            key = f"{self.phase}_seconds"
+            self.laps[key] = self.laps.get(key, 0.0) + now - self.last
+        self.last, self.phase = now, phase
+        if self.on_start is not None and phase is not None:
+            self.on_start(phase)
 
     def seconds(self, tokens: int) -> dict[str, float]:
-        """Seconds by name and in all, and tokens per second."""
+        """Seconds by phase and in all, and tokens per second; ends the phase under way."""
+        self.start(None)
         total = self.last - self.started
         return {
             **{name: round(each, 4) for name, each in self.laps.items()},

@@ -70,6 +70,10 @@ class TeacherForward(NamedTuple):
     rows: list[int]
     hidden: Tensor
 
+    def to(self, device: torch.device) -> TeacherForward:
+        """With the hidden states on a device."""
+        return self._replace(hidden=self.hidden.to(device))
+
 
 @dataclass(frozen=True, repr=False)
 class ModelPair:
@@ -138,7 +142,7 @@ class ModelPair:
         )
 
     def engine_notes(self, rollout: RolloutConfig) -> list[str]:
-        """Says which engine runs the decode steps where one other than eager is asked for, and why if it is not that."""
+        """Says which engine runs the decode steps where another than eager is asked for, and why it is not that."""
         if rollout.engine == "eager":
             return []
         shares = rollout.source.shares

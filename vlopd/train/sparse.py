@@ -7,19 +7,23 @@ soon as a parameter's dense gradient exists, its trained coordinates are gathere
 optimizer has nothing else, so weight decay, momentum and clipping cannot change a frozen coordinate, optimizer state
 shrinks with density, and a mask of all ones is dense training, bit for bit.
 
-A partly trained parameter uses the storage of the fewest bytes, see `cheapest`.
+A partly trained parameter uses the storage of the fewest bytes, see `cheapest`. With `offload`, values (and so
+gradients and optimizer state) are in host memory, see offload.py.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vlopd.bits import different, pack, positions, widest
 from vlopd.errors import ConfigError, UserError
+from vlopd.train.offload import HOST, Downloads, staged
 from vlopd.weights.subspace import Projection
 
 Storage = Literal["whole", "listed", "packed", "dense"]
@@ -103,13 +107,18 @@ def locate(marked: Tensor) -> Listed | Packed:
 class Slot:
     """A wholly trained parameter: fp32 `values` of its shape, the parameter itself where that is fp32.
 
-    `stored` is the parameter before it was rounded; None where the parameter holds it exactly.
+    `stored` is the parameter before it was rounded; None where the parameter holds it exactly. With `offload`, the
+    values are a copy in host memory.
     """
 
-    def __init__(self, parameter: nn.Parameter, stored: Tensor | None = None):
-        self.parameter = parameter
-        # without `stored`, shares memory with an fp32 parameter
-        held = parameter.data if stored is None else stored.to(parameter.device, copy=True)
+    def __init__(
+        self, parameter: nn.Parameter, stored: Tensor | None = None, offload: bool = False
+    ):
+        self.parameter, self.offload = parameter, offload
+        where = HOST if offload else parameter.device
+        # without `stored` and `offload`, shares memory with an fp32 parameter
+        held = parameter.data if stored is None else stored
+        held = held.to(where, copy=offload or stored is not None)
         self.values = nn.Parameter(widened(held))
         self.count = parameter.numel()
 
@@ -121,10 +130,25 @@ class Slot:
         """Gradient entries of the trained coordinates; may alias `dense` and modify it."""
         return dense
 
+    def accumulate(self, gradient: Tensor) -> None:
+        """Adds the `gather`ed gradient of a backward pass to the values'."""
+        gradient = gradient.to(self.values.dtype)
+        if self.values.grad is None:
+            self.values.grad = gradient
+        else:
+            self.values.grad += gradient
+
+    index_bytes = 0
+    """Bytes of the indices of trained or frozen coordinates."""
+
+    def rounded(self) -> Tensor:
+        """The values; those in host memory rounded to the parameter's dtype, page-locked."""
+        return staged(self.values.data, self.parameter) if self.offload else self.values.data
+
     def write_back(self) -> None:
         """Rounds the values into the model's parameter."""
         if self.values.data_ptr() != self.parameter.data_ptr():
-            self.parameter.data.copy_(self.values.data)
+            self.parameter.data.copy_(self.rounded(), non_blocking=self.offload)
 
     def put_into(self, tensor: Tensor) -> None:
         """Writes the values into a tensor of the parameter's shape; other coordinates keep theirs."""
@@ -139,18 +163,23 @@ class CompactSlot(Slot):
     """A partly trained parameter: fp32 `values` [K] of its trained coordinates."""
 
     def __init__(
-        self, parameter: nn.Parameter, where: Listed | Packed, stored: Tensor | None = None
+        self,
+        parameter: nn.Parameter,
+        where: Listed | Packed,
+        stored: Tensor | None = None,
+        offload: bool = False,
     ):
-        self.parameter, self.where = parameter, where
+        self.parameter, self.where, self.offload = parameter, where, offload
         held = gather((parameter.data if stored is None else stored).view(-1), where)
-        self.values = nn.Parameter(widened(held.to(parameter.device)))
-        self.count = where.count
+        self.values = nn.Parameter(widened(held.to(HOST if offload else parameter.device)))
+        self.count, self.index_bytes = where.count, where.nbytes
 
     def gather(self, dense: Tensor) -> Tensor:
         return gather(dense.reshape(-1), self.where)
 
     def write_back(self) -> None:
-        scatter(self.parameter.data.view(-1), self.where, self.values.data)
+        values = self.rounded().to(self.parameter.device, non_blocking=self.offload)
+        scatter(self.parameter.data.view(-1), self.where, values)
 
     def put_into(self, tensor: Tensor) -> None:
         scatter(tensor.view(-1), self.where, self.values.data)
@@ -167,6 +196,7 @@ class DenseSlot(Slot):
         self.off = locate(~marked)
         self.frozen = gather(parameter.data.view(-1), self.off)
         self.count = parameter.numel() - self.off.count
+        self.index_bytes = self.off.nbytes
 
     def gather(self, dense: Tensor) -> Tensor:
         dense = dense.contiguous()
@@ -194,18 +224,23 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def make_slot(
-    parameter: nn.Parameter, marked: Tensor | None, choose: Choice, stored: Tensor | None = None
+    parameter: nn.Parameter,
+    marked: Tensor | None,
+    choose: Choice,
+    stored: Tensor | None = None,
+    offload: bool = False,
 ) -> Slot:
     n = parameter.numel()
     count = n if marked is None else int(marked.sum())
-    storage = choose(n, count, parameter.dtype == torch.float32 and stored is None)
+    shared = parameter.dtype == torch.float32 and stored is None and not offload
+    storage = choose(n, count, shared)
     if marked is None or storage == "whole":
-        return Slot(parameter, stored)
+        return Slot(parameter, stored, offload)
     marked = marked.to(parameter.device)
     if storage == "dense":
         return DenseSlot(parameter, marked)
     where = Listed(marked) if storage == "listed" else Packed(marked)
-    return CompactSlot(parameter, where, stored)
+    return CompactSlot(parameter, where, stored, offload)
 
 
 def check_rounding(name: str, parameter: Tensor, stored: Tensor) -> None:
@@ -233,6 +268,10 @@ class Trainable:
     `stored` has, by name, the checkpoint's tensors of the parameters that were rounded when the model was loaded
     (`vlopd.weights.stored.unrounded`): their values start from these, all others from the model.
 
+    `offload` keeps values and gradients in host memory; `wait` before the gradients are read.
+
+    As a context manager, or by `close`, its hooks leave the model at the end; a gradient then stays the model's own.
+
     Raises ConfigError for a mask that names no parameter of the model or has another shape, and UserError for a
     parameter that is not its stored tensor, rounded.
     """
@@ -244,12 +283,15 @@ class Trainable:
         projections: Mapping[str, Projection] | None = None,
         choose: Choice = cheapest,
         stored: Mapping[str, Tensor] | None = None,
+        offload: bool = False,
     ):
         # tied parameters come once, under their first name
         self.model_parameters = dict(model.named_parameters())
         for named in (mask, projections):
             refuse_foreign(named or {}, self.model_parameters)
         self.slots: dict[str, Slot] = {}
+        self.downloads = Downloads() if offload else None
+        self.hooks: list[RemovableHandle] = []
         for name, parameter in self.model_parameters.items():
             marked = None if mask is None else mask.get(name, torch.zeros(0, dtype=torch.bool))
             if marked is not None and marked.dtype != torch.bool:
@@ -261,13 +303,32 @@ class Trainable:
                 own = (stored or {}).get(name)
                 if own is not None:
                     check_rounding(name, parameter, own)
-                self.slots[name] = slot = make_slot(parameter, marked, choose, own)
+                self.slots[name] = slot = make_slot(parameter, marked, choose, own, offload)
                 projection = (projections or {}).get(name)
                 if projection is not None:
                     projection = projection.to(parameter.device)
-                parameter.register_post_accumulate_grad_hook(collector(slot, projection))
+                collect = collector(slot, projection, self.downloads)
+                self.hooks.append(parameter.register_post_accumulate_grad_hook(collect))
         self.names = tuple(self.model_parameters)  # of the model, whether they train or not
         self.total = sum(p.numel() for p in self.model_parameters.values())
+
+    def __enter__(self) -> Trainable:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the training: removes the hooks from the model and frees the gradients. The values stay."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+        self.zero_grad()
+
+    def wait(self) -> None:
+        """Waits for gradients on their way to host memory, if there are any."""
+        if self.downloads is not None:
+            self.downloads.finish()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The values, for the optimizer."""
@@ -284,6 +345,8 @@ class Trainable:
             slot.write_back()
 
     def zero_grad(self) -> None:
+        if self.downloads is not None:
+            self.downloads.drop()
         for slot in self.slots.values():
             slot.values.grad = None
 
@@ -300,7 +363,8 @@ class Trainable:
     def move_towards(self, other: Trainable, share: float) -> None:
         """values += share * (other's - values), and writes them to the model: a moving average of `other`."""
         for name, slot in self.slots.items():
-            slot.values.data.lerp_(other.slots[name].values.data, share)
+            theirs = other.slots[name].values.data
+            slot.values.data.lerp_(theirs.to(slot.values.device), share)
         self.write_back()
 
     def merged(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -348,17 +412,26 @@ def refuse_foreign(
             )
 
 
-def collector(slot: Slot, projection: Projection | None = None):
-    """The hook that moves a dense gradient's trained coordinates to the values, and frees the rest."""
+def collector(
+    slot: Slot, projection: Projection | None = None, downloads: Downloads | None = None
+) -> Callable[[Tensor], None]:
+    """The hook that moves a dense gradient's trained coordinates to the values, and frees the rest.
+
+    A parameter owns its hooks, beyond the sight of the garbage collector, and a slot its parameter: the hook must not
+    own the slot, or the model would never be freed. Without its slot, it leaves the gradient as it is.
+    """
+    owner = weakref.ref(slot)
 
     def collect(parameter: Tensor) -> None:
+        slot = owner()
+        if slot is None:
+            return
         assert parameter.grad is not None
         dense, parameter.grad = parameter.grad, None
         gradient = slot.gather(dense if projection is None else projection(dense))
-        gradient = gradient.to(slot.values.dtype)
-        if slot.values.grad is None:
-            slot.values.grad = gradient
+        if downloads is None:
+            slot.accumulate(gradient)
         else:
-            slot.values.grad += gradient
+            downloads.start(gradient, slot.accumulate)
 
     return collect
