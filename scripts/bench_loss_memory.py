@@ -34,8 +34,10 @@ def peak_bytes(loss: LossConfig, tokens: int, vocabulary: int, width: int, devic
 
     def step(n: int) -> None:
         part = Sampled(*(column[:n] for column in sampled))
-        out = chunked_divergence(loss, hidden[:n], heads[0], teacher_hidden[:n], heads[1], part)
-        out.loss.sum().backward()
+        weights = torch.ones(n, device=device)
+        chunked_divergence(
+            loss, hidden[:n], heads[0], teacher_hidden[:n], heads[1], part, weights=weights
+        )
         for leaf in (hidden, heads[0].weight):
             leaf.grad = None
 
