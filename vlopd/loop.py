@@ -49,7 +49,7 @@ from vlopd.train.metrics import summarise
 from vlopd.train.optimizer_statistics import UpdateStatistics
 from vlopd.train.optimizers import build_optimizer, learning_rate
 from vlopd.train.pair import ModelPair, TeacherForward
-from vlopd.train.resume import Averages, resume, save_state
+from vlopd.train.resume import Averages, BackgroundWriter, resume, save_state
 from vlopd.train.rollouts import Batch, collect
 from vlopd.train.sparse import Trainable
 from vlopd.types import Example
@@ -231,7 +231,7 @@ def distill(
     if isinstance(recipe.loss, FunctionLoss):
         remedy = f"check the loss {recipe.loss.type}, or lower optim.learning_rate"
     has_gradient = start > 0  # whether any trained value has had one
-    with log:
+    with log, BackgroundWriter() as writer:
         for note in recipe.notes:
             log.note(note)
         if start == 0:
@@ -293,7 +293,10 @@ def distill(
                 if hooks.keep and keeps and main:
                     hooks.keep(done, trainable)
                 if saves and main and identity is not None:
-                    save_state(out / "state", done, trainable, optimizer, averages, identity)
+                    folder = out / "state"
+                    save_state(folder, done, trainable, optimizer, averages, identity, writer)
+        with distributed.together(accelerator):
+            writer.wait()
     return Trained(pair.student, trainable, out, recipe, temporary)
 
 
