@@ -279,7 +279,7 @@ def make_arms(
     from vlopd.run.arms import ArmOptions
     from vlopd.run.make import make_arm
 
-    options = ArmOptions(allow_other_base, _held_out(config))
+    options = ArmOptions(allow_other_base, _held_out(config), {})
     # external checkpoints first, so that an error in one is raised before any training
     for name in sorted(names, key=lambda n: not isinstance(config.arms.get(n), CheckpointArm)):
         made = make_arm(run, config, name, options)
