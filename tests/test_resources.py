@@ -18,18 +18,20 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from vlopd.config.recipe import Recipe
 from vlopd.errors import UserError
 from vlopd.models import families
+from vlopd.models.cache_size import cache_bytes
 from vlopd.models.meta import meta_model
 from vlopd.preflight.memory import (
     DeviceSpeed,
     Reader,
-    cache_bytes,
     estimate,
-    language_cost,
+    kept_bytes,
     measure_device,
     parameter_counts,
     tower_cost,
+    trace,
 )
 from vlopd.train.sparse import CompactSlot, Trainable
 
@@ -99,12 +101,13 @@ def saved_bytes(model: torch.nn.Module, run) -> int:
     return sum(storage.nbytes() for storage, _ in kept.values())
 
 
-def small_estimate(config: PretrainedConfig, dtype=torch.float32, **changes):
+def small_estimate(config: PretrainedConfig, dtype=torch.float32, trained_fraction=1.0, **changes):
     reader = Reader(meta_model(config), prompt_tokens=8, patches=0)
-    settings = dict(
-        dtype=dtype, completions_per_step=8, max_new_tokens=4, chunk_tokens=16, micro_batch=2
+    train = {"steps": 1, "prompts_per_step": 8, "micro_batch": 2} | changes.pop("train", {})
+    recipe = Recipe(
+        train=train, rollout={"max_new_tokens": 4, "batch": 2, **changes}, loss={"type": "reverse_kl", "chunk_tokens": 16}
     )
-    return estimate(reader, [reader], SPEED, **{**settings, **changes})
+    return estimate(recipe, reader, [reader], SPEED, dtype, trained_fraction)
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -156,17 +159,15 @@ def test_activations_are_what_autograd_keeps(family, dtype, attention):
     real = saved_bytes(
         model, lambda: body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     )
-    _, kept = language_cost(Reader(meta_model(family), 95, attention), dtype, 95)
+    kept = kept_bytes(trace(Reader(meta_model(family), 95), 0), attention, dtype)
     assert real / 1.15 < kept < real * 1.15
 
 
 def test_probabilities_count_for_eager_attention_only():
     """Eager attention keeps [heads, T, T] a layer, in fp32 and again in bf16."""
     model = meta_model(FAMILIES["llama"])
-    (_, fused), (_, eager) = (
-        language_cost(Reader(model, 0, attention), torch.bfloat16, 101)
-        for attention in ("sdpa", "eager")
-    )
+    traced = trace(Reader(model, 0), 101)
+    fused, eager = (kept_bytes(traced, each, torch.bfloat16) for each in ("sdpa", "eager"))
     assert eager - fused == 3 * 4 * 101 * 101 * (4 + 2)
 
 
@@ -174,14 +175,14 @@ def test_flops_are_two_a_weight_and_token_plus_attention():
     """A forward takes 2 N T FLOPs and 4 T^2 for each unit of attention width; a routed one its share."""
     tokens, config = 65, FAMILIES["llama"]
     matrices = 3 * (128 * 128 * 2 + 2 * 128 * 64 + 3 * 128 * 352)
-    flops, _ = language_cost(Reader(meta_model(config), 0), torch.float32, tokens)
+    flops = trace(Reader(meta_model(config), 0), tokens).flops
     assert flops == pytest.approx(2 * matrices * tokens + 3 * 4 * tokens**2 * 128, rel=0.01)
 
     routed = Qwen3MoeConfig(
         **TEXT, head_dim=32, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2
     )
     matrices = 3 * (128 * 128 * 2 + 2 * 128 * 64 + 128 * 8 + 2 * 3 * 128 * 64)
-    flops, _ = language_cost(Reader(meta_model(routed), 0), torch.float32, tokens)
+    flops = trace(Reader(meta_model(routed), 0), tokens).flops
     assert flops == pytest.approx(2 * matrices * tokens + 3 * 4 * tokens**2 * 128, rel=0.01)
 
 
@@ -197,9 +198,10 @@ def test_vision_towers_are_right_within_half(vision_class):
     tower = AutoModel.from_config(vision).eval()
     pixels = torch.zeros(1, 3, 96, 96)
     real = saved_bytes(tower, lambda: tower(pixel_values=pixels).last_hidden_state)
-    flops, kept = tower_cost(Reader(meta_model(config), 200), torch.float32)
+    flops, kept, inputs = tower_cost(Reader(meta_model(config), 200), torch.float32)
+    assert inputs == 3 * 144 * 64 * 4
     assert real / 1.5 < kept < real * 1.5
-    assert tower_cost(Reader(meta_model(config), 200, patches=0), torch.float32) == (0, 0)
+    assert tower_cost(Reader(meta_model(config), 200, patches=0), torch.float32) == (0, 0, 0)
     assert flops > 2 * 144 * 3 * 12 * 64**2
 
 
@@ -210,7 +212,7 @@ def test_a_family_that_looks_at_values_is_refused():
         moe_intermediate_size=32, shared_expert_intermediate_size=32,
     )  # fmt: skip
     with pytest.raises(UserError, match="'qwen3_next' cannot be estimated"):
-        language_cost(Reader(meta_model(config), 0), torch.float32, 9)
+        trace(Reader(meta_model(config), 0), 9)
 
 
 # ------------------------------------------------------------------------------------- what is held
@@ -256,7 +258,9 @@ def test_cache_bytes_are_those_of_a_filled_cache(family):
 
 def test_phases_follow_the_settings(family):
     """Smaller micro-batches need less memory and more time; a mask shrinks what trains; time scales."""
-    wide, narrow = (small_estimate(family, micro_batch=size) for size in (8, 2))
+    wide, narrow = (
+        small_estimate(family, batch=size, train={"micro_batch": size}) for size in (8, 2)
+    )
     assert wide.memory.activations == 4 * narrow.memory.activations
     assert wide.memory.kv_cache == 4 * narrow.memory.kv_cache
     assert wide.seconds.rollout < narrow.seconds.rollout

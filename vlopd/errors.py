@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 class UserError(ValueError):
     """An error that the user can fix; the message is one line with the name and the remedy."""
@@ -31,3 +39,110 @@ class RunError(UserError):
 
 class PluginError(UserError):
     """A plug-in that cannot be used; the message names it ("module:function") and what is wrong."""
+
+
+class OutOfMemory(UserError):
+    """Memory of the device or the host did not suffice; the message says for what, and what would need less.
+
+    `phase` is what was under way, `wanted_bytes` the allocation that failed and `free_bytes` what was left (None where
+    the allocator does not say), `held` the bytes of each part that was in memory.
+    """
+
+    def __init__(
+        self,
+        phase: str,
+        wanted_bytes: int | None = None,
+        held: Mapping[str, int] | None = None,
+        free_bytes: int | None = None,
+        remedy: str = "",
+    ):
+        self.phase, self.wanted_bytes, self.free_bytes = phase, wanted_bytes, free_bytes
+        self.held, self.remedy = dict(held or {}), remedy
+        text = f"out of memory ({phase})"
+        if wanted_bytes is not None:
+            text += f": {as_size(wanted_bytes)} more were wanted"
+            text += "" if free_bytes is None else f", {as_size(free_bytes)} are free"
+        if shown := [f"{name} {as_size(n)}" for name, n in self.held.items() if n]:
+            text += f"; held are {', '.join(shown)}"
+        super().__init__(f"{text}; {remedy}" if remedy else text)
+
+
+_NO_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|cannot allocate memory|unable to allocate",
+    re.IGNORECASE,
+)
+_WANTED = re.compile(r"(?:tried to|unable to) allocate ([\d.]+) *(bytes|[KMGT]iB)", re.IGNORECASE)
+_FREE = re.compile(r"([\d.]+) *(bytes|[KMGT]iB) is free", re.IGNORECASE)
+_UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, for any device, or Python failed to allocate memory."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+
+
+def wanted_and_free(error: BaseException) -> tuple[int | None, int | None]:
+    """Bytes that an allocator's message says were asked for, and were free; None where it does not."""
+    found = []
+    for pattern in (_WANTED, _FREE):
+        match = pattern.search(str(error))
+        found.append(match and round(float(match[1]) * _UNITS[match[2].lower()]))
+    return found[0], found[1]
+
+
+def as_size(n: int) -> str:
+    """Bytes in the largest unit of which there is one: `3.2 GiB`."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n >= size:
+            return f"{n / size:,.1f} {unit}"
+    return f"{n} bytes"
+
+
+REMEDIES = {
+    "rollout": "less needs rollout.max_new_tokens or train.micro_batch to be smaller",
+    "teacher": "less needs a smaller train.micro_batch, or train.offload_optimizer = true",
+    "student": "less needs a smaller train.micro_batch or loss.chunk_tokens, train.activation_checkpointing = true, "
+    "train.offload_teacher = true, or a mask",
+    "update": "less needs train.offload_optimizer = true, train.offload_teacher = true, train.freeze, or a mask",
+    "evaluation": "less needs a smaller eval.batch_size",
+}
+"""What would need less memory, by phase."""
+
+REMEDY = 'less needs a smaller model, or precision.compute = "bf16"'
+"""Of all other phases."""
+
+
+def one_line_out_of_memory(phase: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """A decorator: a failed allocation in the function becomes OutOfMemory, in this phase unless it has its own.
+
+    The error has no traceback into the function, whose tensors are then free.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                return function(*args, **kwargs)
+            except (OutOfMemory, MemoryError, RuntimeError) as error:
+                if isinstance(error, OutOfMemory):
+                    failed = error.with_traceback(None)
+                elif is_out_of_memory(error):
+                    failed = out_of_memory(phase, error)
+                else:
+                    raise
+                failed.__context__ = failed.__cause__ = None
+            raise failed
+
+        return call
+
+    return decorate
+
+
+def out_of_memory(
+    phase: str, error: BaseException, held: Mapping[str, int] | None = None
+) -> OutOfMemory:
+    """The error for a failed allocation in a phase, with the bytes held by part."""
+    wanted, free = wanted_and_free(error)
+    return OutOfMemory(phase, wanted, held, free, REMEDIES.get(phase, REMEDY))

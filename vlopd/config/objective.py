@@ -71,6 +71,9 @@ class RolloutConfig(Section):
     """Largest number of completion tokens; longer answers of the data are truncated."""
     completions_per_prompt: Count = 1
     """Completions sampled per prompt; a reward compares them and needs at least 2."""
+    batch: Count | None = None
+    """Completions sampled at once in a process, whatever train.micro_batch is; null: all of the step's, or as many as
+    fit in the memory that is free before the first step."""
     temperature: Temperature = 1.0
     """Sampling temperature; a loss has its own temperatures."""
     top_k: Count | None = None

@@ -21,7 +21,7 @@ from vlopd.config.objective import (
     RewardConfig,
     RolloutConfig,
 )
-from vlopd.config.training import AdamW, OptimConfig, TrainConfig
+from vlopd.config.training import AdamW, Muon, OptimConfig, TrainConfig
 from vlopd.plugins import Plugin, Use
 
 OF_A_COMPLETION = ("example", "completion")
@@ -113,6 +113,16 @@ class Recipe(RecipeSections):
         if self.reward is not None and rollout.completions_per_prompt < 2:
             raise ValueError(
                 "reward compares completions of one prompt; set rollout.completions_per_prompt = 8, say"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_offload(self) -> Recipe:
+        """The optimizer can run on the host."""
+        if self.train.offload_optimizer and isinstance(self.optim, Muon):
+            raise ValueError(
+                "train.offload_optimizer: Muon's matrix products would take minutes a step on the host; set it to "
+                'false, or another optimizer, such as optim.type = "adamw"'
             )
         return self
 

@@ -29,7 +29,8 @@ RANDOM = "random"
 
 _WITHOUT_EFFECT = {
     *("train.save_every", "train.sample_every", "train.evidence_every", "train.keep_steps"),
-    *("train.micro_batch", "loss.chunk_tokens", "train.metrics"),
+    *("train.micro_batch", "train.micro_tokens", "loss.chunk_tokens", "train.metrics"),
+    "rollout.batch",
 }
 """Settings of a recipe that do not affect the trained weights, up to rounding."""
 

@@ -172,7 +172,18 @@ class TrainConfig(Section):
     """Optimizer updates on the same completions, at the step's rate; above 1, k1 and rewards use importance ratios.
     Teachers run one forward pass for all of them; a moving-average teacher is updated once a step, after the last."""
     micro_batch: Count | None = None
-    """Completions of one forward and backward pass; null for all of the process's at once."""
+    """Completions of one forward and backward pass, sorted by length; null for all of the process's at once."""
+    micro_tokens: Count | None = None
+    """Tokens of one forward and backward pass instead of `micro_batch`: completions times the longest prompt and the
+    longest completion among them, padding included. A longer completion has a pass of its own."""
+    activation_checkpointing: bool = False
+    """Whether the student's layers keep their inputs alone and run again in the backward pass: less memory, for a third
+    more arithmetic. Gradients do not change."""
+    offload_optimizer: bool = False
+    """Whether fp32 values, gradients and optimizer state are in host memory, where the optimizer then runs; copies
+    overlap with computation. Not with Muon."""
+    offload_teacher: bool = False
+    """Whether teachers' weights are in host memory but for their phase, once a step. Output layers stay."""
     freeze: Annotated[tuple[Component, ...], Unique] = ()
     """Components of the student that are not trained."""
     save_every: Count = 50
@@ -187,6 +198,14 @@ class TrainConfig(Section):
     metrics: Annotated[tuple[Plugin, ...], Unique] = ()
     """Functions "module:function" (example, completion text) -> a number, whose means over a step's completions become
     columns of metrics.jsonl under the functions' names (docs/plugins.md)."""
+
+    @model_validator(mode="after")
+    def check_micro_batches(self) -> TrainConfig:
+        if self.micro_batch is not None and self.micro_tokens is not None:
+            raise ValueError(
+                f"micro_batch = {self.micro_batch} and micro_tokens = {self.micro_tokens}: give one of the two"
+            )
+        return self
 
     @model_validator(mode="after")
     def check_metrics(self) -> TrainConfig:
