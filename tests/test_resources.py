@@ -18,21 +18,32 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from vlopd.config.objective import JSD, K1, NLL, ReverseKL
 from vlopd.config.recipe import Recipe
+from vlopd.data.shapes import ShapesDataset
+from vlopd.distributed import accelerator
 from vlopd.errors import UserError
+from vlopd.loop import backward
 from vlopd.models import families
 from vlopd.models.cache_size import cache_bytes
 from vlopd.models.meta import meta_model
 from vlopd.preflight.memory import (
+    Allocations,
     DeviceSpeed,
     Reader,
     estimate,
     kept_bytes,
+    loss_cost,
     measure_device,
     parameter_counts,
     tower_cost,
     trace,
 )
+from vlopd.train.log import Stopwatch
+from vlopd.train.losses import Sampled, chunked_divergence
+from vlopd.train.optimizers import build_optimizer
+from vlopd.train.pair import load_pair
+from vlopd.train.rollouts import collect
 from vlopd.train.sparse import CompactSlot, Trainable
 
 SPEED = DeviceSpeed(1e12, 1e11, 10**10, 1e-5)
@@ -105,7 +116,9 @@ def small_estimate(config: PretrainedConfig, dtype=torch.float32, trained_fracti
     reader = Reader(meta_model(config), prompt_tokens=8, patches=0)
     train = {"steps": 1, "prompts_per_step": 8, "micro_batch": 2} | changes.pop("train", {})
     recipe = Recipe(
-        train=train, rollout={"max_new_tokens": 4, "batch": 2, **changes}, loss={"type": "reverse_kl", "chunk_tokens": 16}
+        train=train,
+        rollout={"max_new_tokens": 4, "batch": 2, **changes},
+        loss={"type": "reverse_kl", "chunk_tokens": 16},
     )
     return estimate(recipe, reader, [reader], SPEED, dtype, trained_fraction)
 
@@ -243,6 +256,69 @@ def test_values_gradients_and_moments_are_those_held(dtype, density):
     assert memory.gradients == sum(s.values.grad.nbytes for s in slots)
     moments = [optimizer.state[s.values] for s in slots]
     assert memory.moments == sum(m["exp_avg"].nbytes + m["exp_avg_sq"].nbytes for m in moments)
+
+
+@pytest.mark.parametrize("density, micro", [(1.0, 8), (0.2, 4)])
+def test_each_phases_peak_is_the_one_counted(density, micro, kind):
+    """The most bytes at once in the second step's rollout, gradient and update, counted allocation by allocation, are
+    within 10 % of the estimate."""
+    name = "shapes" if kind == "vlm" else "shapes-text"
+    pair = load_pair(f"builtin:{name}-student", f"builtin:{name}-teacher", compute="fp32")
+    modality = "image" if kind == "vlm" else "text"
+    rows = list(ShapesDataset("train", 8, seed=3, modality=modality))
+    train = {"steps": 2, "prompts_per_step": 8, "micro_batch": micro}
+    recipe = Recipe(train=train, rollout={"max_new_tokens": 8, "batch": micro})
+    mask = None
+    if density < 1:
+        draws = torch.Generator().manual_seed(0)
+        parameters = pair.student.model.named_parameters()
+        mask = {n: torch.rand(p.shape, generator=draws) < density for n, p in parameters}
+    models = [pair.student.model, pair.teachers[0].loaded.model]
+    trainable = Trainable(pair.student.model, mask)
+    optimizer = build_optimizer(recipe.optim, trainable)
+    shared = {p.data_ptr() for model in models for p in model.parameters()}
+    before = [p for model in models for p in model.parameters()]
+    before += [s.values for s in trainable.slots.values() if s.values.data_ptr() not in shared]
+    held, peaks = sum(tensor.nbytes for tensor in before), {}
+    with Allocations() as counted:
+        for step in range(2):
+            counted.peak = counted.now
+            batches = collect(pair, recipe, rows, range(8), 1, step)
+            peaks["rollout"] = held + counted.peak
+            trainable.zero_grad()
+            counted.peak = counted.now
+            backward(pair, recipe, batches, accelerator(), Stopwatch())
+            peaks["gradient"] = held + counted.peak
+            counted.peak = counted.now
+            optimizer.step(1e-4)
+            peaks["update"] = held + counted.peak
+    longest = max(batch.completions.ids.shape[1] for batch in batches)
+    recipe = Recipe(train=train, rollout={"max_new_tokens": longest, "batch": micro})
+    prompt = max(batch.prompts.input_ids.shape[1] for batch in batches)
+    student, teacher = (Reader(model, prompt) for model in models)
+    found = estimate(recipe, student, [teacher], SPEED, torch.float32, density)
+    assert found.rollout_bytes == pytest.approx(peaks["rollout"], rel=0.1)
+    assert found.gradient_bytes == pytest.approx(peaks["gradient"], rel=0.1)
+    assert found.update_bytes == pytest.approx(peaks["update"], rel=0.1)
+
+
+@pytest.mark.parametrize("loss", [ReverseKL(), JSD(), K1(), NLL()], ids=lambda loss: loss.type)
+@pytest.mark.parametrize("chunk", [40, 16])
+def test_the_losss_bytes_are_those_of_a_real_one(loss, chunk):
+    """Counted on the meta device, they are what the same loss allocates on the CPU, in one chunk or several."""
+    small = loss.model_copy(update={"chunk_tokens": chunk})
+    heads = [torch.randn(5000, 4, requires_grad=own) for own in (True, False)]
+    hidden = torch.randn(40, 4, requires_grad=True)
+    sampled = Sampled(torch.zeros(40, dtype=torch.long), torch.zeros(40))
+    teacher = None if loss.type == "nll" else hidden.detach()
+    with Allocations() as counted:
+        found = chunked_divergence(
+            small, hidden, lambda h: h @ heads[0].T, teacher, lambda h: h @ heads[1].T, sampled
+        )
+        found.loss.sum().backward()
+    expected = loss_cost(loss, 5000, int(teacher is not None), None, chunk < 40, torch.float32)
+    assert expected.held * chunk * 5000 == pytest.approx(counted.peak, rel=0.03)
+    assert expected.moved * 40 * 5000 == pytest.approx(counted.moved, rel=0.05)
 
 
 def test_cache_bytes_are_those_of_a_filled_cache(family):

@@ -321,16 +321,19 @@ class Allocations(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        made = [each for each in tree_leaves(out) if isinstance(each, Tensor)]
+        read, made = (
+            [each for each in tree_leaves(values) if isinstance(each, Tensor)]
+            for values in ((args, kwargs), out)
+        )
         if not func.is_view:
-            read = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
             self.moved += sum(each.nbytes for each in (*read, *made))
-        for tensor in made:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.living:
-                self.living[storage._cdata] = storage.nbytes()
+        known = {each.untyped_storage()._cdata for each in read}
+        for storage in (each.untyped_storage() for each in made):
+            key = storage._cdata
+            if key not in known and key not in self.living:  # neither a view nor in place
+                self.living[key] = storage.nbytes()
                 self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, storage._cdata)
+                weakref.finalize(storage, self._free, key)
         self.peak = max(self.peak, self.now)
         return out
 
@@ -346,13 +349,18 @@ class LossCost(NamedTuple):
 
 
 def loss_cost(
-    loss: LossConfig, teachers: int, reward: RewardConfig | None, chunked: bool, dtype: torch.dtype
+    loss: LossConfig,
+    rows: int,
+    teachers: int,
+    reward: RewardConfig | None,
+    chunked: bool,
+    dtype: torch.dtype,
 ) -> LossCost:
-    """The cost of the loss forward and backward, both heads included: counted on the meta device.
+    """The cost of the loss over `rows` entries, forward and backward, counted on the meta device.
 
     `teachers` score a token together (a mixture), one, or none; `chunked` whether there is more than one chunk.
     """
-    size, rows, tokens = 8, 32768, 16 if chunked else 8
+    size, tokens = 8, 16 if chunked else 8
     small = loss.model_copy(update={"chunk_tokens": size})
 
     def head(weight: Tensor, hidden: Tensor) -> Tensor:
@@ -429,11 +437,13 @@ def estimate(
     chunk = min(loss.chunk_tokens, batch * new)
     together = len(teachers) if isinstance(recipe.teacher, MixedTeachers) else min(1, len(teachers))
     try:
-        per_entry = loss_cost(loss, together, recipe.reward, chunk < batch * new, dtype)
+        per_entry = loss_cost(loss, rows, together, recipe.reward, chunk < batch * new, dtype)
     except Exception:  # a plug-in's own code, which may need values
         if not isinstance(loss, FunctionLoss):
             raise
-        per_entry = loss_cost(ReverseKL(), together, recipe.reward, chunk < batch * new, dtype)
+        per_entry = loss_cost(
+            ReverseKL(), rows, together, recipe.reward, chunk < batch * new, dtype
+        )
 
     # memory
     weights = student.model.num_parameters()
@@ -480,7 +490,8 @@ def estimate(
     )
 
     # gradients grow while the graph shrinks; a second micro-batch finds those of the first
-    graph = memory.activations + max(memory.logits, memory.working)
+    recomputed = memory.working if train.activation_checkpointing else 0
+    graph = memory.activations + max(memory.logits, recomputed)
     graph = graph + gradients if batches > 1 else max(graph, gradients)
 
     # seconds
