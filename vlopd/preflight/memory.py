@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import psutil
@@ -360,8 +360,22 @@ def loss_cost(
 
     `teachers` score a token together (a mixture), one, or none; `chunked` whether there is more than one chunk.
     """
-    size, tokens = 8, 16 if chunked else 8
-    small = loss.model_copy(update={"chunk_tokens": size})
+    own = reward and reward.model_copy(update={"rule": "exact"})  # the rule has run by then
+    return _loss_cost(
+        loss.model_copy(update={"chunk_tokens": 8}), rows, teachers, own, chunked, dtype
+    )
+
+
+@cache
+def _loss_cost(
+    loss: LossConfig,
+    rows: int,
+    teachers: int,
+    reward: RewardConfig | None,
+    chunked: bool,
+    dtype: torch.dtype,
+) -> LossCost:
+    size, tokens = loss.chunk_tokens, loss.chunk_tokens * (1 + chunked)
 
     def head(weight: Tensor, hidden: Tensor) -> Tensor:
         return hidden @ weight.T
@@ -383,7 +397,7 @@ def loss_cost(
         their_hidden, their_head = (hidden.detach(), mixed) if teachers else (None, None)
         with Allocations() as counted:
             found = chunked_divergence(
-                small, hidden, partial(head, weights[0]), their_hidden, their_head, sampled, reward
+                loss, hidden, partial(head, weights[0]), their_hidden, their_head, sampled, reward
             )
             found.loss.sum().backward()
     return LossCost(counted.peak / (size * rows), counted.moved / (tokens * rows))
