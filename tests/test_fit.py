@@ -1,13 +1,18 @@
 """Settings that fit a device are computed: the least costly first, and none where nothing suffices."""
 
+import re
+
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from vlopd.config.recipe import Recipe
+from vlopd.errors import OutOfMemory
 from vlopd.models.meta import meta_model
+from vlopd.pipeline import with_remedy
 from vlopd.preflight.fit import changed, settings_that_fit
 from vlopd.preflight.memory import DeviceSpeed, Reader, estimate, forward_cost, trace
+from vlopd.run.folder import RunFolder
 
 MODEL = LlamaConfig(
     vocab_size=4000, hidden_size=128, intermediate_size=512, num_hidden_layers=6,
@@ -67,3 +72,15 @@ def test_nothing_suffices():
     muon = Recipe(**{**RECIPE.model_dump(), "optim": {"type": "muon"}})
     assert fitting(11 * READER.model.num_parameters(), muon) is None
     assert fitting(11 * READER.model.num_parameters()).changes["train.offload_optimizer"] is True
+
+
+def test_an_arm_without_memory_ends_in_settings_that_would_fit(kind, make_config, tmp_path):
+    """The line has the phase and what was wanted, and computed settings in place of the general remedy."""
+    config = make_config(kind, arms={"base": {"type": "base"}, "full": {"type": "distill"}})
+    run = RunFolder.create(tmp_path / "run", config)
+    error = OutOfMemory("student", 3 << 30, {"gradients": 1 << 30}, remedy="a smaller model")
+    text = str(with_remedy(run, config, "full", error))
+    assert text.startswith("out of memory (student): 3.0 GiB more were wanted")
+    assert "gradients 1.0 GiB" in text and "smaller model" not in text and "\n" not in text
+    found = re.search(r"; would fit, as predicted: train.micro_batch = (\d) \((\S+) [MkG]B\)", text)
+    assert found and int(found[1]) < 4
