@@ -245,6 +245,7 @@ def distill(
                 clock.lap("data")
 
                 # 1. the student samples (or the teacher or the data writes)
+                trainable.zero_grad()  # sampling gets their memory
                 batches = collect(pair, recipe, examples, share, seed, step)
                 clock.lap("rollout")
 

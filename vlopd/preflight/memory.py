@@ -342,40 +342,26 @@ class Allocations(TorchDispatchMode):
 
 
 class LossCost(NamedTuple):
-    """Bytes for each of a chunk's [token, vocabulary entry]: the most at once, and moved in all."""
+    """Bytes of the loss: the most at once, and moved for each token."""
 
-    held: float
+    held: int
     moved: float
 
 
+@cache
 def loss_cost(
     loss: LossConfig,
+    tokens: int,
     rows: int,
     teachers: int,
     reward: RewardConfig | None,
-    chunked: bool,
     dtype: torch.dtype,
 ) -> LossCost:
-    """The cost of the loss over `rows` entries, forward and backward, counted on the meta device.
+    """The cost of the loss over [tokens, rows] logits, forward and backward, counted on the meta device.
 
-    `teachers` score a token together (a mixture), one, or none; `chunked` whether there is more than one chunk.
+    More than one chunk costs what two do. `teachers` score a token together (a mixture), one, or none.
     """
-    own = reward and reward.model_copy(update={"rule": "exact"})  # the rule has run by then
-    return _loss_cost(
-        loss.model_copy(update={"chunk_tokens": 8}), rows, teachers, own, chunked, dtype
-    )
-
-
-@cache
-def _loss_cost(
-    loss: LossConfig,
-    rows: int,
-    teachers: int,
-    reward: RewardConfig | None,
-    chunked: bool,
-    dtype: torch.dtype,
-) -> LossCost:
-    size, tokens = loss.chunk_tokens, loss.chunk_tokens * (1 + chunked)
+    tokens = min(tokens, 2 * loss.chunk_tokens)
 
     def head(weight: Tensor, hidden: Tensor) -> Tensor:
         return hidden @ weight.T
@@ -400,7 +386,7 @@ def _loss_cost(
                 loss, hidden, partial(head, weights[0]), their_hidden, their_head, sampled, reward
             )
             found.loss.sum().backward()
-    return LossCost(counted.peak / (size * rows), counted.moved / (tokens * rows))
+    return LossCost(counted.peak, counted.moved / tokens)
 
 
 def moments(optim: OptimConfig) -> int:
@@ -448,16 +434,15 @@ def estimate(
     by_tokens = train.micro_tokens and max(1, train.micro_tokens // length)
     batch = min(by_tokens or train.micro_batch or completions, completions)
     batches = math.ceil(completions / batch)
-    chunk = min(loss.chunk_tokens, batch * new)
     together = len(teachers) if isinstance(recipe.teacher, MixedTeachers) else min(1, len(teachers))
+    reward = recipe.reward and recipe.reward.model_copy(update={"rule": "exact"})  # it has run
+    shape = (batch * new, rows, together, reward, dtype)
     try:
-        per_entry = loss_cost(loss, rows, together, recipe.reward, chunk < batch * new, dtype)
+        of_loss = loss_cost(loss, *shape)
     except Exception:  # a plug-in's own code, which may need values
         if not isinstance(loss, FunctionLoss):
             raise
-        per_entry = loss_cost(
-            ReverseKL(), rows, together, recipe.reward, chunk < batch * new, dtype
-        )
+        of_loss = loss_cost(ReverseKL(chunk_tokens=loss.chunk_tokens), *shape)
 
     # memory
     weights = student.model.num_parameters()
@@ -481,7 +466,7 @@ def estimate(
         sampling=0,
         activations=batch * (kept + masks),
         working=batch * max(cost.working_bytes for cost in (own, *theirs)),
-        logits=round(per_entry.held * chunk * rows),
+        logits=of_loss.held,
         dense_gradient=2 * item * max(p.numel() for p in student.model.parameters()),
     )
     on_host = ("values", "gradients", "moments") if offload else ()
@@ -491,13 +476,12 @@ def estimate(
     held += 0 if offload else memory.values + memory.moments
     gradients = min(memory.gradients, DOWNLOAD_BYTES) if offload else memory.gradients
 
-    # a rollout batch, with the gradients of the step before
+    # a rollout batch
     cache_of_one = cache_bytes(student.model.config, dtype, length)
     prefill = own.working_bytes * student.prompt_tokens // length
     prefill //= rollout.completions_per_prompt
     each = cache_of_one + max(rows * SAMPLER_BYTES, prefill)
-    rollout_held = held + (0 if offload else memory.gradients)
-    fitting = max(1, int(SAMPLING_SHARE * (speed.memory_bytes - rollout_held) / each))
+    fitting = max(1, int(SAMPLING_SHARE * (speed.memory_bytes - held) / each))
     sampled = min(completions, rollout.batch or fitting)
     memory = memory._replace(
         kv_cache=sampled * cache_of_one, sampling=sampled * rows * SAMPLER_BYTES
@@ -543,7 +527,7 @@ def estimate(
         rollout_batch=sampled,
         micro_batch=batch,
         on_host=(*on_host, *(("teacher_weights",) if resting else ())),
-        rollout_bytes=rollout_held + memory.kv_cache + max(memory.sampling, sampled * prefill),
+        rollout_bytes=held + memory.kv_cache + max(memory.sampling, sampled * prefill),
         teacher_bytes=held
         + resting
         + (gradients if batches > 1 and not resting else 0)
@@ -561,7 +545,7 @@ def estimate(
             * (
                 (3 + again) * forward(student, own)
                 + 3 * head(student)
-                + seconds(0, per_entry.moved * completions * new * rows)
+                + seconds(0, of_loss.moved * completions * new)
             ),
             update=updates * moved / at,
         ),
