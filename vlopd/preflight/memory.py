@@ -8,12 +8,13 @@ hold them. Not counted: loading a checkpoint, the device's context, allocator fr
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import psutil
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from vlopd.config.models import MixedTeachers
 from vlopd.config.objective import FunctionLoss, LossConfig, ReverseKL, RewardConfig
@@ -183,24 +184,66 @@ class Trace(NamedTuple):
 
     tokens: int
     flops: int
-    kept: tuple[tuple[int, int, bool, bool], ...]
-    """Of each kept tensor: entries, bytes of one in bf16 code, whether a number with a fraction, whether [T, T]."""
+    kept: Mapping[tuple[int, bool, bool], int]
+    """Entries of kept tensors by (bytes of one in bf16 code, whether floating-point, whether [T, T])."""
 
 
 def trace(reader: Reader, new_tokens: int) -> Trace:
     """FLOPs and kept tensors of reading one prompt and its completion.
 
     Counted, not derived: the language model runs alone on the meta device, with eager attention and in bf16, and every
-    tensor that it saves for the backward pass counts once. The closed form, 34 T H + 5 heads T^2 bytes a layer in half
-    precision with dropout (arXiv 2205.05198), misses what today's norms, rotary positions and gated or routed MLPs
-    keep. Attention counts in full, not its causal half; windows are ignored where the kernel ignores them.
+    tensor that it saves for the backward pass counts once; of more than two equal layers only two run. The closed form,
+    34 T H + 5 heads T^2 bytes a layer in half precision with dropout (arXiv 2205.05198), misses what today's norms,
+    rotary positions and gated or routed MLPs keep. Attention counts in full, not its causal half; windows are ignored
+    where the kernel ignores them.
 
     Raises UserError for a family whose forward depends on values (gated linear attention, for one).
     """
     tokens = (
         reader.prompt_tokens + new_tokens
     ) | 1  # no width is odd, so [T, T] means probabilities
-    model = on_meta(AutoModel, reader.model.config.get_text_config())
+    text = copy.deepcopy(reader.model.config.get_text_config())
+    layers = text.num_hidden_layers
+    try:
+        if layers < 3 or not _has_equal_layers(reader.model):
+            return _traced(text, tokens)
+        one, two = (_traced(_with_layers(text, n), tokens) for n in (1, 2))
+    except RuntimeError as error:
+        raise UserError(
+            f"model type {reader.model.config.model_type!r} cannot be estimated without its weights: its "
+            f"forward needs values ({str(error).splitlines()[0]}); measure a short run instead"
+        ) from error
+    kept = {
+        kind: two.kept[kind] + (layers - 2) * (two.kept[kind] - one.kept.get(kind, 0))
+        for kind in two.kept
+    }
+    return Trace(tokens, two.flops + (layers - 2) * (two.flops - one.flops), kept)
+
+
+def _has_equal_layers(model: PreTrainedModel) -> bool:
+    """Whether all layers of the language model have parameters of the same names and shapes."""
+    shapes: dict[str, set[tuple[str, torch.Size]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter_names.classify(name).component == "language":
+            before, _, after = name.partition(".layers.")
+            index, _, rest = after.partition(".")
+            if index.isdigit():
+                shapes.setdefault(before + index, set()).add((rest, parameter.shape))
+    kinds = list(shapes.values())
+    return len(kinds) > 0 and all(each == kinds[0] for each in kinds)
+
+
+def _with_layers(text: PretrainedConfig, n: int) -> PretrainedConfig:
+    """The configuration with the first `n` layers."""
+    fewer = copy.deepcopy(text)
+    if fewer.to_dict().get("layer_types"):
+        fewer.layer_types = fewer.layer_types[:n]
+    fewer.num_hidden_layers = n
+    return fewer
+
+
+def _traced(text: PretrainedConfig, tokens: int) -> Trace:
+    model = on_meta(AutoModel, text)
     own = {id(parameter.untyped_storage()) for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -216,24 +259,15 @@ def trace(reader: Reader, new_tokens: int) -> Trace:
         FlopCounterMode(display=False, custom_mapping=ROUTED_FLOPS) as counter,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        try:
-            out = model(input_ids=ids, attention_mask=ids, use_cache=False)
-        except RuntimeError as error:
-            raise UserError(
-                f"model type {reader.model.config.model_type!r} cannot be estimated without its weights: its "
-                f"forward needs values ({str(error).splitlines()[0]}); measure a short run instead"
-            ) from error
+        out = model(input_ids=ids, attention_mask=ids, use_cache=False)
     del out  # held until here, so that no storage's id was reused
-    sizes = (
-        (
-            tensor.untyped_storage().nbytes() // tensor.itemsize,
-            tensor.itemsize,
-            tensor.is_floating_point(),
-            tensor.shape[-2:] == (tokens, tokens),
-        )
-        for tensor in kept.values()
-    )
-    return Trace(tokens, counter.get_total_flops(), tuple(sizes))
+    sizes: dict[tuple[int, bool, bool], int] = {}
+    for tensor in kept.values():
+        is_square = tensor.shape[-2:] == (tokens, tokens)
+        kind = (tensor.itemsize, tensor.is_floating_point(), is_square)
+        size = tensor.untyped_storage().nbytes() // tensor.itemsize
+        sizes[kind] = sizes.get(kind, 0) + size
+    return Trace(tokens, counter.get_total_flops(), sizes)
 
 
 def kept_bytes(traced: Trace, attention: str, dtype: torch.dtype) -> int:
@@ -243,7 +277,7 @@ def kept_bytes(traced: Trace, attention: str, dtype: torch.dtype) -> int:
     """
     return sum(
         n * (max(item, dtype.itemsize) if is_float else item)
-        for n, item, is_float, is_square in traced.kept
+        for (item, is_float, is_square), n in traced.kept.items()
         if attention == "eager" or not is_square
     )
 
@@ -359,9 +393,8 @@ def loss_cost(
 ) -> LossCost:
     """The cost of the loss over [tokens, rows] logits, forward and backward, counted on the meta device.
 
-    More than one chunk costs what two do. `teachers` score a token together (a mixture), one, or none.
+    `teachers` score a token together (a mixture), one, or none.
     """
-    tokens = min(tokens, 2 * loss.chunk_tokens)
 
     def head(weight: Tensor, hidden: Tensor) -> Tensor:
         return hidden @ weight.T
@@ -436,7 +469,8 @@ def estimate(
     batches = math.ceil(completions / batch)
     together = len(teachers) if isinstance(recipe.teacher, MixedTeachers) else min(1, len(teachers))
     reward = recipe.reward and recipe.reward.model_copy(update={"rule": "exact"})  # it has run
-    shape = (batch * new, rows, together, reward, dtype)
+    # more than one chunk costs what two do
+    shape = (min(batch * new, 2 * loss.chunk_tokens), rows, together, reward, dtype)
     try:
         of_loss = loss_cost(loss, *shape)
     except Exception:  # a plug-in's own code, which may need values
@@ -556,6 +590,7 @@ def output_weight(reader: Reader) -> Tensor:
     return reader.model.get_output_embeddings().weight
 
 
+@lru_cache(16)
 def calls_of(reader: Reader, language_only: bool = False) -> int:
     """Overhead of one forward pass of the model, in tiny calls; `language_only` without the vision tower."""
     towers = ("vision", "projector") if language_only else ()

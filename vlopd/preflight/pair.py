@@ -44,7 +44,7 @@ from vlopd.models.loaded import LoadedModel, ModelUnreadable
 from vlopd.models.meta import meta_model
 from vlopd.models.vocabulary import SharedVocabulary
 from vlopd.preflight import memory
-from vlopd.preflight.fit import Fit, settings_that_fit
+from vlopd.preflight.fit import settings_that_fit
 from vlopd.train.losses import TOP_K, Sampled, token_divergence
 from vlopd.train.pair import ModelPair, refuse_text_only, shared_vocabulary
 from vlopd.train.teacher_context import teacher_view
@@ -399,20 +399,20 @@ def estimate_rows(
     except UserError as error:
         return [*rows, CheckRow("memory and time", (f"not estimated: {error}",))]
 
-    def estimated(
-        compute: Literal["fp32", "bf16"], speed: memory.DeviceSpeed, density: float
-    ) -> tuple[memory.Estimate, Fit | None]:
-        """The estimate, and the settings that fit: no changes if it does."""
+    def arguments(
+        compute: Literal["fp32", "bf16"], speed: memory.DeviceSpeed, density: float = 1.0
+    ) -> tuple[Any, ...]:
+        """Those of an estimate."""
         dtype = DTYPES[compute]
         costs = [
             memory.forward_cost(each, dtype, one) for each, one in zip(readers, traces, strict=True)
         ]
-        args = (config, readers[0], readers[1:], speed, dtype, density, costs)
-        return memory.estimate(*args), settings_that_fit(*args)
+        return config, readers[0], readers[1:], speed, dtype, density, costs
 
     shown: list[tuple[str, memory.Estimate]] = []
     for coordinates, density in densities.items():
-        one, fit = estimated(compute, speed, density)
+        args = arguments(compute, speed, density)
+        one, fit = memory.estimate(*args), settings_that_fit(*args)
         needed = ", ".join(
             f"{what.replace('_', ' ')} {decimal(size)}"
             + (" (in host memory)" if what in one.on_host else "")
@@ -435,24 +435,29 @@ def estimate_rows(
             )
         )
     changes, first = shown[0]
-    laps = ", ".join(f"{name} {value:.2g}" for name, value in first.seconds._asdict().items())
+    laps = ", ".join(f"{name} {rounded(value)}" for name, value in first.seconds._asdict().items())
     hours = first.seconds.total * config.train.steps / 3600
-    there, _ = estimated(other, _speed(device, card, other), 1.0)
+    there = memory.estimate(*arguments(other, _speed(device, card, other)))
     return [
         *rows,
         CheckRow(
             "completions at once",
             (f"rollout {first.rollout_batch}, training {first.micro_batch}{changes}",),
         ),
-        CheckRow("seconds a step", (f"about {first.seconds.total:.2g} ({laps}){changes}",)),
+        CheckRow("seconds a step", (f"about {rounded(first.seconds.total)} ({laps}){changes}",)),
         CheckRow(
-            "hours of training", (f"about {hours:.2g} ({config.train.steps} steps){changes}",)
+            "hours of training", (f"about {rounded(hours)} ({config.train.steps} steps){changes}",)
         ),
         CheckRow(
             f"with compute = {other}",
-            (f"{decimal(there.peak_bytes)}, about {there.seconds.total:.2g} seconds a step",),
+            (f"{decimal(there.peak_bytes)}, about {rounded(there.seconds.total)} seconds a step",),
         ),
     ]
+
+
+def rounded(value: float) -> str:
+    """Two digits that count: 690, 8.5, 0.012."""
+    return format(float(f"{value:.2g}"), ",g")
 
 
 def _speed(device: torch.device, card: str | None, compute: str) -> memory.DeviceSpeed:
