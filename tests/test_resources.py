@@ -258,8 +258,8 @@ def test_values_gradients_and_moments_are_those_held(dtype, density):
     assert memory.moments == sum(m["exp_avg"].nbytes + m["exp_avg_sq"].nbytes for m in moments)
 
 
-@pytest.mark.parametrize("density, micro", [(1.0, 8), (0.2, 4)])
-def test_each_phases_peak_is_the_one_counted(density, micro, kind):
+@pytest.mark.parametrize("kind, density, micro", [("llm", 1.0, 8), ("vlm", 0.2, 4)])
+def test_each_phases_peak_is_the_one_counted(kind, density, micro):
     """The most bytes at once in the second step's rollout, gradient and update, counted allocation by allocation, are
     within 10 % of the estimate."""
     name = "shapes" if kind == "vlm" else "shapes-text"
