@@ -131,6 +131,24 @@ def test_arms_of_every_kind(kind, make_config, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llm"], indirect=True)
+def test_a_fixed_teacher_stays_loaded_from_arm_to_arm(kind, make_config, tmp_path):
+    """Two arms of one teacher use one loaded model, and the second ends as if it had loaded its own."""
+    train = {"steps": 1, "prompts_per_step": 2}
+    arms = {name: {"type": "distill", "seed": seed} for seed, name in enumerate(("full", "again"))}
+    config = make_config(kind, train=train, arms={"base": {"type": "base"}, **arms})
+    run = RunFolder.create(tmp_path / "run", config)
+    options, models = ArmOptions(teachers={}), []
+    for name in arms:
+        make_arm(run, config, name, options)
+        models += [loaded.model for loaded in options.teachers.values()]
+    assert len(models) == 2 and models[0] is models[1]
+    alone = RunFolder.create(tmp_path / "alone", config)
+    make_arm(alone, config, "again")
+    expected = tensors(alone, "again")
+    assert all(torch.equal(x, expected[n]) for n, x in tensors(run, "again").items())
+
+
+@pytest.mark.parametrize("kind", ["llm"], indirect=True)
 def test_a_locked_arm_moves_inside_the_subspace(kind, make_config, tmp_path):
     """With plain SGD, whose steps are multiples of the gradient, the whole update of every matrix has the rank it
     was locked to and lies in the early update's right subspace; without locking it has not."""

@@ -141,7 +141,7 @@ def test_a_text_only_teacher_of_images(check, folders):
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(p, marks=pytest.mark.slow if i % 4 else (), id=p.stem)
+        pytest.param(p, marks=pytest.mark.slow if i % 8 else (), id=p.stem)
         for i, p in enumerate(PUBLISHED)
     ],
 )

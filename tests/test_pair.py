@@ -10,6 +10,7 @@ from tests.conftest import sampled
 from vlopd.config.objective import K1, K2, ReverseKL
 from vlopd.errors import ConfigError, UserError
 from vlopd.preflight.pair import preflight
+from vlopd.train.pair import load_pair
 
 KL = ReverseKL()
 
@@ -254,3 +255,22 @@ def test_an_image_for_a_text_only_model_is_refused(make_pair, make_data):
     """A language model given a picture raises, naming the model."""
     with pytest.raises(ConfigError, match="text-only"):
         make_pair("llm").student.render(make_data("vlm"))
+
+
+def test_fixed_teachers_are_kept_and_others_are_not(kind, folders):
+    """`load_pair(kept=...)` reuses the same teacher at the same precision, frees it for another, loads the student
+    anew, and never keeps a moving average of the student."""
+    student, teacher = (str(folders[kind, role]) for role in ("student", "teacher"))
+    kept = {}
+    first, again = (load_pair(student, teacher, compute="fp32", kept=kept) for _ in range(2))
+    assert first.teachers[0].loaded.model is again.teachers[0].loaded.model
+    assert first.student.model is not again.student.model
+    other = load_pair(student, teacher, compute="bf16", kept=kept).teachers[0].loaded.model
+    assert other is not again.teachers[0].loaded.model
+    assert [loaded.model for loaded in kept.values()] == [other]
+    context = {"type": "template", "template": "{{ answer }} {{ question }}"}
+    itself = {"model": "student", "context": context}
+    for ema in (None, 0.9):
+        pair = load_pair(student, {**itself, **({"ema": ema} if ema else {})}, kept=kept)
+        assert len(kept) == (ema is None)
+        assert pair.teachers[0].loaded.model is not pair.student.model

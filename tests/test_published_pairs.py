@@ -8,6 +8,7 @@ import torch
 from lm_eval.tasks import TaskManager
 from transformers import AutoConfig
 
+from tests.snippets import module_of
 from vlopd.config.input import load_config
 from vlopd.models import families
 
@@ -23,6 +24,13 @@ COUNTS = {
     for name, computed, published in ROW.findall((PAIRS / "README.md").read_text())
 }
 """By model, from the table in configs/pairs/README.md: parameters computed and published."""
+
+
+script = module_of("scripts/predict_pairs.py")
+LINE, predicted = script.LINE, script.predicted
+NUMBER = r"\d[\d,]*\.?\d*"
+PREDICTED_IN_SUITE = ("qwen2.5-vl-3b-noisyrollout",)
+"""Of which the suite computes the prediction again; of the others with the slow tests."""
 
 
 def models_of(path: Path) -> set[str]:
@@ -75,6 +83,27 @@ def test_student_and_teacher_differ_in_padding_rows_alone(path):
         for name in models_of(path)
     ]
     assert max(rows) - min(rows) < 1000
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(p, marks=() if p.stem in PREDICTED_IN_SUITE else pytest.mark.slow, id=p.stem)
+        for p in PUBLISHED
+    ],
+)
+def test_the_predicted_memory_and_time_are_those_of_check(path):
+    """The comment of a pair has what `vlopd check --meta --device-like` predicts now, and the settings fit the card."""
+    written = LINE.search(path.read_text())
+    assert written, "scripts/predict_pairs.py writes it"
+    computed = predicted(path, written[1].lower())
+    assert re.sub(NUMBER, "#", written[0]) == re.sub(NUMBER, "#", computed)
+    numbers = [
+        [float(n.replace(",", "")) for n in re.findall(NUMBER, line.split(":", 1)[1])]
+        for line in (written[0], computed)
+    ]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.03)
+    assert "fit" not in computed
 
 
 @pytest.mark.slow

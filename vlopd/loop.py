@@ -56,7 +56,7 @@ from vlopd.train.optimizers import build_optimizer, learning_rate
 from vlopd.train.packing import sampling_budget
 from vlopd.train.pair import ModelPair, TeacherForward
 from vlopd.train.prefetch import read_ahead
-from vlopd.train.resume import Averages, chosen_before, resume, save_state
+from vlopd.train.resume import Averages, BackgroundWriter, chosen_before, resume, save_state
 from vlopd.train.rollouts import Batch, collect, sampling_note
 from vlopd.train.sparse import Trainable
 from vlopd.types import Example
@@ -255,7 +255,7 @@ def distill(
     has_gradient = start > 0  # whether any trained value has had one
     teachers = Resting(pair.teachers, pair.student.device, train.offload_teacher)
     memory = MemoryUse(pair, trainable, optimizer, [average for average, _ in averages])
-    with log, closing(read), trainable, memory:
+    with log, closing(read), trainable, memory, BackgroundWriter() as writer:
         for note in (*recipe.notes, *pair.engine_notes(recipe.rollout)):
             log.note(note)
         memory.enter("evaluation")
@@ -270,6 +270,7 @@ def distill(
 
                 # 1. the student samples (or the teacher or the data writes)
                 clock.start("rollout")
+                trainable.zero_grad()  # sampling gets their memory
                 size = chosen["sampling_bytes"]
                 if step == start and (limit := sampling_note(pair, recipe, rendered, size)):
                     log.note(limit)
@@ -331,9 +332,11 @@ def distill(
                 if hooks.keep and keeps and main:
                     hooks.keep(done, trainable)
                 if saves and main and identity is not None:
-                    save_state(
-                        out / "state", done, trainable, optimizer, averages, identity, chosen
-                    )
+                    folder = out / "state"
+                    about = (identity, chosen, writer)
+                    save_state(folder, done, trainable, optimizer, averages, *about)
+        with distributed.together(accelerator):
+            writer.wait()
     return Trained(pair.student, trainable, out, recipe, temporary)
 
 

@@ -18,8 +18,8 @@ from vlopd.config.arms import CheckpointArm, DistillArm, ImportedArm, checkpoint
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import config_of, load_config, merged
 from vlopd.config.masks import Reference
-from vlopd.errors import ConfigError, UserError
-from vlopd.files import is_first_process
+from vlopd.errors import ConfigError, OutOfMemory, UserError
+from vlopd.files import is_first_process, read_json
 from vlopd.plugins import Use
 from vlopd.run.folder import RunFolder, with_precision_of_run
 
@@ -283,11 +283,28 @@ def make_arms(
     from vlopd.run.arms import ArmOptions
     from vlopd.run.make import make_arm
 
-    options = ArmOptions(allow_other_base, _held_out(config))
+    options = ArmOptions(allow_other_base, _held_out(config), {})
     # external checkpoints first, so that an error in one is raised before any training
     for name in sorted(names, key=lambda n: not isinstance(config.arms.get(n), CheckpointArm)):
-        made = make_arm(run, config, name, options)
+        try:
+            made = make_arm(run, config, name, options)
+        except OutOfMemory as error:
+            raise with_remedy(run, config, name, error) from None
         on_artifact(f"arm {name}", run.arm_record(name), made)
+
+
+def with_remedy(
+    run: RunFolder, config: ExperimentConfig, name: str, error: OutOfMemory
+) -> OutOfMemory:
+    """The error of an arm, or of one that it depends on, with settings that would fit."""
+    from vlopd.preflight.remedy import with_settings_that_fit
+
+    for each in (*reversed(config.ancestors(name)), name):  # the first that is not made
+        arm = config.arms[each]
+        if isinstance(arm, DistillArm) and not run.arm_record(each).exists():
+            density = 1.0 if arm.mask is None else read_json(run.mask_record(arm.mask))["density"]
+            return with_settings_that_fit(error, config, arm, density)
+    return error
 
 
 def make_unused_masks(

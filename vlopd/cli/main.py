@@ -115,19 +115,28 @@ def check(
     meta: Annotated[
         bool, typer.Option("--meta", help="without weights, from the models' config.json alone")
     ] = False,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            "--device-like",
+            help="with --meta: predict for a card that is not here (a100, h100, h200)",
+        ),
+    ] = None,
 ) -> None:
     """Checks a config before a run: inputs, shared vocabulary, image use, agreement of the models, memory and time."""
     from vlopd.distributed import accelerator, resolve_compute
     from vlopd.preflight.pair import first_examples, preflight, preflight_meta
     from vlopd.train.pair import load_pair
 
+    if card is not None and not meta:
+        raise ConfigError(f"--device-like {card}: only with --meta, which loads no model")
     config = load_config(target, overrides or ())
     device = accelerator().device
     print_plugins(config, list(config.arms))
     compute = resolve_compute(config.precision.compute, device)
     try:
         if meta:
-            rows = preflight_meta(config, device, target.parent / "architectures")
+            rows = preflight_meta(config, device, target.parent / "architectures", card)
         else:
             # a config without eval.tasks may be for `run --until arms` only, so the default task is not checked
             lines = pipeline.find_problems(

@@ -44,6 +44,7 @@ from vlopd.models.loaded import LoadedModel, ModelUnreadable
 from vlopd.models.meta import meta_model
 from vlopd.models.vocabulary import SharedVocabulary
 from vlopd.preflight import memory
+from vlopd.preflight.fit import settings_that_fit
 from vlopd.train.losses import TOP_K, Sampled, token_divergence
 from vlopd.train.pair import ModelPair, refuse_text_only, shared_vocabulary
 from vlopd.train.teacher_context import teacher_view
@@ -116,11 +117,15 @@ def preflight(
 
 
 def preflight_meta(
-    config: ExperimentConfig, device: torch.device, architectures: Path
+    config: ExperimentConfig,
+    device: torch.device,
+    architectures: Path,
+    card: str | None = None,
 ) -> list[CheckRow]:
     """The table without weights, from configurations and, where present, tokenizers.
 
     A model's configuration is read from `architectures`/<its name>/config.json where there is one, without the hub.
+    `card` names one to predict for in place of `device` (`memory.CARDS`).
     """
     asked, teachers = config.precision.compute, config.teachers
     config = config.with_compute(resolve_compute(asked, device))
@@ -157,7 +162,7 @@ def preflight_meta(
     ]
     known = [1] * len(models) if "assumed" in prompts[0].what else lengths  # a prompt has a token
     context = context_row(models, known, config.rollout.max_new_tokens)
-    return [*rows, *prompts, context, *estimate_rows(config, readers, device)]
+    return [*rows, *prompts, context, *estimate_rows(config, readers, device, card=card)]
 
 
 def checkpoint_arms(config: ExperimentConfig) -> list[ModelConfig]:
@@ -366,78 +371,102 @@ def estimate_rows(
     readers: Sequence[memory.Reader],
     device: torch.device,
     must_fit: bool = False,
+    card: str | None = None,
 ) -> list[CheckRow]:
-    """Memory and seconds of a step on this device: dense, under each mask of known density, in the other precision."""
+    """Memory and seconds of a step on this device, or on a described card: dense, under each mask of known density, in
+    the other precision; settings that would fit where it does not."""
     compute = config.precision.resolved
-    speed = memory.measure_device(device, DTYPES[compute])
+    other: Literal["fp32", "bf16"] = "fp32" if compute == "bf16" else "bf16"
+    speed = _speed(device, card, compute)
     densities = {"all coordinates": 1.0}
     for name, mask in config.masks.items():
         if isinstance(mask, TopFractionMask):
             densities[f"mask {name}"] = mask.fraction
+    if must_fit:  # the weights are loaded already
+        loaded = sum(each.model.num_parameters() for each in readers) * DTYPES[compute].itemsize
+        speed = speed._replace(memory_bytes=speed.memory_bytes + loaded)
     rows = [
         CheckRow(
-            "device",
+            "device" if card is None else "device, as published",
             (
-                f"{device.type}: {decimal(speed.memory_bytes)} free, {speed.matmul_flops / 1e9:,.0f} "
-                f"GFLOP/s, {decimal(int(speed.memory_bytes_per_second))}/s",
+                f"{card or device.type}: {decimal(speed.memory_bytes)} for training, "
+                f"{speed.matmul_flops / 1e9:,.0f} GFLOP/s, {decimal(int(speed.memory_bytes_per_second))}/s",
             ),
         )
     ]
     try:
-        estimates = _estimates(config, readers, speed, list(densities.values()))
-        other: Literal["fp32", "bf16"] = "fp32" if compute == "bf16" else "bf16"
-        others = _estimates(
-            config.with_compute(other), readers, memory.measure_device(device, DTYPES[other]), [1.0]
-        )
+        traces = [memory.trace(each, config.rollout.max_new_tokens) for each in readers]
     except UserError as error:
         return [*rows, CheckRow("memory and time", (f"not estimated: {error}",))]
-    for coordinates, one in zip(densities, estimates, strict=True):
-        parts = one.memory._asdict().items()
+
+    def arguments(
+        compute: Literal["fp32", "bf16"], speed: memory.DeviceSpeed, density: float = 1.0
+    ) -> tuple[Any, ...]:
+        """Those of an estimate."""
+        dtype = DTYPES[compute]
+        costs = [
+            memory.forward_cost(each, dtype, one) for each, one in zip(readers, traces, strict=True)
+        ]
+        return config, readers[0], readers[1:], speed, dtype, density, costs
+
+    shown: list[tuple[str, memory.Estimate]] = []
+    for coordinates, density in densities.items():
+        args = arguments(compute, speed, density)
+        one, fit = memory.estimate(*args), settings_that_fit(*args)
         needed = ", ".join(
-            f"{what.replace('_', ' ')} {decimal(size)}" for what, size in parts if size
+            f"{what.replace('_', ' ')} {decimal(size)}"
+            + (" (in host memory)" if what in one.on_host else "")
+            for what, size in one.memory._asdict().items()
+            if size
         )
-        loaded = one.memory.student_weights + one.memory.teacher_weights
-        fits = one.peak_bytes <= speed.memory_bytes + (loaded if must_fit else 0)
-        peak = f"{decimal(one.peak_bytes)}, {'fits' if fits else 'does not fit'} here"
+        remedy, limit = "", decimal(speed.memory_bytes)
+        if fit is None:
+            remedy = "no settings would fit: a mask, train.freeze, a smaller model or a larger device would"
+        elif fit.changes:
+            remedy = f"would fit: {fit} ({decimal(fit.estimate.peak_bytes)})"
+        text = f"{decimal(one.peak_bytes)}, {'fits' if not remedy else f'does not fit {limit}; {remedy}'}"
+        shown.append((f"; {fit}" if fit and fit.changes else "", fit.estimate if fit else one))
         rows.append(
             CheckRow(
                 f"memory, {coordinates}",
-                (f"{peak} ({needed})",),
-                fits if must_fit else None,
-                "lower train.micro_batch or loss.chunk_tokens, or use a larger device",
+                (f"{text} ({needed})",),
+                not remedy if must_fit else None,
+                remedy,
             )
         )
-        laps = ", ".join(f"{name} {value:.2g}" for name, value in one.seconds._asdict().items())
-    rows.append(CheckRow("seconds a step", (f"about {one.seconds.total:.2g} ({laps})",)))
-    cost = f"{decimal(others[0].peak_bytes)}, about {others[0].seconds.total:.2g} seconds a step"
-    return [*rows, CheckRow(f"with compute = {other}", (cost,))]
-
-
-def _estimates(
-    config: ExperimentConfig,
-    readers: Sequence[memory.Reader],
-    speed: memory.DeviceSpeed,
-    densities: Sequence[float],
-) -> list[memory.Estimate]:
-    """The estimate of a training step for each fraction of trained coordinates, in the config's precision."""
-    dtype, new_tokens = DTYPES[config.precision.resolved], config.rollout.max_new_tokens
-    costs = [memory.forward_cost(reader, dtype, new_tokens) for reader in readers]
-    completions = config.train.prompts_per_step * config.rollout.completions_per_prompt
+    changes, first = shown[0]
+    laps = ", ".join(f"{name} {rounded(value)}" for name, value in first.seconds._asdict().items())
+    hours = first.seconds.total * config.train.steps / 3600
+    there = memory.estimate(*arguments(other, _speed(device, card, other)))
     return [
-        memory.estimate(
-            readers[0],
-            readers[1:],
-            speed,
-            dtype=dtype,
-            completions_per_step=completions,
-            max_new_tokens=new_tokens,
-            chunk_tokens=config.loss.chunk_tokens,
-            micro_batch=config.train.micro_batch,
-            trained_fraction=density,
-            costs=costs,
-        )
-        for density in densities
+        *rows,
+        CheckRow(
+            "completions at once",
+            (f"rollout {first.rollout_batch}, training {first.micro_batch}{changes}",),
+        ),
+        CheckRow("seconds a step", (f"about {rounded(first.seconds.total)} ({laps}){changes}",)),
+        CheckRow(
+            "hours of training", (f"about {rounded(hours)} ({config.train.steps} steps){changes}",)
+        ),
+        CheckRow(
+            f"with compute = {other}",
+            (f"{decimal(there.peak_bytes)}, about {rounded(there.seconds.total)} seconds a step",),
+        ),
     ]
+
+
+def rounded(value: float) -> str:
+    """Two digits that count: 690, 8.5, 0.012."""
+    return format(float(f"{value:.2g}"), ",g")
+
+
+def _speed(device: torch.device, card: str | None, compute: str) -> memory.DeviceSpeed:
+    """The device's rates, or a described card's (whose fp32 products run at an eighth of bf16's)."""
+    if card is None:
+        return memory.measure_device(device, DTYPES[compute])
+    found = memory.described_device(card)
+    share = 1 if compute == "bf16" else 8
+    return found._replace(matmul_flops=found.matmul_flops / share)
 
 
 def tokens_of(model: LoadedModel, ids: Sequence[int]) -> str:

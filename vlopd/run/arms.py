@@ -54,7 +54,7 @@ from vlopd.run.resolve import (
 )
 from vlopd.run.stage import Stage
 from vlopd.train.log import open_trackers
-from vlopd.train.pair import load_pair
+from vlopd.train.pair import LoadedTeachers, load_pair
 from vlopd.train.resume import is_state_of
 from vlopd.train.sparse import Trainable
 from vlopd.weights.stored import stored_tensors
@@ -68,6 +68,8 @@ class ArmOptions(NamedTuple):
     """Use masks and checkpoints of another base (recorded in every later artifact)."""
     evaluate: Evaluate | None = None
     """Evaluates the student during training (eval.during)."""
+    teachers: LoadedTeachers | None = None
+    """Teachers that stay loaded from one arm to the next; None: each arm loads its own."""
 
 
 DEFAULT_OPTIONS = ArmOptions()
@@ -125,6 +127,7 @@ def train_arm(
         images=recipe.data.has_images,
         # the base arm, unless it is stored in a lower precision than the student
         student_folder=base if base_arm_is_exact(config) else None,
+        kept=options.teachers,
     )
     before, mask, projections = read_tensors(base), None, None
     if arm.mask is not None:

@@ -54,6 +54,9 @@ from vlopd.train.losses import (
 from vlopd.train.teacher import AnyTeacher, ByTeacher, Mixture, Teacher
 from vlopd.types import Completions, Example, Prompts
 
+LoadedTeachers = dict[tuple[Any, ...], LoadedModel]
+"""Fixed teachers by configuration, precision, device and folder: what `load_pair` keeps from one pair to the next."""
+
 
 class Rendered(NamedTuple):
     """An example as each model of a pair that reads it does: single prompts, on the CPU."""
@@ -407,6 +410,7 @@ def load_pair(
     images: bool = False,
     student_folder: Path | str | None = None,
     load: Callable[..., LoadedModel] = load_configured,
+    kept: LoadedTeachers | None = None,
 ) -> ModelPair:
     """Loads student and teachers.
 
@@ -419,6 +423,7 @@ def load_pair(
         images: whether the data has images, which a text-only model is then refused for.
         student_folder: takes the place of the configured student.
         load: loads one model of a config.
+        kept: teachers loaded for the pair before, reused where they are the same and fixed; replaced by this pair's.
 
     Returns a ModelPair. Raises ConfigError, before any weights are read, where a model cannot be read, vocabularies
     disagree or, with `images`, a model is text-only.
@@ -439,10 +444,21 @@ def load_pair(
         refuse_text_only(own, configs)
     vocabulary = shared_vocabulary(own, configs.values())
     teachers: dict[str, Teacher] = {}
-    for index, (name, its) in enumerate(configs.items()):
-        folder = student_folder if its.is_student else None
-        loaded = load(its.loaded_from(own), dtype, device, folder)
-        loaded.model.requires_grad_(False)
+    kept = {} if kept is None else kept
+    keys = []
+    for its in configs.values():
+        model = its.loaded_from(own).model_dump_json(include=set(ModelConfig.model_fields))
+        keys.append((model, dtype, str(device), str(student_folder) if its.is_student else None))
+    for key in kept.keys() - set(keys):
+        del kept[key]  # before others are loaded beside it
+    for index, (key, (name, its)) in enumerate(zip(keys, configs.items(), strict=True)):
+        loaded = None if its.ema is not None else kept.get(key)
+        if loaded is None:
+            folder = student_folder if its.is_student else None
+            loaded = load(its.loaded_from(own), dtype, device, folder)
+            loaded.model.requires_grad_(False)
+        if its.ema is None:
+            kept[key] = loaded
         teachers[name] = Teacher(loaded, vocabulary, index, its.context, its.ema)
     trained = load(own, dtype, device, student_folder)
     if isinstance(plan, RoutedTeachers):

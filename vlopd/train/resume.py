@@ -1,14 +1,21 @@
-"""A training run's saved state: one safetensors file, whole or absent, from which training resumes bit for bit."""
+"""A training run's saved state: one safetensors file, whole or absent, from which training resumes bit for bit.
+
+A step waits for the copy to host memory alone; hashing and writing run in a background thread (both release the GIL).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, uint8
@@ -22,6 +29,41 @@ Averages = list[tuple[Trainable, float]]
 """Fp32 values of teachers that are moving averages of the student, each with its decay per step."""
 
 
+class BackgroundWriter:
+    """Runs one piece of work at a time in a background thread; the end of its `with` block waits for the last.
+
+    An error of the work is raised by the next `start` or `wait`; after another error the block ends with that one.
+    """
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(1, "vlopd-writer")
+        self.last: Future[None] | None = None
+
+    def wait(self) -> None:
+        """Waits for the work under way, if any, and raises its error."""
+        last, self.last = self.last, None
+        if last is not None:
+            last.result()
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Starts `work`, after `wait`."""
+        self.wait()
+        self.last = self.pool.submit(work)
+
+    def __enter__(self) -> BackgroundWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.pool.shutdown()
+        if kind is None:
+            self.wait()
+
+
 def save_state(
     folder: Path,
     step: int,
@@ -30,9 +72,16 @@ def save_state(
     averages: Averages,
     identity: str,
     chosen: Mapping[str, int] = {},
+    writer: BackgroundWriter | None = None,
 ) -> None:
     """Writes one safetensors file, atomically: values, the optimizer's state, averages, the step, and what was chosen
-    by the memory that was free."""
+    by the memory that was free.
+
+    With a `writer` it returns once everything is copied to host memory. The copy before is written and freed first,
+    so there is one at a time; an error of that write is raised here.
+    """
+    if writer is not None:
+        writer.wait()
     tensors = {f"values/{n}": values for n, values in trainable.state().items()}
     plain: dict[str, dict[str, Any]] = {}  # not tensors: into the header, as JSON
     for name, entries in optimizer.state().items():
@@ -43,12 +92,22 @@ def save_state(
                 plain.setdefault(name, {})[key] = value
     for k, (average, _) in enumerate(averages):
         tensors |= {f"average-{k}/{n}": values for n, values in average.state().items()}
-    tensors = {label: tensor.contiguous() for label, tensor in tensors.items()}
     about = {"step": str(step), "identity": identity, "optimizer": json.dumps(plain)}
     about["chosen"] = json.dumps(dict(chosen))
-    about["digest"] = digest(about, tensors)
+    if writer is None:
+        _write(folder, about, {label: tensor.contiguous() for label, tensor in tensors.items()})
+        return
+    copies = {
+        label: tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for label, tensor in tensors.items()
+    }
+    writer.start(partial(_write, folder, about, copies))
+
+
+def _write(folder: Path, about: Mapping[str, str], tensors: dict[str, Tensor]) -> None:
+    """Writes the state's header entries and tensors, with their digest."""
     with whole_file(folder / "state.safetensors") as temporary:
-        save_file(tensors, temporary, about)
+        save_file(tensors, temporary, {**about, "digest": digest(about, tensors)})
 
 
 def digest(about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
