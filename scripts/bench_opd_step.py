@@ -6,9 +6,10 @@
     python scripts/bench_opd_step.py --device cuda --precision bf16 --student random:Qwen/Qwen2.5-1.5B \
         --completions 2 --new-tokens 256 --micro-batch 8 --set 'rollout.engine="graphs"'
 
-Without --trl this interpreter has to have TRL. Models are names or folders that `load_pair` takes, or random:NAME: an
-architecture with random weights and a byte tokenizer (scripts/random_models.py), which never stops early. The loss is
-the reverse KL (beta = 1.0 of TRL), the optimizer AdamW, completions are the student's at temperature 1.
+Without --trl this interpreter has to have TRL. Models are names or folders that `load_pair` takes, or random:NAME or
+random:NAME@LAYERS: an architecture (a name of scripts/random_models.py, or a folder with a config.json) with random
+weights, made in the process that trains it, and a byte tokenizer; it never stops early. The loss is the reverse KL
+(beta = 1.0 of TRL), the optimizer AdamW, completions are the student's at temperature 1.
 
 --precision, ours and TRL's: fp32; bf16 (TRL: fp32 weights and autocast; ours: bf16 weights beside fp32 values);
 bf16-weights (TRL: no fp32 values, so its updates below bf16's resolution are lost; ours as with bf16).
@@ -38,6 +39,7 @@ from resident import resident
 
 TRL = "trl==1.16.0"
 MARK = "RESULT "
+ROOT = Path(__file__).parents[1]
 WORDS = "harbour lantern winter garden market bridge letter mountain clock river theatre island".split()
 
 
@@ -76,56 +78,81 @@ def cap_memory(gib: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
 
 
-def peak_memory(cuda: bool, loaded: int) -> dict[str, int]:
-    """Peak bytes of this process; `loaded`: those with both models loaded and nothing else."""
-    if not cuda:
-        peak = resident("VmHWM")
-        return {"peak_bytes": peak, "over_models_bytes": peak - loaded}
-    import torch
+class Memory:
+    """Bytes of this process, from `loaded` on: with both models in memory and nothing else.
 
-    peak = torch.cuda.max_memory_allocated()
-    return {
-        "peak_bytes": peak,
-        "over_models_bytes": peak - loaded,
-        "reserved_bytes": torch.cuda.max_memory_reserved(),
-    }
+    On a GPU the allocator's peaks are read before each reset, since the training loop resets them at every phase.
+    """
+
+    def __init__(self, cuda: bool):
+        self.cuda = cuda
+        self.most: dict[str, int] = {}
+
+    def loaded(self) -> None:
+        if not self.cuda:
+            self.start = resident("VmRSS")
+            return
+        import torch
+
+        self.start = torch.cuda.memory_allocated()
+        self.reset = torch.cuda.reset_peak_memory_stats
+        self.reset()
+        torch.cuda.reset_peak_memory_stats = self.note
+
+    def note(self, *device: Any) -> None:
+        """Takes the place of torch.cuda.reset_peak_memory_stats."""
+        import torch
+
+        for key, peak in (
+            ("peak_bytes", torch.cuda.max_memory_allocated()),
+            ("reserved_bytes", torch.cuda.max_memory_reserved()),
+        ):
+            self.most[key] = max(peak, self.most.get(key, 0))
+        self.reset(*device)
+
+    def peaks(self) -> dict[str, int]:
+        if self.cuda:
+            self.note()
+        else:
+            self.most["peak_bytes"] = resident("VmHWM")
+        return {**self.most, "over_models_bytes": self.most["peak_bytes"] - self.start}
 
 
-def loaded_memory(cuda: bool) -> int:
-    """Bytes in use now, from which peaks count."""
-    if not cuda:
-        return resident("VmRSS")
-    import torch
-
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
+def is_random(folder: str) -> bool:
+    """Whether the folder is one of `make_folder`, without weights."""
+    return Path(folder).is_dir() and not list(Path(folder).glob("*.safetensors*"))
 
 
-def run_ours(args: argparse.Namespace) -> dict[str, Any]:
-    """Steps of `distill` in this process."""
-    import vlopd
-    import vlopd.loop
+def make_folder(architecture: str, folder: Path) -> Path:
+    """Config and processor of a random model, NAME or NAME@LAYERS; its weights are made where it trains."""
+    import random_models
+    from transformers import GenerationConfig
+
+    name, _, layers = architecture.partition("@")
+    config = random_models.read_config(name, int(layers) if layers else None)
+    processor = random_models.make_processor(config)
+    config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    end = config.eos_token_id if isinstance(config.eos_token_id, int) else None
+    tokenizer = getattr(processor, "tokenizer", processor)
+    end = tokenizer.eos_token_id if end is None else end
+    GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+    return folder
+
+
+def load_random(config: Any, dtype: Any, device: Any = "cpu", folder: Any = None) -> Any:
+    """In place of `load_configured`: a model with random weights. Student and teacher differ."""
+    import random_models
+
+    name = str(folder or config.model)
+    return random_models.make(name, dtype, device, seed=int(name.endswith("teacher")))
+
+
+def recipe_of(args: argparse.Namespace) -> Any:
+    """Our recipe, with the settings of --set."""
     from vlopd.config.input import parse_override
-    from vlopd.train.log import Stopwatch
+    from vlopd.config.recipe import Recipe
 
-    class CpuStopwatch(Stopwatch):
-        """Seconds, and the process's CPU seconds."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.cpu = time.process_time()
-
-        def seconds(self, tokens: int) -> dict[str, float]:
-            return {**super().seconds(tokens), "cpu_seconds": time.process_time() - self.cpu}
-
-    if vlopd.loop.Stopwatch is Stopwatch:  # a profiler has its own
-        vlopd.loop.Stopwatch = CpuStopwatch  # type: ignore[misc]
-    cuda = args.device == "cuda"
-    compute = "fp32" if args.precision == "fp32" else "bf16"
-    image = {"image": "image"} if args.image else {}
-    pair = vlopd.load_pair(
-        args.student, args.teacher, compute=compute, device=args.device, images=args.image
-    )
     tables: dict[str, Any] = {
         "rollout": {
             "max_new_tokens": args.new_tokens,
@@ -143,10 +170,39 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
     for each in args.settings:
         for section, values in parse_override(each).items():
             tables.setdefault(section, {}).update(values)
+    return Recipe(**tables)
+
+
+def run_ours(args: argparse.Namespace) -> dict[str, Any]:
+    """Steps of `distill` in this process."""
+    import vlopd
+    import vlopd.loop
+    from vlopd.train.log import Stopwatch
+
+    class CpuStopwatch(Stopwatch):
+        """Seconds, and the process's CPU seconds."""
+
+        def __init__(self, *rest: Any) -> None:
+            super().__init__(*rest)
+            self.cpu = time.process_time()
+
+        def seconds(self, tokens: int) -> dict[str, float]:
+            return {**super().seconds(tokens), "cpu_seconds": time.process_time() - self.cpu}
+
+    if vlopd.loop.Stopwatch is Stopwatch:  # a profiler has its own
+        vlopd.loop.Stopwatch = CpuStopwatch  # type: ignore[misc]
+    cuda = args.device == "cuda"
+    compute = "fp32" if args.precision == "fp32" else "bf16"
+    image = {"image": "image"} if args.image else {}
+    memory = Memory(cuda)
+    load = {"load": load_random} if is_random(args.student) else {}
+    pair = vlopd.load_pair(
+        args.student, args.teacher, compute=compute, device=args.device, images=args.image, **load
+    )
     mask = random_mask(pair.student.model, args.density)
-    loaded = loaded_memory(cuda)
+    memory.loaded()
     data = vlopd.load_data(args.data, question="question", **image)
-    trained = vlopd.distill(pair, data, vlopd.Recipe(**tables), seed=1, mask=mask)
+    trained = vlopd.distill(pair, data, recipe_of(args), seed=1, mask=mask)
     with open(trained.out / "metrics.jsonl") as file:
         rows = [json.loads(line) for line in file]
     return {
@@ -164,7 +220,7 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
             }
             for row in rows
         ],
-        **peak_memory(cuda, loaded),
+        **memory.peaks(),
     }
 
 
@@ -183,6 +239,7 @@ def random_mask(model: Any, density: float) -> dict[str, Any] | None:
 
 def run_trl(args: argparse.Namespace) -> dict[str, Any]:
     """Steps of TRL's trainer in this process."""
+    import random_models
     import torch
     import transformers as hf
     from datasets import Dataset
@@ -208,9 +265,14 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
     (processor.tokenizer if args.image else processor).padding_side = "left"
     low = torch.float32 if args.precision == "fp32" else torch.bfloat16
     own = torch.bfloat16 if args.precision == "bf16-weights" else torch.float32
-    student = cls.from_pretrained(args.student, dtype=own).to(args.device)
-    teacher = cls.from_pretrained(args.teacher, dtype=low).to(args.device)
-    loaded = loaded_memory(cuda)
+    memory = Memory(cuda)
+    student, teacher = (
+        random_models.make(name, dtype, args.device, seed=seed).model
+        if is_random(name)
+        else cls.from_pretrained(name, dtype=dtype).to(args.device)
+        for seed, (name, dtype) in enumerate(((args.student, own), (args.teacher, low)))
+    )
+    memory.loaded()
     steps: list[dict[str, Any]] = []
 
     def synchronize() -> None:
@@ -275,7 +337,7 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     for step, loss in zip(steps, losses, strict=False):
         step["loss"] = loss
-    return {"steps": steps, **peak_memory(cuda, loaded)}
+    return {"steps": steps, **memory.peaks()}
 
 
 CHILDREN = {"ours": run_ours, "trl": run_trl}
@@ -302,8 +364,12 @@ def run_child(
     """One measurement in its own process. A failure is {"error": last line of its output}."""
     asked = json.dumps({**vars(args), "precision": precision})
     command = [python, __file__, "--child", name, "--asked", asked]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     try:
-        out = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        out = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=limit
+        )
     except subprocess.TimeoutExpired:
         return {"error": f"did not end in {limit:.0f} s"}
     for line in out.stdout.splitlines():
@@ -387,9 +453,8 @@ def prepare(args: argparse.Namespace) -> None:
     for side in ("student", "teacher"):
         spec = getattr(args, side)
         if spec.startswith("random:"):
-            from random_models import make
-
-            spec = str(make(spec.removeprefix("random:"), work / "models", args.device))
+            name = spec.removeprefix("random:")
+            spec = str(make_folder(name, work / f"{name.replace('/', '--').strip('-')}-{side}"))
         setattr(args, side, resolve(spec))
 
 
@@ -407,7 +472,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for _ in range(args.rounds):
         for name, (child, precision, python) in sides.items():
-            runs[name].append(run_child(child, args, precision, python, args.limit))
+            run = run_child(child, args, precision, python, args.limit)
+            runs[name].append(run)
+            own = run.get("error") or [round(step["seconds"], 2) for step in run["steps"]]
+            print(f"{name}: {own}", file=sys.stderr, flush=True)
     summaries = {name: summary(each) for name, each in runs.items()}
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     what = (

@@ -41,7 +41,7 @@ def kind_of(name: str) -> str:
 
 
 class PhaseProfiler:
-    """Operators' seconds, calls and wall time by phase. A phase ends where the loop's clock takes its lap."""
+    """Operators' seconds, calls and wall time by phase. A phase begins where the loop's clock starts it."""
 
     def __init__(self, cuda: bool):
         self.cuda = cuda
@@ -50,15 +50,17 @@ class PhaseProfiler:
         self.wall: Counter[str] = Counter()
         self.running: Any = None
 
-    def start(self) -> None:
+    def start(self, phase: str) -> None:
+        self.phase = phase
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.cuda
         self.running = profile(activities=activities, acc_events=True)
         self.running.__enter__()
         self.started = time.perf_counter()
 
-    def stop(self, phase: str) -> None:
+    def stop(self) -> None:
         if self.running is None:
             return
+        phase = self.phase
         self.wall[phase] += time.perf_counter() - self.started
         self.running.__exit__(None, None, None)
         seconds = self.seconds.setdefault(phase, Counter())
@@ -102,27 +104,24 @@ def main() -> None:
     profiler = PhaseProfiler(args.device == "cuda")
 
     class ProfilingStopwatch(Stopwatch):
-        """The loop's clock; from its second step on, laps end the profile of a phase and start the next."""
+        """The loop's clock; from the second step on, each phase is a profile."""
 
         steps = 0
 
-        def __init__(self) -> None:
+        def __init__(self, *rest: Any) -> None:
             ProfilingStopwatch.steps += 1
-            self.profiles = ProfilingStopwatch.steps > 1
-            super().__init__()
-            if self.profiles:
-                profiler.start()
+            super().__init__(*rest)
 
-        def lap(self, name: str) -> None:
-            super().lap(name)
-            if self.profiles:
-                profiler.stop(name)
+        def start(self, phase: str | None) -> None:
+            profiler.stop()
+            super().start(phase)
+            if phase is not None and ProfilingStopwatch.steps > 1:
+                profiler.start(phase)
                 self.last = self.now()
-                profiler.start()
 
     vlopd.loop.Stopwatch = ProfilingStopwatch  # type: ignore[misc]
     found = bench_opd_step.run_ours(args)
-    profiler.stop("log")
+    profiler.stop()
     step = found["steps"][-1]
     print(
         f"{torch.get_num_threads()} threads, {step['tokens']} tokens; the step before, not profiled: "
