@@ -40,7 +40,9 @@ from resident import resident
 TRL = "trl==1.16.0"
 MARK = "RESULT "
 ROOT = Path(__file__).parents[1]
-WORDS = "harbour lantern winter garden market bridge letter mountain clock river theatre island".split()
+WORDS = (
+    "harbour lantern winter garden market bridge letter mountain clock river theatre island".split()
+)
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -254,9 +256,7 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
     rows = [row for row in rows for _ in range(args.completions)][: per_step * args.steps]
     content = [{"prompt": [{"role": "user", "content": row["question"]}]} for row in rows]
     if args.image:
-        content = [
-            {**each, "image": row["image"]} for each, row in zip(content, rows, strict=True)
-        ]
+        content = [{**each, "image": row["image"]} for each, row in zip(content, rows, strict=True)]
     data = Dataset.from_list(content)
     if args.image:
         data = data.cast_column("image", ImageColumn())
@@ -446,9 +446,7 @@ def prepare(args: argparse.Namespace) -> None:
 
     work = Path(args.work)
     args.data = str(
-        write_data(
-            work / "data", args.prompts * args.steps, args.pixels if args.image else None
-        )
+        write_data(work / "data", args.prompts * args.steps, args.pixels if args.image else None)
     )
     for side in ("student", "teacher"):
         spec = getattr(args, side)
@@ -500,8 +498,14 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--student", help="model; default: builtin:smollm2-24l, or with --image builtin:shapes-student")
-    add("--teacher", help="model; default: builtin:smollm2 or builtin:shapes-teacher, else the student")
+    add(
+        "--student",
+        help="model; default: builtin:smollm2-24l, or with --image builtin:shapes-student",
+    )
+    add(
+        "--teacher",
+        help="model; default: builtin:smollm2 or builtin:shapes-teacher, else the student",
+    )
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--precision", choices=["fp32", "bf16", "bf16-weights"], default="fp32")
     add("--image", action="store_true", help="a picture a prompt")

@@ -52,7 +52,15 @@ def train(steps: int, prompts: int) -> list[float]:
 def measure(variables: dict[str, str], steps: int, prompts: int) -> list[float]:
     """The same in a process of its own, with these variables and no others of OpenMP."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(THREADED)}
-    command = [sys.executable, __file__, "--child", "--steps", str(steps), "--prompts", str(prompts)]
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        "--steps",
+        str(steps),
+        "--prompts",
+        str(prompts),
+    ]
     out = subprocess.run(
         command, env={**kept, **variables}, check=True, capture_output=True, text=True
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import bench_opd_step
 import torch
@@ -19,41 +19,62 @@ import torch
 PHASES = ("rollout", "teacher", "student", "update")
 
 
-def predict(args: argparse.Namespace) -> dict[str, Any]:
-    """FLOPs, bytes, calls, seconds of each phase and the peak, from the models' configs alone."""
+class Inputs(NamedTuple):
+    """What a prediction is made of."""
+
+    recipe: Any
+    student: Any
+    teachers: list[Any]
+    speed: Any
+    dtype: torch.dtype
+
+
+def inputs(args: argparse.Namespace) -> Inputs:
+    """The recipe, the models without weights and the device's measured rates."""
+    import vlopd
     from vlopd.models.load import DTYPES, load_model_config, load_processor
     from vlopd.models.loaded import LoadedModel
     from vlopd.models.meta import meta_model
     from vlopd.preflight import memory
 
-    import vlopd
-
     dtype = DTYPES["fp32" if args.precision == "fp32" else "bf16"]
     image = {"image": "image"} if args.image else {}
-    examples = list(vlopd.load_data(args.data, question="question", **image))[: args.prompts]
+    data = vlopd.load_data(args.data, question="question", **image)
+    examples = [data[i] for i in range(min(8, args.prompts))]
     readers = []
     for name in (args.student, args.teacher):
         model = meta_model(load_model_config(name))
         prompts = LoadedModel(name, model, load_processor(name)).prompts_of(examples)
-        patches = None
-        if args.image and (grid := prompts.per_image.get("image_grid_thw")) is not None:
-            patches = int(grid[0].prod())
-        readers.append(
-            memory.Reader(model, prompts.input_ids.shape[1], "sdpa", patches if args.image else 0)
-        )
-    student, teacher = readers
-    recipe, device = bench_opd_step.recipe_of(args), torch.device(args.device)
-    speed = memory.measure_device(device, dtype)
+        patches = 0
+        if args.image:
+            grid = prompts.per_image.get("image_grid_thw")
+            patches = None if grid is None else int(grid[0].prod())
+        readers.append(memory.Reader(model, prompts.input_ids.shape[1], "sdpa", patches))
+    speed = memory.measure_device(torch.device(args.device), dtype)
+    return Inputs(bench_opd_step.recipe_of(args), readers[0], readers[1:], speed, dtype)
+
+
+def predict(args: argparse.Namespace) -> dict[str, Any]:
+    """FLOPs, bytes, calls, seconds of each phase and the peak, from the models' configs alone."""
+    from vlopd.preflight import memory
+
+    recipe, student, teachers, speed, dtype = inputs(args)
     whole = float("inf")
 
     def at(speed: memory.DeviceSpeed) -> memory.Estimate:
-        return memory.estimate(recipe, student, [teacher], speed, dtype, args.density)
+        return memory.estimate(recipe, student, teachers, speed, dtype, args.density)
 
     # a device that is infinitely fast but for one rate of 1 takes as many seconds as there is work of that kind
     work = {
-        "flops": at(speed._replace(matmul_flops=1.0, memory_bytes_per_second=whole, call_seconds=0.0)),
-        "bytes": at(speed._replace(matmul_flops=whole, memory_bytes_per_second=1.0, call_seconds=0.0)),
-        "calls": at(speed._replace(matmul_flops=whole, memory_bytes_per_second=whole, call_seconds=1.0)),
+        "flops": at(
+            speed._replace(matmul_flops=1.0, memory_bytes_per_second=whole, call_seconds=0.0)
+        ),
+        "bytes": at(
+            speed._replace(matmul_flops=whole, memory_bytes_per_second=1.0, call_seconds=0.0)
+        ),
+        "calls": at(
+            speed._replace(matmul_flops=whole, memory_bytes_per_second=whole, call_seconds=1.0)
+        ),
     }
     found = at(speed)
     return {
