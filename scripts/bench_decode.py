@@ -4,9 +4,9 @@
     python scripts/bench_decode.py --model random:deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --device cuda \
         --precision bf16 --batches 1 8 32 128 --engines eager static graphs transformers
 
-A token's time is that of --new-tokens less that of one, over the tokens between: prefill and set-up drop out. End tokens
-do not stop here. The floor is one reading of the weights and of the cache at its middle length, at the bandwidth that a
-large copy reaches. "transformers" is its `generate` with a dynamic cache.
+A token's time is that of --new-tokens less that of one, over the tokens between: prefill and set-up drop out. End
+tokens do not stop here. The floor is one reading of the weights and of the cache at its middle length, at the bandwidth
+that a large copy reaches. "transformers" is its `generate` with a dynamic cache.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ def load_model(name: str, device: str, precision: str, work: Path) -> Any:
 
 def floor_seconds(loaded: Any, batch: int, length: float, bandwidth: float) -> float:
     """Reading the language model's weights and the cache once."""
-    from vlopd.models import families, parameter_names
     from vlopd.models.cache_size import cache_bytes
+
+    from vlopd.models import families, parameter_names
 
     model = loaded.model
     embedding = families.backbone(model).get_input_embeddings().weight

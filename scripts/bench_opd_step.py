@@ -1,10 +1,10 @@
 """Benchmarks a training step of `vlopd.distill` against TRL's `DistillationTrainer`: same models, prompts, loss.
 
-    python scripts/bench_opd_step.py --make-venv /tmp/trl                        # TRL beside this environment's packages
-    python scripts/bench_opd_step.py --trl /tmp/trl/bin/python                   # SmolLM2, 24 of 30 layers from 30, fp32
-    python scripts/bench_opd_step.py --trl /tmp/trl/bin/python --image           # the built-in vision-language pair
-    python scripts/bench_opd_step.py --device cuda --precision bf16 --student random:Qwen/Qwen2.5-1.5B \
-        --completions 2 --new-tokens 256 --micro-batch 8 --set 'rollout.engine="graphs"'
+    python scripts/bench_opd_step.py --make-venv /tmp/trl                      # TRL beside this environment's packages
+    python scripts/bench_opd_step.py --trl /tmp/trl/bin/python                 # SmolLM2, 24 of 30 layers from 30, fp32
+    python scripts/bench_opd_step.py --trl /tmp/trl/bin/python --image         # the built-in vision-language pair
+    python scripts/bench_opd_step.py --device cuda --precision bf16 --completions 2 --new-tokens 256 \
+        --student random:deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --micro-batch 8 --set 'rollout.engine="graphs"'
 
 Without --trl this interpreter has to have TRL. Models are names or folders that `load_pair` takes, or random:NAME or
 random:NAME@LAYERS: an architecture (a name of scripts/random_models.py, or a folder with a config.json) with random
@@ -40,9 +40,7 @@ from resident import resident
 TRL = "trl==1.16.0"
 MARK = "RESULT "
 ROOT = Path(__file__).parents[1]
-WORDS = (
-    "harbour lantern winter garden market bridge letter mountain clock river theatre island".split()
-)
+WORDS = ("harbour", "lantern", "winter", "garden", "market", "bridge", "letter", "clock")
 
 
 # ------------------------------------------------------------------------------------------- data
