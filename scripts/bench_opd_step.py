@@ -133,10 +133,9 @@ def make_folder(architecture: str, folder: Path) -> Path:
     processor = random_models.make_processor(config)
     config.save_pretrained(folder)
     processor.save_pretrained(folder)
-    end = config.eos_token_id if isinstance(config.eos_token_id, int) else None
     tokenizer = getattr(processor, "tokenizer", processor)
-    end = tokenizer.eos_token_id if end is None else end
-    GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    GenerationConfig(**ends).save_pretrained(folder)
     return folder
 
 
