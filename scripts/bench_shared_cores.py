@@ -19,6 +19,9 @@ import sys
 from pathlib import Path
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.toml"
+BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(1_000_000))"
+"""A busy process, which ends with its parent."""
+
 THREADED = ("OMP_", "GOMP_", "KMP_", "MKL_")
 """Prefixes of the variables that a setting replaces."""
 
@@ -79,10 +82,19 @@ def main() -> None:
         print(json.dumps(train(args.steps, args.prompts)))
         return
     chosen = {k: v for k, v in settings().items() if not args.only or k in args.only}
-    idle = {name: measure(v, args.steps, args.prompts) for name, v in chosen.items()}
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.busy)]
+
+    def measure_all(where: str) -> dict[str, list[float]]:
+        found = {}
+        for name, variables in chosen.items():
+            found[name] = measure(variables, args.steps, args.prompts)
+            seconds = [round(each, 2) for each in found[name]]
+            print(f"{where}, {name}: {seconds}", file=sys.stderr, flush=True)
+        return found
+
+    idle = measure_all("idle")
+    busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(args.busy)]
     try:
-        shared = {name: measure(v, args.steps, args.prompts) for name, v in chosen.items()}
+        shared = measure_all("beside busy")
     finally:
         for process in busy:
             process.kill()

@@ -106,6 +106,7 @@ def engines(at: Setting) -> Found:
     from PIL import Image
 
     from vlopd import seeding
+    from vlopd.train.decoding import chosen_engine
     from vlopd.train.generation import sample
     from vlopd.types import Example
 
@@ -134,6 +135,10 @@ def engines(at: Setting) -> Found:
         for engine in ("eager", "static", "graphs"):
             if engine == "graphs" and not at.cuda:
                 continue
+            if why := chosen_engine(loaded, engine)[1]:
+                numbers[f"{kind}, {engine}"] = why
+                if kind == "text":
+                    problems.append(why)
             start = time.perf_counter()
             greedy = sample(loaded, prompts, tokens, 0.0, engine=engine)
             drawn = sample(loaded, prompts, tokens, 1.0, uniforms, engine=engine)
