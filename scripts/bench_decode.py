@@ -43,9 +43,7 @@ def load_model(name: str, device: str, precision: str, work: Path) -> Any:
 
 def floor_seconds(loaded: Any, batch: int, length: float, bandwidth: float) -> float:
     """Reading the language model's weights and the cache once."""
-    from vlopd.models.cache_size import cache_bytes
-
-    from vlopd.models import families, parameter_names
+    from vlopd.models import cache_size, families, parameter_names
 
     model = loaded.model
     embedding = families.backbone(model).get_input_embeddings().weight
@@ -55,7 +53,7 @@ def floor_seconds(loaded: Any, batch: int, length: float, bandwidth: float) -> f
         if parameter_names.classify(name).component not in ("vision", "projector")
         and (p is not embedding or p is model.get_output_embeddings().weight)
     )
-    return (read + batch * length * cache_bytes(model.config, model.dtype)) / bandwidth
+    return (read + batch * length * cache_size.cache_bytes(model.config, model.dtype)) / bandwidth
 
 
 def seconds_of(loaded: Any, prompts: Any, engine: str, tokens: int) -> float:

@@ -106,7 +106,7 @@ def engines(at: Setting) -> Found:
     from PIL import Image
 
     from vlopd import seeding
-    from vlopd.train.decoding import chosen_engine
+    from vlopd.train import decoding
     from vlopd.train.generation import sample
     from vlopd.types import Example
 
@@ -135,7 +135,7 @@ def engines(at: Setting) -> Found:
         for engine in ("eager", "static", "graphs"):
             if engine == "graphs" and not at.cuda:
                 continue
-            if why := chosen_engine(loaded, engine)[1]:
+            if why := decoding.chosen_engine(loaded, engine)[1]:
                 numbers[f"{kind}, {engine}"] = why
                 if kind == "text":
                     problems.append(why)
