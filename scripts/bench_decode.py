@@ -1,12 +1,12 @@
-"""Milliseconds a decode step against batch and engine, beside `generate` and the memory-bandwidth floor.
+"""Benchmarks a decode step: milliseconds a token against batch, by engine, beside the memory bandwidth's floor.
 
-    python scripts/bench_decode.py Qwen/Qwen2.5-Math-1.5B --device cuda --batches 1 8 32 128
-    python scripts/bench_decode.py builtin:smollm2 --batches 1 16 --tokens 32
+    python scripts/bench_decode.py                                                   # SmolLM2, CPU, fp32
+    python scripts/bench_decode.py --model random:deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --device cuda \
+        --precision bf16 --batches 1 8 32 128 --engines eager static graphs transformers
 
-A model is a published architecture by name (random weights: random_models.py), a folder or a `builtin:` name. A step's
-time is the slope between sampling the whole completion and one token, so that the prefill cancels. The floor is the
-bytes that a step must read (weights, and the cache at its mean length) over the measured bandwidth of a copy.
-Ways alternate within a repetition; the best repetition counts.
+A token's time is that of --new-tokens less that of one, over the tokens between: prefill and set-up drop out. End
+tokens do not stop here. The floor is one reading of the weights and of the cache at its middle length, at the bandwidth
+that a large copy reaches. "transformers" is its `generate` with a dynamic cache.
 """
 
 from __future__ import annotations
@@ -14,144 +14,145 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import random_models
+import bench_opd_step
 import torch
 
-from vlopd.models.load import DTYPES, load
-from vlopd.models.loaded import LoadedModel
-from vlopd.preflight.memory import measure_device
-from vlopd.seeding import uniforms
-from vlopd.train.decoding import chosen_engine
-from vlopd.train.generation import sample
-from vlopd.types import Prompts
+ENGINES = ("eager", "static", "graphs", "transformers")
+QUESTION = "Tell me a long story about a harbour, a lantern and a winter garden."
 
 
-def read_model(name: str, dtype: torch.dtype, device: str, layers: int | None) -> LoadedModel:
-    """Random weights of a published architecture, or a checkpoint."""
-    if name in random_models.architectures():
-        return random_models.make(name, dtype, device, layers)
-    return load(name, dtype, device)
+def load_model(name: str, device: str, precision: str, work: Path) -> Any:
+    """A model that never stops: by name or folder, or random:NAME."""
+    from vlopd.models.load import DTYPES, load
+
+    if name.startswith("random:"):
+        import random_models
+
+        asked, _, layers = name.removeprefix("random:").partition("@")
+        loaded = random_models.make(
+            asked, DTYPES[precision], device, int(layers) if layers else None
+        )
+    else:
+        loaded = load(name, DTYPES[precision], device)
+    vars(loaded)["end_ids"] = [-1]
+    return loaded
 
 
-def make_prompts(loaded: LoadedModel, batch: int, length: int) -> Prompts:
-    """[B, P] ordinary tokens; every other row is a fourth shorter, so that there is padding."""
-    usable = sorted(
-        set(range(loaded.vocabulary_rows)) - set(loaded.unsampleable_ids) - set(loaded.end_ids)
+def floor_seconds(loaded: Any, batch: int, length: float, bandwidth: float) -> float:
+    """Reading the language model's weights and the cache once."""
+    from vlopd.models import cache_size, families, parameter_names
+
+    model = loaded.model
+    embedding = families.backbone(model).get_input_embeddings().weight
+    read = sum(
+        p.nbytes
+        for name, p in model.named_parameters()
+        if parameter_names.classify(name).component not in ("vision", "projector")
+        and (p is not embedding or p is model.get_output_embeddings().weight)
     )
-    ids = torch.tensor(usable)[torch.arange(batch * length).view(batch, length) * 7 % len(usable)]
-    mask = torch.ones_like(ids)
-    mask[1::2, : length // 4] = 0
-    return Prompts(ids, mask).to(loaded.device, loaded.model.dtype)
+    return (read + batch * length * cache_size.cache_bytes(model.config, model.dtype)) / bandwidth
 
 
-def cache_bytes(loaded: LoadedModel, tokens: float) -> float:
-    """Bytes of one row's keys and values at a length, every layer counted as full attention."""
-    text = loaded.model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * width * tokens * loaded.model.dtype.itemsize
+def seconds_of(loaded: Any, prompts: Any, engine: str, tokens: int) -> float:
+    from vlopd import seeding
+    from vlopd.train.generation import sample
 
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, the device's work included."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    synchronize = torch.cuda.synchronize if loaded.device.type == "cuda" else lambda: None
+    uniforms = seeding.uniforms(len(prompts), tokens, "bench")
+    synchronize()
     start = time.perf_counter()
-    run()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    if engine == "transformers":
+        loaded.model.generate(
+            input_ids=prompts.input_ids,
+            attention_mask=prompts.attention_mask,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=True,
+            top_k=0,
+        )
+    else:
+        found = sample(loaded, prompts, tokens, 1.0, uniforms, engine=engine)
+        assert found.ids.shape[1] == tokens
+    synchronize()
     return time.perf_counter() - start
 
 
-def ways(loaded: LoadedModel, prompts: Prompts, engines: list[str]) -> dict[str, Any]:
-    """Name -> function that samples so many tokens of each prompt; no completion ends early."""
-    ends = loaded.end_ids
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    from vlopd.models.load import DTYPES
+    from vlopd.preflight.memory import measure_device
+    from vlopd.types import Example
 
-    def ours(engine: Any) -> Callable[[int], object]:
-        return lambda tokens: sample(
-            loaded,
-            prompts,
-            tokens,
-            1.0,
-            uniforms(len(prompts), tokens, "bench"),
-            banned_ids=ends,
-            engine=engine,
-        )
+    loaded = load_model(args.model, args.device, args.precision, Path(args.work))
+    speed = measure_device(args.device, DTYPES[args.precision])
+    cuda = args.device == "cuda"
+    rows: list[dict[str, Any]] = []
+    for batch in args.batches:
+        prompts = loaded.render([Example.ask(str(i), QUESTION) for i in range(batch)])
+        length = prompts.input_ids.shape[1] + args.new_tokens / 2
+        row: dict[str, Any] = {"batch": batch}
+        for engine in args.engines:
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                for tokens in (1, args.new_tokens):  # captures and compiles
+                    seconds_of(loaded, prompts, engine, tokens)
+                laps = [
+                    seconds_of(loaded, prompts, engine, args.new_tokens)
+                    - seconds_of(loaded, prompts, engine, 1)
+                    for _ in range(args.rounds)
+                ]
+                row[engine] = 1e3 * min(laps) / (args.new_tokens - 1)
+            except Exception as error:
+                row[engine] = None
+                print(f"{engine}, batch {batch}: {type(error).__name__}: {str(error)[:200]}")
+            if cuda:
+                row[f"{engine}_peak_bytes"] = torch.cuda.max_memory_allocated()
+        bandwidth = speed.memory_bytes_per_second
+        row["floor"] = 1e3 * floor_seconds(loaded, batch, length, bandwidth)
+        rows.append(row)
+    return {
+        "what": f"{loaded}, {args.precision}, {args.new_tokens} tokens",
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "gigabytes_per_second": speed.memory_bytes_per_second / 1e9,
+        "rows": rows,
+    }
 
-    def generate(tokens: int) -> object:
-        inputs = {"input_ids": prompts.input_ids, "attention_mask": prompts.attention_mask}
-        with torch.no_grad():
-            return loaded.model.generate(
-                **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, top_k=0
-            )
 
-    return {**{engine: ours(engine) for engine in engines}, "generate": generate}
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="builtin:smollm2-24l")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--precision", choices=["fp32", "bf16"], default="fp32")
+    add("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
+    add("--engines", nargs="+", choices=ENGINES, default=["eager", "static", "transformers"])
+    add("--new-tokens", type=int, default=32)
+    add("--rounds", type=int, default=2, help="measurements; the least counts")
+    add("--work", default="/tmp/bench-opd-step")
+    add("--cap-gib", type=float, help="GPU memory that the process may use")
+    add("--json", type=Path, help="file for the result")
+    return parser.parse_args(words)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    args = parse()
+    bench_opd_step.cap_memory(args.cap_gib)
+    found = measure(args)
+    print(
+        f"{found['device']}, {found['gigabytes_per_second']:.0f} GB/s: {found['what']}; ms a token"
     )
-    parser.add_argument("model")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--dtype", choices=("bf16", "fp32"), help="default: bf16 on CUDA, else fp32"
-    )
-    parser.add_argument("--layers", type=int, help="only the first so many layers (random weights)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128])
-    parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--engines", nargs="+", default=["eager", "static", "graphs"])
-    parser.add_argument("--no-generate", action="store_true")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    asked = parser.parse_args()
-    dtype = DTYPES[asked.dtype or ("bf16" if asked.device == "cuda" else "fp32")]
-    loaded = read_model(asked.model, dtype, asked.device, asked.layers)
-    speed = measure_device(loaded.device, dtype)
-    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
-    bandwidth = speed.memory_bytes_per_second
-    if not asked.json:
-        print(f"{loaded}, {dtype} on {loaded.device}; copies at {bandwidth / 1e9:,.0f} GB/s")
-    engines = []
-    for engine in asked.engines:
-        chosen, why = chosen_engine(loaded, engine)
-        engines += [engine] if chosen == engine else []
-        if why and not asked.json:
-            print(why)
-    for batch in asked.batches:
-        prompts = make_prompts(loaded, batch, asked.prompt)
-        runs = ways(loaded, prompts, engines)
-        if asked.no_generate:
-            del runs["generate"]
-        best: dict[str, dict[int, float]] = {name: {} for name in runs}
-        for repetition in range(asked.repetitions + 1):  # the first is a warm-up
-            for name, run in runs.items():
-                for tokens in (1, asked.tokens):
-                    taken = seconds(lambda run=run, tokens=tokens: run(tokens), loaded.device)
-                    if repetition:
-                        best[name][tokens] = min(best[name].get(tokens, taken), taken)
-        cache = batch * cache_bytes(loaded, asked.prompt + asked.tokens / 2)
-        row: dict[str, Any] = {
-            "batch": batch,
-            "floor_ms": 1e3 * (weights + cache) / bandwidth,
-            **{
-                f"{name}_ms": 1e3 * (its[asked.tokens] - its[1]) / (asked.tokens - 1)
-                for name, its in best.items()
-            },
-        }
-        if asked.json:
-            print(json.dumps({"model": asked.model, "device": asked.device, **row}), flush=True)
-        else:
-            print(
-                "  ".join(
-                    f"{k} {v:,.2f}" if k != "batch" else f"{k} {v:4}" for k, v in row.items()
-                ),
-                flush=True,
-            )
+    print("| batch | " + " | ".join(args.engines) + " | floor |")
+    print("|---:" * (len(args.engines) + 2) + "|")
+    for row in found["rows"]:
+        cells = ("-" if row[e] is None else f"{row[e]:.2f}" for e in (*args.engines, "floor"))
+        print(f"| {row['batch']} | " + " | ".join(cells) + " |")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,10 @@ QUIET = {
 }
 """Environment defaults that limit libraries to warnings; variables already set are kept."""
 
+THREADS = {"OMP_WAIT_POLICY": "passive"}
+"""OpenMP, read when torch loads: idle threads sleep instead of spinning, which on shared cores takes the time of those
+that work."""
+
 INTERRUPTED = 130
 """Typer's exit code after Ctrl-C."""
 
@@ -288,7 +292,7 @@ def verify(run: Folder) -> None:
 
 def main() -> None:
     """Entry point: a UserError is one line on stderr and exit code 2; an interrupt exits with 130."""
-    for name, value in QUIET.items():
+    for name, value in {**QUIET, **THREADS}.items():
         os.environ.setdefault(name, value)
     try:
         app(prog_name="vlopd", standalone_mode=True)
