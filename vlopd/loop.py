@@ -280,9 +280,8 @@ def distill(
 
             rows: list[dict[str, Any]] = []
             forwards: Forwards | None = {} if train.updates_per_rollout > 1 else None
-            if (
-                train.offload_teacher
-            ):  # all of the teachers' phase first, so that they move once a step
+            if train.offload_teacher:
+                # the teachers' phase first, over all micro-batches, so that they move once a step
                 clock.start("teacher")
                 with distributed.together(accelerator), teachers.awake():
                     forwards = teacher_forwards(pair, batches)
@@ -352,7 +351,7 @@ def backward(
     """Accumulates the gradient of the step's loss over this process's micro-batches, each in chunks of tokens.
 
     `forwards` caches the teachers' forward passes from one update to the next: within a step teachers do not change.
-    `memory` counts what the first micro-batch keeps.
+    `memory` counts what the student's forward pass keeps.
     Returns this process's part of the loss, and loss and diagnostics of every token, by micro-batch.
     """
     n_tokens, n_completions = count(batches, accelerator)

@@ -33,7 +33,7 @@ from vlopd.cli.common import (
     say,
 )
 from vlopd.config.input import load_config
-from vlopd.errors import ConfigError, UserError
+from vlopd.errors import ConfigError, UserError, one_line_out_of_memory
 from vlopd.files import is_first_process, read_json
 from vlopd.run.folder import RunFolder
 
@@ -295,7 +295,9 @@ def main() -> None:
     for name, value in {**QUIET, **THREADS}.items():
         os.environ.setdefault(name, value)
     try:
-        app(prog_name="vlopd", standalone_mode=True)
+        # what training, loading and evaluation did not catch, under the command's name
+        guarded = one_line_out_of_memory(" ".join(["vlopd", *sys.argv[1:2]]))(app)
+        guarded(prog_name="vlopd", standalone_mode=True)
     except UserError as error:
         print(f"vlopd: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
