@@ -530,7 +530,7 @@ def estimate(
     # gradients grow while the graph shrinks; a second micro-batch finds those of the first
     recomputed = memory.working if train.activation_checkpointing else 0
     graph = memory.activations + max(memory.logits, recomputed)
-    graph = graph + gradients if batches > 1 else max(graph, gradients)
+    graph = graph + gradients if batches > 1 else max(graph, gradients + memory.working)
 
     # seconds
     def seconds(flops: float, moved: float, calls: float = 0.0) -> float:

@@ -449,7 +449,8 @@ def load_pair(
     for its in configs.values():
         model = its.loaded_from(own).model_dump_json(include=set(ModelConfig.model_fields))
         keys.append((model, dtype, str(device), str(student_folder) if its.is_student else None))
-    for key in kept.keys() - set(keys):
+    fixed = {key for key, its in zip(keys, configs.values(), strict=True) if its.ema is None}
+    for key in kept.keys() - fixed:
         del kept[key]  # before others are loaded beside it
     for index, (key, (name, its)) in enumerate(zip(keys, configs.items(), strict=True)):
         loaded = None if its.ema is not None else kept.get(key)
