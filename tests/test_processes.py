@@ -128,7 +128,7 @@ def check_pictures(which: str, models: Path, out: Path) -> None:
     for name, one in expected.items():
         assert torch.equal(first[name], second[name])
         # decay alone, where a value has no gradient, would be 1e-3
-        torch.testing.assert_close(first[name], one, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(first[name], one, rtol=1e-3, atol=3e-4)
     lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (out / which, alone)]
     norms = [[json.loads(line)["grad_norm"] for line in each] for each in lines]
     words = [json.loads(each[0])["words"] for each in lines]
