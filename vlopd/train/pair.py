@@ -101,7 +101,7 @@ class ModelPair:
         )
 
     def engine_notes(self, rollout: RolloutConfig) -> list[str]:
-        """Says which engine runs the decode steps where one other than eager is asked for, and why if it is not that."""
+        """Says which engine runs the decode steps where one other than eager is asked for, and why if not that."""
         if rollout.engine == "eager":
             return []
         shares = rollout.source.shares
