@@ -36,6 +36,7 @@ from vlopd.models.loaded import LoadedModel
 from vlopd.models.save import save
 from vlopd.seeding import uniforms
 from vlopd.train.checkpointing import recomputed
+from vlopd.train.decoding import chosen_engine
 from vlopd.train.generation import sample
 from vlopd.train.losses import Sampled, chunked_divergence
 from vlopd.train.sparse import Trainable
@@ -316,13 +317,38 @@ def disturbed(model: LoadedModel, share: float = 0.5) -> LoadedModel:
 
 
 def test_samplers_logprobs_equal_rescored_ones(family, make):
-    """What the sampler notes with its cache is what scoring gives."""
-    model = make(family)
-    prompts = model.render(examples_of(family))
-    completions = sample(model, prompts, 8, 1.0, uniforms(len(prompts), 8, 0))
-    rescored = ours(model, prompts, completions)
+    """Two completions of each prompt, read once and sampled by either engine, have the log-probs that scoring gives."""
+    model, examples = make(family), examples_of(family)
+    rows = [k for k in range(len(examples)) for _ in range(2)]
+    prompts, numbers = model.render(examples), uniforms(len(rows), 12, 0)
+    completions = sample(model, prompts, 12, 1.0, numbers, rows=rows)
+    rescored = ours(model, model.render([examples[k] for k in rows]), completions)
     rescored = rescored.gather(1, completions.ids[completions.mask][:, None])[:, 0]
     torch.testing.assert_close(completions.logprobs[completions.mask], rescored, rtol=0, atol=1e-4)
+    assert chosen_engine(model, "static") == ("static", None)
+    static = sample(model, prompts, 12, 1.0, numbers, rows=rows, engine="static")
+    assert torch.equal(static.ids, completions.ids)
+    assert torch.equal(static.mask, completions.mask)
+
+
+def test_greedy_completions_equal_those_of_generate(family, make):
+    """Token for token, from prompts of two lengths, each twice; the first of which end early and leave the batch."""
+    model, examples = make(family), examples_of(family)[-2:]
+    prompts, rows = model.render(examples), [0, 0, 1, 1]
+    ends = model.model.generation_config
+    seen = sample(model, prompts, 8, 0.0)
+    ends.eos_token_id = [*model.end_ids, int(seen.ids[0, :3][-1])]
+    model.__dict__.pop("end_ids")
+    found = [sample(model, prompts, 8, 0.0, rows=rows, engine=e) for e in ("eager", "static")]
+    for k, example in enumerate(examples):
+        inputs = processed(model, family, example)
+        expected = model.model.generate(
+            **inputs, max_new_tokens=8, do_sample=False, suppress_tokens=model.unsampleable_ids
+        )[0, inputs["input_ids"].shape[1] :]
+        for completions in found:
+            for copy_of in (2 * k, 2 * k + 1):
+                assert row(completions, copy_of).ids[0].tolist() == expected.tolist()
+    assert found[0].mask[0].sum() <= 3 and bool(found[0].ended[0])
 
 
 def test_nothing_is_left_of_an_earlier_batch(family, make):

@@ -7,7 +7,9 @@ from tests.conftest import sampled
 from vlopd.config.objective import RolloutConfig
 from vlopd.models.load import load
 from vlopd.seeding import uniforms
-from vlopd.train.draws import draw
+from vlopd.train import generation
+from vlopd.train.decoding import chosen_engine
+from vlopd.train.draws import draw, invert, pick
 from vlopd.train.generation import sample
 
 
@@ -67,6 +69,135 @@ def test_completion_ends_with_its_first_end_token(kind, make_pair, make_data):
         assert (kept[-1] in model.end_ids) == bool(ended)
         assert not any(token in model.end_ids for token in kept[:-1])
         assert bool((ids[~mask] == model.pad_id).all())
+
+
+@pytest.mark.parametrize("engine", ["eager", "static"])
+def test_rows_compaction_and_looks_change_nothing(kind, engine, make_pair, make_data, monkeypatch):
+    """A completion is the same alone and among others, however many of a prompt, which end when, and looked at when."""
+    model = make_pair(kind).student
+    with torch.no_grad():
+        model.model.get_output_embeddings().weight[model.end_ids[0]] *= 2
+    examples, rows = make_data(kind), [0, 0, 1, 3, 3]
+    prompts, numbers = model.render(examples), uniforms(len(rows), 16, 4)
+    together = sample(model, prompts, 16, 1.0, numbers, rows=rows, engine=engine)
+    assert len(set(together.mask.sum(1).tolist())) > 1
+    monkeypatch.setitem(generation.LOOK_EVERY, "cpu", generation.CHECK_EVERY)
+    rarely = sample(model, prompts, 16, 1.0, numbers, rows=rows, engine=engine)
+    for name in ("ids", "mask", "ended"):
+        assert torch.equal(getattr(rarely, name), getattr(together, name)), name
+    for k, place in enumerate(rows):
+        alone = sample(model, model.render([examples[place]]), 16, 1.0, numbers[k : k + 1])
+        n = int(together.mask[k].sum())
+        assert together.ids[k, :n].tolist() == alone.ids[0].tolist()
+        torch.testing.assert_close(together.logprobs[k, :n], alone.logprobs[0], rtol=0, atol=1e-4)
+        assert bool(together.ended[k]) == bool(alone.ended[0])
+
+
+def test_rows_that_have_enough_leave(kind, make_pair, make_data):
+    """`enough` stops its rows after CHECK_EVERY tokens; the others go on as if nothing had been."""
+    model = make_pair(kind).student
+    prompts, numbers = model.render(make_data(kind)), uniforms(6, 20, 1)
+    plain = sample(model, prompts, 20, 1.0, numbers)
+    stopped = torch.tensor([True, False, True, True, False, True])
+    some = sample(model, prompts, 20, 1.0, numbers, enough=lambda ids, mask: stopped)
+    for k in range(6):
+        limit = generation.CHECK_EVERY if stopped[k] else 20
+        n = min(limit, int(plain.mask[k].sum()))
+        assert some.ids[k][some.mask[k]].tolist() == plain.ids[k, :n].tolist()
+        assert bool(some.ended[k]) == bool(stopped[k] or plain.ended[k])
+
+
+def test_an_engine_that_cannot_be_used_falls_back_and_says_so(make_pair):
+    """CUDA graphs without CUDA: eager, with the setting's name and the reason."""
+    pair = make_pair("llm")
+    assert chosen_engine(pair.student, "eager") == ("eager", None)
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    engine, why = chosen_engine(pair.student, "graphs")
+    assert engine == "eager"
+    assert why is not None and "rollout.engine" in why and "CUDA" in why
+    assert pair.engine_notes(RolloutConfig(engine="graphs")) == [f"{pair.student.name}: {why}"]
+    assert pair.engine_notes(RolloutConfig()) == []
+
+
+def reference(logits, temperature, banned, top_k, top_p):
+    """[B, V] cumulative probabilities in float64, the truncation by a stable sort."""
+    entries = logits.shape[1]
+    logits = logits.masked_fill(banned, -torch.inf).double() / temperature
+    ordered, columns = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    ordered[:, entries if top_k is None else top_k :] = 0.0
+    before = ordered.cumsum(-1) - ordered
+    ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0.0
+    probabilities = torch.zeros_like(logits).scatter_(-1, columns, ordered)
+    return (probabilities / probabilities.sum(-1, keepdim=True)).cumsum(-1)
+
+
+@pytest.mark.parametrize(
+    ("entries", "rows", "scale", "temperature", "top_k", "top_p"),
+    [
+        (5, 4000, 3.0, 1.0, None, 1.0),
+        (300, 4000, 1.0, 0.7, None, 1.0),
+        (151_936, 24, 0.0, 1.0, None, 1.0),
+        (151_936, 24, 1.0, 1.0, None, 1.0),
+        (151_936, 24, 8.0, 1.0, None, 1.0),
+        (300, 4000, 2.0, 1e-3, None, 1.0),
+        (300, 4000, 2.0, 1.0, 7, 1.0),
+        (300, 4000, 2.0, 0.8, 40, 0.77),
+        (3000, 200, 1.0, 1.0, None, 0.9),
+        (3000, 200, 5.0, 1.0, None, 0.9),
+    ],
+)
+def test_draws_are_those_of_float64(entries, rows, scale, temperature, top_k, top_p):
+    """The entry drawn is the one of a float64 inversion, or the draw is within rounding of its edge; none is banned.
+
+    Logits are rounded to halves in every second row, so that many are equal where a truncation cuts.
+    """
+    made = torch.Generator().manual_seed(entries + rows)
+    logits = scale * torch.randn(rows, entries, generator=made)
+    logits[::2] = logits[::2].mul(2).round() / 2
+    banned = torch.rand(entries, generator=made) < 0.2
+    banned[0] = False
+    numbers = uniforms(rows, 1, "draws", entries)[:, 0]
+    numbers[0], numbers[-1] = 0.0, 1.0 - 2.0**-53
+    before = logits.clone()
+    drawn = draw(logits, temperature, banned, numbers, top_k, top_p)
+    assert torch.equal(logits, before)
+    assert not bool(banned[drawn].any())
+    cumulative = reference(logits, temperature, banned, top_k, top_p)
+    upper = cumulative.gather(1, drawn[:, None])[:, 0]
+    lower = torch.where(
+        drawn > 0, cumulative.gather(1, (drawn - 1).clamp(min=0)[:, None])[:, 0], 0.0
+    )
+    assert bool((upper > lower).all())  # of some mass
+    assert bool(((lower - 1e-6 <= numbers) & (numbers <= upper + 1e-6)).all())
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, None, 1.0), (0.5, 3, 0.9), (0.0, None, 1.0)]
+)
+def test_picked_logprobs_are_of_the_whole_distribution(temperature, top_k, top_p):
+    """Log-probs count banned and truncated entries, also where almost all of the mass is banned."""
+    made = torch.Generator().manual_seed(1)
+    logits = 5 * torch.randn(50, 1000, generator=made)
+    banned = torch.tensor([3, 77, 900])
+    logits[:25, 77] += 200.0
+    numbers = uniforms(50, 1, 2)[:, 0]
+    column, logprobs = pick(logits.clone(), temperature, banned, numbers, top_k, top_p)
+    expected = logits.double().log_softmax(-1).gather(1, column[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+def test_draws_pass_a_chi_square_test():
+    """30,000 draws over 2,000 peaked entries: the 40 most likely and the rest in 8 parts, 47 degrees of freedom."""
+    entries, n = 2000, 30_000
+    logits = 2 * torch.randn(1, entries, generator=torch.Generator().manual_seed(0))
+    probabilities = logits[0].double().softmax(-1)
+    drawn, _ = invert(logits.softmax(-1).expand(n, -1), uniforms(n, 1, "chi")[:, 0])
+    part = torch.arange(entries) * 8 // entries + 40
+    part[probabilities.topk(40).indices] = torch.arange(40)
+    expected = n * torch.zeros(48, dtype=torch.float64).index_add_(0, part, probabilities)
+    observed = part[drawn].bincount(minlength=48).double()
+    assert float(((observed - expected) ** 2 / expected).sum()) < 47 + 4 * (2 * 47) ** 0.5
 
 
 def test_draws_follow_the_distribution():

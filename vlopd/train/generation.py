@@ -24,7 +24,10 @@ from vlopd.train.draws import pick
 from vlopd.types import Completions, Prompts
 
 CHECK_EVERY = 8
-"""Tokens between calls of `enough`; on an accelerator also between looks at which rows are unfinished."""
+"""Tokens between calls of `enough`, and between looks at which rows are unfinished: each waits for the device."""
+
+LOOK_EVERY = {"cpu": 1}
+"""Device type -> tokens between looks, where a look is free."""
 
 
 @torch.no_grad()
@@ -63,7 +66,7 @@ def sample(
     banned = torch.isin(allowed, unsampleable).nonzero()[:, 0]
     ends = torch.tensor(loaded.end_ids, device=device)
     index = torch.arange(len(prompts)) if rows is None else torch.tensor(rows, dtype=torch.long)
-    n, look_every = len(index), 1 if device.type == "cpu" else CHECK_EVERY
+    n, look_every = len(index), LOOK_EVERY.get(device.type, CHECK_EVERY)
     if uniforms is not None:
         uniforms = uniforms.to(device)
 
