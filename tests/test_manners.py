@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from evals.task_list import list_tasks
 from tests.command import call
 from vlopd import pipeline
-from vlopd.cli import init
+from vlopd.cli import init, main
 from vlopd.cli.main import app
 from vlopd.config.input import load_config
 from vlopd.config.tracking import TrackingConfig
@@ -172,6 +173,23 @@ def test_settings_without_effect_are_said(settings, note, templates):
     """A setting that nothing reads in its combination has a note with its name; the template itself has none."""
     notes = load_config(templates / "llm.toml", settings).all_notes
     assert any(line.startswith(note) for line in notes), notes
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "passive"), ("active", "active")])
+def test_openmp_is_set_before_torch_loads(given, found, monkeypatch, capsys):
+    """The command line makes OpenMP's threads sleep where idle unless the user set it, as `scripts/env` does."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    call(monkeypatch, capsys, "--help")
+    assert os.environ["OMP_WAIT_POLICY"] == found
+    environment = (Path(__file__).parents[1] / "scripts" / "env").read_text()
+    for name, value in main.THREADS.items():
+        assert f'export {name}="${{{name}:-{value}}}"' in environment
+    if given is None:  # libgomp reads it once
+        loads = "import sys, vlopd.cli.main; print('torch' in sys.modules)"
+        out = subprocess.run([sys.executable, "-c", loads], capture_output=True, text=True)
+        assert out.stdout.strip() == "False", out.stderr
 
 
 def test_tracker_arguments():
