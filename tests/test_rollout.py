@@ -5,6 +5,7 @@ import torch
 
 from tests.conftest import sampled
 from vlopd.config.objective import RolloutConfig
+from vlopd.models import packed_linears
 from vlopd.models.load import load
 from vlopd.seeding import uniforms
 from vlopd.train import generation
@@ -91,6 +92,22 @@ def test_rows_compaction_and_looks_change_nothing(kind, engine, make_pair, make_
         assert together.ids[k, :n].tolist() == alone.ids[0].tolist()
         torch.testing.assert_close(together.logprobs[k, :n], alone.logprobs[0], rtol=0, atol=1e-4)
         assert bool(together.ended[k]) == bool(alone.ended[0])
+
+
+def test_packed_weights_change_rounding_alone(kind, make_pair, make_data, monkeypatch):
+    """Decoding with packed weights gives the plain layers' tokens, and log-probs to rounding; nothing of it is left."""
+    pair, data = make_pair(kind), make_data(kind)
+    model = pair.student.model
+    prompts, draws = pair.student.render(list(data)[:3]), uniforms(6, 8, "packed")
+    asked = {"rows": [0, 0, 1, 1, 2, 2], "columns": pair.vocabulary.student}
+    plain = sample(pair.student, prompts, 8, 1.0, draws, **asked)
+    monkeypatch.setattr(packed_linears, "LEAST_WEIGHTS", 0)
+    with torch.no_grad(), packed_linears.packed_linears(pair.student, 6, 8):
+        assert any("forward" in vars(module) for module in model.modules())
+    packed = sample(pair.student, prompts, 8, 1.0, draws, **asked)
+    assert torch.equal(packed.ids, plain.ids)
+    assert torch.allclose(packed.logprobs, plain.logprobs, atol=1e-5)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_rows_that_have_enough_leave(kind, make_pair, make_data):

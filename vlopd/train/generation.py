@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlopd.models.loaded import LoadedModel
+from vlopd.models.packed_linears import packed_linears
 from vlopd.train.decoding import (
     SHRINK,
     Decoder,
@@ -72,40 +73,41 @@ def sample(
 
     engine = chosen_engine(loaded, engine)[0]
     prepares_masks = engine == "eager" and max_new_tokens > 1 and accepts_prepared_masks(loaded)
-    decoder = Decoder(loaded, prompts, max_new_tokens, engine, prepares_masks)
-    hidden = decoder.prefill()  # [b, H] of the b rows in the batch
-    if not torch.equal(index, torch.arange(len(prompts))):
-        index = index.to(device)
-        decoder.select(index)
-        hidden = hidden.index_select(0, index)
     ids = torch.full((n, max_new_tokens), loaded.pad_id, device=device)
     mask = torch.zeros(n, max_new_tokens, dtype=torch.bool, device=device)
     logprobs = torch.zeros(n, max_new_tokens, device=device)
     ended = torch.ones(n, dtype=torch.bool, device=device)  # those that have left
     batch = torch.arange(n, device=device)  # [b] the rows that are in the batch
     alive = torch.ones(n, dtype=torch.bool, device=device)  # [b] the unfinished of these
-    for position in range(max_new_tokens):
-        logits = loaded.logits(hidden, columns).float()  # [b, V]
-        uniform = None if uniforms is None else uniforms[batch, position]
-        column, logprob = pick(logits, temperature, banned, uniform, top_k, top_p)
-        token = torch.where(alive, allowed[column], loaded.pad_id)
-        ids[batch, position], mask[batch, position] = token, alive
-        logprobs[batch, position] = torch.where(alive, logprob, 0.0)
-        alive = alive & ~(token[:, None] == ends).any(1)
-        if enough is not None and position % CHECK_EVERY == CHECK_EVERY - 1:
-            stopped = enough(ids[:, : position + 1], mask[:, : position + 1])
-            alive = alive & ~stopped[batch]
-        if position == max_new_tokens - 1:
-            break
-        if position % look_every == look_every - 1:
-            unfinished = int(alive.sum())
-            if not unfinished:
+    with packed_linears(loaded, n, max_new_tokens):
+        decoder = Decoder(loaded, prompts, max_new_tokens, engine, prepares_masks)
+        hidden = decoder.prefill()  # [b, H] of the b rows in the batch
+        if not torch.equal(index, torch.arange(len(prompts))):
+            index = index.to(device)
+            decoder.select(index)
+            hidden = hidden.index_select(0, index)
+        for position in range(max_new_tokens):
+            logits = loaded.logits(hidden, columns).float()  # [b, V]
+            uniform = None if uniforms is None else uniforms[batch, position]
+            column, logprob = pick(logits, temperature, banned, uniform, top_k, top_p)
+            token = torch.where(alive, allowed[column], loaded.pad_id)
+            ids[batch, position], mask[batch, position] = token, alive
+            logprobs[batch, position] = torch.where(alive, logprob, 0.0)
+            alive = alive & ~(token[:, None] == ends).any(1)
+            if enough is not None and position % CHECK_EVERY == CHECK_EVERY - 1:
+                stopped = enough(ids[:, : position + 1], mask[:, : position + 1])
+                alive = alive & ~stopped[batch]
+            if position == max_new_tokens - 1:
                 break
-            if unfinished <= SHRINK[engine] * len(batch):
-                staying = alive.nonzero()[:, 0]
-                decoder.select(staying)
-                batch, alive, token = batch[staying], alive[staying], token[staying]
-        hidden = decoder.step(token)
+            if position % look_every == look_every - 1:
+                unfinished = int(alive.sum())
+                if not unfinished:
+                    break
+                if unfinished <= SHRINK[engine] * len(batch):
+                    staying = alive.nonzero()[:, 0]
+                    decoder.select(staying)
+                    batch, alive, token = batch[staying], alive[staying], token[staying]
+            hidden = decoder.step(token)
     ended[batch] = ~alive
     longest = int(mask.sum(1).max()) if look_every > 1 else position + 1
     return Completions(ids[:, :longest], mask[:, :longest], logprobs[:, :longest], ended)
