@@ -1,8 +1,14 @@
-"""Draws tokens from logits by inverting the cumulative distribution at given uniform numbers.
+"""Draws tokens from logits, each decided by one uniform number.
 
-(`torch.multinomial` draws an exponential for every vocabulary entry, from a generator of its own.) Masses are fp32
-softmax values; what is added up over the vocabulary is added in float64, in two levels: sums of blocks, then the
-entries of one block. No float64 copy of [B, V] is made, and no entry of mass 0 can be drawn.
+A small vocabulary's cumulative distribution is inverted at the number. Masses are fp32 softmax values; what is added up
+over the vocabulary is added in float64, in two levels: sums of blocks, then the entries of one block. No float64 copy
+of [B, V] is made, and no entry of mass 0 can be drawn.
+
+In a large vocabulary thousands of entries are narrower than the rounding of those before them, and the draw would
+depend on the batch: over 49,152 entries, fp32 logits of SmolLM2 from batches of another size move 0.4 % of such draws.
+There the number is the key of a hash that gives every entry an exponential waiting time, and the first to arrive is
+drawn (the Gumbel-max trick): the same distribution, and rounding moves 3 draws of a million. (`torch.multinomial`
+is such a race too, with times from a generator of its own.)
 """
 
 from __future__ import annotations
@@ -14,6 +20,9 @@ from torch import Tensor
 
 BLOCK = 256
 """Vocabulary entries per block of the two-level inversion."""
+
+RACE_ENTRIES = 4096
+"""Vocabulary entries from which on a draw is a race."""
 
 CANDIDATES = 1024
 """Most likely entries among which a nucleus is sought on a CPU, before all are sorted."""
@@ -44,7 +53,8 @@ def pick(
 
     Log-probs are at temperature 1, nothing truncated or banned. Greedy is the first of equal entries.
     """
-    plain = temperature == 1 and top_k is None and top_p == 1
+    races = logits.shape[1] >= RACE_ENTRIES
+    plain = temperature == 1 and top_k is None and top_p == 1 and not races
     if plain:
         outside = logits[:, banned].logsumexp(-1)
     else:
@@ -54,19 +64,66 @@ def pick(
         column = logits.argmax(-1)
     else:
         assert uniform is not None, "sampling needs uniforms"
-        if temperature == 1:
-            mass = logits.softmax(-1)
-        else:  # the largest is subtracted first: no temperature makes it overflow
-            mass = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
-        if top_k is not None or top_p < 1:
-            mass = mass.masked_fill_(~kept(logits, mass, top_k, top_p), 0.0)
-        column, sums = invert(mass, uniform)
+        scaled = logits
+        if temperature != 1:  # the largest is subtracted first: no temperature makes it overflow
+            scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+        cuts = top_k is not None or top_p < 1
+        mass = logits if races and not cuts else scaled.softmax(-1)
+        inside = kept(logits, mass, top_k, top_p) if cuts else None
+        if races:
+            column = race(
+                scaled if inside is None else scaled.masked_fill(~inside, -torch.inf), uniform
+            )
+        else:
+            mass = mass if inside is None else mass.masked_fill_(~inside, 0.0)
+            column, sums = invert(mass, uniform)
     chosen = logits.gather(1, column[:, None])[:, 0]
     if plain:
         # log sum exp of the allowed entries from the drawn one's mass; fp32 masses may add up to 1 + 1e-5
         share = mass.gather(1, column[:, None])[:, 0] / sums
         total = torch.logaddexp((chosen - share.log()).float(), outside)
     return column, chosen - total
+
+
+def race(logits: Tensor, uniform: Tensor) -> Tensor:
+    """[B, V] fp32 logits, [B] uniforms in float64 -> [B] columns, drawn from the softmax.
+
+    Column v arrives after an Exp(1) time E_v over its mass; the first is that of the largest logit_v - log E_v.
+    """
+    return (logits - waiting_times(uniform, logits.shape[1]).log_()).argmax(-1)
+
+
+def waiting_times(uniform: Tensor, entries: int) -> Tensor:
+    """[B] uniforms in float64 -> [B, V] independent Exp(1) numbers, fp32: a hash of a uniform's 53 bits and the column.
+
+    The hash mixes as MurmurHash3 does, first the column alone, then with both halves of the key.
+    """
+    key = (uniform * 2.0**53).long()[:, None]
+    low, high = (key & 0xFFFFFFFF).int(), (key >> 32).int()
+    column = torch.arange(entries, dtype=torch.int32, device=uniform.device)
+    mixed = low ^ _mix(column.mul_(_GOLDEN), 0)
+    bits = _mix(mixed, high).bitwise_right_shift_(1).bitwise_and_(0x7FFFFFFF)
+    uniforms = bits.float().add_(0.5).mul_(2.0**-31)
+    # -log(1 - u) with all digits of a small u, which 1 - u loses (torch's log1p is eight times slower than its log)
+    rest = (1.0 - uniforms).clamp_(min=2.0**-24)  # finite: the only entry left must arrive
+    lost = rest.sub(1.0).neg_()  # u as 1 - u has it
+    times = rest.log_().neg_().mul_(uniforms).div_(lost)
+    return torch.where(lost == 0.0, uniforms, times)
+
+
+_GOLDEN, _FIRST, _SECOND = (x - (1 << 32) for x in (0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35))
+"""Odd constants as signed numbers: 2^32 over the golden ratio, and the mixer's two."""
+
+
+def _mix(x: Tensor, key: int | Tensor) -> Tensor:
+    """Mixes int32 numbers, in place; products wrap around. Shifts are logical: the sign's copies are masked off."""
+    x ^= (x >> 16) & 0xFFFF
+    x *= _FIRST
+    x += key
+    x ^= (x >> 13) & 0x7FFFF
+    x *= _SECOND
+    x ^= (x >> 16) & 0xFFFF
+    return x
 
 
 def invert(mass: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
