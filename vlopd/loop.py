@@ -247,7 +247,7 @@ def distill(
         pair.check_teachers_prompt(pick(data, 0, 1, seed))
         log = TrainingLog(out, title, train.steps, start, main, hooks.trackers)
     refuse_other_starts(start, out, accelerator)
-    chosen = chosen or {"sampling_bytes": sampling_budget(accelerator, trainable.count)}
+    chosen = chosen or {"sampling_bytes": sampling_budget(accelerator, recipe, trainable.count)}
     read = read_ahead(pair, data, share, train.prompts_per_step, seed, range(start, train.steps))
     remedy = "a lower optim.learning_rate may help"
     if isinstance(recipe.loss, FunctionLoss):

@@ -85,9 +85,10 @@ def sample(
     batch = torch.arange(n, device=device)  # [b] the rows that are in the batch
     alive = torch.ones(n, dtype=torch.bool, device=device)  # [b] the unfinished of these
     for position in range(max_new_tokens):
-        logits = loaded.logits(hidden, columns).float()  # [b, V]
         uniform = None if uniforms is None else uniforms[batch, position]
+        logits = loaded.logits(hidden, columns).float()  # [b, V]
         column, logprob = pick(logits, temperature, banned, uniform, top_k, top_p)
+        del logits  # not to be there with the next step's
         token = torch.where(alive, allowed[column], loaded.pad_id)
         ids[batch, position], mask[batch, position] = token, alive
         logprobs[batch, position] = torch.where(alive, logprob, 0.0)

@@ -188,12 +188,12 @@ def sampled(
 
 def fits_in(loaded: LoadedModel, rollout: RolloutConfig, sampling_bytes: int | None) -> Fits:
     """Whether completions are sampled at once: rollout.batch, or all that `sampling_bytes` hold."""
-    needed = cache(partial(sequence_bytes, loaded))
+    needed = cache(partial(sequence_bytes, loaded, rollout))
 
     def fits(rows: int, prompt: int, completion: int) -> bool:
         if rollout.batch is not None:
             return rows <= rollout.batch
-        return sampling_bytes is None or rows * needed(prompt, completion) <= sampling_bytes
+        return sampling_bytes is None or rows * needed(prompt) <= sampling_bytes
 
     return fits
 
@@ -212,9 +212,7 @@ def sampling_note(
     ]
     most = min(
         (
-            max(
-                1, sampling_bytes // sequence_bytes(loaded, prompt.n_tokens, rollout.max_new_tokens)
-            )
+            max(1, sampling_bytes // sequence_bytes(loaded, rollout, prompt.n_tokens))
             for loaded, prompt in own + theirs
         ),
         default=math.inf,
