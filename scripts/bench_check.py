@@ -22,13 +22,13 @@ from vlopd.data.shapes import ShapesDataset
 from vlopd.models.load import load_model_config
 from vlopd.models.meta import meta_model
 from vlopd.preflight.memory import (
-    Allocations,
     DeviceSpeed,
     Estimate,
     Reader,
     described_device,
     estimate,
 )
+from vlopd.train.allocations import Allocations
 from vlopd.train.log import Stopwatch
 from vlopd.train.optimizers import build_optimizer
 from vlopd.train.pair import load_pair

@@ -28,7 +28,6 @@ from vlopd.models import families
 from vlopd.models.cache_size import cache_bytes
 from vlopd.models.meta import meta_model
 from vlopd.preflight.memory import (
-    Allocations,
     DeviceSpeed,
     Reader,
     estimate,
@@ -39,6 +38,7 @@ from vlopd.preflight.memory import (
     tower_cost,
     trace,
 )
+from vlopd.train.allocations import Allocations
 from vlopd.train.log import Stopwatch
 from vlopd.train.losses import Sampled, chunked_divergence
 from vlopd.train.optimizers import build_optimizer

@@ -7,9 +7,9 @@ from tests.conftest import sampled
 from vlopd.config.objective import RolloutConfig
 from vlopd.models.cache_size import sampler_bytes
 from vlopd.models.load import load
-from vlopd.preflight.memory import Allocations
 from vlopd.seeding import uniforms
 from vlopd.train import generation
+from vlopd.train.allocations import Allocations
 from vlopd.train.decoding import chosen_engine
 from vlopd.train.draws import draw, invert, pick
 from vlopd.train.generation import sample

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -20,8 +19,6 @@ from typing import Any, Literal, NamedTuple
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
@@ -32,6 +29,7 @@ from vlopd.errors import ConfigError, UserError
 from vlopd.models import parameter_names
 from vlopd.models.cache_size import cache_bytes, sampler_bytes
 from vlopd.models.meta import on_meta
+from vlopd.train.allocations import Allocations
 from vlopd.train.losses import Sampled, chunked_divergence
 from vlopd.train.optimizers import moments
 from vlopd.train.packing import SAMPLING_SHARE
@@ -343,41 +341,6 @@ def patches_of(reader: Reader) -> int:
     return (size // patch) ** 2
 
 
-class Allocations(TorchDispatchMode):
-    """Counts the bytes of living tensors that operations made (`peak`), and those read and written (`moved`).
-
-    On any device, meta included; not an operation's own temporaries.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.living: dict[int, int] = {}
-        self.now = self.peak = self.moved = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        read, made = (
-            [each for each in tree_leaves(values) if isinstance(each, Tensor)]
-            for values in ((args, kwargs), out)
-        )
-        if not func.is_view:
-            self.moved += sum(each.nbytes for each in (*read, *made))
-        known = {each.untyped_storage()._cdata for each in read}
-        for storage in (each.untyped_storage() for each in made):
-            key = storage._cdata
-            if key not in known and key not in self.living:  # neither a view nor in place
-                self.living[key] = storage.nbytes()
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, key)
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _free(self, key: int) -> None:
-        self.now -= self.living.pop(key)
-
-
 class LossCost(NamedTuple):
     """Bytes of the loss: the most at once, and moved for each token."""
 
@@ -444,7 +407,7 @@ def estimate(
 
     Every teacher reads every completion, which for routed teachers is an upper bound. A `trained_fraction` under 1 is a
     mask's density, spread over all tensors. `costs` are those of student and teachers by `forward_cost`, to compute
-    them once for several estimates. `rollout.engine = "graphs"` counts as captured (no family's conformance is known here).
+    them once for several estimates. With `rollout.engine = "graphs"` decode steps count as captured, for any family.
 
     Seconds are the sum of arithmetic at `matmul_flops`, bytes moved at `memory_bytes_per_second` (weights, what is kept
     written and read, the cache once a token, the loss's arrays), and calls. A backward pass is two forward passes
