@@ -334,6 +334,18 @@ def test_the_record_has_the_bytes_of_each_part(kind, density, train):
     assert max(about["peak_bytes"].values()) > parts["student_weights"]
 
 
+def test_a_resting_teacher_samples_with_a_static_cache(train):
+    """Teachers that rest in host memory write the same completions, by an engine that is chosen while they are awake."""
+    sections = {"rollout": {"max_new_tokens": 6, "engine": "static", "source": "teacher"}}
+    plain, other = (
+        train("llm", {"offload_teacher": rests, "micro_batch": 1}, **sections)
+        for rests in (False, True)
+    )
+    assert_same(plain, other)
+    batch = other.memory["sampling_batch"]
+    assert batch["engine"] == "static" and batch["model"] != other.student.name
+
+
 def test_the_record_has_the_sampling_batch_and_its_engine(kind, train):
     """Rows of the largest sampling batch, not of a micro-batch, and its cache; a static cache is of full length, and the
     engine that could not run is said."""
