@@ -22,13 +22,13 @@ from vlopd.data.shapes import ShapesDataset
 from vlopd.models.load import load_model_config
 from vlopd.models.meta import meta_model
 from vlopd.preflight.memory import (
-    Allocations,
     DeviceSpeed,
     Estimate,
     Reader,
     described_device,
     estimate,
 )
+from vlopd.train.allocations import Allocations
 from vlopd.train.log import Stopwatch
 from vlopd.train.optimizers import build_optimizer
 from vlopd.train.pair import load_pair
@@ -103,7 +103,7 @@ def counted(kind: str, density: float, micro: int, compute: str) -> None:
         compute=compute,  # type: ignore[arg-type]
         device="cpu",
     )
-    rows = list(ShapesDataset("train", 8, seed=3, modality=kind))  # type: ignore[arg-type]
+    rendered = pair.render(list(ShapesDataset("train", 8, seed=3, modality=kind)))  # type: ignore[arg-type]
     train = {"steps": 2, "prompts_per_step": 8, "micro_batch": micro}
     recipe = Recipe(train=train, rollout={"max_new_tokens": 8, "batch": micro})
     mask = None
@@ -121,7 +121,7 @@ def counted(kind: str, density: float, micro: int, compute: str) -> None:
         for step in range(2):
             trainable.zero_grad()
             allocations.peak = allocations.now
-            batches = collect(pair, recipe, rows, range(8), 1, step)
+            batches = collect(pair, recipe, rendered, range(8), 1, step)
             peaks["rollout"] = (held + allocations.peak) / 1e6
             allocations.peak = allocations.now
             loop.backward(pair, recipe, batches, distributed.accelerator(), Stopwatch())

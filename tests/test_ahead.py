@@ -114,9 +114,9 @@ def test_a_resumed_run_samples_in_the_memory_that_was_free(
     does not fit is said once."""
     given = []
 
-    def watched(*words):
+    def watched(*words, **named):
         given.append(words[-1])
-        return collect(*words)
+        return collect(*words, **named)
 
     from vlopd.train.rollouts import collect
 

@@ -70,8 +70,8 @@ def test_nothing_suffices():
     """A device that does not hold the student's weights gives None, and so does a Muon that needs its state there."""
     assert fitting(READER.model.num_parameters()) is None
     muon = Recipe(**{**RECIPE.model_dump(), "optim": {"type": "muon"}})
-    assert fitting(11 * READER.model.num_parameters(), muon) is None
-    assert fitting(11 * READER.model.num_parameters()).changes["train.offload_optimizer"] is True
+    assert fitting(12 * READER.model.num_parameters(), muon) is None
+    assert fitting(12 * READER.model.num_parameters()).changes["train.offload_optimizer"] is True
 
 
 def test_an_arm_without_memory_ends_in_settings_that_would_fit(kind, make_config, tmp_path):

@@ -22,6 +22,7 @@ from vlopd.cli import init, main
 from vlopd.cli.main import app
 from vlopd.config.input import load_config
 from vlopd.config.tracking import TrackingConfig
+from vlopd.files import read_json
 from vlopd.run.folder import RunFolder
 
 QUICK = ("train.steps=2", "train.prompts_per_step=4", "eval.limit=4", "eval.keep_images=1")
@@ -132,6 +133,34 @@ def test_settings_that_come_too_late_are_said(finished):
     (line,) = pipeline.without_effect(run, config, planned)
     run.unlock()
     assert line == "tracking: only read while an arm trains, so not for full"
+
+
+def test_how_a_step_is_split_is_no_input(finished):
+    """Batches, chunks, engine and where tensors are kept: a finished arm stays as it is, which is said; its record has
+    those it was made with. So has each setting that is proposed where memory does not suffice."""
+    changes = ["train.micro_batch=1", "train.activation_checkpointing=true", "rollout.batch=1"]
+    changes += ["rollout.engine='static'", "loss.chunk_tokens=64"]
+    run, config = pipeline.prepare(finished[0], changes)
+    planned = pipeline.plan(run, config, ["full"], "arms")
+    (line,) = pipeline.without_effect(run, config, planned)
+    run.unlock()
+    assert planned["arms/full"] is None
+    assert line.endswith("only read while an arm trains, so not for full")
+    made = read_json(run.arm_record("full"))["execution"]
+    assert made["rollout.engine"] == "eager" and made["train.activation_checkpointing"] is False
+    assert {change.split("=")[0] for change in changes} <= made.keys()
+
+
+def test_memory_of_an_arm_is_recorded_beside_what_was_predicted(finished):
+    """memory.json of a run's arm has the parts that `check` predicts; weights, moments and values are equal."""
+    run = RunFolder.open(finished[0])[0]
+    about = read_json(run.arm("full") / "memory.json")
+    found, expected = about["parts_bytes"], about["predicted"]["parts_bytes"]
+    assert found.keys() <= expected.keys()
+    for part in ("student_weights", "teacher_weights", "values", "moments", "sampling"):
+        assert found[part] == pytest.approx(expected[part], rel=0.02), part
+    assert found["kv_cache"] <= expected["kv_cache"]  # completions may have ended early
+    assert about["predicted"]["peak_bytes"].keys() == {"rollout", "teacher", "student", "update"}
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from tests.conftest import pair_of, recipe_of
 from tests.test_trainable import always, random_mask
 from vlopd import loop
 from vlopd.config.input import load_config
-from vlopd.config.objective import FunctionLoss
+from vlopd.config.objective import FunctionLoss, ReverseKL
 from vlopd.errors import ConfigError, OutOfMemory, is_out_of_memory, one_line_out_of_memory
 from vlopd.loop import Hooks, distill
 from vlopd.plugins import Plugin
-from vlopd.preflight.memory import Memory
+from vlopd.preflight.memory import Memory, loss_cost
 from vlopd.train.checkpointing import layers_of, recomputed, refuse_without_layers
 from vlopd.train.offload import Downloads, Resting
 from vlopd.train.optimizers import build_optimizer
@@ -324,7 +324,41 @@ def test_the_record_has_the_bytes_of_each_part(kind, density, train):
         parts["kv_cache"] == rows * tokens * 2 * 2 * 16 * 2
     )  # layers, keys and values, width, bf16
     assert parts["activations"] > 2 * rows * tokens * 32 * 2
+    batch, width = about["sampling_batch"], trained.student.vocabulary_rows
+    assert batch["rows"] == 2 and batch["engine"] == "eager" and batch["why"] is None
+    assert parts["sampling"] == 2 * width * 8
+    # logits of both models in bf16 and fp32, and gradients: what the loss's real chunk of tokens takes
+    chunk = rows * about["largest_batch"]["completion_tokens"]
+    expected = loss_cost(ReverseKL(), chunk, width, 1, None, torch.bfloat16).held
+    assert parts["logits"] == pytest.approx(expected, rel=0.15)
     assert max(about["peak_bytes"].values()) > parts["student_weights"]
+
+
+def test_a_resting_teacher_samples_with_a_static_cache(train):
+    """Teachers that rest in host memory write the same completions, by an engine chosen while they are awake."""
+    sections = {"rollout": {"max_new_tokens": 6, "engine": "static", "source": "teacher"}}
+    plain, other = (
+        train("llm", {"offload_teacher": rests, "micro_batch": 1}, **sections)
+        for rests in (False, True)
+    )
+    assert_same(plain, other)
+    batch = other.memory["sampling_batch"]
+    assert batch["engine"] == "static" and batch["model"] != other.student.name
+
+
+def test_the_record_has_the_sampling_batch_and_its_engine(kind, train):
+    """Rows of the largest sampling batch, not of a micro-batch, and its cache; a static cache is of full length, and
+    the engine that could not run is said."""
+    for engine, ran in (("eager", "eager"), ("static", "static"), ("graphs", "eager")):
+        rollout = {"max_new_tokens": 6, "batch": 3, "completions_per_prompt": 2, "engine": engine}
+        about = train(kind, {"steps": 1, "micro_batch": 1}, rollout=rollout).memory
+        batch = about["sampling_batch"]
+        assert about["largest_batch"]["rows"] == 1 and batch["rows"] == 3
+        assert batch["engine"] == ran and ("CUDA" in (batch["why"] or "")) == (engine == "graphs")
+        new = 6 if ran == "static" else batch["completion_tokens"]
+        assert (
+            about["parts_bytes"]["kv_cache"] == 3 * (batch["prompt_tokens"] + new) * 2 * 2 * 16 * 4
+        )
 
 
 # --------------------------------------------------------------------------------- out of memory

@@ -6,12 +6,15 @@ import torch
 from tests.conftest import sampled
 from vlopd.config.objective import RolloutConfig
 from vlopd.models import packed_linears
+from vlopd.models.cache_size import sampler_bytes
 from vlopd.models.load import load
 from vlopd.seeding import uniforms
 from vlopd.train import generation
+from vlopd.train.allocations import Allocations
 from vlopd.train.decoding import chosen_engine
 from vlopd.train.draws import draw, invert, pick, race, waiting_times
 from vlopd.train.generation import sample
+from vlopd.types import Prompts
 
 
 def test_samplers_logprobs_equal_rescored_ones(kind, make_pair, make_data):
@@ -334,3 +337,28 @@ def test_sampling_leaves_the_models_answers_to_generate(make_data):
     assert student.decode(ours) == [
         text.strip() for text in student.tokenizer.batch_decode(out, skip_special_tokens=True)
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "how", [{}, {"temperature": 0.7}, {"top_k": 50}, {"temperature": 0.7, "top_p": 0.95}]
+)
+def test_the_samplers_bytes_are_those_it_holds(how, dtype, make_pair):
+    """Over a wide vocabulary, the most bytes at once are sampler_bytes for each entry and row, within 10 %; the nucleus
+    is of flat logits, whose entries are all sorted."""
+    loaded = make_pair("llm").student
+    loaded.model.resize_token_embeddings(50_000, mean_resizing=False)
+    loaded.model.to(dtype)
+    rollout = RolloutConfig(max_new_tokens=2, **how)
+    prompts = Prompts(torch.full((32, 3), 7), torch.ones(32, 3, dtype=torch.long))
+    with Allocations() as counted:
+        sample(
+            loaded,
+            prompts,
+            2,
+            rollout.temperature,
+            uniforms(32, 2, "sampler"),
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+        )
+    assert counted.peak == pytest.approx(32 * 50_000 * sampler_bytes(rollout), rel=0.1)

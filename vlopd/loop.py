@@ -57,7 +57,7 @@ from vlopd.train.packing import sampling_budget
 from vlopd.train.pair import ModelPair, TeacherForward
 from vlopd.train.prefetch import read_ahead
 from vlopd.train.resume import Averages, BackgroundWriter, chosen_before, resume, save_state
-from vlopd.train.rollouts import Batch, collect, sampling_note
+from vlopd.train.rollouts import Batch, collect, sampling_notes
 from vlopd.train.sparse import Trainable
 from vlopd.types import Example
 from vlopd.weights.stored import rounded_on_load, stored_tensors
@@ -247,16 +247,17 @@ def distill(
         pair.check_teachers_prompt(pick(data, 0, 1, seed))
         log = TrainingLog(out, title, train.steps, start, main, hooks.trackers)
     refuse_other_starts(start, out, accelerator)
-    chosen = chosen or {"sampling_bytes": sampling_budget(accelerator, trainable.count)}
+    chosen = chosen or {"sampling_bytes": sampling_budget(accelerator, recipe, trainable.count)}
     read = read_ahead(pair, data, share, train.prompts_per_step, seed, range(start, train.steps))
     remedy = "a lower optim.learning_rate may help"
     if isinstance(recipe.loss, FunctionLoss):
         remedy = f"check the loss {recipe.loss.type}, or lower optim.learning_rate"
     has_gradient = start > 0  # whether any trained value has had one
     teachers = Resting(pair.teachers, pair.student.device, train.offload_teacher)
-    memory = MemoryUse(pair, trainable, optimizer, [average for average, _ in averages])
+    followers = [average for average, _ in averages]
+    memory = MemoryUse(pair, recipe.rollout, trainable, optimizer, followers)
     with log, closing(read), trainable, memory, BackgroundWriter() as writer:
-        for note in (*recipe.notes, *pair.engine_notes(recipe.rollout)):
+        for note in recipe.notes:
             log.note(note)
         memory.enter("evaluation")
         if start == 0:
@@ -272,10 +273,12 @@ def distill(
                 clock.start("rollout")
                 trainable.zero_grad()  # sampling gets their memory
                 size = chosen["sampling_bytes"]
-                if step == start and (limit := sampling_note(pair, recipe, rendered, size)):
-                    log.note(limit)
                 with teachers.awake("teacher" in recipe.rollout.source.shares):
-                    batches = collect(pair, recipe, rendered, share, seed, step, size)
+                    if step == start:
+                        for note in sampling_notes(pair, recipe, rendered, size):
+                            log.note(note)
+                    where = (share, seed, step, size)
+                    batches = collect(pair, recipe, rendered, *where, on_sampled=memory.sampled)
                 memory.rolled_out(batches)
 
             rows: list[dict[str, Any]] = []

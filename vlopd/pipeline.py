@@ -18,6 +18,7 @@ from vlopd.config.arms import CheckpointArm, DistillArm, ImportedArm, checkpoint
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import config_of, load_config, merged
 from vlopd.config.masks import Reference
+from vlopd.config.recipe import EXECUTION
 from vlopd.errors import ConfigError, OutOfMemory, UserError
 from vlopd.files import is_first_process, read_json
 from vlopd.plugins import Use
@@ -215,8 +216,9 @@ def without_effect(run: RunFolder, config: ExperimentConfig, planned: Plan) -> l
     """Changed settings (`run.changes`) that do not reach artifacts which are kept, one line each."""
     kept = [artifact for artifact, why in planned.items() if why is None]
     lines = []
+    execution = [f"{name}.{key}" for name, keys in EXECUTION.items() for key in sorted(keys)]
     for keys, kind, when in (
-        (("tracking", "eval.during", *PLACED), "arms/", "while an arm trains"),
+        (("tracking", "eval.during", *execution), "arms/", "while an arm trains"),
         (("eval.keep_images",), "evals/", "while an arm is evaluated"),
     ):
         changed = [key for key in keys if any(line.startswith(key) for line in run.changes)]
@@ -228,10 +230,6 @@ def without_effect(run: RunFolder, config: ExperimentConfig, planned: Plan) -> l
                 f"{' and '.join(changed)}: only read {when}, so not for {', '.join(names)}"
             )
     return lines
-
-
-PLACED = ("train.activation_checkpointing", "train.offload_optimizer", "train.offload_teacher")
-"""Settings of where tensors are kept; they change no weight."""
 
 
 def unused_masks(run: RunFolder, config: ExperimentConfig, names: Sequence[str]) -> list[str]:
@@ -280,10 +278,11 @@ def make_arms(
     on_artifact: OnArtifact,
     allow_other_base: bool = False,
 ) -> None:
+    from vlopd.preflight.record import predicted_memory
     from vlopd.run.arms import ArmOptions
     from vlopd.run.make import make_arm
 
-    options = ArmOptions(allow_other_base, _held_out(config), {})
+    options = ArmOptions(allow_other_base, _held_out(config), {}, predicted_memory)
     # external checkpoints first, so that an error in one is raised before any training
     for name in sorted(names, key=lambda n: not isinstance(config.arms.get(n), CheckpointArm)):
         try:

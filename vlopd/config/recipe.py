@@ -28,6 +28,18 @@ OF_A_COMPLETION = ("example", "completion")
 """What rewards and metrics are called with."""
 
 
+EXECUTION = {
+    "train": {
+        *("micro_batch", "micro_tokens", "activation_checkpointing"),
+        *("offload_optimizer", "offload_teacher"),
+    },
+    "rollout": {"batch", "engine"},
+    "loss": {"chunk_tokens"},
+}
+"""Settings of how a step is split and where tensors are kept. They are no inputs, since they change no more than
+rounding (which may flip a sampled token): a training that ran out of memory resumes with other ones."""
+
+
 class RecipeSections(Section):
     """The sections of a recipe. A run has them, and an arm may have its own over them (`ExperimentConfig.recipe_of`).
 

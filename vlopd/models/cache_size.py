@@ -5,10 +5,22 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig
 
+from vlopd.config.objective import RolloutConfig
 from vlopd.models.loaded import LoadedModel
 
-SAMPLER_BYTES = 32
-"""A vocabulary entry and sequence, sampler.draw: logits and a copy in fp32, three arrays in fp64."""
+
+def sampler_bytes(rollout: RolloutConfig) -> int:
+    """Of sampling, for a vocabulary entry and sequence: what draws.pick holds at most, logits included.
+
+    Logits and the waiting times of a large vocabulary (fp32, three arrays while they are made); with a temperature a
+    copy, with top_k masses and masks; with top_p all entries sorted (values, int64 indices, their masses in float64),
+    which a CPU does only where the nucleus is wide.
+    """
+    if rollout.top_p < 1:
+        return 44
+    if rollout.top_k is not None:
+        return 25
+    return 16 if rollout.temperature == 1 else 20
 
 
 def cache_bytes(config: PretrainedConfig, dtype: torch.dtype, tokens: int = 1) -> int:
@@ -33,7 +45,7 @@ def cache_bytes(config: PretrainedConfig, dtype: torch.dtype, tokens: int = 1) -
     return kept * heads * both * dtype.itemsize
 
 
-def sequence_bytes(loaded: LoadedModel, prompt_tokens: int, new_tokens: int) -> int:
+def sequence_bytes(loaded: LoadedModel, rollout: RolloutConfig, prompt_tokens: int) -> int:
     """Of sampling one completion: its cache at full length, the sampler's arrays, one layer of the prompt's prefill."""
     text, item = loaded.model.config.get_text_config(), loaded.model.dtype.itemsize
     values = text.to_dict()
@@ -41,7 +53,7 @@ def sequence_bytes(loaded: LoadedModel, prompt_tokens: int, new_tokens: int) -> 
     if loaded.model.config._attn_implementation == "eager":
         layer += 2 * (item + 4) * text.num_attention_heads * prompt_tokens
     return (
-        cache_bytes(loaded.model.config, loaded.model.dtype, prompt_tokens + new_tokens)
-        + SAMPLER_BYTES * loaded.vocabulary_rows
+        cache_bytes(loaded.model.config, loaded.model.dtype, prompt_tokens + rollout.max_new_tokens)
+        + sampler_bytes(rollout) * loaded.vocabulary_rows
         + layer * prompt_tokens
     )

@@ -11,29 +11,28 @@ from __future__ import annotations
 import copy
 import math
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from vlopd.config.models import MixedTeachers
 from vlopd.config.objective import FunctionLoss, LossConfig, ReverseKL, RewardConfig
 from vlopd.config.recipe import RecipeSections
-from vlopd.config.training import SGD, AdamW, Lion, Muon, OptimConfig, RMSProp
 from vlopd.errors import ConfigError, UserError
 from vlopd.models import parameter_names
-from vlopd.models.cache_size import SAMPLER_BYTES, cache_bytes
+from vlopd.models.cache_size import cache_bytes, sampler_bytes
 from vlopd.models.meta import on_meta
+from vlopd.train.allocations import Allocations
 from vlopd.train.losses import Sampled, chunked_divergence
+from vlopd.train.optimizers import moments
+from vlopd.train.packing import SAMPLING_SHARE
 
 UPDATE_BYTES = 44
 """Moved for a trained value: AdamW reads four and writes three fp32 values, clipping two, rounding two."""
@@ -43,8 +42,9 @@ CALLS_PER_PARAMETER = 8
 """Overhead of a forward pass per parameter tensor, in tiny `nn.Linear` calls (on a CPU: 4 to 9)."""
 
 
-SAMPLING_SHARE = 0.8
-"""Part of the free memory that an automatic rollout.batch may use."""
+CALLS_OF_REPLAY = 100
+"""Overhead of a decode step where a captured graph replaces the forward pass, assumed: its replay, and the output layer
+and the draw outside of it."""
 
 
 DOWNLOAD_BYTES = 1 << 29
@@ -73,6 +73,7 @@ class DeviceSpeed(NamedTuple):
     memory_bytes_per_second: float
     memory_bytes: int  # free now
     call_seconds: float  # of one tiny nn.Linear: the overhead of a call
+    type: Literal["cuda", "cpu"] = "cuda"
 
 
 CARDS = {"a100": (312, 2.04, 78), "h100": (989, 3.35, 78), "h200": (989, 4.8, 138)}
@@ -340,41 +341,6 @@ def patches_of(reader: Reader) -> int:
     return (size // patch) ** 2
 
 
-class Allocations(TorchDispatchMode):
-    """Counts the bytes of living tensors that operations made (`peak`), and those read and written (`moved`).
-
-    On any device, meta included; not an operation's own temporaries.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.living: dict[int, int] = {}
-        self.now = self.peak = self.moved = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        read, made = (
-            [each for each in tree_leaves(values) if isinstance(each, Tensor)]
-            for values in ((args, kwargs), out)
-        )
-        if not func.is_view:
-            self.moved += sum(each.nbytes for each in (*read, *made))
-        known = {each.untyped_storage()._cdata for each in read}
-        for storage in (each.untyped_storage() for each in made):
-            key = storage._cdata
-            if key not in known and key not in self.living:  # neither a view nor in place
-                self.living[key] = storage.nbytes()
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, key)
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _free(self, key: int) -> None:
-        self.now -= self.living.pop(key)
-
-
 class LossCost(NamedTuple):
     """Bytes of the loss: the most at once, and moved for each token."""
 
@@ -428,19 +394,6 @@ def loss_cost(
     return LossCost(counted.peak, counted.moved / tokens)
 
 
-def moments(optim: OptimConfig) -> int:
-    """Fp32 values of optimizer state for each trained one (of Muon's matrices one; AdamW's part decides)."""
-    match optim:
-        case SGD():
-            return int(optim.momentum > 0)
-        case RMSProp():
-            return 1 + int(optim.momentum > 0)
-        case Lion():
-            return 1
-        case AdamW() | Muon():
-            return 2
-
-
 def estimate(
     recipe: RecipeSections,
     student: Reader,
@@ -454,7 +407,7 @@ def estimate(
 
     Every teacher reads every completion, which for routed teachers is an upper bound. A `trained_fraction` under 1 is a
     mask's density, spread over all tensors. `costs` are those of student and teachers by `forward_cost`, to compute
-    them once for several estimates.
+    them once for several estimates. With `rollout.engine = "graphs"` decode steps count as captured, for any family.
 
     Seconds are the sum of arithmetic at `matmul_flops`, bytes moved at `memory_bytes_per_second` (weights, what is kept
     written and read, the cache once a token, the loss's arrays), and calls. A backward pass is two forward passes
@@ -520,12 +473,11 @@ def estimate(
     cache_of_one = cache_bytes(student.model.config, dtype, length)
     prefill = own.working_bytes * student.prompt_tokens // length
     prefill //= rollout.completions_per_prompt
-    each = cache_of_one + max(rows * SAMPLER_BYTES, prefill)
-    fitting = max(1, int(SAMPLING_SHARE * (speed.memory_bytes - held) / each))
+    drawing = rows * sampler_bytes(rollout)
+    each = cache_of_one + max(drawing, prefill)
+    fitting = max(1, int(SAMPLING_SHARE[speed.type] * (speed.memory_bytes - held) / each))
     sampled = min(completions, rollout.batch or fitting)
-    memory = memory._replace(
-        kv_cache=sampled * cache_of_one, sampling=sampled * rows * SAMPLER_BYTES
-    )
+    memory = memory._replace(kv_cache=sampled * cache_of_one, sampling=sampled * drawing)
 
     # gradients grow while the graph shrinks; a second micro-batch finds those of the first
     recomputed = memory.working if train.activation_checkpointing else 0
@@ -553,10 +505,11 @@ def estimate(
     passes = math.ceil(completions / sampled)
     one_token = completions * (own.flops - own.tower_flops) / length
     cached = completions * cache_of_one * (student.prompt_tokens + new / 2) / length
+    is_captured = rollout.engine == "graphs" and speed.type == "cuda"
     decode = new * seconds(
         one_token,
-        passes * memory.student_weights + cached + 2 * completions * rows * SAMPLER_BYTES,
-        passes * calls_of(student, language_only=True),
+        passes * memory.student_weights + cached + 2 * completions * drawing,
+        passes * (CALLS_OF_REPLAY if is_captured else calls_of(student, language_only=True)),
     )
     prompts = student.prompt_tokens / length / rollout.completions_per_prompt
     updates, again = train.updates_per_rollout, int(train.activation_checkpointing)
@@ -647,4 +600,5 @@ def measure_device(device: torch.device | str, dtype: torch.dtype) -> DeviceSpee
             if device.type == "cuda"
             else psutil.virtual_memory().available,
             call_seconds=best(lambda: [layer(row) for _ in range(repeats)]) / repeats,
+            type="cpu" if on_cpu else "cuda",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Literal
 
 import psutil
 import torch
@@ -28,7 +29,9 @@ def with_settings_that_fit(
     """The error with settings that would fit in place of a general remedy, where they can be computed."""
     with suppress(UserError):
         device = accelerator().device
-        fit = _fit(config, arm, density, _memory_of(device))
+        kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
+        speed = DeviceSpeed(1.0, 1.0, _memory_of(device), 0.0, kind)
+        fit = _fit(config, arm, density, speed)
         if fit is None:
             remedy = "no settings would fit: a mask, train.freeze, a smaller model or a larger device would"
         else:
@@ -44,7 +47,7 @@ def _memory_of(device: torch.device) -> int:
 
 
 def _fit(
-    config: ExperimentConfig, arm: DistillArm, density: float, device_bytes: int
+    config: ExperimentConfig, arm: DistillArm, density: float, speed: DeviceSpeed
 ) -> Fit | None:
     """Settings under which the arm's predicted peak is below the device's memory, and below today's prediction."""
     recipe = config.recipe_of(arm)
@@ -63,8 +66,7 @@ def _fit(
     dtype = DTYPES[config.precision.resolved]
     new = config.rollout.max_new_tokens
     costs = [forward_cost(each, dtype, trace(each, new)) for each in readers]
-    speed = DeviceSpeed(1.0, 1.0, device_bytes, 0.0)
     args = (config, readers[0], readers[1:])
     peak = estimate(*args, speed, dtype, density, costs).peak_bytes
-    limit = speed._replace(memory_bytes=round(MARGIN * min(device_bytes, peak)))
+    limit = speed._replace(memory_bytes=round(MARGIN * min(speed.memory_bytes, peak)))
     return settings_that_fit(*args, limit, dtype, density, costs)

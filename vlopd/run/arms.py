@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,17 +21,17 @@ from vlopd.config.arms import (
     TransplantArm,
 )
 from vlopd.config.experiment import ExperimentConfig
-from vlopd.config.recipe import ArmRecipe, training_of
+from vlopd.config.recipe import ArmRecipe, Recipe, training_of
 from vlopd.config.tracking import TrackingConfig
 from vlopd.data.load import load_data
 from vlopd.digests import digest_checkpoint, digest_json
 from vlopd.errors import RunError
-from vlopd.files import whole_folder
+from vlopd.files import read_json, whole_folder, write_json
 from vlopd.loop import Evaluate, Hooks, distill
 from vlopd.masks.apply import delta_norm, extrapolated, transplanted
 from vlopd.models.load import DTYPES, load_configured, resolve
 from vlopd.models.save import save
-from vlopd.run.dependencies import other_bases_of_arm
+from vlopd.run.dependencies import execution_of, other_bases_of_arm
 from vlopd.run.folder import RunFolder
 from vlopd.run.records import (
     base_arm_is_exact,
@@ -54,11 +54,14 @@ from vlopd.run.resolve import (
 )
 from vlopd.run.stage import Stage
 from vlopd.train.log import open_trackers
-from vlopd.train.pair import LoadedTeachers, load_pair
+from vlopd.train.pair import LoadedTeachers, ModelPair, load_pair
 from vlopd.train.resume import is_state_of
 from vlopd.train.sparse import Trainable
 from vlopd.weights.stored import stored_tensors
 from vlopd.weights.subspace import Projection, update_projection
+
+PredictMemory = Callable[[ModelPair, Recipe, float, Mapping[str, Any]], Mapping[str, Any] | None]
+"""(pair, recipe, fraction of coordinates that train, memory.json) -> what was to be expected."""
 
 
 class ArmOptions(NamedTuple):
@@ -70,6 +73,8 @@ class ArmOptions(NamedTuple):
     """Evaluates the student during training (eval.during)."""
     teachers: LoadedTeachers | None = None
     """Teachers that stay loaded from one arm to the next; None: each arm loads its own."""
+    predict: PredictMemory | None = None
+    """Predicts the memory of an arm's training, for its memory.json."""
 
 
 DEFAULT_OPTIONS = ArmOptions()
@@ -169,6 +174,10 @@ def train_arm(
     ).trainable
 
     def write() -> None:
+        if options.predict is not None:
+            about, share = read_json(folder / "memory.json"), trainable.count / trainable.total
+            about["predicted"] = options.predict(pair, recipe, share, about)
+            write_json(folder / "memory.json", about)
         merged = trainable.merged(before)
         with whole_folder(run.checkpoint(name)) as checkpoint:
             text = model_card(config, name, _describe(recipe, arm), inputs)
@@ -193,6 +202,7 @@ def train_arm(
             seconds=round(time.perf_counter() - started, 1),
             device=str(accelerator.device),
             notes=recipe.notes,
+            execution=execution_of(recipe),
             **changes,
             identity=weight_agreement(run, config, name, before, mask),
         )

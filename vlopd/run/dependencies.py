@@ -18,6 +18,7 @@ from vlopd.config.arms import (
 )
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import FileMask, FunctionMask, MaskConfig
+from vlopd.config.recipe import EXECUTION, Recipe
 from vlopd.digests import digest_checkpoint, file_digest
 from vlopd.errors import UserError
 from vlopd.files import read_json
@@ -38,10 +39,6 @@ from vlopd.run.resolve import (
     teacher_content,
 )
 from vlopd.update_geometry.trajectory import step_of
-
-NO_INPUTS = {"metrics", "activation_checkpointing", "offload_optimizer", "offload_teacher"}
-"""Settings of train that do not decide the weights: metrics, whose plug-ins are inputs, and where tensors are kept, so
-that a training that ran out of memory resumes with other ones."""
 
 
 def arm_inputs(
@@ -66,18 +63,25 @@ def arm_inputs(
         recipe = config.recipe_of(arm)
         teachers = recipe.teachers
         settings = config.model_dump(mode="json", include={"student", "precision"})
+        not_inputs = {**EXECUTION, "train": EXECUTION["train"] | {"metrics"}}  # plug-ins are, below
         inputs |= {
             "student": read_json(run.arm_record(base_arm(config)))["inputs"],
             "teachers": {n: teacher_content(run, config, t, whole) for n, t in teachers.items()},
             "data": data_content(recipe.data, tuple(teachers.values()), whole),
             "arm": arm.model_dump(mode="json", include={"type", "seed", "mask", "subspace"}),
-            "recipe": settings | recipe.model_dump(mode="json", exclude={"train": NO_INPUTS}),
+            "recipe": settings | recipe.model_dump(mode="json", exclude=not_inputs),
         }
         if plugins := plugin_content(recipe.plugins, whole):
             inputs["plugins"] = plugins
     else:
         inputs["arm"] = arm.model_dump(mode="json", exclude={"role"})
     return inputs | _reference_inputs(run, config, arm, whole)
+
+
+def execution_of(recipe: Recipe) -> dict[str, Any]:
+    """The settings of EXECUTION, for an arm's record."""
+    sections = recipe.model_dump(mode="json", include=EXECUTION)
+    return {f"{name}.{key}": value for name, its in sections.items() for key, value in its.items()}
 
 
 def _starts_from_base(arm: ArmConfig) -> bool:

@@ -174,7 +174,11 @@ class Decoder:
 
 
 class Captured:
-    """A CUDA graph of a forward pass over a static cache that holds `seen` tokens, with inputs at fixed addresses."""
+    """A CUDA graph of a forward pass over a static cache that holds `seen` tokens, with inputs at fixed addresses.
+
+    So are the weights, which therefore must not move while it lives: one call of `generation.sample`, which a resting
+    teacher (offload.Resting) is awake for as a whole, and whose last host sync is after the last replay.
+    """
 
     def __init__(
         self,

@@ -90,7 +90,7 @@ def race(logits: Tensor, uniform: Tensor) -> Tensor:
 
     Column v arrives after an Exp(1) time E_v over its mass; the first is that of the largest logit_v - log E_v.
     """
-    return (logits - waiting_times(uniform, logits.shape[1]).log_()).argmax(-1)
+    return waiting_times(uniform, logits.shape[1]).log_().neg_().add_(logits).argmax(-1)
 
 
 def waiting_times(uniform: Tensor, entries: int) -> Tensor:
@@ -103,12 +103,14 @@ def waiting_times(uniform: Tensor, entries: int) -> Tensor:
     column = torch.arange(entries, dtype=torch.int32, device=uniform.device)
     mixed = low ^ _mix(column.mul_(_GOLDEN), 0)
     bits = _mix(mixed, high).bitwise_right_shift_(1).bitwise_and_(0x7FFFFFFF)
-    uniforms = bits.float().add_(0.5).mul_(2.0**-31)
+    times = bits.float()
+    del mixed, bits
+    times.add_(0.5).mul_(2.0**-31)  # uniform
     # -log(1 - u) with all digits of a small u, which 1 - u loses (torch's log1p is eight times slower than its log)
-    rest = (1.0 - uniforms).clamp_(min=2.0**-24)  # finite: the only entry left must arrive
+    rest = (1.0 - times).clamp_(min=2.0**-24)  # finite: the only entry left must arrive
     lost = rest.sub(1.0).neg_()  # u as 1 - u has it
-    times = rest.log_().neg_().mul_(uniforms).div_(lost)
-    return torch.where(lost == 0.0, uniforms, times)
+    ratio = rest.log_().neg_().div_(lost)
+    return times.mul_(ratio.nan_to_num_(1.0))
 
 
 _GOLDEN, _FIRST, _SECOND = (x - (1 << 32) for x in (0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35))
@@ -117,12 +119,12 @@ _GOLDEN, _FIRST, _SECOND = (x - (1 << 32) for x in (0x9E3779B9, 0x85EBCA6B, 0xC2
 
 def _mix(x: Tensor, key: int | Tensor) -> Tensor:
     """Mixes int32 numbers, in place; products wrap around. Shifts are logical: the sign's copies are masked off."""
-    x ^= (x >> 16) & 0xFFFF
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
     x *= _FIRST
     x += key
-    x ^= (x >> 13) & 0x7FFFF
+    x ^= (x >> 13).bitwise_and_(0x7FFFF)
     x *= _SECOND
-    x ^= (x >> 16) & 0xFFFF
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
     return x
 
 

@@ -90,6 +90,7 @@ def sample(
             logits = loaded.logits(hidden, columns).float()  # [b, V]
             uniform = None if uniforms is None else uniforms[batch, position]
             column, logprob = pick(logits, temperature, banned, uniform, top_k, top_p)
+            del logits  # not to be there with the next step's
             token = torch.where(alive, allowed[column], loaded.pad_id)
             ids[batch, position], mask[batch, position] = token, alive
             logprobs[batch, position] = torch.where(alive, logprob, 0.0)

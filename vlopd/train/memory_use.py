@@ -1,10 +1,11 @@
 """Memory of a training, by part and phase; and the error where it does not suffice.
 
 Parts have the names of `vlopd.preflight.memory.Memory`, which predicts them. Weights, values, indices, gradients and
-optimizer state are the bytes of their tensors; activations, and logits of the vocabulary's width, are what autograd
-keeps of the first step's largest micro-batch, exactly; the cache is computed from the longest micro-batch. Peaks are
-the allocator's, reset at the start of each phase, on a GPU of CUDA. Elsewhere they are the resident set's, libraries
-included, which is never reset: of the phases that raised it.
+optimizer state are the bytes of their tensors; activations are what autograd keeps of the first step's largest
+micro-batch; logits are the most bytes at once, forward and backward, of tensors [*, V], counted as operations make
+them; cache and sampler are computed from the size of the largest sampling batch. Peaks are the allocator's, reset at
+the start of each phase, on a GPU of CUDA. Elsewhere they are the resident set's, libraries included, which is never
+reset: of the phases that raised it.
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlopd.config.objective import RolloutConfig
 from vlopd.errors import is_out_of_memory, out_of_memory
-from vlopd.models.cache_size import cache_bytes
+from vlopd.models.cache_size import cache_bytes, sampler_bytes
+from vlopd.models.loaded import LoadedModel
+from vlopd.train.allocations import Allocations
 from vlopd.train.checkpointing import recomputed
+from vlopd.train.decoding import chosen_engine
 from vlopd.train.optimizers import Optimizers
 from vlopd.train.pair import ModelPair
 from vlopd.train.rollouts import Batch
 from vlopd.train.sparse import Trainable
+from vlopd.types import Completions, Prompts
 
 
 class MemoryUse:
@@ -37,11 +43,13 @@ class MemoryUse:
     def __init__(
         self,
         pair: ModelPair,
+        rollout: RolloutConfig,
         trainable: Trainable,
         optimizer: Optimizers,
         averages: Iterable[Trainable] = (),
     ):
-        self.pair, self.trainable, self.optimizer = pair, trainable, optimizer
+        self.pair, self.rollout = pair, rollout
+        self.trainable, self.optimizer = trainable, optimizer
         self.averages = tuple(averages)
         self.device = pair.student.device
         self.phase = "start"
@@ -49,7 +57,9 @@ class MemoryUse:
         self.counts = True
         self.kept = {"activations": 0, "logits": 0}
         self.cache = 0
+        self.sampling_batch: dict[str, Any] | None = None
         self.shapes: dict[str, int] = {}
+        self.prompt_tokens = [0] * (1 + len(pair.teachers))
         read_peak(self.device)
 
     def __enter__(self) -> MemoryUse:
@@ -74,14 +84,17 @@ class MemoryUse:
                 yield
             return
         own = {tensor.data_ptr() for tensor in tensors_of(self.pair.student.model)}
-        width = self.pair.vocabulary.size
-        sizes: dict[str, dict[int, int]] = {"activations": {}, "logits": {}}
+        models = [self.pair.student, *(its.loaded for its in self.pair.teachers)]
+        widths = {self.pair.vocabulary.size, *(each.vocabulary_rows for each in models)}
+        sizes: dict[int, int] = {}
+
+        def is_wide(tensor: Tensor) -> bool:
+            return tensor.ndim > 1 and tensor.shape[-1] in widths
 
         def note(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                part = "logits" if tensor.shape[-1:] == (width,) else "activations"
-                sizes[part][storage.data_ptr()] = storage.nbytes()
+            if storage.data_ptr() not in own and not is_wide(tensor):
+                sizes[storage.data_ptr()] = storage.nbytes()
             return (
                 tensor.detach()
             )  # not the tensor itself, which would own its graph and be owned by it
@@ -89,18 +102,38 @@ class MemoryUse:
         with (
             torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
             recomputed(self.pair.student.model, checkpointing, note),
+            Allocations(is_wide) as wide,
         ):
             yield
-        for part, each in sizes.items():
-            self.kept[part] = max(self.kept[part], sum(each.values()))
+        for part, size in (("activations", sum(sizes.values())), ("logits", wide.peak)):
+            self.kept[part] = max(self.kept[part], size)
+
+    def sampled(self, loaded: LoadedModel, prompts: Prompts, completions: Completions) -> None:
+        """Notes the sizes of a sampling batch."""
+        rows, new = completions.ids.shape
+        engine, why = chosen_engine(loaded, self.rollout.engine)
+        tokens = prompts.input_ids.shape[1]
+        length = tokens + (new if engine == "eager" else self.rollout.max_new_tokens)
+        cache = rows * cache_bytes(loaded.model.config, loaded.model.dtype, length)
+        if self.sampling_batch is None or cache > self.cache:
+            self.cache = cache
+            self.sampling_batch = {
+                "model": loaded.name,
+                "rows": rows,
+                "prompt_tokens": tokens,
+                "completion_tokens": new,
+                "engine": engine,
+                "why": why,
+            }
 
     def rolled_out(self, batches: Sequence[Batch]) -> None:
-        """Notes the sizes of a step's completions."""
-        model = self.pair.student.model
+        """Notes the sizes of a step's micro-batches."""
         for batch in batches:
             rows, columns = batch.completions.ids.shape
             tokens = max(each.student.n_tokens for each in batch.rendered) + columns
-            self.cache = max(self.cache, rows * cache_bytes(model.config, model.dtype, tokens))
+            for each in batch.rendered:
+                for k, prompts in {-1: each.student, **each.teachers}.items():
+                    self.prompt_tokens[k + 1] = max(self.prompt_tokens[k + 1], prompts.n_tokens)
             for name, size in {
                 "rows": rows,
                 "tokens": tokens,
@@ -138,9 +171,11 @@ class MemoryUse:
         """The content of memory.json; ends the counting."""
         self.counts = False
         dense = max(slot.parameter.nbytes for slot in self.trainable.slots.values())
+        sampler = self.pair.vocabulary.size * sampler_bytes(self.rollout)
         parts = {
             **self.held(),
             "kv_cache": self.cache,
+            "sampling": 0 if self.sampling_batch is None else self.sampling_batch["rows"] * sampler,
             **self.kept,
             "dense_gradient": dense,
         }
@@ -152,6 +187,8 @@ class MemoryUse:
             "peak_bytes": dict(self.peaks),
             "peak_of": "torch.cuda.max_memory_allocated" if on_gpu else "resident set",
             "largest_batch": dict(self.shapes),
+            "sampling_batch": self.sampling_batch,
+            "prompt_tokens": self.prompt_tokens,
         }
 
 

@@ -89,6 +89,19 @@ def build_optimizer(config: OptimConfig, trainable: Trainable) -> Optimizers:
             return Optimizers(TimmLion(groups, **common, betas=config.betas))
 
 
+def moments(config: OptimConfig) -> int:
+    """Fp32 values of optimizer state for each trained one (of Muon's matrices one; AdamW's part decides)."""
+    match config:
+        case SGD():
+            return int(config.momentum > 0)
+        case RMSProp():
+            return 1 + int(config.momentum > 0)
+        case Lion():
+            return 1
+        case AdamW() | Muon():
+            return 2
+
+
 def shared(config: OptimConfig) -> dict[str, Any]:
     return {"lr": config.learning_rate, "weight_decay": config.weight_decay}
 

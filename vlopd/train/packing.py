@@ -9,16 +9,15 @@ import torch
 from accelerate import Accelerator
 
 from vlopd import distributed
+from vlopd.config.recipe import Recipe
 from vlopd.config.training import TrainConfig
+from vlopd.train.optimizers import moments
 
 Fits = Callable[[int, int, int], bool]
 """Whether (rows, the longest prompt among them, the longest completion) may be one batch."""
 
-CUDA_SHARE, CPU_SHARE = 0.8, 0.5
-"""Parts of the free memory that sampling may use; the rest is for allocator fragmentation and other programs."""
-
-STATE_BYTES = 12
-"""Of a trained value, allocated in the first update and then kept: its gradient and two moments, fp32."""
+SAMPLING_SHARE = {"cuda": 0.8, "cpu": 0.5}
+"""Part of the free memory that sampling may use; the rest is for allocator fragmentation and other programs."""
 
 
 def packed(lengths: Mapping[int, tuple[int, int]], fits: Fits) -> list[list[int]]:
@@ -54,13 +53,17 @@ def micro_batches(train: TrainConfig, lengths: Sequence[tuple[int, int]]) -> lis
     return packed(dict(enumerate(lengths)), fits)
 
 
-def sampling_budget(accelerator: Accelerator, trained: int) -> int:
-    """Bytes that sampling may use in each process, before the first update of `trained` values."""
-    device = accelerator.device
+def sampling_budget(accelerator: Accelerator, recipe: Recipe, trained: int) -> int:
+    """Bytes that sampling may use in each process, before the first update of `trained` values.
+
+    The optimizer's state is allocated in that update and then kept; gradients are freed before each rollout.
+    """
+    device, state = accelerator.device, 4 * moments(recipe.optim) * trained
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        own = CUDA_SHARE * (torch.cuda.mem_get_info(device)[0] + unused - STATE_BYTES * trained)
+        free = torch.cuda.mem_get_info(device)[0] + unused
+        free -= 0 if recipe.train.offload_optimizer else state
     else:
-        free = psutil.virtual_memory().available / accelerator.num_processes
-        own = CPU_SHARE * (free - STATE_BYTES * trained)
+        free = psutil.virtual_memory().available // accelerator.num_processes - state
+    own = SAMPLING_SHARE["cuda" if device.type == "cuda" else "cpu"] * free
     return max(0, int(min(distributed.gathered(accelerator, own))))

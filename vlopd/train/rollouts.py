@@ -26,6 +26,11 @@ from vlopd.train.rewards import answer_of, group_advantages, reward, scores
 from vlopd.train.teacher import Teacher
 from vlopd.types import Completions, Example, Prompts
 
+Draw = Callable[[Prompts, RolloutConfig, Tensor, Sequence[int] | None], Completions]
+
+OnSampled = Callable[[LoadedModel, Prompts, Completions], object]
+"""Called with each sampling batch: the model, its prompts, each once, and their completions."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -85,6 +90,7 @@ def collect(
     seed: int,
     step: int,
     sampling_bytes: int | None = None,
+    on_sampled: OnSampled | None = None,
 ) -> list[Batch]:
     """This process's completions of a step: rollout.completions_per_prompt for each of its `rendered` examples.
 
@@ -101,7 +107,7 @@ def collect(
     uniforms = torch.stack(everyones, 1)[share.start : share.stop].flatten(0, 1)  # [B, C]
     writers = choose_writers(rollout.source.shares, prompts, n, seed, step)
     mine = tuple(writers[share.start * n : share.stop * n])
-    completions = write(pair, rollout, rendered, mine, uniforms, sampling_bytes)
+    completions = write(pair, rollout, rendered, mine, uniforms, sampling_bytes, on_sampled)
     repeated = [each for each in rendered for _ in range(n)]
     whole = Batch(pair.student, repeated, completions, mine, tuple(range(len(mine))))
     whole = scored(pair, recipe, whole)
@@ -131,6 +137,7 @@ def write(
     writers: Sequence[Writer],
     uniforms: Tensor,
     sampling_bytes: int | None = None,
+    on_sampled: OnSampled | None = None,
 ) -> Completions:
     """The completions, prompt-major, of the `rendered` examples by `writers` [B] with random numbers `uniforms` [B, C].
 
@@ -151,7 +158,8 @@ def write(
         elif writer == "student":
             prompts = {place: rendered[place // n].student for place in places}
             fits = fits_in(student, rollout, sampling_bytes)
-            parts += sampled(student, prompts, n, rollout, uniforms, fits, pair.sample)
+            more = (n, rollout, uniforms, fits, pair.sample, on_sampled)
+            parts += sampled(student, prompts, *more)
         else:
             for teacher, rows in pair.assign(asked):
                 assert isinstance(teacher, Teacher), "Recipe refuses to sample from a mixture"
@@ -161,7 +169,8 @@ def write(
                 teacher.loaded.refuse_too_long([asked[i] for i in rows], theirs, new_tokens)
                 fits = fits_in(teacher.loaded, rollout, sampling_bytes)
                 draw = partial(pair.teacher_sample, teacher)
-                parts += sampled(teacher.loaded, prompts, n, rollout, uniforms, fits, draw)
+                more = (n, rollout, uniforms, fits, draw, on_sampled)
+                parts += sampled(teacher.loaded, prompts, *more)
     completions = Completions.joined(parts, student.pad_id)
     student.refuse_too_long(examples, texts, completions.ids.shape[1])
     return completions
@@ -174,7 +183,8 @@ def sampled(
     rollout: RolloutConfig,
     uniforms: Tensor,
     fits: Fits,
-    draw: Callable[[Prompts, RolloutConfig, Tensor, Sequence[int] | None], Completions],
+    draw: Draw,
+    on_sampled: OnSampled | None = None,
 ) -> Iterator[tuple[list[int], Completions]]:
     """Samples the completions at the places of `prompts`, of which `n` adjacent ones share a prompt, in batches."""
     lengths = {place: (each.n_tokens, rollout.max_new_tokens) for place, each in prompts.items()}
@@ -183,25 +193,29 @@ def sampled(
         where = {prompt: row for row, prompt in enumerate(asked)}
         rows = [where[place // n] for place in places] if len(asked) < len(places) else None
         batch = loaded.collate(list(asked.values()))
-        yield places, draw(batch, rollout, uniforms[places], rows)
+        completions = draw(batch, rollout, uniforms[places], rows)
+        if on_sampled is not None:
+            on_sampled(loaded, batch, completions)
+        yield places, completions
 
 
 def fits_in(loaded: LoadedModel, rollout: RolloutConfig, sampling_bytes: int | None) -> Fits:
     """Whether completions are sampled at once: rollout.batch, or all that `sampling_bytes` hold."""
-    needed = cache(partial(sequence_bytes, loaded))
+    needed = cache(partial(sequence_bytes, loaded, rollout))
 
     def fits(rows: int, prompt: int, completion: int) -> bool:
         if rollout.batch is not None:
             return rows <= rollout.batch
-        return sampling_bytes is None or rows * needed(prompt, completion) <= sampling_bytes
+        return sampling_bytes is None or rows * needed(prompt) <= sampling_bytes
 
     return fits
 
 
-def sampling_note(
+def sampling_notes(
     pair: ModelPair, recipe: Recipe, rendered: Sequence[Rendered], sampling_bytes: int
-) -> str | None:
-    """How many completions are sampled at once where `sampling_bytes` do not hold all of a step's; else None."""
+) -> list[str]:
+    """Which engine decodes where one is asked for, and how many completions are sampled at once where `sampling_bytes`
+    do not hold all of a step's."""
     rollout, writers = recipe.rollout, set(recipe.rollout.source.shares)
     own = [(pair.student, each.student) for each in rendered if "student" in writers]
     theirs = [
@@ -212,20 +226,19 @@ def sampling_note(
     ]
     most = min(
         (
-            max(
-                1, sampling_bytes // sequence_bytes(loaded, prompt.n_tokens, rollout.max_new_tokens)
-            )
+            max(1, sampling_bytes // sequence_bytes(loaded, rollout, prompt.n_tokens))
             for loaded, prompt in own + theirs
         ),
         default=math.inf,
     )
     asked = len(rendered) * rollout.completions_per_prompt
-    if rollout.batch is not None or most >= asked:
-        return None
-    return (
-        f"of {asked} completions at least {most} are sampled at once, in {sampling_bytes / 1e9:.1f} GB of free "
-        "memory; rollout.batch sets another number"
-    )
+    found = pair.engine_notes(rollout)
+    if rollout.batch is None and most < asked:
+        found.append(
+            f"of {asked} completions at least {most} are sampled at once, in {sampling_bytes / 1e9:.1f} GB of free "
+            "memory; rollout.batch sets another number"
+        )
+    return found
 
 
 def from_data(pair: ModelPair, examples: Sequence[Example], longest: int) -> Completions:
