@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset_builder
-from jinja2 import TemplateError, meta, nodes
+from jinja2 import Template, TemplateError, meta, nodes
 from lm_eval import utils
 
 from vlopd.data.images import shorten
@@ -35,21 +36,34 @@ def empty_cell(task: Any, template: Any, doc: Mapping[str, Any]) -> str | None:
     if template in task.features:
         return template if _is_null(doc[template]) else None
     try:
-        tree = utils.env.parse(template)
+        read, decides, written, printed = _compiled(template)
     except TemplateError:
         return None  # rendering raises it
-    names = sorted(meta.find_undeclared_variables(tree) & set(doc))
+    names = sorted(read & set(doc))
     found = next((name for name in names if _is_null(doc[name])), None)
-    if found is not None and next(tree.find_all(DECIDES), None) is None:
+    if found is not None and not decides:
         return found
+    constants = len(printed)  # which compiling printed
+    try:
+        written.render(**doc)
+        return found or ", ".join(names) if any(map(_is_null, printed)) else None
+    finally:
+        del printed[constants:]
+
+
+@lru_cache(maxsize=64)
+def _compiled(template: str) -> tuple[set[str], bool, Template, list[Any]]:
+    """The names that a template reads, whether it decides by them, the template, and a list of what it prints."""
+    tree = utils.env.parse(template)
     printed: list[Any] = []
 
     def keep(value: Any) -> Any:
         printed.append(value)
         return value
 
-    utils.env.overlay(finalize=keep).from_string(template).render(**doc)
-    return found or ", ".join(names) if any(map(_is_null, printed)) else None
+    written = utils.env.overlay(finalize=keep).from_string(template)
+    decides = next(tree.find_all(DECIDES), None) is not None
+    return meta.find_undeclared_variables(tree), decides, written, printed
 
 
 def _is_null(value: Any) -> bool:

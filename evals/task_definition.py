@@ -108,11 +108,12 @@ def _imported_names(source: bytes) -> tuple[str, ...]:
 
 def _module_files(folder: Path, name: str) -> Iterator[Path]:
     """Files that `import name` may read in a folder: a module, or a package with its parents."""
-    parts = name.split(".")
-    for depth in range(1, len(parts) + 1):
-        path = folder.joinpath(*parts[:depth])
-        yield path / "__init__.py"
-        yield path.parent / f"{path.name}.py"
+    for part in name.split("."):
+        yield folder / f"{part}.py"
+        folder = folder / part
+        if not folder.is_dir():
+            return
+        yield folder / "__init__.py"
 
 
 def _local_data(settings: Mapping[str, Any], files: Iterable[Path]) -> Iterator[Path]:

@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
+from functools import cache
 from pathlib import Path
 
 import lm_eval.api.task  # noqa: F401 - with the libraries that it needs
@@ -34,6 +35,7 @@ from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.objective import RolloutConfig
 from vlopd.config.recipe import ArmRecipe
 from vlopd.models.load import BUILTIN
+from vlopd.preflight import memory
 from vlopd.seeding import uniforms
 from vlopd.train.pair import ModelPair, load_pair
 from vlopd.types import Completions, Prompts
@@ -42,6 +44,9 @@ KINDS = ("llm", "vlm")
 
 gc.collect()
 gc.freeze()  # the libraries' million objects, which every collection would go through otherwise
+memory.measure_device = cache(
+    memory.measure_device
+)  # half a second of probes, twice in every `check`
 
 
 def tiny_language(vocabulary: int, width: int) -> LlamaConfig:

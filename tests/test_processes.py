@@ -44,7 +44,8 @@ def test_two_processes_make_the_step_of_one(kind, folders, tmp_path):
     first = {}
     for name, start in (("one", []), ("two", LAUNCHER)):
         out = tmp_path / name
-        command = [sys.executable, *start, *words, "--out", str(out)]
+        until = [] if start else ["--until", "arms"]
+        command = [sys.executable, *start, *words, *until, "--out", str(out)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
         for arm in ("full", "subnetwork"):
@@ -60,7 +61,8 @@ def test_two_processes_make_the_step_of_one(kind, folders, tmp_path):
             # full's weights differ in their last bits, so that its mask may take another of two equals
             near = 1e-3 if (arm, key) == ("subnetwork", "grad_norm") else 1e-5
             assert two[key] == pytest.approx(one[key], rel=near), (arm, key)
-    command = [sys.executable, *LAUNCHER, *words, "train.steps=2", "--out", str(tmp_path / "two")]
+    words += ["train.steps=2", "--until", "arms", "--out", str(tmp_path / "two")]
+    command = [sys.executable, *LAUNCHER, *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     for arm in ("full", "subnetwork"):

@@ -42,7 +42,7 @@ def test_a_background_save_has_the_bytes_of_its_moment(state, tmp_path):
     save_state(tmp_path / "now", 3, trainable, optimizer, [], "x")
     with BackgroundWriter() as writer:
         folder = tmp_path / "later"
-        save_state(folder, 3, trainable, optimizer, [], "x", writer)
+        save_state(folder, 3, trainable, optimizer, [], "x", writer=writer)
         for slot in trainable.slots.values():
             slot.values.data.zero_()
         optimizer.step(1.0)

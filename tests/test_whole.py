@@ -504,7 +504,8 @@ def experiment(tmp_path: Path, kind: str, student: Path, teacher: Path, arms: st
         f'name = "whole"\nstudent = "{student}"\nteacher = "{teacher}"\n[precision]\ncompute = "fp32"\n'
         f'[data]\ntype = "shapes"\nmodality = "{"image" if kind == "vlm" else "text"}"\n'
         '[rollout]\nmax_new_tokens = 4\n[train]\nsteps = 1\nprompts_per_step = 2\n[arms]\nbase = {type = "base"}\n'
-        f'full = {{type = "distill", seed = 1}}\n{arms}[eval]\ntasks = ["shapes{"" if kind == "vlm" else "_text"}"]\n'
+        f'full = {{type = "distill", seed = 1}}\n{arms}'
+        f'[eval]\ntasks = ["shapes{"" if kind == "vlm" else "_text"}"]\nlimit = 12\n'
     )
     return path
 
