@@ -442,9 +442,12 @@ def test_tokens_that_one_model_bans(name, banned):
 @pytest.mark.parametrize("chunk", [1, 4, 11])
 def test_chunks_change_nothing(name, alpha, chunk):
     """Back-propagated chunk by chunk, value, diagnostics and gradients (hidden states and head) equal those of all
-    logits at once under autograd, of both models and with a reward."""
+    logits at once under autograd, of both models and with a reward; heads with and without a bias."""
     torch.manual_seed(3)
-    head, teacher_head = torch.nn.Linear(8, 20).double(), torch.nn.Linear(6, 20).double()
+    head, teacher_head = (
+        torch.nn.Linear(8, 20, chunk == 4).double(),
+        torch.nn.Linear(6, 20).double(),
+    )
     hidden, teacher_hidden = torch.randn(11, 8).double(), torch.randn(11, 6).double()
     weights = torch.rand(11).double()
     sampled = Sampled(torch.randint(0, 20, (11,)), -3 * torch.rand(11), torch.randn(11))
@@ -470,6 +473,41 @@ def test_chunks_change_nothing(name, alpha, chunk):
     for ours, whole in zip(run(chunk, False), run(1000, True), strict=True):
         torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-14)
     assert teacher_head.weight.grad is None
+
+
+def test_many_chunks_lose_no_digits_in_bf16():
+    """The head's gradient over 256 chunks, of which each is rounded to bf16, is as near to float64's as that of one."""
+    torch.manual_seed(0)
+    hidden, teacher_logits = torch.randn(256, 32), torch.randn(256, 100)
+    sampled = Sampled(torch.randint(0, 100, (256,)), torch.zeros(256))
+    weight = (torch.randn(100, 32) / 3).bfloat16()
+
+    def gradient(size: int, dtype: torch.dtype) -> torch.Tensor:
+        head = torch.nn.Parameter(weight.to(dtype))
+        total = torch.zeros(head.shape, dtype=torch.float64)
+
+        def collect(parameter):
+            total.add_(parameter.grad)
+            parameter.grad = None
+
+        head.register_post_accumulate_grad_hook(collect)
+        leaf = hidden.bfloat16().to(dtype).requires_grad_()
+        chunked_divergence(
+            ReverseKL(chunk_tokens=size),
+            leaf,
+            lambda x: torch.nn.functional.linear(x, head),
+            teacher_logits,
+            lambda x: x,
+            sampled,
+            None,
+            torch.full((256,), 1 / 256),
+        )
+        return total
+
+    exact = gradient(256, torch.float64)
+    one, many = ((gradient(n, torch.bfloat16) - exact).norm() for n in (256, 1))
+    assert float(one) > 0
+    assert float(many) < 1.3 * float(one)
 
 
 def test_chunks_hold_no_more_than_a_chunk_of_logits():

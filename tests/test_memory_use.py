@@ -2,22 +2,32 @@
 
 import gc
 import json
+import threading
 import weakref
 from collections import deque
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from tests.conftest import pair_of, recipe_of
 from tests.test_trainable import always, random_mask
 from vlopd import loop
 from vlopd.config.input import load_config
 from vlopd.config.objective import FunctionLoss, ReverseKL
-from vlopd.errors import ConfigError, OutOfMemory, is_out_of_memory, one_line_out_of_memory
+from vlopd.errors import (
+    REMEDIES,
+    ConfigError,
+    OutOfMemory,
+    is_out_of_memory,
+    one_line_out_of_memory,
+)
 from vlopd.loop import Hooks, distill
 from vlopd.plugins import Plugin
 from vlopd.preflight.memory import Memory, loss_cost
+from vlopd.train import pair as pair_module
 from vlopd.train.checkpointing import layers_of, recomputed, refuse_without_layers
+from vlopd.train.memory_use import MemoryUse
 from vlopd.train.offload import Downloads, Resting
 from vlopd.train.optimizers import build_optimizer
 from vlopd.train.sparse import CompactSlot, Trainable
@@ -218,6 +228,23 @@ def test_teachers_move_once_a_step(train, monkeypatch):
             assert torch.equal(parameter, before)
 
 
+def test_an_engine_is_chosen_with_weights_on_their_device(train, monkeypatch):
+    """Of a teacher that rests and writes completions: the conformance test runs its forward pass."""
+    found = []
+
+    def choose(loaded, engine):
+        found.append([parameter.data_ptr() for parameter in loaded.model.parameters()])
+        return engine, None
+
+    rests = []
+    monkeypatch.setattr(loop, "Resting", lambda *its: rests.append(Resting(*its)) or rests[-1])
+    monkeypatch.setattr(pair_module, "chosen_engine", choose)
+    rollout = {"max_new_tokens": 4, "source": "teacher", "engine": "static"}
+    train("llm", {"offload_teacher": True}, rollout=rollout)
+    assert len(found) == 1
+    assert not {parameter.data_ptr() for parameter in rests[0].parameters} & set(found[0])
+
+
 def test_copies_under_way_are_bounded_and_in_order():
     """Beyond the bound the oldest is received first; what is dropped never arrives."""
     downloads, received = Downloads(most_bytes=8), []
@@ -281,6 +308,18 @@ def test_only_forward_passes_with_gradients_are_recomputed(kind, make_pair, make
     assert not any("forward" in vars(module) for module in model.modules())
     out.backward()
     assert len(calls) == 3 * len(layers)
+
+
+def test_a_layer_with_a_forward_of_its_own_keeps_it():
+    """One that a library has set on the instance, of a layer that occurs twice."""
+    layer = torch.nn.Linear(2, 2)
+    layer.forward = forward = lambda x: 2 * x
+    model = torch.nn.Module()
+    model.above = torch.nn.Sequential(layer, torch.nn.Linear(2, 2))
+    model.below = torch.nn.Sequential(layer, torch.nn.Linear(2, 2))
+    with recomputed(model):
+        assert layer(torch.ones(2)).tolist() == [2, 2]
+    assert layer.forward is forward
 
 
 def test_repeated_blocks_of_another_library_are_found():
@@ -364,6 +403,22 @@ def test_the_record_has_the_sampling_batch_and_its_engine(kind, train):
 # --------------------------------------------------------------------------------- out of memory
 
 
+def test_the_count_ends_with_the_first_step_in_every_process(train, monkeypatch):
+    """It costs a call for every tensor that autograd keeps; the record is the first process's alone."""
+    counts = []
+
+    class Watched(MemoryUse):
+        def saved(self, checkpointing=False):
+            counts.append(self.counts)
+            return super().saved(checkpointing)
+
+    monkeypatch.setattr(loop, "MemoryUse", Watched)
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    trained = train("llm")
+    assert counts == [True, False]
+    assert not (trained.out / "memory.json").exists()
+
+
 def too_much(student_logprobs, teacher_logprobs):
     """A loss that asks for 4 PiB."""
     return student_logprobs.sum(-1) + torch.empty(2**50)[0]
@@ -423,20 +478,29 @@ def fill():
     return torch.empty(2**50)
 
 
-@pytest.mark.parametrize("phase", ["rollout", "evaluation"])
+def fill_in_worker(example):
+    """A teacher's context, of whose examples the first is also read in the main thread."""
+    return example if threading.current_thread() is threading.main_thread() else fill()
+
+
+@pytest.mark.parametrize("phase", ["data", "rollout", "evaluation"])
 def test_other_phases_are_named(phase, train):
-    """Sampling with its rewards, and held-out evaluation."""
+    """Reading of data with teachers' contexts, sampling with its rewards, and held-out evaluation."""
     sections, hooks = {}, Hooks()
+    if phase == "data":
+        context = {"type": str(Plugin.of(fill_in_worker))}
+        sections = {"teacher": {"model": "student", "context": context}}
     if phase == "rollout":
         sections = {
             "reward": {"rule": Plugin.of(wordy), "alpha": 0.5},
             "rollout": {"max_new_tokens": 4, "completions_per_prompt": 2},
         }
-    else:
+    if phase == "evaluation":
         hooks = Hooks(evaluate=lambda student: fill() and {})
     with pytest.raises(OutOfMemory) as caught:
         train("llm", hooks=hooks, **sections)
     assert caught.value.phase == phase
+    assert REMEDIES[phase] in str(caught.value)
 
 
 CUDA = (

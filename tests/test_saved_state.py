@@ -1,5 +1,6 @@
 """Saved states are written in the background: the same bytes, one at a time, and no error is lost."""
 
+import resource
 from threading import Event
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors import safe_open
 
 from tests.conftest import recipe_of
 from vlopd.data.load import load_data
+from vlopd.errors import RunError
 from vlopd.loop import distill
 from vlopd.train.optimizers import build_optimizer
 from vlopd.train.resume import BackgroundWriter, save_state
@@ -48,6 +50,18 @@ def test_a_background_save_has_the_bytes_of_its_moment(state, tmp_path):
         optimizer.step(1.0)
     now, later = (read(tmp_path / name / "state.safetensors") for name in ("now", "later"))
     assert now == later
+
+
+def test_a_full_disk_is_one_line_with_the_file(state, tmp_path):
+    """The library's error names no file; nothing unfinished is left behind."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(RunError, match=r"cannot write .*state\.safetensors \(.*\); make room"):
+            save_state(tmp_path, 1, *state, [], "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_piece_of_work_at_a_time():

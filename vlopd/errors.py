@@ -103,6 +103,8 @@ def as_size(n: int) -> str:
 
 
 REMEDIES = {
+    "data": "smaller pictures and a smaller train.prompts_per_step need less: a step's examples are read at once, "
+    "those of the next beside them",
     "rollout": "a smaller rollout.batch or rollout.max_new_tokens needs less",
     "teacher": "a smaller train.micro_batch needs less, and so does train.offload_optimizer = true",
     "student": "a smaller train.micro_batch or loss.chunk_tokens needs less, and so do a mask, "

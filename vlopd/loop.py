@@ -327,8 +327,10 @@ def distill(
             row = rows[0]  # of the weights that sampled the completions
             with distributed.together(accelerator):
                 log.step({**row, "learning_rate": rate, **clock.seconds(row["completion_tokens"])})
-                if main and done in (start + 1, train.steps):
-                    write_json(out / "memory.json", memory.about())
+                if done in (start + 1, train.steps):
+                    about_memory = memory.about()  # in every process: it ends the counting
+                    if main:
+                        write_json(out / "memory.json", about_memory)
             evaluate_held_out(hooks, done, train.steps, pair.student, log, accelerator)
             with distributed.together(accelerator):
                 if hooks.keep and keeps and main:

@@ -55,14 +55,18 @@ def recomputed(
 
     `note` is called with every tensor among these inputs, which autograd's hooks do not see.
     """
-    layers = layers_of(model) if on else []
+    layers = dict.fromkeys(layers_of(model)) if on else {}  # a shared one once
+    own = {layer: vars(layer).get("forward") for layer in layers}
     for layer in layers:
         layer.forward = partial(_forward, layer.forward, note)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward  # the class's again
+        for layer, forward in own.items():
+            if forward is None:
+                del layer.forward  # the class's again
+            else:
+                layer.forward = forward
 
 
 def _forward(

@@ -680,10 +680,16 @@ def chunked_divergence(
         if in_hidden is not None and leaf.grad is not None:
             in_hidden[part] = leaf.grad
         pieces.append(piece)
+        if torch.finfo(leaf.dtype).bits < 32 and len(pieces) % SUMMED == 0:
+            head_gradients.backward()
     head_gradients.backward()
     if weights is not None and in_hidden is not None:
         student_hidden.backward(in_hidden)
     return by_column(torch.cat, pieces)
+
+
+SUMMED = 8
+"""Chunks whose head gradients are added up in less than fp32, before they are added to others in fp32."""
 
 
 class SummedGradients(TorchFunctionMode):
