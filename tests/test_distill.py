@@ -487,11 +487,11 @@ def test_what_grows_has_each_step_once_after_kills(
     whole, kept = train_into(tmp_path / "whole")
     original, calls = getattr(module, name), []
 
-    def kill(*words):
+    def kill(*words, **named):
         calls.append(1)
         if len(calls) == nth and when == "before":
             raise Killed
-        result = original(*words)
+        result = original(*words, **named)
         if len(calls) == nth:
             raise Killed
         return result
