@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 class Allocations(TorchDispatchMode):
     """Counts the bytes of living tensors that operations made (`peak`), and those read and written (`moved`).
 
-    On any device, meta included; not an operation's own temporaries. `counts` tells which of the tensors count; all do.
+    On any device, meta included; not an operation's own temporaries. With `counts`, of those tensors that it names, and
+    of the operations that make one.
     """
 
-    def __init__(self, counts: Callable[[Tensor], bool] = lambda tensor: True) -> None:
+    def __init__(self, counts: Callable[[Tensor], bool] | None = None) -> None:
         super().__init__()
         self.counts = counts
         self.living: dict[int, int] = {}
@@ -27,14 +28,16 @@ class Allocations(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        read, made = (
-            [each for each in tree_leaves(values) if isinstance(each, Tensor)]
-            for values in ((args, kwargs), out)
-        )
+        made = [out] if isinstance(out, Tensor) else tensors_in(out)
+        if self.counts is not None:
+            made = [each for each in made if self.counts(each)]
+            if not made:  # nearly all operations: a step must not take much longer
+                return out
+        read = tensors_in((args, kwargs))
         if not func.is_view:
             self.moved += sum(each.nbytes for each in (*read, *made))
         known = {each.untyped_storage()._cdata for each in read}
-        for storage in (each.untyped_storage() for each in made if self.counts(each)):
+        for storage in (each.untyped_storage() for each in made):
             key = storage._cdata
             if key not in known and key not in self.living:  # neither a view nor in place
                 self.living[key] = storage.nbytes()
@@ -45,3 +48,8 @@ class Allocations(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.now -= self.living.pop(key)
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """The tensors among nested values."""
+    return [each for each in tree_leaves(values) if isinstance(each, Tensor)]
