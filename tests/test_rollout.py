@@ -12,7 +12,7 @@ from vlopd.seeding import uniforms
 from vlopd.train import generation
 from vlopd.train.allocations import Allocations
 from vlopd.train.decoding import chosen_engine
-from vlopd.train.draws import draw, invert, pick, race, waiting_times
+from vlopd.train.draws import invert, pick, race, waiting_times
 from vlopd.train.generation import sample
 from vlopd.types import Prompts
 
@@ -138,6 +138,12 @@ def test_an_engine_that_cannot_be_used_falls_back_and_says_so(make_pair):
     assert why is not None and "rollout.engine" in why and "CUDA" in why
     assert pair.engine_notes(RolloutConfig(engine="graphs")) == [f"{pair.student.name}: {why}"]
     assert pair.engine_notes(RolloutConfig()) == []
+
+
+def draw(logits, temperature, banned, numbers, top_k=None, top_p=1.0):
+    """`pick`'s columns [B], from logits that it may not overwrite and banned columns as [V] bool."""
+    columns = banned.nonzero()[:, 0]
+    return pick(logits.clone(), temperature, columns, numbers, top_k, top_p)[0]
 
 
 def reference(logits, temperature, banned, top_k, top_p):

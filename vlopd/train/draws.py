@@ -28,19 +28,6 @@ CANDIDATES = 1024
 """Most likely entries among which a nucleus is sought on a CPU, before all are sorted."""
 
 
-def draw(
-    logits: Tensor,
-    temperature: float,
-    banned: Tensor,
-    uniform: Tensor | None,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-) -> Tensor:
-    """[B, V] logits, [V] banned (bool), [B] uniforms in float64 -> [B] columns; temperature 0 is greedy."""
-    columns = banned.nonzero()[:, 0]
-    return pick(logits.float().clone(), temperature, columns, uniform, top_k, top_p)[0]
-
-
 def pick(
     logits: Tensor,
     temperature: float,
