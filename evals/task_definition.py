@@ -22,7 +22,7 @@ PICTURE = re.compile(
     rb"[^\"',;\n\r]+\.(?:png|jpe?g|webp|gif|bmp|tiff?)(?=[\"',;\n\r])", re.IGNORECASE
 )
 ROOT = Path(__file__).parents[1]
-OURS = ("evals.tasks", "vlopd.data")
+OURS = ("evals.tasks", "vlopd.data", "vlopd.grading")
 """Packages whose modules determine our tasks' questions and scoring."""
 
 

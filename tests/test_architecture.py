@@ -22,7 +22,7 @@ RANK = {
     "vlopd.digests": 1, "vlopd.files": 1, "vlopd.distributed": 1, "vlopd.plugins": 1,
     "vlopd.config": 2,
     "vlopd.models": 3, "vlopd.data": 3,
-    "vlopd.weights": 4,
+    "vlopd.weights": 4, "vlopd.grading": 4,
     "vlopd.masks": 5, "vlopd.train": 5,
     "vlopd.update_geometry": 6, "vlopd.loop": 6,
     "vlopd.run": 7,

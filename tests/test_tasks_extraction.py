@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from evals.tasks import extraction
-from evals.tasks.equality import relaxed_match, same_math, same_number
+from vlopd.grading import extraction
+from vlopd.grading.equality import relaxed_match, same_math, same_number
 
 
 @pytest.mark.parametrize(

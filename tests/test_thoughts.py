@@ -12,12 +12,12 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from evals.harness import Subject, evaluate
 from evals.lm import ArmLM
-from evals.tasks.extraction import number_answer, strip_reasoning
 from tests.command import call
 from tests.conftest import recipe_of, tiny_language
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.models import ModelConfig
 from vlopd.errors import ConfigError
+from vlopd.grading.extraction import number_answer, strip_reasoning
 from vlopd.models.load import load, load_configured
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.thinking import HARMONY, MARKS, kept_tokens, marks_of, opened_by, pair, split

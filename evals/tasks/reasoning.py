@@ -8,9 +8,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from evals.tasks.equality import same_number
-from evals.tasks.extraction import number_answer, short_answer
 from vlopd.data import reasoning
+from vlopd.grading.equality import same_number
+from vlopd.grading.extraction import number_answer, short_answer
 
 
 def dataset(

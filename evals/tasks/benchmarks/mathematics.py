@@ -14,9 +14,9 @@ from PIL import Image
 from evals.lm import PLACEHOLDER
 from evals.tasks.benchmarks import documents
 from evals.tasks.benchmarks.documents import Benchmark, Document, Row, document, outcome, text
-from evals.tasks.equality import same_math, same_number
-from evals.tasks.extraction import math_answer, number_answer
 from vlopd.errors import DataError
+from vlopd.grading.equality import same_math, same_number
+from vlopd.grading.extraction import math_answer, number_answer
 
 ASK = "{}\n\nWork it out step by step and put the final answer in \\boxed{{}}."
 

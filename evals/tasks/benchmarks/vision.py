@@ -27,8 +27,10 @@ from evals.tasks.benchmarks.documents import (
     text,
     unmarked,
 )
-from evals.tasks.equality import number, relaxed_match, same_number
-from evals.tasks.extraction import (
+from vlopd.data.raw_values import cell_text
+from vlopd.errors import DataError
+from vlopd.grading.equality import number, relaxed_match, same_number
+from vlopd.grading.extraction import (
     choice_letter,
     last_number,
     math_answer,
@@ -37,8 +39,6 @@ from evals.tasks.extraction import (
     short_answer,
     yes_or_no,
 )
-from vlopd.data.raw_values import cell_text
-from vlopd.errors import DataError
 
 CHOOSE = "{}\n{}\nAnswer with the letter of the right choice."
 SHORTLY = "{}\nAnswer with one word, number or short phrase."
