@@ -15,11 +15,11 @@ from huggingface_hub import constants
 from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
 
 from evals.scoring import TASKS, Tasks, all_tasks, load_task
-from evals.tasks.benchmarks import documents, mathematics, vision
+from evals.tasks.benchmarks import documents
+from evals.tasks.benchmarks.registry import BENCHMARKS
 from vlopd.data import emoji
 from vlopd.errors import UserError
 
-BENCHMARKS = {**mathematics.BENCHMARKS, **vision.BENCHMARKS}
 FILES = ("json", "csv", "parquet", "text", "arrow")
 """`dataset_path` of a task whose rows are in the files of `dataset_kwargs.data_files`."""
 UNKNOWN = "-"
@@ -98,7 +98,8 @@ def _source_of(settings: Mapping[str, Any], yaml: Any) -> tuple[str, str]:
         local = Path(os.environ.get(documents.FOLDER, "")) / benchmark
         if documents.FOLDER in os.environ and local.is_dir():
             return str(local), "yes"
-        return BENCHMARKS[benchmark].hub, _hub(BENCHMARKS[benchmark].hub)
+        source = BENCHMARKS[benchmark].source
+        return source, _hub(source)
     if ours:
         return "built-in", _built_in(Path(str(settings.get("custom_dataset"))).name)
     path, arguments = settings.get("dataset_path"), settings.get("dataset_kwargs") or {}
@@ -126,13 +127,7 @@ def _built_in(function: str) -> str:
 
 def _hub(data_set: str) -> str:
     """Whether a hub data set is in one of the two caches, or could be downloaded."""
-    from datasets import config
-
-    cached = (
-        Path(constants.HF_HUB_CACHE) / f"datasets--{data_set.replace('/', '--')}" / "snapshots",
-        Path(config.HF_DATASETS_CACHE) / data_set.lower().replace("/", "___"),
-    )
-    if any(folder.is_dir() and any(folder.iterdir()) for folder in cached):
+    if documents.is_cached(data_set):
         return "yes"
     return (
         "no: not cached, and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "from the hub"

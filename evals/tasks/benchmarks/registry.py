@@ -1,0 +1,6 @@
+"""All published benchmarks by name, from the modules that read and score them."""
+
+from evals.tasks.benchmarks import mathematics, perception, vision
+
+MODULES = (mathematics, vision, perception)
+BENCHMARKS = {name: each for module in MODULES for name, each in module.BENCHMARKS.items()}
