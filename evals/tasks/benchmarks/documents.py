@@ -58,8 +58,8 @@ class Benchmark:
     """An earlier hub name, which is used where only it is in the cache."""
 
     @property
-    def subsets(self) -> tuple[str, ...]:
-        return self.subset if isinstance(self.subset, tuple) else ()
+    def subsets(self) -> tuple[str | None, ...]:
+        return self.subset if isinstance(self.subset, tuple) else (self.subset,)
 
     @property
     def source(self) -> str:
@@ -98,9 +98,9 @@ def read(benchmark: Benchmark, root: str | None) -> Rows:
     else:
         hub = benchmark.source
         place = f"{hub} (split {split})"
-        subsets = benchmark.subsets or (benchmark.subset,)
+        sources = [FileData(path=hub, subset=each, split=split) for each in benchmark.subsets]
         try:
-            parts = [open_table(FileData(path=hub, subset=s, split=split)) for s in subsets]
+            parts = [open_table(each) for each in sources]
         except ConfigError as error:
             raise ConfigError(
                 f"vlopd_{name}: {error}; allow access to the hub (HF_HUB_OFFLINE=0), or put "
@@ -119,7 +119,9 @@ def _local_files(benchmark: Benchmark, folder: Path) -> list[Path]:
     """The files of a local copy. Raises ConfigError where the split, or one of several subsets, has none."""
     found = []
     start = benchmark.files or benchmark.split
-    for place in [folder / subset for subset in benchmark.subsets] or [folder]:
+    several = isinstance(benchmark.subset, tuple)
+    for subset in benchmark.subsets:
+        place = folder / str(subset) if several else folder
         files = sorted(p for end in ("parquet", "jsonl") for p in place.glob(f"{start}*.{end}"))
         if not files:
             raise ConfigError(
