@@ -26,8 +26,8 @@ from lm_eval.api.registry import metric_registry
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from evals import blind, stats
 from evals import lm as models
-from evals import stats
 from evals.lm import ArmLM
 from evals.task_definition import files_of_task
 from vlopd.config.analysis import EvalConfig
@@ -44,6 +44,11 @@ class Tasks(TaskManager):
     """lm-eval's task manager with our tasks; adds images of few-shot examples."""
 
     loaded: dict[str, Any]
+    _index: dict[str, Any]
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self._index = blind.Index(self._index)
 
     @classmethod
     def of(cls, tasks: Sequence[str], include: str | None = None) -> Tasks:
@@ -59,13 +64,15 @@ class Tasks(TaskManager):
             if include is None
             else cls(include_path=_folders(include), include_defaults=False)
         )
-        if all(ours.has(task) for task in tasks):
+        for task in tasks:
+            blind.refuse_unknown_variant(task, ours.task_index)
+        if all(ours.has(task) and ours.has_members(task) for task in tasks):
             return ours
         _refuse_broken([task for task in tasks if not ours.has(task)], include)
         every = all_tasks(include)
         for task in tasks:
             if not every.has(task):
-                near = difflib.get_close_matches(task, every.all_tasks, 1)
+                near = difflib.get_close_matches(blind.variant_of(task)[0], every.all_tasks, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 own = "" if include else "; a task of your own needs eval.include, its folder"
                 raise ConfigError(
@@ -76,8 +83,23 @@ class Tasks(TaskManager):
     def has(self, task: str) -> bool:
         return task in self.task_index
 
+    def has_members(self, task: str) -> bool:
+        """Whether the members that a group names are known; it may name lm-eval's."""
+        members = (self.task_index[task].cfg or {}).get("task")
+        named = members if isinstance(members, list) else []
+        return all(
+            self.has(each) and self.has_members(each) for each in named if isinstance(each, str)
+        )
+
     def load(self, task_list: Any) -> Any:
-        found = super().load(task_list)
+        """Loads tasks and groups; a variant without pictures (evals/blind.py) by the name of its task."""
+        base, variant = task_list, ""
+        if isinstance(task_list, list) and len(task_list) == 1:
+            name, variant = blind.variant_of(task_list[0])
+            base = [name] if variant else base
+        found = super().load(base)
+        if variant:
+            found = blind.rename(found, variant)
         self.loaded = found["tasks"]
         for task in self.loaded.values():
             if (
@@ -85,11 +107,14 @@ class Tasks(TaskManager):
                 and task.config.output_type != "loglikelihood_rolling"
             ):
                 _add_fewshot_images(task)
+            blind.apply(task)
         return found
 
     def digest(self, task: str) -> str:
         """Digest of a task's files (questions and scoring) and lm-eval's version."""
         files = sorted(files_of_task(self.task_index, task))
+        if blind.variant_of(task)[1]:
+            files.append(Path(blind.__file__))
         contents = [[path.name, file_digest(path)] for path in files]
         return digest_json([task, lm_eval.__version__, sorted(contents)])
 
@@ -137,11 +162,15 @@ def _add_fewshot_images(task: Any) -> None:
         drawn[:] = draw(*args, **kwargs)
         return list(drawn)
 
+    def own(doc: Any, *args: Any) -> list[Any]:
+        return as_list(picture(doc, *args))
+
     def with_examples(doc: Any, *args: Any) -> list[Any]:
         shown = drawn if task.config.num_fewshot else []
-        return [image for each in (*shown, doc) for image in as_list(picture(each, *args))]
+        images = [image for each in shown for image in own(each, *args)]
+        return images + task.own_image(doc, *args)  # which a variant replaces (evals/blind.py)
 
-    task.sampler.sample, task.doc_to_image, task.own_image = remembering, with_examples, picture
+    task.sampler.sample, task.doc_to_image, task.own_image = remembering, with_examples, own
 
 
 def as_list(images: Any) -> list[Any]:
