@@ -8,11 +8,13 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-from evals.scoring import TASKS
+from evals.preflight import TaskCheck
+from evals.scoring import TASKS, Tasks, load_task
 from evals.task_list import list_tasks
 from evals.tasks.benchmarks import documents, perception
 from evals.tasks.benchmarks.registry import BENCHMARKS
 from tests.benchmark_rows import picture, save
+from vlopd.config.analysis import EvalConfig
 from vlopd.errors import ConfigError, DataError
 
 RED, BLUE, GREEN = picture("red"), picture("blue"), picture("green")
@@ -384,6 +386,18 @@ def test_gold_kind_and_cluster(scored):
     levels = documents.chance(docs["vstar"])
     assert levels["direct_attributes"] == 0.25 and levels["relative_position"] == 0.5
     assert documents.chance(docs["mmmu_pro_vision"])["all"] == pytest.approx(0.1)  # fmt: skip
+
+
+def test_targets_are_right_answers(copies):
+    """Checks before training find nothing: every target, as an answer, scores 1; the group has both members."""
+    tasks = [f"vlopd_{name}" for name in ROWS]
+    manager = Tasks.of([*tasks, "vlopd_mmmu_pro"])
+    for task in tasks:
+        its = load_task(manager, task, None)["tasks"][task]
+        check = TaskCheck(task, its, EvalConfig(), None, manager.task_index[task].yaml_path)
+        assert check.refuse_bad_rows(), task
+    group = load_task(manager, "vlopd_mmmu_pro", None)
+    assert group["group_map"] == {"vlopd_mmmu_pro": ["vlopd_mmmu_pro_10", "vlopd_mmmu_pro_vision"]}
 
 
 @pytest.mark.parametrize(
