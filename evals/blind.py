@@ -143,11 +143,11 @@ class OtherPictures:
         self.chosen: dict[Key, list[tuple[int, int]]] = {}
         """The document and the place in it of each picture that is shown instead of those of a key."""
 
-    def __call__(self, doc: Any, *args: Any) -> list[Any]:
+    def __call__(self, doc: Any) -> list[Any]:
         if not self.chosen:
             self._choose()
         chosen = self.chosen[self._key(doc)]
-        shown = {index: self.own(self.docs[index], *args) for index, _ in chosen}
+        shown = {index: self.own(self.docs[index]) for index, _ in chosen}
         return [shown[index][place] for index, place in chosen]
 
     def _choose(self) -> None:

@@ -25,6 +25,7 @@ import torch
 from lm_eval.api.registry import metric_registry
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
+from lm_eval.utils import handle_non_serializable, hash_string
 
 from evals import blind, stats
 from evals import lm as models
@@ -162,13 +163,15 @@ def _add_fewshot_images(task: Any) -> None:
         drawn[:] = draw(*args, **kwargs)
         return list(drawn)
 
-    def own(doc: Any, *args: Any) -> list[Any]:
-        return as_list(picture(doc, *args))
+    def own(doc: Any) -> list[Any]:
+        return as_list(picture(doc))
 
-    def with_examples(doc: Any, *args: Any) -> list[Any]:
+    def with_examples(doc: Any, *column: Any) -> Any:
+        if column:  # lm-eval's own call for each of several columns
+            return picture(doc, *column)
         shown = drawn if task.config.num_fewshot else []
-        images = [image for each in shown for image in own(each, *args)]
-        return images + task.own_image(doc, *args)  # which a variant replaces (evals/blind.py)
+        images = [image for each in shown for image in own(each)]
+        return images + task.own_image(doc)  # which a variant replaces (evals/blind.py)
 
     task.sampler.sample, task.doc_to_image, task.own_image = remembering, with_examples, own
 
@@ -221,6 +224,9 @@ def score_task(
                 ) from None
         assert results is not None
         results["config"] = {"model": name, "limit": limit, "batch_size": lm.batch_size}
+        for rows in results["samples"].values():
+            for row in rows:
+                row["doc_hash"] = _content_hash(row["doc"])
         if any(reading.thought is not None for own in lm.readings.values() for reading in own):
             for leaf, rows in results["samples"].items():
                 for row in rows:
@@ -230,6 +236,13 @@ def score_task(
         for leaf, rows in results["samples"].items():
             results["samples"][leaf] = one_row_a_question(leaf, rows)
     return passes[0] if config.sampled is None else _merge_passes(passes)
+
+
+def _content_hash(doc: Any) -> str:
+    """lm-eval's hash of a question whose images it has replaced by theirs; its own has their addresses in memory."""
+    return hash_string(
+        json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    )
 
 
 def load_task(manager: Tasks, task: str, fewshot: int | None) -> Any:

@@ -5,6 +5,7 @@ from pathlib import Path
 import lm_eval
 import pytest
 import torch
+from datasets import Features, Image, Value
 
 from evals.harness import Subject, evaluate
 from evals.lm import ArmLM
@@ -151,6 +152,34 @@ def test_as_many_pictures_as_the_question_marks(own):
     assert shown[0] == before[1] and shown[1] == before[0]
     assert shown[2] == before[3] and shown[3] == before[2]
     assert task.config.metadata["pictures_of_several"] == 1
+
+
+def test_pictures_in_a_column_that_the_task_names(student, tmp_path):
+    """`doc_to_image: [image]`, as lm-eval's tasks have it, with its variants: one picture each, or none."""
+    columns = Features({"question": Value("string"), "answer": Value("string"), "image": Image()})
+    rows = [
+        {"question": f"which {c}", "answer": c, "image": picture(c)}
+        for c in ("red", "blue", "lime")
+    ]
+    path = save(tmp_path, "named", rows, "test", columns)
+    (tmp_path / "named.yaml").write_text(
+        f"task: named\ndataset_path: parquet\ndataset_kwargs: {{data_files: {{test: {path}}}}}\ntest_split: test\n"
+        "output_type: generate_until\ndoc_to_image: [image]\ndoc_to_text: '<image>{{question}}'\n"
+        "doc_to_target: answer\ngeneration_kwargs: {max_gen_toks: 2}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    config = EvalConfig(
+        tasks=("named", "named@no_picture", "named@other_picture"), include=str(tmp_path)
+    )
+    assert find_problems(config, {"student": student}) == []
+    task = variant("named", str(tmp_path))
+    shown = [colours(task.doc_to_image(row)) for row in task.eval_docs]
+    task = variant("named@other_picture", str(tmp_path))
+    others = [colours(task.doc_to_image(row)) for row in task.eval_docs]
+    assert shown == [[(255, 0, 0)], [(0, 0, 255)], [(0, 255, 0)]]
+    assert sorted(others) == sorted(shown) and all(
+        a != b for a, b in zip(shown, others, strict=True)
+    )
 
 
 def test_the_same_picture_everywhere_is_refused(own):

@@ -401,6 +401,21 @@ def test_targets_are_right_answers(copies):
 
 
 @pytest.mark.parametrize(
+    ("question", "options"),
+    [
+        ("What?\nOptions: A: on it., B: by a cat., C: x, y, D: z.", ["on it.", "by a cat.", "x, y", "z."]),
+        ("Hint: A. is Ann. Choose\n(A) 1.5\n(B) grade B. or so\n(C) 3\nThank you", ["1.5", "grade B. or so", "3"]),
+        ("Which? A. left B. right", ["left", "right"]),
+        ("Which vitamin, A: or D: then?", []),
+        ("What is it?", []),
+    ],
+)  # fmt: skip
+def test_options_within_a_question(question, options):
+    """By hand: after letters with a colon, a full stop or in brackets, in order; a letter in an option is no mark."""
+    assert perception.options_within(question) == options
+
+
+@pytest.mark.parametrize(
     ("said", "found"),
     [
         ("(A) or (B)? I take (B)", "B"),

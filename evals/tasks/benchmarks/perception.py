@@ -93,16 +93,22 @@ def mmstar(row: Row) -> Document:
 
 
 def options_within(question: str) -> list[str]:
-    """The options in a question's text, after `A:`, `A.`, `A)` or `(A)`; empty where their letters are not in order."""
-    marks = list(re.finditer(r"(?:^|(?<=[\s,;:.]))(?:\(([A-H])\)|([A-H])[:.)])\s*", question))
-    start = max((k for k, m in enumerate(marks) if (m[1] or m[2]) == "A"), default=len(marks))
-    own = marks[start:]
-    if len(own) < 2 or [m[1] or m[2] for m in own] != list(ascii_uppercase[: len(own)]):
-        return []
-    ends = [m.start() for m in own[1:]] + [len(question)]
-    found = [question[m.end() : end] for m, end in zip(own, ends, strict=True)]
-    found[-1] = found[-1].split("\n")[0]
-    return [each.strip().rstrip(",;").strip() for each in found]
+    """The options in a question's text: its lines `(A) ...`, else what follows `A:`, `A.`, `A)` or `(A)`.
+
+    Empty where their letters are not in order.
+    """
+    for form in (r"^\(([A-H])\)\s*", r"(?:^|(?<=[\s,;:.]))(?:\(([A-H])\)|([A-H])[:.)])\s*"):
+        marks = list(re.finditer(form, question, re.MULTILINE))
+        letters = [next(filter(None, mark.groups())) for mark in marks]
+        start = len(letters) - 1 - letters[::-1].index("A") if "A" in letters else len(letters)
+        own = marks[start:]
+        if len(own) < 2 or letters[start:] != list(ascii_uppercase[: len(own)]):
+            continue
+        ends = [mark.start() for mark in own[1:]] + [len(question)]
+        found = [question[mark.end() : end] for mark, end in zip(own, ends, strict=True)]
+        found[-1] = found[-1].split("\n")[0]
+        return [each.strip().rstrip(",;").strip() for each in found]
+    return []
 
 
 def hallusion_bench(row: Row) -> Document:
@@ -182,7 +188,8 @@ def vstar(row: Row) -> Document:
 def hrbench(row: Row) -> Document:
     """Each question is asked four times, with its options rotated."""
     asked = text(row, "question")
-    choices = [text(row, letter) for letter in "ABCD"]
+    last = max((k for k, each in enumerate("ABCD") if row[each] is not None), default=0)
+    choices = [text(row, each) for each in "ABCD"[: last + 1]]
     prompt = PLACEHOLDER + choose(asked, choices)
     letter, kind, picture = text(row, "answer"), text(row, "category"), [f"{BASE64}image"]
     return lettered(row, prompt, asked, letter, kind, choices, picture)
