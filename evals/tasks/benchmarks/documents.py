@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,8 +49,11 @@ class Benchmark:
     hub: str
     split: str
     columns: tuple[str, ...]
-    read: Callable[[Row], Document]
-    """Converts a row to a document. Raises DataError with the column; the caller adds the row."""
+    read: Callable[[Row], Document | None]
+    """Converts a row to a document, or to None to leave it out.
+
+    Raises DataError with the column; the caller adds the row.
+    """
     subset: str | tuple[str, ...] | None = None
     """The hub's configuration, or several whose rows are joined."""
     files: str | None = None
@@ -122,7 +126,8 @@ def _local_files(benchmark: Benchmark, folder: Path) -> list[Path]:
     several = isinstance(benchmark.subset, tuple)
     for subset in benchmark.subsets:
         place = folder / str(subset) if several else folder
-        files = sorted(p for end in ("parquet", "jsonl") for p in place.glob(f"{start}*.{end}"))
+        every = sorted(p for end in ("parquet", "jsonl") for p in place.glob(f"{start}*.{end}"))
+        files = [p for p in every if not re.match(rf"{start}[a-z]", p.name)]  # testmini is not test
         if not files:
             raise ConfigError(
                 f"{place} has no {start}*.parquet and no {start}*.jsonl ({FOLDER}); copy the files of "
@@ -153,8 +158,8 @@ def read_file(path: Path, benchmark: Benchmark) -> Table:
 def documents(benchmark: Benchmark) -> dict[str, Dataset]:
     """lm-eval's `custom_dataset`: all rows as documents, with digests of their images.
 
-    Questions on the same image form a cluster, unless a document names its own. Raises DataError with the row that is
-    invalid.
+    Questions on the same image form a cluster, unless the document names its own. Raises DataError with the row that
+    is invalid.
     """
     rows = open_rows(benchmark)
     made = []
@@ -162,12 +167,14 @@ def documents(benchmark: Benchmark) -> dict[str, Dataset]:
         row = rows[index]
         try:
             check_characters(row)
-            document = benchmark.read(row)
+            if (document := benchmark.read(row)) is None:
+                continue
             digests = [digest(row, column, rows.folder) for column in document["pictures"]]
         except DataError as error:
             raise DataError(f"{rows.place}, row {index} (from 0): {error}") from None
         place = {"benchmark": benchmark.name, "row": index, "digests": digests}
-        made.append({"cluster": digests[0] if digests else None, **document, **place})
+        cluster = document.get("cluster", digests[0] if digests else None)
+        made.append({**document, **place, "cluster": cluster})
     return {"test": Dataset.from_list(made)}
 
 
