@@ -16,7 +16,7 @@ import numpy as np
 from lm_eval.utils import handle_non_serializable
 
 from evals.lm import PLACEHOLDER, ArmLM
-from evals.scoring import Tasks, argument, as_list, one_row_a_question, score_task
+from evals.scoring import Tasks, argument, one_row_a_question, score_task
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.arms import CheckpointArm, ImportedArm, TeacherArm
 from vlopd.config.experiment import ExperimentConfig
@@ -430,8 +430,9 @@ def _save_images(
         return {}
     kept: dict[int, Path] = {}
     changed = False
-    for row in rows[:count]:
-        if own := as_list(task.own_image(row["doc"])):
+    # not the rows' own questions, in which lm-eval has replaced images by their hashes
+    for row, doc in zip(rows[:count], task.eval_docs, strict=False):
+        if own := task.own_image(doc):
             path = run.root / "evals" / "images" / name / f"{row['doc_id']}.png"
             image = io.BytesIO()
             own[0].convert("RGB").save(image, "PNG")

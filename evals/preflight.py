@@ -17,6 +17,7 @@ import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import aggregation_registry
 
+from evals.blind import variant_of
 from evals.harness import read_scored_rows, samples_of
 from evals.lm import PLACEHOLDER, ArmLM, GenerationSettings
 from evals.scoring import (
@@ -61,6 +62,7 @@ def find_problems(config: EvalConfig, models: Mapping[str, LoadedModel]) -> list
     comparable = generates = False
     for task, limit in wanted.items():
         try:
+            refuse_text_only(task, manager, models)
             with preserve_random_state():
                 loaded = load_task(manager, task, config.fewshot)["tasks"]
                 for leaf, its in loaded.items():
@@ -81,6 +83,18 @@ def find_problems(config: EvalConfig, models: Mapping[str, LoadedModel]) -> list
             "compared; add a task whose metric_list begins with one"
         )
     return found
+
+
+def refuse_text_only(task: str, manager: Tasks, models: Mapping[str, LoadedModel]) -> None:
+    """Raises RunError for a text-only model and a group that names, as `text_only`, another one for such models."""
+    metadata = (manager.task_index[task].cfg or {}).get("metadata")
+    instead = metadata.get("text_only") if isinstance(metadata, Mapping) else None
+    for name, model in models.items():
+        if instead and not model.sees_images and variant_of(task)[1] != "no_picture":
+            raise RunError(
+                f"task {task} has pictures, but {name} ({model.name}) is text-only; choose {instead}, or leave that "
+                "arm out"
+            )
 
 
 def find_import_problems(tasks: Sequence[str], folder: Path) -> list[str]:

@@ -25,9 +25,10 @@ import torch
 from lm_eval.api.registry import metric_registry
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
+from lm_eval.utils import handle_non_serializable, hash_string
 
+from evals import blind, stats
 from evals import lm as models
-from evals import stats
 from evals.lm import ArmLM
 from evals.task_definition import files_of_task
 from vlopd.config.analysis import EvalConfig
@@ -44,6 +45,11 @@ class Tasks(TaskManager):
     """lm-eval's task manager with our tasks; adds images of few-shot examples."""
 
     loaded: dict[str, Any]
+    _index: dict[str, Any]
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self._index = blind.Index(self._index)
 
     @classmethod
     def of(cls, tasks: Sequence[str], include: str | None = None) -> Tasks:
@@ -59,13 +65,15 @@ class Tasks(TaskManager):
             if include is None
             else cls(include_path=_folders(include), include_defaults=False)
         )
-        if all(ours.has(task) for task in tasks):
+        for task in tasks:
+            blind.refuse_unknown_variant(task, ours.task_index)
+        if all(ours.has(task) and ours.has_members(task) for task in tasks):
             return ours
         _refuse_broken([task for task in tasks if not ours.has(task)], include)
         every = all_tasks(include)
         for task in tasks:
             if not every.has(task):
-                near = difflib.get_close_matches(task, every.all_tasks, 1)
+                near = difflib.get_close_matches(blind.variant_of(task)[0], every.all_tasks, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 own = "" if include else "; a task of your own needs eval.include, its folder"
                 raise ConfigError(
@@ -76,8 +84,23 @@ class Tasks(TaskManager):
     def has(self, task: str) -> bool:
         return task in self.task_index
 
+    def has_members(self, task: str) -> bool:
+        """Whether the members that a group names are known; it may name lm-eval's."""
+        members = (self.task_index[task].cfg or {}).get("task")
+        named = members if isinstance(members, list) else []
+        return all(
+            self.has(each) and self.has_members(each) for each in named if isinstance(each, str)
+        )
+
     def load(self, task_list: Any) -> Any:
-        found = super().load(task_list)
+        """Loads tasks and groups; a variant without pictures (evals/blind.py) by the name of its task."""
+        base, variant = task_list, ""
+        if isinstance(task_list, list) and len(task_list) == 1:
+            name, variant = blind.variant_of(task_list[0])
+            base = [name] if variant else base
+        found = super().load(base)
+        if variant:
+            found = blind.rename(found, variant)
         self.loaded = found["tasks"]
         for task in self.loaded.values():
             if (
@@ -85,11 +108,14 @@ class Tasks(TaskManager):
                 and task.config.output_type != "loglikelihood_rolling"
             ):
                 _add_fewshot_images(task)
+            blind.apply(task)
         return found
 
     def digest(self, task: str) -> str:
         """Digest of a task's files (questions and scoring) and lm-eval's version."""
         files = sorted(files_of_task(self.task_index, task))
+        if blind.variant_of(task)[1]:
+            files.append(Path(blind.__file__))
         contents = [[path.name, file_digest(path)] for path in files]
         return digest_json([task, lm_eval.__version__, sorted(contents)])
 
@@ -137,11 +163,17 @@ def _add_fewshot_images(task: Any) -> None:
         drawn[:] = draw(*args, **kwargs)
         return list(drawn)
 
-    def with_examples(doc: Any, *args: Any) -> list[Any]:
-        shown = drawn if task.config.num_fewshot else []
-        return [image for each in (*shown, doc) for image in as_list(picture(each, *args))]
+    def own(doc: Any) -> list[Any]:
+        return as_list(picture(doc))
 
-    task.sampler.sample, task.doc_to_image, task.own_image = remembering, with_examples, picture
+    def with_examples(doc: Any, *column: Any) -> Any:
+        if column:  # lm-eval's own call for each of several columns
+            return picture(doc, *column)
+        shown = drawn if task.config.num_fewshot else []
+        images = [image for each in shown for image in own(each)]
+        return images + task.own_image(doc)  # which a variant replaces (evals/blind.py)
+
+    task.sampler.sample, task.doc_to_image, task.own_image = remembering, with_examples, own
 
 
 def as_list(images: Any) -> list[Any]:
@@ -192,6 +224,9 @@ def score_task(
                 ) from None
         assert results is not None
         results["config"] = {"model": name, "limit": limit, "batch_size": lm.batch_size}
+        for rows in results["samples"].values():
+            for row in rows:
+                row["doc_hash"] = _content_hash(row["doc"])
         if any(reading.thought is not None for own in lm.readings.values() for reading in own):
             for leaf, rows in results["samples"].items():
                 for row in rows:
@@ -201,6 +236,13 @@ def score_task(
         for leaf, rows in results["samples"].items():
             results["samples"][leaf] = one_row_a_question(leaf, rows)
     return passes[0] if config.sampled is None else _merge_passes(passes)
+
+
+def _content_hash(doc: Any) -> str:
+    """lm-eval's hash of a question whose images it has replaced by theirs; its own has their addresses in memory."""
+    return hash_string(
+        json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    )
 
 
 def load_task(manager: Tasks, task: str, fewshot: int | None) -> Any:

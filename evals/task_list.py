@@ -14,12 +14,13 @@ import lm_eval
 from huggingface_hub import constants
 from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
 
+from evals.blind import VARIANTS, full_name, variant_of
 from evals.scoring import TASKS, Tasks, all_tasks, load_task
-from evals.tasks.benchmarks import documents, mathematics, vision
+from evals.tasks.benchmarks import documents
+from evals.tasks.benchmarks.registry import BENCHMARKS
 from vlopd.data import emoji
 from vlopd.errors import UserError
 
-BENCHMARKS = {**mathematics.BENCHMARKS, **vision.BENCHMARKS}
 FILES = ("json", "csv", "parquet", "text", "arrow")
 """`dataset_path` of a task whose rows are in the files of `dataset_kwargs.data_files`."""
 UNKNOWN = "-"
@@ -46,11 +47,17 @@ def list_tasks(
 ) -> list[TaskRow]:
     """The tasks whose name matches a shell pattern or contains it: ours, those in `include`, with `every` lm-eval's.
 
+    A pattern with @ is matched with the variants of image tasks without their pictures (evals/blind.py).
+
     load: reads the questions of tasks whose data are on disk, for their exact number and chance level.
     """
     manager = all_tasks(include) if every else Tasks.of((), include)
     wanted = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
-    names = sorted(name for name in manager.task_index if fnmatch(name, wanted))
+    names = list(manager.task_index)
+    if "@" in pattern:
+        seen = [n for n in names if _modality_of(manager.task_index[n].cfg or {}) == "image"]
+        names = [full_name(name, variant) for name in seen for variant in VARIANTS]
+    names = sorted(name for name in names if fnmatch(name, wanted))
     rows = [_row(name, manager) for name in names]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return [_loaded(row, manager) if load else row for row in rows]
@@ -78,7 +85,7 @@ def _row(name: str, manager: Tasks) -> TaskRow:
     return TaskRow(
         name,
         source,
-        _modality_of(settings),
+        "text" if variant_of(name)[1] == "no_picture" else _modality_of(settings),
         str(metrics[0]["metric"]),
         chance,
         f"{size:,}" if isinstance(size, int) else UNKNOWN,
@@ -98,7 +105,8 @@ def _source_of(settings: Mapping[str, Any], yaml: Any) -> tuple[str, str]:
         local = Path(os.environ.get(documents.FOLDER, "")) / benchmark
         if documents.FOLDER in os.environ and local.is_dir():
             return str(local), "yes"
-        return BENCHMARKS[benchmark].hub, _hub(BENCHMARKS[benchmark].hub)
+        source = BENCHMARKS[benchmark].source
+        return source, _hub(source)
     if ours:
         return "built-in", _built_in(Path(str(settings.get("custom_dataset"))).name)
     path, arguments = settings.get("dataset_path"), settings.get("dataset_kwargs") or {}
@@ -126,13 +134,7 @@ def _built_in(function: str) -> str:
 
 def _hub(data_set: str) -> str:
     """Whether a hub data set is in one of the two caches, or could be downloaded."""
-    from datasets import config
-
-    cached = (
-        Path(constants.HF_HUB_CACHE) / f"datasets--{data_set.replace('/', '--')}" / "snapshots",
-        Path(config.HF_DATASETS_CACHE) / data_set.lower().replace("/", "___"),
-    )
-    if any(folder.is_dir() and any(folder.iterdir()) for folder in cached):
+    if documents.is_cached(data_set):
         return "yes"
     return (
         "no: not cached, and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "from the hub"

@@ -15,7 +15,11 @@ from vlopd.errors import ConfigError
 
 def tasks(
     pattern: Annotated[
-        str, typer.Argument(help="part of a name, or a shell pattern such as 'shapes*'")
+        str,
+        typer.Argument(
+            help="part of a name, or a shell pattern such as 'shapes*'; with @, as in 'shapes@*', the variants of "
+            "image tasks without their pictures"
+        ),
     ] = "*",
     include: Annotated[
         Path | None, typer.Option(help="a folder with more task files (eval.include)")

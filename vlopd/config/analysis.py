@@ -118,7 +118,8 @@ class EvalConfig(Section):
     """Evaluation of the arms on lm-eval tasks, and their comparison."""
 
     tasks: Annotated[tuple[str, ...], Unique] = Field(("shapes",), min_length=1)
-    """lm-eval task names: built-in (evals/tasks/), lm-eval's own, and those in `include`."""
+    """lm-eval task names: built-in (evals/tasks/), lm-eval's own, and those in `include`; of an image task also
+    `TASK@no_picture` and `TASK@other_picture`."""
     include: str | None = None
     """A folder with more task files, as lm-eval's --include_path."""
     limit: Count | None = None

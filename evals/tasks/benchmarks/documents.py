@@ -2,8 +2,8 @@
 
 A local copy is in the folder of the environment variable VLOPD_BENCHMARKS, with one folder per benchmark that holds
 the split's files under their hub names: `gsm8k/test*.parquet` or `gsm8k/test*.jsonl`, columns as on the hub, images
-in the file or as file names relative to it. Other benchmarks are loaded from the hub, which needs HF_HUB_OFFLINE=0
-under our scripts.
+in the file or as file names relative to it; a benchmark of several subsets has a folder for each. Other benchmarks are
+loaded from the hub, which needs HF_HUB_OFFLINE=0 under our scripts.
 
 Documents hold digests of images instead of the images, which are opened on demand; a document's digest thus covers
 its images.
@@ -11,8 +11,10 @@ its images.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +23,8 @@ from string import ascii_uppercase
 from typing import Any
 from weakref import WeakValueDictionary
 
-from datasets import Dataset
+from datasets import Dataset, config
+from huggingface_hub import constants
 from PIL import Image
 
 from evals.lm import PLACEHOLDER
@@ -46,9 +49,28 @@ class Benchmark:
     hub: str
     split: str
     columns: tuple[str, ...]
-    read: Callable[[Row], Document]
-    """Converts a row to a document. Raises DataError with the column; the caller adds the row."""
-    subset: str | None = None
+    read: Callable[[Row], Document | None]
+    """Converts a row to a document, or to None to leave it out.
+
+    Raises DataError with the column; the caller adds the row.
+    """
+    subset: str | tuple[str, ...] | None = None
+    """The hub's configuration, or several whose rows are joined."""
+    files: str | None = None
+    """The beginning of the names of the split's files, if it is not the split's name."""
+    formerly: str | None = None
+    """An earlier hub name, which is used where only it is in the cache."""
+
+    @property
+    def subsets(self) -> tuple[str | None, ...]:
+        return self.subset if isinstance(self.subset, tuple) else (self.subset,)
+
+    @property
+    def source(self) -> str:
+        """The hub data set to read: the current name, or the earlier one where only that is cached."""
+        if self.formerly is not None and is_cached(self.formerly) and not is_cached(self.hub):
+            return self.formerly
+        return self.hub
 
 
 @dataclass(frozen=True)
@@ -73,25 +95,20 @@ def read(benchmark: Benchmark, root: str | None) -> Rows:
     """Reads a benchmark's rows; `root` is the value of the environment variable."""
     name, split = benchmark.name, benchmark.split
     folder = Path(root or "") / name
-    local = root is not None and folder.is_dir()
-    if local:
-        files = sorted(p for end in ("parquet", "jsonl") for p in folder.glob(f"{split}*.{end}"))
-        if not files:
-            raise ConfigError(
-                f"{folder} has no {split}*.parquet and no {split}*.jsonl ({FOLDER}); copy the files of "
-                f"{benchmark.hub}, split {split}, there under such names"
-            )
+    if root is not None and folder.is_dir():
+        files = _local_files(benchmark, folder)
         place = str(files[0] if len(files) == 1 else folder)
         parts = [read_file(file, benchmark) for file in files]
     else:
-        place = f"{benchmark.hub} (split {split})"
-        source = FileData(path=benchmark.hub, subset=benchmark.subset, split=split)
+        hub = benchmark.source
+        place = f"{hub} (split {split})"
+        sources = [FileData(path=hub, subset=each, split=split) for each in benchmark.subsets]
         try:
-            parts = [open_table(source)]
+            parts = [open_table(each) for each in sources]
         except ConfigError as error:
             raise ConfigError(
                 f"vlopd_{name}: {error}; allow access to the hub (HF_HUB_OFFLINE=0), or put "
-                f"{split}*.parquet or .jsonl into ${FOLDER}/{name}"
+                f"{benchmark.files or split}*.parquet or .jsonl into ${FOLDER}/{name}"
             ) from None
     for part in parts:
         for column in benchmark.columns:
@@ -100,6 +117,33 @@ def read(benchmark: Benchmark, root: str | None) -> Rows:
                     f"vlopd_{name}: {place} has no column {column!r}; it has {part.columns}"
                 )
     return Rows(place, folder, ConcatenatedTable([(part, range(len(part))) for part in parts]))
+
+
+def _local_files(benchmark: Benchmark, folder: Path) -> list[Path]:
+    """The files of a local copy. Raises ConfigError where the split, or one of several subsets, has none."""
+    found = []
+    start = benchmark.files or benchmark.split
+    several = isinstance(benchmark.subset, tuple)
+    for subset in benchmark.subsets:
+        place = folder / str(subset) if several else folder
+        every = sorted(p for end in ("parquet", "jsonl") for p in place.glob(f"{start}*.{end}"))
+        files = [p for p in every if not re.match(rf"{start}[a-z]", p.name)]  # testmini is not test
+        if not files:
+            raise ConfigError(
+                f"{place} has no {start}*.parquet and no {start}*.jsonl ({FOLDER}); copy the files of "
+                f"{benchmark.hub}, split {benchmark.split}, there under such names"
+            )
+        found += files
+    return found
+
+
+def is_cached(data_set: str) -> bool:
+    """Whether a hub data set is in one of the two caches."""
+    places = (
+        Path(constants.HF_HUB_CACHE) / f"datasets--{data_set.replace('/', '--')}" / "snapshots",
+        Path(config.HF_DATASETS_CACHE) / data_set.lower().replace("/", "___"),
+    )
+    return any(folder.is_dir() and any(folder.iterdir()) for folder in places)
 
 
 def read_file(path: Path, benchmark: Benchmark) -> Table:
@@ -114,7 +158,8 @@ def read_file(path: Path, benchmark: Benchmark) -> Table:
 def documents(benchmark: Benchmark) -> dict[str, Dataset]:
     """lm-eval's `custom_dataset`: all rows as documents, with digests of their images.
 
-    Questions on the same image form a cluster. Raises DataError with the row that is invalid.
+    Questions on the same image form a cluster, unless the document names its own. Raises DataError with the row that
+    is invalid.
     """
     rows = open_rows(benchmark)
     made = []
@@ -122,12 +167,14 @@ def documents(benchmark: Benchmark) -> dict[str, Dataset]:
         row = rows[index]
         try:
             check_characters(row)
-            document = benchmark.read(row)
+            if (document := benchmark.read(row)) is None:
+                continue
             digests = [digest(row, column, rows.folder) for column in document["pictures"]]
         except DataError as error:
             raise DataError(f"{rows.place}, row {index} (from 0): {error}") from None
         place = {"benchmark": benchmark.name, "row": index, "digests": digests}
-        made.append({**document, **place, "cluster": digests[0] if digests else None})
+        cluster = document.get("cluster", digests[0] if digests else None)
+        made.append({**document, **place, "cluster": cluster})
     return {"test": Dataset.from_list(made)}
 
 
@@ -151,14 +198,24 @@ HELD: WeakValueDictionary[str, Image.Image] = WeakValueDictionary()
 """Decoded images by digest, while a request holds them."""
 
 
+BASE64 = "base64:"
+"""Beginning of the name of a column that holds an image file as base64 text."""
+
+
 def picture_of(row: Row, column: str) -> Any:
-    """The value of a column; `images[1]` is the second image of the list in `images`."""
-    name, _, place = column.rstrip("]").partition("[")
+    """The value of a column; `images[1]` is the second image of the list in `images`, `base64:image` base64 text."""
+    encoded = column.startswith(BASE64)
+    name, _, place = column.removeprefix(BASE64).rstrip("]").partition("[")
     value = row.get(name)
     if place and value is not None:
         value = value[int(place)]
     if value is None:
         raise DataError(f"column {column!r} has no picture")
+    if encoded:
+        try:
+            return base64.b64decode(value, validate=True)
+        except (TypeError, ValueError):
+            raise DataError(f"column {name!r} is not a picture in base64") from None
     return value
 
 

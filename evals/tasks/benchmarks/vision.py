@@ -68,6 +68,22 @@ def at(choices: Sequence[str], index: Any, column: str) -> str:
     return choices[int(index)]
 
 
+def place_of(letter: str, choices: Sequence[str], column: str = "answer") -> int:
+    """The place from 0 of the choice with a letter, A for the first."""
+    letters = ascii_uppercase[: len(choices)]
+    if len(letter) != 1 or letter not in letters:
+        raise DataError(f"column {column!r} is {letter!r}; its choices are {' '.join(letters)}")
+    return letters.index(letter)
+
+
+def interleaved(prompt: str) -> tuple[str, list[str]]:
+    """A prompt with placeholders for its `<image 1>`, and the columns of the images in order; the first without any."""
+    pictures = [f"image_{k}" for k in re.findall(r"<image (\d)>", prompt)]
+    if not pictures:
+        return PLACEHOLDER + prompt, ["image_1"]
+    return re.sub(r"<image \d>", PLACEHOLDER, prompt), pictures
+
+
 def mathvista(row: Row) -> Document:
     """Answers are a choice, an integer, a float of `precision` decimals, a list, or text."""
     asked, answer, kind = text(row, "question"), text(row, "answer"), row["answer_type"]
@@ -98,20 +114,12 @@ def mathvista(row: Row) -> Document:
 
 def mmmu(row: Row) -> Document:
     """Images are placed at `<image 1>` in the question and its choices; open questions may accept a list of answers."""
-    asked, pictures = text(row, "question"), []
+    asked = text(row, "question")
     choices = listed(row, "options") if row["question_type"] == "multiple-choice" else []
-    prompt = choose(asked, choices) if choices else SHORTLY.format(asked)
-    pictures = [f"image_{k}" for k in re.findall(r"<image (\d)>", prompt)]
-    if pictures:
-        prompt = re.sub(r"<image \d>", PLACEHOLDER, prompt)
-    else:
-        prompt, pictures = PLACEHOLDER + prompt, ["image_1"]
+    prompt, pictures = interleaved(choose(asked, choices) if choices else SHORTLY.format(asked))
     answer = text(row, "answer")
     if choices:
-        letters = list(ascii_uppercase[: len(choices)])
-        if answer not in letters:
-            raise DataError(f"column 'answer' is {answer!r}; its choices are {' '.join(letters)}")
-        answer = choices[letters.index(answer)]
+        answer = choices[place_of(answer, choices)]
     accepted = listed(row, "answer") if answer.startswith("[") and not choices else [answer]
     subject = re.sub(r"^[a-z]+_|_\d+$", "", text(row, "id"))  # validation_Art_Theory_3
     return document(prompt, asked, answer, subject, choices, pictures, accepted=accepted)
@@ -160,18 +168,20 @@ BENCHMARKS = {
         ),
         Benchmark(
             "mmmu",
-            "lmms-lab/MMMU",
+            "lmms-lab-encoder/MMMU",
             "validation",
             ("id", "question", "options", "answer", "question_type", "image_1"),
             mmmu,
+            formerly="lmms-lab/MMMU",
         ),
         Benchmark(
             "scienceqa_img",
-            "lmms-lab/ScienceQA",
+            "lmms-lab-encoder/ScienceQA",
             "test",
             ("image", "question", "choices", "answer", "hint", "subject"),
             scienceqa_img,
             "ScienceQA-IMG",
+            formerly="lmms-lab/ScienceQA",
         ),
         Benchmark(
             "chartqa",
@@ -181,10 +191,20 @@ BENCHMARKS = {
             chartqa,
         ),
         Benchmark(
-            "pope", "lmms-lab/POPE", "test", ("image", "question", "answer", "category"), pope
+            "pope",
+            "lmms-lab-encoder/POPE",
+            "test",
+            ("image", "question", "answer", "category"),
+            pope,
+            formerly="lmms-lab/POPE",
         ),
         Benchmark(
-            "ai2d", "lmms-lab/ai2d", "test", ("image", "question", "options", "answer"), ai2d
+            "ai2d",
+            "lmms-lab-encoder/ai2d",
+            "test",
+            ("image", "question", "options", "answer"),
+            ai2d,
+            formerly="lmms-lab/ai2d",
         ),
     )
 }  # fmt: skip
