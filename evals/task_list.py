@@ -15,11 +15,11 @@ from huggingface_hub import constants
 from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
 
 from evals.scoring import TASKS, Tasks, all_tasks, load_task
-from evals.tasks.benchmarks import documents, mathematics, vision
+from evals.tasks.benchmarks import documents, mathematics, vision, visual_mathematics
 from vlopd.data import emoji
 from vlopd.errors import UserError
 
-BENCHMARKS = {**mathematics.BENCHMARKS, **vision.BENCHMARKS}
+BENCHMARKS = {**mathematics.BENCHMARKS, **vision.BENCHMARKS, **visual_mathematics.BENCHMARKS}
 FILES = ("json", "csv", "parquet", "text", "arrow")
 """`dataset_path` of a task whose rows are in the files of `dataset_kwargs.data_files`."""
 UNKNOWN = "-"

@@ -46,8 +46,11 @@ class Benchmark:
     hub: str
     split: str
     columns: tuple[str, ...]
-    read: Callable[[Row], Document]
-    """Converts a row to a document. Raises DataError with the column; the caller adds the row."""
+    read: Callable[[Row], Document | None]
+    """Converts a row to a document, or to None to leave it out.
+
+    Raises DataError with the column; the caller adds the row.
+    """
     subset: str | None = None
 
 
@@ -114,7 +117,8 @@ def read_file(path: Path, benchmark: Benchmark) -> Table:
 def documents(benchmark: Benchmark) -> dict[str, Dataset]:
     """lm-eval's `custom_dataset`: all rows as documents, with digests of their images.
 
-    Questions on the same image form a cluster. Raises DataError with the row that is invalid.
+    Questions on the same image form a cluster, unless the document names its own. Raises DataError with the row that
+    is invalid.
     """
     rows = open_rows(benchmark)
     made = []
@@ -122,12 +126,14 @@ def documents(benchmark: Benchmark) -> dict[str, Dataset]:
         row = rows[index]
         try:
             check_characters(row)
-            document = benchmark.read(row)
+            if (document := benchmark.read(row)) is None:
+                continue
             digests = [digest(row, column, rows.folder) for column in document["pictures"]]
         except DataError as error:
             raise DataError(f"{rows.place}, row {index} (from 0): {error}") from None
         place = {"benchmark": benchmark.name, "row": index, "digests": digests}
-        made.append({**document, **place, "cluster": digests[0] if digests else None})
+        cluster = document.get("cluster", digests[0] if digests else None)
+        made.append({**document, **place, "cluster": cluster})
     return {"test": Dataset.from_list(made)}
 
 

@@ -1,0 +1,32 @@
+"""Rows of published benchmarks, written by us in their schema: pictures, and files as on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features
+from PIL import Image
+
+
+def picture(colour: str) -> dict[str, Any]:
+    """A stored picture, as parquet files of the hub have it."""
+    stream = BytesIO()
+    Image.new("RGB", (40, 32), colour).save(stream, "PNG")
+    return {"bytes": stream.getvalue(), "path": None}
+
+
+def save(
+    folder: Path,
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    split: str,
+    features: Features | None = None,
+) -> Path:
+    """Writes a local copy of a split as parquet, `name/split-00000-of-00001.parquet`, with the hub's column types."""
+    path = folder / name / f"{split}-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Dataset.from_list([dict(row) for row in rows], features=features).to_parquet(path)
+    return path
