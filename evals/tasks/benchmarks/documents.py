@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -78,7 +79,8 @@ def read(benchmark: Benchmark, root: str | None) -> Rows:
     folder = Path(root or "") / name
     local = root is not None and folder.is_dir()
     if local:
-        files = sorted(p for end in ("parquet", "jsonl") for p in folder.glob(f"{split}*.{end}"))
+        found = sorted(p for end in ("parquet", "jsonl") for p in folder.glob(f"{split}*.{end}"))
+        files = [p for p in found if not re.match(rf"{split}[a-z]", p.name)]  # testmini is not test
         if not files:
             raise ConfigError(
                 f"{folder} has no {split}*.parquet and no {split}*.jsonl ({FOLDER}); copy the files of "

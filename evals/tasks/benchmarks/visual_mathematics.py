@@ -157,19 +157,18 @@ def mathvision(row: Row) -> Document:
 
 def published_math(gold: str) -> str:
     r"""MathVision's answers without the slips of their files: a lost \f, \boxed, \frac{1}2, units in braces."""
-    gold = re.sub(
-        r"^rac(?={)", r"\\frac", gold.strip("$ ")
-    )  # \f was read as a form feed, which is a space
+    gold = gold.strip().strip("$ ")
+    gold = re.sub(r"^rac(?={)", r"\\frac", gold)  # \f was read as a form feed, which is a space
     gold = re.sub(r"(\\frac\{[^{}]*\})(\d)", r"\1{\2}", boxed(gold) or gold)
     return re.sub(r"(?:(?<=[\d}])|(?<=\\pi))\{[a-z]{4,}\}$|\^\{?\\circ\}?$", "", gold).strip()
 
 
 def value_of(gold: str) -> float | None:
     """The value of a published expression; None where it has none."""
-    from latex2sympy2_extended import latex2sympy  # loads sympy
-
     if (exact := number(gold)) is not None:
         return float(exact)
+    from latex2sympy2_extended import latex2sympy  # loads sympy
+
     try:
         return float(latex2sympy(gold).evalf())
     except Exception:  # the parser raises its own kinds, sympy TypeError
@@ -383,7 +382,7 @@ def score_dynamath(doc: Mapping[str, Any], results: list[str]) -> dict[str, Any]
         extracted, given = decimal_answer(results[0])
         right = exact = given is not None and abs(given - float(gold)) <= 0.001
     else:
-        extracted = short_answer(results[0])
+        extracted = text_of(short_answer(results[0]) or "") or None
         right = extracted is not None and extracted.lower() in gold.lower()
         exact = extracted is not None and (
             same_math(extracted, gold) or extracted.lower().split() == gold.lower().split()
