@@ -413,3 +413,23 @@ def test_a_split_is_not_another_whose_name_begins_alike(tmp_path, monkeypatch):
     for split in ("test", "testmini"):
         save(tmp_path, "mathvision", VISION_ROWS, split, VISION)
     assert len(tasks.dataset("mathvision")["test"]) == len(VISION_ROWS)
+
+
+@pytest.mark.parametrize(
+    ("said", "gold", "right"),
+    [
+        ("12.5", r"Area $=12.5 \mathrm{~cm}^{2}$", 1),
+        (r"Area $= 12.5 \text{ cm}^2$", r"Area $=12.5 \mathrm{~cm}^{2}$", 1),
+        ("452.389", "Volume $=452.389$ cubic units", 1),
+        ("113.097", "Area $=113.097$ units $^{2}$", 1),
+        (r"118^\circ", "118°T", 1),
+        ("-4.9", "-4.9\n-4.9", 1),
+        ("Even", "even", 1),
+        ("(-2, 1)", "(-2,1]", 0),
+        ("113", "Area $=113.097$ units $^{2}$", 0),
+    ],
+)
+def test_the_value_of_mathverses_answers_counts(said, gold, right):
+    """Its free answers have labels and units, with which or without a response is right."""
+    doc = {"choices": [], "answer": gold}
+    assert tasks.score_mathverse(doc, [rf"So it is \boxed{{{said}}}."])["acc"] == right

@@ -308,7 +308,7 @@ chance = documents.chance
 def letters_of(response: str, choices: Sequence[str]) -> str | None:
     """The chosen letter, or letters ("A, C"); an option may also be named by its text or its value."""
     answer, letters = strip_reasoning(response), ascii_uppercase[: len(choices)]
-    final = boxed(answer) or marked(answer, "answers?|options?|choices?")
+    final = boxed(answer) or marked(answer)
     for candidate in (final, answer):
         one = rf"[(\[]?[{letters}][)\]]?"
         listed = rf"{one}(?:(?:\s*(?:,|;|&|and)\s*)+{one})+"
@@ -349,12 +349,15 @@ def score_mathverse(doc: Mapping[str, Any], results: list[str]) -> dict[str, flo
 
 
 def value_part(answer: str) -> str:
-    r"""The value of `Area $=12 \mathrm{~cm}^2$`; other answers as they are."""
+    r"""The value of `Area $=12 \mathrm{~cm}^2$`; other answers as they are, without plain units and a bearing's T."""
     lines = dict.fromkeys(answer.strip().splitlines())
     answer = next(iter(lines)) if len(lines) == 1 else answer
-    answer = re.sub(r"^\\\[(.*)\\\]\.?$", r"\1", answer.strip()).replace("$", " ").strip()
+    answer = re.sub(r"^\\\[(.*)\\\]\.?$", r"\1", answer.strip()).replace("$", " ").replace("~", " ")
     label = r"(?:\\(?:mathrm|text)\{[A-Za-z .]+\}|[A-Za-z][A-Za-z .]+)?"
-    return re.sub(rf"^{label}\s*=\s*", "", answer).replace("~", " ").strip()
+    answer = re.sub(rf"^{label}\s*=\s*", "", answer.strip())
+    answer = re.sub(r"\s*(?:square |cubic )?units?\s*(?:\^\s*\{?[23]\}?)?$", "", answer)
+    answer = re.sub(r"(\^\{?\s*\\circ\s*\}?|°)\s*T$", r"\1", answer)
+    return re.sub(r"(?<=\d)\.(?=\\mathrm)", "", answer).strip()
 
 
 def score_mathvision(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
