@@ -1,0 +1,163 @@
+"""Reads yes or no: the word, or the existence that a sentence affirms or denies; the question is not needed."""
+
+from __future__ import annotations
+
+import re
+
+from vlopd.grading.final_statements import (
+    DRESSING,
+    NoAnswer,
+    Statement,
+    boxes,
+    decide,
+    gives_up,
+    sentences,
+)
+from vlopd.grading.words import text_of
+
+IDIOM = re.compile(
+    r"\b(?:there(?:'s| is| can be|'d be)? )?(?:no|without(?: a)?|beyond(?: a)?|not a|no reason(?:able)? to) (?:reasonable )?"
+    r"(?:doubt(?:ing|ed)?|question|denying|mistaking|mistake|problem|matter what|wonder|need to guess|uncertainty)\b(?: (?:about|that|of|on)(?: it| that| this)?)?|"
+    r"\bnot only\b|\bno longer\b|\bif i'?m not mistaken\b|\bnot (?:hard|difficult) to (?:see|spot|find)\b|\bcan(?:no|')t (?:miss|deny)\b|"
+    r"\bno\. ?\d|\bno (?:other|more) \w+(?: besides| except| than)?|\bwhether or not\b|\bnot just\b|\bnot to mention\b|\bno wait\b|"
+    r"\bwhich is not (?:surprising|uncommon)\b",
+    re.IGNORECASE,
+)
+"""Negative words that deny nothing: `there is no doubt`."""
+YES = r"yes|yeah|yep|yup|affirmative|absolutely|definitely|certainly|indeed|of course|sure(?!,? (?:let|i can|here|i'?ll|thing))|true|correct"
+NO = (
+    r"(?:definitely|absolutely|certainly|clearly|probably|apparently|unfortunately|of course|surely) not|no(?:pe)?(?![\w'-])(?! (?:one|matter|other|"
+    r"[a-z]+s? (?:is|are|was|can|appears?|seems?|in|visible)))|nah|not (?:at all|that i|really|visible|present|in (?:the|this)|here|as far|any|quite|seen|exactly)|"
+    r"negative|none|false|incorrect|nowhere|not\b"
+)
+LEAD = re.compile(
+    rf"[\s*_\"'`(\[{{$\\>#\u2705\u274c:-]{{0,8}}(?:(?:well|oh|hmm|ok(?:ay)?|so|i (?:would )?(?:think|believe|guess|say)|i'?d say|it is|it'?s|"
+    rf"definitely|probably|clearly|therefore|thus|hence|simply|a|an|my answer is|most likely|likely|is|be|the answer is|resounding|clear)[\s,:*\"'(]{{1,4}}){{0,3}}"
+    rf"(?:(?P<no>{NO})|(?P<yes>{YES}))\b(?!\s?(?:/|or|and/or)\s?(?:no|yes)\b)(?!-)",
+    re.IGNORECASE,
+)
+BOTH = re.compile(r"\b(?:yes|no) (?:and|or|/) (?:yes|no)\b|\byes/no\b", re.IGNORECASE)
+CONCLUDES = re.compile(
+    r"\b(?:so|thus|therefore|hence|in (?:short|conclusion|summary)|overall|i'd say|i would say|say|conclude|the answer[^.\n]{0,20}?|short answer)"
+    r"[\s,:*\"'(]{1,4}(?:it(?:'s| is) |i (?:would )?say |that'?s |a |is |that )?(?:definitely |clearly |probably |a )?[*\"'(]{0,3}"
+    r"(?P<word>yes|no)(?![\w'-])(?! (?:\w+ ){1,4}(?:is|are|can|exists?|appears?|visible|present))|"
+    r"[:\u2014\u2013-]\s?[*\"']{0,3}(?P<last>yes|no)[*\"'.!)]{0,4}\s*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+DENIES = re.compile(
+    r"\b(?:no|not|n't|never|none|nor|neither|nothing(?! (?:known|to|else|more))|nobody|nowhere|without|absen(?:t|ce)|lacks?|lacking|missing|cannot|can't|fails? to|"
+    r"devoid|free of|instead of|rather than|zero|isn't|aren't|doesn't|don't|didn't|couldn't|wasn't|weren't|isnt|doesnt|dont|cant)\b|n't\b",
+    re.IGNORECASE,
+)
+AFFIRMS = re.compile(
+    r"\b(?:there(?:'s| (?:is|are|was|were|appears?|seems?|does|exists?|certainly|definitely|clearly|indeed|actually|also|must|looks))\b|"
+    r"(?:i|we|you|one) (?:can|could|do|am able to|was able to)?(?: \w+ly)? ?(?:see|spot|notice|observe|find|make out|identify|detect|recogni[sz]e|count)\b|"
+    r"(?:can|could|may) (?:\w+ly )?be (?:\w+ly )?(?:seen|spotted|found|observed|noticed|identified|made out)|"
+    r"(?:is|are|was|were|appears?|seems?|does appear|do appear)(?: to be)? (?:\w+ly )?(?:visible|present|shown|seen|depicted|pictured|standing|sitting|"
+    r"lying|located|in (?:the|this)|on (?:the|a)|included|featured|there|parked|walking|holding|hanging|placed|behind|next to|near|at the|beside|under)\b|"
+    r"(?:image|picture|photo|photograph|scene|it|figure|chart) (?:does |clearly |indeed |also |actually )*(?:shows?|contains?|includes?|depicts?|features?|has|have|"
+    r"contain|include|display(?:s)?)|exists?\b|does (?:contain|include|have|show|feature|exist|appear))",
+    re.IGNORECASE,
+)
+THERE = re.compile(r"\bthere(?:'s|\b)|\b(?:visible|present|exists?|see|spot|contains?)\b", re.IGNORECASE)
+UNCERTAIN = re.compile(
+    r"\b(?:(?:un)?clear (?:whether|if)|not (?:clear|sure|certain|possible|able)|unsure|uncertain|hard to (?:say|tell)|difficult to (?:say|tell|determine)|"
+    r"can(?:not|'t| not) (?:be )?(?:determined?|tell|say|verify|confirm|judge|be sure)|cannot see (?:the|any) (?:image|picture)|"
+    r"(?:may|might|could) or (?:may|might|could) not|whether or not|impossible to|"
+    r"(?:can(?:not|'t)|don't|do not|unable to|not able to)(?: \w+)? (?:see|view|access|have|process|open)(?: \w+)? (?:the|an|any|your|access|this)(?: \w+)? ?(?:image|images|picture|photo)(?! of)|depends|"
+    r"i don't know|no idea|sorry|(?:need|would need) (?:to see|more)|might be|may be|could be|perhaps|maybe|possibly)\b",
+    re.IGNORECASE,
+)
+
+
+def read(text: str) -> str | None:
+    """`yes` or `no`, or None."""
+    return decide(text.replace("\u2019", "'"), stated, concluded)
+
+
+def stated(statement: Statement) -> str | None:
+    """The answer of a statement. Raises NoAnswer where it gives none or both."""
+    said = text_of(statement.said).strip()
+    if statement.kind in ("tag", "box"):
+        if inner := boxes(said):
+            said = text_of(inner[-1][1])
+        found = _word(said) or concluded(said)
+        if found is None and said:
+            raise NoAnswer
+        return found
+    line = (sentences(said) or [""])[0]
+    if BOTH.match(line.lstrip(DRESSING)):
+        raise NoAnswer
+    if found := _word(line):
+        return found
+    if statement.kind == "heading":
+        return None
+    if UNCERTAIN.search(line) or gives_up(line):
+        raise NoAnswer
+    return polarity(line)
+
+
+def _word(said: str) -> str | None:
+    """The yes or no that a text begins with."""
+    said = IDIOM.sub(" ", said)
+    match = LEAD.match(said)
+    if match is None or BOTH.match(said[match.start("yes" if match["yes"] else "no") :]):
+        return None
+    return "yes" if match["yes"] else "no"
+
+
+def concluded(text: str) -> str | None:
+    """The answer of a text without a statement: its first word, a concluding yes or no, or what it affirms or denies."""
+    text = text.strip()
+    bare = IDIOM.sub(" ", text)
+    if BOTH.search(bare[:60]):
+        return None
+    concluding = list(CONCLUDES.finditer(bare))
+    first = _word(bare)
+    if concluding:
+        last = concluding[-1]
+        return (last["word"] or last["last"]).lower()
+    if first is not None:
+        return first
+    parts = [each for each in sentences(bare) if re.search(r"\w", each)]
+    later = [found for each in parts[1:] if (found := _plain_word(each))]
+    if later:
+        return later[-1]
+    if any(UNCERTAIN.search(each) for each in parts[-2:]) or gives_up(" ".join(parts[:2])):
+        return None
+    found = [(each, value) for each in parts if (value := polarity(each))]
+    drawn = [value for each, value in found if re.match(r"(?:so|thus|therefore|hence|in conclusion|overall)\b", each, re.I)]
+    if drawn:
+        return drawn[-1]
+    values = {value for _, value in found}
+    if len(values) == 1:
+        return values.pop()
+    if len(values) == 2:
+        strong = [value for each, value in found if value == "no" or re.search(r"\bthere\b", each, re.I)]
+        if "yes" in strong and found[0][1] == "yes":
+            return None
+        return "no" if strong[0] == "no" else None
+    return None
+
+
+def _plain_word(sentence: str) -> str | None:
+    match = re.match(r"[\W_]*(yes|no)\b(?=[\s*_\"']{0,3}(?:[,.;:!]|$))", sentence, re.IGNORECASE)
+    return match[1].lower() if match else None
+
+
+def polarity(sentence: str) -> str | None:
+    """Whether a sentence affirms or denies that something is there; None where it does neither."""
+    bare = IDIOM.sub(" ", sentence)
+    clauses = re.split(r",? but |; |, (?:although|though|however|while|whereas) ", bare)
+    found = [value for each in clauses if (value := _clause(each))]
+    if len(set(found)) == 2 and re.match(r"(?:although|though|while)\b", bare, re.I):
+        return found[-1]
+    return "no" if "no" in found else found[0] if found else None
+
+
+def _clause(clause: str) -> str | None:
+    if UNCERTAIN.search(clause):
+        return None
+    if DENIES.search(clause) and (THERE.search(clause) or AFFIRMS.search(clause) or len(clause.split()) <= 14):
+        return "no"
+    return "yes" if AFFIRMS.search(clause) else None
