@@ -77,7 +77,13 @@ def outputs() -> list[tuple[str, tuple[str, ...], str | None]]:
     for choices, at in QUESTIONS:
         letters = "ABCD"[: len(choices)]
         other, third = (letters[(at + k) % len(letters)] for k in (1, 2))
-        words = {"L": letters[at], "l": letters[at].lower(), "T": choices[at], "W": other, "X": third}
+        words = {
+            "L": letters[at],
+            "l": letters[at].lower(),
+            "T": choices[at],
+            "W": other,
+            "X": third,
+        }
         words["V"] = choices[(at + 1) % len(choices)]
         made += [(style.format(**words), choices, letters[at]) for style in READ]
         made += [(style.format(**words), choices, None) for style in NONE]

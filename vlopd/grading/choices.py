@@ -66,9 +66,15 @@ CORRECT = re.compile(
     r"\b(?:correct|right answer|is right|true|matches|this is (?:it|the answer)|yes|fits|valid|best answer)\b|[\u2713\u2714\u2705]",
     re.IGNORECASE,
 )
-LINE_LABEL = re.compile(r"^[ \t>*_#\-\u2022]{0,6}(?:[Oo]ption|[Cc]hoice)? ?[(\[*]{0,3}([A-Z])[)\]*]{0,3}(?:[.:)\u2013-]|(?= (?:is|\())|(?=\)))", re.MULTILINE)
+LINE_LABEL = re.compile(
+    r"^[ \t>*_#\-\u2022]{0,6}(?:[Oo]ption|[Cc]hoice)? ?[(\[*]{0,3}([A-Z])[)\]*]{0,3}(?:[.:)\u2013-]|(?= (?:is|\())|(?=\)))",
+    re.MULTILINE,
+)
 ORDINALS = {word: k for k, word in enumerate("first second third fourth fifth sixth".split())}
-ORDINAL = re.compile(r"\b(first|second|third|fourth|fifth|sixth|last) (?:option|choice|answer|one|statement|alternative)\b", re.IGNORECASE)
+ORDINAL = re.compile(
+    r"\b(first|second|third|fourth|fifth|sixth|last) (?:option|choice|answer|one|statement|alternative)\b",
+    re.IGNORECASE,
+)
 FILLER = re.compile(
     r"(?:(?:therefore|thus|so|hence|clearly|definitely|indeed|probably|most likely|likely|obviously|simply|just|actually|in fact|"
     r"option|choice|answer|letter|number|statement|alternative|the|is|it's|it is|would be|be|that of|given by|given in|in|represented by|"
@@ -82,7 +88,9 @@ PUNCTUATION = r"[\s*_(\[{\"'\u201c`$<:\\]{0,8}"
 @lru_cache(maxsize=64)
 def _letter(letters: str) -> re.Pattern[str]:
     """A capital letter set off from what follows: not the article of `A dog`, the pronoun of `I think`, or `A-level`."""
-    return re.compile(rf"([{letters}])(?![\w\u2019'&])(?!-\w)(?!(?<=[AI])\s+(?!(?:{FUNCTION})\b)[a-z])(?!(?<=[AI])\s+[A-Z][a-z]+ [a-z])")
+    return re.compile(
+        rf"([{letters}])(?![\w\u2019'&])(?!-\w)(?!(?<=[AI])\s+(?!(?:{FUNCTION})\b)[a-z])(?!(?<=[AI])\s+[A-Z][a-z]+ [a-z])"
+    )
 
 
 @lru_cache(maxsize=64)
@@ -95,7 +103,7 @@ def _choosing(letters: str) -> tuple[re.Pattern[str], ...]:
         re.compile(rf"\b(?i:{VERB})(?: {noun}| the)?[\s:]?{open_}{letter}"),
         re.compile(
             rf"(?<![\w'])(?:{noun} ?)?[(\[*_\"']{{0,4}}{letter}{close}[.:]?"
-            r"(?P<mid>(?:\s?[(\u2013:,-] ?(?:(?! is | are )[^()\n.;]){0,60}?[),:\u2013-]?)?|\s(?:(?! is | are )[^()\n.;,:]){0,50}?)"
+            r"(?P<mid>(?:\s?[(\u2013:,-] ?(?:(?! is | are )[^()\n.;]){0,60}?[),:\u2013-]?)?|(?! is | are )\s(?:(?! is | are )[^()\n.;,:]){0,50}?)"
             rf"\s{{0,2}}[*_]{{0,2}}(?i:{BE}|describes|matches|fits|represents|gives|shows|states) (?:\w+ly )?"
             rf"(?i:{RIGHT}|(?:the |it |this )?(?:best|exactly|correctly|well|perfectly))\b"
         ),
@@ -157,7 +165,11 @@ class Options:
         if found := self.whole(said):
             return found
         answer = decide_inner(said, self)
-        if answer is None and said and (GIVEN_UP.search(said) or len(said) < 100 and _several(said, self.letters)):
+        if (
+            answer is None
+            and said
+            and (GIVEN_UP.search(said) or len(said) < 100 and _several(said, self.letters))
+        ):
             raise NoAnswer
         return answer
 
@@ -175,7 +187,11 @@ class Options:
         if found := self._lead(said):
             return found
         first = (sentences(line) or [""])[0]
-        for part in (line, first, re.split(r" because\b| since\b|, as\b|, which\b| \(|; ", first, maxsplit=1)[0]):
+        for part in (
+            line,
+            first,
+            re.split(r" because\b| since\b|, as\b|, which\b| \(|; ", first, maxsplit=1)[0],
+        ):
             if whole := self.whole(part):
                 return whole
         stripped = FILLER.sub("", said, count=1) if FILLER.match(said) else said
@@ -187,18 +203,31 @@ class Options:
             k = ORDINALS.get(ordinal[1].lower(), len(self.letters) - 1)
             return self.letters[k] if k < len(self.letters) else None
         heard = _bare(spoken(first)) + " "
-        begun = [(len(words), letter) for words, letter in self.words.items() if words and heard.startswith(words + " ")]
+        begun = [
+            (len(words), letter)
+            for words, letter in self.words.items()
+            if words and heard.startswith(words + " ")
+        ]
         return max(begun)[1] if begun and not WRONG_AFTER.match(first[len(first) // 2 :]) else None
 
     def _lead(self, said: str) -> str | None:
         """The letter at the very start: `B`, `b)`, `B. a cat`; small ones alone or before a bracket or full stop."""
         match = self.letter.match(said)
-        small = re.match(rf"([{self.letters.lower()}])(?=[)\]*_\"'`}}$]{{0,4}}(?:$|\n|[).:\]]|,? (?:because|since)\b|,))", said)
-        if small and small[1] in "ai" and re.match(r". ?,? ?\w", said[1:]) and not re.match(r".[).:\]]", said):
+        small = re.match(
+            rf"([{self.letters.lower()}])(?=[)\]*_\"'`}}$]{{0,4}}(?:$|\n|[).:\]]|,? (?:because|since)\b|,))",
+            said,
+        )
+        if (
+            small
+            and small[1] in "ai"
+            and re.match(r". ?,? ?\w", said[1:])
+            and not re.match(r".[).:\]]", said)
+        ):
             small = None
-        if match is None and small is None:
+        lead = match or small
+        if lead is None:
             return None
-        letter, end = (match[1], match.end()) if match else (small[1].upper(), small.end())  # type: ignore[index]
+        letter, end = lead[1].upper(), lead.end()
         rest = said[end : end + 200]
         if self._another(rest):
             raise NoAnswer
@@ -215,7 +244,9 @@ class Options:
         if both is None:
             return False
         after = rest[both.end() :]
-        listed = re.match(r"[)\]*.]{0,3}\s+(?!and\b|or\b|are\b|both\b|could\b|depending\b)[\w$]", after)
+        listed = re.match(
+            r"[)\]*.]{0,3}\s+(?!and\b|or\b|are\b|both\b|could\b|depending\b)[\w$]", after
+        )
         return not listed or both[0].strip()[:1] == "/"
 
     def chosen(self, text: str, weakly: bool = False) -> list[tuple[int, str]]:
@@ -277,14 +308,21 @@ class Options:
 
     def _lone(self, line: str) -> str | None:
         """The letter that is all of a line."""
-        match = re.fullmatch(rf"\W{{0,6}}([{self.letters}])\W{{0,6}}(?:\\\w+\W{{0,3}})?", text_of(line))
+        match = re.fullmatch(
+            rf"\W{{0,6}}([{self.letters}])\W{{0,6}}(?:\\\w+\W{{0,3}})?", text_of(line)
+        )
         return match[1] if match else self.whole(line)
 
     def _judged(self, text: str) -> str | None:
         """The one option that a list of all options finds right; "" where it finds none or several; None without a list."""
         labels = [match for match in LINE_LABEL.finditer(text) if match[1] in self.letters]
         order = "".join(match[1] for match in labels)
-        if len(order) < 3 and len(order) < len(self.letters) or len(order) < 2 or not order.startswith(self.letters[: min(2, len(order))]):
+        if (
+            len(order) < 3
+            and len(order) < len(self.letters)
+            or len(order) < 2
+            or not order.startswith(self.letters[: min(2, len(order))])
+        ):
             return None
         ends = [match.start() for match in labels[1:]] + [None]
         right, left = set(), set()
@@ -314,7 +352,9 @@ class Options:
         held = set()
         for match in re.finditer(pattern, text):
             before = text[max(0, match.start() - 40) : match.start()]
-            if not NOT_BEFORE.search(before) and not WRONG_AFTER.match(text[match.end() : match.end() + 90]):
+            if not NOT_BEFORE.search(before) and not WRONG_AFTER.match(
+                text[match.end() : match.end() + 90]
+            ):
                 held.add(next(group for group in match.groups() if group).upper())
         return held.pop() if len(held) == 1 else None
 
@@ -329,9 +369,19 @@ class Options:
         outer = {
             a: span
             for a, span in places.items()
-            if not any(b != a and o[0] <= span[0] and span[1] <= o[1] and o != span for b, o in places.items())
+            if not any(
+                b != a and o[0] <= span[0] and span[1] <= o[1] and o != span
+                for b, o in places.items()
+            )
         }
-        free = [a for a, (start, _) in outer.items() if not re.search(r" (?:not|no|never|isn t|aren t|neither|nor|than|without|rather than|instead of|t)(?: an?| the| be| really)? ?$", heard[max(0, start - 24) : start + 1])]
+        free = [
+            a
+            for a, (start, _) in outer.items()
+            if not re.search(
+                r" (?:not|no|never|isn t|aren t|neither|nor|than|without|rather than|instead of|t)(?: an?| the| be| really)? ?$",
+                heard[max(0, start - 24) : start + 1],
+            )
+        ]
         return free[0] if len(free) == 1 else None
 
 
@@ -356,13 +406,19 @@ def _several(said: str, letters: str) -> bool:
 
 def _unique(forms: Sequence[str], letters: str) -> dict[str, str]:
     """{form: letter} of the forms that only one option has."""
-    return {form: letter for form, letter in zip(forms, letters, strict=True) if form and list(forms).count(form) == 1}
+    return {
+        form: letter
+        for form, letter in zip(forms, letters, strict=True)
+        if form and list(forms).count(form) == 1
+    }
 
 
 def spoken(text: str) -> str:
     """Lower-case words and numbers with their signs, separated by single spaces."""
     text = text_of(text).lower().replace("\u2212", "-")
-    return " ".join(re.findall(r"(?:(?<![\w)])-)?\d+(?:\.\d+)?|[^\W_]+", re.sub(r"(?<=\d),(?=\d{3})", "", text)))
+    return " ".join(
+        re.findall(r"(?:(?<![\w)])-)?\d+(?:\.\d+)?|[^\W_]+", re.sub(r"(?<=\d),(?=\d{3})", "", text))
+    )
 
 
 def _bare(words: str) -> str:

@@ -36,6 +36,13 @@ TAG = re.compile(rf"<({'|'.join(TAG_NAMES)})>|\[(answer|ans)\]", re.IGNORECASE)
 """`<CONCLUSION>` is LLaVA-CoT's."""
 
 BOX = re.compile(r"\\f?box(?:ed)?(?:[ \t]{0,3}\{|[ \t]{0,3}(?=[-\w$\\(]))|\\framebox[ \t]{0,3}\{")
+ANY_TAG = re.compile(rf"</?(?:{'|'.join(TAG_NAMES)})>", re.IGNORECASE)
+JSON = re.compile(
+    r"[\"'](?:final[_ ]?)?answer[\"']\s{0,3}:\s{0,3}(?:\"([^\"\n]{1,300})\"|'([^'\n]{1,300})'|(-?[\d.,/%]{1,30}))\s{0,4}[,}]",
+    re.IGNORECASE,
+)
+"""The answer of a JSON object or a Python dictionary."""
+
 GLM_BOX = ("<|begin_of_box|>", "<|end_of_box|>")
 UNBRACED = re.compile(r"\(\w\)|-?\$?(?:\\[a-zA-Z]+|[\d.,/]*\d|\w)")
 """The content of `\\boxed 5`."""
@@ -67,9 +74,10 @@ STRONG = re.compile(r"answer|\bans\b|final|correct|right|best|chosen|selected", 
 IS = r"(?:is|are|was|were|would be|will be|should be|must be|has to be|becomes|equals|comes out to be|comes to|turns out to be)"
 SENTENCE = re.compile(
     rf"\b(?:(?:answers?|ans)\b(?P<mid>[^.?!:=\n]{{0,60}}?)(?:\b{IS}\b(?!n't)|[:\uff1a=])"
-    rf"|(?:final|correct|right|exact|numerical|desired|requested|best|appropriate|matching|overall)[ *]{{1,3}}"
-    rf"(?:result|value|solution|number|total|amount|count|response|expression|word|name|term|label|statement|option|choice|letter)\b"
+    rf"|(?:final|correct|right|exact|numerical|desired|requested|best|appropriate|matching|overall|only|possible|two|real)[ *]{{1,3}}"
+    rf"(?:solutions?|roots?|result|value|solution|number|total|amount|count|response|expression|word|name|term|label|statement|option|choice|letter)\b"
     rf"[^.?!:=\n]{{0,50}}?(?:\b{IS}\b(?!n't)|[:\uff1a])"
+    rf"|\b(?:solutions|roots)\b[^.?!:=\n]{{0,50}}?\bare\b(?!n't)"
     r"|answer(?: (?:the|this) question)? with (?:a )?(?=[(*\[\"'\u201c]))[\s*_:\"'`]{0,8}",
     re.IGNORECASE,
 )
@@ -109,7 +117,7 @@ NEW_TURN = re.compile(
 GIVEN_UP = re.compile(
     r"\b(?:i(?:'m| am)? (?:do not|don't|did not|cannot|can't|can not|could not|couldn't|am unable|unable|not able|"
     r"honestly (?:do not|don't)|really (?:do not|don't)|simply (?:cannot|can't))(?: to)?(?: \w+ly)? "
-    r"(?:know|determine|tell|say|answer|find|solve|provide|give|make out|see (?:the|an|any|this|your)(?: attached)? "
+    r"(?:know|determine|tell|say|answer|find (?:an?|the|any) (?:answer|solution)|solve|provide|give|make out|see (?:the|an|any|this|your)(?: attached)? "
     r"(?:image|picture|chart|figure|photo)|view|access|identify|read|assist|help|be sure|conclude|have enough|recogni[sz]e)|"
     r"(?:can ?not|can't|could not|couldn't|not possible to|impossible to|unable to|hard to|difficult to|no way to) "
     r"(?:be )?(?:determined?|told|answered|tell|say|identif(?:y|ied)|know|known|read|conclude|inferred?)|"
@@ -136,7 +144,9 @@ PLEASANTRY = re.compile(
 )
 """A closing sentence, without content."""
 SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][*\"')\u201d$\]])|(?<=[.!?]\*\*))\s+|\n+")
-ABBREVIATED = re.compile(r"\b(?:vs|approx|e\.g|i\.e|no|fig|eq|dr|mr|mrs|st|cf|etc)\.$", re.IGNORECASE)
+ABBREVIATED = re.compile(
+    r"\b(?:vs|approx|e\.g|i\.e|no|fig|eq|dr|mr|mrs|st|cf|etc)\.$", re.IGNORECASE
+)
 
 
 # ------------------------------------------------------------------------------------------- finding
@@ -154,7 +164,9 @@ def statements(text: str) -> list[Statement]:
             found.append(Statement(match.start(), "heading", _rest(text, match.end())))
     labels = {match.end() for match in LABEL.finditer(text)}
     for match in SENTENCE.finditer(text):
-        if match.end() in labels or SUPPOSED.search(text[max(0, match.start() - 40) : match.start()]):
+        if match.end() in labels or SUPPOSED.search(
+            text[max(0, match.start() - 40) : match.start()]
+        ):
             continue
         said = INSTEAD.sub("", _rest(text, match.end()), count=1)
         if not UNSTATED.match(said):
@@ -168,7 +180,7 @@ def _rest(text: str, start: int) -> str:
 
 
 def tags(text: str) -> list[tuple[int, str]]:
-    """(start, content) of `<answer>...</answer>` and its like; an unclosed one reaches to the end."""
+    """(start, content) of `<answer>...</answer>` and its like, open ones to the end; and of `{"answer": ...}`."""
     found = []
     for match in TAG.finditer(text):
         name = match[1] or match[2]
@@ -176,7 +188,8 @@ def tags(text: str) -> list[tuple[int, str]]:
         inside = text[match.end() : match.end() + LONGEST]
         end = inside.lower().find(closing.lower())
         found.append((match.start(), inside[: end if end >= 0 else None].strip()))
-    return found
+    found += [(m.start(), next(filter(None, m.groups()))) for m in JSON.finditer(text)]
+    return sorted(found)
 
 
 def boxes(text: str) -> list[tuple[int, str]]:
@@ -202,8 +215,12 @@ def boxes(text: str) -> list[tuple[int, str]]:
         start = text.find(GLM_BOX[0], begin)
     joined: list[tuple[int, int, str]] = []
     for start, end, said in sorted(found):
-        if joined and BETWEEN_BOXES.fullmatch(text[joined[-1][1] : start][:40]) and (
-            start - joined[-1][1] < 40
+        if joined and start < joined[-1][1]:  # a box in a box
+            joined[-1] = (start, end, said)
+        elif (
+            joined
+            and BETWEEN_BOXES.fullmatch(text[joined[-1][1] : start][:40])
+            and (start - joined[-1][1] < 40)
         ):
             first, before, more = joined.pop()
             joined.append((first, end, more if more == said else f"{more}, {said}"))
@@ -253,7 +270,7 @@ def decide(
             answer = mark if isinstance(mark, str) else stated(mark)
             if answer is not None:
                 return _corrected(text, start, concluded) or answer
-        return concluded(text)
+        return concluded(ANY_TAG.sub("", text))
     except NoAnswer:
         return None
 
@@ -286,8 +303,15 @@ def sentences(text: str) -> list[str]:
 def conclusion(text: str) -> str | None:
     """The last sentence with content; None where the output gives up or is cut off there, as in a box."""
     tail = text[-LONGEST:]
-    said = [each for each in sentences(tail) if not PLEASANTRY.match(each) and re.search(r"\w", each)]
-    if not said or DANGLING.search(said[-1]) or BOX.search(said[-1]) or gives_up(" ".join(said[-2:])):
+    said = [
+        each for each in sentences(tail) if not PLEASANTRY.match(each) and re.search(r"\w", each)
+    ]
+    if (
+        not said
+        or DANGLING.search(said[-1].rstrip(DRESSING))
+        or BOX.search(said[-1])
+        or gives_up(" ".join(said[-2:]))
+    ):
         return None
     return said[-1]
 
@@ -295,4 +319,6 @@ def conclusion(text: str) -> str | None:
 def gives_up(text: str) -> bool:
     """Whether a text says that it has no answer, and does not go on to one with `but`."""
     match = GIVEN_UP.search(text)
-    return bool(match) and not re.search(r"\b(?:but|however|still|nevertheless|yet|if i had to)\b", text[match.end() :], re.I)
+    return bool(match) and not re.search(
+        r"\b(?:but|however|still|nevertheless|yet|if i had to)\b", text[match.end() :], re.I
+    )

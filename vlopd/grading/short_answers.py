@@ -65,7 +65,11 @@ def phrase(sentence: str) -> str | None:
     found = MATHS.match(sentence)
     if found and not sentence[found.end() :].strip(EDGES + "."):
         sentence = next(group for group in found.groups() if group)
-    cut = re.split(r",? because\b|,? since\b|,? as (?:it|the|shown|seen|this|indicated|they)\b|, which\b|,? (?:according to|based on)\b|; | \u2013 | \u2014 ", sentence, maxsplit=1)[0]
+    cut = re.split(
+        r",? because\b|,? since\b|,? as (?:it|the|shown|seen|this|indicated|they)\b|, which\b|,? (?:according to|based on)\b|; | \u2013 | \u2014 ",
+        sentence,
+        maxsplit=1,
+    )[0]
     return tidy(cut)
 
 
@@ -89,8 +93,6 @@ def concluded(text: str) -> str | None:
     last = conclusion(text)
     if last is None:
         return None
-    if len(last.split()) <= 3 and "=" not in last and ": " not in last:
-        return tidy(last)
     if (cues := list(SO.finditer(last))) and len(last[cues[-1].end() :].split()) >= 1:
         last = last[cues[-1].end() :].lstrip(" ,:")
     return answering_part(last)
@@ -106,7 +108,12 @@ def answering_part(sentence: str) -> str | None:
     subject, predicate = bare[: first.start()], bare[first.end() :]
     described = len(DESCRIBES.findall(predicate)), len(DESCRIBES.findall(subject))
     known = re.match(r"(?:there|it|this|that|these|they|he|she|i|we)\b", subject, re.IGNORECASE)
-    if described[0] > described[1] and not known and len(subject.split()) <= 5 and ":" not in first[0]:
+    if (
+        described[0] > described[1]
+        and not known
+        and len(subject.split()) <= 5
+        and ":" not in first[0]
+    ):
         return tidy(subject)
     last = found[-1]
     return phrase(bare[last.end() :] if ":" in last[0] or "=" in last[0] else predicate)

@@ -20,6 +20,8 @@ from vlopd.grading.final_statements import (
 )
 
 NUMBER = r"(?:(?<![\w)}\d])-)?(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)(?:\.\d+)?|(?:(?<![\w)])-)?\.\d+"
+VALUE = rf"(?:{NUMBER})(?:\s?/\s?\d+(?![\d.,]*\d))?"
+"""A number or a fraction of whole numbers."""
 MATHS = re.compile(
     r"\$\$(.{1,400}?)\$\$|\\\[(.{1,400}?)\\\]|\\\((.{1,400}?)\\\)|(?<![\\\d])\$([^$\n]{1,300}?)(?<!\\)\$(?!\d)",
     re.DOTALL,
@@ -33,7 +35,7 @@ UNIT_AFTER = re.compile(
 OPERATOR_AFTER = re.compile(
     r"[*_]{0,2}\s{0,2}(?:\\(?:pi|sqrt|frac|dfrac|tfrac|times|cdot|div|pm|ln|log|sin|cos|tan|theta|alpha|beta|left|over|"
     r"infty|in|binom|choose)\b|\\?[\^/](?=[\s({\d\\a-zA-Z])(?!\s?(?:person|day|hour|week|month|year|kg|s\b|h\b|hr|min|\{?\\?circ))|[\u03c0\u221a\xd7\xf7\xb7]|"
-    r"[*+](?=\s{0,2}[\d(a-zA-Z\\$])(?!\*)|[-\u2212]\s{1,2}[\d(\\]|x\s?\d|x\b|i\b|e\^|[a-df-zA-Z]\s?[\^+*/=(\d]|\()"
+    r"[*+](?=\s{0,2}[\d(a-zA-Z\\$])(?!\*)|[-\u2212]\s{1,2}[\d(\\]|x\s?\d|x\b|i\b|e\^|[a-df-zA-Z]\s?[\^+*/=(\d]|(?<!\s)\()"
 )
 """What makes the number before it a part of an expression: `12\\pi`, `12x`, `3 + 4`, `2\\sqrt3`."""
 OPERATOR_BEFORE = re.compile(
@@ -47,7 +49,10 @@ WORDS = dict(
         strict=True,
     )
 )
-TENS = {w: 10 * k for k, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+TENS = {
+    w: 10 * k
+    for k, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)
+}
 WORDED = re.compile(
     rf"\b(?:({'|'.join(TENS)})(?:[- ]({'|'.join(list(WORDS)[1:10])}))?|({'|'.join(WORDS)}))\b(?! of (?:the|these|those|us))",
     re.IGNORECASE,
@@ -58,7 +63,12 @@ ELSEWHERE = re.compile(
     re.IGNORECASE,
 )
 """Words before a number that make it something else than the answer."""
-REASONING = re.compile(r"(?:to (?!1)|first|we (?:need|know|have|can|are)|let|step|given|since|in order|using|if|start|note)\b", re.I)
+APPROXIMATELY = re.compile(r"\\approx|\u2248")
+CHECKS = re.compile(r"\b(?:whether|check|verify|suppose)\b", re.IGNORECASE)
+REASONING = re.compile(
+    r"(?:to (?!1)|first|we (?:need|know|have|can|are)|let|step|given|since|in order|using|if|start|note)\b",
+    re.I,
+)
 RESULT = re.compile(
     r"(?:\b(?:is|are|was|were|be|has|have|had|equals?|gets?|got|gives?|gave|leaves?|makes?|costs?|earns?|earned|pays?|paid|"
     r"spends?|spent|needs?|takes?|took|weighs?|becomes|totals?|sells?|sold|saves?|saved|makes|made|reads?|shows?|"
@@ -66,14 +76,26 @@ RESULT = re.compile(
     r"holds?|find|see|count|counted|obtain|yields?|remain|approximately|about|roughly|be|you have|lasts?|produces?|"
     r"answer|total of|adds up to|comes? to|amounts? to|i.e\.,?|namely|measures?|reach(?:es)?|scored?|only|exactly)\b|[=:\u2248]|\\approx)"
 )
-SO = re.compile(r"(?:^|[,;:.\u2014-]\s?|\band )(?:so|thus|therefore|hence|then|giving|which (?:is|gives|makes|means|equals|leaves)|making|leaving|for a total of|in total)\b", re.I)
+SO = re.compile(
+    r"(?:^|[,;:.\u2014-]\s?|\band )(?:so|thus|therefore|hence|then|giving|which (?:is|gives|makes|means|equals|leaves)|making|leaving|for a total of|in total)\b",
+    re.I,
+)
 
 
 def normal(text: str) -> str:
     r"""Plain signs for minus, thin spaces and thousands separators: `1{,}000`, `1,\!000`, `1\,000`."""
-    text = text.replace("\u2212", "-").replace("\u202f", " ").replace("\xa0", " ").replace("\u2009", " ")
+    text = (
+        text.replace("\u2212", "-")
+        .replace("\u202f", " ")
+        .replace("\xa0", " ")
+        .replace("\u2009", " ")
+    )
     text = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!,|\{,\\!\})(?=\d{3}(?!\d))", ",", text)
-    return re.sub(r"(?<=\d) (?=\d{3}(?: \d{3}|\b)(?![\d.]))(?<!\d{4} )", ",", text) if re.search(r"\d \d{3} \d{3}", text) else text
+    return (
+        re.sub(r"(?<=\d) (?=\d{3}(?: \d{3}|\b)(?!\d|\.\d))(?<!\d{4} )", ",", text)
+        if re.search(r"\d \d{3} \d{3}", text)
+        else text
+    )
 
 
 # ----------------------------------------------------------------------------------------- expressions
@@ -132,7 +154,12 @@ def plain(said: str) -> bool:
     line = first_sentence(normal(said)).strip(DRESSING + ".")
     if MATHS.fullmatch(line):
         return True
-    return bool(re.fullmatch(rf"(?:[^\w\s]{{0,3}})(?:{NUMBER})(?:\s?/\s?\d+)?\W{{0,3}}(?:[a-zA-Z.\xb2\xb3/]+\W{{0,2}}){{0,4}}", line))
+    return bool(
+        re.fullmatch(
+            rf"(?:[^\w\s]{{0,3}})(?:{NUMBER})(?:\s?/\s?\d+)?\W{{0,3}}(?:[a-zA-Z.\xb2\xb3/]+\W{{0,2}}){{0,4}}",
+            line,
+        )
+    )
 
 
 def expression(said: str) -> str | None:
@@ -149,10 +176,14 @@ def expression(said: str) -> str | None:
                 break
             inside.append(_inside(after))
         return ", ".join(last_side(each) for each in inside) or None
-    line = line.strip(DRESSING).rstrip(".").strip(DRESSING + "$")
+    line = line.replace("**", "").strip(DRESSING).rstrip(".").strip(DRESSING + "$")
+    if re.match(r"either\b|between\b", line, re.IGNORECASE):
+        raise NoAnswer
     if "=" in line:
         line = last_side(line)
-    if re.search(r"\\[a-zA-Z]|[\^_]", line) and not re.search(r"\b(?!frac|sqrt|text|left|right|times|cdot|infty|circ)[a-z]{4,}", line):
+    if re.search(r"\\[a-zA-Z]|[\^_]", line) and not re.search(
+        r"\b(?!frac|sqrt|text|left|right|times|cdot|infty|circ)[a-z]{4,}", line
+    ):
         return line or None
     number = number_in(line)
     if number is not None and re.fullmatch(NUMBER, number):
@@ -160,18 +191,28 @@ def expression(said: str) -> str | None:
     if re.search(r"\d", line):
         cut = re.split(r"\s(?:because|since|as|so|which|where|when)\b|\s\(", line, maxsplit=1)[0]
         return cut.strip(DRESSING + ",") or None
-    phrase = re.split(r",? (?:because|since|as|which|so|where|due to)\b|[;\n]|, (?=\w+ing\b)", line, maxsplit=1)[0]
+    phrase = re.split(
+        r",? (?:because|since|as|which|so|where|due to)\b|[;\n]|, (?=\w+ing\b)", line, maxsplit=1
+    )[0]
     phrase = phrase.strip(DRESSING + ",.")
     return phrase if phrase and len(phrase.split()) <= 8 else None
 
 
 def _inside(match: re.Match[str]) -> str:
-    return next(group for group in match.groups() if group is not None).strip().strip("$").rstrip(".,").strip()
+    return (
+        next(group for group in match.groups() if group is not None)
+        .strip()
+        .strip("$")
+        .rstrip(".,")
+        .strip()
+    )
 
 
 def last_side(said: str) -> str:
     """`104` of `100+4=104`, `x = 5` as it is: the last side of an equation of numbers, or of a chain."""
-    said = said.strip().strip("$").strip()
+    said = APPROXIMATELY.split(
+        said.strip().strip("$").strip().lstrip("\u2248~").removeprefix("\\approx"), maxsplit=1
+    )[0].strip()
     sides = _sides(said)
     if len(sides) == 1:
         return said
@@ -184,9 +225,8 @@ def last_side(said: str) -> str:
 
 
 def _sides(said: str) -> list[str]:
-    """The sides of an equation, at `=` outside of braces and brackets; what follows an approximation is left out."""
+    """The sides of an equation, at `=` outside of braces and brackets."""
     parts, depth, start = [], 0, 0
-    said = re.split(r"\\approx|\u2248", said, maxsplit=1)[0] if re.match(r"[^\u2248]{1,200}?(?:\\approx|\u2248)", said) else said
     for place, letter in enumerate(said):
         depth += (letter in "{([") - (letter in "})]")
         if letter == "=" and depth <= 0 and said[place - 1 : place] not in ("\\", "<", ">", "!"):
@@ -198,15 +238,19 @@ def _sides(said: str) -> list[str]:
 
 def _arithmetic(side: str) -> bool:
     """Whether a side is made of numbers and operations, with units and words between, and not of variables."""
-    bare = re.sub(r"\\(?:text|mathrm)\{[^{}]*\}|\\(?:times|cdot|div|d?frac|left|right|sqrt|pm|quad|,|%|\$)", " ", side)
-    bare = re.sub(r"\b[a-zA-Z]{2,}\b|(?<=\d) ?[a-zA-Z\xb0]+\b", " ", bare)
-    return bool(re.search(r"\d", side) and not re.search(r"[a-wyzA-Z]|(?<![\d ])x|x(?! ?\d)", bare)) or bool(
-        re.fullmatch(r"\s*[a-zA-Z]{2,}(?: [a-zA-Z]+){0,8}\s*", side)
+    bare = re.sub(
+        r"\\(?:text|mathrm)\{[^{}]*\}|\\(?:times|cdot|div|d?frac|left|right|sqrt|pm|quad|,|%|\$)",
+        " ",
+        side,
     )
+    bare = re.sub(r"\b[a-zA-Z]{2,}\b|(?<=\d) ?[a-zA-Z\xb0]+\b", " ", bare)
+    return bool(
+        re.search(r"\d", side) and not re.search(r"[a-wyzA-Z]|(?<![\d ])x|x(?! ?\d)", bare)
+    ) or bool(re.fullmatch(r"\s*[a-zA-Z]{2,}(?: [a-zA-Z]+){0,8}\s*", side))
 
 
 def concluded_expression(text: str) -> str | None:
-    """The expression that an output without a statement ends with; raises nothing."""
+    """The expression that an output without a statement ends with."""
     whole = text.strip()
     last = conclusion(whole)
     display = _last_display(whole)
@@ -219,7 +263,9 @@ def concluded_expression(text: str) -> str | None:
         tail = last[found[-1].end() :].strip(" .*")
         if len(tail.split()) <= 6 or len(found) == 1:
             return last_side(_inside(found[-1])) or None
-    if len(sentences(whole)) == 1 and not re.search(r"[a-zA-Z]{3,}", re.sub(r"\\[a-zA-Z]+", "", whole)):
+    if len(sentences(whole)) == 1 and not re.search(
+        r"[a-zA-Z]{3,}", re.sub(r"\\[a-zA-Z]+", "", whole)
+    ):
         return last_side(normal(whole).strip(DRESSING).rstrip(".")) or None
     return concluded_number(whole)
 
@@ -248,15 +294,14 @@ def stated_number(statement: Statement) -> str | None:
     said = first_paragraph(statement.said)
     if statement.kind == "heading" and not plain(said) or REASONING.match(said):
         return None
-    line = first_sentence(said)
-    if not re.search(r"\w", line):
-        return None
+    line = normal(first_sentence(said))
     found = MATHS.search(normal(said))
-    line = normal(line)
     if found and (found.end() > len(line) or found.start() <= 80):
         side = last_side(_inside(found))
         bare = re.sub(r"^[a-zA-Z]\w?\s*=\s*", "", side)
         return number_in(bare) or side or None
+    if not re.search(r"\w", line):
+        return None
     if gives_up(line) and not re.match(rf"\W*(?:{NUMBER})", line):
         raise NoAnswer
     if postponed(statement):
@@ -265,7 +310,9 @@ def stated_number(statement: Statement) -> str | None:
         line = last_side(re.sub(r"^[a-zA-Z]\w?\s*=\s*", "", line))
     if (number := number_in(line)) is not None:
         return number
-    if re.search(r"\d", line[:60]) and not re.search(r"[a-z]{4,}", re.sub(r"\\[a-z]+", "", line[:60])):
+    if re.search(r"\d", line[:60]) and not re.search(
+        r"[a-z]{4,}", re.sub(r"\\[a-z]+", "", line[:60])
+    ):
         return line.strip(DRESSING).rstrip(".") or None
     return None
 
@@ -277,9 +324,17 @@ def numbers(text: str) -> list[str]:
 def number_in(said: str) -> str | None:
     """The number that a short text states: its only one, or the first; None within an expression or far into it."""
     bare = re.sub(r"\\(?:text|mathrm|mbox|textbf|mathbf)\s?\{([^{}]*)\}", r" \1 ", normal(said))
-    bare = re.sub(r"\\[$%]|\\(?:quad|,|;|:|!| )|\\(?:left|right)\b", lambda m: "%" if m[0][1] == "%" else " ", bare)
-    bare = re.sub(r"\^\s?\{?\s?(?:\\circ|2|3)\s?\}?(?=\W*$)", "", bare) if re.search(r"[a-z]\s?\^|\\circ", bare) else bare
-    match = re.search(NUMBER, bare)
+    bare = re.sub(
+        r"\\[$%]|\\(?:quad|,|;|:|!| )|\\(?:left|right)\b",
+        lambda m: "%" if m[0][1] == "%" else " ",
+        bare,
+    )
+    bare = (
+        re.sub(r"\^\s?\{?\s?(?:\\circ|2|3)\s?\}?(?=\W*$)", "", bare)
+        if re.search(r"[a-z]\s?\^|\\circ", bare)
+        else bare
+    )
+    match = re.search(VALUE, bare)
     if match is None:
         return worded_number(bare)
     before, after = bare[: match.start()], bare[match.end() :]
@@ -287,16 +342,24 @@ def number_in(said: str) -> str | None:
         return None
     if OPERATOR_AFTER.match(after) or not UNIT_AFTER.match(after):
         return None
-    if re.match(r"\s?(?:or|to|and|/|[\u2013-])\s?-?\$?\d", after) or re.match(r",\s?-?\d", after):
+    if (
+        re.match(r":\d", after)
+        or re.match(r"\s?(?:or|to|and|/|[\u2013-])\s?-?\$?\d", after)
+        or re.match(r",\s?-?\d", after)
+    ):
         return None
     sign = "-" if re.search(r"\bminus $|\bnegative $", before) else ""
-    return sign + match[0]
+    return sign + re.sub(r"\s", "", match[0])
 
 
 def worded_number(said: str) -> str | None:
     """`twenty-five` as 25, where it is the first of few words."""
     match = WORDED.search(said)
-    if match is None or len(said[: match.start()].split()) > 4 or ELSEWHERE.search(said[: match.start()]):
+    if (
+        match is None
+        or len(said[: match.start()].split()) > 4
+        or ELSEWHERE.search(said[: match.start()])
+    ):
         return None
     if match[1]:
         return str(TENS[match[1].lower()] + (WORDS[match[2].lower()] if match[2] else 0))
@@ -316,14 +379,22 @@ def concluded_number(text: str) -> str | None:
         return number_in(bare) or side or None
     last = re.sub(r"\*\*|`", "", last)
     cues = list(SO.finditer(last))
-    clause = last[cues[-1].end() :] if cues and re.search(r"\d|" + WORDED.pattern, last[cues[-1].end() :], re.I) else last
-    numbers = list(re.finditer(NUMBER, clause))
-    if not numbers:
+    clause = (
+        last[cues[-1].end() :]
+        if cues and re.search(r"\d|" + WORDED.pattern, last[cues[-1].end() :], re.I)
+        else last
+    )
+    found = list(re.finditer(VALUE, clause))
+    if not found:
         return worded_number(clause) if len(clause.split()) <= 12 else None
-    if len(numbers) == 1:
-        only = numbers[0]
+    if len(found) == 1:
+        only = found[0]
         before, after = clause[: only.start()], clause[only.end() :]
-        if OPERATOR_BEFORE.search(before[-12:]) or OPERATOR_AFTER.match(after) or ELSEWHERE.search(before[-24:]):
+        if (
+            OPERATOR_BEFORE.search(before[-12:])
+            or OPERATOR_AFTER.match(after)
+            or (ELSEWHERE.search(before[-24:]) or CHECKS.search(before))
+        ):
             return None
         return only[0] if len(clause.split()) <= 25 else None
     equation = clause.rpartition("=")[2] if "=" in clause else ""

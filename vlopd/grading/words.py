@@ -7,7 +7,9 @@ import re
 
 def text_of(latex: str) -> str:
     r"""`\text{B}` as B."""
-    return re.sub(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|boldsymbol)\s?\{([^{}]*)\}", r"\1", latex).strip()
+    return re.sub(
+        r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|boldsymbol)\s?\{([^{}]*)\}", r"\1", latex
+    ).strip()
 
 
 def plain_words(text: str) -> str:

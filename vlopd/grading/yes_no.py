@@ -31,7 +31,7 @@ NO = (
     r"negative|none|false|incorrect|nowhere|not\b"
 )
 LEAD = re.compile(
-    rf"[\s*_\"'`(\[{{$\\>#\u2705\u274c:-]{{0,8}}(?:(?:well|oh|hmm|ok(?:ay)?|so|i (?:would )?(?:think|believe|guess|say)|i'?d say|it is|it'?s|"
+    rf"[\s,*_\"'`(\[{{$\\>#\u2705\u274c:-]{{0,8}}(?:(?:well|oh|hmm|ok(?:ay)?|so|i (?:would )?(?:think|believe|guess|say)|i'?d say|it is|it'?s|"
     rf"definitely|probably|clearly|therefore|thus|hence|simply|a|an|my answer is|most likely|likely|is|be|the answer is|resounding|clear)[\s,:*\"'(]{{1,4}}){{0,3}}"
     rf"(?:(?P<no>{NO})|(?P<yes>{YES}))\b(?!\s?(?:/|or|and/or)\s?(?:no|yes)\b)(?!-)",
     re.IGNORECASE,
@@ -59,7 +59,11 @@ AFFIRMS = re.compile(
     r"contain|include|display(?:s)?)|exists?\b|does (?:contain|include|have|show|feature|exist|appear))",
     re.IGNORECASE,
 )
-THERE = re.compile(r"\bthere(?:'s|\b)|\b(?:visible|present|exists?|see|spot|contains?)\b", re.IGNORECASE)
+THERE = re.compile(
+    r"\bthere(?:'s|\b)|\b(?:visible|present|exists?|see|spot|contains?)\b", re.IGNORECASE
+)
+DRAWN = re.compile(r"(?:so|thus|therefore|hence|in conclusion|overall)\b", re.IGNORECASE)
+THERE_IS = re.compile(r"\bthere\b", re.IGNORECASE)
 UNCERTAIN = re.compile(
     r"\b(?:(?:un)?clear (?:whether|if)|not (?:clear|sure|certain|possible|able)|unsure|uncertain|hard to (?:say|tell)|difficult to (?:say|tell|determine)|"
     r"can(?:not|'t| not) (?:be )?(?:determined?|tell|say|verify|confirm|judge|be sure)|cannot see (?:the|any) (?:image|picture)|"
@@ -125,19 +129,16 @@ def concluded(text: str) -> str | None:
         return later[-1]
     if any(UNCERTAIN.search(each) for each in parts[-2:]) or gives_up(" ".join(parts[:2])):
         return None
-    found = [(each, value) for each in parts if (value := polarity(each))]
-    drawn = [value for each, value in found if re.match(r"(?:so|thus|therefore|hence|in conclusion|overall)\b", each, re.I)]
-    if drawn:
-        return drawn[-1]
-    values = {value for _, value in found}
-    if len(values) == 1:
-        return values.pop()
-    if len(values) == 2:
-        strong = [value for each, value in found if value == "no" or re.search(r"\bthere\b", each, re.I)]
-        if "yes" in strong and found[0][1] == "yes":
-            return None
-        return "no" if strong[0] == "no" else None
-    return None
+    polarities = [(each, value) for each in parts if (value := polarity(each))]
+    drawn = [value for each, value in polarities if DRAWN.match(each)]
+    values = {value for _, value in polarities}
+    if drawn or len(values) == 1:
+        return drawn[-1] if drawn else polarities[0][1]
+    # `There is a dog. There is no cat.` answers either question; a description with a denial answers no
+    begins_yes = (
+        bool(polarities) and polarities[0][1] == "yes" and THERE_IS.search(polarities[0][0])
+    )
+    return "no" if polarities and not begins_yes else None
 
 
 def _plain_word(sentence: str) -> str | None:
@@ -146,18 +147,28 @@ def _plain_word(sentence: str) -> str | None:
 
 
 def polarity(sentence: str) -> str | None:
-    """Whether a sentence affirms or denies that something is there; None where it does neither."""
-    bare = IDIOM.sub(" ", sentence)
-    clauses = re.split(r",? but |; |, (?:although|though|however|while|whereas) ", bare)
-    found = [value for each in clauses if (value := _clause(each))]
-    if len(set(found)) == 2 and re.match(r"(?:although|though|while)\b", bare, re.I):
-        return found[-1]
-    return "no" if "no" in found else found[0] if found else None
+    """Whether a sentence affirms or denies that something is there; None where it does neither, or asks.
+
+    Of a main clause and one with `although` the main one counts; otherwise a denial does (`a cat, but no dog`).
+    """
+    bare = IDIOM.sub(" ", sentence).strip()
+    if bare.endswith("?"):
+        return None
+    if concession := re.match(
+        r"(?:although|though|while|whereas|even though)\b[^,]{1,120},", bare, re.IGNORECASE
+    ):
+        return _clause(bare[concession.end() :])
+    main = re.split(r",? (?:although|though|even though|while|whereas) ", bare, maxsplit=1)[0]
+    if found := [value for each in re.split(r",? but |; ", main) if (value := _clause(each))]:
+        return "no" if "no" in found else "yes"
+    return _clause(bare)
 
 
 def _clause(clause: str) -> str | None:
     if UNCERTAIN.search(clause):
         return None
-    if DENIES.search(clause) and (THERE.search(clause) or AFFIRMS.search(clause) or len(clause.split()) <= 14):
+    if DENIES.search(clause) and (
+        THERE.search(clause) or AFFIRMS.search(clause) or len(clause.split()) <= 14
+    ):
         return "no"
     return "yes" if AFFIRMS.search(clause) else None
