@@ -10,19 +10,63 @@ QUESTIONS = (
 """(answer, what the question asks for)."""
 
 READ = (
-    "{a}", "{a}.", "**{a}**", "**{a}.**", "`{a}`", '"{a}"', " {a}\n", "'{a}'", "Answer: {a}", "answer: {a}", "**Answer:** {a}", "**Answer**: **{a}**", "Answer - {a}", "ANSWER: {a}.", "Answer:\n{a}", "Answer:\n\n**{a}**", "A short answer: {a}",
-    "Final Answer: {a}", "### Final Answer\n{a}", "### Final Answer\n\n**{a}**", "**Final Answer**\n\n{a}", "## Answer\n\n{a}.", "#### {a}", "<answer>{a}</answer>", "<answer> {a} </answer>", "<think>perhaps red, 3</think><answer>{a}</answer>", "<think>red or 3?</think>{a}",
-    "<CONCLUSION>{a}</CONCLUSION>", r"\boxed{{{a}}}", r"\boxed{{\text{{{a}}}}}", r"The answer is $\boxed{{{a}}}$.", "<|begin_of_box|>{a}<|end_of_box|>", "The answer is {a}", "The answer is {a}.", "The answer is **{a}**.", "The correct answer is {a}.",
-    "The final answer is {a}.", "So the answer is: {a}", "Therefore, the answer is {a}.", "The answer to the question is {a}.", "The answer is {a}, because the chart shows it.", "The answer is {a} because of the legend.", "Answer: {a}\n\nExplanation: The legend shows it, beside Red and 3.",
-    "Let me look at the chart.\n{a}", "Let me see.\n\n**{a}**", "First I read the axis. Then I compare the bars.\n\nAnswer: {a}", "Based on the chart, the answer is {a}.", "{Q} is {a}.", "{Q} is **{a}**.", "Looking at the chart, {q} is {a}.", "{Q}: {a}", "{a} is {q}.",
-    "According to the chart, {q} is {a}.", "In the picture, {q} is {a}. I hope this helps!", "I read the legend and the axis. So {q} is {a}.", "The answer is red. Wait, I misread the legend. The answer is {a}.", "The correct value is {a}.", "It is {a}.",
-    "Step 1: read the legend.\nStep 2: compare.\n\nFinal answer: {a}", "My answer: {a}", '{{"answer": "{a}"}}', "{a}\n\nQuestion: What is next?\nAnswer: red", "The answer would be {a}.", "Hence, the final answer is {a}", "> **Answer: {a}**", "\u2705 Answer: {a}",
+    "{a}", "{a}.", "**{a}**", "**{a}.**", "`{a}`", '"{a}"', " {a}\n", "'{a}'", "Answer: {a}", "answer: {a}",
+    "**Answer:** {a}", "**Answer**: **{a}**", "Answer - {a}", "ANSWER: {a}.", "Answer:\n{a}",
+    "Answer:\n\n**{a}**", "A short answer: {a}",
+    "Final Answer: {a}", "### Final Answer\n{a}", "### Final Answer\n\n**{a}**", "**Final Answer**\n\n{a}",
+    "## Answer\n\n{a}.", "#### {a}", "<answer>{a}</answer>", "<answer> {a} </answer>",
+    "<think>perhaps red, 3</think><answer>{a}</answer>", "<think>red or 3?</think>{a}",
+    "<CONCLUSION>{a}</CONCLUSION>", r"\boxed{{{a}}}", r"\boxed{{\text{{{a}}}}}",
+    r"The answer is $\boxed{{{a}}}$.", "<|begin_of_box|>{a}<|end_of_box|>", "The answer is {a}",
+    "The answer is {a}.", "The answer is **{a}**.", "The correct answer is {a}.",
+    "The final answer is {a}.", "So the answer is: {a}", "Therefore, the answer is {a}.",
+    "The answer to the question is {a}.", "The answer is {a}, because the chart shows it.",
+    "The answer is {a} because of the legend.",
+    "Answer: {a}\n\nExplanation: The legend shows it, beside Red and 3.",
+    "Let me look at the chart.\n{a}", "Let me see.\n\n**{a}**",
+    "First I read the axis. Then I compare the bars.\n\nAnswer: {a}",
+    "Based on the chart, the answer is {a}.", "{Q} is {a}.", "{Q} is **{a}**.",
+    "Looking at the chart, {q} is {a}.", "{Q}: {a}", "{a} is {q}.",
+    "According to the chart, {q} is {a}.", "In the picture, {q} is {a}. I hope this helps!",
+    "I read the legend and the axis. So {q} is {a}.",
+    "The answer is red. Wait, I misread the legend. The answer is {a}.", "The correct value is {a}.",
+    "It is {a}.",
+    "Step 1: read the legend.\nStep 2: compare.\n\nFinal answer: {a}", "My answer: {a}",
+    '{{"answer": "{a}"}}', "{a}\n\nQuestion: What is next?\nAnswer: red", "The answer would be {a}.",
+    "Hence, the final answer is {a}", "> **Answer: {a}**", "\u2705 Answer: {a}",
 )  # fmt: skip
 
 NONE = (
-    "", " \n", "I don't know.", "I cannot determine the answer from the image.", "Sorry, I can't help with that.", "<think>It is {a}", "To find {q}, we need to look at the", "It is not possible to tell from this chart.", "The answer is unclear.", "...",
-    "I'm unable to view the image.", "<answer></answer>", "Answer:", "The answer cannot be determined.", "There is not enough information.",
+    "", " \n", "I don't know.", "I cannot determine the answer from the image.",
+    "Sorry, I can't help with that.", "<think>It is {a}", "To find {q}, we need to look at the",
+    "It is not possible to tell from this chart.", "The answer is unclear.", "...",
+    "I'm unable to view the image.", "<answer></answer>", "Answer:", "The answer cannot be determined.",
+    "There is not enough information.",
 )  # fmt: skip
+
+CASES = (
+    ("The value is 57%.", "57%"), ("57 %", "57 %"), ("In 2019, the value was 960.", "960"),
+    ("The bar for 2019 shows 960.", "960"), ("The chart shows that 960 people visited.", "960"),
+    ("There are 5 bars.", "5"), ("5 bars", "5 bars"), ("Approximately 960", "960"), ("About 57%", "57%"),
+    ("approximately 12.5", "12.5"), ("China has the highest value.", "China"),
+    ("The country with the highest value is China.", "China"),
+    ("China is the country with the highest value.", "China"),
+    ("Answer: China (highest bar)", "China (highest bar)"), ("The answer is China with 57%.", "China"),
+    ("The colour is light blue", "light blue"), ("It's light blue.", "light blue"),
+    ("Light blue, since the bar is light blue.", "Light blue"), ("The difference is 12.5 - 3 = 9.5", "9.5"),
+    ("12.5 - 3 = 9.5", "9.5"), ("The sum is 3 + 4 = 7.", "7"), ("The ratio is 3:4.", "3:4"), ("3:4", "3:4"),
+    ("The year is 2015.", "2015"), ("2015", "2015"), ("The answer is 2015", "2015"),
+    ("The total is $5,000", "$5,000"), ("$5 million", "$5 million"), ("Yes", "Yes"), ("No", "No"),
+    ("Yes, it is larger than the other.", "Yes"), ("The answer is yes.", "yes"),
+    ("No, the red bar is smaller.", "No"), ("Republicans", "Republicans"),
+    ('The answer is "Republicans".', "Republicans"), ("**Answer: Republicans**", "Republicans"),
+    ("Step 1: The bar is at 5.\nStep 2: The other is at 3.\nThe difference is 2.\n\nAnswer: 2", "2"),
+    ("To find it, we subtract: 5 - 3 = 2.", "2"), ("I can't see the chart.", None),
+    ("The chart does not provide this information.", None), ("2, 5", "2, 5"), ("[2, 5]", "[2, 5]"),
+    ("Blue and red", "Blue and red"), ("-3.5", "-3.5"), ("The change is -3.5%.", "-3.5%"),
+    ("The answer is 960 visitors.", "960 visitors"), ("As shown, the answer is Blue.", "Blue"),
+    ("The line representing Norway reaches 57%.", "57%"),)  # fmt: skip
+"""Single outputs."""
 
 EXPECTED_MISSES: frozenset[str] = frozenset()
 """Outputs that are read otherwise, and known to be."""
@@ -35,4 +79,4 @@ def outputs() -> list[tuple[str, str | None]]:
         words = {"a": answer, "q": asked, "Q": asked[0].upper() + asked[1:]}
         made += [(style.format(**words), answer) for style in READ]
         made += [(style.format(**words), None) for style in NONE]
-    return made
+    return [*made, *CASES]

@@ -18,6 +18,7 @@ from vlopd.grading.final_statements import (
     gives_up,
     sentences,
 )
+from vlopd.grading.values import number_in
 from vlopd.grading.words import text_of
 
 FUNCTION = (
@@ -31,54 +32,91 @@ RIGHT = (
 )
 BE = "(?:is|are|was|would be|must be|should be|has to be|seems(?: to be)?|appears to be|looks|remains)"
 VERB = (
-    r"(?:choos(?:e|es|ing)|chose|chosen|pick(?:s|ed|ing)?|select(?:s|ed|ing)?|go(?:es|ing)? (?:with|for)|went with|"
-    r"opt(?:s|ed|ing)? for|vote for|settl(?:e|ed|ing) on|stick(?:ing)? with|my (?:answer|choice|pick|vote) (?:is|goes to))"
+    r"(?:choos(?:e|es|ing)|chose|chosen|pick(?:s|ed|ing)?|select(?:s|ed|ing)?|go(?:es|ing)? (?:with|"
+    r"for)|went with|"
+    r"opt(?:s|ed|ing)? for|vote for|settl(?:e|ed|ing) on|stick(?:ing)? with|my (?:answer|choice|"
+    r"pick|vote) (?:is|goes to))"
 )
 POINTS = (
-    r"(?:correspond(?:s|ing)? to|match(?:es|ing)?|lead(?:s|ing)? (?:us )?to|point(?:s|ing)? (?:us )?to(?:wards?)?|indicat(?:es|ing)|"
-    r"identified as|leav(?:es|ing)(?: us)?(?: with)?(?: only)?|it(?:'s| is| must be| has to be| should be| would be)|"
-    r"that(?:'s| is| would be)|this is|say|answer(?:ing)?|(?:and )?(?:so|thus|therefore|hence)(?: it(?:'s| is))?|supports?|"
-    r"favou?rs?|consistent with|represented by|given (?:by|in)|listed as|shown in|described (?:by|in)|agrees with|fits|equivalent to|be|is)"
+    r"(?:correspond(?:s|ing)? to|match(?:es|ing)?|lead(?:s|ing)? (?:us )?to|point(?:s|"
+    r"ing)? (?:us )?to(?:wards?)?|indicat(?:es|ing)|"
+    r"identified as|leav(?:es|ing)(?: us)?(?: with)?(?: only)?|it(?:'s| is| must be| has to be|"
+    r" should be| would be)|"
+    r"that(?:'s| is| would be)|this is|say|answer(?:ing)?|(?:and )?(?:so|thus|therefore|"
+    r"hence)(?: it(?:'s| is))?|supports?|"
+    r"favou?rs?|consistent with|represented by|given (?:by|in)|listed as|shown in|described (?:by|"
+    r"in)|agrees with|fits|equivalent to|be|is)"
 )
 NOT_BEFORE = re.compile(
-    r"(?:\bnot|n't|\bnever|\bcannot|\brul(?:e|es|ed|ing) out|\beliminat\w+|\bexclud\w+|\breject\w*|\binstead of|\brather than|"
-    r"\bthan|\bunlike|\bneither|\bnor|\bwithout|\bdiscard\w*|\bdismiss\w*|\bexcept|\bbesides)\b[\s*(]{0,3}(?:\w{1,12} ){0,3}[*(\[]*$",
+    r"(?:\bnot|n't|\bnever|\bcannot|\brul(?:e|es|ed|ing) out|\beliminat\w+|\bexclud\w+|\breject\w*|"
+    r"\binstead of|\brather than|"
+    r"\bthan|\bunlike|\bneither|\bnor|\bwithout|\bdiscard\w*|\bdismiss\w*|\bexcept|"
+    r"\bbesides)\b[\s*(]{0,3}(?:\w{1,12} ){0,3}[*(\[]*$",
     re.IGNORECASE,
 )
 HYPOTHETICAL = re.compile(
-    r"\b(?:if|whether|might|could|may|tempt\w*|some(?:one)?|people|many|first|initially|at a glance|suppose|consider|check(?:ing)?|"
-    r"between|either|students?|test(?:ing)?|thought|was going to|would have)\b[^.;\n]{0,40}$",
+    r"\b(?:if|whether|might|could|may|tempt\w*|some(?:one)?|people|many|first|initially|at a glance|"
+    r"suppose|consider|check(?:ing)?|"
+    r"between|either|students?|test(?:ing)?|thought|was going to|would have)\b[^.;,\n]{0,40}$",
     re.IGNORECASE,
 )
+MARKUP = re.compile(
+    r"</?(?:b|i|p|strong|em|u|s|br)>|<\|(?!begin_of_box|end_of_box)\w{1,20}\|>", re.IGNORECASE
+)
+REJECTS = re.compile(
+    r"\b(?:rul(?:e|es|ed|ing) out|eliminat\w+|exclud\w+|reject\w*|discard\w*|"
+    r"dismiss\w*|neither)(?: the)?(?: \w+)? $",
+    re.IGNORECASE,
+)
+CHOOSABLE = re.compile(
+    r"(?:^\W{0,4}|\b(?:is|it's|say|answer|think|probably|likely|maybe|only|so|yes|be|towards?|guess|"
+    r"hence|thus|therefore|believe|"
+    r"definitely|clearly|just|for|with|as) )[*_(\[\"']*$",
+    re.IGNORECASE,
+)
+"""Before a letter that may be the choice."""
 WRONG_AFTER = re.compile(
-    r"[)\]*\"'.:,]{0,4}(?: ?[(\[][^()\n]{0,60}[)\]])?,?\s{0,2}(?:(?:is|are|was|seems|can be|would be|should be|looks|must be|has been|"
-    r"can safely be) (?:\w+ly |also |just |obviously )?(?:not|in(?:correct|valid|accurate|consistent)|wrong|false|ruled out|eliminated|"
-    r"excluded|rejected|out\b|too |unlikely|irrelevant|impossible|discarded|a distractor|untrue)|isn't|doesn't|does not|cannot|can't|"
-    r"describes? (?:something|a different)|fails|contradicts|has nothing|won't|would not|wouldn't|aren't|did not|didn't|refers to (?:something|a different))",
+    r"[)\]*\"'.:,]{0,4}(?: ?[(\[][^()\n]{0,60}[)\]])?,?\s{0,2}(?:(?:is|are|was|seems|can be|"
+    r"would be|should be|looks|must be|has been|"
+    r"can safely be) (?:\w+ly |also |just |obviously )?(?:not|in(?:correct|valid|accurate|"
+    r"consistent)|wrong|false|ruled out|eliminated|"
+    r"excluded|rejected|out\b|too |unlikely|irrelevant|impossible|discarded|a distractor|untrue)|"
+    r"isn't|doesn't|does not|cannot|can't|"
+    r"describes? (?:something|a different)|fails|contradicts|has nothing|won't|would not|wouldn't|"
+    r"aren't|did not|didn't|refers to (?:something|a different))",
     re.IGNORECASE,
 )
 WRONG = re.compile(
-    r"\b(?:incorrect|wrong|false|not|n't|isn't|doesn't|aren't|don't|can't|cannot|no|untrue|inaccurate|eliminated?|ruled out|invalid|unlikely|"
-    r"irrelevant|fails?|contradicts?|too (?:small|large|high|low|big|short|long)|impossible)\b|[\u2717\u2718\u274c\xd7]",
+    r"\b(?:incorrect|wrong|false|not|n't|isn't|doesn't|aren't|don't|can't|cannot|no|untrue|"
+    r"inaccurate|eliminated?|ruled out|invalid|unlikely|"
+    r"irrelevant|fails?|contradicts?|too (?:small|large|high|low|big|short|long)|impossible)\b|"
+    r"[\u2717\u2718\u274c\xd7]",
     re.IGNORECASE,
 )
 CORRECT = re.compile(
-    r"\b(?:correct|right answer|is right|true|matches|this is (?:it|the answer)|yes|fits|valid|best answer)\b|[\u2713\u2714\u2705]",
+    r"\b(?:correct|right answer|is right|true|matches|this is (?:it|the answer)|yes|fits|valid|"
+    r"best answer)\b|[\u2713\u2714\u2705]",
     re.IGNORECASE,
 )
 LINE_LABEL = re.compile(
-    r"^[ \t>*_#\-\u2022]{0,6}(?:[Oo]ption|[Cc]hoice)? ?[(\[*]{0,3}([A-Z])[)\]*]{0,3}(?:[.:)\u2013-]|(?= (?:is|\())|(?=\)))",
+    r"^[ \t>*_#\-\u2022]{0,6}(?:[Oo]ption|[Cc]hoice)? ?[(\[*]{0,3}([A-Z])[)\]*]{0,3}(?:[.:)\u2013-]|"
+    r"(?= (?:is|\())|(?=\)))",
     re.MULTILINE,
 )
-ORDINALS = {word: k for k, word in enumerate("first second third fourth fifth sixth".split())}
+ORDINALS = {
+    word: k for k, word in enumerate(["first", "second", "third", "fourth", "fifth", "sixth"])
+}
 ORDINAL = re.compile(
     r"\b(first|second|third|fourth|fifth|sixth|last) (?:option|choice|answer|one|statement|alternative)\b",
     re.IGNORECASE,
 )
 FILLER = re.compile(
-    r"(?:(?:therefore|thus|so|hence|clearly|definitely|indeed|probably|most likely|likely|obviously|simply|just|actually|in fact|"
-    r"option|choice|answer|letter|number|statement|alternative|the|is|it's|it is|would be|be|that of|given by|given in|in|represented by|"
-    r"indicated by|labell?ed|found in|listed (?:as|under|in)|under|my final answer|correct|right|best|final|one|as|to be|selected)"
+    r"(?:(?:therefore|thus|so|hence|clearly|definitely|indeed|probably|most likely|likely|obviously|"
+    r"simply|just|actually|in fact|"
+    r"option|choice|answer|letter|number|statement|alternative|the|is|it's|it is|would be|be|"
+    r"that of|given by|given in|in|represented by|"
+    r"indicated by|labell?ed|found in|listed (?:as|under|in)|under|my final answer|correct|right|"
+    r"best|final|one|as|to be|selected)"
     r"\b(?!\))[\s:,*_(\[\"'$\\]{0,6}){1,6}",
     re.IGNORECASE,
 )
@@ -87,9 +125,10 @@ PUNCTUATION = r"[\s*_(\[{\"'\u201c`$<:\\]{0,8}"
 
 @lru_cache(maxsize=64)
 def _letter(letters: str) -> re.Pattern[str]:
-    """A capital letter set off from what follows: not the article of `A dog`, the pronoun of `I think`, or `A-level`."""
+    """A capital letter set off from what follows: not that of `A dog`, `I think` or `A-level`."""
     return re.compile(
-        rf"([{letters}])(?![\w\u2019'&])(?!-\w)(?!(?<=[AI])\s+(?!(?:{FUNCTION})\b)[a-z])(?!(?<=[AI])\s+[A-Z][a-z]+ [a-z])"
+        rf"([{letters}])(?![^\W_]|"
+        rf"&)(?!['\u2019-]\w)(?!(?<=[AI])\s+(?!(?:{FUNCTION})\b)[a-z])(?!(?<=[AI])\s+[A-Z][a-z]+ [a-z])"
     )
 
 
@@ -103,18 +142,21 @@ def _choosing(letters: str) -> tuple[re.Pattern[str], ...]:
         re.compile(rf"\b(?i:{VERB})(?: {noun}| the)?[\s:]?{open_}{letter}"),
         re.compile(
             rf"(?<![\w'])(?:{noun} ?)?[(\[*_\"']{{0,4}}{letter}{close}[.:]?"
-            r"(?P<mid>(?:\s?[(\u2013:,-] ?(?:(?! is | are )[^()\n.;]){0,60}?[),:\u2013-]?)?|(?! is | are )\s(?:(?! is | are )[^()\n.;,:]){0,50}?)"
+            r"(?P<mid>(?:\s?[(\u2013:,-] ?(?:(?! is | are )[^()\n.;]){0,60}?[),:\u2013-]?)?|(?! is |"
+            r" are )\s(?:(?! is | are )[^()\n.;,:]){0,50}?)"
             rf"\s{{0,2}}[*_]{{0,2}}(?i:{BE}|describes|matches|fits|represents|gives|shows|states) (?:\w+ly )?"
             rf"(?i:{RIGHT}|(?:the |it |this )?(?:best|exactly|correctly|well|perfectly))\b"
         ),
         re.compile(
-            rf"(?<![\w'])(?i:option|choice|answer|letter)[\s(*\[]{{1,3}}{letter}{close} (?:is )?(?i:it|the one)\b"
+            rf"(?<![\w'])(?i:option|choice|answer|"
+            rf"letter)[\s(*\[]{{1,3}}{letter}{close} (?:is )?(?i:it|the one)\b"
         ),
     )
     return (
         *strong,
         re.compile(
-            rf"\b(?i:{POINTS})(?: (?i:only|clearly|definitely|probably|most likely|likely|best))?[:,]? ?{noun}{open_}{letter}"
+            rf"\b(?i:{POINTS})(?: (?i:only|clearly|definitely|probably|most likely|likely|"
+            rf"best))?[:,]? ?{noun}{open_}{letter}"
         ),
         re.compile(rf"\b(?i:{POINTS})[:,]? ?(?:the )?[*_\"']{{0,3}}[(\[]{letter}(?=[)\]])"),
         re.compile(
@@ -126,6 +168,9 @@ def _choosing(letters: str) -> tuple[re.Pattern[str], ...]:
 
 
 N_STRONG = 3
+"""The first patterns, which choose whatever the output says before."""
+NEAR_END = 20_000
+"""Characters at the end of an output in which it chooses."""
 
 
 class Options:
@@ -135,6 +180,7 @@ class Options:
         self.letters = ascii_uppercase[: len(choices)]
         self.exact = _unique([exact_form(choice) for choice in choices], self.letters)
         self.words = _unique([_bare(spoken(choice)) for choice in choices], self.letters)
+        self.numbers = _unique([number_in(choice) or "" for choice in choices], self.letters)
         self.letter = _letter(self.letters)
         self.says_none = any(GIVEN_UP.search(choice) for choice in choices)
 
@@ -151,7 +197,9 @@ class Options:
         line = (sentences(said) or [""])[0]
         if (named := self.named(line)) is not None:
             return named
-        if gives_up(line) and statement.kind != "sentence" or GIVEN_UP.match(line.lstrip(DRESSING)):
+        if (gives_up(line) and statement.kind != "sentence") or GIVEN_UP.match(
+            line.lstrip(DRESSING)
+        ):
             raise NoAnswer
         return None
 
@@ -168,14 +216,17 @@ class Options:
         if (
             answer is None
             and said
-            and (GIVEN_UP.search(said) or len(said) < 100 and _several(said, self.letters))
+            and (GIVEN_UP.search(said) or (len(said) < 100 and _several(said, self.letters)))
         ):
             raise NoAnswer
         return answer
 
     def whole(self, said: str) -> str | None:
         """The option whose text this is."""
-        return self.exact.get(exact_form(said)) or self.words.get(_bare(spoken(said)))
+        exact = exact_form(said)
+        return (
+            self.exact.get(exact) or self.words.get(_bare(spoken(said))) or self.numbers.get(exact)
+        )
 
     def at_start(self, said: str) -> str | None:
         """The option that a text begins with: its letter, then its text. Raises NoAnswer at `B or C`."""
@@ -230,6 +281,8 @@ class Options:
         letter, end = lead[1].upper(), lead.end()
         rest = said[end : end + 200]
         if self._another(rest):
+            if re.match(r"[^.!\n]{1,24}\?", rest):  # `A or B? I say B.`
+                return None
             raise NoAnswer
         if WRONG_AFTER.match(rest):
             return None
@@ -238,7 +291,9 @@ class Options:
     def _another(self, rest: str) -> bool:
         """Whether another letter is given too: `B or C`, `A, B`, `A and D`."""
         both = re.match(
-            rf"[)\]*_\s]{{0,4}}(?:[.,;/&+]|,? ?\b(?:and|or)\b|\bor maybe\b){{1,2}}[\s]{{0,2}}(?:and |or |possibly |option |choice |maybe )?[(\[*]{{0,3}}([{self.letters}])(?![\w'\u2019]|\.\w)(?=[)\]*_]{{0,4}}(?:$|[.,;!?\n)]| (?:are|both|could|depending)))",
+            rf"[)\]*_\s]{{0,4}}(?:[.,;/&+]|,? ?\b(?:and|or)\b|\bor maybe\b){{1,2}}[\s]{{0,2}}(?:and |"
+            rf"or |possibly |option |choice |maybe )?[(\[*]{{0,3}}([{self.letters}])(?![\w'\u2019]|"
+            rf"\.\w)(?=[)\]*_]{{0,4}}(?:$|[.,;!?\n)]| (?:are|both|could|depending)))",
             rest,
         )
         if both is None:
@@ -250,11 +305,11 @@ class Options:
         return not listed or both[0].strip()[:1] == "/"
 
     def chosen(self, text: str, weakly: bool = False) -> list[tuple[int, str]]:
-        """(place, letter) of each sentence that chooses a letter. Raises NoAnswer where the last one chooses several."""
+        """(place, letter) of each sentence that chooses one. Raises NoAnswer where the last chooses several."""
         found = []
         patterns = _choosing(self.letters)
         for pattern in patterns if weakly else patterns[:N_STRONG]:
-            for match in pattern.finditer(text):
+            for match in pattern.finditer(text, max(0, len(text) - NEAR_END)):
                 before = text[max(0, match.start() - 60) : match.start()]
                 start = match.start("letter")
                 rest = text[match.end("letter") : match.end("letter") + 90]
@@ -278,6 +333,8 @@ class Options:
         judged = self._judged(text)
         if judged is not None:
             return judged or None
+        if found := self._not_rejected(text):
+            return found
         if (found := self.at_start_of_output(text)) is not None:
             return found
         if chosen := self.chosen(text, weakly=True):
@@ -289,18 +346,18 @@ class Options:
         if ending is None and not (self.says_none and text[-1:] in ".!"):
             return None
         ending = ending or sentences(text)[-1]
-        if found := self._mentioned(text):
+        if found := self._mentioned(text) or self._alone_in(ending):
             return found
-        if (found := self.named(ending)) is not None:
-            return found
+        for said in (ending, ending.rpartition("=")[2]):
+            if (found := self.named(said)) is not None:
+                return found
         short = len(text.split()) <= 60
         return self.named(text) if short else None
 
     def at_start_of_output(self, text: str) -> str | None:
-        said = text.lstrip(DRESSING + "([{$:#>\u2022\\")
+        said = re.sub(r"^\d{1,3}[.)] ", "", text_of(text).lstrip(DRESSING + "([{$:#>\u2022\\"))
         if re.match(r"(?i:option|choice|answer|letter)\b[\s:*_(\[\"'-]{0,6}", said):
             said = re.sub(r"^\w+[\s:*_(\[\"'-]{0,6}", "", said)
-        said = text_of(said)
         if found := self._lead(said):
             return found
         first = sentences(said)[0] if said.strip() else ""
@@ -314,12 +371,11 @@ class Options:
         return match[1] if match else self.whole(line)
 
     def _judged(self, text: str) -> str | None:
-        """The one option that a list of all options finds right; "" where it finds none or several; None without a list."""
+        """The one option that a list of options finds right; "" where none or several are; None without a list."""
         labels = [match for match in LINE_LABEL.finditer(text) if match[1] in self.letters]
         order = "".join(match[1] for match in labels)
         if (
-            len(order) < 3
-            and len(order) < len(self.letters)
+            (len(order) < 3 and len(order) < len(self.letters))
             or len(order) < 2
             or not order.startswith(self.letters[: min(2, len(order))])
         ):
@@ -348,7 +404,12 @@ class Options:
 
     def _mentioned(self, text: str) -> str | None:
         """The only letter in brackets or after `option` that is not rejected."""
-        pattern = rf"\(([{self.letters}])\)|\[([{self.letters}])\]|\b(?:[Oo]ption|[Cc]hoice|OPTION) [*(\"']{{0,3}}([{self.letters}])\b|\*\*([{self.letters}])(?:[.:)][^*\n]{{0,60}})?\*\*|\b(?:[Oo]ption|[Cc]hoice) ([{self.letters.lower()}])(?=[.,)]|$)"
+        one = rf"([{self.letters}])"
+        pattern = (
+            rf"\({one}\)|\[{one}\]|\b(?:[Oo]ption|[Cc]hoice|OPTION) [*(\"']{{0,3}}{one}\b|"
+            rf"\*\*{one}(?:[.:)][^*\n]{{0,60}})?\*\*|"
+            rf"\b(?:[Oo]ption|[Cc]hoice) ([{self.letters.lower()}])(?=[.,)]|$)"
+        )
         held = set()
         for match in re.finditer(pattern, text):
             before = text[max(0, match.start() - 40) : match.start()]
@@ -357,6 +418,46 @@ class Options:
             ):
                 held.add(next(group for group in match.groups() if group).upper())
         return held.pop() if len(held) == 1 else None
+
+    def _alone_in(self, sentence: str) -> str | None:
+        """The only letter of a sentence that may be a choice: `So I'd answer B.`, but not `the angle at B`."""
+        between = rf"\b[Bb]etween [(]?[{self.letters}][)]? and [(]?[{self.letters}][)]?"
+        said = re.sub(between, "", text_of(sentence))
+        if re.match(
+            r"(?:if|whether|suppose)\b[^,]*$|(?:if|whether) the answer", said, re.IGNORECASE
+        ):
+            return None
+        found = set()
+        for match in self.letter.finditer(said):
+            before, rest = (
+                said[max(0, match.start() - 40) : match.start()],
+                said[match.end() : match.end() + 90],
+            )
+            at_end = not re.search(r"\w", rest)
+            if NOT_BEFORE.search(before) or WRONG_AFTER.match(rest) or self._another(rest):
+                continue
+            if CHOOSABLE.search(before) or (at_end and re.search(r"[:,?!=] ?[*_(\[\"']*$", before)):
+                found.add(match[1])
+        verb = r"(?:\w[\w']* ){0,3}(?:it's|is|think|answer|probably|guess|say|so,?)"
+        small = re.fullmatch(rf"{verb} ([{self.letters.lower()}])\W*", said, re.IGNORECASE)
+        if small and not found:
+            return small[1].upper()
+        return found.pop() if len(found) == 1 else None
+
+    def _not_rejected(self, text: str) -> str | None:
+        """The letter that is left where all the others are rejected: `A, C and D are incorrect`."""
+        one = rf"[(]?[{self.letters}][)]?(?![\w'])"
+        several = rf"(?<!\w){one}(?:(?:, and |, or |, | and | or | & ){one}){{1,8}}"
+        rejected = set()
+        for match in re.finditer(several, text):
+            before, rest = (
+                text[max(0, match.start() - 40) : match.start()],
+                text[match.end() : match.end() + 90],
+            )
+            if REJECTS.search(before) or WRONG_AFTER.match(rest):
+                rejected |= set(re.findall(rf"[{self.letters}]", match[0]))
+        left = set(self.letters) - rejected
+        return left.pop() if rejected and len(left) == 1 else None
 
     def named(self, said: str) -> str | None:
         """The only option whose text occurs and is not denied; a text within a longer option's does not count."""
@@ -376,9 +477,11 @@ class Options:
         }
         free = [
             a
-            for a, (start, _) in outer.items()
-            if not re.search(
-                r" (?:not|no|never|isn t|aren t|neither|nor|than|without|rather than|instead of|t)(?: an?| the| be| really)? ?$",
+            for a, (start, end) in outer.items()
+            if not re.match(r" ?(?:is|was|are) (?:not|wrong|incorrect)\b", heard[end:])
+            and not re.search(
+                r" (?:not|no|never|isn t|aren t|neither|nor|than|without|rather than|instead of|"
+                r"t)(?: an?| the| be| really)? ?$",
                 heard[max(0, start - 24) : start + 1],
             )
         ]
@@ -393,11 +496,8 @@ def decide_inner(said: str, options: Options) -> str | None:
 def read(text: str, choices: Sequence[str]) -> str | None:
     """The letter of the option that an output (without its reasoning) chooses, or None."""
     options = Options(choices)
-
-    def stated(statement: Statement) -> str | None:
-        return options.stated(statement)
-
-    return decide(text, stated, options.concluded, options.chosen)
+    text = MARKUP.sub("", text)
+    return decide(text, options.stated, options.concluded, options.chosen, exclusive=True)
 
 
 def _several(said: str, letters: str) -> bool:
@@ -417,7 +517,9 @@ def spoken(text: str) -> str:
     """Lower-case words and numbers with their signs, separated by single spaces."""
     text = text_of(text).lower().replace("\u2212", "-")
     return " ".join(
-        re.findall(r"(?:(?<![\w)])-)?\d+(?:\.\d+)?|[^\W_]+", re.sub(r"(?<=\d),(?=\d{3})", "", text))
+        re.findall(
+            r"(?:(?<![\w)])-)?\d+(?:\.\d+)?|[^\W\d_]+", re.sub(r"(?<=\d),(?=\d{3})", "", text)
+        )
     )
 
 
@@ -429,4 +531,5 @@ def _bare(words: str) -> str:
 def exact_form(text: str) -> str:
     """Lower case without spaces, LaTeX delimiters and final punctuation, but with signs: `-5` is not `5`."""
     text = text_of(text).lower().replace("\u2212", "-").strip(DRESSING + "$.,;:!")
+    text = re.sub(r"\\[dt]?frac\s?\{([^{}]*)\}\s?\{([^{}]*)\}", r"\1/\2", text)
     return re.sub(r"\s+|\\[(),\[\];]|\$|\\(?:left|right)(?![a-z])|^(?:an?|the) ", "", text)

@@ -3,16 +3,16 @@ r"""Rule-based extraction of answers from generated text; None without an answer
 
 The order, for every type of answer:
 
-1. The last `<answer>...</answer>` (or `<conclusion>`, `[ANSWER]`), whose content is read as a text of its own.
-2. The last statement of the answer that can be read as its type: `\boxed{}`, `Answer: ...`, a heading `### Final Answer`
-   with the next line, `#### ...`, `the answer is ...`; for choices also `I choose B`, `B is correct`. What follows a
-   statement does not count, unless it is another statement, or takes it back (`Wait, ...`) and concludes something.
-   Statements that are negated or supposed (`the answer is not`, `if the answer is`) are none.
-3. What the output concludes, by type: a choice from a letter that begins the text, the only option that a list of all
-   options finds right, `which corresponds to option B`, a letter alone on the last line, the only letter in brackets or
-   after `option`, the only option whose text occurs; yes or no from the first word, a concluding `so yes`, or a sentence
-   that affirms or denies that something is there; mathematics and numbers from the display that ends the text, or the
-   number that the last sentence states; a short answer from the last sentence.
+1. The last `<answer>...</answer>` (or `<conclusion>`, `[ANSWER]`, `{"answer": ...}`), whose content is read as a text.
+2. The last statement of the answer that can be read as its type: `\boxed{}`, `Answer: ...`, a heading with the next
+   line, `#### ...`, `the answer is ...`; for choices also `I choose B` and `B is correct`. What follows it does not
+   count, unless it is another statement, or takes it back (`Wait, ...`) and concludes something. Statements that are
+   negated or supposed (`the answer is not`, `if the answer is`) are none.
+3. What the output concludes, by type. A choice: the letter that begins the text, the only option that a list of options
+   finds right, `which corresponds to option B`, the letter on the last line, the only one in brackets or after
+   `option`, the only option whose text occurs. Yes or no: the first word, a concluding `so yes`, a sentence that
+   affirms or denies that something is there. Mathematics and numbers: the display that ends the text, or the number
+   that the last sentence states. A short answer: the last sentence, or the part of it that answers.
 
 None where the output says that it has no answer, gives several, or is cut off before it concludes: a statement
 `the answer is A or B` gives none, and a last sentence that ends in `=` or `the` concludes nothing.

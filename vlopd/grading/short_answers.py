@@ -19,12 +19,28 @@ from vlopd.grading.words import text_of
 
 EDGES = DRESSING + "$,;"
 COPULA = re.compile(
-    r"\s(?:is|are|was|were|would be|is called|is named|is labell?ed|appears to be|seems to be|equals)\s(?:called |named |approximately |about |around |exactly |roughly |at |in )?|\s=\s|:\s",
+    r"\s(?:is|are|was|were|would be|is called|is named|is labell?ed|appears to be|seems to be|"
+    r"equals)\s(?:called |named |approximately |about |around |exactly |roughly |at |in )?|\s=\s|:\s",
     re.IGNORECASE,
 )
+HAS = re.compile(
+    r"\s(?:has|have|had|leads?|represents?|accounts? for|received|recorded|shows?|"
+    r"won)\s",
+    re.IGNORECASE,
+)
+KNOWN = re.compile(r"(?:there|it|this|that|these|they|he|she|i|we)\b", re.IGNORECASE)
+QUANTITY = re.compile(
+    r"(?<![\w.])-?\$?\d[\d,]*(?:\.\d+)?(?: ?%| (?:percent|million|billion|"
+    r"thousand)\b)?(?![\w:/])"
+)
+YEAR = re.compile(
+    r"\b(?:in|for|since|from|until|by|of|year) (?:the year )?[12]\d{3}$", re.IGNORECASE
+)
 DESCRIBES = re.compile(
-    r"\b(?:\w{3,}est|most|least|first|second|third|last|only|same|next|total|sum|average|difference|number|percentage|percent of|value|name|colou?r|country|"
-    r"year|that|which|one|who|answer|item|object|shown|image|chart|graph|picture|question|ratio|median|mean|category|group|style|leading|leads|with)\b",
+    r"\b(?:\w{3,}est|most|least|first|second|third|last|only|same|next|total|sum|average|difference|"
+    r"number|percentage|percent of|value|name|colou?r|country|"
+    r"year|that|which|one|who|answer|item|object|shown|image|chart|graph|picture|question|ratio|"
+    r"median|mean|category|group|style|leading|leads|with)\b",
     re.IGNORECASE,
 )
 """Words of the side that repeats the question, in `light blue is the leading colour`."""
@@ -47,10 +63,8 @@ def stated(statement: Statement) -> str | None:
     lines = [line for line in said.splitlines() if line.strip(EDGES)]
     if not lines or REASONING.match(lines[0]):
         return None
-    if statement.kind == "sentence" or len(lines[0].split()) > 6:
-        first = sentences(lines[0])[0]
-    else:
-        first = lines[0]
+    long = statement.kind == "sentence" or len(lines[0].split()) > 6
+    first = sentences(lines[0])[0] if long else lines[0]
     if gives_up(first):
         raise NoAnswer
     return phrase(first)
@@ -66,7 +80,8 @@ def phrase(sentence: str) -> str | None:
     if found and not sentence[found.end() :].strip(EDGES + "."):
         sentence = next(group for group in found.groups() if group)
     cut = re.split(
-        r",? because\b|,? since\b|,? as (?:it|the|shown|seen|this|indicated|they)\b|, which\b|,? (?:according to|based on)\b|; | \u2013 | \u2014 ",
+        r",? because\b|,? since\b|,? as (?:it|the|shown|seen|this|indicated|they)\b|, which\b|"
+        r",? (?:according to|based on)\b|\s(?:with|at) (?=[\d$])|; | \u2013 | \u2014 ",
         sentence,
         maxsplit=1,
     )[0]
@@ -79,6 +94,12 @@ def tidy(said: str) -> str | None:
     said = re.sub(r"\\%", "%", said)
     if "=" in said:
         said = last_side(said)
+    said = re.sub(
+        r"^\W{0,3}(?:approximately|about|around|roughly|nearly|almost|exactly) (?=[-$\d])",
+        "",
+        said,
+        flags=re.I,
+    )
     said = said.strip().strip("*_`\"'\u201c\u201d~,; \n")
     dollar = said.startswith("$") and said.count("$") == 1
     said = said.strip(EDGES).rstrip(".").rstrip(EDGES)
@@ -100,20 +121,35 @@ def concluded(text: str) -> str | None:
 
 def answering_part(sentence: str) -> str | None:
     """`light blue` of `The leading colour is light blue.` and of `Light blue is the leading colour.`"""
-    bare = sentence.strip(EDGES).rstrip(".").replace("**", "")
-    found = list(COPULA.finditer(bare))
-    if not found or len(bare.split()) > 40:
+    bare = sentence.strip(DRESSING + ",;").rstrip(".").replace("**", "")
+    if word := re.match(r"(yes|no)\b[,.;:!]", bare, re.IGNORECASE):
+        return word[1]
+    before_reason = phrase(bare)
+    if before_reason and len(before_reason.split()) <= 3:
+        return tidy(re.sub(r"^(?:it's|it is|that's) ", "", before_reason, flags=re.IGNORECASE))
+    if len(bare.split()) > 40:
         return tidy(bare)
-    first = found[0]
-    subject, predicate = bare[: first.start()], bare[first.end() :]
-    described = len(DESCRIBES.findall(predicate)), len(DESCRIBES.findall(subject))
-    known = re.match(r"(?:there|it|this|that|these|they|he|she|i|we)\b", subject, re.IGNORECASE)
-    if (
-        described[0] > described[1]
-        and not known
-        and len(subject.split()) <= 5
-        and ":" not in first[0]
-    ):
-        return tidy(subject)
-    last = found[-1]
-    return phrase(bare[last.end() :] if ":" in last[0] or "=" in last[0] else predicate)
+    found = list(COPULA.finditer(bare)) or list(HAS.finditer(bare))
+    if found:
+        first, last = found[0], found[-1]
+        subject, predicate = bare[: first.start()], bare[first.end() :]
+        described = len(DESCRIBES.findall(predicate)), len(DESCRIBES.findall(subject))
+        known = KNOWN.match(subject)
+        if (
+            described[0] > described[1]
+            and not known
+            and len(subject.split()) <= 5
+            and ":" not in first[0]
+        ):
+            return tidy(subject)
+        said = phrase(bare[last.end() :] if ":" in last[0] or "=" in last[0] else predicate)
+        if COPULA.search(bare) and not (said and re.search(r"\d", said) and len(said.split()) > 3):
+            return _counted(bare, said)
+    numbers = [m for m in QUANTITY.finditer(bare) if not YEAR.search(bare[: m.end()])]
+    return tidy(numbers[0][0] if len(numbers) == 1 else bare)
+
+
+def _counted(sentence: str, said: str | None) -> str | None:
+    """The number of `There are 5 bars.`; `said` otherwise."""
+    number = re.match(r"(\d[\d,.]*) \w+$", said or "") if KNOWN.match(sentence) else None
+    return number[1] if number else said

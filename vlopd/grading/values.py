@@ -6,6 +6,7 @@ within an expression (12 in `12\pi`) is not read by itself.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 
@@ -29,36 +30,38 @@ MATHS = re.compile(
 """Mathematics in its delimiters."""
 JOINS = re.compile(r"\s*(?:,|and|or|,\s*and|,\s*or|;)\s*")
 UNIT_AFTER = re.compile(
-    r"(?:\\?%|\xb0|\s{0,2}(?:[a-zA-Z\xb5\u20ac\xa3]{1,20}(?:[./^][a-zA-Z\d{}\xb2\xb3]{1,6}|[\xb2\xb3])?\b\.?|\\text\b|"
+    r"(?:\\?%|\xb0|\s{0,2}(?:[a-zA-Z\xb5\u20ac\xa3]{1,20}(?:[./^][a-zA-Z\d{}\xb2\xb3]{1,6}|"
+    r"[\xb2\xb3])?\b\.?|\\text\b|"
     r"\\mathrm\b|\\,|\\;|\\ |\\circ|\^\{?\\circ|\\degree|\\%)|[*_`\"'\u201d)\]}.,;:!?$]|\s|$)"
 )
 OPERATOR_AFTER = re.compile(
-    r"[*_]{0,2}\s{0,2}(?:\\(?:pi|sqrt|frac|dfrac|tfrac|times|cdot|div|pm|ln|log|sin|cos|tan|theta|alpha|beta|left|over|"
-    r"infty|in|binom|choose)\b|\\?[\^/](?=[\s({\d\\a-zA-Z])(?!\s?(?:person|day|hour|week|month|year|kg|s\b|h\b|hr|min|\{?\\?circ))|[\u03c0\u221a\xd7\xf7\xb7]|"
-    r"[*+](?=\s{0,2}[\d(a-zA-Z\\$])(?!\*)|[-\u2212]\s{1,2}[\d(\\]|x\s?\d|x\b|i\b|e\^|[a-df-zA-Z]\s?[\^+*/=(\d]|(?<!\s)\()"
+    r"[*_]{0,2}\s{0,2}(?:\\(?:pi|sqrt|frac|dfrac|tfrac|times|cdot|div|pm|ln|log|sin|cos|tan|theta|"
+    r"alpha|beta|left|over|"
+    r"infty|in|binom|choose)\b|\\?[\^/](?=[\s({\d\\a-zA-Z])(?!\s?(?:person|day|hour|week|month|year|"
+    r"kg|s\b|h\b|hr|min|\{?\\?circ))|[\u03c0\u221a\xd7\xf7\xb7]|"
+    r"[*+](?=\s{0,2}[\d(a-zA-Z\\$])(?!\*)|[-\u2212]\s{1,2}[\d(\\]|x\s?\d|x\b|i\b|e\^|"
+    r"[a-df-zA-Z]\s?[\^+*/=(\d]|(?<!\s)\()"
 )
 """What makes the number before it a part of an expression: `12\\pi`, `12x`, `3 + 4`, `2\\sqrt3`."""
 OPERATOR_BEFORE = re.compile(
-    r"(?:\\(?:pi|sqrt|frac|dfrac|tfrac|times|cdot|pm|ln|log|binom)\s?[{(]?|[\^_/*+\u221a\u03c0\xd7\xf7]\s?[{(]?|[a-zA-Z)]\s?[-\u2212]\s?|[a-zA-Z]|[{\[(]\d{0,6},\s?)$"
+    r"(?:\\(?:pi|sqrt|frac|dfrac|tfrac|times|cdot|pm|ln|log|binom)\s?[{(]?|"
+    r"[\^_/*+\u221a\u03c0\xd7\xf7]\s?[{(]?|[a-zA-Z)]\s?[-\u2212]\s?|[a-zA-Z]|[{\[(]\d{0,6},\s?)$"
 )
-WORDS = dict(
-    zip(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen".split(),
-        range(20),
-        strict=True,
-    )
+UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
 )
-TENS = {
-    w: 10 * k
-    for k, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)
-}
+DECADES = "twenty thirty forty fifty sixty seventy eighty ninety"
+WORDS = {word: k for k, word in enumerate(UNITS.split())}
+TENS = {word: 10 * k for k, word in enumerate(DECADES.split(), 2)}
 WORDED = re.compile(
-    rf"\b(?:({'|'.join(TENS)})(?:[- ]({'|'.join(list(WORDS)[1:10])}))?|({'|'.join(WORDS)}))\b(?! of (?:the|these|those|us))",
+    rf"\b(?:({'|'.join(TENS)})(?:[- ]({'|'.join(list(WORDS)[1:10])}))?|"
+    rf"({'|'.join(WORDS)}))\b(?! of (?:the|these|those|us))",
     re.IGNORECASE,
 )
 ELSEWHERE = re.compile(
-    r"\b(?:between|than|within|from|divided|multiple|rounded?|least|most|step|part|case|to find|need|if|when|where|"
+    r"\b(?:between|than|within|from|divided|multiple|rounded?|least|most|step|part|case|to find|"
+    r"need|if|when|where|"
     r"first|let|not|by adding|by multiplying|decimal|decimals|digits?|minus|plus|times|range)\b",
     re.IGNORECASE,
 )
@@ -70,14 +73,20 @@ REASONING = re.compile(
     re.I,
 )
 RESULT = re.compile(
-    r"(?:\b(?:is|are|was|were|be|has|have|had|equals?|gets?|got|gives?|gave|leaves?|makes?|costs?|earns?|earned|pays?|paid|"
-    r"spends?|spent|needs?|takes?|took|weighs?|becomes|totals?|sells?|sold|saves?|saved|makes|made|reads?|shows?|"
-    r"receives?|received|buys?|bought|eats?|ate|drinks?|uses?|used|walks?|runs?|travels?|owes?|collects?|contains?|"
-    r"holds?|find|see|count|counted|obtain|yields?|remain|approximately|about|roughly|be|you have|lasts?|produces?|"
-    r"answer|total of|adds up to|comes? to|amounts? to|i.e\.,?|namely|measures?|reach(?:es)?|scored?|only|exactly)\b|[=:\u2248]|\\approx)"
+    r"(?:\b(?:is|are|was|were|be|has|have|had|equals?|gets?|got|gives?|gave|leaves?|makes?|costs?|"
+    r"earns?|earned|pays?|paid|"
+    r"spends?|spent|needs?|takes?|took|weighs?|becomes|totals?|sells?|sold|saves?|saved|makes|made|"
+    r"reads?|shows?|"
+    r"receives?|received|buys?|bought|eats?|ate|drinks?|uses?|used|walks?|runs?|travels?|owes?|"
+    r"collects?|contains?|"
+    r"holds?|find|see|count|counted|obtain|yields?|remain|approximately|about|roughly|be|you have|"
+    r"lasts?|produces?|"
+    r"answer|total of|adds up to|comes? to|amounts? to|i.e\.,?|namely|measures?|reach(?:es)?|"
+    r"scored?|only|exactly)\b|[=:\u2248]|\\approx)"
 )
 SO = re.compile(
-    r"(?:^|[,;:.\u2014-]\s?|\band )(?:so|thus|therefore|hence|then|giving|which (?:is|gives|makes|means|equals|leaves)|making|leaving|for a total of|in total)\b",
+    r"(?:^|[,;:.\u2014-]\s?|\band )(?:so|thus|therefore|hence|then|giving|which (?:is|gives|makes|"
+    r"means|equals|leaves)|making|leaving|for a total of|in total)\b",
     re.I,
 )
 
@@ -108,7 +117,7 @@ def stated_expression(statement: Statement) -> str | None:
     if statement.kind == "box":
         return last_side(normal(statement.said)) or None
     said = first_paragraph(statement.said)
-    if statement.kind == "heading" and not plain(said) or not re.search(r"\w", said[:200]):
+    if (statement.kind == "heading" and not plain(said)) or not re.search(r"\w", said[:200]):
         return None
     if REASONING.match(said):
         return None
@@ -171,7 +180,7 @@ def expression(said: str) -> str | None:
         found = [display]
     if found and (len(line[: found[0].start()].split()) <= 8 or len(found) == 1):
         inside = [_inside(found[0])]
-        for before, after in zip(found, found[1:], strict=False):
+        for before, after in itertools.pairwise(found):
             if not JOINS.fullmatch(line[before.end() : after.start()]):
                 break
             inside.append(_inside(after))
@@ -292,7 +301,7 @@ def stated_number(statement: Statement) -> str | None:
         inside = last_side(normal(statement.said))
         return number_in(inside) or inside or None
     said = first_paragraph(statement.said)
-    if statement.kind == "heading" and not plain(said) or REASONING.match(said):
+    if (statement.kind == "heading" and not plain(said)) or REASONING.match(said):
         return None
     line = normal(first_sentence(said))
     found = MATHS.search(normal(said))

@@ -1,4 +1,4 @@
-"""Scoring rules as the authors of ChartQA, MMMU and POPE published them, with their quirks; `careful` scores stand beside.
+"""Scoring rules of ChartQA, MMMU and POPE as published, with their quirks; `careful` scores stand beside them.
 
 Sources of the rules: ChartQA, arXiv 2203.10244, section 5.1, in the form that public harnesses share; MMMU,
 github.com/MMMU-Benchmark/MMMU, eval_utils; POPE, github.com/RUCAIBox/POPE, evaluate.

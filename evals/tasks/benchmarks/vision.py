@@ -257,7 +257,7 @@ def agrees(response: str, extracted: str | None, accepted: str) -> bool:
 
 
 def score_chartqa(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
-    """`relaxed_accuracy` of the extracted answer by the official rule, `careful` with percents and units read as such."""
+    """`relaxed_accuracy` of the short answer by the official rule; `careful` reads percents and units."""
     extracted = short_answer(results[0])
     right = extracted is not None and relaxed_accuracy(extracted, doc["answer"])
     careful = extracted is not None and relaxed_carefully(extracted, doc["answer"], doc["question"])
