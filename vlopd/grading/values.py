@@ -67,6 +67,10 @@ ELSEWHERE = re.compile(
 )
 """Words before a number that make it something else than the answer."""
 APPROXIMATELY = re.compile(r"\\approx|\u2248")
+POINT = re.compile(
+    r"(?<![\w)])([(\[](?:[^\s()\[\],]{1,30},\s?){1,4}[^\s()\[\],]{1,30}[)\]])\W{0,3}$"
+)
+"""A point or an interval that ends a sentence."""
 CHECKS = re.compile(r"\b(?:whether|check|verify|suppose)\b", re.IGNORECASE)
 REASONING = re.compile(
     r"(?:to (?!1)|first|we (?:need|know|have|can|are)|let|step|given|since|in order|using|if|start|note)\b",
@@ -75,7 +79,7 @@ REASONING = re.compile(
 RESULT = re.compile(
     r"(?:\b(?:is|are|was|were|be|has|have|had|equals?|gets?|got|gives?|gave|leaves?|makes?|costs?|"
     r"earns?|earned|pays?|paid|"
-    r"spends?|spent|needs?|takes?|took|weighs?|becomes|totals?|sells?|sold|saves?|saved|makes|made|"
+    r"spends?|spent|ran|walked|drove|travell?ed|scored|wrote|baked|planted|lost|found|won|picked|covers?|swam|drank|grew|needs?|takes?|took|weighs?|becomes|totals?|sells?|sold|saves?|saved|makes|made|"
     r"reads?|shows?|"
     r"receives?|received|buys?|bought|eats?|ate|drinks?|uses?|used|walks?|runs?|travels?|owes?|"
     r"collects?|contains?|"
@@ -190,9 +194,10 @@ def expression(said: str) -> str | None:
         raise NoAnswer
     if "=" in line:
         line = last_side(line)
-    if re.search(r"\\[a-zA-Z]|[\^_]", line) and not re.search(
-        r"\b(?!frac|sqrt|text|left|right|times|cdot|infty|circ)[a-z]{4,}", line
-    ):
+    if len(re.findall(r"(?:^|,\s?|\band )[a-zA-Z]\s?=", line)) > 1:  # x = 3, y = 4
+        return line
+    bare = re.sub(r"\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+", "", line)
+    if re.search(r"\\[a-zA-Z]|[\^_]", line) and not re.search(r"\b[a-z]{4,}", bare):
         return line or None
     number = number_in(line)
     if number is not None and re.fullmatch(NUMBER, number):
@@ -267,6 +272,8 @@ def concluded_expression(text: str) -> str | None:
         return display
     if last is None:
         return None
+    if point := POINT.search(last):
+        return point[1]
     found = list(MATHS.finditer(last))
     if found:
         tail = last[found[-1].end() :].strip(" .*")
@@ -352,7 +359,7 @@ def number_in(said: str) -> str | None:
     if OPERATOR_AFTER.match(after) or not UNIT_AFTER.match(after):
         return None
     if (
-        re.match(r":\d", after)
+        re.match(r":\d|\s\d{1,3}\s?/\s?\d", after)
         or re.match(r"\s?(?:or|to|and|/|[\u2013-])\s?-?\$?\d", after)
         or re.match(r",\s?-?\d", after)
     ):
@@ -409,7 +416,8 @@ def concluded_number(text: str) -> str | None:
     equation = clause.rpartition("=")[2] if "=" in clause else ""
     if equation and (number := number_in(equation)) is not None:
         return number
-    results = [m for m in RESULT.finditer(clause) if re.search(NUMBER, clause[m.end() :])]
-    if results and (number := number_in(clause[results[-1].end() :])) is not None:
-        return number
+    for result in reversed(list(RESULT.finditer(clause))):
+        infinitive = clause[: result.start()].endswith("to ")
+        if not infinitive and (number := number_in(clause[result.end() :])) is not None:
+            return number
     return None
