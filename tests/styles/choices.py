@@ -325,6 +325,117 @@ CASES = (
             ("So B", "B"), ("so, b.", "B"), ("Must be B", "B"),
         ),
     ),
+    (
+        ("Photosynthesis", "Respiration", "Transpiration", "Digestion"),
+        (
+            (
+                "To determine the process shown, let's examine the diagram:\n\n1. **Sunlight** enters the leaf.\n2. "
+                "**Carbon dioxide** is absorbed.\n3. **Oxygen** is released.\n\nThese are the hallmarks of "
+                "photosynthesis.\n\n**Answer: A. Photosynthesis**",
+                "A",
+            ),
+            ("The diagram shows sunlight entering the leaf. These are the hallmarks of photosynthesis.", "A"),
+            (
+                "The diagram shows sunlight entering the leaf and water leaving it. Respiration would need "
+                "mitochondria. The answer is therefore A.",
+                "A",
+            ),
+            (
+                "**Step 1:** Look at the arrows.\n**Step 2:** They show CO2 going in.\n**Conclusion:** The process "
+                "is photosynthesis (A).",
+                "A",
+            ),
+            ("**Conclusion:** A", "A"), ("Conclusion: The correct answer is A.", "A"),
+            (
+                "- **A. Photosynthesis**: matches the diagram.\n- **B. Respiration**: does not match.\n- **C. "
+                "Transpiration**: does not match.\n- **D. Digestion**: does not match.",
+                "A",
+            ),
+            (
+                "**A. Photosynthesis** - This is the correct answer because plants use light.\n\n**B. Respiration** "
+                "- This is incorrect.\n\n**C. Transpiration** - Incorrect.\n\n**D. Digestion** - Incorrect.",
+                "A",
+            ),
+            (
+                "Let's evaluate:\n(A) Photosynthesis \u2013 possible.\n(B) Respiration \u2013 not shown.\n(C) "
+                "Transpiration \u2013 not shown.\n(D) Digestion \u2013 not applicable.\nThus, (A).",
+                "A",
+            ),
+            (
+                "(A) Photosynthesis uses light. (B) Respiration uses oxygen. (C) Transpiration loses water. (D) "
+                "Digestion breaks down food. The diagram shows light, so the answer is (A).",
+                "A",
+            ),
+            ("Photosynthesis is the process shown, so the correct option is A.", "A"),
+            ("The correct answer is Photosynthesis.", "A"),
+            ("The correct answer is photosynthesis, which uses light.", "A"), ("It's photosynthesis!", "A"),
+            ("The process is called photosynthesis.", "A"), ("Respiration, not photosynthesis.", "B"),
+            ("B, not A.", "B"), ("Not A. B.", "B"), ("I first considered A, but the correct answer is B.", "B"),
+            ("Although A seems plausible, the arrows indicate oxygen uptake. So the answer is B. Respiration.", "B"),
+            ("A: Photosynthesis\nB: Respiration\nC: Transpiration\nD: Digestion\n\nThe answer is B.", "B"),
+            ("A: Photosynthesis\nB: Respiration\nC: Transpiration\nD: Digestion", None),
+            ("A. Photosynthesis\nB. Respiration\nC. Transpiration\nD. Digestion\n\nB", "B"),
+            (
+                "Given the options:\nA. Photosynthesis\nB. Respiration\nC. Transpiration\nD. Digestion\n\nThe "
+                "diagram shows oxygen uptake, which is respiration.",
+                "B",
+            ),
+            ("The answer is B (Respiration), as A (Photosynthesis) would release oxygen.", "B"),
+            ("Answer: B\nReason: A requires light.", "B"), ("Answer: B, A requires light.", "B"),
+            (
+                "Answer: B\n\nLet me explain why the other options are incorrect:\nA. Photosynthesis requires "
+                "light.\nC. Transpiration is water loss.\nD. Digestion occurs in animals.",
+                "B",
+            ),
+            ("B\n\nA. Photosynthesis requires light.\nC. Transpiration is water loss.", "B"),
+            (
+                "B. Respiration\n\nRespiration is the process in which cells release energy. Photosynthesis is the "
+                "reverse.",
+                "B",
+            ),
+            ("The process shown here can't be determined from the image.", None),
+            ("I'm sorry, but I cannot view the image. Could you describe it?", None),
+            ("<answer>B</answer><answer>B</answer>", "B"), ("<answer>A</answer>\n<answer>B</answer>", "B"),
+            ("<think>\nThe answer is A\n</think>\n\nThe answer is B", "B"), ("Answer: B.\nConfidence: 90%", "B"),
+            ("Answer: B\nConfidence: high", "B"), ("Reasoning: The leaf.\nAnswer: B\nConfidence: A lot", "B"),
+            ('{"answer": "B", "confidence": 0.9}', "B"), ("{'answer': 'B'}", "B"), ('{"choice": "B"}', "B"),
+            ('{"answer": "B. Respiration"}', "B"), ("The letter is B", "B"), ("Letter: B", "B"),
+            ("My answer would be option B", "B"), ("Going with B.", "B"), ("I'd say B", "B"),
+            ("I'd say option B, Respiration.", "B"), ("The statement that best describes it is B.", "B"),
+            ("B is the best description.", "B"), ("B best describes the process.", "B"),
+            ("Option B best describes the diagram.", "B"),
+            ("Choice B is supported by the arrows, so it is correct.", "B"),
+            ("Option B: Respiration is the correct answer.", "B"), ("(B) Respiration is correct", "B"),
+            ("**B) Respiration** is the correct answer.", "B"),
+            ('The right answer here is "B) Respiration".', "B"), ('The answer is option "B".', "B"),
+            ("Correct Answer: **B**", "B"), ("Correct Answer: Option B", "B"),
+            ("**Correct Answer:**\n\nB. Respiration", "B"), ("The correct answer: B", "B"),
+            ("Of the choices, only respiration takes in oxygen.", "B"), ("Respiration", "B"),
+            ("respiration.", "B"), ("RESPIRATION", "B"), ("The answer is Respiration", "B"),
+            ("cellular respiration", "B"), ("Digestion or respiration", None),
+            ("It is either B or C, I can't decide.", None), ("Could be B.", "B"), ("B or maybe C", None),
+            ("B/C", None), ("B & C", None), ("B and C.", None), ("B, C and D", None), ("Perhaps B", "B"),
+            ("Probably option B.", "B"), ("most likely (B)", "B"), ("Likely B.", "B"), ("B (I guess)", "B"),
+            ("Guess: B", "B"),
+            ("The answer is B because the diagram shows O2 uptake; C would show water loss.", "B"),
+            (
+                "We can eliminate A since there is no light. We can eliminate C because there is no water loss. D is "
+                "for animals. That leaves B.",
+                "B",
+            ),
+            ("That leaves B as the only option.", "B"), ("This leaves us with option B.", "B"),
+            ("By elimination, B.", "B"), ("By process of elimination, the answer is B.", "B"),
+            ("So B is our answer.", "B"), ("So the answer here is B.", "B"), ("B would be my answer.", "B"),
+            ("Hence, B is the answer.", "B"), ("Hence option B is the right one.", "B"),
+            ("The answer is\nB", "B"), ("The answer is:\n\nB. Respiration", "B"), ("The answer is ... B", "B"),
+            ("The answer is… B.", "B"), ("Ans: **(B)**", "B"), ("Answer\nB", "B"), ("answer B", "B"),
+            ("Answer B.", "B"), ("Answer (B)", "B"), ("Answer is: B", "B"), ("ANSWER IS B", "B"),
+            ("THE ANSWER IS B.", "B"), ("the correct answer is b) respiration", "B"), ("correct answer: b", "B"),
+            ("the answer is option b", "B"), ("i'd go with b", "B"), ("i choose b.", "B"), ("b is correct", "B"),
+            ("b. respiration", "B"), ("b respiration", "B"), ("B respiration", "B"), ("B Respiration", "B"),
+            ("B - Respiration", "B"), ("B, Respiration", "B"), ("B; Respiration", "B"),
+        ),
+    ),
 )  # fmt: skip
 """Single outputs, by their options."""
 

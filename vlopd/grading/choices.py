@@ -69,7 +69,7 @@ REJECTS = re.compile(
     re.IGNORECASE,
 )
 CHOOSABLE = re.compile(
-    r"(?:^\W{0,4}|\b(?:is|it's|say|answer|think|probably|likely|maybe|only|so|yes|be|towards?|guess|"
+    r"(?:^\W{0,4}|\b(?:is|it's|say|answer|think|probably|likely|maybe|perhaps|leaves|only|so|yes|be|towards?|guess|"
     r"hence|thus|therefore|believe|"
     r"definitely|clearly|just|for|with|as) )[*_(\[\"']*$",
     re.IGNORECASE,
@@ -293,7 +293,7 @@ class Options:
         both = re.match(
             rf"[)\]*_\s]{{0,4}}(?:[.,;/&+]|,? ?\b(?:and|or)\b|\bor maybe\b){{1,2}}[\s]{{0,2}}(?:and |"
             rf"or |possibly |option |choice |maybe )?[(\[*]{{0,3}}([{self.letters}])(?![\w'\u2019]|"
-            rf"\.\w)(?=[)\]*_]{{0,4}}(?:$|[.,;!?\n)]| (?:are|both|could|depending)))",
+            rf"\.\w)(?=[)\]*_]{{0,4}}(?:$|[.,;!?\n)]| (?:are|both|could|depending|and|or)\b))",
             rest,
         )
         if both is None:
@@ -438,9 +438,10 @@ class Options:
                 continue
             if CHOOSABLE.search(before) or (at_end and re.search(r"[:,?!=] ?[*_(\[\"']*$", before)):
                 found.add(match[1])
-        verb = r"(?:\w[\w']* ){0,3}(?:it's|is|think|answer|probably|guess|say|so,?)"
-        small = re.fullmatch(rf"{verb} ([{self.letters.lower()}])\W*", said, re.IGNORECASE)
-        if small and not found:
+        verb = r"(?:\w[\w']* ){0,3}(?:it's|is|think|answer|probably|guess|say|so,?|with|choose|pick|select)"
+        small = re.fullmatch(rf"{verb} (?-i:([{self.letters.lower()}]))\W*", said, re.IGNORECASE)
+        small = small or re.fullmatch(rf"([{self.letters.lower()}]) is (?:the )?{RIGHT}\W*", said)
+        if small and not found and not NOT_BEFORE.search(said[: small.start(1)]):
             return small[1].upper()
         return found.pop() if len(found) == 1 else None
 

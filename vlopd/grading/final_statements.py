@@ -221,7 +221,7 @@ def statements(text: str) -> list[Statement]:
 
 
 def _rest(text: str, start: int) -> str:
-    return text[start : start + LONGEST].lstrip(DRESSING + ":#>")
+    return text[start : start + LONGEST].lstrip(DRESSING + ":#>\u2026")
 
 
 def tags(text: str) -> list[tuple[int, str]]:
