@@ -65,7 +65,22 @@ CASES = (
     ("The chart does not provide this information.", None), ("2, 5", "2, 5"), ("[2, 5]", "[2, 5]"),
     ("Blue and red", "Blue and red"), ("-3.5", "-3.5"), ("The change is -3.5%.", "-3.5%"),
     ("The answer is 960 visitors.", "960 visitors"), ("As shown, the answer is Blue.", "Blue"),
-    ("The line representing Norway reaches 57%.", "57%"),)  # fmt: skip
+    ("The line representing Norway reaches 57%.", "57%"),
+    ("The style is Art Nouveau.", "Art Nouveau"), ("Baroque", "Baroque"),
+    ("The name of the composer is Bach.", "Bach"), ("Bach is the composer.", "Bach"),
+    ("The composer is Bach, who lived in Leipzig.", "Bach"), ("The final answer is 42.", "42"), ("**42**", "42"),
+    ("The value of the resistor is 42 ohms.", "42 ohms"),
+    ("The chart shows that the value for 2019 was 42%.", "42%"), ("In 2019 it was 42%.", "42%"),
+    ("The percentage in 2019 is 42%.", "42%"), ("42% in 2019", "42% in 2019"), ("Two", "Two"),
+    ("There are two.", "two"), ("The answer is two.", "two"), ("No, it is not.", "No"), ("Yes.", "Yes"),
+    ('The largest segment is "Other".', "Other"), ("2015 had the highest value.", "2015"),
+    ("The highest value was in 2015.", "2015"), ("The year with the highest value is 2015.", "2015"),
+    ("United States", "United States"), ("The United States", "The United States"), ("The U.S.", "The U.S"),
+    ("The color of the bar representing Italy is dark blue.", "dark blue"),
+    ("The difference between the two is 42 - 12 = 30.", "30"), ("42 - 12 = **30**", "30"),
+    ("The average of 42 and 12 is 27.", "27"), ("(42 + 12) / 2 = 27", "27"),
+    ("The ratio of A to B is 1:2.", "1:2"), ("The sum of the two smallest bars is 0.42.", "0.42"),
+)  # fmt: skip
 """Single outputs."""
 
 EXPECTED_MISSES: frozenset[str] = frozenset()

@@ -80,7 +80,7 @@ def phrase(sentence: str) -> str | None:
     if found and not sentence[found.end() :].strip(EDGES + "."):
         sentence = next(group for group in found.groups() if group)
     cut = re.split(
-        r",? because\b|,? since\b|,? as (?:it|the|shown|seen|this|indicated|they)\b|, which\b|"
+        r",? because\b|,? since\b|,? as (?:it|the|shown|seen|this|indicated|they)\b|, wh(?:ich|o)\b|"
         r",? (?:according to|based on)\b|\s(?:with|at) (?=[\d$])|; | \u2013 | \u2014 ",
         sentence,
         maxsplit=1,
@@ -125,7 +125,7 @@ def answering_part(sentence: str) -> str | None:
     if word := re.match(r"(yes|no)\b[,.;:!]", bare, re.IGNORECASE):
         return word[1]
     before_reason = phrase(bare)
-    if before_reason and len(before_reason.split()) <= 3:
+    if before_reason and len(before_reason.split()) <= 3 and not COPULA.search(before_reason):
         return tidy(re.sub(r"^(?:it's|it is|that's) ", "", before_reason, flags=re.IGNORECASE))
     if len(bare.split()) > 40:
         return tidy(bare)
@@ -133,20 +133,23 @@ def answering_part(sentence: str) -> str | None:
     if found:
         first, last = found[0], found[-1]
         subject, predicate = bare[: first.start()], bare[first.end() :]
-        described = len(DESCRIBES.findall(predicate)), len(DESCRIBES.findall(subject))
-        known = KNOWN.match(subject)
-        if (
-            described[0] > described[1]
-            and not known
-            and len(subject.split()) <= 5
-            and ":" not in first[0]
-        ):
+        if ":" not in first[0] and _describes(predicate.split(", ")[0], subject):
             return tidy(subject)
         said = phrase(bare[last.end() :] if ":" in last[0] or "=" in last[0] else predicate)
         if COPULA.search(bare) and not (said and re.search(r"\d", said) and len(said.split()) > 3):
             return _counted(bare, said)
     numbers = [m for m in QUANTITY.finditer(bare) if not YEAR.search(bare[: m.end()])]
     return tidy(numbers[0][0] if len(numbers) == 1 else bare)
+
+
+def _describes(predicate: str, subject: str) -> bool:
+    """Whether the predicate repeats the question and the subject answers: `Bach is the composer`."""
+    if KNOWN.match(subject) or len(subject.split()) > 5:
+        return False
+    named = re.match(r"the [a-z ]+$", predicate) and not re.match(
+        r"(?:the|a|an)\b", subject, re.IGNORECASE
+    )
+    return bool(named) or len(DESCRIBES.findall(predicate)) > len(DESCRIBES.findall(subject))
 
 
 def _counted(sentence: str, said: str | None) -> str | None:

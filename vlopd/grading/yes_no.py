@@ -18,7 +18,7 @@ from vlopd.grading.words import text_of
 IDIOM = re.compile(
     r"\b(?:there(?:'s| is| can be|'d be)? )?(?:no|without(?: a)?|beyond(?: a)?|not a|"
     r"no reason(?:able)? to) (?:reasonable )?"
-    r"(?:doubt(?:ing|ed)?|question|denying|mistaking|mistake|problem|matter what|wonder|"
+    r"(?:doubt(?:ing|ed)?|question|denying|mistaking|mistake|problem|worries|matter what|wonder|"
     r"need to guess|uncertainty)\b(?: (?:about|that|of|on)(?: it| that| this)?)?|"
     r"\bnot only\b|\bno longer\b|\bif i'?m not mistaken\b|\bnot (?:hard|difficult) to (?:see|spot|"
     r"find)\b|\bcan(?:no|')t (?:miss|deny)\b|"
@@ -29,15 +29,16 @@ IDIOM = re.compile(
 )
 """Negative words that deny nothing: `there is no doubt`."""
 YES = (
-    r"(?:so|right|that'?s (?:right|correct|true)|present)(?=\W*$)|yes|yeah|yep|yup|affirmative|absolutely|"
-    r"definitely|certainly|indeed|of course|sure(?!,? (?:let|i can|here|i'?ll|thing))|true|correct"
+    r"(?:so|right|that'?s (?:right|correct|true)|present)(?=\W*$)|(?:it )?(?:is|does)(?=\W*$)|"
+    r"yes|yeah|yep|yup|affirmative|absolutely|definitely|certainly|indeed|of course|"
+    r"sure(?!,? (?:let|i can|here|i'?ll|thing))|true|correct"
 )
 NO = (
     r"(?:definitely|absolutely|certainly|clearly|probably|apparently|unfortunately|of course|"
     r"surely) not|no(?:pe)?(?![\w'-])(?! (?:one|matter|other|"
     r"[a-z]+s? (?:is|are|was|can|appears?|seems?|in|visible)))|nah|not (?:at all|that i|really|"
     r"visible|present|in (?:the|this)|here|as far|any|quite|seen|exactly)|"
-    r"negative|none|false|incorrect|nowhere|not\b"
+    r"negative|none|false|incorrect|nowhere|not\b(?! (?:possible|clear|sure|certain|able|enough))"
 )
 LEAD = re.compile(
     rf"[\s,*_\"'`(\[{{$\\>#\u2705\u274c:-]{{0,8}}(?:(?:well|oh|hmm|ok(?:ay)?|so|"
@@ -162,11 +163,10 @@ def concluded(text: str) -> str | None:
     values = {value for _, value in polarities}
     if drawn or len(values) == 1:
         return drawn[-1] if drawn else polarities[0][1]
-    # `There is a dog. There is no cat.` answers either question; a description with a denial answers no
-    begins_yes = (
-        bool(polarities) and polarities[0][1] == "yes" and THERE_IS.search(polarities[0][0])
-    )
-    return "no" if polarities and not begins_yes else None
+    if not polarities:
+        return None
+    # the first sentence answers, unless it describes (`The image shows a street. There is no dog.`)
+    return "yes" if polarities[0][1] == "yes" and THERE_IS.search(polarities[0][0]) else "no"
 
 
 def _plain_word(sentence: str) -> str | None:
