@@ -340,18 +340,22 @@ class Options:
         if chosen := self.chosen(text, weakly=True):
             return max(chosen)[1]
         last = text.rstrip().rpartition("\n")[2]
+        labels = "".join(match[1] for match in LINE_LABEL.finditer(text)) + last.strip(" .:)(*")
+        if len(labels) > 1 and labels == self.letters[: len(labels)]:  # a list of options, cut off
+            return None
         if "\n" in text and (found := self._lone(last)):
             return found
         ending = conclusion(text)
         if ending is None and not (self.says_none and text[-1:] in ".!"):
             return None
         ending = ending or sentences(text)[-1]
-        if found := self._mentioned(text) or self._alone_in(ending):
+        few = text if len(sentences(text)) <= 2 else ending
+        if found := self._mentioned(few) or self._alone_in(ending):
             return found
         for said in (ending, ending.rpartition("=")[2]):
             if (found := self.named(said)) is not None:
                 return found
-        short = len(text.split()) <= 60
+        short = few is text
         return self.named(text) if short else None
 
     def at_start_of_output(self, text: str) -> str | None:

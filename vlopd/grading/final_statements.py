@@ -179,6 +179,10 @@ DANGLING = re.compile(
     re.IGNORECASE,
 )
 """The end of an output that was cut off within a sentence."""
+ENDED = re.compile(r"[.!?)\]}$*`\"'>\u201d\u3002%]\s*$")
+SHORT_END = re.compile(
+    r"(?:so|thus|hence|therefore|it's|it is|yes|no|answer|final)\b", re.IGNORECASE
+)
 PLEASANTRY = re.compile(
     r"\s*(?:i )?(?:hope|let me know|please let|feel free|if you (?:have|need|would)|thank|"
     r"is there anything|have a (?:nice|great)|"
@@ -360,17 +364,26 @@ def sentences(text: str) -> list[str]:
 def conclusion(text: str) -> str | None:
     """The last sentence with content; None where the output gives up or is cut off there, as in a box."""
     tail = text[-LONGEST:]
-    said = [
-        each for each in sentences(tail) if not PLEASANTRY.match(each) and re.search(r"\w", each)
-    ]
-    if (
-        not said
-        or DANGLING.search(said[-1].rstrip(DRESSING))
-        or BOX.search(said[-1])
-        or gives_up(" ".join(said[-2:]))
-    ):
+    said = [s for s in sentences(tail) if not PLEASANTRY.match(s) and re.search(r"\w", s)]
+    if not said or BOX.search(said[-1]) or gives_up(" ".join(said[-2:])):
         return None
-    return said[-1]
+    if said[-1].endswith((":", " *", "=", ",")) or _unfinished(tail, said):
+        return None
+    dangles = len(tail.split()) > 2 and DANGLING.search(said[-1].rstrip(DRESSING))
+    return None if dangles else said[-1]
+
+
+def _unfinished(text: str, said: list[str]) -> bool:
+    """Whether the last of several sentences lacks the full stop that the one before has, and is no short line."""
+    if (
+        len(said) < 2
+        or ENDED.search(said[-1])
+        or not re.search(r"[^.][.!?][*\"')]{0,3}$", said[-2])
+    ):
+        return False
+    words = len(said[-1].split())
+    own_line = text.rstrip().rpartition("\n")[2].strip() == said[-1]
+    return not ((own_line and words <= 8) or (words <= 4 and SHORT_END.match(said[-1])))
 
 
 def gives_up(text: str) -> bool:
