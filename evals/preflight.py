@@ -67,9 +67,8 @@ def find_problems(config: EvalConfig, models: Mapping[str, LoadedModel]) -> list
                     generates |= its.OUTPUT_TYPE == "generate_until"
                     check = TaskCheck(leaf, its, config, limit, manager.task_index[task].yaml_path)
                     comparable |= check.refuse_bad_rows()
-                    metadata = (manager.task_index[task].cfg or {}).get("metadata") or {}
                     for name, model in models.items():
-                        check.refuse_unreadable(name, model, metadata.get("text_only"))
+                        check.refuse_unreadable(name, model)
         except UserError as error:
             found.append(" ".join(str(error).split()))
     if not found and config.sampled and not generates:
@@ -341,18 +340,13 @@ class TaskCheck:
 
     # ---- by model
 
-    def refuse_unreadable(
-        self, name: str, loaded: LoadedModel, text_only: str | None = None
-    ) -> None:
-        """Raises RunError for images and a text-only model, a template that fails, or too long prompts.
-
-        text_only: the tasks to name for such a model instead.
-        """
+    def refuse_unreadable(self, name: str, loaded: LoadedModel) -> None:
+        """Raises RunError for images and a text-only model, a template that fails, or too long prompts."""
         images = [self.images(i) for i in range(min(FEW, len(self.docs)))]
         if any(images) and not loaded.sees_images:
             raise RunError(
-                f"task {self.name} has pictures, but {name} ({loaded.name}) is text-only; choose "
-                f"{text_only or 'other eval.tasks'}, or leave that arm out"
+                f"task {self.name} has pictures, but {name} ({loaded.name}) is text-only; choose other eval.tasks, "
+                "or leave that arm out"
             )
         lm = ArmLM(loaded, quiet=True)
         templated = self.config.chat_template

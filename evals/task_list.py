@@ -14,7 +14,6 @@ import lm_eval
 from huggingface_hub import constants
 from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
 
-from evals.blind import VARIANTS, full_name, variant_of
 from evals.scoring import TASKS, Tasks, all_tasks, load_task
 from evals.tasks.benchmarks import documents, mathematics, vision
 from vlopd.data import emoji
@@ -47,17 +46,11 @@ def list_tasks(
 ) -> list[TaskRow]:
     """The tasks whose name matches a shell pattern or contains it: ours, those in `include`, with `every` lm-eval's.
 
-    A pattern with @ is matched with the variants of image tasks without their pictures (evals/blind.py).
-
     load: reads the questions of tasks whose data are on disk, for their exact number and chance level.
     """
     manager = all_tasks(include) if every else Tasks.of((), include)
     wanted = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
-    names = list(manager.task_index)
-    if "@" in pattern:
-        seen = [n for n in names if _modality_of(manager.task_index[n].cfg or {}) == "image"]
-        names = [full_name(name, variant) for name in seen for variant in VARIANTS]
-    names = sorted(name for name in names if fnmatch(name, wanted))
+    names = sorted(name for name in manager.task_index if fnmatch(name, wanted))
     rows = [_row(name, manager) for name in names]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return [_loaded(row, manager) if load else row for row in rows]
@@ -85,7 +78,7 @@ def _row(name: str, manager: Tasks) -> TaskRow:
     return TaskRow(
         name,
         source,
-        "text" if variant_of(name)[1] == "no_picture" else _modality_of(settings),
+        _modality_of(settings),
         str(metrics[0]["metric"]),
         chance,
         f"{size:,}" if isinstance(size, int) else UNKNOWN,
