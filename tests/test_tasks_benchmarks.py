@@ -126,10 +126,13 @@ SAID = {
 EXPECTED = {
     **dict.fromkeys(SAID, ([1, 0, 0], [0, 0, 1])),
     "mathvista": ([1, 1, 1, 0, 0], [0, 0, 0, 0, 1]),
-    "mmmu": ([1, 1, 1, 0], [0, 0, 0, 1]),
-    "pope": ([1, 1, 0, 0, 0], [0, 0, 0, 0, 1]),
+    "mmmu": ([1, 1, 0, 0], [0, 0, 0, 1]),
+    "chartqa": ([0, 0, 0], [0, 0, 1]),
+    "pope": ([1, 1, 0, 0, 1], [0, 0, 0, 0, 1]),
 }
-"""Right, and without an answer, question by question."""
+"""Right by the primary rule, and without an answer to a careful reader, question by question."""
+CAREFUL = {"mmmu": [1, 1, 1, 0], "chartqa": [1, 0, 0], "pope": [1, 1, 0, 0, 0]}
+"""Right to a careful reader, where the official rule differs."""
 
 TEXT_ONLY = ("aime24", "aime25", "math500", "gsm8k")
 PICTURES = {"image": Image(), "decoded_image": Image(), "images": List(Image())}
@@ -213,15 +216,16 @@ def test_right_wrong_and_missing_answers(name, scored):
     assert [row[primary] for row in samples] == right
     assert [row["extraction_failure"] for row in samples] == missing
     assert all(isinstance(row[metric], float) for row in samples for metric in metrics)
+    assert [row.get("careful") for row in samples] == CAREFUL.get(name, [None] * len(right))
     mean = results["results"][task][f"{primary},none"]
     assert mean == pytest.approx(sum(right) / len(right))
 
 
 def test_pope_reports_f1_and_how_often_yes_is_said(scored):
-    """One true yes, one false, two missed: precision 1/2, recall 1/3, F1 0.4; yes in two answers of five."""
+    """Two true yes, one false, one missed: precision 2/3, recall 2/3, F1 2/3; yes in three answers of five."""
     results = scored[0]["results"]["vlopd_pope"]
-    assert results["f1,none"] == pytest.approx(0.4)
-    assert results["yes_rate,none"] == pytest.approx(0.4)
+    assert results["f1,none"] == pytest.approx(2 / 3)
+    assert results["yes_rate,none"] == pytest.approx(3 / 5)
     assert vision.f1([-1.0]) == 0.0
 
 

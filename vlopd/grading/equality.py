@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from vlopd.grading.extraction import plain_words, text_of
+from vlopd.grading.words import plain_words, text_of
 
 LONGEST = 200
 """Maximum characters of a number or expression; longer ones are compared only as strings."""

@@ -1,18 +1,46 @@
-"""Rule-based extraction of answers from generated text; None without an answer, which tasks count as
+r"""Rule-based extraction of answers from generated text; None without an answer, which tasks count as
 `extraction_failure`. Reasoning is removed first (vlopd/models/thinking.py).
+
+The order, for every type of answer:
+
+1. The last `<answer>...</answer>` (or `<conclusion>`, `[ANSWER]`, `{"answer": ...}`), whose content is read as a text.
+2. The last statement of the answer that can be read as its type: `\boxed{}`, `Answer: ...`, a heading with the next
+   line, `#### ...`, `the answer is ...`; for choices also `I choose B` and `B is correct`. What follows it does not
+   count, unless it is another statement, or takes it back (`Wait, ...`) and concludes something. Statements that are
+   negated or supposed (`the answer is not`, `if the answer is`) are none.
+3. What the output concludes, by type. A choice: the letter that begins the text, the only option that a list of options
+   finds right, `which corresponds to option B`, the letter on the last line, the only one in brackets or after
+   `option`, the only option whose text occurs. Yes or no: the first word, a concluding `so yes`, a sentence that
+   affirms or denies that something is there. Mathematics and numbers: the display that ends the text, or the number
+   that the last sentence states. A short answer: the last sentence, or the part of it that answers.
+
+None where the output says that it has no answer, gives several, or is cut off before it concludes: a statement
+`the answer is A or B` gives none, and a last sentence that ends in `=` or `the` concludes nothing.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from string import ascii_uppercase
 
+from vlopd.grading import choices as options
+from vlopd.grading import short_answers, values, yes_no
+from vlopd.grading.final_statements import boxes, decide, statements
+from vlopd.grading.words import plain_words, text_of
 from vlopd.models.thinking import split
 
-NUMBER = r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?:(?<![\w)])-)?\.\d+"
-MARK = r"(?:\b(?:{words})\b(?:[^.,?:=\n]{{0,40}}?\bis\b|\W{{0,4}}?[:=])|####)[\s:*]*"
-"""Answer markers: `Answer:`, `the answer to this is`, `**Answer**:`, and GSM8K's ####."""
+__all__ = [
+    "boxed",
+    "choice_letter",
+    "last_number",
+    "marked",
+    "math_answer",
+    "number_answer",
+    "plain_words",
+    "short_answer",
+    "strip_reasoning",
+    "text_of",
+    "yes_or_no",
+]
 
 
 def strip_reasoning(text: str) -> str:
@@ -21,104 +49,51 @@ def strip_reasoning(text: str) -> str:
 
 
 def boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...}, with balanced braces.
+    r"""The content of the last \boxed{...}, with balanced braces; those of a list are joined by commas.
 
     >>> boxed(r"so \boxed{\frac{1}{2}}.")
     "\frac{1}{2}"
     """
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth = 0
-    for place in range(start + 6, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[start + 7 : place].strip() or None
-    return None
+    found = boxes(text)
+    return found[-1][1] if found else None
 
 
-def marked(text: str, words: str = "answer") -> str | None:
+def marked(text: str) -> str | None:
     """The rest of the line after the last answer marker.
 
     >>> marked("Thus the final answer is **12**.")
     "12"
     """
-    found = re.findall(MARK.format(words=words) + r"([^\n]*)", text, re.IGNORECASE)
-    if not found:
-        return None
-    return found[-1].strip().strip("*`").rstrip(".").strip().strip("*") or None
+    found = [each for each in statements(text) if each.kind in ("label", "sentence") and each.said]
+    return short_answers.tidy(found[-1].said.splitlines()[0]) if found else None
 
 
 def math_answer(text: str) -> str | None:
-    """The boxed answer, else the marked one, else the last number."""
-    text = strip_reasoning(text)
-    return boxed(text) or marked(text) or last_number(text)
+    r"""An expression in LaTeX or plain text: `\frac{3}{4}`, `x = 3`, `12\pi`, `Evelyn`."""
+    return decide(strip_reasoning(text), values.stated_expression, values.concluded_expression)
 
 
 def number_answer(text: str) -> str | None:
-    """A number: the boxed one (without units), else the first after a marker, else the last."""
-    text = strip_reasoning(text)
-    if (inside := boxed(text)) is not None:
-        found = re.findall(NUMBER, inside)
-        return found[0] if len(found) == 1 else inside
-    if (after := marked(text)) is not None and (found := re.findall(NUMBER, after)):
-        return found[0]
-    return last_number(text)
+    r"""A number as written, without its unit; an expression that is stated in its place (`12\pi`) is returned whole."""
+    return decide(strip_reasoning(text), values.stated_number, values.concluded_number)
 
 
 def last_number(text: str) -> str | None:
-    found = re.findall(NUMBER, text)
+    """The last number of a text, whatever it says."""
+    found = values.numbers(text)
     return found[-1] if found else None
 
 
 def short_answer(text: str) -> str | None:
-    """A word or phrase: the boxed answer, else the marked one, else the last line."""
-    text = strip_reasoning(text)
-    lines = [line for line in text.splitlines() if line.strip()]
-    candidate = boxed(text) or marked(text) or (lines[-1] if lines else "")
-    return candidate.strip().strip("*`\"'").rstrip(".").strip() or None
+    """A word, number or short phrase, without formatting and final full stop."""
+    return short_answers.read(strip_reasoning(text))
 
 
 def yes_or_no(text: str) -> str | None:
-    """The first "yes" or "no" of the answer."""
-    text = strip_reasoning(text)
-    candidate = boxed(text) or marked(text) or text
-    found = re.search(r"\b(yes|no)\b", candidate.lower())
-    return found[1] if found else None
+    """`yes` or `no`, by word or by what is affirmed or denied (`There is no dog`)."""
+    return yes_no.read(strip_reasoning(text))
 
 
 def choice_letter(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of the chosen option, A for the first.
-
-    In order: a letter that is boxed, follows a marker or begins the text, or exactly an option's text; the only letter
-    in parentheses; the only option whose text occurs. Otherwise None.
-    """
-    text = strip_reasoning(text)
-    letters = ascii_uppercase[: len(choices)]
-    own = {plain_words(choice): letter for letter, choice in zip(letters, choices, strict=True)}
-    # a separate letter, but not the article of "A dog" or the pronoun of "I think"
-    leading = rf"(?:option|choice)?[\s(*\[]*([{letters}])(?![\w'])(?!(?<=[AI])\s+[a-z])"
-    for candidate in (boxed(text), marked(text, "answer|option|choice"), text):
-        if candidate is None:
-            continue
-        lead = re.match(leading, text_of(candidate))
-        if lead:
-            return lead[1]
-        if plain_words(candidate) in own:
-            return own[plain_words(candidate)]
-    bracketed = set(re.findall(rf"\(([{letters}])\)", text))
-    if len(bracketed) == 1:
-        return bracketed.pop()
-    spoken = f" {plain_words(text)} "
-    named = [letter for words, letter in own.items() if words and f" {words} " in spoken]
-    return named[0] if len(named) == 1 else None
-
-
-def text_of(latex: str) -> str:
-    r"""`\text{B}` as B."""
-    return re.sub(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1", latex).strip()
-
-
-def plain_words(text: str) -> str:
-    """Lower-case words and numbers, separated by single spaces."""
-    return " ".join(re.findall(r"[^\W_]+(?:\.\d+)?", text.lower()))
+    """The letter of the chosen option, A for the first."""
+    return options.read(strip_reasoning(text), choices)

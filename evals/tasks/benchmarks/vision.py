@@ -27,18 +27,21 @@ from evals.tasks.benchmarks.documents import (
     text,
     unmarked,
 )
+from evals.tasks.benchmarks.official_rules import mmmu_choice, mmmu_open, relaxed_accuracy
+from evals.tasks.benchmarks.official_rules import pope as pope_answer
 from vlopd.data.raw_values import cell_text
 from vlopd.errors import DataError
 from vlopd.grading.equality import number, relaxed_match, same_number
 from vlopd.grading.extraction import (
     choice_letter,
-    last_number,
     math_answer,
     number_answer,
-    plain_words,
     short_answer,
+    strip_reasoning,
     yes_or_no,
 )
+from vlopd.grading.values import number_in
+from vlopd.grading.words import plain_words
 
 CHOOSE = "{}\n{}\nAnswer with the letter of the right choice."
 SHORTLY = "{}\nAnswer with one word, number or short phrase."
@@ -247,38 +250,63 @@ def score_mathvista(doc: Mapping[str, Any], results: list[str]) -> dict[str, flo
 
 
 def score_mmmu(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
-    """Choices by letter; open answers by number to two decimals, or by containing an accepted phrase."""
-    if doc["choices"]:
-        return score_choice(doc, results)
-    extracted = short_answer(results[0])
-    return outcome(
-        extracted,
-        extracted is not None and any(agrees(extracted, each) for each in doc["accepted"]),
-    )
+    """`acc` by the authors' rule (official_rules.py), `careful` by the letter or the phrase that is the answer."""
+    response = strip_reasoning(results[0])
+    if choices := doc["choices"]:
+        official = mmmu_choice(response, choices)
+        right = official is not None and choices[ord(official) - ord("A")] == doc["answer"]
+        letter = choice_letter(response, choices)
+        careful = letter is not None and choices[ord(letter) - ord("A")] == doc["answer"]
+        return {**outcome(letter, right), "careful": float(careful)}
+    extracted = short_answer(response)
+    right = bool(response) and mmmu_open(response, doc["accepted"])
+    careful = any(agrees(response, extracted, each) for each in doc["accepted"])
+    return {**outcome(extracted, right), "careful": float(careful)}
 
 
-def agrees(extracted: str, accepted: str) -> bool:
+def agrees(response: str, extracted: str | None, accepted: str) -> bool:
+    """Whether an open answer is an accepted one: a number to two decimals, one letter, or a phrase with its words."""
+    if extracted is None:
+        return False
     if number(accepted) is not None:
-        return same_number(last_number(extracted) or "", accepted, 2)
-    return f" {plain_words(accepted)} " in f" {plain_words(extracted)} "
+        return same_number(number_answer(response) or "", accepted, 2)
+    words, said = plain_words(accepted), plain_words(extracted)
+    if len(words) <= 1:
+        return said == words and words != ""
+    return f" {words} " in f" {said} " and " not " not in f" {said} "
 
 
 def score_chartqa(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
+    """`relaxed_accuracy` of the short answer by the official rule; `careful` reads percents and units."""
     extracted = short_answer(results[0])
-    right = extracted is not None and relaxed_match(extracted, doc["answer"])
-    return outcome(extracted, right, "relaxed_accuracy")
+    right = extracted is not None and relaxed_accuracy(extracted, doc["answer"])
+    careful = extracted is not None and relaxed_carefully(extracted, doc["answer"], doc["question"])
+    return {**outcome(extracted, right, "relaxed_accuracy"), "careful": float(careful)}
+
+
+def relaxed_carefully(extracted: str, answer: str, question: str) -> bool:
+    """Whether numbers are within 5 % with or without their percent signs, units and separators; years are exact."""
+    if (value := number_in(extracted)) is not None and number(answer) is not None:
+        if re.search(r"\byears?\b|\bwhen\b", question, re.IGNORECASE) and re.fullmatch(
+            r"[12]\d{3}", answer
+        ):
+            return same_number(value, answer)
+        return relaxed_match(value, answer) or relaxed_accuracy(extracted, answer)
+    return relaxed_match(extracted, answer) or relaxed_accuracy(extracted, answer)
 
 
 def score_pope(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
-    """Accuracy, rate of "yes", and a question's contribution to F1.
+    """Accuracy, a question's contribution to F1 and rate of "yes" by the authors' rule; `careful` accuracy.
 
     `f1` of a question is 1 for a true positive, 0 for a false positive or negative, and -1 for a true negative, which
     F1 ignores.
     """
-    extracted, right = yes_or_no(results[0]), doc["answer"]
-    yes = (extracted == "yes", right == "yes")
+    response = strip_reasoning(results[0])
+    official, extracted, right = pope_answer(response), yes_or_no(response), doc["answer"]
+    yes = (official == "yes", right == "yes")
     return {
-        **outcome(extracted, extracted == right),
+        **outcome(extracted, official == right),
+        "careful": float(extracted == right),
         "yes_rate": float(yes[0]),
         "f1": 1.0 if all(yes) else 0.0 if any(yes) else -1.0,
     }

@@ -1,0 +1,392 @@
+r"""Finds where an output states its answer: tags, boxes, labels, headings and sentences, whatever the answer's type.
+
+All functions take time linear in the text: patterns have bounded repetitions, and braces are matched in one pass.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import NamedTuple
+
+LONGEST = 2000
+"""Maximum characters of what one statement says; an answer is shorter."""
+MOST = 20
+"""Statements that are read, from the last; an output with more repeats itself."""
+
+
+class Statement(NamedTuple):
+    """A place where the answer is stated, and what is stated there."""
+
+    start: int
+    kind: str
+    """`tag`, `box`, `label` (`Answer: ...`, a heading) or `sentence` (`the answer is ...`)."""
+    said: str
+    """The content of the tag or box; else the text from there on, up to LONGEST characters."""
+
+
+class NoAnswer(Exception):
+    """Raised by a reader where a statement says that there is no answer, or gives several."""
+
+
+# ------------------------------------------------------------------------------------------- patterns
+
+TAG_NAMES = ("answer", "final_answer", "final", "conclusion", "ans")
+TAG = re.compile(rf"<({'|'.join(TAG_NAMES)})>|\[(answer|ans)\]", re.IGNORECASE)
+"""`<CONCLUSION>` is LLaVA-CoT's."""
+
+BOX = re.compile(r"\\f?box(?:ed)?(?:[ \t]{0,3}\{|[ \t]{0,3}(?=[-\w$\\(]))|\\framebox[ \t]{0,3}\{")
+ANY_TAG = re.compile(rf"</?(?:{'|'.join(TAG_NAMES)})>", re.IGNORECASE)
+JSON = re.compile(
+    r"[\"'](?:final[_ ]?)?answer[\"']\s{0,3}:\s{0,3}(?:\"([^\"\n]{1,300})\"|'([^'\n]{1,300})'|"
+    r"(-?[\d.,/%]{1,30}))\s{0,4}[,}]",
+    re.IGNORECASE,
+)
+"""The answer of a JSON object or a Python dictionary."""
+
+GLM_BOX = ("<|begin_of_box|>", "<|end_of_box|>")
+UNBRACED = re.compile(r"\(\w\)|-?\$?(?:\\[a-zA-Z]+|[\d.,/]*\d|\w)")
+"""The content of `\\boxed 5`."""
+BETWEEN_BOXES = re.compile(
+    r"[\s$,;.]{0,6}(?:\\?text\{)?[\s]{0,3}(?:and|or|,)?[\s}$]{0,6}(?:[a-zA-Z](?:_\{?\w\}?)?\s?=)?[\s$]{0,4}"
+)
+"""Between boxes of one list: `$x = \\boxed{1}$ or $x = \\boxed{2}$`."""
+
+_NOUN = r"answers?|ans|choice|option|selection|pick|conclusion|verdict|result|response|value|letter|solution"
+_ADJECTIVE = (
+    r"so|thus|therefore|hence|my|the|your|final|correct|right|best|chosen|selected|short|numerical|"
+    r"numeric|overall|"
+    r"direct|most likely|predicted|proposed|option|our"
+)
+_BEFORE = r"^[ \t>#*_`\-\u2022\u2705\u27a1\u2192\u21d2\ufe0f]{0,12}(?:step \d{1,2}: |\d{1,2}[.)] )?"
+LABEL = re.compile(
+    rf"{_BEFORE}(?P<words>(?:(?:{_ADJECTIVE})[ ,*_]{{1,4}}){{0,4}}(?:{_NOUN}))"
+    r"(?: choice| letter| option)?(?: ?\([^()\n]{0,20}\))?[*_`\"]{0,3}[ \t]{0,3}"
+    r"(?:(?P<sign>[:\uff1a=]|(?<=ns)\.|-{1,2}>|=>|[-\u2013\u2014\u2192\u21d2](?=[ \t*]))|"
+    r"[*_`.#]{0,4}[ \t]{0,3}$)",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""A line that is or begins with a label: `Answer: ...`, `Answer - B`, `### Final Answer`."""
+PLAIN_LABEL = re.compile(
+    r"(?:(?:the |my |so )?(?:option|choice|result|response|value|letter|selection|pick|conclusion|"
+    r"verdict|solution))s?",
+    re.IGNORECASE,
+)
+"""Labels that do not name the final answer by themselves: those alone are headings of reasoning."""
+
+IS = (
+    r"(?:is|are|was|were|would be|will be|should be|must be|has to be|becomes|equals|"
+    r"comes out to be|comes to|turns out to be)"
+)
+SENTENCE = re.compile(
+    rf"\b(?:(?:answers?|ans)\b(?P<mid>[^.?!:=\n]{{0,60}}?)(?:\b{IS}\b(?!n't)|[:\uff1a=])"
+    rf"|(?:final|correct|right|exact|numerical|desired|requested|best|appropriate|matching|overall|"
+    rf"only|possible|two|real)[ *]{{1,3}}"
+    rf"(?:solutions?|roots?|result|value|solution|number|total|amount|count|response|expression|word|"
+    rf"name|term|label|statement|option|choice|letter)\b"
+    rf"[^.?!:=\n]{{0,50}}?(?:\b{IS}\b(?!n't)|[:\uff1a])"
+    rf"|\b(?:solutions|roots)\b[^.?!:=\n]{{0,50}}?\bare\b(?!n't)"
+    r"|answer(?: (?:the|this) question)? with (?:a )?(?=[(*\[\"'\u201c]))[\s*_:\"'`]{0,8}",
+    re.IGNORECASE,
+)
+"""`the answer is ...`, `"answer": ...`, `the correct value of x is ...`."""
+HASHES = re.compile(r"(?:^|[ \t])####[ \t*]{0,4}(?=[^\s#])", re.MULTILINE)
+"""GSM8K's mark."""
+SUPPOSED = re.compile(
+    r"\b(?:if|whether|unless|suppose|supposing|assume|assuming|what|which|think|thought|guess(?:ed)? at first|"
+    r"not|n't|isn't|because|someone|might|could|initially|a common(?: wrong)?|wrong|incorrect|previous|earlier)"
+    r"\b[^.;:\n,]{0,24}$",
+    re.IGNORECASE,
+)
+"""Before a sentence that does not state the answer: `if the answer is ...`, `check whether the answer is ...`."""
+UNSTATED = re.compile(
+    r"[\s*\"'(]{0,4}(?:not\b(?![^.\n]{0,40}\bbut\b)|n't|never\b|neither\b|incorrect\b|wrong\b|"
+    r"required\b|expected\b|"
+    r"asked\b|supposed\b|to be\b|in the form|given (?:in|as|by|to)\b|rounded\b|based on\b|derived\b|obtained\b|"
+    r"found by\b|calculated (?:by|as follows)\b|supported\b|determined by\b|clear\b|obvious\b|"
+    r"simple\b|as follows|"
+    r"straightforward\b|reasonable\b|consistent\b|confirmed\b|(?:is |"
+    r"indeed )?correct(?:\b(?! option| choice| answer))|"
+    r"verified\b|an? (?:integer|whole number|positive|single|letter|number|multiple|real)\b|"
+    r"one of\b|among\b(?! none)|between\b|provided\b|shown\b|explained\b)",
+    re.IGNORECASE,
+)
+"""What follows `the answer is` where the answer is described and not stated."""
+INSTEAD = re.compile(r"^[\s*]{0,3}not\b[^.\n]{0,40}?\bbut(?: rather)?\b[\s*]{0,3}", re.IGNORECASE)
+DRESSING = " \t\r\n*_`\"'\u201c\u201d~"
+ADJACENT = 40
+"""Maximum characters from a statement to the next one that contradicts it, rather than follows from what is between."""
+TURNS = re.compile(
+    r"\b(?:but|not|no|wait|actually|sorry|so|thus|therefore|hence|instead|rather|"
+    r"correct\w*|final|wrong|n't|however|hmm|oops)\b|[?]",
+    re.IGNORECASE,
+)
+"""Words between two statements of which the later one holds."""
+CJK = re.compile(
+    r"(?:\u7b54\u6848|\u7b54\u3048|\u6b63\u89e3|"
+    r"\u6b63\u786e\u9009\u9879)(?:\u5e94\u8be5\u662f|\u662f|\u4e3a|"
+    r"\u306f)?[\s:\uff1a*]{0,4}"
+)
+"""`The answer is` in Chinese and Japanese."""
+CORRECTION = re.compile(
+    r"(?:(?<=[.!?\n*\u2026)] )|(?<=\n)|(?<=[.!?,;\u2014-] ))(?:but |no,? |oh,? |hmm,? )?(?:wait|"
+    r"actually|correction|scratch that|"
+    r"on second thoughts?|let me (?:re-?(?:check|consider|count|calculate|think|compute|examine|read)|correct)|"
+    r"i (?:made|was|misread|miscounted|misspoke|apologi[sz]e)|sorry|oops|apologies|upon (?:re|"
+    r"closer)|looking again)\b",
+    re.IGNORECASE,
+)
+"""Where an output takes back what it said."""
+NEW_TURN = re.compile(
+    r"\n[ \t#*]{0,6}(?:Question|Q|Human|User|Problem|Instruction|Exercise|Example)[ \t]?\d{0,3}[*]{0,2}[:.]",
+)
+"""Where a model goes on with a question of its own, whose answer does not count."""
+GIVEN_UP = re.compile(
+    r"\b(?:i(?:'m| am)? (?:do not|don't|did not|cannot|can't|can not|could not|couldn't|am unable|"
+    r"unable|not able|"
+    r"honestly (?:do not|don't)|really (?:do not|don't)|simply (?:cannot|can't))(?: to)?(?: \w+ly)? "
+    r"(?:know|determine|tell|say|answer|find (?:an?|the|any) (?:answer|solution)|solve|provide|give|"
+    r"make out|see (?:the|an|any|this|your)(?: attached)? "
+    r"(?:image|picture|chart|figure|photo)|view|access|identify|read|assist|help|be sure|conclude|"
+    r"have enough|recogni[sz]e)|"
+    r"(?:can ?not|can't|could not|couldn't|not possible to|impossible to|unable to|hard to|"
+    r"difficult to|no way to) "
+    r"(?:be )?(?:determined?|told|answered|tell|say|identif(?:y|ied)|know|known|read|conclude|inferred?)|"
+    r"(?:not|in)(?: \w+)?[ -]?(?:enough|sufficient) (?:information|data|detail|context)|"
+    r"insufficient (?:information|data)|"
+    r"no idea|not sure|unsure|unclear|undetermined|uncertain|unknown|as an ai|none of (?:the|these|"
+    r"those)(?: \w+){0,2} "
+    r"(?:options|choices|answers|match|fit|is|are|apply|seem)|no (?:correct|right|valid|definite|"
+    r"clear) (?:answer|option|choice)|"
+    r"not (?:among|listed|in) (?:the|these|any of the) (?:options|choices|list)|no answer|"
+    r"(?:does not|doesn't|do not|don't) (?:provide|show|give|contain|specify|include|say|state|"
+    r"indicate|mention)"
+    r" (?:this|the|that|any|enough|such)(?: \w+)? (?:information|data|answer|details?|values?)|"
+    r"not (?:specified|given|provided|stated|visible enough|legible|available))\b",
+    re.IGNORECASE,
+)
+"""An output that says it has no answer."""
+GOES_ON = re.compile(r"\b(?:but|however|still|nevertheless|yet|if i had to)\b", re.IGNORECASE)
+DANGLING = re.compile(
+    r"(?:\b(?:the|(?-i:a|i)|an|to|of|and|or|is|are|was|we|so|in|on|at|by|for|with|from|as|that|this|"
+    r"which|then|if|get|need|find|"
+    r"have|has|be|than|because|since|its|their|add|multiply|subtract|divide|equals?|let|let's|also|"
+    r"but|she|he|they|it|"
+    r"where|when|into|between|means|gives|makes|per|each|there|these|those|would|will|should|must|"
+    r"can|not)|[-+=*/,(:\u2212\u00d7&^\\]|"
+    r"\\times|\\cdot)[\s$]{0,3}$",
+    re.IGNORECASE,
+)
+"""The end of an output that was cut off within a sentence."""
+ENDED = re.compile(r"[.!?)\]}$*`\"'>\u201d\u3002%]\s*$")
+SHORT_END = re.compile(
+    r"(?:so|thus|hence|therefore|it's|it is|yes|no|answer|final)\b", re.IGNORECASE
+)
+PLEASANTRY = re.compile(
+    r"\s*(?:i )?(?:hope|let me know|please let|feel free|if you (?:have|need|would)|thank|"
+    r"is there anything|have a (?:nice|great)|"
+    r"happy to|this is (?:the|my) final answer\W*$|do you (?:want|need)|would you like|good luck|"
+    r"hooray|great job|done\W*$)",
+    re.IGNORECASE,
+)
+"""A closing sentence, without content."""
+SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][*\"')\u201d$\]])|(?<=[.!?]\*\*))\s+|\n+")
+ABBREVIATED = re.compile(
+    r"\b(?:vs|approx|e\.g|i\.e|no|fig|eq|dr|mr|mrs|st|cf|etc)\.$", re.IGNORECASE
+)
+
+
+# ------------------------------------------------------------------------------------------- finding
+
+
+def statements(text: str) -> list[Statement]:
+    """The statements of the answer, in order; a box within a tag or sentence comes after it."""
+    found = [Statement(start, "tag", said) for start, said in tags(text)]
+    found += [Statement(start, "box", said) for start, said in boxes(text)]
+    labels = list(LABEL.finditer(text))
+    for match in labels:
+        kind = "heading" if PLAIN_LABEL.fullmatch(match["words"]) else "label"
+        if kind == "label" or match["sign"] or "#" in match[0] or "**" in match[0]:
+            found.append(Statement(match.start(), kind, _rest(text, match.end())))
+    begins = [match.start() for match in labels]
+    for match in SENTENCE.finditer(text):
+        k = bisect_right(begins, match.start()) - 1
+        if k >= 0 and labels[k].end() > match.start():
+            continue
+        if SUPPOSED.search(text[max(0, match.start() - 40) : match.start()]):
+            continue
+        said = INSTEAD.sub("", _rest(text, match.end()), count=1)
+        if not UNSTATED.match(said):
+            found.append(Statement(match.start(), "sentence", said))
+    found += [Statement(m.start(), "label", _rest(text, m.end())) for m in HASHES.finditer(text)]
+    found += [Statement(m.start(), "sentence", _rest(text, m.end())) for m in CJK.finditer(text)]
+    return sorted(found)
+
+
+def _rest(text: str, start: int) -> str:
+    return text[start : start + LONGEST].lstrip(DRESSING + ":#>\u2026")
+
+
+def tags(text: str) -> list[tuple[int, str]]:
+    """(start, content) of `<answer>...</answer>` and its like, open ones to the end; and of `{"answer": ...}`."""
+    found = []
+    for match in TAG.finditer(text):
+        name = match[1] or match[2]
+        closing = f"</{name}>" if match[1] else f"[/{name}]"
+        inside = text[match.end() : match.end() + LONGEST]
+        end = inside.lower().find(closing.lower())
+        found.append((match.start(), inside[: end if end >= 0 else None].strip()))
+    found += [(m.start(), next(filter(None, m.groups()))) for m in JSON.finditer(text)]
+    return sorted(found)
+
+
+def boxes(text: str) -> list[tuple[int, str]]:
+    r"""(start, content) of `\boxed{...}`, `\fbox{...}`, `\boxed 5` and GLM's box tokens, neighbours joined by commas.
+
+    A box that is never closed was cut off and is left out.
+    """
+    found: list[tuple[int, int, str]] = []
+    closing = _closing_braces(text) if BOX.search(text) else {}
+    for match in BOX.finditer(text):
+        if match[0].endswith("{"):
+            end = closing.get(match.end() - 1)
+            if end is not None and text[match.end() : end].strip():
+                found.append((match.start(), end + 1, text[match.end() : end].strip()))
+        elif bare := UNBRACED.match(text, match.end()):
+            found.append((match.start(), bare.end(), bare[0]))
+    start = text.find(GLM_BOX[0])
+    while start >= 0:
+        begin = start + len(GLM_BOX[0])
+        end = text.find(GLM_BOX[1], begin, begin + LONGEST)
+        if end >= 0:
+            found.append((start, end + len(GLM_BOX[1]), text[begin:end].strip()))
+        start = text.find(GLM_BOX[0], begin)
+    joined: list[tuple[int, int, str]] = []
+    for start, end, said in sorted(found):
+        if joined and start < joined[-1][1]:  # a box in a box
+            joined[-1] = (start, end, said)
+        elif joined and BETWEEN_BOXES.fullmatch(text, joined[-1][1], start):
+            first, _, more = joined.pop()
+            joined.append((first, end, more if more == said else f"{more}, {said}"))
+        else:
+            joined.append((start, end, said))
+    return [(start, said) for start, _, said in joined]
+
+
+def _closing_braces(text: str) -> dict[int, int]:
+    """The place of the closing brace of each opening one that is closed."""
+    stack, pairs = [], {}
+    for match in re.finditer(r"\\[{}]|[{}]", text):
+        if match[0] == "{":
+            stack.append(match.start())
+        elif match[0] == "}" and stack:
+            pairs[stack.pop()] = match.start()
+    return pairs
+
+
+# ------------------------------------------------------------------------------------------- deciding
+
+
+def decide(
+    text: str,
+    stated: Callable[[Statement], str | None],
+    concluded: Callable[[str], str | None],
+    also: Callable[[str], list[tuple[int, str]]] = lambda text: [],
+    exclusive: bool = False,
+) -> str | None:
+    """The answer of an output: that of its last readable statement, else what it concludes.
+
+    `stated` reads a statement (None: not readable, the one before counts), `also` finds (place, answer) of further
+    ones, and `concluded` reads a text without any; each may raise NoAnswer. A tag comes before all else. A correction
+    after the last statement counts if it concludes something. A question that the model asks itself after answering
+    ends the text. `exclusive`: an answer is spelled in one way, so that two different ones side by side are none.
+    """
+    turn = NEW_TURN.search(text)
+    if (
+        turn
+        and (found := decide(text[: turn.start()], stated, concluded, also, exclusive)) is not None
+    ):
+        return found
+    try:
+        all_found = statements(text)
+        for statement in reversed([each for each in all_found if each.kind == "tag"][-MOST:]):
+            if (answer := stated(statement)) is not None:
+                return answer
+        marks: list[tuple[int, Statement | str]] = [(each.start, each) for each in all_found]
+        marks += also(text)
+        last: tuple[int, str] | None = None
+        for start, mark in sorted(marks, key=lambda each: each[0], reverse=True)[:MOST]:
+            answer = mark if isinstance(mark, str) else stated(mark)
+            if answer is None:
+                continue
+            if last is None:
+                last = (start, answer)
+                if not exclusive:
+                    break
+            else:
+                between = text[start : last[0]]
+                if answer != last[1] and len(between) <= ADJACENT and not TURNS.search(between):
+                    raise NoAnswer
+                break
+        if last is not None:
+            return _corrected(text, last[0], concluded) or last[1]
+        return concluded(ANY_TAG.sub("", text))
+    except NoAnswer:
+        return None
+
+
+def _corrected(text: str, start: int, concluded: Callable[[str], str | None]) -> str | None:
+    """What a correction after the statement at `start` concludes."""
+    cues = [match.start() for match in CORRECTION.finditer(text, start)]
+    if not cues:
+        return None
+    try:
+        return concluded(text[cues[-1] :])
+    except NoAnswer:
+        return None
+
+
+# ------------------------------------------------------------------------------------------- sentences
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences and lines, stripped, without empty ones; a decimal point or an abbreviation ends none."""
+    found: list[str] = []
+    for part in SENTENCE_END.split(text):
+        if found and ABBREVIATED.search(found[-1]):
+            found[-1] += " " + part
+        elif part.strip():
+            found.append(part.strip())
+    return found
+
+
+def conclusion(text: str) -> str | None:
+    """The last sentence with content; None where the output gives up or is cut off there, as in a box."""
+    tail = text[-LONGEST:]
+    said = [s for s in sentences(tail) if not PLEASANTRY.match(s) and re.search(r"\w", s)]
+    if not said or BOX.search(said[-1]) or gives_up(" ".join(said[-2:])):
+        return None
+    if said[-1].endswith((":", " *", "=", ",")) or _unfinished(tail, said):
+        return None
+    dangles = len(tail.split()) > 2 and DANGLING.search(said[-1].rstrip(DRESSING))
+    return None if dangles else said[-1]
+
+
+def _unfinished(text: str, said: list[str]) -> bool:
+    """Whether the last of several sentences lacks the full stop that the one before has, and is no short line."""
+    if (
+        len(said) < 2
+        or ENDED.search(said[-1])
+        or not re.search(r"[^.][.!?][*\"')]{0,3}$", said[-2])
+    ):
+        return False
+    words = len(said[-1].split())
+    own_line = text.rstrip().rpartition("\n")[2].strip() == said[-1]
+    return not ((own_line and words <= 8) or (words <= 4 and SHORT_END.match(said[-1])))
+
+
+def gives_up(text: str) -> bool:
+    """Whether a text says that it has no answer, and does not go on to one with `but`."""
+    match = GIVEN_UP.search(text)
+    return match is not None and not GOES_ON.search(text, match.end())
