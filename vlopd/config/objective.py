@@ -277,7 +277,16 @@ BuiltInLoss = Annotated[
 LossConfig = Annotated[Annotated[BuiltInLoss, IS_BUILT_IN] | Annotated[FunctionLoss, IS_OWN], KIND]
 
 
-BuiltInRule = Literal["exact_match", "verdict_match", "answer_named", "capital_named"]
+BuiltInRule = Literal[
+    "exact_match",
+    "verdict_match",
+    "answer_named",
+    "capital_named",
+    "mathematics",
+    "number",
+    "choice",
+    "yes_no",
+]
 
 
 class RewardConfig(Section):
