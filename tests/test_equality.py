@@ -85,7 +85,8 @@ def of_fraction(n: int) -> list[str]:
 
 
 def of_root(n: int) -> list[str]:
-    return [rf"{n}\sqrt2", rf"{n} \sqrt{{ 2 }}", rf"\sqrt{{{2 * n * n}}}", rf"\sqrt{{2}} \cdot {n}", rf"{n}\sqrt{{2}}\text{{ cm}}",
+    return [rf"{n}\sqrt2", rf"{n} \sqrt{{ 2 }}", rf"\sqrt{{{2 * n * n}}}",
+               rf"\sqrt{{2}} \cdot {n}", rf"{n}\sqrt{{2}}\text{{ cm}}",
             rf"{n}*sqrt(2)", rf"\frac{{{2 * n}}}{{\sqrt{{2}}}}"]  # fmt: skip
 
 
@@ -128,7 +129,8 @@ def of_matrix(n: int) -> list[str]:
 
 
 def of_polynomial(n: int) -> list[str]:
-    return [f"(x+{n})^2", f"x^2+{2 * n}x+{n * n}", f"{n * n} + {2 * n}x + x^{{2}}", f"(x+{n})(x+{n})", f"f(x) = (x+{n})^{{2}}",
+    return [f"(x+{n})^2", f"x^2+{2 * n}x+{n * n}", f"{n * n} + {2 * n}x + x^{{2}}",
+               f"(x+{n})(x+{n})", f"f(x) = (x+{n})^{{2}}",
             f"y=x^2+{2 * n}x+{n * n}"]  # fmt: skip
 
 
@@ -204,7 +206,8 @@ def test_respellings_are_equal_and_neighbours_are_not(kind):
 def test_numbers_are_read_exactly():
     """Fractions, mixed numbers, repeating decimals, thousands and degrees; no rounding, and no two numbers as one."""
     read = {
-        r"\frac{3}{4}": Fraction(3, 4), r"\dfrac34": Fraction(3, 4), r"-\frac{1}{2}": Fraction(-1, 2), "1 1/2": Fraction(3, 2),
+        r"\frac{3}{4}": Fraction(3, 4), r"\dfrac34": Fraction(3, 4), r"-\frac{1}{2}": Fraction(-1,
+        2), "1 1/2": Fraction(3, 2),
         r"-2\frac{1}{2}": Fraction(-5, 2), r"0.\overline{09}": Fraction(1, 11), r"1.2\overline{3}": Fraction(37, 30),
         r"336^\circ": 336, r"336^{\circ}": 336, "10{,}080": 10080, r"10,\!080": 10080, "12 000": 12000, "- 5": -5,
         "\u22125": -5, "1 2": None, "1,2": None, "1/0": None, "1 1/0": None, r"\frac{1}{0}": None, "": None, "$": None,
@@ -213,7 +216,8 @@ def test_numbers_are_read_exactly():
 
 
 ADVERSARIAL = [
-    "9^{9^{9^9}}", r"\binom{10^9}{10^8}", "(x+1)^{100000}", "(" * 140 + "1" + ")" * 140, r"\frac{" * 40 + "1" + "}{2}" * 40,
+    "9^{9^{9^9}}", r"\binom{10^9}{10^8}", "(x+1)^{100000}", "(" * 140 + "1" + ")" * 140,
+    r"\frac{" * 40 + "1" + "}{2}" * 40,
     "1," * 140, "1" * 100_000, "a" * 100_000, " " * 100_000, "a" * 280 + "=", "\\" * 299, r"\left" * 60,
     "__import__('os').system('true')", "().__class__.__bases__[0]", "exec('1')", "lambda: 0", "0\x00", "\x00", "\ud800",
     "\u0663\u0664", "\u00b2", "\u202e12", "\U0001f600", "$$$$", "=", "==5", r"\pm", ",", "()", "[]", r"\{\}", "%",
@@ -248,7 +252,7 @@ def test_pairs_are_judged_in_any_thread():
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == dict.fromkeys(range(31, 35), [True, True, False])
+    assert found == {k: [True, True, False] for k in range(31, 35)}
     assert mathematics._process is not None
     mathematics._process.kill()
     mathematics._process.wait()
@@ -259,8 +263,10 @@ def test_plain_answers_need_no_process(monkeypatch):
     """Equal text, numbers, words, bases and lists of them are decided without math-verify."""
     monkeypatch.setattr(mathematics, "_running", lambda: pytest.fail("math-verify was asked"))
     for answer, gold, right in [
-        ("12", "12", True), ("12", "13", False), (r"\frac{1}{3}", "1/3", True), ("5 cm", "5", True), (r"x^2 + 1", "x^2+1", True),
-        ("even", r"\text{odd}", False), ("odd", "17", False), ("1, 2", "2,1", True), ("(1,2)", "(2,1)", False), ("52", "52_8", False),
+        ("12", "12", True), ("12", "13", False), (r"\frac{1}{3}", "1/3", True), ("5 cm", "5",
+        True), (r"x^2 + 1", "x^2+1", True),
+        ("even", r"\text{odd}", False), ("odd", "17", False), ("1, 2", "2,1", True), ("(1,2)",
+        "(2,1)", False), ("52", "52_8", False),
     ]:  # fmt: skip
         assert same_math.__wrapped__(answer, gold) == right
 

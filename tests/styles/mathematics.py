@@ -1,4 +1,4 @@
-r"""Outputs of realistic styles for mathematics (LaTeX answers): every style with five contents, labels by construction."""
+r"""Outputs of realistic styles for mathematics: every style with five contents in LaTeX, labels by construction."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ STYLES = [
     r"The final answer is \boxed{@}. $\blacksquare$",
 ]
 
-UNREADABLE = ["", "I cannot solve this problem.", "<think>\nSo far I have 3 and then", "Let me think about it step by step.",
+UNREADABLE = ["", "I cannot solve this problem.", "<think>\nSo far I have 3 and then",
+"Let me think about it step by step.",
               "It is impossible to say."]  # fmt: skip
 
 
