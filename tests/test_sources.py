@@ -136,6 +136,10 @@ def test_writers_come_in_their_shares():
         ("verdict_match", "red circle", "red circle", "red : circle blue"),
         ("answer_named", "São Tomé", "it is Sao Tome, I think", "it is São"),
         ("answer_named", "12", "so the result is 12.", "so the result is 120."),
+        ("mathematics", r"\frac{\sqrt{3}}{2}", r"so \boxed{\sqrt{3}/2}", r"so \boxed{\sqrt{3}}"),
+        ("mathematics", "(1,2)", r"\boxed{(1, 2)}", r"\boxed{(2, 1)}"),
+        ("number", "3 x 4 = 12\n#### 1,012", "It is \\boxed{1012}.", "The answer is 1013."),
+        ("yes_no", "Yes", "yes, there is", "No."),
     ],
 )
 def test_rules_tell_right_from_wrong(rule, answer, right, wrong):
@@ -145,6 +149,45 @@ def test_rules_tell_right_from_wrong(rule, answer, right, wrong):
     assert reward(config, [example, example], [right, wrong]).tolist() == [1.0, 0.0]
     with pytest.raises(DataError, match="'x' has no answer"):
         RULES[rule](Example.ask("x", "?"), right)
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices"),
+    [
+        ("B", ["a dog", "a cat"]),
+        ("(b)", ("a dog", "a cat")),
+        ("a cat", ["a dog", "a cat"]),
+        ("B", {"label": ["A", "B"], "text": ["a dog", "a cat"]}),
+        ("B", {"A": "a dog", "B": "a cat"}),
+        ("a cat", None),
+    ],
+)
+def test_choices_are_rewarded_by_letter_or_text(answer, choices):
+    """The choices are a column, or lettered lines of the question; the gold is a letter or a choice's text."""
+    fields = {} if choices is None else {"choices": choices}
+    question = "What is it?" if choices else "What is it?\nA. a dog\nB. a cat"
+    example = Example.ask("q", question, answer=answer, fields=fields)
+    said = ["The answer is B", r"\boxed{B}", "The answer is A", "a cat", "I cannot say"]
+    assert [RULES["choice"](example, text) for text in said] == [1, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "answer", "message"),
+    [
+        ("mathematics", r"\frac{1}{2", "braces are not balanced"),
+        ("number", "a dozen", "it is not a number"),
+        ("yes_no", "maybe", "neither yes nor no"),
+        ("choice", "B", "'q' has no choices"),
+        ("choice", "Z", "it is no letter of A to B"),
+    ],
+)
+def test_golds_that_a_rule_cannot_read_are_named(rule, answer, message):
+    """In one line with the row, whatever the completion is, so that the rows' check before a run refuses them."""
+    fields = {"choices": ["a dog", "a cat"]} if answer == "Z" else {}
+    example = Example.ask("q", "?", answer=answer, fields=fields)
+    with pytest.raises(DataError, match=message) as error:
+        RULES[rule](example, "")
+    assert "'q'" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_capitals_are_named_under_any_of_their_names():

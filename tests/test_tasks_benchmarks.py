@@ -297,6 +297,17 @@ def test_pictures_may_be_files_beside_the_rows(tmp_path, monkeypatch):
     [
         ("gsm8k", {"question": None}, r"row 0 \(from 0\): column 'question' holds None"),
         ("gsm8k", {"answer": "12"}, "column 'answer' has no ####"),
+        (
+            "gsm8k",
+            {"answer": "#### many"},
+            "column 'answer' holds 'many', which cannot be read as a",
+        ),
+        (
+            "aime25",
+            {"answer": "n+1"},
+            "column 'answer' holds 'n.1', which cannot be read as a number",
+        ),
+        ("math500", {"answer": r"\frac{1}{2"}, "column 'answer' holds .* braces are not balanced"),
         ("geometry3k", {"images": []}, "column 'images' has no picture"),
         ("mathvista", {"answer": "the middle"}, "'the middle' is not among the choices"),
         ("mmmu", {"answer": "D"}, "column 'answer' is 'D'; its choices are A B C"),

@@ -277,7 +277,16 @@ BuiltInLoss = Annotated[
 LossConfig = Annotated[Annotated[BuiltInLoss, IS_BUILT_IN] | Annotated[FunctionLoss, IS_OWN], KIND]
 
 
-BuiltInRule = Literal["exact_match", "verdict_match", "answer_named", "capital_named"]
+BuiltInRule = Literal[
+    "exact_match",
+    "verdict_match",
+    "answer_named",
+    "capital_named",
+    "mathematics",
+    "number",
+    "choice",
+    "yes_no",
+]
 
 
 class RewardConfig(Section):
@@ -288,8 +297,9 @@ class RewardConfig(Section):
     """
 
     rule: Annotated[Annotated[BuiltInRule, IS_BUILT_IN] | Annotated[Plugin, IS_OWN], KIND]
-    """1 for a right completion, 0 for another, by a rule of vlopd/train/rewards.py; or "module:function", a function
-    (example, completion text) -> any finite number (docs/plugins.md)."""
+    """1 for a right completion, 0 for another, by a rule of vlopd/train/rewards.py ("mathematics", "number", "choice"
+    and "yes_no" grade as the benchmarks do); or "module:function", a function (example, completion text) -> any finite
+    number (docs/plugins.md)."""
     alpha: PartOrZero = 0.0
     """Weight of the loss; 0 is reinforcement learning alone (RLVR), where a teacher, if any, is a diagnostic."""
     scale: Literal["std", "none"] = "std"

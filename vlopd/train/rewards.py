@@ -6,7 +6,9 @@ returns any finite number.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from string import ascii_uppercase
 
 import torch
 from torch import Tensor
@@ -14,7 +16,18 @@ from torch import Tensor
 from vlopd.config.objective import RewardConfig
 from vlopd.data.answers import after_last_colon, mentions_any, normalise
 from vlopd.errors import DataError
-from vlopd.plugins import Plugin, number
+from vlopd.grading.equality import number as number_of
+from vlopd.grading.equality import same_math, same_number, unreadable
+from vlopd.grading.extraction import (
+    choice_letter,
+    math_answer,
+    number_answer,
+    plain_words,
+    text_of,
+    yes_or_no,
+)
+from vlopd.plugins import Plugin
+from vlopd.plugins import number as number_from
 from vlopd.types import Example
 
 Rule = Callable[[Example, str], float]
@@ -53,11 +66,89 @@ def capital_named(example: Example, text: str) -> float:
     return float(mentions_any(text, names))
 
 
+def mathematics(example: Example, text: str) -> float:
+    """The completion's answer is mathematically equal to the reference, as in the mathematics benchmarks."""
+    gold = answer_of(example)
+    if why := unreadable(gold):
+        raise _bad_answer(example, "mathematics", why)
+    found = math_answer(text)
+    return float(found is not None and same_math(found, gold))
+
+
+def number(example: Example, text: str) -> float:
+    """The completion's answer is the number of the reference, which may follow GSM8K's ####."""
+    gold = answer_of(example).rpartition("####")[2]
+    if number_of(gold) is None:
+        raise _bad_answer(example, "number", "it is not a number")
+    found = number_answer(text)
+    return float(found is not None and same_number(found, gold))
+
+
+def choice(example: Example, text: str) -> float:
+    """The completion chooses the reference's letter, or its text among the choices."""
+    choices = _choices_of(example)
+    gold = text_of(answer_of(example)).strip()
+    letters = ascii_uppercase[: len(choices)]
+    if found := re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", gold):
+        wanted = found[1].upper()
+    else:
+        words = [plain_words(choice) for choice in choices]
+        place = words.index(plain_words(gold)) if plain_words(gold) in words else -1
+        wanted = letters[place] if place >= 0 else ""
+    if not wanted or wanted not in letters:
+        raise _bad_answer(
+            example, "choice", f"it is no letter of {letters[0]} to {letters[-1]} and no choice"
+        )
+    return float(choice_letter(text, choices) == wanted)
+
+
+def yes_no(example: Example, text: str) -> float:
+    """The completion says yes where the reference does, and no where it does."""
+    gold = plain_words(answer_of(example))
+    if gold not in ("yes", "no"):
+        raise _bad_answer(example, "yes_no", "it is neither yes nor no")
+    return float(yes_or_no(text) == gold)
+
+
+def _choices_of(example: Example) -> list[str]:
+    """The field `choices` or `options` (a list, or texts by letter), else the lines `A. ...` of the question.
+
+    Raises DataError where there are fewer than two.
+    """
+    for name in ("choices", "options"):
+        value = example.fields.get(name)
+        if isinstance(value, Mapping):
+            value = value.get("text", list(value.values()))
+        if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 1:
+            return [str(choice) for choice in value]
+    found: list[str] = []
+    for letter, words in re.findall(r"(?m)^\s*\(?([A-Z])[.):]\s*(\S.*)$", example.question):
+        if letter == ascii_uppercase[len(found) % 26]:
+            found.append(words.strip())
+    if len(found) < 2:
+        raise DataError(
+            f"example {example.id!r} has no choices: no list in a column 'choices' or 'options', and no lines "
+            "'A. ...', 'B. ...' in its question, which reward.rule = \"choice\" needs"
+        )
+    return found
+
+
+def _bad_answer(example: Example, rule: str, why: str) -> DataError:
+    return DataError(
+        f'example {example.id!r}: its answer {example.answer!r} cannot be graded by reward.rule = "{rule}", as {why}; '
+        "correct data.answer or remove the row"
+    )
+
+
 RULES: Mapping[str, Rule] = {
     "exact_match": exact_match,
     "verdict_match": verdict_match,
     "answer_named": answer_named,
     "capital_named": capital_named,
+    "mathematics": mathematics,
+    "number": number,
+    "choice": choice,
+    "yes_no": yes_no,
 }
 
 
@@ -88,7 +179,7 @@ def reward(config: RewardConfig, examples: Sequence[Example], texts: Sequence[st
 def scores(plugin: Plugin, examples: Sequence[Example], texts: Sequence[str]) -> Tensor:
     """A plug-in's number for each completion, [B] float64. Raises PluginError."""
     found = [
-        number(plugin, f"example {example.id!r}", example, text)
+        number_from(plugin, f"example {example.id!r}", example, text)
         for example, text in zip(examples, texts, strict=True)
     ]
     return torch.tensor(found, dtype=torch.float64)

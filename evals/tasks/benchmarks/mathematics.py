@@ -15,23 +15,35 @@ from evals.lm import PLACEHOLDER
 from evals.tasks.benchmarks import documents
 from evals.tasks.benchmarks.documents import Benchmark, Document, Row, document, outcome, text
 from vlopd.errors import DataError
-from vlopd.grading.equality import same_math, same_number
+from vlopd.grading.equality import number, same_math, same_number, unreadable
 from vlopd.grading.extraction import math_answer, number_answer
 
 ASK = "{}\n\nWork it out step by step and put the final answer in \\boxed{{}}."
 
 
 def problem(row: Row, question: str, answer: str, kind: str | None = None) -> Document:
-    asked = text(row, question)
-    return document(ASK.format(asked), asked, text(row, answer), kind)
+    """Raises DataError where no output could equal the answer."""
+    asked, gold = text(row, question), text(row, answer)
+    if why := unreadable(gold):
+        raise DataError(f"column {answer!r} holds {gold!r}, which nothing can equal: {why}")
+    return document(ASK.format(asked), asked, gold, kind)
+
+
+def whole(made: Document, answer: str) -> Document:
+    """Raises DataError where a document's answer is not a number."""
+    if number(made["answer"]) is None:
+        raise DataError(
+            f"column {answer!r} holds {made['answer']!r}, which cannot be read as a number"
+        )
+    return made
 
 
 def aime24(row: Row) -> Document:
-    return problem(row, "Problem", "Answer")
+    return whole(problem(row, "Problem", "Answer"), "Answer")
 
 
 def aime25(row: Row) -> Document:
-    return problem(row, "problem", "answer")
+    return whole(problem(row, "problem", "answer"), "answer")
 
 
 def math500(row: Row) -> Document:
@@ -43,7 +55,9 @@ def gsm8k(row: Row) -> Document:
     asked, solution = text(row, "question"), text(row, "answer")
     if "####" not in solution:
         raise DataError("column 'answer' has no #### before the result")
-    return document(ASK.format(asked), asked, solution.rpartition("####")[2].strip())
+    return whole(
+        document(ASK.format(asked), asked, solution.rpartition("####")[2].strip()), "answer"
+    )
 
 
 def geometry3k(row: Row) -> Document:
@@ -79,7 +93,11 @@ def doc_to_image(doc: Mapping[str, Any]) -> list[Image.Image]:
 
 
 def score_number(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
-    """Exact match of numbers."""
+    """Exact match of numbers, as of AIME's whole numbers.
+
+    GSM8K's own rule takes the number after ####, which chat models do not write unless shown; here it is one marker
+    of several, so an output with #### before its result scores the same under both.
+    """
     extracted = number_answer(results[0])
     right = extracted is not None and same_number(extracted, doc["answer"])
     return outcome(extracted, right, "exact_match")
