@@ -256,10 +256,13 @@ def test_a_thought_is_neither_graded_nor_cut(kind, folders, make_data, make_conf
     assert ask(loaded, example)[0] == "blue red yellow"
     answer, lm = ask(loaded, example, until=["red"])
     assert answer == "blue "
-    (reading,) = lm.readings["asked", 0]
-    assert reading.closed and "red 2 green" in reading.thought
+    (found,) = lm.generated["asked", 0]
+    assert found.reading.closed and "red 2 green" in found.reading.thought
+    assert found.stop == "stop_string" and 4 <= found.thought_tokens < found.tokens
     answer, lm = ask(loaded, example, max_gen_toks=3)
-    assert answer == "" and not lm.readings["asked", 0][0].closed
+    (found,) = lm.generated["asked", 0]
+    assert answer == "" and not found.reading.closed and not found.answered
+    assert (found.tokens, found.thought_tokens, found.stop) == (3, 3, "length")
     sampled = loaded.render([example])
     assert loaded.opened_thoughts(sampled) == [THINK]
     assert loaded.decode(completions_of(loaded, "red 2"), sampled) == [""]
