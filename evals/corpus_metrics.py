@@ -12,7 +12,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -155,12 +155,13 @@ def _translation_sums(aggregation: str, items: Sequence[Any]) -> Sums:
     """Sacrebleu's counts of each (reference or references, hypothesis)."""
     from sacrebleu.metrics import BLEU, CHRF, TER
 
-    scorer: Any = {
+    scorers: dict[str, Callable[[], Any]] = {
         "bleu": BLEU,
         "chrf": CHRF,
-        "chrf++": lambda: CHRF(word_order=2),
+        "chrf++": partial(CHRF, word_order=2),
         "ter": TER,
-    }[aggregation]()
+    }
+    scorer = scorers[aggregation]()
     references = [[ref] if isinstance(ref, str) else list(ref) for ref, _ in items]
     said = [text if isinstance(text, str) else text[0] for _, text in items]
     streams = list(zip(*references, strict=True))
@@ -193,7 +194,7 @@ def _called(
     def metric(weights: Array) -> Array:
         found = []
         for row in weights.astype(int):
-            drawn = np.repeat(np.arange(len(items)), row[unit])
+            drawn = np.repeat(np.arange(len(items)), row[unit]).tolist()
             try:
                 found.append(float(total([items[i] for i in drawn])))
             except Exception as error:  # a task's function; a resample may lack a class
@@ -251,7 +252,7 @@ class CorpusStatistics:
 
     @property
     def is_fraction(self) -> bool:
-        """Whether values are shown in percent: F1 and the like, and a task's own aggregation, where all are in [0, 1]."""
+        """Whether values are shown in percent: F1 and the like, or a task's own aggregation, all in [0, 1]."""
         name = self.metric.aggregation
         inside = all(0 <= x[0] <= 1 for x in self.values.values())
         return (name in FRACTIONS or self.metric.is_slow) and inside

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from lm_eval.utils import handle_non_serializable
 
-from evals.lm import PLACEHOLDER, ArmLM, Generated, within_pixels
 from evals.imported import imported_facts, leaves_of, totals_of
+from evals.lm import PLACEHOLDER, ArmLM, Generated, within_pixels
 from evals.paired_scores import NOT_METRICS, metric_of, outcome_of
 from evals.scoring import Tasks, argument, as_list, columns_of, one_row_a_question, score_task
 from vlopd.config.analysis import EvalConfig
@@ -443,7 +443,7 @@ def _task_entries(
 
 
 def _length_entries(rows: Sequence[Mapping[str, Any]], primary: str | None) -> dict[str, Any]:
-    """Lengths of generated answers and, of a model that thinks, the fractions that it answered, stopped and got right."""
+    """Lengths of generated answers; of a model that thinks, also the fractions answered, stopped and right."""
     answers: list[Generated] = [each for row in rows for each in row.get("generated") or ()]
     if not answers:
         return {}
@@ -467,10 +467,10 @@ def _length_entries(rows: Sequence[Mapping[str, Any]], primary: str | None) -> d
 
 
 def cut_answers(results: Mapping[str, Any]) -> list[str]:
-    """One line per task that cut off more than MANY_CUT of a thinking model's answers, with the setting to change."""
+    """One line per task that cut off more than MANY_CUT of a thinking model's answers, with the remedy."""
     return [
-        f"{task}: {100 * results['truncated_fraction'][task]:.0f} % of {results['arm']}'s answers were cut off at their "
-        f"largest length, as were {100 * results['thought_truncated_fraction'][task]:.0f} % of its thoughts; raise "
+        f"{task}: {100 * results['truncated_fraction'][task]:.0f} % of {results['arm']}'s answers were cut off at the "
+        f"largest length, {100 * results['thought_truncated_fraction'][task]:.0f} % within the thought; raise "
         f"eval.generation.{task}.max_tokens"
         for task in results.get("thinking", ())
         if results["truncated_fraction"][task] > MANY_CUT

@@ -467,7 +467,7 @@ def images_of(request: Instance) -> list[Image.Image]:
 
 
 def within_pixels(image: Image.Image, most: int | None) -> Image.Image:
-    """Downscales an image to an area of at most `most` pixels, keeping its shape; smaller ones are returned as they are."""
+    """Downscales an image to at most `most` pixels in area, keeping its shape; returns smaller ones as they are."""
     width, height = image.size
     if most is None or width * height <= most:
         return image

@@ -17,8 +17,8 @@ import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import aggregation_registry
 
-from evals.harness import read_scored_rows, samples_of
 from evals.corpus_metrics import why_not
+from evals.harness import read_scored_rows, samples_of
 from evals.lm import PLACEHOLDER, ArmLM, Decoding, GenerationSettings, within_pixels
 from evals.paired_scores import chosen_metric
 from evals.scoring import (
@@ -84,8 +84,8 @@ def find_problems(config: EvalConfig, models: Mapping[str, LoadedModel]) -> list
         )
     if not found and not comparable:
         found.append(
-            f"eval.tasks: no metric of {', '.join(wanted)} is a number per question or has an aggregation of lm-eval's, "
-            "so nothing could be compared; add a task that has one"
+            f"eval.tasks: no metric of {', '.join(wanted)} is a number per question or has a known aggregation, so "
+            "nothing could be compared; add a task that has one"
         )
     return found
 

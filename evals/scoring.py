@@ -394,7 +394,8 @@ def nearest_hint(name: str, known: Iterable[str], listed: Iterable[str] | None =
 def one_row_a_question(task: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Joins lm-eval's rows, one per filter: the first filter's metrics by name, others as `metric,filter`.
 
-    `numbers` has those that are a number per question, `items` what corpus metrics are computed from. Raises RunError with the question for a metric that is NaN, infinite or missing.
+    `numbers` has those that are a number per question, `items` what corpus metrics are computed from. Raises RunError
+    with the question for a metric that is NaN, infinite or missing.
     """
     found: dict[int, dict[str, Any]] = {}
     for row in rows:
