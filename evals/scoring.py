@@ -22,6 +22,8 @@ import lm_eval
 import lm_eval.api.task
 import numpy as np
 import torch
+from lm_eval import evaluator_utils
+from lm_eval.api.metrics import acc_all, acc_all_stderr, mean, mean_stderr
 from lm_eval.api.registry import aggregation_registry, metric_registry
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -213,15 +215,16 @@ def score_task(
             )
             # not simple_evaluate, which queries pip for all package versions, one second per call
             try:
-                results = lm_eval.evaluate(
-                    lm,
-                    loaded,
-                    limit=limit,
-                    apply_chat_template=templated,
-                    fewshot_as_multiturn=templated,
-                    bootstrap_iters=0,  # standard errors are computed in compare.json
-                    log_samples=True,
-                )
+                with closed_form_errors():
+                    results = lm_eval.evaluate(
+                        lm,
+                        loaded,
+                        limit=limit,
+                        apply_chat_template=templated,
+                        fewshot_as_multiturn=templated,
+                        bootstrap_iters=1,  # of which none is made
+                        log_samples=True,
+                    )
             except UserError:
                 raise
             except Exception as error:  # filters, metrics and task files raise arbitrary exceptions
@@ -259,6 +262,24 @@ def score_task(
     return found
 
 
+@contextmanager
+def closed_form_errors() -> Iterator[None]:
+    """Makes lm-eval give standard errors of means alone, and none by a bootstrap, which compare.json has.
+
+    With 0 iterations it gives neither, with 1 it divides by 0.
+    """
+    original = evaluator_utils.stderr_for_metric
+
+    def error_of(metric: Any, bootstrap_iters: int) -> Any:
+        return {mean: mean_stderr, acc_all: acc_all_stderr}.get(metric)
+
+    evaluator_utils.stderr_for_metric = error_of
+    try:
+        yield
+    finally:
+        evaluator_utils.stderr_for_metric = original
+
+
 def is_sampled(tasks: Mapping[str, Any], overrides: Mapping[str, GenerationConfig]) -> bool:
     """Whether any of the tasks generates, and not greedily by its eval.generation."""
     return any(
@@ -284,7 +305,7 @@ def metric_facts(task: Any, column: str, sampled: bool) -> dict[str, Any]:
     lm-eval's package; null if it is neither.
     """
     metric = column.partition(",")[0]
-    total = task.aggregation().get(metric, metric_aggregations()["mean"])
+    total = task.aggregation().get(metric, mean)
     better = task.higher_is_better().get(metric, True)
     name = name_of_aggregation(total)
     if sampled and name != "mean":
@@ -481,8 +502,8 @@ def _merge_passes(passes: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 first["results"][task][key] = float(np.mean([each[key] for each in totals]))
         for k in _powers_of_two(n):
             if (name := f"pass@{k}") in rows[0]["numbers"]:
-                mean = float(np.mean([row["numbers"][name] for row in rows]))
-                first["results"][task][f"{name},none"] = mean
+                own = [row["numbers"][name] for row in rows]
+                first["results"][task][f"{name},none"] = float(np.mean(own))
     return first
 
 

@@ -115,10 +115,10 @@ def test_stock_tasks_are_compared_on_their_own_scale(stock):
     assert verdict(record) and compared.page.exists()
 
 
-def test_a_chosen_metric_needs_no_new_evaluation(stock, monkeypatch):
+def test_a_chosen_metric_needs_no_new_evaluation(stock):
     """eval.metric takes any metric or filter that the rows hold, for one task or the members of a group; another is
     refused with those that there are."""
-    run, compared = stock
+    run, _ = stock
     results = read_results(run.root / "evals", ["base", "other"])
 
     def read(**metric):
@@ -213,7 +213,7 @@ def test_lm_evals_files_give_the_same_comparison(stock, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_rows_have_lengths_and_outcomes(stock, monkeypatch):
+def test_rows_have_lengths_and_outcomes(stock):
     """Rows hold the prompt, the number of tokens and what ended an answer; with them results tell what was cut."""
     run, compared = stock
     rows = read_jsonl(run.eval("base") / "samples_words.jsonl")
@@ -275,7 +275,8 @@ def test_generation_settings_are_overridden_by_task(make_config, tmp_path, monke
     longer = rows("translation", **{"*": {"max_tokens": 1}, "translation": {"max_tokens": 3}})
     assert max(row["tokens"] for row in longer) in (2, 3)
     sampled = {"n": 2, "temperature": 2.0}
-    its = EvalConfig.model_validate({**config.eval.model_dump(), "generation": {"words": {"temperature": 0}}, "sampled": sampled})  # fmt: skip
+    changes = {"generation": {"words": {"temperature": 0}}, "sampled": sampled}
+    its = EvalConfig.model_validate({**config.eval.model_dump(), **changes})
     evaluate_arm(run, config.model_copy(update={"eval": its}), "base")
     table = {task: read_jsonl(run.eval("base") / f"samples_{task}.jsonl") for task in its.tasks}
     # greedy by its own setting and choices by likelihood are answered once, others twice
@@ -283,7 +284,7 @@ def test_generation_settings_are_overridden_by_task(make_config, tmp_path, monke
     assert len(json.loads(table["translation"][0]["completion"])) == 2
     assert not table["endings"][0]["completion"].startswith("[")
     with pytest.raises(
-        ConfigError, match="eval.generation: 'word' is no task .* did you mean 'words'"
+        ConfigError, match=r"eval.generation: 'word' is no task .* did you mean 'words'"
     ):
         rows("words", word={"max_tokens": 2})
 
