@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from evals import harness, preflight
 from evals.compare import compare_arms
+from evals.paired_scores import NOT_METRICS
 from evals.report import figures, tables
 from evals.report.checkpoints import write_comparison_page
 from evals.report.verdict import verdict
@@ -79,9 +80,10 @@ class Evaluation:
         """One row per task and metric, the compared one first: n, mean, standard_error, low, high over questions."""
         rows = []
         for task, part in self.samples.groupby("task", sort=False):
-            metrics = part.drop(columns=["task", *harness.NOT_METRICS], errors="ignore")
+            metrics = part.drop(columns=["task", *NOT_METRICS], errors="ignore")
             clusters = part.cluster if part.cluster.notna().all() else None
-            for metric in metrics.dropna(axis="columns", how="all"):
+            # items of corpus metrics are lists
+            for metric in metrics.dropna(axis="columns", how="all").select_dtypes("number"):
                 if metrics[metric].between(0, 1).all():
                     found = mean_with_error(metrics[metric], clusters, self.confidence)
                     rows.append({"task": task, "metric": metric, **found.__dict__})
