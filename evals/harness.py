@@ -377,12 +377,13 @@ def held_out_scores(config: ExperimentConfig) -> Evaluate:
         for task in during.tasks:
             results = score_task(lm, task, manager, config.eval, during.limit, student.name)
             for leaf, rows in results["samples"].items():
-                whole = results["results"][leaf]  # a corpus-level metric such as F1 is not a mean
+                # of lm-eval's, since a corpus metric such as F1 is no mean
+                whole, first = results["results"][leaf], rows[0]["filter"]
                 found[leaf] = {
-                    metric: whole.get(
-                        f"{metric},none", float(np.mean([r["numbers"][metric] for r in rows]))
-                    )
-                    for metric in rows[0]["numbers"]
+                    metric: whole[key]
+                    for metric in columns_of(rows)
+                    for key in (metric, f"{metric},{first}", f"{metric},none")
+                    if key in whole
                 }
         return found
 

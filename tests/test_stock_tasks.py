@@ -16,6 +16,7 @@ from evals.harness import cut_answers, evaluate_arm, import_scores
 from evals.lm import within_pixels
 from evals.paired_scores import outcome_of, read_results, read_tasks
 from evals.report.verdict import verdict
+from tests.command import call
 from tests.test_harness import base_run, with_eval
 from vlopd.api.compare import compare as compare_models
 from vlopd.config.analysis import EvalConfig
@@ -188,7 +189,7 @@ def as_lm_eval(run: RunFolder, arm: str, out: Path) -> Path:
     return written
 
 
-def test_lm_evals_files_give_the_same_comparison(stock, tmp_path):
+def test_lm_evals_files_give_the_same_comparison(stock, tmp_path, monkeypatch, capsys):
     """Results files and samples files of lm-eval, with a group and a perplexity, give the numbers of the models; a
     broken file is one line."""
     run, compared = stock
@@ -200,6 +201,34 @@ def test_lm_evals_files_give_the_same_comparison(stock, tmp_path):
         for key in ("metric", "n", "scale", "higher_is_better", "members", "group", "contrasts"):
             assert entry[key] == own[key], (task, key)
         assert all(its["outcomes"] is None for its in entry["arms"].values())
+    # an aggregation that is not known here is named on the screen
+    rows = read_jsonl(next(files["base"].parent.glob("samples_pages*")))
+    for path in files.values():
+        results = read_json(path)
+        results["configs"]["odd"] = {
+            "metric_list": [{"metric": "m", "aggregation": "def f(items): ..."}]
+        }
+        write_json(path, results)
+        odd = [{**row, "metrics": ["m"], "m": [1, 2]} for row in rows]
+        write_jsonl(path.parent / "samples_odd_2026-01-01T00-00-00.0.jsonl", odd)
+    monkeypatch.chdir(tmp_path)
+    code, said = call(
+        monkeypatch,
+        capsys,
+        "compare",
+        *files.values(),
+        "--out",
+        "screen",
+        "--set",
+        "bootstrap_draws=50",
+    )
+    assert code == 0 and "word_perplexity (lower is better)" in said
+    assert (
+        "not shown: the 2 tasks of subjects" in said
+        and "not compared: odd: m has no number per question" in said
+    )
+    record = read_json(tmp_path / "screen" / "compare.json")
+    assert list(record["not_compared"]) == ["odd"] and len(record["tasks"]) == 4
     samples = {arm: next(path.parent.glob("samples_pages*")) for arm, path in files.items()}
     alone = compare_models(samples, out=tmp_path / "alone", bootstrap_draws=500)
     assert alone.record["tasks"]["pages"]["contrasts"] == theirs["pages"]["contrasts"]
