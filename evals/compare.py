@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from evals import stats
-from evals.paired_scores import PairedScores, read_paired_scores, read_results
+from evals.corpus_metrics import CorpusStatistics
+from evals.paired_scores import PairedScores, read_results, read_tasks
 from evals.stats import Scores
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.arms import DistillArm, Role
@@ -88,31 +89,157 @@ def _comparison(
     results: Mapping[str, Mapping[str, Any]],
     about: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The content of compare.json. Raises RunError where no task has per-question scores."""
+    """The content of compare.json. Raises RunError where no task can be compared."""
     arms = list(roles.of)
-    first = results[arms[0]]
-    if not first["primary_metric"]:
-        why = "; ".join(f"{task}: {reason}" for task, reason in first["not_compared"].items())
-        raise RunError(f"nothing can be compared ({why}); add a task with per-question scores")
-    tasks = {}
-    for task, metric in first["primary_metric"].items():
-        further = first.get("pass_at", {}).get(task, [])
-        answers = read_paired_scores(run.root / "evals", arms, task, metric, further)
-        tasks[task] = _compare_task(answers, roles, config)
-        tasks[task]["chance"] = first.get("chance", {}).get(task)
+    paired, not_compared = read_tasks(run.root / "evals", results, arms, config)
+    tasks: dict[str, dict[str, Any]] = {}
+    for answers in paired:
+        if answers.corpus is None:
+            entry = _compare_task(answers, roles, config)
+        else:
+            try:
+                entry = _compare_corpus(answers, roles, config)
+            except RunError as error:
+                not_compared[answers.task] = f"{answers.metric}: {error}"
+                continue
+        tasks[answers.task] = {**entry, **_about_task(answers, results, tasks)}
         for arm in arms:
-            failures = results[arm].get("extraction_failure_fraction", {}).get(task)
-            tasks[task]["arms"][arm]["extraction_failure_fraction"] = failures
+            entry["arms"][arm] |= _about_answers(answers, results[arm], arm)
+    if not tasks:
+        why = "; ".join(f"{task}: {reason}" for task, reason in not_compared.items())
+        raise RunError(f"nothing can be compared ({why}); add a task with per-question scores")
     return {
         "confidence": config.confidence,
         "margin": config.margin,
         "declared_contrasts": config.contrasts and list(config.contrasts),
         "sampled": config.sampled and config.sampled.model_dump(mode="json"),
         "other_base": {arm: its for arm in arms if (its := results[arm].get("other_base"))},
-        "not_compared": first.get("not_compared", {}),
+        "not_compared": not_compared,
         "arms": {arm: {"role": role, **about.get(arm, {})} for arm, role in roles.of.items()},
         "not_pooled": [its._asdict() for its in roles.unpooled],
         "tasks": tasks,
+    }
+
+
+def _about_task(
+    answers: PairedScores, results: Mapping[str, Mapping[str, Any]], before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What an entry of compare.json says of its task besides the statistics."""
+    first, *_ = results.values()
+    chances = first.get("chance") or {}
+    chance = chances.get(answers.task)
+    if answers.members and all(task in chances for task in answers.members):
+        chance = {"all": answers.pooled([chances[task]["all"] for task in answers.members])}
+    found: dict[str, Any] = {
+        "chance": chance,
+        "higher_is_better": answers.higher_is_better,
+        "members": answers.members and list(answers.members),
+        "group": answers.group if answers.group in before else None,
+    }
+    found["in_family"] = found["group"] is None
+    return found if answers.corpus else {**found, "scale": answers.scale}
+
+
+def _about_answers(answers: PairedScores, results: Mapping[str, Any], arm: str) -> dict[str, Any]:
+    """What an arm's entry says of its answers besides the statistics."""
+    failures = results.get("extraction_failure_fraction") or {}
+    return {
+        "extraction_failure_fraction": failures.get(answers.task),
+        "outcomes": answers.outcomes.get(arm),
+        **answers.lengths[arm],
+    }
+
+
+def _compare_corpus(answers: PairedScores, roles: Roles, config: EvalConfig) -> dict[str, Any]:
+    """The entry of `_compare_task` for a metric that is no mean over questions, by a paired bootstrap.
+
+    Raises RunError where the metric cannot be computed.
+    """
+    assert answers.corpus is not None
+    statistics = CorpusStatistics(
+        answers.corpus,
+        answers.clusters,
+        config.bootstrap_draws,
+        config.confidence,
+        POWER,
+        answers.higher_is_better,
+    )
+    values = statistics.values
+    base, full, teacher = (roles.first(role) for role in ("base", "full", "teacher"))
+
+    def gained(x: Scores, of: str | None) -> dict[str, Any] | None:
+        return statistics.recovery(x, values[base], values[of]) if base and of else None
+
+    def arm(x: Scores) -> dict[str, Any]:
+        to_full = full and {**statistics.difference(x, values[full]), "mcnemar_p": None}
+        none = {"value": None, "interval": None, "status": "no base or full arm"}
+        return {
+            **statistics.estimate(x),
+            "difference_to_full": to_full or None,
+            "recovery": gained(x, full) or none,
+        }
+
+    def contrast(a: str, b: str | tuple[str, ...], name: str = "") -> dict[str, Any]:
+        x, y = values[a], _mean_scores(values, b)
+        entry = statistics.contrast(name or f"{a} - {b}", a, b, x, y)
+        if full and roles.of[a] == "subnetwork" and b == full:
+            entry["non_inferiority"] = statistics.non_inferiority(x, y, config.margin)
+        return entry
+
+    pairs = [
+        (a, b)
+        for above, below in ROLE_CONTRASTS
+        for a in roles.arms(above)
+        for b in roles.arms(below)
+    ]
+    contrasts = [contrast(a, b) for a, b in pairs]
+    controls = []
+    sign = 1 if answers.higher_is_better else -1
+    for group in roles.controls:
+        contrasts += [contrast(group.arm, other) for other in group.arms]
+        name = f"{group.arm} - {group.kind} (mean of {len(group.arms)})"
+        contrasts.append(difference := contrast(group.arm, group.arms, name))
+        means = [float(values[other][0]) for other in group.arms]
+        spread = float(np.std(means, ddof=1)) if len(means) > 1 else None
+        ranked = stats.rank_among(sign * float(values[group.arm][0]), [sign * x for x in means])
+        controls.append(
+            {
+                **group._asdict(),
+                "pooled": {**arm(_mean_scores(values, group.arms)), "sd_between_arms": spread},
+                "difference": difference,
+                **ranked.__dict__,
+            }
+        )
+    contrasts += [contrast(its.of, its.arm) for its in roles.unpooled]
+    given = {(its["a"], its["b"]) for its in contrasts}
+    declared = roles.contrasts(config.contrasts or ())
+    contrasts += [contrast(a, b) for a, b in declared if (a, b) not in given]
+    _adjust_p_values(contrasts, set(declared))
+    key = controls[0]["difference"] if controls else next(iter(contrasts), None)
+    entries = {
+        name: {
+            "role": roles.of[name],
+            **arm(x),
+            "by_group": {},
+            "pass_at": {},
+            "further": {},
+            "gap_closed": gained(x, teacher),
+        }
+        for name, x in values.items()
+    }
+    return {
+        "metric": answers.metric,
+        "n": statistics.n,
+        "clusters": len(set(answers.clusters)) if answers.clusters else None,
+        "scale": "fraction" if statistics.is_fraction else "own",
+        "draws": len(next(iter(values.values()))) - 1,
+        "arms": entries,
+        "contrasts": contrasts,
+        "controls": controls,
+        "seeds": [],
+        "gap_closed": entries[full]["gap_closed"] if full else None,
+        "minimum_detectable_effect": key and key["minimum_detectable_effect"],
+        "minimum_detectable_effect_of": key and key["name"],
     }
 
 
@@ -130,6 +257,7 @@ def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> di
                 stats.mean_with_error(by_arm[arm], answers.clusters, config.confidence)
             )
             for name, by_arm in answers.further.items()
+            if name.startswith("pass@")
         }
         entries[arm]["gap_closed"] = (
             statistics.recovery(scores[arm], scores[base], scores[teacher])

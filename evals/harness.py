@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 from lm_eval.utils import handle_non_serializable
 
-from evals.lm import PLACEHOLDER, ArmLM
-from evals.scoring import Tasks, argument, one_row_a_question, score_task
+from evals.imported import imported_facts, leaves_of, totals_of
+from evals.lm import PLACEHOLDER, ArmLM, Generated, within_pixels
+from evals.paired_scores import NOT_METRICS, metric_of, outcome_of
+from evals.scoring import Tasks, argument, columns_of, one_row_a_question, score_task
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.arms import CheckpointArm, ImportedArm, TeacherArm
 from vlopd.config.experiment import ExperimentConfig
@@ -28,23 +30,25 @@ from vlopd.files import read_json, read_jsonl, whole_file, without_nan, write_js
 from vlopd.loop import Evaluate
 from vlopd.models.load import DTYPES, load_configured
 from vlopd.models.loaded import LoadedModel
-from vlopd.models.thinking import Reading
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import arm_content, samples_by_task, score_files, teacher_folder
 from vlopd.run.stage import Stage, stage
 
-MERGED = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
-"""Entries of lm-eval's results that are keyed by task."""
+MERGED = (
+    *("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples"),
+    *("groups", "group_subtasks", "metrics", "totals"),
+)
+"""Entries of lm-eval's results, and ours beside them, that are keyed by task or group."""
 PER_TASK = (
     *("data_digest", "prompt_digest", "primary_metric", "chance", "extraction_failure_fraction"),
-    *("thought_truncated_fraction", "pass_at", "not_compared"),
+    *("thought_truncated_fraction", "pass_at", "not_compared", "mean_tokens"),
+    *("truncated_fraction", "mean_thought_tokens", "thinking", "picture_size"),
 )
 """Our entries that are keyed by task."""
-NOT_METRICS = (
-    *("doc_id", "doc_hash", "prompt_hash", "question", "target", "completion", "thought"),
-    *("thought_truncated", "group", "cluster", "image"),
-)
-"""Columns of samples_<task>.jsonl besides the metrics."""
+LENGTHS = ("tokens", "thought_tokens", "stop", "truncated", "outcome")
+"""Columns of samples_<task>.jsonl on generated answers; null for tasks that generate none."""
+MANY_CUT = 0.1
+"""Truncated fraction above which a model's answers to a task are called cut off."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ def evaluate(run: RunFolder, subject: Subject, config: EvalConfig) -> bool:
     unchanged inputs are kept. Raises ConfigError for an unknown task and RunError for one that cannot be scored.
     """
     manager = Tasks.of(config.tasks, config.include)
+    manager.refuse_unknown_names(config)
     with stage(run, f"evals/{subject.name}") as its:
         record = run.checksums.record(its.artifact)
         if record.exists() and not _images_exist(run, read_json(record)):
@@ -117,7 +122,13 @@ def evaluate(run: RunFolder, subject: Subject, config: EvalConfig) -> bool:
             if lm is None:
                 if merged["inputs"]["tasks"]:  # reused results survive a kill
                     _write_results(its, merged)
-                lm = ArmLM(subject.open(), config.batch_size, subject.name, sampled=config.sampled)
+                lm = ArmLM(
+                    subject.open(),
+                    config.batch_size,
+                    subject.name,
+                    sampled=config.sampled,
+                    max_pixels=config.max_pixels,
+                )
                 merged |= {**subject.about, "arm": subject.name}
                 merged["checkpoint_digest"] = digest_weights(its.inputs["checkpoint"])
                 merged |= {"precision": subject.compute, **_digests_of(lm.loaded)}
@@ -125,8 +136,11 @@ def evaluate(run: RunFolder, subject: Subject, config: EvalConfig) -> bool:
             merged["leaves"][task] = sorted({*results["samples"], *results["results"]})
             for leaf, rows in results.pop("samples").items():
                 _add_task(merged, results, leaf, rows, manager, config, run)
+                if (size := lm.largest_picture.get(leaf)) is not None:
+                    about = {"max_pixels": config.max_pixels, "largest": list(size)}
+                    merged["picture_size"][leaf] = about
             for key in MERGED:
-                merged.setdefault(key, {}).update(results.pop(key))
+                merged.setdefault(key, {}).update(results.pop(key, {}))
             merged |= results
             merged["inputs"]["tasks"][task] = {**own}
             _write_results(its, merged)
@@ -170,20 +184,24 @@ def import_scores(run: RunFolder, where: Path, name: str, config: EvalConfig) ->
     with stage(run, f"evals/{name}") as its:
         if its.is_due(lambda _: imported_inputs(where, config)):
             out = run.eval(name)
-            first = score_files(where)[0]
-            results = read_json(first) if first.suffix == ".json" else {}
-            if not isinstance(results, dict):
-                raise RunError(f"{first} is not lm-eval's results: it holds no object")
+            results = results_of(where)
             merged: dict[str, Any] = {**results, "arm": name, "pictures": []}
             merged["checkpoint_digest"] = digest_json(its.inputs["checkpoint"])
             merged |= {key: {} for key in PER_TASK}
-            merged["chance"] = dict(results.get("chance") or {})
+            for key in ("chance", "picture_size"):
+                merged[key] = dict(results.get(key) or {})
+            merged |= {"metrics": {}, "totals": totals_of(results)}
             for task, path in samples.items():
                 rows = read_scored_rows(task, path)
-                write_jsonl(out / f"samples_{task}.jsonl", [_sample_row(row, {}) for row in rows])
-                for key, value in _task_entries(rows).items():
+                facts = imported_facts(results, task, columns_of(rows))
+                merged["metrics"][task] = facts
+                for key, value in _task_entries(task, rows, facts, config.metric).items():
                     merged[key][task] = value
-            rows_written = [out / f"samples_{task}.jsonl" for task in config.tasks]
+                primary = merged["primary_metric"].get(task)
+                write_jsonl(
+                    out / f"samples_{task}.jsonl", [_sample_row(row, {}, primary) for row in rows]
+                )
+            rows_written = [out / f"samples_{task}.jsonl" for task in samples]
             its.finish(without_nan(merged), rows_written)
     return its.made
 
@@ -211,10 +229,15 @@ def read_scored_rows(task: str, path: Path) -> list[dict[str, Any]]:
 
 def _own_row(row: dict[str, Any]) -> dict[str, Any]:
     """A row of a run's samples file, as `scoring.one_row_a_question` has it."""
+    metrics = {key: value for key, value in row.items() if key not in NOT_METRICS}
+    numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
     return {
+        "prompt": "",  # of an earlier version
         **row,
+        "columns": list(metrics),
         "doc": {"question": row["question"], "kind": row["group"], "cluster": row["cluster"]},
-        "numbers": {key: value for key, value in row.items() if key not in NOT_METRICS},
+        "numbers": numbers,
+        "items": {key: value for key, value in metrics.items() if isinstance(value, (list, dict))},
     }
 
 
@@ -225,14 +248,33 @@ def imported_inputs(where: Path, config: EvalConfig) -> dict[str, Any]:
 
 
 def samples_of(where: Path, tasks: Sequence[str]) -> dict[str, Path]:
-    """The samples file of each task in finished evaluations. Raises RunError for a missing one."""
+    """The samples file of each task, or of each member of a group, in finished evaluations.
+
+    Raises RunError for a missing one.
+    """
     by_task = samples_by_task(where)
+    found = {}
     for task in tasks:
-        if task not in by_task:
-            raise RunError(
-                f"{where} has no samples of task {task}; it has {', '.join(sorted(by_task))}"
-            )
-    return {task: by_task[task] for task in tasks}
+        members = [task] if task in by_task else leaves_of(results_of(where), task)
+        for member in members or [task]:
+            if member not in by_task:
+                raise RunError(
+                    f"{where} has no samples of task {member}; it has {', '.join(sorted(by_task))}"
+                )
+            found[member] = by_task[member]
+    return found
+
+
+def results_of(where: Path) -> dict[str, Any]:
+    """The results file of finished evaluations; empty where there are samples alone.
+
+    Raises RunError for a file of another kind.
+    """
+    first = score_files(where)[0]
+    results = read_json(first) if first.suffix == ".json" else {}
+    if not isinstance(results, dict):
+        raise RunError(f"{first} is not lm-eval's results: it holds no object")
+    return results
 
 
 def _reusable_results(its: Stage) -> dict[str, Any]:
@@ -262,7 +304,15 @@ def unchanged_tasks(before: Mapping[str, Any], inputs: Mapping[str, Any]) -> dic
 
 
 def _inputs_of(manager: Tasks, task: str, config: EvalConfig, subject: Subject) -> dict[str, Any]:
-    """The inputs that determine a task's results for a checkpoint."""
+    """The inputs that determine a task's results for a checkpoint.
+
+    Those of later versions are named only where they are set, so that earlier results stay valid.
+    """
+    overrides = manager.overrides(task, config)
+    own = {
+        name: each.model_dump(mode="json", exclude_none=True) for name, each in overrides.items()
+    }
+    later = {"generation": own, "max_pixels": config.max_pixels}
     settings = config.model_dump(
         mode="json", include={"limit", "batch_size", "fewshot", "chat_template", "sampled"}
     )
@@ -271,6 +321,7 @@ def _inputs_of(manager: Tasks, task: str, config: EvalConfig, subject: Subject) 
         "compute": subject.compute,
         "template_arguments": dict(subject.template_arguments),
         **settings,
+        **{key: value for key, value in later.items() if value},
     }
 
 
@@ -320,17 +371,19 @@ def held_out_scores(config: ExperimentConfig) -> Evaluate:
     manager = Tasks.of(during.tasks, config.eval.include)
 
     def evaluate(student: LoadedModel) -> dict[str, dict[str, float]]:
-        lm = ArmLM(student, config.eval.batch_size, "held-out", True, config.eval.sampled)
+        its = config.eval
+        lm = ArmLM(student, its.batch_size, "held-out", True, its.sampled, its.max_pixels)
         found = {}
         for task in during.tasks:
             results = score_task(lm, task, manager, config.eval, during.limit, student.name)
             for leaf, rows in results["samples"].items():
-                whole = results["results"][leaf]  # a corpus-level metric such as F1 is not a mean
+                # of lm-eval's, since a corpus metric such as F1 is no mean
+                whole, first = results["results"][leaf], rows[0]["filter"]
                 found[leaf] = {
-                    metric: whole.get(
-                        f"{metric},none", float(np.mean([r["numbers"][metric] for r in rows]))
-                    )
-                    for metric in rows[0]["numbers"]
+                    metric: whole[key]
+                    for metric in columns_of(rows)
+                    for key in (metric, f"{metric},{first}", f"{metric},none")
+                    if key in whole
                 }
         return found
 
@@ -349,100 +402,175 @@ def _add_task(
     """Writes a task's rows, and adds our entries on them to the results."""
     declared = results["configs"][task].get("metadata") or {}
     chance = declared.pop("chance", None)  # a function that the YAML names
-    kept = _save_images(manager.loaded[task], run, task, config.keep_images, rows)
+    kept = _save_images(
+        manager.loaded[task], run, task, config.keep_images, config.max_pixels, rows
+    )
     pictures = [name for name in merged.get("pictures", ()) if name != task]
     merged["pictures"] = [*pictures, task] if kept else pictures
-    about = _task_entries(rows)
+    about = _task_entries(task, rows, results["metrics"][task], config.metric)
     if chance:
         about["chance"] = chance([row["doc"] for row in rows])
     for key in PER_TASK:
         merged.setdefault(key, {}).pop(task, None)
     for key, value in about.items():
         merged[key][task] = value
+    primary = about.get("primary_metric")
     write_jsonl(
-        run.eval(merged["arm"]) / f"samples_{task}.jsonl", [_sample_row(row, kept) for row in rows]
+        run.eval(merged["arm"]) / f"samples_{task}.jsonl",
+        [_sample_row(row, kept, primary) for row in rows],
     )
 
 
-def _task_entries(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Our entries of results.json on a task's rows: digests, primary metric, extraction failures."""
-    numbers = list(rows[0]["numbers"])
+def _task_entries(
+    task: str,
+    rows: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Mapping[str, Any]],
+    chosen: Mapping[str, str],
+) -> dict[str, Any]:
+    """Our entries of results.json on a task's rows: digests, primary metric, extraction failures, lengths."""
     about: dict[str, Any] = {
         "data_digest": digest_json([row["doc_hash"] for row in rows]),
         "prompt_digest": digest_json([row["prompt_hash"] for row in rows]),
     }
-    if numbers:
-        about["primary_metric"] = numbers[0]
-    else:
-        about["not_compared"] = "its metrics are corpus-level"
+    primary, why = metric_of(task, metrics, columns_of(rows), chosen)
+    about |= {"not_compared": why} if primary is None else {"primary_metric": primary}
+    numbers = list(rows[0]["numbers"])
     if passes := [metric for metric in numbers if metric.startswith("pass@")]:
         about["pass_at"] = passes
     if "extraction_failure" in numbers:
         failures = [row["numbers"]["extraction_failure"] for row in rows]
         about["extraction_failure_fraction"] = float(np.mean(failures))
-    if cut_off := [not r.closed for row in rows for r in row.get("readings") or []]:
-        about["thought_truncated_fraction"] = float(np.mean(cut_off))
+    return about | _length_entries(rows, primary)
+
+
+def _length_entries(rows: Sequence[Mapping[str, Any]], primary: str | None) -> dict[str, Any]:
+    """Lengths of generated answers; of a model that thinks, also the fractions answered, stopped and right."""
+    answers: list[Generated] = [each for row in rows for each in row.get("generated") or ()]
+    if not answers:
+        return {}
+    about: dict[str, Any] = {
+        "mean_tokens": float(np.mean([each.tokens for each in answers])),
+        "truncated_fraction": float(np.mean([each.stop == "length" for each in answers])),
+        "mean_thought_tokens": float(np.mean([each.thought_tokens for each in answers])),
+    }
+    if any(each.reading.thought is not None for each in answers):
+        about["thought_truncated_fraction"] = float(
+            np.mean([not each.reading.closed for each in answers])
+        )
+        right = [row["numbers"].get(primary) for row in rows]
+        scored = all(value is not None and 0 <= value <= 1 for value in right)
+        about["thinking"] = {
+            "answered_fraction": float(np.mean([each.answered for each in answers])),
+            "correct_fraction": float(np.mean(right)) if scored else None,
+            "stopped_fraction": float(np.mean([each.stop != "length" for each in answers])),
+        }
     return about
 
 
-def _sample_row(row: Mapping[str, Any], images: Mapping[int, str]) -> dict[str, Any]:
-    """One row of samples_<task>.jsonl: question, target, completion, scores."""
+def cut_answers(results: Mapping[str, Any]) -> list[str]:
+    """One line per task that cut off more than MANY_CUT of a thinking model's answers, with the remedy."""
+    return [
+        f"{task}: {100 * results['truncated_fraction'][task]:.0f} % of {results['arm']}'s answers were cut off at the "
+        f"largest length, {100 * results['thought_truncated_fraction'][task]:.0f} % within the thought; raise "
+        f"eval.generation.{task}.max_tokens"
+        for task in results.get("thinking", ())
+        if results["truncated_fraction"][task] > MANY_CUT
+    ]
+
+
+def _sample_row(
+    row: Mapping[str, Any], images: Mapping[int, list[str]], primary: str | None
+) -> dict[str, Any]:
+    """One row of samples_<task>.jsonl: question, prompt, target, completion, lengths, scores."""
     doc = row["doc"]
+    scores = {**row["items"], **{name: float(value) for name, value in row["numbers"].items()}}
     return {
         "doc_id": row["doc_id"],
         "doc_hash": row["doc_hash"],
         "prompt_hash": row["prompt_hash"],
         "question": _question_of(row),
+        "prompt": row["prompt"] if "prompt" in row else str(argument(row, 0, 0)),
         "target": str(row["target"]),
         "completion": row["completion"],
-        **_reasoning_columns(row.get("readings")),
-        **{metric: float(value) for metric, value in row["numbers"].items()},
+        **_generated_columns(row, primary),
+        **{name: scores[name] for name in columns_of([row])},
         "group": doc.get("kind"),
         "cluster": doc.get("cluster"),
-        "image": images.get(row["doc_id"]),
+        "images": images.get(row["doc_id"], []),
     }
 
 
-def _reasoning_columns(readings: Sequence[Reading] | None) -> dict[str, Any]:
-    """Columns of a reasoning model: the reasoning, and the fraction of samples cut off within it."""
-    if not readings:
-        return {}
-    thoughts = [reading.thought for reading in readings]
-    return {
-        "thought": thoughts[0] if len(thoughts) == 1 else json.dumps(thoughts),
-        "thought_truncated": float(np.mean([not reading.closed for reading in readings])),
+def _generated_columns(row: Mapping[str, Any], primary: str | None) -> dict[str, Any]:
+    """The reasoning, if any, and LENGTHS: of several samples their means, `stop` and `outcome` JSON lists."""
+    answers: Sequence[Generated] = row.get("generated") or ()
+    if not answers:  # of a run's own rows, what these have
+        return {name: row.get(name) for name in LENGTHS}
+    several = "each" in row
+    scores = row["each"] if several else [row["numbers"]]
+    stops = [its.stop for its in answers]
+    outcomes = [
+        outcome_of(
+            numbers.get(primary), its.stop == "length", numbers.get("extraction_failure", 0) == 1
+        )
+        for its, numbers in zip(answers, scores, strict=False)  # several with `repeats`
+    ]
+    found: dict[str, Any] = {}
+    if any(its.reading.thought is not None for its in answers):
+        thoughts = [its.reading.thought for its in answers]
+        found["thought"] = thoughts[0] if len(thoughts) == 1 else json.dumps(thoughts)
+        cut = [not its.reading.closed for its in answers]
+        found["thought_truncated"] = float(np.mean(cut))
+    found |= {
+        "tokens": float(np.mean([its.tokens for its in answers])),
+        "thought_tokens": float(np.mean([its.thought_tokens for its in answers])),
+        "stop": json.dumps(stops) if len(stops) > 1 else stops[0],
+        "truncated": float(np.mean([stop == "length" for stop in stops])),
     }
+    if several:
+        unclear = None in outcomes
+        return found | {"outcome": None if unclear else json.dumps(outcomes)}
+    whole = {name: int(found[name]) for name in ("tokens", "thought_tokens", "truncated")}
+    return found | (whole if len(stops) == 1 else {}) | {"outcome": outcomes[0]}
 
 
 def _question_of(row: Mapping[str, Any]) -> str:
     """The `question` column of the data, or the prompt where there is none."""
     asked = row["doc"].get("question")
     if asked is None:
-        asked = argument(row, 0, 0)
+        asked = row["prompt"] if "prompt" in row else argument(row, 0, 0)
     return str(asked).replace(PLACEHOLDER, "").strip()
 
 
 def _save_images(
-    task: Any, run: RunFolder, name: str, count: int, rows: Sequence[Mapping[str, Any]]
-) -> dict[int, str]:
-    """Saves the first image of the first questions, shared by all arms; returns {doc_id: path in the run folder}."""
+    task: Any,
+    run: RunFolder,
+    name: str,
+    count: int,
+    max_pixels: int | None,
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[int, list[str]]:
+    """Saves the images of the first questions as they are shown, shared by all arms.
+
+    Returns {doc_id: paths in the run folder}: `<doc_id>.png`, then `<doc_id>-2.png`, ...
+    """
     if task.config.doc_to_image is None:
         return {}
-    kept: dict[int, Path] = {}
+    folder = run.root / "evals" / "images" / name
+    kept: dict[int, list[Path]] = {}
     changed = False
     # not the rows' own questions, in which lm-eval has replaced images by their hashes
     for row, doc in zip(rows[:count], task.eval_docs, strict=False):
-        if own := task.own_image(doc):
-            path = run.root / "evals" / "images" / name / f"{row['doc_id']}.png"
+        for place, picture in enumerate(task.own_image(doc), 1):
+            path = folder / f"{row['doc_id']}{'' if place == 1 else f'-{place}'}.png"
             image = io.BytesIO()
-            own[0].convert("RGB").save(image, "PNG")
+            within_pixels(picture.convert("RGB"), max_pixels).save(image, "PNG")
             # another arm may have saved it already, and be shown with it
             if not path.exists() or path.read_bytes() != image.getvalue():
                 changed = True
                 with whole_file(path) as temporary:
                     temporary.write_bytes(image.getvalue())
-            kept[row["doc_id"]] = path
+            kept.setdefault(row["doc_id"], []).append(path)
     if kept and (changed or not run.checksums.path(f"images/{name}").exists()):
         # with those that rows of other arms show
-        run.checksums.write(f"images/{name}", (run.root / "evals" / "images" / name).glob("*.png"))
-    return {doc_id: run.checksums.name(path) for doc_id, path in kept.items()}
+        run.checksums.write(f"images/{name}", folder.glob("*.png"))
+    return {doc_id: [run.checksums.name(path) for path in paths] for doc_id, paths in kept.items()}

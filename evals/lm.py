@@ -7,6 +7,7 @@ the training sampler. Text and image requests may be mixed in one call.
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -27,7 +28,7 @@ from pydantic import (
     ValidationError,
 )
 
-from vlopd.config.analysis import SampledConfig
+from vlopd.config.analysis import GenerationConfig, SampledConfig
 from vlopd.errors import ConfigError
 from vlopd.models.families import pad_left
 from vlopd.models.loaded import LoadedModel
@@ -87,6 +88,11 @@ class GenerationSettings(BaseModel):
             (n for n in (*names, self.max_completion_tokens) if n is not None), DEFAULT_MAX_GEN_TOKS
         )
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        until = [self.until] if isinstance(self.until, str) else self.until or ()
+        return tuple(stop for stop in until if stop)
+
 
 class Decoding(NamedTuple):
     """Decoding settings of a request."""
@@ -95,13 +101,56 @@ class Decoding(NamedTuple):
     temperature: float
     top_p: float
     top_k: int | None
+    stops: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        asked: GenerationSettings,
+        override: GenerationConfig | None = None,
+        sampled: SampledConfig | None = None,
+    ) -> Decoding:
+        """A task's settings, under those of eval.sampled, under its own of eval.generation."""
+        own = override or GenerationConfig()
+        temperature = asked.temperature or 0.0
+        if asked.do_sample is False:
+            temperature = 0.0
+        elif asked.do_sample and not temperature:
+            temperature = 1.0
+        top_p, top_k = asked.top_p or 1.0, asked.top_k or None
+        if sampled is not None:
+            temperature, top_p, top_k = sampled.temperature, sampled.top_p, sampled.top_k
+        return cls(
+            own.max_tokens or asked.tokens,
+            temperature if own.temperature is None else own.temperature,
+            own.top_p or top_p,
+            own.top_k or top_k,
+            asked.stops if own.stops is None else own.stops,
+        )
+
+
+class Generated(NamedTuple):
+    """One generated answer."""
+
+    reading: Reading
+    tokens: int
+    """Tokens that were generated, thought and end token included."""
+    thought_tokens: int
+    """Tokens of the thought's text, at most `tokens`; 0 without one."""
+    stop: Literal["end", "stop_string", "length"]
+    """What ended it: an end token, a stop string, or the largest number of tokens."""
+
+    @property
+    def answered(self) -> bool:
+        """Whether there is an answer, after a closed thought if there is one."""
+        return self.reading.closed and bool(self.reading.answer.strip())
 
 
 class ArmLM(LM):
     """lm-eval's interface to one loaded model; results do not depend on the batch size in fp32.
 
-    `sampled` overrides the tasks' decoding settings; `draw` numbers the pass, and each question has its own
-    random stream in each pass.
+    `sampled` and, above it, `overrides` (by task) override the tasks' decoding settings; `draw` numbers the pass, and
+    each question has its own random stream in each pass. Pictures larger than `max_pixels` are downscaled.
     """
 
     MULTIMODAL = True  # lm-eval checks this before it sends requests with images
@@ -113,11 +162,14 @@ class ArmLM(LM):
         title: str = "",
         quiet: bool = False,
         sampled: SampledConfig | None = None,
+        max_pixels: int | None = None,
     ):
         super().__init__()
         self.loaded, self.batch_size, self.title, self.quiet = loaded, batch_size, title, quiet
-        self.sampled, self.draw = sampled, 0
-        self.readings: dict[tuple[str, int], list[Reading]] = {}
+        self.sampled, self.draw, self.max_pixels = sampled, 0, max_pixels
+        self.overrides: Mapping[str, GenerationConfig] = {}
+        self.generated: dict[tuple[str, int], list[Generated]] = {}
+        self.largest_picture: dict[str, tuple[int, int]] = {}
         self._device = loaded.device
 
     @property
@@ -147,7 +199,7 @@ class ArmLM(LM):
         """Generates answers, each cut at the first stop string of its request; reasoning is removed, not cut.
 
         Equals lm-eval's own classes with `think_end_token`, except that an answer is empty where the reasoning was cut
-        off. `readings` keeps the reasoning.
+        off. `generated` keeps the reasoning, the lengths and what ended each answer.
         """
         # a task with `repeats` sends the same request several times
         occurrences: Counter[str] = Counter()
@@ -163,13 +215,12 @@ class ArmLM(LM):
             draws = None
             if how.temperature > 0:
                 draws = torch.cat([uniforms(1, how.tokens, "eval", *names[i]) for i in indices])
-            stops = [r.args[1].get("until") or [] for r in batch]
             prompts = self.encode(batch, self.max_length - how.tokens)
 
             def enough(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
                 """Whether generation may stop: a stop string occurred; but blank lines may precede reasoning."""
                 texts = self.decode(ids, mask, prompts)
-                kept = [cut_at_stops(text, stop) for text, stop in zip(texts, stops, strict=True)]
+                kept = [cut_at_stops(text, how.stops) for text in texts]
                 thinks = bool(self.loaded.own_marks)
                 found = [
                     k != t and (bool(k.strip()) or not thinks)
@@ -185,15 +236,34 @@ class ArmLM(LM):
                 uniforms=draws,
                 top_k=how.top_k,
                 top_p=how.top_p,
-                enough=enough if any(stops) else None,
+                enough=enough if how.stops else None,
             )
             readings = self.loaded.read(completions.ids, completions.mask, prompts)
-            for request, reading in zip(batch, readings, strict=True):
+            answers = [cut_at_stops(reading.answer, how.stops) for reading in readings]
+            for k, (request, reading) in enumerate(zip(batch, readings, strict=True)):
                 place = (str(request.task_name), request.doc_id)
-                self.readings.setdefault(place, []).append(reading)
-            return [cut_at_stops(r.answer, stop) for r, stop in zip(readings, stops, strict=True)]
+                cut = answers[k] != reading.answer
+                found = self.generated_row(completions, k, reading, cut)
+                self.generated.setdefault(place, []).append(found)
+            return answers
 
         return self.in_batches(requests, answer, disable_tqdm, key=self.decoding)
+
+    def generated_row(
+        self, completions: Completions, k: int, reading: Reading, cut: bool
+    ) -> Generated:
+        """Row k of the completions; `cut`: whether its answer ended at a stop string."""
+        ids = completions.ids[k][completions.mask[k]].tolist()
+        thought = 0
+        if reading.thought is not None:
+            text = self.loaded.tokenizer(reading.thought, add_special_tokens=False)
+            thought = min(len(text["input_ids"]), len(ids)) if reading.closed else len(ids)
+        if cut:
+            return Generated(reading, len(ids), thought, "stop_string")
+        if ids and ids[-1] in self.loaded.end_ids:
+            return Generated(reading, len(ids), thought, "end")
+        stopped = bool(completions.ended[k])
+        return Generated(reading, len(ids), thought, "stop_string" if stopped else "length")
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -281,19 +351,10 @@ class ArmLM(LM):
         return progress(title=title, total=len(requests), unit=unit, disable=disable or self.quiet)
 
     def decoding(self, request: Instance) -> Decoding:
-        """The decoding settings of a request, or those of `sampled`."""
-        asked = GenerationSettings.parse(str(request.task_name), request.args[1])
-        tokens = asked.tokens
-        if self.sampled is not None:
-            return Decoding(
-                tokens, self.sampled.temperature, self.sampled.top_p, self.sampled.top_k
-            )
-        temperature = asked.temperature or 0.0
-        if asked.do_sample is False:
-            temperature = 0.0
-        elif asked.do_sample and not temperature:
-            temperature = 1.0
-        return Decoding(tokens, temperature, asked.top_p or 1.0, asked.top_k or None)
+        """The decoding settings of a request."""
+        task = str(request.task_name)
+        asked = GenerationSettings.parse(task, request.args[1])
+        return Decoding.of(asked, self.overrides.get(task), self.sampled)
 
     @property
     def prefix_id(self) -> int:
@@ -316,18 +377,27 @@ class ArmLM(LM):
         if longest is not None and longest < 1:
             raise ConfigError(
                 f"task {task} needs more new tokens than {self.loaded.name}'s context of "
-                f"{self.max_length}; lower its max_gen_toks"
+                f"{self.max_length}; lower its max_gen_toks (eval.generation.{task}.max_tokens)"
             )
         texts = [request.args[0] for request in batch]
         if not _has_images(batch[0]):
             return self.prompts([self.text_ids(text)[-(longest or 0) :] for text in texts])
-        prompts = self.loaded.encode(texts, [images_of(request) for request in batch])
+        prompts = self.loaded.encode(texts, [self.pictures(request) for request in batch])
         if longest is not None and prompts.input_ids.shape[1] > longest:
             raise ConfigError(
                 f"task {task}: a prompt with its pictures has {prompts.input_ids.shape[1]} tokens, and "
-                f"{self.loaded.name} has room for {longest}; lower max_gen_toks or the image size"
+                f"{self.loaded.name} has room for {longest}; lower max_gen_toks or the image size (eval.max_pixels)"
             )
         return prompts
+
+    def pictures(self, request: Instance) -> list[Image.Image]:
+        """A request's images within `max_pixels`; the largest of each task is noted."""
+        shown = [within_pixels(image, self.max_pixels) for image in images_of(request)]
+        task = str(request.task_name)
+        for image in shown:
+            largest = self.largest_picture.get(task, (0, 0))
+            self.largest_picture[task] = max(largest, image.size, key=math.prod)
+        return shown
 
     def prompts(self, rows: Sequence[Sequence[int]]) -> Prompts:
         """Token ids -> model inputs, left-padded."""
@@ -396,8 +466,20 @@ def images_of(request: Instance) -> list[Image.Image]:
     return [image.convert("RGB") for image in request.args[2].get("visual") or []]
 
 
-def cut_at_stops(text: str, until: str | Sequence[str]) -> str:
-    for stop in [until] if isinstance(until, str) else until:
-        if stop:
-            text = text.split(stop)[0]
+def within_pixels(image: Image.Image, most: int | None) -> Image.Image:
+    """Downscales an image to at most `most` pixels in area, keeping its shape; returns smaller ones as they are."""
+    width, height = image.size
+    if most is None or width * height <= most:
+        return image
+    scale = math.sqrt(most / (width * height))
+    # a side of 1 leaves the whole area to the other
+    short = max(1, int(min(width, height) * scale))
+    long = max(1, min(int(max(width, height) * scale), most // short))
+    size = (long, short) if width >= height else (short, long)
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def cut_at_stops(text: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        text = text.split(stop)[0]
     return text

@@ -18,8 +18,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import aggregation_registry
 
 from evals.blind import variant_of
+from evals.corpus_metrics import why_not
 from evals.harness import read_scored_rows, samples_of
-from evals.lm import PLACEHOLDER, ArmLM, GenerationSettings
+from evals.lm import PLACEHOLDER, ArmLM, Decoding, GenerationSettings, within_pixels
+from evals.paired_scores import chosen_metric
 from evals.scoring import (
     TASKS,
     Tasks,
@@ -27,12 +29,13 @@ from evals.scoring import (
     digit_target_message,
     is_corpus_metric,
     load_task,
+    metric_facts,
     nearest_hint,
     preserve_random_state,
     unknown_metric,
 )
 from evals.task_columns import VerbatimRows, differs_from_file, empty_cell, unknown_column
-from vlopd.config.analysis import EvalConfig
+from vlopd.config.analysis import EvalConfig, GenerationConfig
 from vlopd.errors import RunError, UserError, first_line
 from vlopd.models import families
 from vlopd.models.loaded import LoadedModel
@@ -55,6 +58,7 @@ def find_problems(config: EvalConfig, models: Mapping[str, LoadedModel]) -> list
         wanted.setdefault(task, during.limit if during else None)
     try:
         manager = Tasks.of(list(wanted), config.include)
+        manager.refuse_unknown_names(config)
     except UserError as error:
         return [str(error)]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -63,11 +67,14 @@ def find_problems(config: EvalConfig, models: Mapping[str, LoadedModel]) -> list
     for task, limit in wanted.items():
         try:
             refuse_text_only(task, manager, models)
+            overrides = manager.overrides(task, config)
             with preserve_random_state():
                 loaded = load_task(manager, task, config.fewshot)["tasks"]
                 for leaf, its in loaded.items():
                     generates |= its.OUTPUT_TYPE == "generate_until"
                     check = TaskCheck(leaf, its, config, limit, manager.task_index[task].yaml_path)
+                    check.override = overrides.get(leaf, overrides.get(task))
+                    check.refuse_unknown_metric()
                     comparable |= check.refuse_bad_rows()
                     for name, model in models.items():
                         check.refuse_unreadable(name, model)
@@ -79,8 +86,8 @@ def find_problems(config: EvalConfig, models: Mapping[str, LoadedModel]) -> list
         )
     if not found and not comparable:
         found.append(
-            f"eval.tasks: no metric of {', '.join(wanted)} is a number per question, so nothing could be "
-            "compared; add a task whose metric_list begins with one"
+            f"eval.tasks: no metric of {', '.join(wanted)} is a number per question or has a known aggregation, so "
+            "nothing could be compared; add a task that has one"
         )
     return found
 
@@ -113,6 +120,7 @@ class TaskCheck:
     def __init__(self, name: str, task: Any, config: EvalConfig, limit: int | None, yaml: Any):
         self.name, self.task, self.config = name, task, config
         self.yaml = yaml
+        self.override: GenerationConfig | None = None
         self.refuse_bad_settings()
         self.docs: list[Any] = list(islice(task.eval_docs, limit))
         split = task.config.test_split or task.config.validation_split
@@ -128,7 +136,8 @@ class TaskCheck:
         """Maximum tokens of an answer; 0 if the task does not generate."""
         if self.task.OUTPUT_TYPE != "generate_until":
             return 0
-        return GenerationSettings.parse(self.name, self.task.config.generation_kwargs).tokens
+        asked = GenerationSettings.parse(self.name, self.task.config.generation_kwargs)
+        return Decoding.of(asked, self.override).tokens
 
     @property
     def compares_target(self) -> bool:
@@ -180,6 +189,15 @@ class TaskCheck:
                     f"{', '.join(task.features)}; {where}"
                 )
 
+    def refuse_unknown_metric(self) -> None:
+        """Raises ConfigError for a metric of eval.metric that the task's own list lacks, if it has no own function."""
+        if self.task.config.process_results is not None:
+            return
+        names = list(self.task.aggregation())
+        filters = [its.name for its in self.task._filters]
+        columns = [*names, *(f"{name},{its}" for its in filters for name in names)]
+        chosen_metric(self.name, {}, columns, self.config.metric)
+
     def refuse_unwritten(self, index: int) -> None:
         """Raises RunError where question, target or choices differ from the data file, or read an empty cell."""
         config, doc = self.task.config, self.docs[index]
@@ -220,9 +238,9 @@ class TaskCheck:
     def refuse_bad_rows(self) -> bool:
         """Raises RunError for invalid targets, mismatched image placeholders and invalid scores.
 
-        Returns whether a metric is a number per question.
+        Returns whether a metric can be compared.
         """
-        comparable = not self.docs or self.task.OUTPUT_TYPE != "loglikelihood_rolling"
+        comparable = True
         for i, text in enumerate(self.texts):
             if i < SHOWN and isinstance(text, str):
                 self.refuse_unmarked_pictures(i, text)
@@ -300,9 +318,9 @@ class TaskCheck:
                 )
 
     def refuse_bad_scores(self, index: int, target: Any) -> bool:
-        """Raises RunError where the target, scored as an answer, gets a score that is not finite or not in [0, 1].
+        """Raises RunError where the target, scored as an answer, gets a score that is not finite.
 
-        Returns whether any score is a number.
+        Returns whether any score can be compared.
         """
         kind = self.task.OUTPUT_TYPE
         answers: list[list[Any]] = [[(-1.0, True)]]
@@ -317,15 +335,10 @@ class TaskCheck:
         for results in answers:
             scores = self.of(index, self.task.process_results, results)
             numbers = {m: float(x) for m, x in scores.items() if not is_corpus_metric(x)}
-            for place, (metric, value) in enumerate(numbers.items()):
+            for metric, value in numbers.items():
                 where = f"its {metric} is {value} for its own target {target!r}"
                 if not math.isfinite(value):
                     raise self.error(index, f"{where}; fix {self.yaml}")
-                if place == 0 and not 0 <= value <= 1:
-                    raise self.error(
-                        index,
-                        f"{where}; compared scores must be in [0, 1]: list such a metric first in {self.yaml}",
-                    )
             if not self.is_in(LM_EVAL):
                 self.refuse_no_sum(numbers)
             best += list(numbers.values())[:1]
@@ -336,7 +349,12 @@ class TaskCheck:
                 index,
                 f"its target {target!r} scores 0 as an answer, so no answer would be right; fix the row",
             )
-        return bool(best)
+        return bool(best) or any(self.is_compared(metric) for metric in scores)
+
+    def is_compared(self, metric: str) -> bool:
+        """Whether a metric without a number per question has an aggregation that is computed again."""
+        facts = metric_facts(self.task, metric, False)
+        return facts["aggregation"] != "mean" and why_not(metric, facts) is None
 
     def refuse_no_sum(self, numbers: Mapping[str, float]) -> None:
         """Raises RunError for a metric that cannot be aggregated."""
@@ -369,7 +387,8 @@ class TaskCheck:
         if limit is not None and self.new_tokens >= limit:
             raise RunError(
                 f"task {self.name} needs up to {self.new_tokens} new tokens (max_gen_toks), but {name} "
-                f"({loaded.name}) has {limit} positions; choose another task or model"
+                f"({loaded.name}) has {limit} positions; choose another task or model, or a smaller "
+                f"eval.generation.{self.name}.max_tokens"
             )
         sample = range(min(FEW, len(self.docs)))
         overhead = 0
@@ -421,7 +440,10 @@ class TaskCheck:
         loaded = lm.loaded
         if not images:
             return len(lm.text_ids(_prompt_text(prompt)))
-        shown = [image.convert("RGB") for image in self.images(index)]  # examples' too
+        most = self.config.max_pixels
+        shown = [
+            within_pixels(image.convert("RGB"), most) for image in self.images(index)
+        ]  # examples' too
         encoded = self.of(
             index,
             lambda _: families.encode(loaded.processor, [prompt], [shown], loaded.sees_images),
@@ -435,7 +457,7 @@ class TaskCheck:
                 index,
                 f"{length} prompt tokens and up to {self.new_tokens} of an answer (max_gen_toks) are "
                 f"{length + self.new_tokens}, but {name} ({loaded.name}) has {limit} positions; choose another task "
-                "or model, or fewer eval.fewshot",
+                f"or model, a smaller eval.generation.{self.name}.max_tokens, or fewer eval.fewshot",
             )
 
 

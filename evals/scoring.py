@@ -6,13 +6,13 @@ lm-eval's own cache is keyed by request alone and would return another model's a
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import logging
 import math
-import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from traceback import walk_tb
@@ -22,7 +22,9 @@ import lm_eval
 import lm_eval.api.task
 import numpy as np
 import torch
-from lm_eval.api.registry import metric_registry
+from lm_eval import evaluator_utils
+from lm_eval.api.metrics import acc_all, acc_all_stderr, mean, mean_stderr
+from lm_eval.api.registry import aggregation_registry, metric_registry
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable, hash_string
@@ -30,8 +32,8 @@ from lm_eval.utils import handle_non_serializable, hash_string
 from evals import blind, stats
 from evals import lm as models
 from evals.lm import ArmLM
-from evals.task_definition import files_of_task
-from vlopd.config.analysis import EvalConfig
+from evals.task_definition import files_of_task, members_of
+from vlopd.config.analysis import EvalConfig, GenerationConfig
 from vlopd.data.images import shorten
 from vlopd.digests import digest_json, file_digest
 from vlopd.errors import ConfigError, RunError, UserError, first_line
@@ -111,6 +113,36 @@ class Tasks(TaskManager):
             blind.apply(task)
         return found
 
+    def overrides(self, task: str, config: EvalConfig) -> dict[str, GenerationConfig]:
+        """{task or member of a group: its overrides in eval.generation}, of those that have any.
+
+        A member's own settings count more than those of the groups that it is in, the innermost first.
+        """
+        found = {}
+        for name, path in members_of(self.task_index, task).items():
+            own = GenerationConfig()
+            for key in (name, *reversed(path), "*"):
+                for each in dict.fromkeys((key, blind.variant_of(key)[0])):
+                    if each in config.generation:
+                        own = own.over(config.generation[each])
+            if own != GenerationConfig():
+                found[name] = own
+        return found
+
+    def refuse_unknown_names(self, config: EvalConfig) -> None:
+        """Raises ConfigError where eval.generation or eval.metric names no task, group or member of the evaluation."""
+        during = config.during.tasks if config.during else ()
+        tasks = (*config.tasks, *during)
+        names = {name for task in tasks for name in members_of(self.task_index, task)}
+        names |= {blind.variant_of(name)[0] for name in names}
+        for key, given in (("generation", {*config.generation} - {"*"}), ("metric", config.metric)):
+            for name in given:
+                if name not in names:
+                    known = names if len(names) < 9 else tasks
+                    raise ConfigError(
+                        f"eval.{key}: {name!r} is no task of this evaluation{nearest_hint(name, names, known)}"
+                    )
+
     def digest(self, task: str) -> str:
         """Digest of a task's files (questions and scoring) and lm-eval's version."""
         files = sorted(files_of_task(self.task_index, task))
@@ -185,34 +217,41 @@ def score_task(
 ) -> dict[str, Any]:
     """lm-eval's results of a model on a task, with one row per question; preserves all random states.
 
-    With `config.sampled` one pass per sample, merged by `_merge_passes`.
+    With `config.sampled` one pass per sample, merged by `_merge_passes`; one where the task generates nothing, or only
+    greedily (eval.generation).
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # lm-eval would start a process pool for closed-form errors
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     templated = config.chat_template
     if templated is None:
         templated = lm.loaded.chat_template is not None
-    passes = []
-    for draw in range(config.sampled.n if config.sampled else 1):
-        lm.draw, lm.readings = draw, {}
+    own = manager.overrides(task, config)
+    passes: list[dict[str, Any]] = []
+    draws = 1
+    while len(passes) < draws:
+        lm.draw, lm.generated, lm.largest_picture = len(passes), {}, {}
         with preserve_random_state():
             loaded = load_task(manager, task, config.fewshot)
+            lm.overrides = {
+                leaf: own.get(leaf, own.get(task, GenerationConfig())) for leaf in loaded["tasks"]
+            }
+            if config.sampled is not None and is_sampled(loaded["tasks"], lm.overrides):
+                draws = config.sampled.n
             # lm-eval's own bar, of the prompts, has neither a name nor a switch
             lm_eval.api.task.tqdm = partial(
                 progress, title=f"{lm.title}: prompts of {task}", leave=False, disable=lm.quiet
             )
             # not simple_evaluate, which queries pip for all package versions, one second per call
             try:
-                results = lm_eval.evaluate(
-                    lm,
-                    loaded,
-                    limit=limit,
-                    apply_chat_template=templated,
-                    fewshot_as_multiturn=templated,
-                    bootstrap_iters=1,  # standard errors are computed in compare.json
-                    log_samples=True,
-                )
+                with closed_form_errors():
+                    results = lm_eval.evaluate(
+                        lm,
+                        loaded,
+                        limit=limit,
+                        apply_chat_template=templated,
+                        fewshot_as_multiturn=templated,
+                        bootstrap_iters=1,  # of which none is made
+                        log_samples=True,
+                    )
             except UserError:
                 raise
             except Exception as error:  # filters, metrics and task files raise arbitrary exceptions
@@ -224,18 +263,114 @@ def score_task(
                 ) from None
         assert results is not None
         results["config"] = {"model": name, "limit": limit, "batch_size": lm.batch_size}
-        for rows in results["samples"].values():
+        for leaf, rows in results["samples"].items():
             for row in rows:
                 row["doc_hash"] = _content_hash(row["doc"])
-        if any(reading.thought is not None for own in lm.readings.values() for reading in own):
-            for leaf, rows in results["samples"].items():
-                for row in rows:
-                    row["readings"] = lm.readings.get((leaf, row["doc_id"]), [])
+                row["generated"] = lm.generated.get((leaf, row["doc_id"]), [])
         passes.append(results)
     for results in passes:
         for leaf, rows in results["samples"].items():
             results["samples"][leaf] = one_row_a_question(leaf, rows)
-    return passes[0] if config.sampled is None else _merge_passes(passes)
+    found = passes[0] if draws == 1 else _merge_passes(passes)
+    found["metrics"] = {
+        leaf: {
+            column: {
+                **metric_facts(loaded["tasks"][leaf], column, draws > 1),
+                "filter": rows[0]["filter"],
+            }
+            for column in columns_of(rows)
+        }
+        for leaf, rows in found["samples"].items()
+    }
+    found["totals"] = {
+        each.name: total
+        for each in loaded["groups"].values()
+        if each.name == task and (total := group_total(each)) is not None
+    }
+    return found
+
+
+@contextmanager
+def closed_form_errors() -> Iterator[None]:
+    """Makes lm-eval give standard errors of means alone, and none by a bootstrap, which compare.json has.
+
+    With 0 iterations it gives neither, with 1 it divides by 0.
+    """
+    original = evaluator_utils.stderr_for_metric
+
+    def error_of(metric: Any, bootstrap_iters: int) -> Any:
+        return {mean: mean_stderr, acc_all: acc_all_stderr}.get(metric)
+
+    evaluator_utils.stderr_for_metric = error_of
+    try:
+        yield
+    finally:
+        evaluator_utils.stderr_for_metric = original
+
+
+def is_sampled(tasks: Mapping[str, Any], overrides: Mapping[str, GenerationConfig]) -> bool:
+    """Whether any of the tasks generates, and not greedily by its eval.generation."""
+    return any(
+        task.OUTPUT_TYPE == "generate_until" and overrides[name].temperature != 0
+        for name, task in tasks.items()
+    )
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The metrics of a task's rows: the first filter's in the order of the task, then those of others, and pass@k."""
+    names = dict.fromkeys(name for row in rows for name in (*row["columns"], *row["numbers"]))
+    return [
+        name
+        for name in names
+        if any(name in row["numbers"] or name in row["items"] for row in rows)
+    ]
+
+
+def metric_facts(task: Any, column: str, sampled: bool) -> dict[str, Any]:
+    """How a metric is aggregated over questions, and whether more is better, as results.json has it.
+
+    The aggregation is lm-eval's name of it or, of a function, `FILE.py:FUNCTION`, the file from the folder of our or
+    lm-eval's package; null if it is neither.
+    """
+    metric = column.partition(",")[0]
+    total = task.aggregation().get(metric, mean)
+    better = task.higher_is_better().get(metric, True)
+    name = name_of_aggregation(total)
+    if sampled and name != "mean":
+        name = None
+    return {"aggregation": name, "higher_is_better": better is not False}
+
+
+@cache
+def metric_aggregations() -> dict[str, Any]:
+    return {str(name): aggregation_registry.get(name) for name in aggregation_registry}
+
+
+def name_of_aggregation(total: Any) -> str | None:
+    for name, each in metric_aggregations().items():
+        if total is each:
+            return name
+    if not inspect.isfunction(total):
+        return None
+    file = Path(total.__code__.co_filename)
+    for package in (TASKS.parents[1], Path(lm_eval.__file__).parents[1]):
+        if file.is_relative_to(package):
+            file = file.relative_to(package)
+    return f"{file.as_posix()}:{total.__name__}"
+
+
+def group_total(group: Any) -> dict[str, Any] | None:
+    """A group's members and how its total is made, as results.json has it; None for a group without a total."""
+    if not group.aggregate_metric_list:
+        return None
+    first = group.aggregate_metric_list[0]
+    members = [task.task_name for task in group.get_all_tasks()]
+    return {
+        "members": list(dict.fromkeys(members)),
+        "metric": first.metric,
+        "filter": first.filter_list[0] if first.filter_list else None,
+        "weight_by_size": bool(first.weight_by_size),
+    }
 
 
 def _content_hash(doc: Any) -> str:
@@ -305,24 +440,30 @@ def unknown_metric(task: str, name: str, yaml: Any) -> str:
     return f"task {task}: no metric {name!r}{nearest_hint(name, metric_registry)}; fix metric_list in {yaml}"
 
 
-def nearest_hint(name: str, known: Iterable[str]) -> str:
+def nearest_hint(name: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:
+    """The nearest known name, or else the `listed` names (all known)."""
     found = difflib.get_close_matches(name, list(known), 1)
-    return f", did you mean {found[0]!r}?" if found else f"; there are {', '.join(sorted(known))}"
+    names = sorted(known if listed is None else listed)
+    return f", did you mean {found[0]!r}?" if found else f"; there are {', '.join(names)}"
 
 
 def one_row_a_question(task: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Joins lm-eval's rows, one per filter: the first filter's metrics by name, others as `metric,filter`.
 
-    Raises RunError with the question for a metric that is NaN, infinite or missing.
+    `numbers` has those that are a number per question, `items` what corpus metrics are computed from. Raises RunError
+    with the question for a metric that is NaN, infinite or missing.
     """
     found: dict[int, dict[str, Any]] = {}
     for row in rows:
-        metrics = _numeric_metrics(task, row)
+        metrics, items = _numeric_metrics(task, row), _corpus_items(row)
         first = found.get(row["doc_id"])
         if first is None:
-            found[row["doc_id"]] = {**row, "completion": _completion_of(row), "numbers": metrics}
+            own = {"numbers": metrics, "items": items, "columns": list(row["metrics"])}
+            found[row["doc_id"]] = {**row, "completion": _completion_of(row), **own}
         else:
+            first["columns"] += [f"{metric},{row['filter']}" for metric in row["metrics"]]
             first["numbers"] |= {f"{m},{row['filter']}": v for m, v in metrics.items()}
+            first["items"] |= {f"{m},{row['filter']}": v for m, v in items.items()}
     joined = [found[doc_id] for doc_id in sorted(found)]
     every = dict.fromkeys(metric for row in joined for metric in row["numbers"])
     for row in joined:
@@ -348,6 +489,24 @@ def _numeric_metrics(task: str, row: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
+def _corpus_items(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's inputs of corpus metrics as JSON values; those that JSON cannot hold are left out."""
+    found = {}
+    for metric in row["metrics"]:
+        if is_corpus_metric(row[metric]):
+            with suppress(TypeError, ValueError):
+                found[metric] = json.loads(
+                    json.dumps(row[metric], default=_plain_number, allow_nan=False)
+                )
+    return found
+
+
+def _plain_number(value: Any) -> Any:
+    if isinstance(value, (np.number, np.ndarray)):
+        return value.tolist()
+    raise TypeError
+
+
 def _question_label(row: Mapping[str, Any]) -> str:
     """A label of a question for messages: its number and first words."""
     asked = row["doc"].get("question") if isinstance(row["doc"], Mapping) else None
@@ -362,7 +521,9 @@ def _merge_passes(passes: Sequence[dict[str, Any]]) -> dict[str, Any]:
         others = [p["samples"][task] for p in passes]
         for row, same in zip(rows, zip(*others, strict=True), strict=True):
             row["completion"] = json.dumps([each["completion"] for each in same])
-            row["readings"] = [reading for each in same for reading in each.get("readings", [])]
+            row["generated"] = [its for each in same for its in each["generated"]]
+            row["items"] = {}  # of one pass each, so no corpus metric is compared
+            row["each"] = [each["numbers"] for each in same]
             primary = next(iter(row["numbers"]), None)
             values = {m: [float(each["numbers"][m]) for each in same] for m in row["numbers"]}
             row["numbers"] = {m: float(np.mean(v)) for m, v in values.items()}
@@ -370,9 +531,14 @@ def _merge_passes(passes: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 right = int(sum(values[primary]))
                 for k in _powers_of_two(n):
                     row["numbers"][f"pass@{k}"] = float(stats.pass_at_k([right], n, k)[0])
-        for metric in rows[0]["numbers"]:
-            mean = float(np.mean([row["numbers"][metric] for row in rows]))
-            first["results"][task][f"{metric},none"] = mean
+        totals = [p["results"][task] for p in passes]
+        for key, value in totals[0].items():
+            if isinstance(value, float):  # also of corpus metrics, which are no means of rows
+                first["results"][task][key] = float(np.mean([each[key] for each in totals]))
+        for k in _powers_of_two(n):
+            if (name := f"pass@{k}") in rows[0]["numbers"]:
+                own = [row["numbers"][name] for row in rows]
+                first["results"][task][f"{name},none"] = float(np.mean(own))
     return first
 
 

@@ -52,6 +52,25 @@ def files_of_task(index: Mapping[str, Any], task: str) -> set[Path]:
     return files
 
 
+def members_of(index: Mapping[str, Any], task: str) -> dict[str, tuple[str, ...]]:
+    """{name: the groups and tags that it is in, the outermost first} of a task and all members of a group or tag."""
+    found: dict[str, tuple[str, ...]] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in found:
+            return
+        found[name] = path
+        entry = index.get(name)
+        if entry is None:
+            return
+        names = _member_names((entry.cfg or {}).get("task"))
+        for member in [*names, *(sorted(entry.tags) if entry.yaml_path is None else ())]:
+            visit(member, (*path, name))
+
+    visit(task, ())
+    return found
+
+
 def _member_names(task: Any) -> list[str]:
     """The names in a group's `task` (a list of names and tables), or a task's own name."""
     named = [task] if isinstance(task, (str, Mapping)) else task or ()

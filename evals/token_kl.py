@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from evals.harness import unchanged_tasks
-from evals.lm import image_parts, images_of
+from evals.lm import Decoding, GenerationSettings, image_parts, images_of, within_pixels
 from evals.scoring import Tasks, load_task, preserve_random_state
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.arms import CheckpointArm, ImportedArm, TeacherArm
@@ -73,8 +73,14 @@ def token_inputs(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[str
     manager = Tasks.of(config.eval.tasks, config.eval.include)
     teachers = {n: teacher_content(run, config, its) for n, its in config.teachers.items()}
     contexts = plugin_content(use for use in config.plugins if use.key.startswith("teacher"))
+    overrides = {
+        name: own.model_dump(mode="json", exclude_none=True)
+        for task in config.eval.tasks
+        for name, own in manager.overrides(task, config.eval).items()
+    }
+    later = {"plugins": contexts, "generation": overrides, "max_pixels": config.eval.max_pixels}
     return {
-        **({"plugins": contexts} if contexts else {}),
+        **{key: value for key, value in later.items() if value},
         "checkpoint": arm_content(run, config, arm),
         "teacher": config.model_dump(mode="json", include={"teacher", "precision"}),
         "files": teachers,
@@ -191,12 +197,15 @@ class PromptRecorder(LM):
         return [0.0] * len(requests)
 
 
-@cache
 def _recorded_prompts(task: str, config: EvalConfig) -> Mapping[str, list[Example]]:
-    """{task or member of a group: its first questions as examples}, for generative tasks only.
+    """{task or member of a group: its first questions as examples}, for generative tasks only."""
+    return _prompts_by_config(task, config.model_dump_json())
 
-    The same for every arm, so cached per process.
-    """
+
+@cache
+def _prompts_by_config(task: str, settings: str) -> Mapping[str, list[Example]]:
+    """`_recorded_prompts`, which are the same for every arm, so cached per process; settings: the config as JSON."""
+    config = EvalConfig.model_validate_json(settings)
     manager = Tasks.of([task], config.include)
     lm = PromptRecorder()
     limit = min(config.keep_images, config.limit or config.keep_images)
@@ -207,14 +216,19 @@ def _recorded_prompts(task: str, config: EvalConfig) -> Mapping[str, list[Exampl
             limit=limit,
             apply_chat_template=True,
             fewshot_as_multiturn=True,
-            bootstrap_iters=1,
+            bootstrap_iters=0,
             log_samples=False,
         )
+    overrides = manager.overrides(task, config)
     found: dict[str, list[Example]] = {}
     for request in lm.asked:
         turns = json.loads(request.args[0])
         messages = tuple({**turn, "content": image_parts(turn["content"])} for turn in turns)
-        fields = {**request.doc, "tokens": request.args[1].get("max_gen_toks", TOKENS)}
-        example = Example(str(request.doc_id), messages, tuple(images_of(request)), fields=fields)
-        found.setdefault(str(request.task_name), []).append(example)
+        name = str(request.task_name)
+        asked = GenerationSettings.parse(name, request.args[1])
+        longest = Decoding.of(asked, overrides.get(name, overrides.get(task))).tokens
+        images = [within_pixels(image, config.max_pixels) for image in images_of(request)]
+        fields = {**request.doc, "tokens": longest}
+        example = Example(str(request.doc_id), messages, tuple(images), fields=fields)
+        found.setdefault(name, []).append(example)
     return found

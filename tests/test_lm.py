@@ -114,5 +114,5 @@ def test_generation_ends_at_stop_strings(make_pair, make_data):
         short = words.generate_until([request("generate_until", asked[0][0], settings)], True)
     finally:
         model.model.base_model.forward = forward
-    assert short == [cut_at_stops(whole[0], stop)]
+    assert short == [cut_at_stops(whole[0], [stop])]
     assert len(steps) <= 16

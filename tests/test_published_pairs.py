@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lm_eval.tasks import TaskManager
 from transformers import AutoConfig
 
+from evals.scoring import Tasks
 from tests.snippets import module_of
 from vlopd.config.input import load_config
 from vlopd.models import families
@@ -106,11 +106,15 @@ def test_the_predicted_memory_and_time_are_those_of_check(path):
     assert "fit" not in computed
 
 
-@pytest.mark.slow
-def test_lm_eval_knows_every_task():
-    """The tasks that the published pairs are scored on exist under these names."""
-    wanted = {task for path in PUBLISHED for task in load_config(path).eval.tasks}
-    assert wanted <= set(TaskManager().all_tasks)
+def test_every_task_of_a_pair_exists():
+    """The tasks that the published pairs are scored on exist under these names; reasoning is averaged over the samples
+    that the papers take."""
+    configs = [load_config(path) for path in PUBLISHED]
+    manager = Tasks.of(sorted({task for config in configs for task in config.eval.tasks}))
+    for config in configs:
+        manager.refuse_unknown_names(config.eval)
+        if "vlopd_aime24" in config.eval.tasks:
+            assert config.eval.sampled.n in (8, 16)
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)

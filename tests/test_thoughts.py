@@ -10,8 +10,9 @@ from lm_eval.api.instance import Instance
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from evals.harness import Subject, evaluate
+from evals.harness import Subject, _length_entries, _sample_row, evaluate
 from evals.lm import ArmLM
+from evals.scoring import Tasks, score_task
 from tests.command import call
 from tests.conftest import recipe_of, tiny_language
 from vlopd.config.analysis import EvalConfig
@@ -256,13 +257,41 @@ def test_a_thought_is_neither_graded_nor_cut(kind, folders, make_data, make_conf
     assert ask(loaded, example)[0] == "blue red yellow"
     answer, lm = ask(loaded, example, until=["red"])
     assert answer == "blue "
-    (reading,) = lm.readings["asked", 0]
-    assert reading.closed and "red 2 green" in reading.thought
+    (found,) = lm.generated["asked", 0]
+    assert found.reading.closed and "red 2 green" in found.reading.thought
+    assert found.stop == "stop_string" and 4 <= found.thought_tokens < found.tokens
     answer, lm = ask(loaded, example, max_gen_toks=3)
-    assert answer == "" and not lm.readings["asked", 0][0].closed
+    (found,) = lm.generated["asked", 0]
+    assert answer == "" and not found.reading.closed and not found.answered
+    assert (found.tokens, found.thought_tokens, found.stop) == (3, 3, "length")
     sampled = loaded.render([example])
     assert loaded.opened_thoughts(sampled) == [THINK]
     assert loaded.decode(completions_of(loaded, "red 2"), sampled) == [""]
+
+
+def test_answers_of_a_thinking_model_are_counted(folders, make_data):
+    """Of a model that never closes its thought, rows and results say that it was cut and answered nothing; of one that
+    does, how long it thought."""
+    loaded = thinking(folders["llm", "student"], "llm", opens=True)
+    example = make_data("llm", 1)[0]
+    config = EvalConfig(tasks=("shapes_text",), generation={"*": {"max_tokens": 12}})
+    manager = Tasks.of(["shapes_text"])
+    for text, answered in (("red 2 green </think> blue", 1), ("red red red", 0)):
+        teach(loaded, example, text)
+        lm = ArmLM(loaded, 2, quiet=True)
+        rows = score_task(lm, "shapes_text", manager, config, 1, "x")["samples"]["shapes_text"]
+        (generated,) = rows[0]["generated"]
+        found = _length_entries(rows, "exact_match")
+        row = _sample_row(rows[0], {}, "exact_match")
+        assert found["mean_tokens"] == row["tokens"] <= 12
+        assert 0 < row["thought_tokens"] <= row["tokens"] and row["thought"]
+        assert found["thinking"]["answered_fraction"] == float(generated.answered) == answered
+        assert (
+            found["thinking"]["stopped_fraction"]
+            == 1 - row["truncated"]
+            == float(generated.stop == "end")
+        )
+        assert found["thinking"]["correct_fraction"] == 0
 
 
 def test_choices_are_not_scored_inside_a_thought(kind, folders):

@@ -56,7 +56,7 @@ def questions(run: RunFolder, task: str, entry: Mapping[str, Any]) -> list[dict[
                 "apart": len(apart) > 1,
                 "question": row["question"],
                 "reference": row["target"],
-                "picture": row["image"],
+                "picture": next(iter(row.get("images") or [row.get("image")]), None),
                 "answers": [
                     {
                         "score": score,

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from evals import harness, preflight
 from evals.compare import compare_arms
+from evals.paired_scores import NOT_METRICS
 from evals.report import figures, tables
 from evals.report.checkpoints import write_comparison_page
 from evals.report.verdict import verdict
@@ -49,7 +50,7 @@ UNUSED = {
     "during": "is of training; a comparison of finished models has none",
 }
 """Fields of the section `eval` that are not settings here, with the reason."""
-READ_BY_COMPARISON = {"confidence", "bootstrap_draws", "margin", "contrasts"}
+READ_BY_COMPARISON = {"confidence", "bootstrap_draws", "margin", "contrasts", "metric"}
 """Fields of the section `eval` that finished evaluations are compared by; the others are of an evaluation."""
 
 
@@ -79,9 +80,10 @@ class Evaluation:
         """One row per task and metric, the compared one first: n, mean, standard_error, low, high over questions."""
         rows = []
         for task, part in self.samples.groupby("task", sort=False):
-            metrics = part.drop(columns=["task", *harness.NOT_METRICS], errors="ignore")
+            metrics = part.drop(columns=["task", *NOT_METRICS], errors="ignore")
             clusters = part.cluster if part.cluster.notna().all() else None
-            for metric in metrics.dropna(axis="columns", how="all"):
+            # items of corpus metrics are lists
+            for metric in metrics.dropna(axis="columns", how="all").select_dtypes("number"):
                 if metrics[metric].between(0, 1).all():
                     found = mean_with_error(metrics[metric], clusters, self.confidence)
                     rows.append({"task": task, "metric": metric, **found.__dict__})
@@ -147,6 +149,7 @@ def evaluate(
     *,
     out: Path | str | None = None,
     compute: Compute = "auto",
+    template: Path | str | None = None,
     **settings: Any,
 ) -> Evaluation:
     """Evaluates one model on lm-eval tasks: built-in, lm-eval's own, or of `include`.
@@ -156,6 +159,7 @@ def evaluate(
         tasks: their names, or one.
         out: folder for evals/NAME/; results there with unchanged inputs are kept. None: a temporary one.
         compute: "fp32", "bf16" or "auto", bf16 on accelerators and on CPUs with AMX.
+        template: chat template of a model without one: a .jinja file, or "plain" for bare text.
         settings: fields of the section `eval` (docs/evaluation.md): limit, batch_size, fewshot, include, ...
 
     Returns an Evaluation. Raises ConfigError for unusable tasks, models and settings, before weights are read.
@@ -164,7 +168,7 @@ def evaluate(
     """
     models = {names_of([model])[0]: model}
     config, run = _config_of(models, tasks, settings), _folder(out)
-    _evaluate_all(run, models, config, compute)
+    _evaluate_all(run, models, config, compute, template)
     return Evaluation(run.root, next(iter(models)), config.confidence)
 
 
@@ -174,6 +178,7 @@ def compare(
     *,
     out: Path | str | None = None,
     compute: Compute = "auto",
+    template: Path | str | Mapping[str, Path | str] | None = None,
     **settings: Any,
 ) -> Comparison:
     """Evaluates models, or imports finished evaluations, and compares the others with the first, paired by question.
@@ -184,6 +189,8 @@ def compare(
         tasks: names of tasks; may be left out where all are evaluations, for the tasks that they share.
         out: folder for evals/NAME/, compare.json and compare.html; evaluations there are reused. None: a temporary one.
         compute: as in `evaluate`.
+        template: chat template (a .jinja file, or "plain") of the models without one; or {name: template}, which
+            replaces that model's own.
         settings: fields of the section `eval` (docs/evaluation.md): limit, confidence, margin, ...
 
     Returns a Comparison. Raises ConfigError for unusable tasks, models and settings, before weights are read.
@@ -212,6 +219,7 @@ def compare(
             key for key in settings if key in EvalConfig.model_fields.keys() - READ_BY_COMPARISON
         ]
         unread = [key for key in unread if key not in UNUSED] + ["compute"] * (compute != "auto")
+        unread += ["template"] * (template is not None)
         if unread:
             raise ConfigError(
                 f"{unread[0]}: is of an evaluation, and all of these are finished; leave it out"
@@ -224,7 +232,7 @@ def compare(
         roles.contrasts(config.contrasts or ())
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    sources = _evaluate_all(run, named, config, compute)
+    sources = _evaluate_all(run, named, config, compute, template)
     content = config.model_dump(mode="json")
     path = compare_arms(run, roles, config, {"config": digest_json(content)}, {})
     record = read_json(path)
@@ -265,7 +273,11 @@ def _config_of(
 
 
 def _evaluate_all(
-    run: RunFolder, models: Mapping[str, Checkpoint], config: EvalConfig, compute: Compute
+    run: RunFolder,
+    models: Mapping[str, Checkpoint],
+    config: EvalConfig,
+    compute: Compute,
+    template: Path | str | Mapping[str, Path | str] | None,
 ) -> dict[str, str]:
     """Evaluates models and imports scores into evals/NAME/; returns {name: path or id}. Checks all before the first.
 
@@ -278,6 +290,7 @@ def _evaluate_all(
     abouts = {name: ModelConfig(model=its) for name, its in sources.items() if name not in scored}
     for about in abouts.values():
         check_unloaded(about)
+    abouts = _with_template(abouts, template)
     if not all((run.eval(name) / "results.json").exists() for name in models):
         _refuse_unready({n: Path(sources[n]) for n in scored}, abouts, config)
     for name, source in sources.items():
@@ -287,6 +300,27 @@ def _evaluate_all(
         subject = _subject(name, abouts[name], resolved, device)
         harness.evaluate(run, subject, config)
     return sources
+
+
+def _with_template(
+    models: Mapping[str, ModelConfig], template: Path | str | Mapping[str, Path | str] | None
+) -> dict[str, ModelConfig]:
+    """The models with a chat template, those without one if it is for all. Raises ConfigError where it reaches none."""
+    if template is None:
+        return dict(models)
+    if not isinstance(template, Mapping):
+        lacking = [n for n, its in models.items() if without_weights(its).chat_template is None]
+        if not lacking:
+            raise ConfigError(
+                f"template: {', '.join(models) or 'none of these'} has one of its own; name the model to replace it: "
+                "{NAME: FILE} (--chat-template NAME=FILE on the command line)"
+            )
+        template = dict.fromkeys(lacking, template)
+    for name in template:
+        if name not in models:
+            raise ConfigError(f"template: no model {name!r}; there are {', '.join(models)}")
+    own = {n: ModelConfig(model=models[n].model, template=str(t)) for n, t in template.items()}
+    return {**models, **own}
 
 
 def _model(checkpoint: Checkpoint) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -84,6 +84,8 @@ def print_artifact(what: str, where: Path, made: bool) -> None:
         say(what, f"{where}{'' if made else ' (up to date)'}")
         if made and where.name == "geometry.csv":
             print_left_out(where.parent)
+        if made and where.name in ("compare.json", "results.json"):
+            print_results(read_json(where))
 
 
 def print_plugin(use: Use) -> None:
@@ -97,6 +99,26 @@ def print_left_out(folder: Path) -> None:
     left_out = read_json(folder / "summary.json")["left_out"]
     if left_out["summary"]:
         say("left out", left_out["summary"], "yellow")
+
+
+def print_results(results: Mapping[str, Any]) -> None:
+    """Prints, of results or a comparison, tasks that are not compared and thinking models' answers that were cut off.
+
+    Each line once per process.
+    """
+    lines = [("not compared", f"{t}: {why}") for t, why in results.get("not_compared", {}).items()]
+    if "thinking" in results:
+        from evals.harness import cut_answers
+
+        lines += [("cut off", line) for line in cut_answers(results)]
+    for line in lines:
+        if line not in _printed:
+            _printed.add(line)
+            say(*line, "yellow")
+
+
+_printed: set[tuple[str, str]] = set()
+"""Lines of `print_results` so far."""
 
 
 def refuse(options: dict[str, Any], remedy: str) -> None:

@@ -23,6 +23,7 @@ from vlopd.cli.common import (
     say,
     settings_of,
 )
+from vlopd.errors import ConfigError
 
 
 def compare(
@@ -52,14 +53,22 @@ def compare(
             help="for models: precision; auto, the default, is bf16 where the device has it"
         ),
     ] = None,
+    templates: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--chat-template",
+            help="for models: .jinja file or `plain`, for those without a chat template; NAME=FILE for one",
+        ),
+    ] = None,
 ) -> None:
     """Compares a run's arms (with recovery), or any models: paired differences with intervals."""
     first, *others = what
     if is_run(first):
         overrides = [*overrides_of(first, others), *(f"eval.{line}" for line in settings or ())]
         refuse(
-            {"--tasks": tasks, "--compute": compute},
-            f"a run has its own; override eval.tasks or precision.compute in `vlopd eval {first}`",
+            {"--tasks": tasks, "--compute": compute, "--chat-template": templates},
+            "a run has its own; override eval.tasks, precision.compute or student.template in "
+            f"`vlopd eval {first}`",
         )
         refuse({"--out": out}, f"the comparison of a run is {first}/compare.json; leave it out")
         folder, config = pipeline.prepare(Path(first), overrides)
@@ -73,7 +82,8 @@ def compare(
         None if tasks is None else tasks.split(","),
         out=out or Path("compared"),
         compute=compute or "auto",
-        **settings_of(settings, ("models", "tasks", "out", "compute")),
+        template=_template_of(templates or []),
+        **settings_of(settings, ("models", "tasks", "out", "compute", "template")),
     )
     if tasks is None:
         say("tasks", f"{', '.join(found.tasks)} (those that all evaluations have)")
@@ -84,16 +94,55 @@ def compare(
     print_artifact("page", found.page, True)
 
 
+def _template_of(words: list[str]) -> str | dict[str, str] | None:
+    """The words of --chat-template: one FILE, or any number of NAME=FILE."""
+    named = dict(word.split("=", 1) for word in words if "=" in word)
+    if len(named) == len(words):
+        return named or None
+    if len(words) > 1:
+        raise ConfigError(
+            f"--chat-template {words[0]}: with several, each needs its model's name, NAME=FILE"
+        )
+    return words[0]
+
+
 def _print_comparison(compared: Mapping[str, Any]) -> None:
     from evals.report.verdict import p_value, percent, points
 
+    folded: dict[str, int] = {}
     for task, entry in compared["tasks"].items():
-        columns = (entry["metric"], "standard error", "difference to the first", "p (Holm)")
+        if entry["group"] is not None:
+            folded[entry["group"]] = folded.get(entry["group"], 0) + 1
+            continue
+        better = "" if entry["higher_is_better"] else " (lower is better)"
+        columns = (
+            f"{entry['metric']}{better}",
+            "standard error",
+            "difference to the first",
+            "p (Holm)",
+        )
+        own = entry["scale"] == "own"
         table = Table(task, *columns)
         first = next(iter(entry["arms"]))
         differences = {its["a"]: its for its in entry["contrasts"] if its["b"] == first}
         for name, its in entry["arms"].items():
             versus = differences.get(name)
-            cells = ("", "") if versus is None else (points(versus), p_value(versus["p_holm"]))
-            table.add_row(name, percent(its["mean"]), percent(its["standard_error"]), *cells)
+            value = _plain if own else percent
+            cells = ("", "")
+            if versus is not None:
+                gap = _plain_difference(versus) if own else points(versus)
+                cells = (gap, p_value(versus["p_holm"]))
+            table.add_row(name, value(its["mean"]), value(its["standard_error"]), *cells)
         console.print(table)
+    for group, count in folded.items():
+        say("not shown", f"the {count} tasks of {group}, which are in compare.json")
+
+
+def _plain(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _plain_difference(difference: Mapping[str, Any]) -> str:
+    """A difference with its interval, in the metric's own unit."""
+    low, high = difference["interval"]
+    return f"{difference['mean']:+.3g} [{low:+.3g}, {high:+.3g}]"

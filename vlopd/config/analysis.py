@@ -114,6 +114,26 @@ class SampledConfig(Section):
     """Top-k sampling: keep the k most likely tokens; null for all."""
 
 
+class GenerationConfig(Section):
+    """Overrides of a task's generation settings; null keeps the task's own."""
+
+    max_tokens: Count | None = None
+    """Largest number of tokens of an answer, thought included."""
+    temperature: Annotated[float, between(0, 100)] | None = None
+    """Sampling temperature, which divides the logits; 0 is greedy, one answer also under `sampled`."""
+    top_p: Share | None = None
+    """Nucleus sampling: keep the smallest set of most likely tokens with this probability mass, a fraction."""
+    top_k: Count | None = None
+    """Top-k sampling: keep the k most likely tokens."""
+    stops: tuple[Annotated[str, Field(min_length=1)], ...] | None = None
+    """Texts that end an answer and are no part of it; an empty list for none."""
+
+    def over(self, other: GenerationConfig) -> GenerationConfig:
+        """These settings, and those of `other` where these are null."""
+        own = self.model_dump(exclude_none=True)
+        return other.model_copy(update=own)
+
+
 class EvalConfig(Section):
     """Evaluation of the arms on lm-eval tasks, and their comparison."""
 
@@ -132,6 +152,15 @@ class EvalConfig(Section):
     """Whether to apply the model's chat template; null: if it has one."""
     sampled: SampledConfig | None = None
     """Sampling of several answers per question; null: greedy decoding, or the task's settings."""
+    generation: dict[str, GenerationConfig] = Field(default_factory=dict)
+    """Overrides of generation settings by task, group or member of a group, "*" for all; a task's own count more than
+    its group's, those more than "*"."""
+    metric: dict[str, str] = Field(default_factory=dict)
+    """The metric on which a task or group is compared, in place of the first that it reports; `metric,filter` for that
+    of another filter."""
+    max_pixels: Count | None = None
+    """Largest area of a picture in pixels: larger ones are downscaled in their shape before the model's processor; null
+    for none."""
     confidence: Part = 0.95
     """Confidence level of all intervals, a fraction."""
     bootstrap_draws: Count = 10_000

@@ -1,0 +1,324 @@
+"""Metrics that are no mean over questions, compared by a paired bootstrap over documents, in their own unit.
+
+Perplexities, F1, the Matthews correlation, BLEU, chrF and TER are functions of sums over documents, so that a resample
+costs one product of its weights with the documents' sums. Other aggregations are called on every resample, of which
+there are fewer (SLOW_DRAWS).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from evals import stats
+from vlopd.errors import RunError, first_line
+
+Array = NDArray[np.float64]
+Sums = tuple[Array, Callable[[Array], Array]]
+"""Each document's sums [n, k], and the metric of summed rows [draws, k] -> [draws]."""
+
+SLOW_DRAWS = 1000
+"""Bootstrap resamples of an aggregation that is called on each."""
+UNITS_PER_BLOCK = 4_000_000
+"""Bootstrap weights per block, to bound memory."""
+FRACTIONS = ("f1", "mean", "median", "nanmean")
+"""lm-eval's aggregations whose values are fractions where all are in [0, 1]."""
+OTHERS = ("matthews_corrcoef", "brier_score", "perplexity", "weighted_perplexity", "bits_per_byte")
+TRANSLATION = ("bleu", "chrf", "chrf++", "ter")
+KNOWN = (*FRACTIONS, *OTHERS, *TRANSLATION)
+
+
+def why_not(column: str, facts: Mapping[str, Any]) -> str | None:
+    """Why a metric cannot be compared, from its entry of results.json; None if it can."""
+    name = facts.get("aggregation")
+    if name is None:
+        return (
+            f"{column} has no number per question, and no aggregation that could be computed again"
+        )
+    if name not in KNOWN and ":" not in name:
+        return f"{column}'s aggregation {name!r} is unknown here"
+    return None
+
+
+@dataclass(frozen=True)
+class CorpusMetric:
+    """A corpus metric: its aggregation as results.json names it, and each document's item, by arm."""
+
+    aggregation: str
+    items: Mapping[str, Sequence[Any]]
+
+    @property
+    def is_slow(self) -> bool:
+        return self.aggregation not in KNOWN
+
+    def values(self, clusters: ArrayLike | None, draws: int, seed: int = 0) -> dict[str, Array]:
+        """{arm: [1 + draws] values: of all documents, then of each resample}; the same resamples for every arm.
+
+        With `clusters`, whole clusters are resampled. Raises RunError where the aggregation fails.
+        """
+        n = len(next(iter(self.items.values())))
+        _, unit = np.unique(np.arange(n) if clusters is None else clusters, return_inverse=True)
+        units = int(unit.max()) + 1
+        made = {arm: self._compiled(items, unit, units) for arm, items in self.items.items()}
+        found: dict[str, list[Array]] = {arm: [of(np.ones((1, units)))] for arm, of in made.items()}
+        rng = np.random.default_rng(seed)
+        draws = min(draws, SLOW_DRAWS) if self.is_slow else draws
+        block = max(1, UNITS_PER_BLOCK // units)
+        for start in range(0, draws, block):
+            size = min(block, draws - start)
+            weights = rng.multinomial(units, np.full(units, 1 / units), size=size).astype(float)
+            for arm, of in made.items():
+                found[arm].append(of(weights))
+        return {arm: np.concatenate(parts) for arm, parts in found.items()}
+
+    def _compiled(
+        self, items: Sequence[Any], unit: NDArray[np.intp], units: int
+    ) -> Callable[[Array], Array]:
+        """The metric of resamples, given how often each unit was drawn [draws, units]."""
+        try:
+            if self.aggregation == "median":
+                return _median(np.asarray(items, dtype=float), unit)
+            if self.is_slow:
+                return _called(load(self.aggregation), items, unit)
+            rows, metric = sums_of(self.aggregation, items)
+        except RunError:
+            raise
+        except Exception as error:  # items of another form
+            raise RunError(f"{self.aggregation} cannot be computed: {first_line(error)}") from None
+        sums = np.zeros((units, rows.shape[1]))
+        np.add.at(sums, unit, rows)
+        return lambda weights: metric(weights @ sums)
+
+
+def sums_of(aggregation: str, items: Sequence[Any]) -> Sums:
+    """The sums of lm-eval's aggregations; its formulas, of which the point value is the same to rounding."""
+    if aggregation in TRANSLATION:
+        return _translation_sums(aggregation, items)
+    if aggregation == "f1":
+        gold, said = (np.asarray(column).astype(float) == 1 for column in zip(*items, strict=True))
+        rows = np.stack([gold & said, gold | said], axis=1).astype(float)
+        # 2 TP / (2 TP + FP + FN); 0 without positives, as in sklearn
+        return rows, lambda s: 2 * s[:, 0] / np.maximum(s[:, 0] + s[:, 1], 1)
+    if aggregation == "matthews_corrcoef":
+        return _matthews_sums(items)
+    if aggregation == "brier_score":
+        gold, said = zip(*items, strict=True)
+        chances = np.asarray(said, dtype=float)
+        errors = ((chances - np.eye(chances.shape[1])[list(gold)]) ** 2).sum(1)
+        return _with_count(errors), _ratio
+    if aggregation in ("weighted_perplexity", "bits_per_byte"):
+        rows = np.asarray(items, dtype=float)  # [log-likelihood, words or bytes]
+        if aggregation == "bits_per_byte":
+            return rows, lambda s: -_ratio(s) / math.log(2)
+        return rows, lambda s: np.exp(-_ratio(s))
+    rows = _with_count(np.asarray(items, dtype=float))
+    return rows, (lambda s: np.exp(-_ratio(s))) if aggregation == "perplexity" else _ratio
+
+
+def _ratio(sums: Array) -> Array:
+    return sums[:, 0] / sums[:, 1]
+
+
+def _with_count(x: Array) -> Array:
+    return np.stack([x, np.ones_like(x)], axis=1)
+
+
+def _matthews_sums(items: Sequence[Any]) -> Sums:
+    """The confusion matrix of (gold, said), flattened; the correlation for any number of classes (Gorodkin 2004)."""
+    _, codes = np.unique(np.asarray(items), return_inverse=True)
+    gold, said = codes.reshape(-1, 2).T
+    k = int(codes.max()) + 1
+    rows = np.zeros((len(gold), k * k))
+    rows[np.arange(len(gold)), gold * k + said] = 1
+
+    def metric(sums: Array) -> Array:
+        confusion = sums.reshape(-1, k, k)
+        total, right = confusion.sum((1, 2)), np.trace(confusion, axis1=1, axis2=2)
+        golds, saids = confusion.sum(2), confusion.sum(1)
+        above = right * total - (golds * saids).sum(1)
+        below = np.sqrt((total**2 - (golds**2).sum(1)) * (total**2 - (saids**2).sum(1)))
+        return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+
+    return rows, metric
+
+
+def _translation_sums(aggregation: str, items: Sequence[Any]) -> Sums:
+    """Sacrebleu's counts of each (reference or references, hypothesis)."""
+    from sacrebleu.metrics import BLEU, CHRF, TER
+
+    scorers: dict[str, Callable[[], Any]] = {
+        "bleu": BLEU,
+        "chrf": CHRF,
+        "chrf++": partial(CHRF, word_order=2),
+        "ter": TER,
+    }
+    scorer = scorers[aggregation]()
+    references = [[ref] if isinstance(ref, str) else list(ref) for ref, _ in items]
+    said = [text if isinstance(text, str) else text[0] for _, text in items]
+    streams = list(zip(*references, strict=True))
+    rows = np.asarray(scorer._extract_corpus_statistics(said, streams), dtype=float)
+    whole = aggregation != "ter"  # counts, which sacrebleu's formulas need as integers
+
+    def metric(sums: Array) -> Array:
+        each = ([round(x) for x in row] if whole else list(row) for row in sums.tolist())
+        return np.array([scorer._compute_score_from_stats(row).score for row in each])
+
+    return rows, metric
+
+
+def _median(x: Array, unit: NDArray[np.intp]) -> Callable[[Array], Array]:
+    """lm-eval's median, the upper one of an even number."""
+    order = np.argsort(x, kind="stable")
+
+    def metric(weights: Array) -> Array:
+        counts = np.cumsum(weights[:, unit[order]], axis=1)
+        return x[order][(counts > counts[:, -1:] // 2).argmax(1)]
+
+    return metric
+
+
+def _called(
+    total: Callable[[list[Any]], float], items: Sequence[Any], unit: NDArray[np.intp]
+) -> Callable[[Array], Array]:
+    """An aggregation called on the list of each resample's items."""
+
+    def metric(weights: Array) -> Array:
+        found = []
+        for row in weights.astype(int):
+            drawn = np.repeat(np.arange(len(items)), row[unit]).tolist()
+            try:
+                found.append(float(total([items[i] for i in drawn])))
+            except Exception as error:  # a task's function; a resample may lack a class
+                raise RunError(
+                    f"its aggregation fails on a resample: {type(error).__name__}: {first_line(error)}"
+                ) from None
+        return np.array(found)
+
+    return metric
+
+
+def load(name: str) -> Callable[[list[Any]], float]:
+    """The function of `FILE.py:FUNCTION` (scoring.name_of_aggregation). Raises RunError where it is not there."""
+    file, _, function = name.rpartition(":")
+    path = Path(file)
+    try:
+        if not path.is_absolute():
+            package = path.parts[0]
+            spec = importlib.util.find_spec(package)
+            assert package in ("evals", "lm_eval") and spec is not None and spec.origin is not None
+            module = importlib.import_module(".".join(path.with_suffix("").parts))
+        else:
+            own = importlib.util.spec_from_file_location(path.stem, path)
+            assert own is not None and own.loader is not None
+            module = importlib.util.module_from_spec(own)
+            own.loader.exec_module(module)
+        return vars(module)[function]
+    except Exception as error:  # imports run a task's code
+        raise RunError(
+            f"its aggregation {name} cannot be loaded: {type(error).__name__}: {first_line(error)}"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------- statistics
+
+
+@dataclass(frozen=True)
+class CorpusStatistics:
+    """Estimates of a corpus metric as JSON values, from its bootstrap values [1 + draws] by arm."""
+
+    metric: CorpusMetric
+    clusters: Sequence[str] | None
+    draws: int
+    confidence: float
+    power: float
+    higher_is_better: bool
+
+    @cached_property
+    def values(self) -> dict[str, Array]:
+        return self.metric.values(self.clusters, self.draws)
+
+    @property
+    def n(self) -> int:
+        return len(next(iter(self.metric.items.values())))
+
+    @property
+    def is_fraction(self) -> bool:
+        """Whether values are shown in percent: F1 and the like, or a task's own aggregation, all in [0, 1]."""
+        name = self.metric.aggregation
+        inside = all(0 <= x[0] <= 1 for x in self.values.values())
+        return (name in FRACTIONS or self.metric.is_slow) and inside
+
+    def estimate(self, x: Array) -> dict[str, Any]:
+        """The value with its bootstrap error and percentile interval."""
+        tail = (1 - self.confidence) / 2
+        low, high = np.quantile(x[1:], [tail, 1 - tail])
+        return {
+            "n": self.n,
+            "mean": float(x[0]),
+            "standard_error": float(x[1:].std(ddof=1)),
+            "interval": [float(low), float(high)],
+        }
+
+    def difference(self, x: Array, y: Array) -> dict[str, Any]:
+        """x - y with its interval, and the two-sided bootstrap p of no difference (Davison and Hinkley 1997, ch. 4)."""
+        drawn = x[1:] - y[1:]
+        below, above = (drawn <= 0).sum() + 1, (drawn >= 0).sum() + 1
+        p = min(1.0, 2 * float(min(below, above)) / (len(drawn) + 1))
+        return {**self.estimate(x - y), "p": p}
+
+    def contrast(self, name: str, a: Any, b: Any, x: Array, y: Array) -> dict[str, Any]:
+        found = self.difference(x, y)
+        effect = stats.minimum_detectable_effect(
+            found["standard_error"], 1, self.power, 1 - self.confidence
+        )
+        return {
+            "name": name,
+            "a": a,
+            "b": b,
+            **found,
+            "bootstrap": found["interval"],
+            "test": "paired_bootstrap",
+            "draws": len(x) - 1,
+            "minimum_detectable_effect": effect,
+        }
+
+    def recovery(self, sub: Array, base: Array, full: Array) -> dict[str, Any]:
+        """(sub - base) / (full - base) with a percentile interval; flagged where full's gain is not established."""
+        gains, parts = full - base, sub - base
+        tail = (1 - self.confidence) / 2
+        low, high = np.quantile(
+            gains[1:] if self.higher_is_better else -gains[1:], [tail, 1 - tail]
+        )
+        if gains[0] == 0 or high < 0:
+            status = "undefined" if gains[0] == 0 else "negative"
+            return {"value": None, "interval": None, "status": status}
+        interval: list[float | None] = [
+            None,
+            None,
+        ]  # the ratio has no bounds where the gain may be 0
+        if low > 0:
+            known = gains[1:] != 0
+            ratios = parts[1:][known] / gains[1:][known]
+            interval = [float(x) for x in np.quantile(ratios, [tail, 1 - tail])]
+        status = "ok" if low > 0 else "weak"
+        return {"value": float(parts[0] / gains[0]), "interval": interval, "status": status}
+
+    def non_inferiority(self, x: Array, y: Array, margin: float) -> dict[str, Any]:
+        """Whether x is worse than y by less than `margin`, by the bootstrap; of metrics shown in percent alone."""
+        worse = (y - x if self.higher_is_better else x - y)[1:]
+        level = (1 - self.confidence) / 2
+        p = float((worse >= margin).sum() + 1) / (len(worse) + 1)
+        found = {"margin": margin, "low": -float(np.quantile(worse, 1 - level))}
+        if not self.is_fraction:
+            why = "the margin is in units of a score in [0, 1]"
+            return {**found, "p": None, "holds": False, "why": why}
+        return {**found, "p": p, "holds": p <= level, "why": None}
