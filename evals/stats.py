@@ -254,8 +254,8 @@ def seed_difference(
 ) -> SeedDifference:
     """Mean over seeds of a minus that of b, from scores [seeds of a, n] and [seeds of b, n].
 
-    The variance is that over questions of the difference of the seeds' means plus those of the two groups' means over
-    seeds, with Satterthwaite's degrees of freedom (Welch's t, and one more term). Question noise that differs by seed is
+    The variance is that over questions of the difference of the seeds' means plus those of both groups' means over
+    seeds, with Satterthwaite's degrees of freedom (Welch's t, and one more term). Question noise of each seed is
     in both, so that without noise between seeds the interval is conservative.
     """
     both = [np.asarray(x, dtype=np.float64) for x in (a, b)]
