@@ -187,11 +187,11 @@ def sign_flip(sums: ArrayLike, seed: int = 0) -> float:
             rng = np.random.default_rng(seed)
             flipped = (2 * rng.binomial(counts, 0.5, size=(FLIPS, len(counts))) - counts) @ sizes
             return float((1 + np.sum(np.abs(flipped) >= observed)) / (1 + FLIPS))
-        heads = np.arange(count + 1)
+        heads: Scores = np.arange(count + 1.0)
         totals = np.round(np.add.outer(totals, size * (2 * heads - count)).ravel(), 9)
         chances = np.multiply.outer(chances, stats.binom.pmf(heads, count, 0.5)).ravel()
         totals, where = np.unique(totals, return_inverse=True)
-        chances = np.bincount(where, chances)
+        chances = np.bincount(where, weights=chances)
     return min(1.0, float(chances[np.abs(totals) >= observed].sum()))
 
 
