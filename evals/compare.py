@@ -267,12 +267,10 @@ def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> di
     for arm in scores:
         entries[arm] = {"role": roles.of[arm], **statistics.arm(scores[arm], arm)}
         entries[arm]["by_group"] = statistics.by_group(scores[arm])
-        further = {name: statistics.mean(of[arm]) for name, of in answers.further.items()}
-        of_samples = {name for name in further if name.startswith("pass@")}
-        entries[arm]["pass_at"] = {
-            name: further.pop(name) for name in sorted(of_samples, key=_k_of)
-        }
-        entries[arm]["further"] = further
+        others = {name: statistics.mean(of[arm]) for name, of in answers.further.items()}
+        pass_at = {name: its for name, its in others.items() if name.startswith("pass@")}
+        further = {name: its for name, its in others.items() if name not in pass_at}
+        entries[arm] |= {"pass_at": pass_at, "further": further}
         entries[arm]["gap_closed"] = (
             statistics.recovery(scores[arm], scores[base], scores[teacher])
             if base and teacher

@@ -155,17 +155,12 @@ def paired_difference(
     p: unclustered 0/1 scores are tested by exact McNemar, others by flipping the signs of the units' differences.
     Interval: Tango's (`tango`) for 0/1 scores, and for scores in [0, 1] with few differences; else Student's t.
     """
+    found, _, _ = _compared(a, b, clusters, confidence, weights)
     a, b = _as_scores(a), _as_scores(b)
-    if a.shape != b.shape:
-        raise ValueError(f"paired scores need the same questions; got {len(a)} and {len(b)}")
-    d, w = a - b, _as_weights(weights, len(a))
-    mean = float(np.mean(w * d))
-    error, units = standard_error(d, clusters, w)
-    low, high = _interval_of(_score_test(a, b, clusters, weights), mean, error, units, confidence)
-    sums = w * d if clusters is None else _cluster_sums(w * d, clusters)
-    p = sign_flip(sums)
+    d = _as_weights(weights, len(a)) * (a - b)
+    p = sign_flip(d if clusters is None else _cluster_sums(d, clusters))
     exact = clusters is None and weights is None and _is_binary(a) and _is_binary(b)
-    return Difference(len(d), mean, error, low, high, p, "mcnemar" if exact else "sign_flip")
+    return Difference(**found.__dict__, p=p, test="mcnemar" if exact else "sign_flip")
 
 
 def sign_flip(sums: ArrayLike, seed: int = 0) -> float:
@@ -187,11 +182,11 @@ def sign_flip(sums: ArrayLike, seed: int = 0) -> float:
             rng = np.random.default_rng(seed)
             flipped = (2 * rng.binomial(counts, 0.5, size=(FLIPS, len(counts))) - counts) @ sizes
             return float((1 + np.sum(np.abs(flipped) >= observed)) / (1 + FLIPS))
-        heads: Scores = np.arange(count + 1.0)
+        heads = np.arange(count + 1)
         totals = np.round(np.add.outer(totals, size * (2 * heads - count)).ravel(), 9)
         chances = np.multiply.outer(chances, stats.binom.pmf(heads, count, 0.5)).ravel()
         totals, where = np.unique(totals, return_inverse=True)
-        chances = np.bincount(where, weights=chances)
+        chances = np.bincount(where, weights=chances).astype(np.float64)
     return min(1.0, float(chances[np.abs(totals) >= observed].sum()))
 
 
@@ -210,12 +205,10 @@ def non_inferiority(
     discordant, the exact upper limit of the fraction of losing clusters must exclude the margin too.
     `low` is the lower end of the difference's interval.
     """
-    found = paired_difference(a, b, clusters, confidence, weights)
+    found, test, units = _compared(a, b, clusters, confidence, weights)
     a, b = _as_scores(a), _as_scores(b)
     w = _as_weights(weights, len(a))
     level = (1 - confidence) / 2
-    _, units = standard_error(a - b, clusters, w)
-    test = _score_test(a, b, clusters, weights)
     distance = found.mean + margin
     if units < 2:
         p = 1.0
@@ -265,8 +258,9 @@ def seed_difference(
     ):
         raise ValueError("scores of seeds must be [seeds, questions], of the same questions")
     w = _as_weights(weights, both[0].shape[1])
-    questions = paired_difference(both[0].mean(0), both[1].mean(0), clusters, confidence, weights)
-    of_questions = max(standard_error(w, clusters)[1] - 1, 1)
+    of_a, of_b = both[0].mean(0), both[1].mean(0)
+    questions, _, units = _compared(of_a, of_b, clusters, confidence, weights)
+    of_questions = max(units - 1, 1)
     # (variance, degrees of freedom); equal answers have no error, but an interval
     quantile = float(stats.t.ppf((1 + confidence) / 2, of_questions))
     guarded = (questions.high - questions.low) / 2 / quantile
@@ -386,6 +380,25 @@ class _ScoreTest:
 
     def z(self, difference: float) -> float:
         return _tango_z(self.wins, self.losses, self.n, difference)
+
+
+def _compared(
+    a: ArrayLike,
+    b: ArrayLike,
+    clusters: ArrayLike | None,
+    confidence: float,
+    weights: ArrayLike | None,
+) -> tuple[Estimate, _ScoreTest | None, int]:
+    """The mean of a - b with its error and interval, the test that the interval inverts, and the number of units."""
+    a, b = _as_scores(a), _as_scores(b)
+    if a.shape != b.shape:
+        raise ValueError(f"paired scores need the same questions; got {len(a)} and {len(b)}")
+    d, w = a - b, _as_weights(weights, len(a))
+    mean = float(np.mean(w * d))
+    error, units = standard_error(d, clusters, w)
+    test = _score_test(a, b, clusters, weights)
+    low, high = _interval_of(test, mean, error, units, confidence)
+    return Estimate(len(d), mean, error, low, high), test, units
 
 
 def _score_test(

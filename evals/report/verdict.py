@@ -371,12 +371,9 @@ def _equals(p: float | None) -> str:
 
 def _p_values(difference: Entry) -> str:
     """The p of a contrast with the corrected p, or that there is none."""
-    if difference["exploratory"]:
-        note = "exploratory, uncorrected"
-    else:
-        note = f"{p_value(difference['p_holm'])} after Holm"
-    is_same = not difference["exploratory"] and difference["p_holm"] == difference["p"]
-    return f"p {_equals(difference['p'])}" + ("" if is_same else f" ({note})")
+    p, corrected = difference["p"], difference["p_holm"]
+    note = "exploratory, uncorrected" if corrected is None else f"{p_value(corrected)} after Holm"
+    return f"p {_equals(p)}" + ("" if corrected == p else f" ({note})")
 
 
 def _rank(group: Entry) -> str:
