@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from scipy.optimize import brentq
-from scipy.special import comb
+from scipy.special import comb, stdtrit
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
@@ -30,8 +30,8 @@ FEW_UNITS = 10
 clustered score test alone does not establish non-inferiority."""
 FLIPS = 20_000
 """Random sign flips, where the exact distribution is too large."""
-SUPPORT = 4_000_000
-"""Values of the exact sign-flip distribution beyond which it is sampled, to bound memory."""
+SUPPORT = 50_000
+"""Values of the exact sign-flip distribution beyond which it is sampled, to bound time."""
 BLOCK = 2_000_000
 """Bootstrap weights per block, to bound memory."""
 
@@ -178,7 +178,7 @@ def sign_flip(sums: ArrayLike, seed: int = 0) -> float:
     totals: Scores = np.zeros(1)
     chances: Scores = np.ones(1)
     for size, count in zip(sizes, counts, strict=True):
-        if len(totals) * (count + 1) > SUPPORT:
+        if len(totals) > SUPPORT:
             rng = np.random.default_rng(seed)
             flipped = (2 * rng.binomial(counts, 0.5, size=(FLIPS, len(counts))) - counts) @ sizes
             return float((1 + np.sum(np.abs(flipped) >= observed)) / (1 + FLIPS))
@@ -262,7 +262,7 @@ def seed_difference(
     questions, _, units = _compared(of_a, of_b, clusters, confidence, weights)
     of_questions = max(units - 1, 1)
     # (variance, degrees of freedom); equal answers have no error, but an interval
-    quantile = float(stats.t.ppf((1 + confidence) / 2, of_questions))
+    quantile = _quantile(confidence, of_questions)
     guarded = (questions.high - questions.low) / 2 / quantile
     parts = [(max(guarded, questions.standard_error) ** 2, of_questions)]
     deviations = []
@@ -273,7 +273,7 @@ def seed_difference(
             parts.append((deviations[-1] ** 2 / count, count - 1))
     variance = sum(part for part, _ in parts)
     df = variance**2 / sum(part**2 / of for part, of in parts) if variance else 1.0
-    half = float(stats.t.ppf((1 + confidence) / 2, df) * math.sqrt(variance))
+    half = _quantile(confidence, df) * math.sqrt(variance)
     mean = questions.mean
     return SeedDifference(len(both[0]), len(both[1]), mean, mean - half, mean + half, *deviations)
 
@@ -330,7 +330,7 @@ def recovery(
     covariance, units = _covariance(sub, base, full, clusters, w)
     if units < 2 or whole == 0:
         return Recovery(None, None, None, "undefined")
-    squared = float(stats.t.ppf((1 + confidence) / 2, units - 1)) ** 2
+    squared = _quantile(confidence, units - 1) ** 2
     # roots of (part - r whole)^2 = t^2 Var(part - r whole), as leading r^2 - 2 middle r + last = 0
     leading = whole**2 - squared * covariance[1, 1]
     middle = part * whole - squared * covariance[0, 1]
@@ -440,7 +440,7 @@ def _interval_of(
     """The differences that the score test does not reject, or Student's t interval without one."""
     if test is None:
         return _t_interval(mean, error, units, confidence)
-    quantile = float(stats.t.ppf((1 + confidence) / 2, test.df))
+    quantile = _quantile(confidence, test.df)
     edge = 1 - 1e-12
 
     def end(sign: int) -> float:
@@ -473,7 +473,7 @@ def _cluster_size(clusters: ArrayLike | None, w: Scores) -> float:
 
 
 def _wilson(mean: float, n: float, df: float, confidence: float) -> tuple[float, float]:
-    quantile = stats.t.ppf((1 + confidence) / 2, df)
+    quantile = _quantile(confidence, df)
     low, high = proportion_confint(mean * n, n, alpha=2 * stats.norm.sf(quantile), method="wilson")
     return float(low), float(high)
 
@@ -574,8 +574,13 @@ def standard_error(
     return float(np.sqrt(units / (units - 1) * np.sum(deviations**2)) / len(x)), units
 
 
+def _quantile(confidence: float, df: float) -> float:
+    """The two-sided quantile of Student's t, of the normal for infinite df; scipy.stats' takes 60 times as long."""
+    return float(stdtrit(df, (1 + confidence) / 2))
+
+
 def _t_interval(mean: float, error: float, units: int, confidence: float) -> tuple[float, float]:
     if units < 2:
         return float("nan"), float("nan")
-    half = stats.t.ppf((1 + confidence) / 2, units - 1) * error
+    half = _quantile(confidence, units - 1) * error
     return float(mean - half), float(mean + half)

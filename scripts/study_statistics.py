@@ -170,7 +170,7 @@ def cells() -> Iterator[Cell]:
     for n in (40, 100, 500):
         for sizes in ("1", "2", "5", "2-5"):
             for wins, losses in (one_sided, rare, often):
-                for rho in (0.3, 0.95) if sizes != "1" else (0.0,):
+                for rho in {"1": (0.0,), "5": (0.95,)}.get(sizes, (0.3, 0.95)):
                     words = f"{n} | {sizes} | {wins:g}, {losses:g} | {rho:g}"
                     run = partial(differences, n=n, sizes=sizes, wins=wins, losses=losses, rho=rho)
                     yield Cell("differences", words, run)
