@@ -30,7 +30,7 @@ UNESTABLISHED = "not distinguishable at this number of questions"
 
 def verdict(record: Entry) -> list[str]:
     """compare.json as sentences, task by task; scores in percent, differences in percentage points."""
-    if "family" not in record:
+    if "arms" not in record or "family" not in record:
         return ["No comparison, or one of an older version: run `vlopd compare RUN`."]
     sentences = []
     shown = {task: entry for task, entry in record["tasks"].items() if not entry["group"]}
