@@ -240,6 +240,25 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
             print(f"| {row['setting']} | {' | '.join(shown)} |")
 
 
+def print_summary(rows: list[dict[str, Any]]) -> None:
+    """One Markdown table of ranges over the cells of a study and cluster size, in percent."""
+    print("| study | cluster size | cells | coverage | non-inferior at the margin | p below 0.05 |")
+    print("|---|---|---|---|---|---|")
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["study"] not in ("seeds", "recovery"):
+            sizes = row["setting"].split(" | ")[1].replace("1", "none")
+            groups.setdefault((row["study"], sizes), []).append(row)
+
+    def range_of(own: list[dict[str, Any]], name: str) -> str:
+        values = [100 * row[name] for row in own if name in row]
+        return f"{min(values):.1f} to {max(values):.1f}" if values else ""
+
+    for (study, sizes), own in groups.items():
+        shown = [range_of(own, name) for name in ("coverage", "non_inferior", "p_below_0.05")]
+        print(f"| {study} | {sizes} | {len(own)} | {' | '.join(shown)} |")
+
+
 def main() -> None:
     """Runs the missing cells and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -260,7 +279,9 @@ def main() -> None:
             done[row["study"] + row["setting"]] = row
             out.write(json.dumps(row) + "\n")
             out.flush()
-    print_tables([done[cell.study + cell.setting] for cell in every])
+    rows = [done[cell.study + cell.setting] for cell in every]
+    print_summary(rows)
+    print_tables(rows)
 
 
 if __name__ == "__main__":
