@@ -1,6 +1,6 @@
 """Coverage of the intervals and error rates of the tests of evals/stats.py, over simulated experiments.
 
-    python scripts/study_statistics.py                       # 10,000 experiments a cell: half an hour on 2 shared cores
+    python scripts/study_statistics.py                       # 10,000 experiments a cell: a quarter of an hour on 2 cores
     python scripts/study_statistics.py --experiments 500     # a quick run
 
 Finished cells are kept in --out (one JSON line each) and not run again, so that the study can be interrupted. Prints
