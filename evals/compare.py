@@ -1,17 +1,18 @@
 """Compares the arms of a run, paired by question: evals/*/ -> compare.json.
 
-Scores are in [0, 1], higher is better. Intervals are over questions; where several arms differ only in the training
-seed, `seeds` has intervals over both.
+Intervals are over questions; where several arms differ only in the training seed, or several controls only in the
+mask's, `seeds` has intervals over both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import norm
 
 from evals import stats
 from evals.corpus_metrics import CorpusStatistics
@@ -38,14 +39,26 @@ ROLE_CONTRASTS: tuple[tuple[Role, Role], ...] = (
     *(("other", "full"), ("other", "base")),
 )
 """Contrasts made by default, as pairs of roles."""
+QUESTIONS: frozenset[tuple[Role, Role]] = frozenset(
+    {
+        *(("teacher", "base"), ("full", "base"), ("subnetwork", "full"), ("subnetwork", "base")),
+        *(("variant", "full"), ("transplant", "full"), ("projection", "full")),
+        *(("other", "full"), ("other", "base")),
+    }
+)
+"""Those that answer the question of their roles: with each arm's pooled controls the default family."""
+QUESTIONS_WITHOUT_FULL: frozenset[tuple[Role, Role]] = frozenset(
+    {("variant", "base"), ("projection", "base")}
+)
+"""More of them, where no arm is full."""
 SEED_CONTRASTS: tuple[tuple[Role, Role], ...] = (
     ("full", "base"),
     ("subnetwork", "full"),
     ("subnetwork", "base"),
     ("subnetwork", "control"),
 )
-"""Contrasts also made over training seeds, where there are several."""
-FORMAT = 2
+"""Contrasts also made over seeds, where there are several."""
+FORMAT = 3
 """Version of compare.json; another version is made again."""
 
 
@@ -108,9 +121,11 @@ def _comparison(
     if not tasks:
         why = "; ".join(f"{task}: {reason}" for task, reason in not_compared.items())
         raise RunError(f"nothing can be compared ({why}); add a task with per-question scores")
+    family = _decide(tasks, roles, config)
     return {
         "confidence": config.confidence,
         "margin": config.margin,
+        "family": family,
         "declared_contrasts": config.contrasts and list(config.contrasts),
         "sampled": config.sampled and config.sampled.model_dump(mode="json"),
         "other_base": {arm: its for arm in arms if (its := results[arm].get("other_base"))},
@@ -196,7 +211,8 @@ def _compare_corpus(answers: PairedScores, roles: Roles, config: EvalConfig) -> 
     controls = []
     sign = 1 if answers.higher_is_better else -1
     for group in roles.controls:
-        contrasts += [contrast(group.arm, other) for other in group.arms]
+        if len(group.arms) > 1:  # else the mean is the one control
+            contrasts += [contrast(group.arm, other) for other in group.arms]
         name = f"{group.arm} - {group.kind} (mean of {len(group.arms)})"
         contrasts.append(difference := contrast(group.arm, group.arms, name))
         means = [float(values[other][0]) for other in group.arms]
@@ -214,7 +230,6 @@ def _compare_corpus(answers: PairedScores, roles: Roles, config: EvalConfig) -> 
     given = {(its["a"], its["b"]) for its in contrasts}
     declared = roles.contrasts(config.contrasts or ())
     contrasts += [contrast(a, b) for a, b in declared if (a, b) not in given]
-    _adjust_p_values(contrasts, set(declared))
     key = controls[0]["difference"] if controls else next(iter(contrasts), None)
     entries = {
         name: {
@@ -250,15 +265,12 @@ def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> di
     statistics = TaskStatistics(answers, config, base, full)
     entries = {}
     for arm in scores:
-        entries[arm] = {"role": roles.of[arm], **statistics.arm(scores[arm], arm == full)}
+        entries[arm] = {"role": roles.of[arm], **statistics.arm(scores[arm], arm)}
         entries[arm]["by_group"] = statistics.by_group(scores[arm])
-        entries[arm]["pass_at"] = {
-            name: estimate_to_json(
-                stats.mean_with_error(by_arm[arm], answers.clusters, config.confidence)
-            )
-            for name, by_arm in answers.further.items()
-            if name.startswith("pass@")
-        }
+        others = {name: statistics.mean(of[arm]) for name, of in answers.further.items()}
+        pass_at = {name: its for name, its in others.items() if name.startswith("pass@")}
+        further = {name: its for name, its in others.items() if name not in pass_at}
+        entries[arm] |= {"pass_at": pass_at, "further": further}
         entries[arm]["gap_closed"] = (
             statistics.recovery(scores[arm], scores[base], scores[teacher])
             if base and teacher
@@ -268,7 +280,7 @@ def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> di
     def contrast(a: str, b: str | tuple[str, ...], name: str = "") -> dict[str, Any]:
         entry = statistics.contrast(name or f"{a} - {b}", a, b, scores[a], _mean_scores(scores, b))
         if full and roles.of[a] == "subnetwork" and b == full:
-            entry["non_inferiority"] = statistics.non_inferiority(a, full)
+            entry["non_inferiority"] = statistics.non_inferiority(scores[a], scores[b])
         return entry
 
     contrasts = [
@@ -279,12 +291,13 @@ def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> di
     ]
     controls = []
     for group in roles.controls:
-        contrasts += [contrast(group.arm, other) for other in group.arms]
+        if len(group.arms) > 1:  # else the mean is the one control
+            contrasts += [contrast(group.arm, other) for other in group.arms]
         name = f"{group.arm} - {group.kind} (mean of {len(group.arms)})"
         difference = contrast(group.arm, group.arms, name)
         contrasts.append(difference)
         pooled = _mean_scores(scores, group.arms)
-        means = [float(scores[other].mean()) for other in group.arms]
+        means = [entries[other]["mean"] for other in group.arms]
         controls.append(
             {
                 **group._asdict(),
@@ -293,14 +306,13 @@ def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> di
                     "sd_between_arms": float(np.std(means, ddof=1)) if len(means) > 1 else None,
                 },
                 "difference": difference,
-                **stats.rank_among(float(scores[group.arm].mean()), means).__dict__,
+                **stats.rank_among(entries[group.arm]["mean"], means).__dict__,
             }
         )
     contrasts += [contrast(its.of, its.arm) for its in roles.unpooled]
     given = {(its["a"], its["b"]) for its in contrasts}
     declared = roles.contrasts(config.contrasts or ())
     contrasts += [contrast(a, b) for a, b in declared if (a, b) not in given]
-    _adjust_p_values(contrasts, set(declared))
     key = controls[0]["difference"] if controls else next(iter(contrasts), None)
     return {
         "metric": answers.metric,
@@ -316,16 +328,58 @@ def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> di
     }
 
 
-def _adjust_p_values(
-    contrasts: Sequence[dict[str, Any]], declared: Collection[tuple[Any, Any]]
-) -> None:
-    """Sets Holm's p over the declared contrasts, or over all if none is declared; null outside the family."""
-    for contrast in contrasts:
-        contrast["declared"] = (contrast["a"], contrast["b"]) in declared
-        contrast["p_holm"] = None
-    family = [contrast for contrast in contrasts if contrast["declared"] or not declared]
-    for contrast, p in zip(family, stats.holm([c["p"] for c in family]), strict=True):
-        contrast["p_holm"] = p
+def _decide(
+    tasks: Mapping[str, dict[str, Any]], roles: Roles, config: EvalConfig
+) -> dict[str, Any]:
+    """Sets p_holm, direction and exploratory of every contrast, and flags weak recoveries; returns the family.
+
+    The family is the declared contrasts, or by default those that answer the questions of the roles, in all tasks that
+    no group's total stands for. Holm's correction is over it; a contrast outside has a null p_holm and is exploratory.
+    """
+    declared = set(roles.contrasts(config.contrasts or ()))
+    questions = QUESTIONS if roles.first("full") else QUESTIONS | QUESTIONS_WITHOUT_FULL
+    family = []
+    for entry in tasks.values():
+        for its in entry["contrasts"]:
+            its["declared"] = (its["a"], its["b"]) in declared
+            of_roles = not isinstance(its["b"], str) or (
+                (roles.of[its["a"]], roles.of[its["b"]]) in questions
+            )
+            its["p_holm"] = None
+            if entry["in_family"] and (its["declared"] if declared else of_roles):
+                family.append(its)
+    for its, p in zip(family, stats.holm([its["p"] for its in family]), strict=True):
+        its["p_holm"] = p
+    for entry in tasks.values():
+        for its in entry["contrasts"]:
+            its["exploratory"] = its["p_holm"] is None
+            p = its["p"] if its["exploratory"] else its["p_holm"]
+            sides = {1.0: "above", -1.0: "below"}
+            is_found = p <= 1 - config.confidence
+            its["direction"] = sides.get(float(np.sign(its["mean"]))) if is_found else None
+        _flag_recoveries(entry, roles)
+    return {
+        "name": "declared contrasts" if declared else "default contrasts",
+        "correction": "holm",
+        "tests": len(family),
+        "tasks": [task for task, entry in tasks.items() if entry["in_family"]],
+    }
+
+
+def _flag_recoveries(entry: dict[str, Any], roles: Roles) -> None:
+    """Flags recoveries as weak where the decided p does not establish the gain that they are fractions of."""
+    better = "above" if entry["higher_is_better"] else "below"
+    established = {
+        its["a"] for its in entry["contrasts"]
+        if its["b"] == roles.first("base") and its["direction"] == better
+    }  # fmt: skip
+    arms = [*entry["arms"].values(), *(group["pooled"] for group in entry["controls"])]
+    flagged = [] if roles.first("full") in established else [its["recovery"] for its in arms]
+    if roles.first("teacher") not in established:
+        flagged += [its["gap_closed"] for its in entry["arms"].values()]
+    for found in flagged:
+        if found and found["status"] == "ok":
+            found["status"] = "weak"
 
 
 def _mean_scores(scores: Mapping[str, Scores], arms: str | Sequence[str]) -> Scores:
@@ -359,14 +413,22 @@ def _contrasts_over_seeds(
                 found = stats.seed_difference(
                     [answers.scores[arm] for arm in a],
                     [answers.scores[arm] for arm in b],
-                    config.bootstrap_draws,
-                    confidence=config.confidence,
-                    clusters=answers.clusters,
+                    config.confidence,
+                    answers.clusters,
+                    answers.weights,
                 )
                 entry = dict(found.__dict__)
                 entry["interval"] = [entry.pop("low"), entry.pop("high")]
                 name = f"{a[0]} - {kinds[b] if below == 'control' else b[0]}"
-                rows.append({"name": name, "a": list(a), "b": list(b), **entry})
+                seeds_of_b = "mask seeds" if below == "control" else "training seeds"
+                levels = {
+                    side: of if len(arms) > 1 else "one arm"
+                    for side, arms, of in (("a", a, "training seeds"), ("b", b, seeds_of_b))
+                }
+                # a base has no training noise to be sampled
+                varied = [len(a) > 1, levels["b"] == "training seeds" or below == "base"]
+                its = {"levels": levels, "two_level": all(varied)}
+                rows.append({"name": name, "a": list(a), "b": list(b), **its, **entry})
     return rows
 
 
@@ -379,17 +441,29 @@ class TaskStatistics:
     base: str | None
     full: str | None
 
-    def arm(self, x: Scores, is_full: bool = False) -> dict[str, Any]:
-        """An arm's mean, difference to full, and recovery of full's gain over the base."""
-        confidence, scores = self.config.confidence, self.answers.scores
-        entry = estimate_to_json(stats.mean_with_error(x, self.answers.clusters, confidence))
+    @property
+    def _given(self) -> dict[str, Any]:
+        """What every statistic of the task's questions depends on."""
+        answers, confidence = self.answers, self.config.confidence
+        return {
+            "clusters": answers.clusters,
+            "confidence": confidence,
+            "weights": answers.weights,
+        }
+
+    def mean(self, x: Scores) -> dict[str, Any]:
+        return estimate_to_json(stats.mean_with_error(x, **self._given))
+
+    def arm(self, x: Scores, name: str | None = None) -> dict[str, Any]:
+        """An arm's mean, difference to full, and recovery of full's gain over the base; `name`: None if pooled."""
+        scores = self.answers.scores
         to_full: dict[str, Any] | None = None
         regained: dict[str, Any] = {
             "value": None,
             "interval": None,
             "status": "no base or full arm",
         }
-        if is_full:  # the reference itself
+        if name is not None and name == self.full:  # the reference itself
             to_full = {"mean": 0.0, "standard_error": 0.0, "interval": [0.0, 0.0]}
             to_full["mcnemar_p"] = 1.0
         elif self.full:
@@ -398,7 +472,10 @@ class TaskStatistics:
             to_full["mcnemar_p"] = difference.p if difference.test == "mcnemar" else None
         if self.base and self.full:
             regained = self.recovery(x, scores[self.base], scores[self.full])
-        return {**entry, "difference_to_full": to_full, "recovery": regained}
+            if name in (self.base, self.full) and regained["value"] is not None:
+                fixed = float(name == self.full)  # by definition
+                regained |= {"value": fixed, "interval": [fixed, fixed]}
+        return {**self.mean(x), "difference_to_full": to_full, "recovery": regained}
 
     def by_group(self, x: Scores) -> dict[str, Any]:
         """Mean and error within each question kind; empty if questions have none."""
@@ -412,14 +489,11 @@ class TaskStatistics:
         return found
 
     def contrast(self, name: str, a: Any, b: Any, x: Scores, y: Scores) -> dict[str, Any]:
-        difference = self.difference(x, y)
-        # from the standard error, which accounts for clustering
-        effect = stats.minimum_detectable_effect(
-            difference.standard_error, 1, POWER, 1 - self.config.confidence
-        )
-        low, high = stats.paired_bootstrap(
-            x, y, self.config.bootstrap_draws, 0, self.config.confidence, self.answers.clusters
-        )
+        difference, confidence = self.difference(x, y), self.config.confidence
+        # from the interval, which accounts for clusters and few discordant questions
+        error = (difference.high - difference.low) / 2 / float(norm.ppf((1 + confidence) / 2))
+        effect = stats.minimum_detectable_effect(error, 1, POWER, 1 - confidence)
+        low, high = stats.paired_bootstrap(x, y, self.config.bootstrap_draws, **self._given)
         entry = {
             "name": name,
             "a": a,
@@ -429,22 +503,14 @@ class TaskStatistics:
         }
         return {**entry, "test": difference.test, "minimum_detectable_effect": effect}
 
-    def non_inferiority(self, arm: str, full: str) -> dict[str, Any]:
-        scores, config = self.answers.scores, self.config
-        found = stats.non_inferiority(
-            scores[arm], scores[full], config.margin, self.answers.clusters, config.confidence
-        )
-        return dict(found.__dict__)
+    def non_inferiority(self, x: Scores, y: Scores) -> dict[str, Any]:
+        return dict(stats.non_inferiority(x, y, self.config.margin, **self._given).__dict__)
 
     def difference(self, x: Scores, y: Scores) -> stats.Difference:
-        confidence = self.config.confidence
-        return stats.paired_difference(x, y, self.answers.clusters, confidence)
+        return stats.paired_difference(x, y, **self._given)
 
     def recovery(self, sub: Scores, base: Scores, full: Scores) -> dict[str, Any]:
-        config = self.config
-        found = stats.recovery(
-            sub, base, full, config.bootstrap_draws, 0, config.confidence, self.answers.clusters
-        )
+        found = stats.recovery(sub, base, full, **self._given)
         interval = None if found.value is None else [found.low, found.high]
         return {"value": found.value, "interval": interval, "status": found.status}
 

@@ -1,5 +1,6 @@
 """Checkpoints outside of a run: geometry and comparison as functions and commands, their pages, what a path is not."""
 
+import html
 import re
 import shutil
 from pathlib import Path
@@ -134,7 +135,9 @@ def test_scores_are_compared_as_models_are(place, tmp_path, monkeypatch, capsys)
     assert any(line.startswith("teacher minus student: ") for line in direct.verdict)
     assert isinstance(direct.plot(), Figure) and "<table" in direct._repr_html_()
     page = direct.page.read_text()
-    assert all(line in page for line in direct.verdict) and not re.search(r"https?://|src=", page)
+    assert all(line in html.unescape(page) for line in direct.verdict) and not re.search(
+        r"https?://|src=", page
+    )
 
 
 def test_an_evaluation_as_a_function(place):

@@ -272,10 +272,11 @@ def test_an_interval_that_is_not_there():
     entry = estimate_to_json(found)
     assert np.isnan(entry["interval"]).all()
     for bounds in (entry["interval"], [None, None]):
-        its = {**entry, "interval": bounds, "non_inferiority": {"margin": 0.05, "holds": False, "p": None,
-                                                                "low": bounds[0]}}  # fmt: skip
+        tested = {"margin": 0.05, "holds": False, "p": None, "low": bounds[0], "why": None}
+        its = {**entry, "interval": bounds, "non_inferiority": tested}
         assert points(its) == "+0.0 pp" and "nan" not in non_inferiority_text(its)
-        task = {"arms": {}, "contrasts": [], "n": 2, "minimum_detectable_effect": bounds[0],
+        task = {"arms": {}, "contrasts": [], "n": 2, "scale": "fraction", "higher_is_better": True,
+                "minimum_detectable_effect": bounds[0],
                 "minimum_detectable_effect_of": "a - b"}  # fmt: skip
         assert TaskSentences(task, {}).limits() == []
     assert p_value(float("nan")) == p_value(None) == "-"

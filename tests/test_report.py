@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageDraw
 
-from evals.compare import compare
+from evals.compare import _decide, compare
 from evals.report.build import build_report
-from evals.report.verdict import verdict
+from evals.report.verdict import TaskSentences, _rank, verdict
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.errors import RunError
 from vlopd.files import read_json, read_jsonl, write_json, write_jsonl
@@ -283,7 +283,18 @@ def test_random_controls_are_pooled_and_ranked(compared):
     assert control["pooled"]["mean"] == pytest.approx(mean)
     names = [contrast["name"] for contrast in task["contrasts"]]
     assert {"subnetwork - random-0", "full - base", "transplant - full"} <= set(names)
-    assert all(contrast["p"] <= contrast["p_holm"] <= 1 for contrast in task["contrasts"])
+    assert (control["rank"], control["tied"]) == (1, 0)
+    decided = {c["name"]: c for c in task["contrasts"] if not c["exploratory"]}
+    assert set(decided) == {
+        *("full - base", "teacher - base", "subnetwork - full", "subnetwork - base"),
+        *("transplant - full", "subnetwork - random (mean of 3)"),
+    }
+    assert compared[2]["family"]["tests"] == len(decided)
+    for contrast in task["contrasts"]:
+        p, corrected = contrast["p"], contrast["p_holm"]
+        assert corrected is None if contrast["exploratory"] else p <= corrected <= 1
+        found = "above" if contrast["mean"] > 0 else "below"
+        assert contrast["direction"] == (found if (corrected or p) <= 0.05 else None)
 
 
 def test_row_order_does_not_matter(spoilable):
@@ -453,6 +464,10 @@ def test_the_verdict_is_what_the_numbers_say(compared):
     assert f"80 % power to detect a difference of {effect:.1f} pp" in text
     seeds = {its["name"]: its for its in task["seeds"]}
     assert seeds["subnetwork - random"]["seeds_b"] == 3
+    assert seeds["subnetwork - random"]["levels"] == {"a": "one arm", "b": "mask seeds"}
+    assert "Over mask seeds as well as questions, subnetwork - random (1 and 3 arms): +" in text
+    lacking = "the training noise of subnetwork (one training seed) and the controls is not in the"
+    assert lacking in text and "Over training seeds" not in text
 
 
 def test_declared_contrasts_are_the_family_of_holm(spoilable):
@@ -468,6 +483,53 @@ def test_declared_contrasts_are_the_family_of_holm(spoilable):
     for wrong, message in (("full", '"arm - arm"'), ("full - nope", "nope")):
         with pytest.raises(ValueError, match=message):
             make_config(eval={"contrasts": [wrong]})
+
+
+def test_words_follow_the_corrected_p(compared):
+    """Only a contrast that p after correction decides is called distinguishable; an interval without zero beside a
+    corrected p above 0.05 is not established, and outside the family the words say so. The family spans the tasks."""
+    task = compared[2]["tasks"]["shapes"]
+    found = dict(mean=0.05, interval=[0.003, 0.097], p=0.04, p_holm=0.12, direction=None)
+    sentences = TaskSentences(task, compared[2]["arms"])
+    assert sentences.finding({**found, "exploratory": False}) == (
+        "+5.0 pp [+0.3, +9.7], p = 0.04 (0.12 after Holm): not established after correction"
+    )
+    decided = {**found, "p_holm": 0.045, "direction": "above", "exploratory": False}
+    assert sentences.finding(decided).endswith(": distinguishably better")
+    outside = {**found, "p_holm": None, "direction": "above", "exploratory": True}
+    assert sentences.finding(outside).endswith("p = 0.04 (exploratory, uncorrected): better")
+    low_is_good = TaskSentences(
+        {**task, "higher_is_better": False, "scale": "own"}, compared[2]["arms"]
+    )
+    assert low_is_good.finding({**decided, "mean": 1.5}).startswith(
+        "+1.5 [+0.003, +0.097], p = 0.04"
+    )
+    assert low_is_good.finding(decided).endswith("distinguishably worse")
+    config = make_config().eval
+    contrasts = [{"a": "full", "b": "base", "p": p, "mean": 0.1} for p in (0.01, 0.02, 0.03, 0.001)]
+    entries = {
+        str(i): {"contrasts": [its], "in_family": i < 3, "higher_is_better": True, "arms": {}, "controls": []}
+        for i, its in enumerate(contrasts)
+    }  # fmt: skip
+    family = _decide(entries, make_config().roles, config)
+    assert (family["tests"], family["tasks"]) == (3, ["0", "1", "2"])
+    assert [its["p_holm"] for its in contrasts] == [pytest.approx(0.03), 0.04, 0.04, None]
+    assert [its["exploratory"] for its in contrasts] == [False] * 3 + [True]
+
+
+def test_variants_alone_are_compared_with_the_base(tmp_path, monkeypatch):
+    """Where no arm is full, each variant has a sentence against the base and a place in the family; equal arms are
+    tied with their controls in words."""
+    arms = {"base": {"type": "base"}}
+    for name in ("jsd", "k1"):
+        arms[name] = {"type": "distill", "seed": 0, "role": "variant", "loss": {"type": name}}
+    config = make_config(arms=arms, masks={}, geometry={"arms": []}, eval={"bootstrap_draws": 200})
+    _, record = invented(tmp_path / "run", config, monkeypatch, jsd=0.9, k1=0.6)
+    assert record["family"]["tests"] == 2
+    lines = verdict(record)
+    assert any(line.startswith("jsd minus base: +") and "after Holm" in line for line in lines)
+    tied = {"rank": 4, "of": 4, "tied": 3}
+    assert _rank(tied) == "1 to 4 of 4, tied with 3" and _rank({**tied, "tied": 0}) == "4 of 4"
 
 
 def with_arms(**arms) -> dict:
@@ -539,6 +601,8 @@ def test_controls_that_differ_in_more_than_the_mask_are_not_averaged(tmp_path, m
     means = [task["arms"][arm]["mean"] for arm in random["arms"]]
     assert random["pooled"]["mean"] == pytest.approx(np.mean(means))
     assert low["difference"]["name"] == "subnetwork - low-magnitude (mean of 1)"
+    of_low = [c["name"] for c in task["contrasts"] if "low" in c["b"] and c["a"] == "subnetwork"]
+    assert of_low == [low["difference"]["name"]]  # the mean of one is the one: one test
     differs = "optim.learning_rate 1e-06 -> 0.0003"
     assert record["not_pooled"] == [
         {"arm": "random-1", "of": "subnetwork", "differences": [differs]}
@@ -608,6 +672,8 @@ def test_replicates_are_taken_as_a_sample_of_seeds(tmp_path):
     }
     assert (seeds["full - base"]["seeds_a"], seeds["full - base"]["seeds_b"]) == (2, 1)
     assert seeds["full - base"]["sd_a"] > 0 and seeds["full - base"]["sd_b"] is None
+    assert seeds["full - base"]["levels"] == {"a": "training seeds", "b": "one arm"}
+    assert seeds["full - base"]["two_level"] and not seeds["subnetwork - full"]["two_level"]
     text = build_report(run, config).read_text()
     table = pd.read_csv(run.report / "tables/held_out.csv").iloc[0]
     assert (table.final, table.peak, table.peak_step) == (0.8, 0.9, 20)

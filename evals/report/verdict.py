@@ -25,16 +25,18 @@ MATCH_PHRASES = {
 """Description of random control masks, by their `match`."""
 COVERED = {("full", "base"), ("subnetwork", "full"), ("replicate", "full"), ("other", "base")}
 """Contrasts, as pairs of roles, that have dedicated sentences."""
+UNESTABLISHED = "not distinguishable at this number of questions"
 
 
 def verdict(record: Entry) -> list[str]:
     """compare.json as sentences, task by task; scores in percent, differences in percentage points."""
-    if "arms" not in record:
+    if "arms" not in record or "family" not in record:
         return ["No comparison, or one of an older version: run `vlopd compare RUN`."]
     sentences = []
-    for task, entry in record["tasks"].items():
+    shown = {task: entry for task, entry in record["tasks"].items() if not entry["group"]}
+    for task, entry in shown.items():  # a group's total stands for its tasks
         task_sentences = TaskSentences(entry, record["arms"])
-        prefix = f"{task}: " if len(record["tasks"]) > 1 else ""
+        prefix = f"{task}: " if len(shown) > 1 else ""
         retrained = task_sentences.retrained()
         # the main result first, then the results it depends on
         lines = [*retrained[:1], *task_sentences.full_training(), *retrained[1:]]
@@ -63,6 +65,12 @@ def verdict(record: Entry) -> list[str]:
             "another base checkpoint."
         )
     sentences.append(f"Intervals are {100 * record['confidence']:g} % over questions; {noise}.")
+    if record["family"]["tests"] > 1:
+        tasks = f" in {len(record['family']['tasks'])} tasks" if len(shown) > 1 else ""
+        sentences.append(
+            f"Differences are called distinguishable by p after Holm's correction over {record['family']['tests']} "
+            f"{record['family']['name']}{tasks}."
+        )
     return sentences
 
 
@@ -82,6 +90,10 @@ class TaskSentences:
         self.base, self.teacher, self.full = map(self.first, ("base", "teacher", "full"))
         self.gain = self.contrast(self.full, self.base)
         self.name = full_name(about)
+        self.scale: str = task["scale"]
+        self.up, self.down = (
+            ("better", "worse") if task["higher_is_better"] else ("worse", "better")
+        )
 
     def full_training(self) -> list[str]:
         """Full against base and teacher, and its replicates."""
@@ -90,22 +102,29 @@ class TaskSentences:
         name = self.name[0].upper() + self.name[1:]
         if full and base and teacher:
             between = (
-                f"between base ({percent(self.arms[base]['mean'])}) "
-                f"and teacher ({percent(self.arms[teacher]['mean'])})"
+                f"between base ({self.percent(self.arms[base]['mean'])}) "
+                f"and teacher ({self.percent(self.arms[teacher]['mean'])})"
             )
             gap = self.task["gap_closed"]
             if gap["status"] == "ok":
                 lines.append(f"{name} closes {share(gap)} of the gap {between}.")
             else:
                 lines.append(
-                    f"The teacher is not distinguishably better than the base: there is no gap {between} to close."
+                    f"The teacher is not distinguishably better than the base: there is no established gap {between} "
+                    "to close."
                 )
         if gain and full:
             lines.append(
-                f"{name} scores {percent(self.arms[full]['mean'])}: {points(gain)} against the "
-                f"base, {_direction(gain, 'above', 'below')}."
+                f"{name} scores {self.percent(self.arms[full]['mean'])}: {self.points(gain)} against the "
+                f"base, {_p_values(gain)}: {_direction(gain, 'above', 'below')}."
             )
-            if self.arms[full]["recovery"]["status"] != "ok":
+            status = self.arms[full]["recovery"]["status"]
+            if status == "weak":
+                lines.append(
+                    "That gain is not established, so every recovery of it is weak: its (Fieller) interval may be "
+                    "unbounded, and if it were reported only after a significant gain, it would be biased towards 0."
+                )
+            elif status != "ok":
                 lines.append("Without a gain over the base, recovery is undefined for every arm.")
         chance = (self.task.get("chance") or {}).get("all")
         if base and chance is not None and self.arms[base]["interval"][0] is not None:
@@ -117,7 +136,9 @@ class TaskSentences:
                 )
         for arm in self._with_role("replicate"):
             if contrast := self.contrast(arm, full):
-                lines.append(f"{name} repeated as {arm} differs from {full} by {points(contrast)}.")
+                lines.append(
+                    f"{name} repeated as {arm} differs from {full} by {self.points(contrast)}."
+                )
         return lines
 
     def retrained(self) -> list[str]:
@@ -129,57 +150,76 @@ class TaskSentences:
             if recovered["status"] == "ok":
                 line = f"{name} recovers {share(recovered)} of {possessive(self.name)} gain"
             else:
-                line = f"{name} scores {percent(self.arms[arm]['mean'])}"
+                line = f"{name} scores {self.percent(self.arms[arm]['mean'])}"
+                if recovered["status"] == "weak":
+                    line += f" (weak recovery: {share(recovered)})"
             for group in self.controls(arm):
                 masks = MATCH_PHRASES.get(group["match"], f"{group['kind']} masks")
                 its = group["pooled"]
                 value = (
-                    share(its["recovery"]) if recovered["status"] == "ok" else percent(its["mean"])
+                    share(its["recovery"])
+                    if recovered["status"] == "ok"
+                    else self.percent(its["mean"])
                 )
                 line += f"; {masks} {value} ({_mean_of(group['arms'])})"
             lines.append(line + ".")
             for group in self.controls(arm):
-                difference = group["difference"]
-                line = (
-                    f"{_sentence_start(arm)} minus {group['kind']}: {points(difference)}, "
-                    f"{_p_values(difference)}: {_direction(difference, 'better', 'worse')}."
-                )
+                line = f"{_sentence_start(arm)} minus {group['kind']}: {self.finding(group['difference'])}."
                 if group["match"]:  # draws of one rule, among which a rank is meaningful
                     line += (
-                        f" Among its {len(group['arms'])} random controls it ranks {group['rank']} "
-                        f"of {group['of']}; over mask seeds no p below "
-                        f"{group['smallest_possible_p']:.2g} is possible."
+                        f" Among its {len(group['arms'])} random controls it ranks {_rank(group)}; over mask seeds "
+                        f"no p below {group['smallest_possible_p']:.2g} is possible."
                     )
                 lines.append(line)
             if difference := self.contrast(arm, self.full):
                 lines.append(
-                    f"{_sentence_start(arm)} minus full: {points(difference)}, "
-                    f"{_direction(difference, 'better', 'worse')}; {non_inferiority_text(difference)}."
+                    f"{_sentence_start(arm)} minus full: {self.finding(difference)}; "
+                    f"{non_inferiority_text(difference)}."
                 )
-        for its in self.task["seeds"]:
-            lines.append(
-                f"Over seeds as well as questions, {its['name']} ({its['seeds_a']} and {its['seeds_b']} arms): "
-                f"{points(its)}."
-            )
-        return lines
+        return lines + [self.over_seeds(its) for its in self.task["seeds"]]
+
+    def over_seeds(self, its: Entry) -> str:
+        """A difference over seeds, with the kinds of seed that it is over and the training noise that it lacks."""
+        levels = its["levels"]
+        kinds = dict.fromkeys(level for level in levels.values() if level != "one arm")
+        line = (
+            f"Over {' and '.join(kinds)} as well as questions, {its['name']} ({its['seeds_a']} and {its['seeds_b']} "
+            f"arms): {self.points(its)}"
+        )
+        if its["two_level"]:
+            return line + "."
+        lacking = [
+            "the controls"
+            if levels[side] == "mask seeds"
+            else f"{its[side][0]} (one training seed)"
+            for side in ("a", "b")
+            if levels[side] != "training seeds" and self.arms[its[side][0]]["role"] != "base"
+        ]
+        return f"{line}; the training noise of {' and '.join(lacking)} is not in the interval."
 
     def others(self) -> list[str]:
-        """External models and imported scores."""
-        return [
-            f"{c['a']} minus {c['b']}: {points(c)}, {_direction(c, 'better', 'worse')}."
-            for c in self.task["contrasts"]
-            if c["a"] in self._with_role("other")
-        ]
+        """External models and imported scores, and variants and projections of the default family."""
+        lines = []
+        for its in self.task["contrasts"]:
+            role = self.arms[its["a"]]["role"]
+            in_family = role in ("variant", "projection") and not its["exploratory"]
+            if (role == "other" or in_family) and not self._is_declared(its):
+                lines.append(f"{its['a']} minus {its['b']}: {self.finding(its)}.")
+        return lines
 
     def declared(self) -> list[str]:
         """Declared contrasts without a dedicated sentence."""
         return [
-            f"{c['a']} minus {c['b']}: {points(c)}, {_p_values(c)}: {_direction(c, 'better', 'worse')}."
-            for c in self.task["contrasts"]
-            if c["declared"]
-            and isinstance(c["b"], str)
-            and (self.arms[c["a"]]["role"], self.arms[c["b"]]["role"]) not in COVERED
+            f"{its['a']} minus {its['b']}: {self.finding(its)}."
+            for its in self.task["contrasts"]
+            if self._is_declared(its)
         ]
+
+    def _is_declared(self, contrast: Entry) -> bool:
+        """Whether a contrast between two arms is declared, and none of those that have a dedicated sentence."""
+        a, b = contrast["a"], contrast["b"]
+        covered = isinstance(b, str) and (self.arms[a]["role"], self.arms[b]["role"]) in COVERED
+        return contrast["declared"] and isinstance(b, str) and not covered
 
     def transplants(self) -> list[str]:
         """The base plus the delta on the mask, without retraining."""
@@ -193,14 +233,12 @@ class TaskSentences:
             if recovered["status"] == "ok":
                 line += f"recovers {share(recovered)}"
             else:
-                line += f"scores {percent(self.arms[arm]['mean'])}"
-            lines.append(line + (f", {points(to_full)} against full." if to_full else "."))
+                line += f"scores {self.percent(self.arms[arm]['mean'])}"
+            lines.append(line + (f", {self.points(to_full)} against full." if to_full else "."))
             for group in self.controls(arm):
-                difference = group["difference"]
                 lines.append(
                     f"{_sentence_start(arm)} minus transplants on {group['kind']} masks "
-                    f"({_mean_of(group['arms'])}): {points(difference)}, "
-                    f"{_direction(difference, 'better', 'worse')}."
+                    f"({_mean_of(group['arms'])}): {self.finding(group['difference'])}."
                 )
         return lines
 
@@ -220,8 +258,21 @@ class TaskSentences:
         return [
             *lines,
             f"With these {self.task['n']} questions there is 80 % power to detect a difference of "
-            f"{100 * effect:.1f} pp ({of}).",
+            f"{100 * effect:.1f} pp ({of})."
+            if self.scale == "fraction"
+            else f"{effect:.3g} ({of}).",
         ]
+
+    def percent(self, value: float | None) -> str:
+        return percent(value, self.scale)
+
+    def points(self, difference: Entry) -> str:
+        return points(difference, self.scale)
+
+    def finding(self, difference: Entry) -> str:
+        """A contrast's difference, p and direction: +5.0 pp [+0.3, +9.7], p = 0.04 (0.12 after Holm): not ..."""
+        words = _direction(difference, self.up, self.down)
+        return f"{self.points(difference)}, {_p_values(difference)}: {words}"
 
     def _with_role(self, role: str) -> list[str]:
         return [name for name, arm in self.arms.items() if arm["role"] == role]
@@ -250,20 +301,26 @@ class TaskSentences:
 # -------------------------------------------------------------------------------- numbers in words
 
 
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+def percent(value: float | None, scale: str = "fraction") -> str:
+    """A score in percent, or as it is in a metric's own scale."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if scale == "fraction" else f"{value:.4g}"
 
 
-def points(difference: Entry) -> str:
-    """A difference with its interval, in percentage points: +5.2 pp [+1.0, +9.4]."""
-    return f"{100 * difference['mean']:+.1f} pp{interval(difference, 100, '+.1f')}"
+def points(difference: Entry, scale: str = "fraction") -> str:
+    """A difference with its interval, in percentage points: +5.2 pp [+1.0, +9.4]; or in a metric's own scale."""
+    if scale == "fraction":
+        return f"{100 * difference['mean']:+.1f} pp{interval(difference, 100, '+.1f')}"
+    return f"{difference['mean']:+.3g}{interval(difference, 1, '+.3g')}"
 
 
 def share(recovered: Entry) -> str:
     """A recovery with its interval: 0.71 [0.63, 0.79]."""
     if recovered["value"] is None:
         return recovered["status"]
-    return f"{recovered['value']:.2f}{interval(recovered, 1, '.2f')}"
+    bounds = interval(recovered, 1, ".2f") or " (unbounded interval)"
+    return f"{recovered['value']:.2f}{bounds}"
 
 
 def interval(entry: Entry, scale: float, form: str) -> str:
@@ -275,13 +332,15 @@ def interval(entry: Entry, scale: float, form: str) -> str:
 
 
 def _direction(difference: Entry, above: str, below: str) -> str:
-    """Whether the interval excludes zero, and on which side."""
+    """The side on which p decides; distinguishable only by the corrected p of the family."""
+    if difference["direction"] is not None:
+        side = above if difference["direction"] == "above" else below
+        return side if difference["exploratory"] else f"distinguishably {side}"
     low, high = difference["interval"]
-    if low is not None and low > 0:
-        return f"distinguishably {above}"
-    if high is not None and high < 0:
-        return f"distinguishably {below}"
-    return "not distinguishable at this number of questions"
+    if not _is_number(low) or not _is_number(high) or low <= 0 <= high:
+        return UNESTABLISHED
+    corrected = not difference["exploratory"] and difference["p_holm"] > difference["p"]
+    return f"not established{' after correction' if corrected else ''}"
 
 
 def non_inferiority_text(difference: Entry) -> str:
@@ -290,6 +349,8 @@ def non_inferiority_text(difference: Entry) -> str:
     margin = f"{100 * tested['margin']:.3g} pp"
     if tested["holds"]:
         return f"no worse by {margin} or more (non-inferior, p {_equals(tested['p'])})"
+    if tested["why"]:
+        return f"not said to be within {margin}: {tested['why']}"
     low = tested["low"]
     worst = "" if not _is_number(low) else f"; it may be {-100 * low:.1f} pp worse"
     return f"not shown to be within {margin} (non-inferiority p {_equals(tested['p'])}){worst}"
@@ -309,10 +370,16 @@ def _equals(p: float | None) -> str:
 
 
 def _p_values(difference: Entry) -> str:
-    """The p of a contrast, and the corrected p if it is in the family."""
-    corrected = difference["p_holm"]
-    holm = f" ({p_value(corrected)} after Holm)" if _is_number(corrected) else ""
-    return f"p {_equals(difference['p'])}{holm}"
+    """The p of a contrast with the corrected p, or that there is none."""
+    p, corrected = difference["p"], difference["p_holm"]
+    note = "exploratory, uncorrected" if corrected is None else f"{p_value(corrected)} after Holm"
+    return f"p {_equals(p)}" + ("" if corrected == p else f" ({note})")
+
+
+def _rank(group: Entry) -> str:
+    """The rank among controls: 1 of 4; with ties, 1 to 3 of 4, tied with 2."""
+    rank, of, tied = group["rank"], group["of"], group["tied"]
+    return f"{rank - tied} to {rank} of {of}, tied with {tied}" if tied else f"{rank} of {of}"
 
 
 def _mean_of(arms: Sequence[str]) -> str:
