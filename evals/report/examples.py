@@ -1,7 +1,8 @@
 """Examples for the report: the test questions with every arm's answers, and training samples.
 
-Questions are rendered here, as HTML in JSON; the page makes cards of the few that it shows. The first INLINE_BYTES stand
-in the page, the rest in files beside it, which are loaded as scripts, since a page opened from a disk can fetch nothing.
+Questions are rendered here, as HTML in JSON; the page makes cards of the few that it shows. The first INLINE_BYTES
+stand in the page, the rest in files beside it, which are loaded as scripts, since a page opened from a disk can fetch
+nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -126,7 +128,8 @@ def collect(
         contents |= _contents(
             run, task, arms, wanted, setter, bool(compared.get("sampled")), leaves
         )
-    size, chunk = 0, []
+    size = 0
+    chunk: list[str] = []
     for place in chosen:
         content = contents[place.task, place.key]
         limit = CHUNK_BYTES if found.chunks else INLINE_BYTES
@@ -301,10 +304,8 @@ def _about(row: Mapping[str, Any], stop: Any, sampled: bool) -> str:
 def _listed(value: Any, sampled: bool) -> list[Any]:
     """A column as the list of its samples; of a row with one answer, that one."""
     if sampled and isinstance(value, str) and value.startswith("["):
-        try:
+        with suppress(ValueError):
             value = json.loads(value)
-        except ValueError:
-            pass
     return value if isinstance(value, list) else [value]
 
 

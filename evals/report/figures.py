@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -218,7 +219,12 @@ def curves(
                 number, shade = divmod(number, len(VARIANTS))
                 colour = VARIANTS[shade]
             dash = ("-", (0, (5, 1.5)), (0, (2, 1.2)), (0, (1, 1)))[number % 4]
-            line = {"color": colour, "lw": 1.5, "ls": dash, "label": short(str(arm), 24)}
+            line: dict[str, Any] = {
+                "color": colour,
+                "lw": 1.5,
+                "ls": dash,
+                "label": short(str(arm), 24),
+            }
             if not every:
                 axes.plot(part.step, part[value], marker="o", ms=3, **line)
                 continue

@@ -108,7 +108,7 @@ def _detectable(tasks: Mapping[str, Entry]) -> list[str]:
 
 def _counts(pairs: Mapping[str, Entry]) -> str:
     """`above on 4 of 6 tasks, below on 1 (pope), not distinguishable on 1 (mmmu)`."""
-    parts = []
+    parts: list[str] = []
     for direction, word in DIRECTIONS:
         found = [task for task, its in pairs.items() if _direction(its) == direction]
         if found:

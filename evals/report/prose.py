@@ -35,13 +35,43 @@ BOLD = re.compile(r"\*\*(?=\S)(.{1,600}?)(?<=\S)\*\*")
 ITALIC = re.compile(r"(?<![\w*])\*(?=[^\s*])([^*\n]{1,300}?)(?<=[^\s*])\*(?![\w*])")
 BULLET = re.compile(r"^( *)[-*] (?=\S)", re.MULTILINE)
 TAGS = frozenset(
-    "math mrow mi mn mo mtext mspace ms mfrac msqrt mroot mstyle msub msup msubsup munder mover munderover "
-    "mtable mtr mtd mmultiscripts mprescripts none mpadded mphantom".split()
+    (
+        *(
+            "math",
+            "mrow",
+            "mi",
+            "mn",
+            "mo",
+            "mtext",
+            "mspace",
+            "ms",
+            "mfrac",
+            "msqrt",
+            "mroot",
+            "mstyle",
+        ),
+        *(
+            "msub",
+            "msup",
+            "msubsup",
+            "munder",
+            "mover",
+            "munderover",
+            "mtable",
+            "mtr",
+            "mtd",
+            "none",
+        ),
+        *("mmultiscripts", "mprescripts", "mpadded", "mphantom"),
+    )
 )
 ATTRIBUTES = frozenset(
-    "display mathvariant displaystyle scriptlevel stretchy fence form separator lspace rspace width height depth "
-    "minsize maxsize columnalign columnspacing rowspacing linethickness accent accentunder movablelimits "
-    "largeop symmetric".split()
+    (
+        *("display", "mathvariant", "displaystyle", "scriptlevel", "stretchy", "fence", "form"),
+        *("separator", "lspace", "rspace", "width", "height", "depth", "minsize", "maxsize"),
+        *("columnalign", "columnspacing", "rowspacing", "linethickness", "accent", "accentunder"),
+        *("movablelimits", "largeop", "symmetric"),
+    )
 )
 PLAIN_VALUE = re.compile(r"[\w .%+-]{1,40}")
 ENVIRONMENTS = (

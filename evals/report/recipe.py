@@ -37,14 +37,14 @@ def recipe(
 
 def _training(config: ExperimentConfig, trained: Mapping[str, DistillArm]) -> list[tuple[str, str]]:
     """The recipe of the full arm, or of the first trained one, and how others differ from it."""
-    main = config.roles.first("full")
-    main = main if main in trained else next(iter(trained))
+    full = config.roles.first("full")
+    main = full if full is not None and full in trained else next(iter(trained))
     its = config.recipe_of(trained[main])
     rollout, optim, train = its.rollout, its.optim, its.train
     completions = rollout.completions_per_prompt
-    each = f" × {completions} completions" if completions > 1 else ""
+    each = f", {completions} completions each" if completions > 1 else ""
     updates = f", {train.updates_per_rollout} updates each" if train.updates_per_rollout > 1 else ""
-    rate = [optim.type, optim.schedule]
+    rate: list[str] = [optim.type, optim.schedule]
     if optim.warmup_steps:
         rate.append(f"warm-up {optim.warmup_steps}")
     cut = [f"top-p {rollout.top_p:g}"] if rollout.top_p < 1 else []
@@ -54,7 +54,7 @@ def _training(config: ExperimentConfig, trained: Mapping[str, DistillArm]) -> li
         ("Loss", _loss(its.loss.model_dump(mode="json"))),
         ("Learning rate", f"{optim.learning_rate:g} ({', '.join(rate)})"),
         ("Steps", f"{train.steps:,}{updates}"),
-        ("Batch", f"{train.prompts_per_step:,} prompts{each} a step"),
+        ("Batch", f"{train.prompts_per_step:,} prompts a step{each}"),
         ("Completion length", f"at most {rollout.max_new_tokens:,} tokens"),
         ("Temperature", ", ".join([f"{rollout.temperature:g}", *cut])),
     ]

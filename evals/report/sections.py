@@ -44,7 +44,7 @@ def render_report(context: Context, examples: Examples, beside: Path) -> str:
 
 
 def scores_context(
-    compared: Context, data: Mapping[str, pd.DataFrame], drawn: dict[str, str]
+    compared: Mapping[str, Any], data: Mapping[str, pd.DataFrame], drawn: dict[str, str]
 ) -> Context:
     """Template variables of the comparison: every task that is in no group, and a table of all."""
     roles = {its["role"] for its in compared["arms"].values()}
@@ -61,7 +61,7 @@ def scores_context(
     }
 
 
-def _family(compared: Context) -> str:
+def _family(compared: Mapping[str, Any]) -> str:
     """What Holm's correction is over, in words."""
     if family := compared.get("family"):
         tasks = len(family["tasks"])
@@ -70,7 +70,7 @@ def _family(compared: Context) -> str:
     return "the declared contrasts" if compared.get("declared_contrasts") else "this table"
 
 
-def _overview(compared: Context, rows: pd.DataFrame, top: Sequence[str]) -> Context:
+def _overview(compared: Mapping[str, Any], rows: pd.DataFrame, top: Sequence[str]) -> Context:
     """Arms by tasks, as `tables.scores` orders arms, controls by their mean over the tasks."""
     shown = rows[rows.task.isin(top)].drop_duplicates("arm")
     fractions = rows[rows.task.isin(top) & (rows.scale == "fraction")]
@@ -94,7 +94,7 @@ def _overview(compared: Context, rows: pd.DataFrame, top: Sequence[str]) -> Cont
 
 
 def _task_context(
-    task: str, compared: Context, data: Mapping[str, pd.DataFrame], drawn: dict[str, str]
+    task: str, compared: Mapping[str, Any], data: Mapping[str, pd.DataFrame], drawn: dict[str, str]
 ) -> Context:
     """Template variables of one task; adds its figures to `drawn`."""
     entry = compared["tasks"][task]
@@ -153,7 +153,7 @@ def _task_context(
     }
 
 
-def _reference(compared: Context) -> dict[str, str]:
+def _reference(compared: Mapping[str, Any]) -> dict[str, str]:
     """The arm that others are set against: full training, else the base, else the first arm."""
     roles = {arm: its["role"] for arm, its in compared["arms"].items()}
     for role in ("full", "base"):
@@ -165,7 +165,9 @@ def _reference(compared: Context) -> dict[str, str]:
     return {"arm": first, "role": roles[first], "words": first}
 
 
-def _leaves(entry: Mapping[str, Any], compared: Context, rows: pd.DataFrame) -> Context | None:
+def _leaves(
+    entry: Mapping[str, Any], compared: Mapping[str, Any], rows: pd.DataFrame
+) -> Context | None:
     """The tasks of a group by arms, or None for a task."""
     if not entry.get("members"):
         return None
