@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,9 @@ from PIL import Image, ImageDraw
 
 from evals.compare import _decide, compare
 from evals.report.build import build_report
+from evals.report.checkpoints import write_comparison_page
+from evals.report.examples import collect
+from evals.report.prose import Typesetter
 from evals.report.verdict import TaskSentences, _rank, verdict
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.errors import RunError
@@ -363,7 +367,7 @@ def test_report_is_one_file_that_says_it_all(compared, page):
     _, config, record = compared
     assert not re.search(r"https?://|@import|<link(?! rel=\"icon\" href=\"data:)", page)
     assert len(page) < 5_000_000 and "data:image/png;base64," in page
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
     assert "<blue>" not in page and "&lt;blue&gt;" in page
     plain = page.replace("&#39;", "'").replace("&lt;", "<")
     assert all(sentence in plain for sentence in verdict(record))
@@ -391,7 +395,17 @@ def test_report_has_files_beside_the_page(compared, page):
     for arm, its in record["tasks"]["shapes"]["arms"].items():
         assert table.loc[arm, "mean"] == pytest.approx(its["mean"])
     names = {path.stem for path in (run.report / "tables").iterdir()}
-    assert names == {"arms", "contrasts", "kinds", "training", "masks", "geometry", "seeds"}
+    assert names == {
+        "arms",
+        "contrasts",
+        "kinds",
+        "training",
+        "masks",
+        "geometry",
+        "seeds",
+        "further",
+    }
+    assert "how many red" not in markdown and "- Loss: reverse kl" in markdown
 
 
 def test_report_says_what_geometry_left_out(compared, page):
@@ -405,17 +419,31 @@ def test_report_says_what_geometry_left_out(compared, page):
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 DRIVER = """
 <script>
-const found = {cards: cards.length};
-const visible = () => cards.filter(card => card.offsetParent !== null).length;
-found.all = visible();
-kind.value = "count"; kind.dispatchEvent(new Event("change"));
-found.count = visible(); found.counts = cards.filter(c => c.dataset.kind === "count").length;
-apart.checked = true; apart.dispatchEvent(new Event("change"));
-found.apart = visible();
-found.words = document.getElementById("shown").textContent;
-found.wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
-found.broken = [...document.images].filter(i => !i.complete || !i.naturalWidth).length;
-document.title = JSON.stringify(found);
+const set = async (name, value) => {
+  const it = document.getElementById(name);
+  it.value = value; it.dispatchEvent(new Event("change"));
+  await new Promise(done => setTimeout(done, 20));
+};
+const cards = () => document.querySelectorAll("#cards .card").length;
+(async () => {
+  const seen = {};
+  await new Promise(done => setTimeout(done, 50));
+  seen.cards = cards(); seen.all = found.length;
+  await set("kind", "count");
+  seen.count = found.length;
+  await set("arm", "0"); await set("outcome", "w");
+  seen.wrong = found.length;
+  await set("apart", "some");
+  seen.apart = found.length; seen.words = document.getElementById("shown").textContent;
+  for (const name of ["kind", "arm", "outcome", "apart"]) await set(name, "");
+  document.querySelector(".after").click();
+  await new Promise(done => setTimeout(done, 20));
+  seen.second = document.querySelector(".pager span").textContent;
+  seen.wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
+  seen.broken = [...document.images].filter(i => !i.complete || !i.naturalWidth).length;
+  seen.texts = document.querySelectorAll("#cards .prose img, #cards .prose script").length;
+  document.title = JSON.stringify(seen);
+})();
 </script>
 """
 """Plays a reader, and leaves what it saw in the page's title."""
@@ -429,7 +457,11 @@ def test_the_page_works_in_a_browser(page, tmp_path, width, dark):
     driven = tmp_path / "driven.html"
     driven.write_text(page.replace("</body>", DRIVER + "</body>"))
     words = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    words += [f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}"]
+    words += [
+        f"--window-size={width},900",
+        "--virtual-time-budget=4000",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
     words += ["--force-dark-mode"] if dark else []
     done = subprocess.run(
         [str(BROWSER), *words, driven.as_uri()], capture_output=True, text=True, timeout=120
@@ -438,9 +470,11 @@ def test_the_page_works_in_a_browser(page, tmp_path, width, dark):
     assert not console, console
     (title,) = re.findall(r"<title>(.*?)</title>", done.stdout)
     found = json.loads(title)
-    assert found["cards"] == found["all"] > found["count"] == found["counts"] > 0
-    assert found["apart"] <= found["count"] and found["words"].startswith(f"{found['apart']} of")
-    assert not found["wide"] and not found["broken"]
+    assert found["cards"] == 20 and found["all"] == 300 and found["count"] == 75
+    assert found["count"] > found["wrong"] >= found["apart"] > 0
+    assert found["words"] == f"{found['apart']} of 300 questions"
+    assert found["second"] == "page 2 of 15"
+    assert not found["wide"] and not found["broken"] and not found["texts"]
 
 
 def test_the_verdict_is_what_the_numbers_say(compared):
@@ -677,7 +711,8 @@ def test_replicates_are_taken_as_a_sample_of_seeds(tmp_path):
     text = build_report(run, config).read_text()
     table = pd.read_csv(run.report / "tables/held_out.csv").iloc[0]
     assert (table.final, table.peak, table.peak_step) == (0.8, 0.9, 20)
-    assert table["last"] == pytest.approx((0 + 0.9 + 0.8) / 3)
+    assert table["last"] == pytest.approx((0.9 + 0.8) / 2)  # without the base, step 0
+    assert 'data-name="held-out-shapes-validation"' in text
     assert "density-shapes" in text and "Peak (step)" in text
 
 
@@ -687,6 +722,149 @@ def test_report_without_comparison(spoilable):
     run.compare.unlink()
     shutil.rmtree(run.root / "evals")
     assert "vlopd compare" in build_report(run, config).read_text()
+
+
+# ----------------------------------------------------------------------------------------- examples
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            "</script><img src=x onerror=alert(1)>",
+            "&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;",
+        ),
+        (r"$\frac{1}{0$", r"$\frac{1}{0$"),
+        (r"$\unknown x$", r"$\unknown x$"),
+        ("from $70,000 to $80,000", "from $70,000 to $80,000"),
+        ("**x** `a<b`", "<strong>x</strong> <code>a&lt;b</code>"),
+        (r"$x^2$", "<math><msup><mi>x</mi><mn>2</mn></msup></math>"),
+        (r"\(y\)", "<math><mi>y</mi></math>"),
+        (r"$$y$$", '<math display="block"><mi>y</mi></math>'),
+        (r"\[y\]", '<math display="block"><mi>y</mi></math>'),
+        (r"$\text{<script>}$", "<math><mtext>&lt;script&gt;</mtext></math>"),
+        (r"$\href{javascript:x}{y}$", "<math><mi>y</mi></math>"),
+    ],
+)
+def test_a_models_text_is_safe_and_its_mathematics_set(text, shown):
+    """No tag of a text survives, formulas become MathML without links or styles, and what cannot be read stays."""
+    assert Typesetter().html(text).replace("<mrow>", "").replace("</mrow>", "") == shown
+
+
+def test_setting_text_is_bounded():
+    """Hostile texts take a moment, a long one loses its middle, and without time formulas stay as written."""
+    started = time.perf_counter()
+    for part in ("$", r"\(", "**", "*a", r"\begin{align}", r"\boxed{", "```\n", "$x"):
+        Typesetter().html(part * (20_000 // len(part)))
+    assert time.perf_counter() - started < 3
+    assert "[... 80,000 characters left out ...]" in Typesetter().html("a" * 100_000)
+    assert Typesetter(0).html("$x$") == "$x$"
+
+
+def long_run(root: Path, questions: int, answer: str, **columns) -> RunFolder:
+    """Two arms' rows of one task, in the format with lengths and outcomes."""
+    run = RunFolder(root)
+    for arm in ("base", "full"):
+        rows = [
+            {
+                "doc_id": i,
+                "doc_hash": str(i),
+                "question": f"what is {i}?",
+                "prompt": f"<user> what is {i}?",
+                "images": [],
+                "target": "1",
+                "completion": f"{arm} {i} {answer}",
+                "score": float(i % 2 and arm == "full"),
+                "outcome": "right" if i % 2 and arm == "full" else ("cut", "unreadable")[i % 2],
+                "tokens": 1200,
+                "thought_tokens": 800,
+                "stop": "length",
+                "group": None,
+                **columns,
+            }
+            for i in range(questions)
+        ]
+        write_jsonl(run.eval(arm) / "samples_t.jsonl", rows)
+    return run
+
+
+TWO_ARMS = {
+    "arms": {"base": {"role": "base"}, "full": {"role": "full"}},
+    "tasks": {"t": {"metric": "score", "contrasts": [{"a": "full", "b": "base"}]}},
+}
+
+
+def test_the_index_has_what_the_filters_read(tmp_path):
+    """Outcome and score of every arm, disagreements first; contents have prompt, lengths and thoughts."""
+    found = collect(long_run(tmp_path, 6, "x", thought="so </script>"), TWO_ARMS)
+    assert found.arms == ["full", "base"] and found.pairs == [(0, 1)] and found.total == 6
+    assert (
+        found.index[:3] == [[0, 0, "ru", "10"]] * 3 and found.index[3:] == [[0, 0, "cc", "00"]] * 3
+    )
+    (chunk,) = found.chunks
+    assert "</" not in chunk and "<s" not in chunk
+    first = json.loads(chunk)[0]
+    assert first["prompts"] == [["<user> what is 1?", [0, 1]]]
+    sample = first["answers"][0]["samples"][0]
+    assert sample["about"] == "1,200 tokens, 800 of them thought; cut at the length limit"
+    assert sample["thought"] == "so &lt;/script&gt;" and sample["answer"] == "full 1 x"
+
+
+def test_examples_of_a_large_run_stand_beside_the_page(tmp_path):
+    """Two thousand questions with answers of 1,000 characters are built in seconds; the page has a part of them."""
+    run = long_run(tmp_path, 2_000, "word $x^2$ " * 90)
+    started = time.perf_counter()
+    found = collect(run, TWO_ARMS)
+    assert time.perf_counter() - started < 20
+    assert len(found.index) == 2_000 and len(found.chunks) == len(found.starts) > 2
+    assert len(found.chunks[0]) < 3_100_000 and len(found.head()) < 100_000
+    found.write_beside(tmp_path / "examples")
+    files = sorted((tmp_path / "examples").iterdir())
+    assert len(files) == len(found.chunks) - 1
+    text = (tmp_path / "examples/1.js").read_text()
+    rest = json.loads(text.removeprefix("received(1,").removesuffix(");\n"))
+    assert len(rest) == found.starts[2] - found.starts[1]
+
+
+def test_groups_units_and_outcomes_are_shown(compared, tmp_path):
+    """A group stands before its folded tasks, a perplexity in its own unit, and answers by what became of them."""
+    task = json.loads(json.dumps(compared[2]["tasks"]["shapes"]))
+    for its in task["arms"].values():
+        its["outcomes"] = {"right": 0.5, "wrong": 0.25, "unreadable": 0.125, "cut": 0.125}
+        its["mean_tokens"], its["truncated_fraction"], its["mean_thought_tokens"] = 321.0, 0.2, 99.0
+    for its in task["contrasts"]:
+        its["direction"] = "above" if its["name"] == "full - base" else None
+    group = {**task, "members": ["leaf"], "group": None}
+    words = {**task, "metric": "word_perplexity", "scale": "own", "higher_is_better": False}
+    record = {
+        **compared[2],
+        "not_compared": {"odd": "its metrics are of the corpus"},
+        "tasks": {"group": group, "leaf": {**task, "group": "group"}, "words": words},
+    }
+    models = {arm: f"path/{arm}" for arm in record["arms"]}
+    page = write_comparison_page(tmp_path, record, models, {}).read_text()
+    assert page.count('<details class="task">') == 2 and "1 tasks of group" in page
+    assert "odd: its metrics are of the corpus" in page and "lower is better" in page
+    mean = task["arms"]["full"]["mean"]
+    assert f"<td>{mean:.4g} ± " in page and 'class="mark above"' in page
+    assert (
+        'data-label="Mean tokens">321<' in page
+        and 'class="unreadable" style="width:12.50%"' in page
+    )
+
+
+def test_geometry_without_nulls_describes_none(spoilable):
+    """Where no null was drawn no null is described, and there is no empty column."""
+    run, config, _ = spoilable
+    path = run.geometry("full") / "summary.json"
+    summary = read_json(path)
+    for row in summary["headline"]:
+        row["null_mean"] = row["null_sd"] = None
+    write_json(path, {**summary, "matrices": 3, "matrices_not_moved": 3})
+    geometry = config.geometry.model_copy(update={"null_draws": 0})
+    page = build_report(run, config.model_copy(update={"geometry": geometry})).read_text()
+    assert "No null was drawn" in page and '<th scope="col">Null</th>' not in page
+    assert "the two checkpoints are the same" in page
 
 
 def test_no_torch_is_needed():

@@ -6,15 +6,19 @@ Reads files only. Parts that a run lacks (images, a teacher, geometry) are omitt
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
-from evals.report import examples, figures, geometry, tables
+from evals.report import figures, geometry, tables
+from evals.report.examples import collect, training_samples
+from evals.report.headline import headline
 from evals.report.markdown import markdown
 from evals.report.page import Context, add_drawings, add_figure, environment, rows_of
-from evals.report.verdict import full_name, verdict
+from evals.report.recipe import recipe
+from evals.report.sections import EMPTY, render_report, scores_context, slug
+from evals.report.verdict import verdict
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.training import COLUMNS
 from vlopd.digests import digest_files
@@ -40,46 +44,44 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
 def _write_report(its: Stage, config: ExperimentConfig) -> None:
     run = its.run
     compared: Context = read_json(run.compare) if run.compare.exists() else {}
-    sentences = verdict(compared)
+    sentences, lines = verdict(compared), headline(compared)
     if "arms" not in compared:
         compared = {"tasks": {}, "arms": {}}
     records, roles = tables.arm_records(run, config), config.roles.of
     shown = [arm for arm in records if roles[arm] in ("full", "subnetwork")]
+    held_out = tables.held_out_scores(run, config)
     data = {
-        "arms": tables.scores(compared, records),
-        "contrasts": tables.contrasts(compared),
-        "kinds": tables.groups(compared),
+        **tables.compared_tables(compared, records),
         "training": tables.training(run, config),
-        "seeds": tables.seeds(compared),
-        "pass_at": tables.pass_at(compared),
-        "held_out": tables.held_out(run, config),
+        "held_out": tables.held_out(held_out),
         "masks": tables.masks(run, config),
         "identity": tables.identity(records),
     }
     tidy, data["geometry"] = tables.geometry(run, config)
     data["probes"], data["alignment"] = tables.vision(run, records)
     drawn: dict[str, str] = {}
+    about = read_json(run.root / "run.json")
+    name, created = run.root.resolve().name, about.get("created", "")[:10]
+    found = collect(run, compared)
     context: Context = {
-        "run": run.root.resolve().name,
+        **EMPTY,
+        **scores_context(compared, data, drawn),
+        "title": config.title or config.name,
+        "subtitle": f"Student {config.student.model}, {_teachers_of(config)}. Run {name}"
+        + (f", started {created}." if created else "."),
+        "run": name,
         "config": config,
-        "teachers": _teachers_of(config),
         "config_json": json.dumps(config.model_dump(mode="json"), indent=1),
-        "record": read_json(run.root / "run.json"),
+        "record": about,
+        "recipe": recipe(run, config, records),
         "records": records,
-        "compared": compared,
+        "headline": lines,
         "verdict": sentences,
-        "full": full_name(compared["arms"]),
-        "tasks": [_task_context(name, compared, data, drawn) for name in compared["tasks"]],
-        "questions": [
-            question
-            for name, entry in compared["tasks"].items()
-            for question in examples.questions(run, name, entry)
-        ],
         "training": _training_context(data["training"]),
         "own_metrics": [
             name for name in data["training"] if name == "reward" or name not in (*COLUMNS, "arm")
         ],
-        "curves": _training_curves(data["training"], roles, drawn),
+        "curves": _training_curves(data["training"], held_out, roles, drawn),
         "held_out": rows_of(data["held_out"]),
         "probes": rows_of(data["probes"]),
         "alignment": rows_of(data["alignment"]),
@@ -87,7 +89,7 @@ def _write_report(its: Stage, config: ExperimentConfig) -> None:
         "identity": rows_of(data["identity"]),
         "geometry": _geometry_context(run, tidy, data["geometry"], drawn),
         "overlap": _overlap_context(run, drawn) if len(config.geometry.arms) > 1 else [],
-        "generations": examples.generations(run, shown),
+        "generations": training_samples(run, shown),
         "figures": drawn,
     }
     with whole_folder(run.report) as folder:
@@ -98,9 +100,8 @@ def _write_report(its: Stage, config: ExperimentConfig) -> None:
         for name, table in data.items():
             if not table.empty:
                 table.to_csv(folder / "tables" / f"{name}.csv", index=False)
-        template = environment().get_template("report.html.j2")
-        (folder / "report.html").write_text(template.render(context))
-        words = template.render({**context, "questions": [], "generations": []})
+        (folder / "report.html").write_text(render_report(context, found, folder / "examples"))
+        words = environment().get_template("report.html.j2").render({**context, "generations": []})
         (folder / "report.md").write_text(markdown(words))
     its.finish({}, [path for path in run.report.rglob("*") if path.is_file()])
 
@@ -123,76 +124,6 @@ def _report_inputs(run: RunFolder) -> dict[str, str]:
     return {**shown, "report": digest_files([*here.glob("*.py"), *here.glob("*.j2")])}
 
 
-def _task_context(
-    task: str, compared: Context, data: Mapping[str, pd.DataFrame], drawn: dict[str, str]
-) -> Context:
-    """Template variables of one task; adds its figures to `drawn`."""
-    entry = compared["tasks"][task]
-    own = {name: table[table.task == task] for name, table in data.items() if "task" in table}
-    own = {name: own.get(name, pd.DataFrame()) for name in data}
-    rows = own["arms"]
-    chance = (entry["chance"] or {}).get("all")
-    slug = "".join(c if c.isalnum() else "-" for c in task)
-    share = f"{100 * compared['confidence']:g} % interval"
-    scores = figures.dots(rows, chance, f"{entry['metric']} (%), {share}")
-    add_figure(drawn, f"scores-{slug}", scores)
-    differences = rows[rows.role != "full"].dropna(subset=["difference_mean"])
-    if not differences.empty:
-        names = {f"difference_{key}": key for key in ("mean", "low", "high")}
-        plotted = differences[["arm", "role", *names]].rename(columns=names)
-        full = full_name(compared["arms"])
-        forest = figures.forest(plotted, f"difference to {full} (percentage points), {share}")
-        add_figure(drawn, f"differences-{slug}", forest)
-    _draw_density(rows, slug, f"{entry['metric']} (%)", drawn)
-    return {
-        "name": task,
-        "slug": slug,
-        "chance": chance,
-        "entry": entry,
-        "rows": rows_of(rows),
-        "contrasts": rows_of(own["contrasts"]),
-        "kinds": _pivot(own["kinds"], lambda row: f"{row['kind']}\nn = {row['n']}"),
-        "seeds": rows_of(own["seeds"]),
-        "passes": _pivot(own["pass_at"], lambda row: row["metric"]),
-        "non_inferior": [
-            {"arm": c["a"], **c["non_inferiority"]}
-            for c in entry["contrasts"]
-            if "non_inferiority" in c
-        ],
-        "no_answer": [
-            (arm, its["extraction_failure_fraction"])
-            for arm, its in entry["arms"].items()
-            if (its["extraction_failure_fraction"] or 0) > 0.01
-        ],
-    }
-
-
-def _draw_density(rows: pd.DataFrame, slug: str, label: str, drawn: dict[str, str]) -> None:
-    """Draws score against density, if masked arms have several densities."""
-    masked = rows[rows.role.isin(("subnetwork", "control", "transplant")) & (rows.density > 0)]
-    if masked.density.round(6).nunique() < 2:
-        return
-    edges = rows[rows.role.isin(("full", "base", "teacher"))]
-    lines = dict(zip(edges.arm, edges["mean"], strict=True))
-    add_figure(drawn, f"density-{slug}", figures.against_density(masked, lines, label))
-
-
-def _pivot(table: pd.DataFrame, head: Callable[[Context], str]) -> Context | None:
-    """Pivots a tidy table: one row per arm, one column per row of an arm, titled by `head`."""
-    if table.empty:
-        return None
-    rows = [(arm, rows_of(part)) for arm, part in table.groupby("arm", sort=False)]
-    return {"columns": ["Arm", *map(head, rows[0][1])], "rows": rows}
-
-
-CURVES = {
-    "kl": ("KL to the teacher", "KL(student || teacher), nats/token"),
-    "reward": ("Reward", "mean reward of the student's samples"),
-    "loss": ("Loss", "training loss"),
-}
-"""Quantities for the training curves; the first that has values is drawn."""
-
-
 def _training_context(training: pd.DataFrame) -> list[Context]:
     """The end of each arm's training: means over the last tenth of its steps."""
     if training.empty:
@@ -206,16 +137,43 @@ def _training_context(training: pd.DataFrame) -> list[Context]:
     return ends
 
 
+CURVES = {
+    "kl": ("KL to the teacher", "KL(student || teacher), nats/token"),
+    "loss": ("Loss", "training loss"),
+    "student_entropy": ("Entropy", "student's entropy, nats/token"),
+    "reward": ("Reward", "mean reward"),
+    "mean_completion_tokens": ("Completion length", "tokens a completion"),
+    "grad_norm": ("Gradient norm", "gradient norm before clipping"),
+}
+"""Columns of metrics.jsonl that are drawn, with title and label; the loss only where there is no KL."""
+
+
 def _training_curves(
-    training: pd.DataFrame, roles: Mapping[str, str], drawn: dict[str, str]
-) -> Context | None:
-    """Draws the training curves; returns their title and value label."""
-    for value, (title, label) in CURVES.items():
-        if value in training and training[value].notna().any():
-            known = training.dropna(subset=[value])
-            add_figure(drawn, "training", figures.curves(known, roles, value, label))
-            return {"title": title, "label": label}
-    return None
+    training: pd.DataFrame,
+    held_out: pd.DataFrame,
+    roles: Mapping[str, str],
+    drawn: dict[str, str],
+) -> list[Context]:
+    """Draws held-out scores and the training curves that have values; returns their names, titles and notes."""
+    found = []
+    for task, part in held_out.groupby("task", sort=False) if not held_out.empty else ():
+        name, metric = f"held-out-{slug(str(task))}", part.metric.iloc[0]
+        figure = figures.curves(
+            part.assign(score=100 * part.score), roles, "score", f"{metric} (%)", every=False
+        )
+        add_figure(drawn, name, figure)
+        found.append({"name": name, "title": f"Held-out {task}", "note": f": {metric}"})
+    known = [v for v in CURVES if v in training and training[v].notna().any()]
+    if "kl" in known:
+        known.remove("loss")
+    for value in known:
+        title, label = CURVES[value]
+        name = f"training-{value.replace('_', '-')}"
+        rows = training.dropna(subset=[value])
+        add_figure(drawn, name, figures.curves(rows, roles, value, label))
+        note = f": {label}. Faint: every step; strong: running mean"
+        found.append({"name": name, "title": title, "note": note})
+    return found
 
 
 def _geometry_context(
@@ -226,6 +184,7 @@ def _geometry_context(
         return []
     found = []
     for arm, part in summary.groupby("arm", sort=False):
+        about = read_json(run.geometry(str(arm)) / "summary.json")
         drawings = geometry.draw(mine := tidy[tidy.arm == arm])
         if (path := run.geometry(str(arm)) / "trajectory.csv").exists():
             drawings |= geometry.draw_trajectory(pd.read_csv(path))
@@ -233,6 +192,7 @@ def _geometry_context(
             {
                 "arm": arm,
                 "rows": rows_of(part),
+                "unmoved": geometry.is_unmoved(about),
                 "left_out": geometry.left_out(run.geometry(str(arm))),
                 "reasons": geometry.unmeasured(mine),
                 "figures": add_drawings(drawn, f"geometry-{arm}", drawings),

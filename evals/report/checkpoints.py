@@ -6,6 +6,7 @@ Read files only.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ from typing import Any
 import pandas as pd
 
 from evals.report import figures, geometry, tables
-from evals.report.page import Context, add_drawings, add_figure, environment, rows_of
+from evals.report.examples import collect
+from evals.report.headline import headline
+from evals.report.page import Context, add_drawings, environment, rows_of
+from evals.report.sections import EMPTY, render_report, scores_context
 from evals.report.verdict import verdict
 from vlopd.files import read_json, write_text
+from vlopd.run.folder import RunFolder
 
 GROUPS = {"component": "Components", "part": "Parts", "layer": "Layers"}
 """Kinds of group rows that the page has a table of."""
@@ -66,6 +71,7 @@ def write_geometry_page(
             {
                 "arm": name,
                 "rows": rows_of(pd.DataFrame(tables.headline(folder))),
+                "unmoved": geometry.is_unmoved(summary),
                 "left_out": geometry.left_out(folder),
                 "reasons": geometry.unmeasured(tidy),
                 "figures": _add_and_save(drawn, name, geometry.draw(tidy), folder),
@@ -156,37 +162,24 @@ def _overlap_rows(table: pd.DataFrame) -> list[Context]:
 def write_comparison_page(
     out: Path, record: Mapping[str, Any], models: Mapping[str, str], settings: Mapping[str, Any]
 ) -> Path:
-    """Writes out/compare.html of a compare.json of models (name -> path or id); returns its path."""
+    """Writes out/compare.html, the report of a compare.json of models (name -> path or id); returns its path.
+
+    Its examples are of the rows in out/evals/; those that do not fit the page are in out/examples/.
+    """
     drawn: dict[str, str] = {}
-    rows = tables.scores(record, {})
-    contrasts = tables.contrasts(record)
-    level = f"{100 * record['confidence']:g} % interval"
-    tasks = []
-    for i, (task, entry) in enumerate(record["tasks"].items()):
-        own = rows[rows.task == task].set_index("arm").loc[list(entry["arms"])].reset_index()
-        chance = (entry["chance"] or {}).get("all")
-        add_figure(
-            drawn, f"scores-{i}", figures.dots(own, chance, f"{entry['metric']} (%), {level}")
-        )
-        tasks.append(
-            {
-                "name": task,
-                "figure": f"scores-{i}",
-                "entry": entry,
-                "rows": rows_of(own),
-                "contrasts": rows_of(contrasts[contrasts.task == task]),
-            }
-        )
-    context = {
-        "models": models,
-        "first": next(iter(record["arms"])),
+    first = next(iter(models))
+    context: Context = {
+        **EMPTY,
+        **scores_context(record, tables.compared_tables(record, {}), drawn),
+        "title": f"Comparison of {', '.join(models)}",
+        "subtitle": f"{len(models)} models or evaluations on the same questions, each against {first}.",
+        "headline": headline(record),
         "verdict": verdict(record),
-        "tasks": tasks,
-        "level": level,
-        "settings": json.dumps(settings, indent=1),
-        "inputs": json.dumps(record["inputs"], indent=1),
+        "models": models,
+        "config_json": json.dumps(settings, indent=1),
         "figures": drawn,
     }
-    page = environment().get_template("compare.html.j2").render(context)
-    write_text(out / "compare.html", page)
+    shutil.rmtree(out / "examples", ignore_errors=True)
+    found = collect(RunFolder(out), record)
+    write_text(out / "compare.html", render_report(context, found, out / "examples"))
     return out / "compare.html"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -31,6 +32,8 @@ COLOURS = {
     "base": "#8a8f98",
 }
 VARIANTS = ("#7a6fb0", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#8c564b", "#17a2b8", "#7f7f7f")
+MOST_POINTS = 400
+"""Points of one line of a figure."""
 INK = "#010203"
 """Placeholder for the page's text colour."""
 WIDTH = 5.2
@@ -85,30 +88,34 @@ def canvas(height: float, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def dots(rows: pd.DataFrame, chance: float | None, label: str) -> Figure:
-    """Mean and interval of each arm (columns arm, role, mean, low, high, in [0, 1]), top row first.
+def dots(rows: pd.DataFrame, chance: float | None, label: str, scale: float = 100) -> Figure:
+    """Mean and interval of each arm (columns arm, role, mean, low, high), times `scale`, top row first.
 
-    Dashed lines mark chance and the teacher.
+    Dashed lines mark chance and the teacher. Of fractions, with a scale of 100, the whole range is shown.
     """
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = canvas(0.9 + 0.26 * len(rows))
-        intervals(axes, rows, 100)
+        intervals(axes, rows, scale)
         teacher = rows[rows.role == "teacher"]["mean"]
         lines = {"chance": chance, "teacher": teacher.iloc[0] if len(teacher) else None}
-        for text, value in lines.items():
-            if value is not None:
-                axes.axvline(100 * value, color=INK, lw=0.8, ls=(0, (3, 3)), alpha=0.6, zorder=0)
-                axes.text(100 * value, -0.75, text, ha="center", va="bottom", fontsize=8, alpha=0.8)
+        known = sorted((scale * value, text) for text, value in lines.items() if value is not None)
+        # beside each other where they would overlap
+        near = len(known) == 2 and scale == 100 and known[1][0] - known[0][0] < 16
+        for (value, text), side in zip(known, ("right", "left"), strict=False):
+            axes.axvline(value, color=INK, lw=0.8, ls=(0, (3, 3)), alpha=0.6, zorder=0)
+            side = side if near else "center"
+            axes.text(value, -0.75, text, ha=side, va="bottom", fontsize=8, alpha=0.8)
         axes.set_xlabel(label)
-        axes.set_xlim(-2, 102)
+        if scale == 100:
+            axes.set_xlim(-2, 102)
     return figure
 
 
-def forest(rows: pd.DataFrame, label: str) -> Figure:
-    """Paired differences with intervals (columns arm, role, mean, low, high) and a line at zero."""
+def forest(rows: pd.DataFrame, label: str, scale: float = 100) -> Figure:
+    """Paired differences with intervals (columns arm, role, mean, low, high), times `scale`, and a line at zero."""
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = canvas(0.8 + 0.26 * len(rows))
-        intervals(axes, rows, 100)
+        intervals(axes, rows, scale)
         axes.axvline(0, color=INK, lw=0.8, alpha=0.7, zorder=0)
         axes.set_xlabel(label)
     return figure
@@ -158,7 +165,7 @@ def against_density(rows: pd.DataFrame, lines: Mapping[str, float], label: str) 
         for text, value in lines.items():
             axes.axhline(100 * value, color=INK, lw=0.8, ls=(0, (3, 3)), alpha=0.6, zorder=0)
             axes.annotate(
-                text, (1, 100 * value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                short(text), (1, 100 * value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
                 fontsize=8,
             )  # fmt: skip
         axes.set_xscale("log")
@@ -178,22 +185,31 @@ def intervals(axes: Axes, rows: pd.DataFrame, scale: float) -> None:
         if pd.notna(row.low) and pd.notna(row.high):
             axes.plot([scale * row.low, scale * row.high], [y, y], color=colour, lw=2.2)
         axes.plot([scale * row.mean], [y], "o", color=colour, ms=5.5)
-    axes.set_yticks(range(len(rows)), rows.arm)
+    axes.set_yticks(range(len(rows)), [short(arm) for arm in rows.arm])
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x")
 
 
-def curves(rows: pd.DataFrame, roles: Mapping[str, str], value: str, label: str) -> Figure:
-    """One line per arm over optimizer steps: every step faintly, a running mean on top.
+def short(name: str, most: int = 28) -> str:
+    """A name for a figure; of a long one the beginning and the end, in which arms differ."""
+    half = most // 2
+    return name if len(name) <= most else f"{name[: half - 1]}\u2026{name[-half:]}"
+
+
+def curves(
+    rows: pd.DataFrame, roles: Mapping[str, str], value: str, label: str, every: bool = True
+) -> Figure:
+    """One line per arm over optimizer steps: each step faintly, a running mean on top; with `every` False the points.
 
     `rows` has columns arm, step and `value`; arms of one role share a colour and differ in dashes, variants have one
-    colour each.
+    colour each. A long training is thinned to MOST_POINTS a line.
     """
-    columns = min(3, rows.arm.nunique())
+    arms = [short(str(arm), 24) for arm in rows.arm.unique()]
+    columns = max(1, min(3, len(arms), 54 // (max(map(len, arms)) + 6)))
     with matplotlib.rc_context(STYLE):
-        figure, (axes,) = canvas(2.8 + 0.17 * -(-rows.arm.nunique() // columns))
+        figure, (axes,) = canvas(2.5 + 0.17 * -(-len(arms) // columns))
         seen: dict[str, int] = {}
         for arm, part in rows.groupby("arm", sort=False):
             role = roles[str(arm)]
@@ -203,10 +219,21 @@ def curves(rows: pd.DataFrame, roles: Mapping[str, str], value: str, label: str)
                 number, shade = divmod(number, len(VARIANTS))
                 colour = VARIANTS[shade]
             dash = ("-", (0, (5, 1.5)), (0, (2, 1.2)), (0, (1, 1)))[number % 4]
-            smooth = part[value].rolling(max(1, len(part) // 40), min_periods=1, center=True).mean()
-            axes.plot(part.step, part[value], color=colour, lw=0.5, alpha=0.25)
-            axes.plot(part.step, smooth, color=colour, lw=1.5, ls=dash, label=arm)
-        if (rows[value] > 0).all():
+            line: dict[str, Any] = {
+                "color": colour,
+                "lw": 1.5,
+                "ls": dash,
+                "label": short(str(arm), 24),
+            }
+            if not every:
+                axes.plot(part.step, part[value], marker="o", ms=3, **line)
+                continue
+            window = max(1, len(part) // 40)
+            smooth = part[value].rolling(window, min_periods=1, center=True).mean()
+            thin = slice(None, None, -(-len(part) // MOST_POINTS))
+            axes.plot(part.step[thin], part[value][thin], color=colour, lw=0.5, alpha=0.25)
+            axes.plot(part.step[thin], smooth[thin], **line)
+        if every and (rows[value] > 0).all() and rows[value].max() > 5 * rows[value].min():
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")

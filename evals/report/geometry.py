@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import pandas as pd
@@ -212,6 +212,11 @@ def _legend_height(nulls: Sequence[str]) -> float:
 def left_out(folder: Path) -> str:
     """A sentence on the tensors that a geometry leaves out of the comparison; empty if none."""
     return read_json(folder / "summary.json").get("left_out", {}).get("summary", "")
+
+
+def is_unmoved(summary: Mapping[str, Any]) -> bool:
+    """Whether no coordinate of the update of a summary.json moved, so that most of its measures are undefined."""
+    return bool(summary.get("matrices")) and summary["matrices"] == summary["matrices_not_moved"]
 
 
 def unmeasured(tidy: pd.DataFrame) -> dict[str, int]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 
-BLOCKS = {"h1": "# ", "h2": "## ", "h3": "### ", "p": "", "caption": ""}
+BLOCKS = {"h1": "# ", "h2": "## ", "h3": "### ", "h4": "#### ", "p": "", "caption": "", "li": "- "}
 CELLS = ("th", "td")
-HIDDEN = ("head", "nav", "svg", "summary", "pre", "script")
+TERMS = ("dt", "dd")
+HIDDEN = ("head", "nav", "svg", "pre", "script", "noscript", "style")
 
 
 def markdown(page: str) -> str:
@@ -21,7 +22,7 @@ class _Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.blocks: list[str] = []
-        self.text = ""
+        self.text = self.term = ""
         self.rows: list[list[str]] = []
         self.rule: list[str] = []
         self.figure: str | None = None
@@ -30,7 +31,7 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         attributes = dict(attrs)
         self.hidden += tag in HIDDEN
-        if tag in BLOCKS or tag in CELLS or tag == "figcaption":
+        if tag in BLOCKS or tag in CELLS or tag in TERMS or tag == "figcaption":
             self.text = ""
         if tag == "figure":
             self.figure = attributes["data-name"]
@@ -53,6 +54,10 @@ class _Page(HTMLParser):
             self.blocks.append(BLOCKS[tag] + text)
         elif tag == "figcaption":
             self.blocks.append(f"![{text}](figures/{self.figure}.svg)")
+        elif tag == "dt":
+            self.term = text
+        elif tag == "dd":
+            self.blocks.append(f"- {self.term}: {text}")
         elif tag in CELLS:
             self.rows[-1].append(text.replace("|", "\\|"))
         elif tag == "table":

@@ -45,6 +45,8 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     env.filters.update(
+        brackets=brackets,
+        number=number,
         percent=percent,
         p_value=p_value,
         hundred=lambda x, form="%.1f": "-" if x is None else form % (100 * x),
@@ -55,3 +57,25 @@ def environment() -> Environment:
         ).strip(),
     )
     return env
+
+
+def number(value: float | None, scale: str = "fraction", form: str = ".1f", sign: str = "") -> str:
+    """A score or difference in the unit of its task: percent of a fraction, or the metric's own unit."""
+    if value is None:
+        return "-"
+    return f"{100 * value:{sign}{form}}" if scale == "fraction" else f"{value:{sign}.4g}"
+
+
+def brackets(low: float | None, high: float | None, scale: str = "own", form: str = ".2f") -> str:
+    """An interval in brackets, one open to a side where it has no bound there; empty without both."""
+    if low is None and high is None:
+        return ""
+    ends = []
+    for value, missing in ((low, "(-\u221e"), (high, "\u221e)")):
+        if value is None:
+            ends.append(missing)
+        elif scale == "fraction":
+            ends.append(f"{100 * value:{form}}")
+        else:
+            ends.append(f"{value:{form}}")
+    return ("" if low is None else "[") + ", ".join(ends) + ("" if high is None else "]")

@@ -46,7 +46,10 @@ def arm_records(run: RunFolder, config: ExperimentConfig) -> dict[str, Any]:
 
 
 def scores(compared: Mapping[str, Any], records: Mapping[str, Any]) -> pd.DataFrame:
-    """One row per task and arm, with pooled controls as an arm, ceiling first."""
+    """One row per task and arm, with pooled controls as an arm, ceiling first, the best of the controls before others.
+
+    `mark` is "above" or "below" the base where the corrected p says so, `exploratory` whether that p is uncorrected.
+    """
     rows = []
     for task, entry in compared["tasks"].items():
         arms = dict(entry["arms"])
@@ -57,17 +60,34 @@ def scores(compared: Mapping[str, Any], records: Mapping[str, Any]) -> pd.DataFr
                 record = {"density": records.get(group["arms"][0], {}).get("density")}
                 pooled = {"role": "pooled", **group["pooled"], "record": record}
                 arms[f"{group['kind']}{of} (mean of {len(group['arms'])})"] = pooled
-        for arm, its in sorted(arms.items(), key=lambda item: ORDER.index(item[1]["role"])):
+        better = -1 if entry.get("higher_is_better", True) else 1
+        against_base = {
+            its["a"]: its
+            for its in entry["contrasts"]
+            if isinstance(its["a"], str)
+            and entry["arms"].get(str(its["b"]), {}).get("role") == "base"
+        }
+
+        def place(item: tuple[str, Any], better: int = better) -> tuple[int, float]:
+            role = item[1]["role"]
+            return ORDER.index(role), better * item[1]["mean"] * (role in ("pooled", "control"))
+
+        for arm, its in sorted(arms.items(), key=place):
             record = its.get("record", records.get(arm, {}))
             to_full, recovery = its["difference_to_full"] or {}, its["recovery"]
+            gain = against_base.get(arm, {})
             rows.append(
                 {
                     "task": task,
                     "arm": arm,
                     "role": its["role"],
                     "metric": entry["metric"],
+                    "scale": entry.get("scale", "fraction"),
                     **estimate(its),
                     **{f"difference_{key}": v for key, v in estimate(to_full).items()},
+                    **{f"gain_{key}": v for key, v in estimate(gain).items() if key != "n"},
+                    "mark": gain.get("direction"),
+                    "exploratory": bool(gain.get("exploratory")),
                     "mcnemar_p": to_full.get("mcnemar_p"),
                     "recovery": recovery["value"],
                     "recovery_low": (recovery["interval"] or [None, None])[0],
@@ -82,13 +102,29 @@ def scores(compared: Mapping[str, Any], records: Mapping[str, Any]) -> pd.DataFr
     return pd.DataFrame(rows)
 
 
+def compared_tables(
+    compared: Mapping[str, Any], records: Mapping[str, Any]
+) -> dict[str, pd.DataFrame]:
+    """The tables of a compare.json, by the names of their files."""
+    return {
+        "arms": scores(compared, records),
+        "contrasts": contrasts(compared),
+        "kinds": groups(compared),
+        "answers": answers(compared),
+        "seeds": seeds(compared),
+        "pass_at": further(compared, "pass_at"),
+        "further": further(compared, "further"),
+    }
+
+
 def contrasts(compared: Mapping[str, Any]) -> pd.DataFrame:
     """One row per task and contrast, as in compare.json."""
     rows = []
     for task, entry in compared["tasks"].items():
         for its in entry["contrasts"]:
             rest = {k: its[k] for k in ("p", "p_holm", "test", "minimum_detectable_effect")}
-            rows.append({"task": task, "name": its["name"], **estimate(its), **rest})
+            words = {"direction": its.get("direction"), "exploratory": its.get("exploratory")}
+            rows.append({"task": task, "name": its["name"], **estimate(its), **rest, **words})
     return pd.DataFrame(rows)
 
 
@@ -128,45 +164,70 @@ def seeds(compared: Mapping[str, Any]) -> pd.DataFrame:
     for task, entry in compared["tasks"].items():
         for its in entry.get("seeds", ()):
             kept = {key: its[key] for key in ("name", "seeds_a", "seeds_b", "sd_a", "sd_b")}
+            levels = its.get("levels") or {}
+            kept |= {"level_a": levels.get("a"), "level_b": levels.get("b")}
+            kept["two_level"] = its.get("two_level")
             rows.append({"task": task, **kept, **estimate(its)})
     return pd.DataFrame(rows)
 
 
-def pass_at(compared: Mapping[str, Any]) -> pd.DataFrame:
-    """One row per task, arm and k, for sampled answers."""
+def further(compared: Mapping[str, Any], key: str) -> pd.DataFrame:
+    """One row per task, arm and metric: `pass_at` k of sampled answers, or `further` metrics of the questions."""
     return pd.DataFrame(
         {"task": task, "arm": arm, "metric": metric, **estimate(value)}
         for task, entry in compared["tasks"].items()
         for arm, its in entry["arms"].items()
-        for metric, value in its.get("pass_at", {}).items()
+        for metric, value in (its.get(key) or {}).items()
     )
+
+
+def answers(compared: Mapping[str, Any]) -> pd.DataFrame:
+    """One row per task and arm: fractions of right, wrong, unreadable and cut answers, and mean lengths in tokens."""
+    rows = []
+    for task, entry in compared["tasks"].items():
+        for arm, its in sorted(
+            entry["arms"].items(), key=lambda item: ORDER.index(item[1]["role"])
+        ):
+            split = its.get("outcomes") or {}
+            row = {key: split.get(key) for key in ("right", "wrong", "unreadable", "cut")}
+            lengths = ("truncated_fraction", "mean_tokens", "mean_thought_tokens")
+            row |= {key: its.get(key) for key in lengths}
+            if any(value is not None for value in row.values()):
+                rows.append({"task": task, "arm": arm, "role": its["role"], **row})
+    return pd.DataFrame(rows)
 
 
 LAST = 5
 
 
-def held_out(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
-    """Held-out evaluation during training: final score, mean of the last five, and the peak.
-
-    The peak, the maximum over evaluations on the same questions, is biased upward; it is included because papers report
-    it.
-    """
+def held_out_scores(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
+    """Held-out evaluation during training, one row per arm, task and step: the task's first metric as `score`."""
     rows = []
     for arm in config.arms:
         path = run.arm(arm) / "heldout.jsonl"
-        scores = pd.DataFrame(read_jsonl(path)) if path.exists() else pd.DataFrame()
-        if scores.empty:
-            continue
-        for task, part in scores.groupby("task", sort=False):
-            metric = next(c for c in part.columns if c not in ("step", "task", "limit", "seconds"))
-            part = part.dropna(subset=[metric]).sort_values("step")
-            if part.empty:
-                continue
-            peak = part.loc[part[metric].idxmax()]
-            last = part.tail(LAST)
-            found = {"final": part[metric].iloc[-1], "last": last[metric].mean()}
-            found |= {"peak": peak[metric], "peak_step": int(peak.step), "evaluations": len(part)}
-            rows.append({"arm": arm, "task": task, "metric": metric, **found})
+        for row in read_jsonl(path) if path.exists() else ():
+            metric = next(key for key in row if key not in ("step", "task", "limit", "seconds"))
+            if row[metric] is not None:
+                where = {"arm": arm, "task": row["task"], "metric": metric, "step": row["step"]}
+                rows.append({**where, "score": row[metric]})
+    return pd.DataFrame(rows)
+
+
+def held_out(scores: pd.DataFrame) -> pd.DataFrame:
+    """Per arm and task of `held_out_scores`: the final score, the mean of the last five, and the peak.
+
+    Step 0, the untrained base, is in none of them. The peak, the maximum over evaluations on the same questions, is
+    biased upward; it is included because papers report it.
+    """
+    if scores.empty:
+        return scores
+    rows = []
+    trained = scores[scores.step > 0].sort_values("step")
+    for (arm, task), part in trained.groupby(["arm", "task"], sort=False):
+        peak = part.loc[part.score.idxmax()]
+        found = {"final": part.score.iloc[-1], "last": part.score.tail(LAST).mean()}
+        found |= {"peak": peak.score, "peak_step": int(peak.step), "evaluations": len(part)}
+        rows.append({"arm": arm, "task": task, "metric": part.metric.iloc[0], **found})
     return pd.DataFrame(rows)
 
 

@@ -173,6 +173,11 @@ def geometry(
     notes = []
     for (name, folder), path in zip(folders.items(), after, strict=True):
         summary = _measure(before, path, folder, config, digests, workers, device)
+        if drawings.is_unmoved(summary):
+            notes.append(
+                f"no coordinate of {shown[name]} differs from {path_or_id(base)}: its norms are zero, and shares, "
+                'ranks and overlaps of a zero update are undefined, "-" in the tables'
+            )
         if narrowed := summary["tensors_narrowed"]:
             notes.append(
                 f"{narrowed} of {summary['tensors']} tensors are stored in lower precision in {shown[name]} than in "

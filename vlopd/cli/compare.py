@@ -121,28 +121,17 @@ def _print_comparison(compared: Mapping[str, Any]) -> None:
             "difference to the first",
             "p (Holm)",
         )
-        own = entry["scale"] == "own"
+        scale = entry["scale"]
         table = Table(task, *columns)
         first = next(iter(entry["arms"]))
         differences = {its["a"]: its for its in entry["contrasts"] if its["b"] == first}
         for name, its in entry["arms"].items():
             versus = differences.get(name)
-            value = _plain if own else percent
             cells = ("", "")
             if versus is not None:
-                gap = _plain_difference(versus) if own else points(versus)
-                cells = (gap, p_value(versus["p_holm"]))
-            table.add_row(name, value(its["mean"]), value(its["standard_error"]), *cells)
+                cells = (points(versus, scale), p_value(versus["p_holm"]))
+            scores = (percent(its[key], scale) for key in ("mean", "standard_error"))
+            table.add_row(name, *scores, *cells)
         console.print(table)
     for group, count in folded.items():
         say("not shown", f"the {count} tasks of {group}, which are in compare.json")
-
-
-def _plain(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def _plain_difference(difference: Mapping[str, Any]) -> str:
-    """A difference with its interval, in the metric's own unit."""
-    low, high = difference["interval"]
-    return f"{difference['mean']:+.3g} [{low:+.3g}, {high:+.3g}]"

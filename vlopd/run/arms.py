@@ -201,6 +201,7 @@ def train_arm(
             density=trainable.count / trainable.total,
             seconds=round(time.perf_counter() - started, 1),
             device=str(accelerator.device),
+            processes=accelerator.num_processes,
             notes=recipe.notes,
             execution=execution_of(recipe),
             **changes,
