@@ -744,6 +744,12 @@ def test_report_without_comparison(spoilable):
         (r"\[y\]", '<math display="block"><mi>y</mi></math>'),
         (r"$\text{<script>}$", "<math><mtext>&lt;script&gt;</mtext></math>"),
         (r"$\href{javascript:x}{y}$", "<math><mi>y</mi></math>"),
+        ("a\n$$y$$\n- b\x00\ue0000\ue001", 'a<math display="block"><mi>y</mi></math>\u2022 b0'),
+        (
+            "$" + r"\frac{1}{" * 200 + "x" + "}" * 200 + "$",
+            "$" + r"\frac{1}{" * 200 + "x" + "}" * 200 + "$",
+        ),
+        ("\ud83d \u2028 \u202e<b>", "? \u2028 \u202e&lt;b&gt;"),
     ],
 )
 def test_a_models_text_is_safe_and_its_mathematics_set(text, shown):
@@ -827,7 +833,8 @@ def test_examples_of_a_large_run_stand_beside_the_page(tmp_path):
 
 
 def test_groups_units_and_outcomes_are_shown(compared, tmp_path):
-    """A group stands before its folded tasks, a perplexity in its own unit, and answers by what became of them."""
+    """A group stands before its folded tasks, a perplexity in its own unit (higher is worse in mark and word), weak and
+    half-open recoveries are flagged, and answers are split by what became of them."""
     task = json.loads(json.dumps(compared[2]["tasks"]["shapes"]))
     for its in task["arms"].values():
         its["outcomes"] = {"right": 0.5, "wrong": 0.25, "unreadable": 0.125, "cut": 0.125}
@@ -836,6 +843,10 @@ def test_groups_units_and_outcomes_are_shown(compared, tmp_path):
         its["direction"] = "above" if its["name"] == "full - base" else None
     group = {**task, "members": ["leaf"], "group": None}
     words = {**task, "metric": "word_perplexity", "scale": "own", "higher_is_better": False}
+    words["arms"] = json.loads(json.dumps(task["arms"]))
+    weak = {"value": 0.4, "interval": [0.21, None], "status": "weak"}
+    words["arms"]["subnetwork"]["recovery"] = weak
+    words["arms"]["transplant"]["recovery"] = {**weak, "interval": [None, None]}
     record = {
         **compared[2],
         "not_compared": {"odd": "its metrics are of the corpus"},
@@ -843,10 +854,13 @@ def test_groups_units_and_outcomes_are_shown(compared, tmp_path):
     }
     models = {arm: f"path/{arm}" for arm in record["arms"]}
     page = write_comparison_page(tmp_path, record, models, {}).read_text()
-    assert page.count('<details class="task">') == 2 and "1 tasks of group" in page
+    assert page.count('<details class="task">') == 2 and "1 task of group" in page
     assert "odd: its metrics are of the corpus" in page and "lower is better" in page
     mean = task["arms"]["full"]["mean"]
-    assert f"<td>{mean:.4g} ± " in page and 'class="mark above"' in page
+    assert f"<td>{mean:.4g} ± " in page
+    assert 'class="mark right" title="above' in page and 'class="mark wrong" title="above' in page
+    assert "0.40 [0.21, \u221e) weak" in page and "0.40 (unbounded) weak" in page
+    assert "better on 1 of 2 tasks (group; +" in page and "worse on 1 (words)" in page
     assert (
         'data-label="Mean tokens">321<' in page
         and 'class="unreadable" style="width:12.50%"' in page
