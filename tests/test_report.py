@@ -19,8 +19,9 @@ from evals.compare import _decide, compare
 from evals.report.build import build_report
 from evals.report.checkpoints import write_comparison_page
 from evals.report.examples import collect
+from evals.report.page import brackets, number
 from evals.report.prose import Typesetter
-from evals.report.verdict import TaskSentences, _rank, verdict
+from evals.report.verdict import TaskSentences, _rank, points, verdict
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.errors import RunError
 from vlopd.files import read_json, read_jsonl, write_json, write_jsonl
@@ -504,6 +505,13 @@ def test_the_verdict_is_what_the_numbers_say(compared):
     assert lacking in text and "Over training seeds" not in text
 
 
+def test_numbers_that_round_to_zero_have_no_minus():
+    """A difference is +0.0 and not -0.0, and an interval without one bound says so."""
+    assert points({"mean": -0.0001, "interval": [-0.0002, 0.05]}) == "+0.0 pp [+0.0, +5.0]"
+    assert points({"mean": -0.2, "interval": [None, -0.1]}, "own") == "-0.2 (-\u221e, -0.1]"
+    assert number(-0.00001) == "0.0" and brackets(None, None) == ""
+
+
 def test_declared_contrasts_are_the_family_of_holm(spoilable):
     """Holm's adjustment is over the declared contrasts; others keep their p and have no adjusted one."""
     run, config, _ = spoilable
@@ -879,6 +887,9 @@ def test_geometry_without_nulls_describes_none(spoilable):
     page = build_report(run, config.model_copy(update={"geometry": geometry})).read_text()
     assert "No null was drawn" in page and '<th scope="col">Null</th>' not in page
     assert "the two checkpoints are the same" in page
+    assert "computed in fp32, stored as bf16" in page, (
+        "the records' precision, not the config's auto"
+    )
 
 
 def test_no_torch_is_needed():

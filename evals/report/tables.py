@@ -125,6 +125,7 @@ def contrasts(compared: Mapping[str, Any]) -> pd.DataFrame:
         for its in entry["contrasts"]:
             rest = {k: its[k] for k in ("p", "p_holm", "test", "minimum_detectable_effect")}
             words = {"direction": its.get("direction"), "exploratory": its.get("exploratory")}
+            words["scale"] = entry.get("scale", "fraction")
             rows.append({"task": task, "name": its["name"], **estimate(its), **rest, **words})
     return pd.DataFrame(rows)
 
@@ -155,6 +156,7 @@ def groups(compared: Mapping[str, Any]) -> pd.DataFrame:
         for arm, its in arms:
             for kind, value in its["by_group"].items():
                 where = {"task": task, "arm": arm, "role": its["role"], "kind": kind}
+                where["scale"] = entry.get("scale", "fraction")
                 rows.append({**where, **estimate(value), "chance": chance.get(kind)})
     return pd.DataFrame(rows)
 
