@@ -19,8 +19,9 @@ from evals.compare import _decide, compare
 from evals.report.build import build_report
 from evals.report.checkpoints import write_comparison_page
 from evals.report.examples import collect
+from evals.report.page import brackets, number
 from evals.report.prose import Typesetter
-from evals.report.verdict import TaskSentences, _rank, verdict
+from evals.report.verdict import TaskSentences, _rank, points, verdict
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.errors import RunError
 from vlopd.files import read_json, read_jsonl, write_json, write_jsonl
@@ -504,6 +505,13 @@ def test_the_verdict_is_what_the_numbers_say(compared):
     assert lacking in text and "Over training seeds" not in text
 
 
+def test_numbers_that_round_to_zero_have_no_minus():
+    """A difference is +0.0 and not -0.0, and an interval without one bound says so."""
+    assert points({"mean": -0.0001, "interval": [-0.0002, 0.05]}) == "+0.0 pp [+0.0, +5.0]"
+    assert points({"mean": -0.2, "interval": [None, -0.1]}, "own") == "-0.2 (-\u221e, -0.1]"
+    assert number(-0.00001) == "0.0" and brackets(None, None) == ""
+
+
 def test_declared_contrasts_are_the_family_of_holm(spoilable):
     """Holm's adjustment is over the declared contrasts; others keep their p and have no adjusted one."""
     run, config, _ = spoilable
@@ -744,6 +752,12 @@ def test_report_without_comparison(spoilable):
         (r"\[y\]", '<math display="block"><mi>y</mi></math>'),
         (r"$\text{<script>}$", "<math><mtext>&lt;script&gt;</mtext></math>"),
         (r"$\href{javascript:x}{y}$", "<math><mi>y</mi></math>"),
+        ("a\n$$y$$\n- b\x00\ue0000\ue001", 'a<math display="block"><mi>y</mi></math>\u2022 b0'),
+        (
+            "$" + r"\frac{1}{" * 200 + "x" + "}" * 200 + "$",
+            "$" + r"\frac{1}{" * 200 + "x" + "}" * 200 + "$",
+        ),
+        ("\ud83d \u2028 \u202e<b>", "? \u2028 \u202e&lt;b&gt;"),
     ],
 )
 def test_a_models_text_is_safe_and_its_mathematics_set(text, shown):
@@ -827,7 +841,8 @@ def test_examples_of_a_large_run_stand_beside_the_page(tmp_path):
 
 
 def test_groups_units_and_outcomes_are_shown(compared, tmp_path):
-    """A group stands before its folded tasks, a perplexity in its own unit, and answers by what became of them."""
+    """A group stands before its folded tasks, a perplexity in its own unit (higher is worse in mark and word), weak and
+    half-open recoveries are flagged, and answers are split by what became of them."""
     task = json.loads(json.dumps(compared[2]["tasks"]["shapes"]))
     for its in task["arms"].values():
         its["outcomes"] = {"right": 0.5, "wrong": 0.25, "unreadable": 0.125, "cut": 0.125}
@@ -836,6 +851,10 @@ def test_groups_units_and_outcomes_are_shown(compared, tmp_path):
         its["direction"] = "above" if its["name"] == "full - base" else None
     group = {**task, "members": ["leaf"], "group": None}
     words = {**task, "metric": "word_perplexity", "scale": "own", "higher_is_better": False}
+    words["arms"] = json.loads(json.dumps(task["arms"]))
+    weak = {"value": 0.4, "interval": [0.21, None], "status": "weak"}
+    words["arms"]["subnetwork"]["recovery"] = weak
+    words["arms"]["transplant"]["recovery"] = {**weak, "interval": [None, None]}
     record = {
         **compared[2],
         "not_compared": {"odd": "its metrics are of the corpus"},
@@ -843,10 +862,13 @@ def test_groups_units_and_outcomes_are_shown(compared, tmp_path):
     }
     models = {arm: f"path/{arm}" for arm in record["arms"]}
     page = write_comparison_page(tmp_path, record, models, {}).read_text()
-    assert page.count('<details class="task">') == 2 and "1 tasks of group" in page
+    assert page.count('<details class="task">') == 2 and "1 task of group" in page
     assert "odd: its metrics are of the corpus" in page and "lower is better" in page
     mean = task["arms"]["full"]["mean"]
-    assert f"<td>{mean:.4g} ± " in page and 'class="mark above"' in page
+    assert f"<td>{mean:.4g} ± " in page
+    assert 'class="mark right" title="above' in page and 'class="mark wrong" title="above' in page
+    assert "0.40 [0.21, \u221e) weak" in page and "0.40 (unbounded) weak" in page
+    assert "better on 1 of 2 tasks (group; +" in page and "worse on 1 (words)" in page
     assert (
         'data-label="Mean tokens">321<' in page
         and 'class="unreadable" style="width:12.50%"' in page
@@ -865,6 +887,9 @@ def test_geometry_without_nulls_describes_none(spoilable):
     page = build_report(run, config.model_copy(update={"geometry": geometry})).read_text()
     assert "No null was drawn" in page and '<th scope="col">Null</th>' not in page
     assert "the two checkpoints are the same" in page
+    assert "computed in fp32, stored as bf16" in page, (
+        "the records' precision, not the config's auto"
+    )
 
 
 def test_no_torch_is_needed():

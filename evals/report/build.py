@@ -138,12 +138,12 @@ def _training_context(training: pd.DataFrame) -> list[Context]:
 
 
 CURVES = {
-    "kl": ("KL to the teacher", "KL(student || teacher), nats/token"),
-    "loss": ("Loss", "training loss"),
-    "student_entropy": ("Entropy", "student's entropy, nats/token"),
-    "reward": ("Reward", "mean reward"),
-    "mean_completion_tokens": ("Completion length", "tokens a completion"),
-    "grad_norm": ("Gradient norm", "gradient norm before clipping"),
+    "kl": ("KL(student || teacher), nats/token", "KL, nats/token"),
+    "loss": ("Training loss", "loss"),
+    "student_entropy": ("Student's entropy, nats/token", "entropy, nats/token"),
+    "reward": ("Mean reward", "reward"),
+    "mean_completion_tokens": ("Mean tokens of a completion", "tokens"),
+    "grad_norm": ("Gradient norm before clipping", "gradient norm"),
 }
 """Columns of metrics.jsonl that are drawn, with title and label; the loss only where there is no KL."""
 
@@ -171,7 +171,7 @@ def _training_curves(
         name = f"training-{value.replace('_', '-')}"
         rows = training.dropna(subset=[value])
         add_figure(drawn, name, figures.curves(rows, roles, value, label))
-        note = f": {label}. Faint: every step; strong: running mean"
+        note = ". Faint: every step; strong: running mean"
         found.append({"name": name, "title": title, "note": note})
     return found
 

@@ -71,7 +71,6 @@ def write_geometry_page(
             {
                 "arm": name,
                 "rows": rows_of(pd.DataFrame(tables.headline(folder))),
-                "unmoved": geometry.is_unmoved(summary),
                 "left_out": geometry.left_out(folder),
                 "reasons": geometry.unmeasured(tidy),
                 "figures": _add_and_save(drawn, name, geometry.draw(tidy), folder),

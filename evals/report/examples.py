@@ -251,8 +251,8 @@ def _contents(
                 answers[same]["tokens"] = tokens
         pictures = first.get("images") or [first.get("image")]
         content = {
-            "question": setter.html(str(first["question"])),
-            "reference": setter.html(str(first["target"])),
+            "question": setter.html(str(first["question"]).strip()),
+            "reference": setter.html(str(first["target"]).strip()),
             "prompts": list(prompts.items()),
             "pictures": [uri for name in pictures if (uri := _data_uri(run.root, name))],
             "answers": list(answers.values()),

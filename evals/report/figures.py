@@ -41,7 +41,7 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "vlopd",
     "font.family": "sans-serif",
-    "font.size": 9,
+    "font.size": 9.5,
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -104,7 +104,7 @@ def dots(rows: pd.DataFrame, chance: float | None, label: str, scale: float = 10
         for (value, text), side in zip(known, ("right", "left"), strict=False):
             axes.axvline(value, color=INK, lw=0.8, ls=(0, (3, 3)), alpha=0.6, zorder=0)
             side = side if near else "center"
-            axes.text(value, -0.75, text, ha=side, va="bottom", fontsize=8, alpha=0.8)
+            axes.text(value, -0.75, text, ha=side, va="bottom", fontsize=9, alpha=0.8)
         axes.set_xlabel(label)
         if scale == 100:
             axes.set_xlim(-2, 102)
@@ -123,7 +123,7 @@ def forest(rows: pd.DataFrame, label: str, scale: float = 100) -> Figure:
 
 def comparison(scores: pd.DataFrame, contrasts: pd.DataFrame) -> Figure:
     """Scores of models (columns task, model, metric, mean, low, high) and their contrasts (task, name, mean, low,
-    high), in percent with intervals; one row of panels per task."""
+    high, scale), in percent or the metric's own unit, with intervals; one row of panels per task."""
     tasks = list(scores.task.unique())
     heights = [
         max(2, (scores.task == task).sum(), (contrasts.task == task).sum()) for task in tasks
@@ -135,11 +135,13 @@ def comparison(scores: pd.DataFrame, contrasts: pd.DataFrame) -> Figure:
         for task, (left, right) in zip(tasks, panels, strict=True):
             own = scores[scores.task == task].rename(columns={"model": "arm"})
             differences = contrasts[contrasts.task == task].rename(columns={"name": "arm"})
-            intervals(left, own.assign(role=["base"] + ["other"] * (len(own) - 1)), 100)
-            intervals(right, differences.assign(role="other"), 100)
+            fraction = (differences.scale == "fraction").all()
+            times, unit = (100, "%") if fraction else (1, "own unit")
+            intervals(left, own.assign(role=["base"] + ["other"] * (len(own) - 1)), times)
+            intervals(right, differences.assign(role="other"), times)
             right.axvline(0, color=INK, lw=0.8, alpha=0.7, zorder=0)
-            left.set_xlabel(f"{task}: {own.metric.iloc[0]} (%)")
-            right.set_xlabel("paired difference (percentage points)")
+            left.set_xlabel(f"{task}: {own.metric.iloc[0]} ({unit})")
+            right.set_xlabel(f"paired difference ({'percentage points' if fraction else unit})")
     return figure
 
 
@@ -174,7 +176,7 @@ def against_density(rows: pd.DataFrame, lines: Mapping[str, float], label: str) 
         axes.set_xlabel("trained coordinates (%)")
         axes.set_ylabel(label)
         axes.grid()
-        figure.legend(loc="outside upper left", ncols=3, fontsize=8)
+        figure.legend(loc="outside upper left", ncols=3, fontsize=9)
     return figure
 
 
@@ -207,9 +209,9 @@ def curves(
     colour each. A long training is thinned to MOST_POINTS a line.
     """
     arms = [short(str(arm), 24) for arm in rows.arm.unique()]
-    columns = max(1, min(3, len(arms), 54 // (max(map(len, arms)) + 6)))
+    columns = max(1, min(3, len(arms), 48 // (max(map(len, arms)) + 6)))
     with matplotlib.rc_context(STYLE):
-        figure, (axes,) = canvas(2.5 + 0.17 * -(-len(arms) // columns))
+        figure, (axes,) = canvas(2.5 + 0.19 * -(-len(arms) // columns))
         seen: dict[str, int] = {}
         for arm, part in rows.groupby("arm", sort=False):
             role = roles[str(arm)]
@@ -241,7 +243,7 @@ def curves(
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(label)
         axes.grid()
-        figure.legend(loc="outside upper left", ncols=columns, fontsize=8, handlelength=2.6)
+        figure.legend(loc="outside upper left", ncols=columns, fontsize=9, handlelength=2.6)
     return figure
 
 

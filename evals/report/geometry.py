@@ -166,7 +166,7 @@ def lines(rows: pd.DataFrame, across: str, label: str, logarithmic: bool) -> Fig
         axes.set_xlabel(across)
         axes.set_ylabel(textwrap.fill(label, 27))
         axes.grid()
-        figure.legend(loc="outside upper left", ncols=3, fontsize=8, handlelength=2.6)
+        figure.legend(loc="outside upper left", ncols=3, fontsize=9, handlelength=2.6)
     return figure
 
 
@@ -196,7 +196,7 @@ def dots(rows: pd.DataFrame, label: str) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel(label)
         axes.grid(axis="x")
-        figure.legend(loc="outside upper left", ncols=3, fontsize=8)
+        figure.legend(loc="outside upper left", ncols=3, fontsize=9)
     return figure
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from evals.report import figures
 from evals.report.geometry import Drawing
-from evals.report.verdict import interval, p_value, percent
+from evals.report.verdict import interval, p_value, percent, plain
 
 Context = dict[str, Any]
 
@@ -52,9 +52,6 @@ def environment() -> Environment:
         hundred=lambda x, form="%.1f": "-" if x is None else form % (100 * x),
         significant=lambda x: "-" if x is None else f"{x:.4g}",
         count=lambda x: "-" if x is None else f"{int(x):,}",
-        bracket=lambda low, high, scale=1, form=".2f": interval(
-            {"interval": [low, high]}, scale, form
-        ).strip(),
     )
     return env
 
@@ -63,19 +60,9 @@ def number(value: float | None, scale: str = "fraction", form: str = ".1f", sign
     """A score or difference in the unit of its task: percent of a fraction, or the metric's own unit."""
     if value is None:
         return "-"
-    return f"{100 * value:{sign}{form}}" if scale == "fraction" else f"{value:{sign}.4g}"
+    return plain(100 * value, sign + form) if scale == "fraction" else plain(value, f"{sign}.4g")
 
 
 def brackets(low: float | None, high: float | None, scale: str = "own", form: str = ".2f") -> str:
     """An interval in brackets, one open to a side where it has no bound there; empty without both."""
-    if low is None and high is None:
-        return ""
-    ends = []
-    for value, missing in ((low, "(-\u221e"), (high, "\u221e)")):
-        if value is None:
-            ends.append(missing)
-        elif scale == "fraction":
-            ends.append(f"{100 * value:{form}}")
-        else:
-            ends.append(f"{value:{form}}")
-    return ("" if low is None else "[") + ", ".join(ends) + ("" if high is None else "]")
+    return interval({"interval": (low, high)}, 100 if scale == "fraction" else 1, form).strip()

@@ -18,9 +18,9 @@ LONGEST_FORMULA = 600
 SEGMENTS = re.compile(
     r"```[^\n`]*\n(?P<block>.{1,6000}?)```"
     r"|`(?P<code>[^`\n]{1,300})`"
-    r"|\n?\$\$(?P<dollars>.{1,2000}?)\$\$\n?"
-    r"|\n?\\\[(?P<brackets>.{1,2000}?)\\\]\n?"
-    r"|\n?(?P<environment>\\begin\{(?P<name>(?:align|equation|gather)\*?)\}.{1,2000}?\\end\{(?P=name)\})\n?"
+    r"|\$\$(?P<dollars>.{1,2000}?)\$\$"
+    r"|\\\[(?P<brackets>.{1,2000}?)\\\]"
+    r"|(?P<environment>\\begin\{(?P<name>(?:align|equation|gather)\*?)\}.{1,2000}?\\end\{(?P=name)\})"
     r"|\\\((?P<parentheses>.{1,1000}?)\\\)"
     r"|(?<![\\$])\$(?!\s)(?P<dollar>(?:\\[^\n]|[^$\\\n]){1,1000}?)(?<!\s)\$(?!\d)"
     r"|(?P<boxed>\\boxed\{(?:[^{}\n]|\{[^{}\n]{0,300}\}){1,300}\})",
@@ -29,7 +29,10 @@ SEGMENTS = re.compile(
 """Code and mathematics in a text, of bounded length. A dollar opens a formula before text, and closes one behind text
 where no digit follows, so that prices stay prices."""
 DISPLAYED = ("dollars", "brackets", "environment")
-KEPT = re.compile("[\ue000\ue001]")
+KEPT = re.compile("[\ue000-\ue002\x00]")
+"""Characters of a text that are dropped: those of PLACE, and null, which HTML forbids."""
+PLACE = re.compile("\n?\ue000(\\d+)\ue002\n?|\ue000(\\d+)\ue001")
+"""Where a kept segment stands; a displayed formula is a block, and takes the line breaks beside it with it."""
 HEADING = re.compile(r"^#{1,6} +(.+?)#*$", re.MULTILINE)
 BOLD = re.compile(r"\*\*(?=\S)(.{1,600}?)(?<=\S)\*\*")
 ITALIC = re.compile(r"(?<![\w*])\*(?=[^\s*])([^*\n]{1,300}?)(?<=[^\s*])\*(?![\w*])")
@@ -96,7 +99,8 @@ class Typesetter:
 
         def keep(found: re.Match[str]) -> str:
             kept.append(self._segment(found))
-            return f"\ue000{len(kept) - 1}\ue001"
+            end = "\ue002" if '<math display="block"' in kept[-1] else "\ue001"
+            return f"\ue000{len(kept) - 1}{end}"
 
         text = SEGMENTS.sub(keep, KEPT.sub("", shortened(text)))
         text = escape(text)
@@ -104,7 +108,7 @@ class Typesetter:
         text = BOLD.sub(r"<strong>\1</strong>", text)
         text = ITALIC.sub(r"<em>\1</em>", text)
         text = BULLET.sub("\\1\u2022 ", text)
-        return re.sub("\ue000(\\d+)\ue001", lambda place: kept[int(place[1])], text)
+        return PLACE.sub(lambda place: kept[int(place[1] or place[2])], text)
 
     def _segment(self, found: re.Match[str]) -> str:
         kind = str(found.lastgroup)

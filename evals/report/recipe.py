@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlopd.config.arms import DistillArm
@@ -29,17 +29,20 @@ def recipe(
         teachers = ", ".join(about.model for about in config.teachers.values())
         found.append(("Teacher" if len(config.teachers) == 1 else "Teachers", teachers))
     if trained:
-        found += _training(config, trained)
-        found += _cost(run, [records[arm] for arm in trained if arm in records])
+        made = [records[arm] for arm in trained if arm in records]
+        found += [
+            *_training(config, trained),
+            _precision(config, made),
+            *_differences(config, trained),
+        ]
+        found += _cost(run, made)
     found.append(("Evaluation", _evaluation(config)))
     return found
 
 
 def _training(config: ExperimentConfig, trained: Mapping[str, DistillArm]) -> list[tuple[str, str]]:
-    """The recipe of the full arm, or of the first trained one, and how others differ from it."""
-    full = config.roles.first("full")
-    main = full if full is not None and full in trained else next(iter(trained))
-    its = config.recipe_of(trained[main])
+    """The recipe of the full arm, or of the first trained one."""
+    its = config.recipe_of(trained[_main(config, trained)])
     rollout, optim, train = its.rollout, its.optim, its.train
     completions = rollout.completions_per_prompt
     each = f", {completions} completions each" if completions > 1 else ""
@@ -60,13 +63,31 @@ def _training(config: ExperimentConfig, trained: Mapping[str, DistillArm]) -> li
     ]
     if its.reward is not None:
         found.insert(2, ("Reward", str(its.reward.rule)))
-    found.append(
-        (
-            "Precision",
-            f"computed in {config.precision.compute}, stored as {config.precision.stored}",
-        )
-    )
-    base = its.model_dump(mode="json")
+    return found
+
+
+def _main(config: ExperimentConfig, trained: Mapping[str, DistillArm]) -> str:
+    full = config.roles.first("full")
+    return full if full is not None and full in trained else next(iter(trained))
+
+
+def _precision(config: ExperimentConfig, records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """The dtypes as the arms' records have them, or, before there are any, the config."""
+    asked = config.precision.model_dump()
+    used = dict.fromkeys(
+        tuple((its["precision"] or {}).get(key, asked[key]) for key in ("compute", "stored"))
+        for its in records
+    ) or {(asked["compute"], asked["stored"]): None}
+    words = [f"computed in {compute}, stored as {stored}" for compute, stored in used]
+    return ("Precision", "; ".join(words))
+
+
+def _differences(
+    config: ExperimentConfig, trained: Mapping[str, DistillArm]
+) -> list[tuple[str, str]]:
+    """How the recipes of other arms differ from the one that is shown."""
+    base = config.recipe_of(trained[_main(config, trained)]).model_dump(mode="json")
+    found = []
     for arm, own in trained.items():
         if lines := differences(base, config.recipe_of(own).model_dump(mode="json")):
             more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
@@ -101,11 +122,8 @@ def _cost(run: RunFolder, records: list[Mapping[str, Any]]) -> list[tuple[str, s
     if devices:
         found.append(("Hardware", ", ".join(sorted(devices))))
     if seconds := [float(r["seconds"]) for r in records if r.get("seconds")]:
-        each = (
-            f", {duration(min(seconds))} to {duration(max(seconds))} an arm"
-            if len(seconds) > 1
-            else ""
-        )
+        span = " to ".join(dict.fromkeys((duration(min(seconds)), duration(max(seconds)))))
+        each = f", {span} an arm" if len(seconds) > 1 else ""
         found.append(("Training time", f"{duration(sum(seconds))}{each}"))
         spent = [float(r["seconds"]) * r["processes"] for r in records if r.get("processes")]
         if len(spent) == len(seconds):  # records of before have no number of processes

@@ -54,11 +54,18 @@ def scores_context(
         "full": full_name(compared["arms"]),
         "has_full": "full" in roles,
         "has_teacher": "teacher" in roles,
+        "base_name": _base_name(compared),
         "level": f"{100 * compared['confidence']:g}" if compared["tasks"] else "95",
         "family": _family(compared),
         "overview": _overview(compared, data["arms"], top) if len(top) > 1 else None,
         "tasks": [_task_context(name, compared, data, drawn) for name in top],
     }
+
+
+def _base_name(compared: Mapping[str, Any]) -> str:
+    """What the base is called in words: by its name where it is a model of a comparison; empty without one."""
+    base = next((arm for arm, its in compared["arms"].items() if its["role"] == "base"), "")
+    return "the base" if base == "base" else base
 
 
 def _family(compared: Mapping[str, Any]) -> str:

@@ -87,6 +87,7 @@ def scores(compared: Mapping[str, Any], records: Mapping[str, Any]) -> pd.DataFr
                     **{f"difference_{key}": v for key, v in estimate(to_full).items()},
                     **{f"gain_{key}": v for key, v in estimate(gain).items() if key != "n"},
                     "mark": gain.get("direction"),
+                    "higher_is_better": bool(entry.get("higher_is_better", True)),
                     "exploratory": bool(gain.get("exploratory")),
                     "mcnemar_p": to_full.get("mcnemar_p"),
                     "recovery": recovery["value"],
@@ -124,6 +125,7 @@ def contrasts(compared: Mapping[str, Any]) -> pd.DataFrame:
         for its in entry["contrasts"]:
             rest = {k: its[k] for k in ("p", "p_holm", "test", "minimum_detectable_effect")}
             words = {"direction": its.get("direction"), "exploratory": its.get("exploratory")}
+            words["scale"] = entry.get("scale", "fraction")
             rows.append({"task": task, "name": its["name"], **estimate(its), **rest, **words})
     return pd.DataFrame(rows)
 
@@ -154,6 +156,7 @@ def groups(compared: Mapping[str, Any]) -> pd.DataFrame:
         for arm, its in arms:
             for kind, value in its["by_group"].items():
                 where = {"task": task, "arm": arm, "role": its["role"], "kind": kind}
+                where["scale"] = entry.get("scale", "fraction")
                 rows.append({**where, **estimate(value), "chance": chance.get(kind)})
     return pd.DataFrame(rows)
 
@@ -176,7 +179,7 @@ def further(compared: Mapping[str, Any], key: str) -> pd.DataFrame:
     return pd.DataFrame(
         {"task": task, "arm": arm, "metric": metric, **estimate(value)}
         for task, entry in compared["tasks"].items()
-        for arm, its in entry["arms"].items()
+        for arm, its in sorted(entry["arms"].items(), key=lambda item: ORDER.index(item[1]["role"]))
         for metric, value in (its.get(key) or {}).items()
     )
 
@@ -222,7 +225,7 @@ def held_out(scores: pd.DataFrame) -> pd.DataFrame:
     if scores.empty:
         return scores
     rows = []
-    trained = scores[scores.step > 0].sort_values("step")
+    trained = scores[scores.step > 0].sort_values("step", kind="stable")
     for (arm, task), part in trained.groupby(["arm", "task"], sort=False):
         peak = part.loc[part.score.idxmax()]
         found = {"final": part.score.iloc[-1], "last": part.score.tail(LAST).mean()}

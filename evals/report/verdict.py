@@ -130,8 +130,9 @@ class TaskSentences:
         if base and chance is not None and self.arms[base]["interval"][0] is not None:
             low, high = self.arms[base]["interval"]
             if low <= chance <= high:
+                known = "The base" if base == "base" else base
                 lines.append(
-                    f"The base ({percent(self.arms[base]['mean'])}) is not distinguishable from "
+                    f"{known} ({percent(self.arms[base]['mean'])}) is not distinguishable from "
                     f"chance ({percent(chance)})."
                 )
         for arm in self._with_role("replicate"):
@@ -255,12 +256,10 @@ class TaskSentences:
         )
         if not effect or math.isnan(effect):
             return lines
+        size = f"{100 * effect:.1f} pp" if self.scale == "fraction" else f"{effect:.3g}"
         return [
             *lines,
-            f"With these {self.task['n']} questions there is 80 % power to detect a difference of "
-            f"{100 * effect:.1f} pp ({of})."
-            if self.scale == "fraction"
-            else f"{effect:.3g} ({of}).",
+            f"With these {self.task['n']:,} questions there is 80 % power to detect a difference of {size} ({of}).",
         ]
 
     def percent(self, value: float | None) -> str:
@@ -311,8 +310,8 @@ def percent(value: float | None, scale: str = "fraction") -> str:
 def points(difference: Entry, scale: str = "fraction") -> str:
     """A difference with its interval, in percentage points: +5.2 pp [+1.0, +9.4]; or in a metric's own scale."""
     if scale == "fraction":
-        return f"{100 * difference['mean']:+.1f} pp{interval(difference, 100, '+.1f')}"
-    return f"{difference['mean']:+.3g}{interval(difference, 1, '+.3g')}"
+        return f"{plain(100 * difference['mean'], '+.1f')} pp{interval(difference, 100, '+.1f')}"
+    return f"{plain(difference['mean'], '+.3g')}{interval(difference, 1, '+.3g')}"
 
 
 def share(recovered: Entry) -> str:
@@ -324,11 +323,18 @@ def share(recovered: Entry) -> str:
 
 
 def interval(entry: Entry, scale: float, form: str) -> str:
-    """The entry's interval in brackets after a space; empty if it has none."""
-    bounds = entry["interval"]
-    if bounds is None or not all(map(_is_number, bounds)):
+    """The entry's interval in brackets after a space, open to a side where it has no bound; empty if it has none."""
+    low, high = entry["interval"] or (None, None)
+    if not _is_number(low) and not _is_number(high):
         return ""
-    return f" [{scale * bounds[0]:{form}}, {scale * bounds[1]:{form}}]"
+    start = f"[{plain(scale * low, form)}" if _is_number(low) else "(-\u221e"
+    end = f"{plain(scale * high, form)}]" if _is_number(high) else "\u221e)"
+    return f" {start}, {end}"
+
+
+def plain(value: float, form: str) -> str:
+    """A number in a format like `+.1f`, without the minus of one that rounds to zero."""
+    return format(value, form.replace(".", "z.", 1))
 
 
 def _direction(difference: Entry, above: str, below: str) -> str:
