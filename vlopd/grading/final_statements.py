@@ -94,7 +94,7 @@ SENTENCE = re.compile(
 HASHES = re.compile(r"(?:^|[ \t])####[ \t*]{0,4}(?=[^\s#])", re.MULTILINE)
 """GSM8K's mark."""
 SUPPOSED = re.compile(
-    r"\b(?:if|whether|unless|suppose|supposing|assume|assuming|what|which|think|thought|guess(?:ed)? at first|"
+    r"\b(?:if|whether|unless|in (?:which|that) case|suppose|supposing|assume|assuming|what|which|think|thought|guess(?:ed)? at first|"
     r"not|n't|isn't|because|someone|might|could|initially|a common(?: wrong)?|wrong|incorrect|previous|earlier)"
     r"\b[^.;:\n,]{0,24}$",
     re.IGNORECASE,
@@ -115,6 +115,8 @@ UNSTATED = re.compile(
 """What follows `the answer is` where the answer is described and not stated."""
 INSTEAD = re.compile(r"^[\s*]{0,3}not\b[^.\n]{0,40}?\bbut(?: rather)?\b[\s*]{0,3}", re.IGNORECASE)
 DRESSING = " \t\r\n*_`\"'\u201c\u201d~"
+SAME = 9
+"""Characters that two statements begin with where they repeat each other: `The answer is 4. The answer is 5.`"""
 ADJACENT = 40
 """Maximum characters from a statement to the next one that contradicts it, rather than follows from what is between."""
 TURNS = re.compile(
@@ -139,15 +141,38 @@ CORRECTION = re.compile(
 )
 """Where an output takes back what it said."""
 NEW_TURN = re.compile(
-    r"\n[ \t#*]{0,6}(?:Question|Q|Human|User|Problem|Instruction|Exercise|Example)[ \t]?\d{0,3}[*]{0,2}[:.]",
+    r"\n[ \t#*]{0,6}(?:Question|Q|Human|User|Problem|Instruction|Exercise|Example)[ \t]?\d{0,3}[*]{0,2}[:.]"
+    r"|\n[^\n]{5,200}\?\s{1,2}(?i:please )?(?:Answer|answer) (?:the|with|yes|in|using)\b",
 )
 """Where a model goes on with a question of its own, whose answer does not count."""
+TOKENS = re.compile(
+    r"</?s>|<\|(?!begin_of_box|end_of_box)\w{1,20}\|>|<(?:eos|pad|unk|end_of_turn|start_of_turn)>|\[/?INST\]"
+)
+"""Special tokens that were decoded into the text."""
+PROMPT = re.compile(
+    r"(?:^|(?<=[.?!:\n] )|(?<=\n))[ \t]{0,3}(?:please )?(?:(?:answer|respond|reply)(?: the question)? (?:with|using|in) "
+    r"(?:the|a|an|one|only|just|yes|your|exactly)\b[^.:\n]{0,80}|answer yes or no|"
+    r"(?:put|write|give) (?:the|your) final answer (?:in|within|inside|as)\b[^.:\n]{0,40})(?:[.:]|\n|$)",
+    re.IGNORECASE,
+)
+"""The instruction of the prompt, repeated."""
+UNDECIDED = re.compile(
+    r"\b(?:i|we)(?:'m| am| are)?(?: really| honestly| still| simply| just)? "
+    r"(?:can(?:no|')t|cannot|can not|could(?: not|n't)|(?:am )?unable to|not able to|won't|do not|don't|prefer not to|"
+    r"not sure) (?:\w+ly )?"
+    r"(?:decide|tell|determine|choose|commit|settle|resolve|pick|know|give (?:an?|any|one|the)|which|"
+    r"find (?:the (?:error|mistake)|out|which)|say which|be sure|verify (?:either|which))\b|"
+    r"\b(?:no way (?:for me )?to|impossible to|hard to) (?:settle|decide|tell|choose)\b|\bleave (?:it|this) open\b",
+    re.IGNORECASE,
+)
+"""An output that ends without deciding, whatever it stated before."""
 GIVEN_UP = re.compile(
     r"\b(?:i(?:'m| am)? (?:do not|don't|did not|cannot|can't|can not|could not|couldn't|am unable|"
     r"unable|not able|"
-    r"honestly (?:do not|don't)|really (?:do not|don't)|simply (?:cannot|can't))(?: to)?(?: \w+ly)? "
+    r"honestly (?:do not|don't)|really (?:do not|don't)|simply (?:cannot|can't)|won't|prefer not|"
+    r"(?:would|'d) need (?:more|the full))(?: to)?(?: \w+ly)? "
     r"(?:know|determine|tell|say|answer|find (?:an?|the|any) (?:answer|solution)|solve|provide|give|"
-    r"make out|see (?:the|an|any|this|your)(?: attached)? "
+    r"make out|decide|choose|commit|settle|pick|guess|verify|see (?:the|an|any|this|your)(?: attached)? "
     r"(?:image|picture|chart|figure|photo)|view|access|identify|read|assist|help|be sure|conclude|"
     r"have enough|recogni[sz]e)|"
     r"(?:can ?not|can't|could not|couldn't|not possible to|impossible to|unable to|hard to|"
@@ -155,7 +180,8 @@ GIVEN_UP = re.compile(
     r"(?:be )?(?:determined?|told|answered|tell|say|identif(?:y|ied)|know|known|read|conclude|inferred?)|"
     r"(?:not|in)(?: \w+)?[ -]?(?:enough|sufficient) (?:information|data|detail|context)|"
     r"insufficient (?:information|data)|"
-    r"no idea|not sure|unsure|unclear|undetermined|uncertain|unknown|as an ai|none of (?:the|these|"
+    r"no idea|unanswerable|not answerable|leave (?:it|this) open|(?:don't|do not) have access|not available to me|"
+    r"no way for me to|not sure|unsure|unclear|undetermined|uncertain|unknown|as an ai|none of (?:the|these|"
     r"those)(?: \w+){0,2} "
     r"(?:options|choices|answers|match|fit|is|are|apply|seem)|no (?:correct|right|valid|definite|"
     r"clear) (?:answer|option|choice)|"
@@ -185,12 +211,24 @@ SHORT_END = re.compile(
 )
 PLEASANTRY = re.compile(
     r"\s*(?:i )?(?:hope|let me know|please let|feel free|if you (?:have|need|would)|thank|"
-    r"is there anything|have a (?:nice|great)|"
+    r"is there anything|have a (?:nice|great)|note(?: that|:)|please note|for comparison|"
+    r"for (?:reference|context|example)\b|remember\b|keep in mind|\*?\*?(?:check|verification|verify|proof|explanation|"
+    r"reasoning|note)\*?\*?:|\(?(?:the question might|optional)|by the way|incidentally|fun fact|"
+    r"in comparison|this (?:result|answer|matches|agrees|checks|confirms|makes sense)|\(?if (?!and|so)[^,\n]{3,80},|"
+    r"(?:we|you) can (?:check|verify)|to (?:check|verify|double-check)|let(?:'s| me| us) (?:check|verify|double)|"
+    r"as a check|in case you|just ask|i'?m (?:happy|glad)|i'?d be (?:happy|glad)|i'?ll be (?:happy|glad)|"
     r"happy to|this is (?:the|my) final answer\W*$|do you (?:want|need)|would you like|good luck|"
     r"hooray|great job|done\W*$)",
     re.IGNORECASE,
 )
 """A closing sentence, without content."""
+CHECK = re.compile(
+    r"(?:\n|(?<=[.!?] ))[\s*_#(]{0,4}(?:check(?:ing)?|verification|verify(?:ing)?|proof|explanation|note|remark)"
+    r"[*_]{0,2}:",
+    re.IGNORECASE,
+)
+"""Where a check or note begins, which concludes nothing."""
+BEGINS_SO = re.compile(r"\W*(?:so|thus|therefore|hence|in (?:total|conclusion|summary))\b", re.I)
 SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][*\"')\u201d$\]])|(?<=[.!?]\*\*))\s+|\n+")
 ABBREVIATED = re.compile(
     r"\b(?:vs|approx|e\.g|i\.e|no|fig|eq|dr|mr|mrs|st|cf|etc)\.$", re.IGNORECASE
@@ -302,12 +340,16 @@ def decide(
     after the last statement counts if it concludes something. A question that the model asks itself after answering
     ends the text. `exclusive`: an answer is spelled in one way, so that two different ones side by side are none.
     """
+    text = unlooped(TOKENS.sub("", text))
     turn = NEW_TURN.search(text)
     if (
         turn
         and (found := decide(text[: turn.start()], stated, concluded, also, exclusive)) is not None
     ):
         return found
+    text = PROMPT.sub(" ", text)
+    if undecided(text):
+        return None
     try:
         all_found = statements(text)
         for statement in reversed([each for each in all_found if each.kind == "tag"][-MOST:]):
@@ -322,18 +364,44 @@ def decide(
                 continue
             if last is None:
                 last = (start, answer)
-                if not exclusive:
-                    break
-            else:
-                between = text[start : last[0]]
-                if answer != last[1] and len(between) <= ADJACENT and not TURNS.search(between):
+                continue
+            between = text[start : last[0]]
+            if exclusive or between.startswith(text[last[0] : last[0] + SAME]):
+                near = len(between) <= ADJACENT and not TURNS.search(between.replace(answer, ""))
+                if near and different(answer, last[1]):
                     raise NoAnswer
-                break
+            break
         if last is not None:
             return _corrected(text, last[0], concluded) or last[1]
         return concluded(ANY_TAG.sub("", text))
     except NoAnswer:
         return None
+
+
+def different(answer: str, other: str) -> bool:
+    """Whether two answers differ, and are no spellings of one number."""
+    values = [re.sub(r"[^\w.-]", "", each).lower().strip(".") for each in (answer, other)]
+    return values[0] != values[1] and not ("frac" in "".join(values) or "/" in answer + other)
+
+
+def unlooped(text: str) -> str:
+    """A text that repeats up to 40 words from its start to its end, as those words alone."""
+    places = list(re.finditer(r"\S+", text))
+    words = [match[0] for match in places]
+    for n in range(1, 41):
+        if len(words) < max(3, 2 * n):
+            break
+        if all(words[k] == words[k - n] for k in range(n, len(words) - 1)) and words[
+            (len(words) - 1) % n
+        ].startswith(words[-1]):
+            return text[: places[n - 1].end()]
+    return text
+
+
+def undecided(text: str) -> bool:
+    """Whether one of the last two sentences says that the output cannot decide."""
+    found = UNDECIDED.search(" ".join(sentences(text[-600:])[-2:]))
+    return found is not None and not re.search(r"\b(?:but|so|still)\b", found.string[found.end() :], re.I)
 
 
 def _corrected(text: str, start: int, concluded: Callable[[str], str | None]) -> str | None:
@@ -362,10 +430,19 @@ def sentences(text: str) -> list[str]:
 
 
 def conclusion(text: str) -> str | None:
-    """The last sentence with content; None where the output gives up or is cut off there, as in a box."""
+    """The last sentence with content; None where the output gives up or is cut off there, as in a box.
+
+    Checks, notes, comparisons and courtesies that follow it do not count.
+    """
     tail = text[-LONGEST:]
-    said = [s for s in sentences(tail) if not PLEASANTRY.match(s) and re.search(r"\w", s)]
-    if not said or BOX.search(said[-1]) or gives_up(" ".join(said[-2:])):
+    said = [each for each in sentences(tail) if re.search(r"\w", each)]
+    if not said or gives_up(" ".join(said[-2:])):
+        return None
+    if (check := CHECK.search(tail)) and not BEGINS_SO.match(said[-1]):
+        said = [each for each in sentences(tail[: check.start()]) if re.search(r"\w", each)] or said
+    while said and (PLEASANTRY.match(said[-1]) or said[-1].endswith("?")):
+        said.pop()
+    if not said or BOX.search(said[-1]):
         return None
     if said[-1].endswith((":", " *", "=", ",")) or _unfinished(tail, said):
         return None
