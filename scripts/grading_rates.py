@@ -48,7 +48,7 @@ GRADERS = {
         lambda row: choice_letter(row["output"], row["choices"]),
         lambda answer, gold: answer == gold.strip("() .").upper(),
     ),
-    "yes_no": Grader(lambda row: yes_or_no(row["output"]), lambda a, gold: a == gold.lower()),
+    "yes_no": Grader(lambda row: yes_or_no(row["output"], row["question"]), lambda a, gold: a == gold.lower()),
     "short_answers": Grader(lambda row: short_answer(row["output"]), same_words),
 }
 FAMILIES = {"number": "numbers", "math": "mathematics", "choice": "choices",

@@ -89,9 +89,9 @@ def short_answer(text: str) -> str | None:
     return short_answers.read(strip_reasoning(text))
 
 
-def yes_or_no(text: str) -> str | None:
-    """`yes` or `no`, by word or by what is affirmed or denied (`There is no dog`)."""
-    return yes_no.read(strip_reasoning(text))
+def yes_or_no(text: str, question: str = "") -> str | None:
+    """`yes` or `no`, by word or by what is affirmed or denied (`There is no dog`) of what the question asks for."""
+    return yes_no.read(strip_reasoning(text), question)
 
 
 def choice_letter(text: str, choices: Sequence[str]) -> str | None:
