@@ -37,6 +37,7 @@ __all__ = [
     "number_answer",
     "plain_words",
     "short_answer",
+    "states",
     "strip_reasoning",
     "text_of",
     "yes_or_no",
@@ -84,9 +85,14 @@ def last_number(text: str) -> str | None:
     return found[-1] if found else None
 
 
-def short_answer(text: str) -> str | None:
+def short_answer(text: str, question: str = "") -> str | None:
     """A word, number or short phrase, without formatting and final full stop."""
-    return short_answers.read(strip_reasoning(text))
+    return short_answers.read(strip_reasoning(text), question)
+
+
+def states(text: str, gold: str, question: str = "", tolerance: float = 0.05) -> bool:
+    """Whether the text states the short answer `gold`, in words of its own; numbers to a relative tolerance."""
+    return short_answers.states(strip_reasoning(text), gold, question, tolerance)
 
 
 def yes_or_no(text: str, question: str = "") -> str | None:

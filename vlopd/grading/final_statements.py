@@ -177,7 +177,7 @@ GIVEN_UP = re.compile(
     r"have enough|recogni[sz]e)|"
     r"(?:can ?not|can't|could not|couldn't|not possible to|impossible to|unable to|hard to|"
     r"difficult to|no way to) "
-    r"(?:be )?(?:determined?|told|answered|tell|say|identif(?:y|ied)|know|known|read|conclude|inferred?)|"
+    r"(?:be )?(?:determined?|told|answered|tell|say|identif(?:y|ied)|know|known|read|conclude|inferred?)|(?:hard|difficult|impossible) to (?:make out|see|read)\b|"
     r"(?:not|in)(?: \w+)?[ -]?(?:enough|sufficient) (?:information|data|detail|context)|"
     r"insufficient (?:information|data)|"
     r"no idea|unanswerable|not answerable|leave (?:it|this) open|(?:don't|do not) have access|not available to me|"
@@ -193,7 +193,7 @@ GIVEN_UP = re.compile(
     re.IGNORECASE,
 )
 """An output that says it has no answer."""
-GOES_ON = re.compile(r"\b(?:but|however|still|nevertheless|yet|if i had to)\b", re.IGNORECASE)
+GOES_ON = re.compile(r"\b(?:but(?! (?:you|please|if you)\b)|however|still|nevertheless|yet|if i had to)\b", re.IGNORECASE)
 DANGLING = re.compile(
     r"(?:\b(?:the|(?-i:a|i)|an|to|of|and|or|is|are|was|we|so|in|on|at|by|for|with|from|as|that|this|"
     r"which|then|if|get|need|find|"
@@ -231,7 +231,9 @@ CHECK = re.compile(
 BEGINS_SO = re.compile(r"\W*(?:so|thus|therefore|hence|in (?:total|conclusion|summary))\b", re.I)
 SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][*\"')\u201d$\]])|(?<=[.!?]\*\*))\s+|\n+")
 ABBREVIATED = re.compile(
-    r"\b(?:vs|approx|e\.g|i\.e|no|fig|eq|dr|mr|mrs|st|cf|etc)\.$", re.IGNORECASE
+    r"\b(?:vs|approx|e\.g|i\.e|no|fig|eq|dr|mr|mrs|st|cf|etc)\.$|"
+    r"(?-i:\b[A-Z]\. ?|\b(?:Dr|Mr|Mrs|Ms|Prof)\.? )(?-i:[A-Z])\.$",
+    re.IGNORECASE,
 )
 
 
@@ -460,7 +462,10 @@ def _unfinished(text: str, said: list[str]) -> bool:
         return False
     words = len(said[-1].split())
     own_line = text.rstrip().rpartition("\n")[2].strip() == said[-1]
-    return not ((own_line and words <= 8) or (words <= 4 and SHORT_END.match(said[-1])))
+    return not (
+        (own_line and words <= 8) or (words <= 4 and SHORT_END.match(said[-1]))
+        or (words <= 10 and BEGINS_SO.match(said[-1]) and ":" in said[-1])
+    )
 
 
 def gives_up(text: str) -> bool:

@@ -54,11 +54,13 @@ UNITS = (
 DECADES = "twenty thirty forty fifty sixty seventy eighty ninety"
 WORDS = {word: k for k, word in enumerate(UNITS.split())}
 TENS = {word: 10 * k for k, word in enumerate(DECADES.split(), 2)}
+MAGNITUDES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SMALL = "|".join([*TENS, *sorted(WORDS, key=len, reverse=True)])
 WORDED = re.compile(
-    rf"\b(?:({'|'.join(TENS)})(?:[- ]({'|'.join(list(WORDS)[1:10])}))?|"
-    rf"({'|'.join(WORDS)}))\b(?! of (?:the|these|those|us))",
+    rf"\b((?:{_SMALL})(?:(?:[- ]| and )(?:{_SMALL}|{'|'.join(MAGNITUDES)})){{0,8}})\b(?! of (?:the|these|those|us)\b)",
     re.IGNORECASE,
 )
+"""A number in words: `twenty-five`, `six hundred and ninety-four`."""
 ELSEWHERE = re.compile(
     r"\b(?:between|than|within|from|divided|multiple|rounded?|least|most|step|part|case|to find|"
     r"need|if|when|where|"
@@ -377,9 +379,20 @@ def worded_number(said: str) -> str | None:
         or ELSEWHERE.search(said[: match.start()])
     ):
         return None
-    if match[1]:
-        return str(TENS[match[1].lower()] + (WORDS[match[2].lower()] if match[2] else 0))
-    return str(WORDS[match[3].lower()])
+    return str(in_digits(match[1]))
+
+
+def in_digits(words: str) -> int:
+    """694 of `six hundred and ninety-four`."""
+    total = part = 0
+    for word in re.findall(r"[a-z]+", words.lower()):
+        if word == "hundred":
+            part = max(part, 1) * 100
+        elif word in MAGNITUDES:
+            total, part = total + max(part, 1) * MAGNITUDES[word], 0
+        else:
+            part += TENS.get(word, WORDS.get(word, 0))
+    return total + part
 
 
 def concluded_number(text: str) -> str | None:
