@@ -5,6 +5,7 @@ All functions take time linear in the text: patterns have bounded repetitions, a
 
 from __future__ import annotations
 
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable
@@ -45,6 +46,8 @@ JSON = re.compile(
 )
 """The answer of a JSON object or a Python dictionary."""
 
+BLANK = re.compile(r"\\(?:boxed|fbox)[ \t]{0,3}\{(?:\\phantom\{[^{}]{0,40}\}|[\s?.\u2026_-]|\\[ ,;_]){0,60}\}")
+"""A box that was left empty."""
 GLM_BOX = ("<|begin_of_box|>", "<|end_of_box|>")
 UNBRACED = re.compile(r"\(\w\)|-?\$?(?:\\[a-zA-Z]+|[\d.,/]*\d|\w)")
 """The content of `\\boxed 5`."""
@@ -126,7 +129,7 @@ TURNS = re.compile(
 )
 """Words between two statements of which the later one holds."""
 CJK = re.compile(
-    r"(?:\u7b54\u6848|\u7b54\u3048|\u6b63\u89e3|"
+    r"(?:\u6545?\u9009(?:\u62e9|\u9879)?(?=[\s:\uff1a(*]{0,4}[A-Z])|\u7b54\u6848|\u7b54\u3048|\u6b63\u89e3|"
     r"\u6b63\u786e\u9009\u9879)(?:\u5e94\u8be5\u662f|\u662f|\u4e3a|"
     r"\u306f)?[\s:\uff1a*]{0,4}"
 )
@@ -205,6 +208,10 @@ DANGLING = re.compile(
     re.IGNORECASE,
 )
 """The end of an output that was cut off within a sentence."""
+UNEVALUATED = re.compile(
+    r"=[^=,;]{1,30}[,;] [\d.]{1,12}\s?[-+*/\u2212\u00d7\u00f7]\s?[\d.]{1,12}$"
+)
+"""The end of a chain of sums that was cut off before the last result."""
 ENDED = re.compile(r"[.!?)\]}$*`\"'>\u201d\u3002%]\s*$")
 SHORT_END = re.compile(
     r"(?:so|thus|hence|therefore|it's|it is|yes|no|answer|final)\b", re.IGNORECASE
@@ -229,6 +236,19 @@ CHECK = re.compile(
 )
 """Where a check or note begins, which concludes nothing."""
 BEGINS_SO = re.compile(r"\W*(?:so|thus|therefore|hence|in (?:total|conclusion|summary))\b", re.I)
+CLAUSES = re.compile(
+    r"; |,? (?:but|while|whereas|although|though|even though|followed by|compared (?:to|with)|up from|down from|"
+    r"unlike|as opposed to|rather than|instead of)\b|,? (?=not (?!only))|, (?=and )|, (?=which is|with )|"
+    r" and (?=\w+(?:ed|s) (?:by|in|at|to)\b)| \((?=not\b|which\b|without\b|second\b|while\b)|"
+    r" and (?=(?:her|his|its|their|the|she|he|it|they) (?:\w+ )?(?:is|was|has|had)\b)"
+)
+"""Where a clause of a sentence ends."""
+DENIAL = re.compile(r"\W*(?:it(?:'s| is) |and )?not\b|it isn't", re.IGNORECASE)
+COMMON = set(
+    "the was and are for its his her did has had but not can how who what which where when that this they there their "
+    "from with does have many much shown image picture chart she him will now".split()
+)
+"""Words that do not tell what is asked."""
 SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][*\"')\u201d$\]])|(?<=[.!?]\*\*))\s+|\n+")
 ABBREVIATED = re.compile(
     r"\b(?:vs|approx|e\.g|i\.e|no|fig|eq|dr|mr|mrs|st|cf|etc)\.$|"
@@ -291,7 +311,7 @@ def boxes(text: str) -> list[tuple[int, str]]:
     for match in BOX.finditer(text):
         if match[0].endswith("{"):
             end = closing.get(match.end() - 1)
-            if end is not None and text[match.end() : end].strip():
+            if end is not None and not BLANK.match(text, match.start(), end + 1):
                 found.append((match.start(), end + 1, text[match.end() : end].strip()))
         elif bare := UNBRACED.match(text, match.end()):
             found.append((match.start(), bare.end(), bare[0]))
@@ -349,8 +369,9 @@ def decide(
         and (found := decide(text[: turn.start()], stated, concluded, also, exclusive)) is not None
     ):
         return found
+    echoed = [match for match in PROMPT.finditer(text) if not text[match.end() :].strip()]
     text = PROMPT.sub(" ", text)
-    if undecided(text):
+    if undecided(text) or (BLANK.search(text) and not boxes(text)):
         return None
     try:
         all_found = statements(text)
@@ -360,22 +381,24 @@ def decide(
         marks: list[tuple[int, Statement | str]] = [(each.start, each) for each in all_found]
         marks += also(text)
         last: tuple[int, str] | None = None
+        kind = ""
         for start, mark in sorted(marks, key=lambda each: each[0], reverse=True)[:MOST]:
             answer = mark if isinstance(mark, str) else stated(mark)
             if answer is None:
                 continue
             if last is None:
-                last = (start, answer)
+                last, kind = (start, answer), "" if isinstance(mark, str) else mark.kind
                 continue
             between = text[start : last[0]]
             if exclusive or between.startswith(text[last[0] : last[0] + SAME]):
-                near = len(between) <= ADJACENT and not TURNS.search(between.replace(answer, ""))
-                if near and different(answer, last[1]):
+                repeated = len(os.path.commonprefix([between, text[last[0] : last[0] + ADJACENT]]))
+                near = len(between) <= ADJACENT and not TURNS.search(between[repeated:])
+                if near and different(answer, last[1]) and not (isinstance(mark, str) and kind == "label"):
                     raise NoAnswer
             break
         if last is not None:
             return _corrected(text, last[0], concluded) or last[1]
-        return concluded(ANY_TAG.sub("", text))
+        return None if echoed else concluded(ANY_TAG.sub("", text))
     except NoAnswer:
         return None
 
@@ -431,10 +454,11 @@ def sentences(text: str) -> list[str]:
     return found
 
 
-def conclusion(text: str) -> str | None:
+def conclusion(text: str, question: str = "") -> str | None:
     """The last sentence with content; None where the output gives up or is cut off there, as in a box.
 
-    Checks, notes, comparisons and courtesies that follow it do not count.
+    Checks, notes, comparisons and courtesies that follow it do not count, nor, with the question, a long last sentence
+    that has no word of it where one before has.
     """
     tail = text[-LONGEST:]
     said = [each for each in sentences(tail) if re.search(r"\w", each)]
@@ -448,8 +472,15 @@ def conclusion(text: str) -> str | None:
         return None
     if said[-1].endswith((":", " *", "=", ",")) or _unfinished(tail, said):
         return None
-    dangles = len(tail.split()) > 2 and DANGLING.search(said[-1].rstrip(DRESSING))
-    return None if dangles else said[-1]
+    end = said[-1].rstrip(DRESSING)
+    dangles = len(tail.split()) > 2 and (DANGLING.search(end) or UNEVALUATED.search(end))
+    if dangles:
+        return None
+    asked = stems(question)
+    plain = not BEGINS_SO.match(said[-1]) and "**" not in said[-1] and len(said[-1].split()) > 5
+    if asked and plain and len(said) > 1 and not stems(said[-1]) & asked:
+        return next((each for each in reversed(said) if stems(each) & asked), None)
+    return said[-1]
 
 
 def _unfinished(text: str, said: list[str]) -> bool:
@@ -466,6 +497,26 @@ def _unfinished(text: str, said: list[str]) -> bool:
         (own_line and words <= 8) or (words <= 4 and SHORT_END.match(said[-1]))
         or (words <= 10 and BEGINS_SO.match(said[-1]) and ":" in said[-1])
     )
+
+
+def stems(text: str) -> set[str]:
+    """The words of a text by their first five letters, and its numbers, without the commonest words."""
+    words = re.findall(r"[a-z]{3,}|\d+", text.lower())
+    return {word[:5] for word in words if word not in COMMON}
+
+
+def clause_of(said: str, question: str) -> str:
+    """The clause of a sentence that speaks most of what the question asks, the first of several; no pure denial."""
+    asked = stems(question)
+    focus = re.search(r"\b(?:what|which)(?: is| was|'s)?(?: the)? (\w{4,})", question, re.IGNORECASE)
+    clauses = [each for each in CLAUSES.split(said) if len(each.split()) > 1 or each == said]
+    affirmed = [each for each in clauses if not DENIAL.match(each)]
+
+    def spoken(clause: str) -> int:
+        found = stems(clause)
+        return len(found & asked) + 2 * bool(focus and focus[1].lower()[:5] in found)
+
+    return max(affirmed or clauses or [said], key=spoken)
 
 
 def gives_up(text: str) -> bool:

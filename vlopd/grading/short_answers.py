@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from vlopd.grading.final_statements import (
     DRESSING,
-    LONGEST,
     NoAnswer,
     Statement,
     boxes,
+    clause_of,
     conclusion,
     decide,
     gives_up,
@@ -131,17 +131,11 @@ def concluded(text: str, question: str = "") -> str | None:
 
 def concluding(text: str, question: str = "") -> str | None:
     """The sentence that concludes, from its last `so` on; with the question, one that speaks of what is asked."""
-    last = conclusion(text)
+    last = conclusion(text, question)
     if last is None or (HEDGED.search(last) and not NUMERIC.search(question)):
         return None
     last = re.sub(r"\s\((?:not|which|while|unlike)\b[^()]*\)", "", last)
     cues = [cue for cue in SO.finditer(last) if re.search(r"\w", last[cue.end() :])]
-    parts = [each for each in sentences(text[-LONGEST:]) if re.search(r"\w", each)]
-    if question and not cues and len(parts) > 1 and len(last.split()) > 5 and "**" not in last:
-        asked = _stems(question)
-        spoken = [each for each in parts if _stems(each) & asked]
-        if not _stems(last) & asked:
-            last = spoken[-1] if spoken else ""
     if question and NUMERIC.search(question) and len(last.split()) > 4 and not quantities(last, question):
         return None
     return last[cues[-1].end() :].lstrip(" ,:") if cues else last or None
@@ -188,11 +182,6 @@ def _counted(sentence: str, said: str | None) -> str | None:
 
 # ------------------------------------------------------------------------------- given the reference answer
 
-CLAUSES = re.compile(
-    r"; |,? (?:but|while|whereas|although|though|even though|followed by|compared (?:to|with)|up from|down from|"
-    r"unlike|as opposed to|rather than|instead of)\b|,? (?=not (?!only))|, (?=and )|, (?=which is|with )|"
-    r" and (?=\w+(?:ed|s) (?:by|in|at|to)\b)| \((?=not\b|which\b|without\b|second\b|while\b)"
-)
 NEGATED = re.compile(
     r"\b(?:not|no|n't|never|neither|nor|than|of|unlike|without)\W+(?:an? |the |really |that of )?$", re.IGNORECASE
 )
@@ -203,7 +192,6 @@ IDENTIFIES = re.compile(
 """Questions whose numbers are names and exact."""
 MONTHS = "january february march april june july august september october november december".split()
 ARTICLES = re.compile(r"^(?:an?|the) (?=.)")
-STOP = set("the was and are for its his her did has had but not can how who what which where when that this they there their from with does have many much shown image picture chart".split())
 AMOUNT = re.compile(
     rf"(?P<number>{NUMBER})(?:\s?(?:/|:)\s?(?P<below>\d+)(?![\d:/]))?(?P<unit>\s?%| ?(?:percent|per cent)\b)?"
     rf"(?: ?(?P<by>{'|'.join(MAGNITUDES)}|[MKB])\b)?|{WORDED.pattern}",
@@ -260,20 +248,6 @@ def states(text: str, gold: str, question: str = "", tolerance: float = 0.05) ->
     return _holds(said, wanted)
 
 
-def clause_of(said: str, question: str) -> str:
-    """The clause of a sentence that speaks most of what the question asks, the first of several; no pure denial."""
-    asked = _stems(question)
-    focus = re.search(r"\b(?:what|which)(?: is| was|'s)?(?: the)? (\w{4,})", question, re.IGNORECASE)
-    clauses = [each for each in CLAUSES.split(said) if len(each.split()) > 1 or each == said]
-    affirmed = [each for each in clauses if not re.match(r"\W*(?:it(?:'s| is) |and )?not\b|it isn't", each, re.IGNORECASE)]
-
-    def spoken(clause: str) -> int:
-        stems = _stems(clause)
-        return len(stems & asked) + 2 * bool(focus and focus[1].lower()[:5] in stems)
-
-    return max(affirmed or clauses or [said], key=spoken)
-
-
 def compact(said: str) -> str:
     """Lower-case letters and digits alone, without an article, months by their first letters."""
     said = ARTICLES.sub("", text_of(normal(said)).lower().strip(" \"'*_`.\u201c\u201d\u2018\u2019"))
@@ -284,10 +258,6 @@ def compact(said: str) -> str:
 
 def _without_units(gold: str) -> str:
     return re.sub(rf"percent|per cent|dollars?|{'|'.join(MAGNITUDES)}|{WORDED.pattern}", "", gold, flags=re.IGNORECASE)
-
-
-def _stems(text: str) -> set[str]:
-    return {word[:5] for word in re.findall(r"[a-z]{3,}", text.lower()) if word not in STOP}
 
 
 def _near(said: str, target: Quantity, question: str, tolerance: float) -> bool:
