@@ -38,8 +38,8 @@ class Grader(NamedTuple):
 
 
 GRADERS = {
-    "mathematics": Grader(lambda row: math_answer(row["output"]), lambda a, row: same_math(a, row["gold"])),
-    "numbers": Grader(lambda row: number_answer(row["output"]), lambda a, row: same_number(a, row["gold"])),
+    "mathematics": Grader(lambda row: math_answer(row["output"], row.get("question", "")), lambda a, row: same_math(a, row["gold"])),
+    "numbers": Grader(lambda row: number_answer(row["output"], row.get("question", "")), lambda a, row: same_number(a, row["gold"])),
     "choices": Grader(
         lambda row: choice_letter(row["output"], row["choices"]),
         lambda answer, row: answer == row["gold"].strip("() .").upper(),

@@ -21,6 +21,7 @@ None where the output says that it has no answer, gives several, or is cut off b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from vlopd.grading import choices as options
 from vlopd.grading import short_answers, values, yes_no
@@ -69,14 +70,16 @@ def marked(text: str) -> str | None:
     return short_answers.tidy(found[-1].said.splitlines()[0]) if found else None
 
 
-def math_answer(text: str) -> str | None:
+def math_answer(text: str, question: str = "") -> str | None:
     r"""An expression in LaTeX or plain text: `\frac{3}{4}`, `x = 3`, `12\pi`, `Evelyn`."""
-    return decide(strip_reasoning(text), values.stated_expression, values.concluded_expression)
+    concluded = partial(values.concluded_expression, question=question)
+    return decide(strip_reasoning(text), values.stated_expression, concluded)
 
 
-def number_answer(text: str) -> str | None:
+def number_answer(text: str, question: str = "") -> str | None:
     r"""A number as written, without its unit; an expression that is stated in its place (`12\pi`) is returned whole."""
-    return decide(strip_reasoning(text), values.stated_number, values.concluded_number)
+    concluded = partial(values.concluded_number, question=question)
+    return decide(strip_reasoning(text), values.stated_number, concluded)
 
 
 def last_number(text: str) -> str | None:
