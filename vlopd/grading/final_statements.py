@@ -476,8 +476,8 @@ def conclusion(text: str, question: str = "") -> str | None:
     dangles = len(tail.split()) > 2 and (DANGLING.search(end) or UNEVALUATED.search(end))
     if dangles:
         return None
-    asked = stems(question)
-    plain = not BEGINS_SO.match(said[-1]) and "**" not in said[-1] and len(said[-1].split()) > 5
+    asked = stems(asking(question))
+    plain = "=" not in said[-1] and not BEGINS_SO.match(said[-1]) and "**" not in said[-1] and len(said[-1].split()) > 5
     if asked and plain and len(said) > 1 and not stems(said[-1]) & asked:
         return next((each for each in reversed(said) if stems(each) & asked), None)
     return said[-1]
@@ -502,11 +502,18 @@ def _unfinished(text: str, said: list[str]) -> bool:
 def stems(text: str) -> set[str]:
     """The words of a text by their first five letters, and its numbers, without the commonest words."""
     words = re.findall(r"[a-z]{3,}|\d+", text.lower())
-    return {word[:5] for word in words if word not in COMMON}
+    return {re.sub(r"(?:ed|es|s|ing)$", "", word)[:5] for word in words if word not in COMMON}
+
+
+def asking(question: str) -> str:
+    """The last sentence of a question that asks, without the story before it."""
+    parts = re.split(r"(?<=[.!?])\s", question.strip())
+    return next((part for part in reversed(parts) if part.endswith("?")), parts[-1])
 
 
 def clause_of(said: str, question: str) -> str:
     """The clause of a sentence that speaks most of what the question asks, the first of several; no pure denial."""
+    question = asking(question)
     asked = stems(question)
     focus = re.search(r"\b(?:what|which)(?: is| was|'s)?(?: the)? (\w{4,})", question, re.IGNORECASE)
     clauses = [each for each in CLAUSES.split(said) if len(each.split()) > 1 or each == said]
@@ -514,7 +521,7 @@ def clause_of(said: str, question: str) -> str:
 
     def spoken(clause: str) -> int:
         found = stems(clause)
-        return len(found & asked) + 2 * bool(focus and focus[1].lower()[:5] in found)
+        return len(found & asked) + 2 * bool(focus and (stems(focus[1]) & found))
 
     return max(affirmed or clauses or [said], key=spoken)
 

@@ -14,6 +14,7 @@ from vlopd.grading.final_statements import (
     DRESSING,
     NoAnswer,
     Statement,
+    asking,
     clause_of,
     conclusion,
     gives_up,
@@ -107,9 +108,9 @@ def normal(text: str) -> str:
         .replace("\xa0", " ")
         .replace("\u2009", " ")
     )
-    text = re.sub(r"(\d[\d.]*)((?: ?\xb0 ?[CF]?| degrees?(?: [A-Z][a-z]+)?)?) below zero", r"-\1\2", text)
+    text = re.sub(r"(?<![\d.])(\d[\d.]{0,15})((?: ?\xb0 ?[CF]?| degrees?(?: [A-Z][a-z]+)?)?) below zero", r"-\1\2", text)
     text = re.sub(
-        r"((?:\b(?:is|are|was|were|of|sold|makes?|has|have)|[=:]|^)\s?\$?\d{1,3}) (\d{3})(?![\d.]*\d)", r"\1,\2", text
+        r"((?:\b(?:is|are|was|were|of|sold|makes?|has|have)|[=:]|^)\s?\$?\d{1,3}) (\d{3})(?! ?\d|\.\d)", r"\1,\2", text
     )
     text = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!,|\{,\\!\})(?=\d{3}(?!\d))", ",", text)
     return (
@@ -440,8 +441,10 @@ def in_digits(words: str) -> int:
 
 def asked_number(said: str, question: str) -> str | None:
     """The only number of a sentence that counts what the question asks for: `18 girls and 12 boys`; with its unit."""
-    asked = re.search(r"how many (\w{3,})", question, re.IGNORECASE)
-    if asked is None:
+    if re.search(r"\bdollars?\b", question) and (cents := re.search(r"\b(\d{1,4}) cents?\W*$", said)):
+        return str(int(cents[1]) / 100)
+    asked = re.search(r"how many (\w{3,})", asking(question), re.IGNORECASE)
+    if asked is None or re.search(r"n't|\bnot\b|\binstead\b", said):
         return None
     stem = re.escape(asked[1][:-1] if asked[1].endswith("s") else asked[1])
     found = re.findall(rf"(?<![\w.,/*+=-])({NUMBER})\W{{1,3}}(?:[a-z]{{2,}} )?{stem}", said, re.IGNORECASE)
