@@ -38,13 +38,22 @@ class Grader(NamedTuple):
 
 
 GRADERS = {
-    "mathematics": Grader(lambda row: math_answer(row["output"], row.get("question", "")), lambda a, row: same_math(a, row["gold"])),
-    "numbers": Grader(lambda row: number_answer(row["output"], row.get("question", "")), lambda a, row: same_number(a, row["gold"])),
+    "mathematics": Grader(
+        lambda row: math_answer(row["output"], row.get("question", "")),
+        lambda a, row: same_math(a, row["gold"]),
+    ),
+    "numbers": Grader(
+        lambda row: number_answer(row["output"], row.get("question", "")),
+        lambda a, row: same_number(a, row["gold"]),
+    ),
     "choices": Grader(
         lambda row: choice_letter(row["output"], row["choices"]),
         lambda answer, row: answer == row["gold"].strip("() .").upper(),
     ),
-    "yes_no": Grader(lambda row: yes_or_no(row["output"], row["question"]), lambda a, row: a == row["gold"].lower()),
+    "yes_no": Grader(
+        lambda row: yes_or_no(row["output"], row["question"]),
+        lambda a, row: a == row["gold"].lower(),
+    ),
     "short_answers": Grader(
         lambda row: short_answer(row["output"], row["question"]),
         lambda answer, row: states(row["output"], row["gold"], row["question"]),

@@ -34,7 +34,8 @@ BE = "(?:is|are|was|would be|must be|should be|has to be|seems(?: to be)?|appear
 VERB = (
     r"(?:choos(?:e|es|ing)|chose|chosen|pick(?:s|ed|ing)?|select(?:s|ed|ing)?|go(?:es|ing)? (?:with|"
     r"for)|went with|"
-    r"chang(?:e|ed|ing) (?:my|the) answer (?:from \(?[A-Z]\)? )?to|opt(?:s|ed|ing)? for|vote for|settl(?:e|ed|ing) on|stick(?:ing)? with|my (?:answer|choice|"
+    r"chang(?:e|ed|ing) (?:my|the) answer (?:from \(?[A-Z]\)? )?to|opt(?:s|ed|ing)? for|vote for|"
+    r"settl(?:e|ed|ing) on|stick(?:ing)? with|my (?:answer|choice|"
     r"pick|vote) (?:is|goes to))"
 )
 POINTS = (
@@ -164,8 +165,12 @@ def _choosing(letters: str) -> tuple[re.Pattern[str], ...]:
             rf"best))?[:,]? ?{noun}{open_}{letter}"
         ),
         re.compile(rf"\b(?i:{POINTS})[:,]? ?(?:the )?[*_\"']{{0,3}}[(\[]{letter}(?=[)\]])"),
-        re.compile(rf"\b(?i:{BE}) (?:the )?(?i:option|choice|figure|image|picture|graph|diagram|statement) [(*]{{0,3}}{letter}"),
-        re.compile(rf"[\u2705\u2714\u2611\u27a1\u2192\u21d2][\ufe0f\s*]{{0,3}}(?:{noun} )?[(*]{{0,3}}{letter}(?=[.)*\s]|$)"),
+        re.compile(
+            rf"\b(?i:{BE}) (?:the )?(?i:option|choice|figure|image|picture|graph|diagram|statement) [(*]{{0,3}}{letter}"
+        ),
+        re.compile(
+            rf"[\u2705\u2714\u2611\u27a1\u2192\u21d2][\ufe0f\s*]{{0,3}}(?:{noun} )?[(*]{{0,3}}{letter}(?=[.)*\s]|$)"
+        ),
         re.compile(
             r"\b(?i:say|it's|it is|it must be|it has to be|it should be|that's|"
             r"(?:so|thus|therefore|hence),?(?: (?:it's|it is|it must be))?)[ *_]{1,4}"
@@ -322,7 +327,11 @@ class Options:
                 rest = text[match.end("letter") : match.end("letter") + 90]
                 if NOT_BEFORE.search(text[max(0, start - 40) : start]) or NOT_BEFORE.search(before):
                     continue
-                if re.search(r"\b(?:in|from|at) $", before, re.IGNORECASE) or HYPOTHETICAL.search(before) or WRONG_AFTER.match(rest):
+                if (
+                    re.search(r"\b(?:in|from|at) $", before, re.IGNORECASE)
+                    or HYPOTHETICAL.search(before)
+                    or WRONG_AFTER.match(rest)
+                ):
                     continue
                 mid = match.groupdict().get("mid") or ""
                 if re.search(rf"\b(?:is|are|not|but|and|while|[{self.letters}])\b", mid):
@@ -356,7 +365,7 @@ class Options:
         if parts and (lone := re.fullmatch(rf"\W*([{self.letters}])\W*", parts[-1])):
             return lone[1]
         for said in reversed(parts):
-            if (found := IDENTIFIED.match(said)) and (whole := self.whole(found[1])):
+            if (named := IDENTIFIED.match(said)) and (whole := self.whole(named[1])):
                 return whole
         ending = conclusion(text)
         if ending is None and not (self.says_none and text[-1:] in ".!"):

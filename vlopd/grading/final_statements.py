@@ -5,7 +5,7 @@ All functions take time linear in the text: patterns have bounded repetitions, a
 
 from __future__ import annotations
 
-import os
+import itertools
 import re
 from bisect import bisect_right
 from collections.abc import Callable
@@ -46,7 +46,9 @@ JSON = re.compile(
 )
 """The answer of a JSON object or a Python dictionary."""
 
-BLANK = re.compile(r"\\(?:boxed|fbox)[ \t]{0,3}\{(?:\\phantom\{[^{}]{0,40}\}|[\s?.\u2026_-]|\\[ ,;_]){0,60}\}")
+BLANK = re.compile(
+    r"\\(?:boxed|fbox)[ \t]{0,3}\{(?:\\phantom\{[^{}]{0,40}\}|[\s?.\u2026_-]|\\[ ,;_]){0,60}\}"
+)
 """A box that was left empty."""
 GLM_BOX = ("<|begin_of_box|>", "<|end_of_box|>")
 UNBRACED = re.compile(r"\(\w\)|-?\$?(?:\\[a-zA-Z]+|[\d.,/]*\d|\w)")
@@ -97,7 +99,8 @@ SENTENCE = re.compile(
 HASHES = re.compile(r"(?:^|[ \t])####[ \t*]{0,4}(?=[^\s#])", re.MULTILINE)
 """GSM8K's mark."""
 SUPPOSED = re.compile(
-    r"\b(?:if|whether|unless|in (?:which|that) case|suppose|supposing|assume|assuming|what|which|think|thought|guess(?:ed)? at first|"
+    r"\b(?:if|whether|unless|in (?:which|that) case|suppose|supposing|assume|assuming|what|which|"
+    r"think|thought|guess(?:ed)? at first|"
     r"not|n't|isn't|because|someone|might|could|initially|a common(?: wrong)?|wrong|incorrect|previous|earlier)"
     r"\b[^.;:\n,]{0,24}$",
     re.IGNORECASE,
@@ -153,7 +156,8 @@ TOKENS = re.compile(
 )
 """Special tokens that were decoded into the text."""
 PROMPT = re.compile(
-    r"(?:^|(?<=[.?!:\n] )|(?<=\n))[ \t]{0,3}(?:please )?(?:(?:answer|respond|reply)(?: the question)? (?:with|using|in) "
+    r"(?:^|(?<=[.?!:\n] )|(?<=\n))[ \t]{0,3}(?:please )?(?:(?:answer|respond|"
+    r"reply)(?: the question)? (?:with|using|in) "
     r"(?:the|a|an|one|only|just|yes|your|exactly)\b[^.:\n]{0,80}|answer yes or no|"
     r"(?:put|write|give) (?:the|your) final answer (?:in|within|inside|as)\b[^.:\n]{0,40})(?:[.:]|\n|$)",
     re.IGNORECASE,
@@ -180,7 +184,8 @@ GIVEN_UP = re.compile(
     r"have enough|recogni[sz]e)|"
     r"(?:can ?not|can't|could not|couldn't|not possible to|impossible to|unable to|hard to|"
     r"difficult to|no way to) "
-    r"(?:be )?(?:determined?|told|answered|tell|say|identif(?:y|ied)|know|known|read|conclude|inferred?)|(?:hard|difficult|impossible) to (?:make out|see|read)\b|"
+    r"(?:be )?(?:determined?|told|answered|tell|say|identif(?:y|ied)|know|known|read|conclude|"
+    r"inferred?)|(?:hard|difficult|impossible) to (?:make out|see|read)\b|"
     r"(?:not|in)(?: \w+)?[ -]?(?:enough|sufficient) (?:information|data|detail|context)|"
     r"insufficient (?:information|data)|"
     r"no idea|unanswerable|not answerable|leave (?:it|this) open|(?:don't|do not) have access|not available to me|"
@@ -196,7 +201,10 @@ GIVEN_UP = re.compile(
     re.IGNORECASE,
 )
 """An output that says it has no answer."""
-GOES_ON = re.compile(r"\b(?:but(?! (?:you|please|if you)\b)|however|still|nevertheless|yet|if i had to)\b", re.IGNORECASE)
+GOES_ON = re.compile(
+    r"\b(?:but(?! (?:you|please|if you)\b)|however|still|nevertheless|yet|if i had to)\b",
+    re.IGNORECASE,
+)
 DANGLING = re.compile(
     r"(?:\b(?:the|(?-i:a|i)|an|to|of|and|or|is|are|was|we|so|in|on|at|by|for|with|from|as|that|this|"
     r"which|then|if|get|need|find|"
@@ -208,9 +216,7 @@ DANGLING = re.compile(
     re.IGNORECASE,
 )
 """The end of an output that was cut off within a sentence."""
-UNEVALUATED = re.compile(
-    r"=[^=,;]{1,30}[,;] [\d.]{1,12}\s?[-+*/\u2212\u00d7\u00f7]\s?[\d.]{1,12}$"
-)
+UNEVALUATED = re.compile(r"=[^=,;]{1,30}[,;] [\d.]{1,12}\s?[-+*/\u2212\u00d7\u00f7]\s?[\d.]{1,12}$")
 """The end of a chain of sums that was cut off before the last result."""
 ENDED = re.compile(r"[.!?)\]}$*`\"'>\u201d\u3002%]\s*$")
 SHORT_END = re.compile(
@@ -244,9 +250,9 @@ CLAUSES = re.compile(
 )
 """Where a clause of a sentence ends."""
 DENIAL = re.compile(r"\W*(?:it(?:'s| is) |and )?not\b|it isn't", re.IGNORECASE)
-COMMON = set(
-    "the was and are for its his her did has had but not can how who what which where when that this they there their "
-    "from with does have many much shown image picture chart she him will now".split()
+COMMON = re.compile(
+    "the|was|and|are|for|its|his|her|did|has|had|but|not|can|how|who|what|which|where|when|that|this|they|there|their|"
+    "from|with|does|have|many|much|shown|image|picture|chart|she|him|will|now"
 )
 """Words that do not tell what is asked."""
 SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][*\"')\u201d$\]])|(?<=[.!?]\*\*))\s+|\n+")
@@ -391,9 +397,13 @@ def decide(
                 continue
             between = text[start : last[0]]
             if exclusive or between.startswith(text[last[0] : last[0] + SAME]):
-                repeated = len(os.path.commonprefix([between, text[last[0] : last[0] + ADJACENT]]))
+                repeated = _alike(between, text[last[0] : last[0] + ADJACENT])
                 near = len(between) <= ADJACENT and not TURNS.search(between[repeated:])
-                if near and different(answer, last[1]) and not (isinstance(mark, str) and kind == "label"):
+                if (
+                    near
+                    and different(answer, last[1])
+                    and not (isinstance(mark, str) and kind == "label")
+                ):
                     raise NoAnswer
             break
         if last is not None:
@@ -401,6 +411,12 @@ def decide(
         return None if echoed else concluded(ANY_TAG.sub("", text))
     except NoAnswer:
         return None
+
+
+def _alike(text: str, other: str) -> int:
+    """The number of characters that two texts begin with alike."""
+    pairs = zip(text, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def different(answer: str, other: str) -> bool:
@@ -426,7 +442,9 @@ def unlooped(text: str) -> str:
 def undecided(text: str) -> bool:
     """Whether one of the last two sentences says that the output cannot decide."""
     found = UNDECIDED.search(" ".join(sentences(text[-600:])[-2:]))
-    return found is not None and not re.search(r"\b(?:but|so|still)\b", found.string[found.end() :], re.I)
+    return found is not None and not re.search(
+        r"\b(?:but|so|still)\b", found.string[found.end() :], re.I
+    )
 
 
 def _corrected(text: str, start: int, concluded: Callable[[str], str | None]) -> str | None:
@@ -477,7 +495,12 @@ def conclusion(text: str, question: str = "") -> str | None:
     if dangles:
         return None
     asked = stems(asking(question))
-    plain = "=" not in said[-1] and not BEGINS_SO.match(said[-1]) and "**" not in said[-1] and len(said[-1].split()) > 5
+    plain = (
+        "=" not in said[-1]
+        and not BEGINS_SO.match(said[-1])
+        and "**" not in said[-1]
+        and len(said[-1].split()) > 5
+    )
     if asked and plain and len(said) > 1 and not stems(said[-1]) & asked:
         return next((each for each in reversed(said) if stems(each) & asked), None)
     return said[-1]
@@ -494,7 +517,8 @@ def _unfinished(text: str, said: list[str]) -> bool:
     words = len(said[-1].split())
     own_line = text.rstrip().rpartition("\n")[2].strip() == said[-1]
     return not (
-        (own_line and words <= 8) or (words <= 4 and SHORT_END.match(said[-1]))
+        (own_line and words <= 8)
+        or (words <= 4 and SHORT_END.match(said[-1]))
         or (words <= 10 and BEGINS_SO.match(said[-1]) and ":" in said[-1])
     )
 
@@ -502,7 +526,9 @@ def _unfinished(text: str, said: list[str]) -> bool:
 def stems(text: str) -> set[str]:
     """The words of a text by their first five letters, and its numbers, without the commonest words."""
     words = re.findall(r"[a-z]{3,}|\d+", text.lower())
-    return {re.sub(r"(?:ed|es|s|ing)$", "", word)[:5] for word in words if word not in COMMON}
+    return {
+        re.sub(r"(?:ed|es|s|ing)$", "", word)[:5] for word in words if not COMMON.fullmatch(word)
+    }
 
 
 def asking(question: str) -> str:
@@ -515,7 +541,9 @@ def clause_of(said: str, question: str) -> str:
     """The clause of a sentence that speaks most of what the question asks, the first of several; no pure denial."""
     question = asking(question)
     asked = stems(question)
-    focus = re.search(r"\b(?:what|which)(?: is| was|'s)?(?: the)? (\w{4,})", question, re.IGNORECASE)
+    focus = re.search(
+        r"\b(?:what|which)(?: is| was|'s)?(?: the)? (\w{4,})", question, re.IGNORECASE
+    )
     clauses = [each for each in CLAUSES.split(said) if len(each.split()) > 1 or each == said]
     affirmed = [each for each in clauses if not DENIAL.match(each)]
 

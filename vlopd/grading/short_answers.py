@@ -10,6 +10,7 @@ from fractions import Fraction
 from functools import partial
 from typing import NamedTuple
 
+from vlopd.grading import yes_no
 from vlopd.grading.final_statements import (
     DRESSING,
     NoAnswer,
@@ -21,8 +22,17 @@ from vlopd.grading.final_statements import (
     gives_up,
     sentences,
 )
-from vlopd.grading import yes_no
-from vlopd.grading.values import MAGNITUDES, MATHS, NUMBER, REASONING, SO, WORDED, in_digits, last_side, normal
+from vlopd.grading.values import (
+    MAGNITUDES,
+    MATHS,
+    NUMBER,
+    REASONING,
+    SO,
+    WORDED,
+    in_digits,
+    last_side,
+    normal,
+)
 from vlopd.grading.words import text_of
 
 EDGES = DRESSING + "$,;"
@@ -39,7 +49,8 @@ HAS = re.compile(
 )
 NUMERIC = re.compile(
     r"\bhow (?:many|much|old|long|far|tall|high)\b|\b(?:in|by|which|what) (?:which |what )?year\b|"
-    r"\bwhat(?:'s| is| was| were| are)? (?:the )?(?:\w+ ){0,2}(?:percentage|share|value|number|total|sum|difference|ratio|rate|"
+    r"\bwhat(?:'s| is| was| were| are)? (?:the )?(?:\w+ ){0,2}(?:percentage|share|value|number|"
+    r"total|sum|difference|ratio|rate|"
     r"average|mean|median|price|cost|amount)\b(?! (?:of |on )?(?:the )?(?:plate|phone))",
     re.IGNORECASE,
 )
@@ -136,7 +147,12 @@ def concluding(text: str, question: str = "") -> str | None:
         return None
     last = re.sub(r"\s\((?:not|which|while|unlike)\b[^()]*\)", "", last)
     cues = [cue for cue in SO.finditer(last) if re.search(r"\w", last[cue.end() :])]
-    if question and NUMERIC.search(question) and len(last.split()) > 4 and not quantities(last, question):
+    if (
+        question
+        and NUMERIC.search(question)
+        and len(last.split()) > 4
+        and not quantities(last, question)
+    ):
         return None
     return last[cues[-1].end() :].lstrip(" ,:") if cues else last or None
 
@@ -183,14 +199,17 @@ def _counted(sentence: str, said: str | None) -> str | None:
 # ------------------------------------------------------------------------------- given the reference answer
 
 NEGATED = re.compile(
-    r"\b(?:not|no|n't|never|neither|nor|than|of|unlike|without)\W+(?:an? |the |really |that of )?$", re.IGNORECASE
+    r"\b(?:not|no|n't|never|neither|nor|than|of|unlike|without)\W+(?:an? |the |really |that of )?$",
+    re.IGNORECASE,
 )
 IDENTIFIES = re.compile(
     r"\byears?\b|\bwhen\b|\bdate\b|\b(?:page|jersey|room|plate|phone|bus|house|flight|zip|serial|model|written)\b",
     re.IGNORECASE,
 )
 """Questions whose numbers are names and exact."""
-MONTHS = "january february march april june july august september october november december".split()
+MONTHS = re.compile(
+    r"\b(january|february|march|april|june|july|august|september|october|november|december)\b"
+)
 ARTICLES = re.compile(r"^(?:an?|the) (?=.)")
 AMOUNT = re.compile(
     rf"(?P<number>{NUMBER})(?:\s?(?:/|:)\s?(?P<below>\d+)(?![\d:/]))?(?P<unit>\s?%| ?(?:percent|per cent)\b)?"
@@ -209,7 +228,11 @@ class Quantity(NamedTuple):
 
 def quantities(said: str, question: str = "") -> list[Quantity]:
     """The numbers of a text, in digits or words, except those that the question gives."""
-    said, given, found = normal(said), {match[0] for match in re.finditer(NUMBER, normal(question))}, []
+    said, given, found = (
+        normal(said),
+        {match[0] for match in re.finditer(NUMBER, normal(question))},
+        [],
+    )
     for match in AMOUNT.finditer(said):
         if match["number"] is None:
             if not (match[0].lower() == "one" and len(said.split()) > 1):
@@ -251,26 +274,45 @@ def states(text: str, gold: str, question: str = "", tolerance: float = 0.05) ->
 def compact(said: str) -> str:
     """Lower-case letters and digits alone, without an article, months by their first letters."""
     said = ARTICLES.sub("", text_of(normal(said)).lower().strip(" \"'*_`.\u201c\u201d\u2018\u2019"))
-    said = re.sub(rf"\b({'|'.join(MONTHS)})\b", lambda match: match[0][:3], said)
-    said = {"us": "unitedstates", "usa": "unitedstates", "uk": "unitedkingdom"}.get(re.sub(r"\W", "", said), said)
-    return re.sub(r"(?<!\d)[.]|[.](?!\d)|[^\w.+-]|[\u2013-](?!\d)|_", "", said.replace("\u2013", "-"))
+    said = MONTHS.sub(lambda match: match[0][:3], said)
+    said = {"us": "unitedstates", "usa": "unitedstates", "uk": "unitedkingdom"}.get(
+        re.sub(r"\W", "", said), said
+    )
+    return re.sub(
+        r"(?<!\d)[.]|[.](?!\d)|[^\w.+-]|[\u2013-](?!\d)|_", "", said.replace("\u2013", "-")
+    )
 
 
 def _without_units(gold: str) -> str:
-    return re.sub(rf"percent|per cent|dollars?|{'|'.join(MAGNITUDES)}|{WORDED.pattern}", "", gold, flags=re.IGNORECASE)
+    return re.sub(
+        rf"percent|per cent|dollars?|{'|'.join(MAGNITUDES)}|{WORDED.pattern}",
+        "",
+        gold,
+        flags=re.IGNORECASE,
+    )
 
 
 def _near(said: str, target: Quantity, question: str, tolerance: float) -> bool:
-    """Whether the number that a clause gives is the wanted one: its first, its last year, or one of the asked things."""
+    """Whether the number that a clause gives is the wanted one: its first, its last year, or that of what is asked."""
     found = quantities(said, question) or quantities(said)
-    is_year = re.search(r"\byear\b|\bwhen\b", question, re.IGNORECASE) and 1000 < target.value < 2200
-    if years := [each for each in found if 1000 < each.value < 2200 and each.by == 1] if is_year else []:
+    is_year = (
+        re.search(r"\byear\b|\bwhen\b", question, re.IGNORECASE) and 1000 < target.value < 2200
+    )
+    if (
+        years := [each for each in found if 1000 < each.value < 2200 and each.by == 1]
+        if is_year
+        else []
+    ):
         found = years[-1:]
     elif target.percent and any(each.percent for each in found):
         found = [each for each in found if each.percent]
     asked = re.search(r"how many (\w{3,})", question, re.IGNORECASE)
     if asked:
-        counted = [q for q in found if re.match(rf"\S+ (?:\w+ )?{re.escape(asked[1])}", normal(said)[q.start :])]
+        counted = [
+            q
+            for q in found
+            if re.match(rf"\S+ (?:\w+ )?{re.escape(asked[1])}", normal(said)[q.start :])
+        ]
         found = counted or found
     if not found:
         return False
@@ -280,7 +322,9 @@ def _near(said: str, target: Quantity, question: str, tolerance: float) -> bool:
     if first.percent != target.percent:
         values |= {first.value / 100} if first.percent else {first.value * 100}
     goals = {wanted, target.value}
-    return any(abs(value - goal) <= Fraction(tolerance) * abs(goal) for value in values for goal in goals)
+    return any(
+        abs(value - goal) <= Fraction(tolerance) * abs(goal) for value in values for goal in goals
+    )
 
 
 def _holds(said: str, wanted: str) -> bool:
@@ -293,7 +337,9 @@ def _holds(said: str, wanted: str) -> bool:
         for word in words[k:]:
             joined += re.sub(r"['\u2019]s$", "", word[0])
             held = compact(joined)
-            if held == wanted or (len(wanted) > 3 and wanted in (held + "s", held.removesuffix("s"))):
+            if held == wanted or (
+                len(wanted) > 3 and wanted in (held + "s", held.removesuffix("s"))
+            ):
                 return not NEGATED.search(said[: first.start()].removesuffix("the "))
             if len(held) > len(wanted) + 1:
                 break

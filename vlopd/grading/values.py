@@ -56,7 +56,13 @@ UNITS = (
 DECADES = "twenty thirty forty fifty sixty seventy eighty ninety"
 WORDS = {word: k for k, word in enumerate(UNITS.split())}
 TENS = {word: 10 * k for k, word in enumerate(DECADES.split(), 2)}
-MAGNITUDES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+MAGNITUDES = {
+    "hundred": 100,
+    "thousand": 1000,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
 _SMALL = "|".join([*TENS, *sorted(WORDS, key=len, reverse=True)])
 WORDED = re.compile(
     rf"\b((?:{_SMALL})(?:(?:[- ]| and )(?:{_SMALL}|{'|'.join(MAGNITUDES)})){{0,8}})\b(?! of (?:the|these|those|us)\b)",
@@ -80,7 +86,9 @@ REASONING = re.compile(
     r"(?:to (?!1)|first|we (?:need|know|have|can|are)|let|step|given|since|in order|using|if|start|note)\b",
     re.I,
 )
-IMPERATIVE = re.compile(r"\W*(?:multiply|divide|add|subtract)\b.* to (?:get|obtain|give|find)", re.IGNORECASE)
+IMPERATIVE = re.compile(
+    r"\W*(?:multiply|divide|add|subtract)\b.* to (?:get|obtain|give|find)", re.IGNORECASE
+)
 RESULT = re.compile(
     r"(?:\b(?:is|are|was|were|be|has|have|had|equals?|gets?|got|gives?|gave|leaves?|makes?|costs?|"
     r"earns?|earned|pays?|paid|"
@@ -108,9 +116,15 @@ def normal(text: str) -> str:
         .replace("\xa0", " ")
         .replace("\u2009", " ")
     )
-    text = re.sub(r"(?<![\d.])(\d[\d.]{0,15})((?: ?\xb0 ?[CF]?| degrees?(?: [A-Z][a-z]+)?)?) below zero", r"-\1\2", text)
     text = re.sub(
-        r"((?:\b(?:is|are|was|were|of|sold|makes?|has|have)|[=:]|^)\s?\$?\d{1,3}) (\d{3})(?! ?\d|\.\d)", r"\1,\2", text
+        r"(?<![\d.])(\d[\d.]{0,15})((?: ?\xb0 ?[CF]?| degrees?(?: [A-Z][a-z]+)?)?) below zero",
+        r"-\1\2",
+        text,
+    )
+    text = re.sub(
+        r"((?:\b(?:is|are|was|were|of|sold|makes?|has|have)|[=:]|^)\s?\$?\d{1,3}) (\d{3})(?! ?\d|\.\d)",
+        r"\1,\2",
+        text,
     )
     text = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!,|\{,\\!\})(?=\d{3}(?!\d))", ",", text)
     return (
@@ -191,14 +205,21 @@ ATTACHED = re.compile(
 
 
 def algebraic(line: str) -> bool:
-    """Whether a line is an expression and no plain number, word or number with a unit: `6xy`, `2\u221a3`, `(3, \u03c0/2)`."""
+    """Whether a line is an expression, and no plain number, word or number with a unit: `6xy`, `(3, x/2)`."""
     bare = re.sub(r"\\[a-zA-Z]+|(?<![a-zA-Z])(?:sqrt|pi|sin|cos|tan|log|ln)(?![a-zA-Z])", " ", line)
-    if not line or re.search(r"[a-zA-Z]{4,}|(?<![a-zA-Z])(?!and|or)[a-zA-Z]{2,3} ", bare) or ATTACHED.search(line):
+    if (
+        not line
+        or re.search(r"[a-zA-Z]{4,}|(?<![a-zA-Z])(?!and|or)[a-zA-Z]{2,3} ", bare)
+        or ATTACHED.search(line)
+    ):
         return False
     return bool(
-        re.search(r"[\u221a\u03c0\u221e^\u2070\xb9\xb2\xb3\u2074-\u2079]|\\(?:[dt]?frac|sqrt|pi|infty)|(?<![a-zA-Z])sqrt|"
-                  r"(?<![a-zA-Z])[a-zA-Z]\s?[-+*/(^=\u2212]|[-+*/=(\u2212]\s?[a-zA-Z](?![a-zA-Z])|\d[a-zA-Z]{1,3}\b|"
-                  r"^[(\[{][^()\[\]]*,[^()\[\]]*[)\]}]$", line)
+        re.search(
+            r"[\u221a\u03c0\u221e^\u2070\xb9\xb2\xb3\u2074-\u2079]|\\(?:[dt]?frac|sqrt|pi|infty)|(?<![a-zA-Z])sqrt|"
+            r"(?<![a-zA-Z])[a-zA-Z]\s?[-+*/(^=\u2212]|[-+*/=(\u2212]\s?[a-zA-Z](?![a-zA-Z])|\d[a-zA-Z]{1,3}\b|"
+            r"^[(\[{][^()\[\]]*,[^()\[\]]*[)\]}]$",
+            line,
+        )
     )
 
 
@@ -317,7 +338,10 @@ def concluded_expression(text: str, question: str = "") -> str | None:
             return last_side(_inside(found[-1])) or None
     if whole.count("{") != whole.count("}"):  # cut off
         return None
-    sides = re.split(r"(?<![<>!:])=|\u2192|\u21d2|\u27f9|\bis\b|\bequals\b|:", normal(last).strip(" .*\u2705\u2713\u2714"))
+    sides = re.split(
+        r"(?<![<>!:])=|\u2192|\u21d2|\u27f9|\bis\b|\bequals\b|:",
+        normal(last).strip(" .*\u2705\u2713\u2714"),
+    )
     side = sides[-1].strip(DRESSING + ",.")
     if algebraic(side):
         return side
@@ -441,18 +465,23 @@ def in_digits(words: str) -> int:
 
 def asked_number(said: str, question: str) -> str | None:
     """The only number of a sentence that counts what the question asks for: `18 girls and 12 boys`; with its unit."""
-    if re.search(r"\bdollars?\b", question) and (cents := re.search(r"\b(\d{1,4}) cents?\W*$", said)):
+    if re.search(r"\bdollars?\b", question) and (
+        cents := re.search(r"\b(\d{1,4}) cents?\W*$", said)
+    ):
         return str(int(cents[1]) / 100)
     asked = re.search(r"how many (\w{3,})", asking(question), re.IGNORECASE)
     if asked is None or re.search(r"n't|\bnot\b|\binstead\b", said):
         return None
     stem = re.escape(asked[1][:-1] if asked[1].endswith("s") else asked[1])
-    found = re.findall(rf"(?<![\w.,/*+=-])({NUMBER})\W{{1,3}}(?:[a-z]{{2,}} )?{stem}", said, re.IGNORECASE)
+    found = re.findall(
+        rf"(?<![\w.,/*+=-])({NUMBER})\W{{1,3}}(?:[a-z]{{2,}} )?{stem}", said, re.IGNORECASE
+    )
     return found[0] if len(set(found)) == 1 else None
 
 
 COMPARED = re.compile(
-    r",? which (?:is|are|means|makes)\b[^,;]{0,40}?(?:\b(?:more|less|fewer|greater|than|half|twice|percent|per|times)\b|%).*$",
+    r",? which (?:is|are|means|makes)\b[^,;]{0,40}?(?:\b(?:more|less|fewer|greater|than|half|twice|"
+    r"percent|per|times)\b|%).*$",
     re.IGNORECASE,
 )
 """A clause that compares the answer that stands before it."""

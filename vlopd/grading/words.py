@@ -37,7 +37,9 @@ def in_latex(text: str) -> str:
     text = re.sub(rf"[{RAISED}]+", lambda match: "^{" + match[0].translate(plain) + "}", text)
     text = re.sub(rf"[{LOWERED}]+", lambda match: "_{" + match[0].translate(plain) + "}", text)
     root = "\u221a"
-    text = re.sub(rf"\u221b ?(\(([^()]*)\)|[\d.]+|\w)", lambda m: rf"\sqrt[3]{{{m[2] or m[1]}}}", text)
+    text = re.sub(
+        r"\u221b ?(\(([^()]*)\)|[\d.]+|\w)", lambda m: rf"\sqrt[3]{{{m[2] or m[1]}}}", text
+    )
     text = re.sub(
         rf"{root} ?(\(([^()]*)\)|\{{([^{{}}]*)\}}|[\d.]+|\w)",
         lambda match: rf"\sqrt{{{match[2] or match[3] or match[1]}}}",

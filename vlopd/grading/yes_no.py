@@ -128,9 +128,12 @@ SUPPOSES = re.compile(
     re.IGNORECASE,
 )
 REFERS = re.compile(
-    r"\W*(?:so |thus |but |and |therefore |hence |indeed )?,?\s?(?:none|nothing|there(?:'s| is| are) (?:indeed )?(?:one|none|some|"
-    r"any|not|no such|two|several)\b|there (?:isn't|aren't|is)\W*(?:any|one)?\W*$|(?:i|we|you) (?:can |do )?(?:see|spot|find)"
-    r" (?:one|none)|it(?:'s| is)(?: not|n't)? (?:there|present|visible|in the)|it isn't (?:there|present|visible|in the)|"
+    r"\W*(?:so |thus |but |and |therefore |hence |indeed )?,?\s?(?:none|nothing|there(?:'s| is|"
+    r" are) (?:indeed )?(?:one|none|some|"
+    r"any|not|no such|two|several)\b|there (?:isn't|aren't|is)\W*(?:any|one)?\W*$|(?:i|we|"
+    r"you) (?:can |do )?(?:see|spot|find)"
+    r" (?:one|none)|it(?:'s| is)(?: not|n't)? (?:there|present|visible|in the)|it isn't (?:there|"
+    r"present|visible|in the)|"
     r"the object (?:asked|in question|is))",
     re.IGNORECASE,
 )
@@ -141,7 +144,9 @@ CHINESE = re.compile(r"\W*(?:(不|没|否|無|无)|(是|有|对|對|存在))")
 def read(text: str, question: str = "") -> str | None:
     """`yes` or `no`, or None."""
     reader = partial(concluded, question=question)
-    return decide(text.replace("\u2019", "'"), partial(stated, reader=reader), reader, exclusive=True)
+    return decide(
+        text.replace("\u2019", "'"), partial(stated, reader=reader), reader, exclusive=True
+    )
 
 
 def stated(statement: Statement, reader: Callable[[str], str | None]) -> str | None:
@@ -185,7 +190,9 @@ def about(sentence: str, asked: re.Pattern[str]) -> str | None:
     if sentence.endswith("?"):
         return None
     found = None
-    for clause in re.split(r",? but |; |: |,? (?:al)?though |,? while |, (?:so|and|as|since) ", sentence):
+    for clause in re.split(
+        r",? but |; |: |,? (?:al)?though |,? while |, (?:so|and|as|since) ", sentence
+    ):
         match = asked.search(clause)
         if match is None:
             if REFERS.match(clause) and not SUPPOSES.search(clause):
@@ -193,12 +200,17 @@ def about(sentence: str, asked: re.Pattern[str]) -> str | None:
             continue
         before, after = clause[: match.start()], clause[match.end() :]
         denial = list(DENIES.finditer(before))
-        free = denial and re.search(r",? and (?!an? )| with (?!an? )|(?<!there )\b(?:is|are|has|stands?)\b", before[denial[-1].end() :])
+        free = denial and re.search(
+            r",? and (?!an? )| with (?!an? )|(?<!there )\b(?:is|are|has|stands?)\b",
+            before[denial[-1].end() :],
+        )
         near = re.split(r",| (?:who|which|that|with|and) ", after, maxsplit=1)[0]
         if (denial and not free) or DENIES.search(near):
             found = "no"
         elif not SUPPOSES.search(clause) and not UNCERTAIN.search(clause):
-            defines = re.match(r"\W*(?:an? |the )?$", before, re.IGNORECASE) and re.match(r"s? (?:is|are) an? ", after)
+            defines = re.match(r"\W*(?:an? |the )?$", before, re.IGNORECASE) and re.match(
+                r"s? (?:is|are) an? ", after
+            )
             asks = re.search(
                 r"question (?:is|asks)|asked|(?:look(?:s|ing)? (?:for|like)|take it for)\W*(?:an?|the|any)?\W*$",
                 before,
@@ -222,8 +234,8 @@ def concluded(text: str, question: str = "") -> str | None:
     bare = UNSURE_BUT.sub("", IDIOM.sub(" ", text))
     if BOTH.search(bare[:60]):
         return None
-    if found := CHINESE.match(bare):
-        return "no" if found[1] else "yes"
+    if chinese := CHINESE.match(bare):
+        return "no" if chinese[1] else "yes"
     if letter := re.fullmatch(r"\W*([YN])\W*", text, re.IGNORECASE):
         return "yes" if letter[1] in "Yy" else "no"
     parts = [each for each in sentences(bare) if re.search(r"\w", each)]

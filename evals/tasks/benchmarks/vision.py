@@ -42,7 +42,6 @@ from vlopd.grading.extraction import (
     yes_or_no,
 )
 from vlopd.grading.values import number_in
-from vlopd.grading.words import plain_words
 
 CHOOSE = "{}\n{}\nAnswer with the letter of the right choice."
 SHORTLY = "{}\nAnswer with one word, number or short phrase."
@@ -261,7 +260,9 @@ def score_mmmu(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
         return {**outcome(letter, right), "careful": float(careful)}
     extracted = short_answer(response)
     right = bool(response) and mmmu_open(response, doc["accepted"])
-    careful = any(agrees(response, extracted, each, doc.get("question", "")) for each in doc["accepted"])
+    careful = any(
+        agrees(response, extracted, each, doc.get("question", "")) for each in doc["accepted"]
+    )
     return {**outcome(extracted, right), "careful": float(careful)}
 
 
@@ -303,7 +304,11 @@ def score_pope(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
     F1 ignores.
     """
     response = strip_reasoning(results[0])
-    official, extracted, right = pope_answer(response), yes_or_no(response, doc.get("question", "")), doc["answer"]
+    official, extracted, right = (
+        pope_answer(response),
+        yes_or_no(response, doc.get("question", "")),
+        doc["answer"],
+    )
     yes = (official == "yes", right == "yes")
     return {
         **outcome(extracted, official == right),
