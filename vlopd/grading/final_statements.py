@@ -244,7 +244,7 @@ CHECK = re.compile(
 BEGINS_SO = re.compile(r"\W*(?:so|thus|therefore|hence|in (?:total|conclusion|summary))\b", re.I)
 CLAUSES = re.compile(
     r"; |,? (?:but|while|whereas|although|though|even though|followed by|compared (?:to|with)|up from|down from|"
-    r"unlike|as opposed to|rather than|instead of)\b|,? (?=not (?!only))|, (?=and )|, (?=which is|with )|"
+    r"unlike|as opposed to|rather than|instead of)\b|,? (?=not (?!only))|, (?=(?:and|or) )|, (?=which is|with )|"
     r" and (?=\w+(?:ed|s) (?:by|in|at|to)\b)| \((?=not\b|which\b|without\b|second\b|while\b)|"
     r" and (?=(?:her|his|its|their|the|she|he|it|they) (?:\w+ )?(?:is|was|has|had)\b)"
 )

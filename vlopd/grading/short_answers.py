@@ -259,9 +259,10 @@ def states(text: str, gold: str, question: str = "", tolerance: float = 0.05) ->
     if wanted in ("yes", "no"):
         return yes_no.read(text, question) == wanted
     said = decide(text, stated, partial(concluding, question=question))
-    if said is None or read(text, question) is None:
+    phrase_read = read(text, question)
+    if said is None or phrase_read is None:
         return False
-    if compact(said) == wanted or compact(tidy(said) or "") == wanted:
+    if wanted in (compact(said), compact(tidy(said) or ""), compact(phrase_read)):
         return True
     said = clause_of(said.replace("**", ""), question)
     target = quantities(gold)
@@ -314,6 +315,9 @@ def _near(said: str, target: Quantity, question: str, tolerance: float) -> bool:
             if re.match(rf"\S+ (?:\w+ )?{re.escape(asked[1])}", normal(said)[q.start :])
         ]
         found = counted or found
+    if len(found) > 1 and not is_year:
+        part = quantities(answering_part(said) or "")
+        found = part if len(part) == 1 else found
     if not found:
         return False
     first = found[-1] if "=" in said else found[0]

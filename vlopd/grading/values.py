@@ -342,7 +342,7 @@ def concluded_expression(text: str, question: str = "") -> str | None:
         r"(?<![<>!:])=|\u2192|\u21d2|\u27f9|\bis\b|\bequals\b|:",
         normal(last).strip(" .*\u2705\u2713\u2714"),
     )
-    side = sides[-1].strip(DRESSING + ",.")
+    side = re.sub(r"\s(?:square|cubic|units?)\b[a-z ]{0,20}$", "", sides[-1].strip(DRESSING + ",."))
     if algebraic(side):
         return side
     if len(sentences(whole)) == 1 and not re.search(
