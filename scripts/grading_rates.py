@@ -19,13 +19,13 @@ sys.path.insert(0, str(ROOT))
 
 from tests.styles.mathematics import mathematics  # noqa: E402
 from tests.styles.numbers import numbers  # noqa: E402
-from vlopd.data.answers import normalise  # noqa: E402
-from vlopd.grading.equality import relaxed_match, same_math, same_number  # noqa: E402
+from vlopd.grading.equality import same_math, same_number  # noqa: E402
 from vlopd.grading.extraction import (  # noqa: E402
     choice_letter,
     math_answer,
     number_answer,
     short_answer,
+    states,
     yes_or_no,
 )
 
@@ -34,22 +34,30 @@ Row = Mapping[str, Any]
 
 class Grader(NamedTuple):
     read: Callable[[Row], str | None]
-    same: Callable[[str, str], bool]
-
-
-def same_words(answer: str, gold: str) -> bool:
-    return relaxed_match(answer, gold, tolerance=0) or normalise(answer) == normalise(gold)
+    same: Callable[[str, Row], bool]
 
 
 GRADERS = {
-    "mathematics": Grader(lambda row: math_answer(row["output"]), same_math),
-    "numbers": Grader(lambda row: number_answer(row["output"]), same_number),
+    "mathematics": Grader(
+        lambda row: math_answer(row["output"], row.get("question", "")),
+        lambda a, row: same_math(a, row["gold"]),
+    ),
+    "numbers": Grader(
+        lambda row: number_answer(row["output"], row.get("question", "")),
+        lambda a, row: same_number(a, row["gold"]),
+    ),
     "choices": Grader(
         lambda row: choice_letter(row["output"], row["choices"]),
-        lambda answer, gold: answer == gold.strip("() .").upper(),
+        lambda answer, row: answer == row["gold"].strip("() .").upper(),
     ),
-    "yes_no": Grader(lambda row: yes_or_no(row["output"]), lambda a, gold: a == gold.lower()),
-    "short_answers": Grader(lambda row: short_answer(row["output"]), same_words),
+    "yes_no": Grader(
+        lambda row: yes_or_no(row["output"], row["question"]),
+        lambda a, row: a == row["gold"].lower(),
+    ),
+    "short_answers": Grader(
+        lambda row: short_answer(row["output"], row["question"]),
+        lambda answer, row: states(row["output"], row["gold"], row["question"]),
+    ),
 }
 FAMILIES = {"number": "numbers", "math": "mathematics", "choice": "choices",
             "short": "short_answers", "short_answer": "short_answers", "yesno": "yes_no",
@@ -72,7 +80,7 @@ def grade(family: str, row: Row) -> tuple[str, str | None]:
     read = grader.read(row)
     if read is None:
         return "unreadable", None
-    return "right" if grader.same(read, str(row["gold"])) else "wrong", read
+    return "right" if grader.same(read, row) else "wrong", read
 
 
 def main() -> None:

@@ -92,7 +92,7 @@ CASES = (
     ("Although there is a cat, I cannot find a dog.", "no"), ("There is a dog, isn't there?", None),
     ("I'm not sure, but I think there is a dog.", "yes"), ("I am not sure, but I think yes.", "yes"),
     ("I cannot tell.", None), ("unknown", None), ("It is impossible to tell from the image.", None),
-    ("yes, yes, yes", "yes"), ("YES!!!", "yes"), ("Y", None), ("y", None), ("Yes\nNo", None),
+    ("yes, yes, yes", "yes"), ("YES!!!", "yes"), ("Y", "yes"), ("n", "no"), ("Yes\nNo", None),
     ("No\n\nThe image shows a kitchen.", "no"),
     ("Yes, the image shows a kitchen. No dog is there though... wait, no. The answer is no.", "no"),
     ("Is there a dog? Yes.", "yes"), ("Question: Is there a dog? Answer: No", "no"),

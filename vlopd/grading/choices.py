@@ -19,7 +19,7 @@ from vlopd.grading.final_statements import (
     sentences,
 )
 from vlopd.grading.values import number_in
-from vlopd.grading.words import text_of
+from vlopd.grading.words import in_latex, text_of
 
 FUNCTION = (
     "because|since|as|is|was|are|for|due|based|which|and|or|but|would|has|seems|appears|given|matches|from|with|where|so|"
@@ -34,7 +34,8 @@ BE = "(?:is|are|was|would be|must be|should be|has to be|seems(?: to be)?|appear
 VERB = (
     r"(?:choos(?:e|es|ing)|chose|chosen|pick(?:s|ed|ing)?|select(?:s|ed|ing)?|go(?:es|ing)? (?:with|"
     r"for)|went with|"
-    r"opt(?:s|ed|ing)? for|vote for|settl(?:e|ed|ing) on|stick(?:ing)? with|my (?:answer|choice|"
+    r"chang(?:e|ed|ing) (?:my|the) answer (?:from \(?[A-Z]\)? )?to|opt(?:s|ed|ing)? for|vote for|"
+    r"settl(?:e|ed|ing) on|stick(?:ing)? with|my (?:answer|choice|"
     r"pick|vote) (?:is|goes to))"
 )
 POINTS = (
@@ -57,7 +58,7 @@ NOT_BEFORE = re.compile(
 HYPOTHETICAL = re.compile(
     r"\b(?:if|whether|might|could|may|tempt\w*|some(?:one)?|people|many|first|initially|at a glance|"
     r"suppose|consider|check(?:ing)?|"
-    r"between|either|students?|test(?:ing)?|thought|was going to|would have)\b[^.;,\n]{0,40}$",
+    r"between|either|mistake|trap|distractor|students?|test(?:ing)?|thought|was going to|would have)\b[^.;,\n]{0,40}$",
     re.IGNORECASE,
 )
 MARKUP = re.compile(
@@ -110,6 +111,11 @@ ORDINAL = re.compile(
     r"\b(first|second|third|fourth|fifth|sixth|last) (?:option|choice|answer|one|statement|alternative)\b",
     re.IGNORECASE,
 )
+IDENTIFIED = re.compile(
+    r"(?:so |thus,? |therefore,? |hence,? )?(?:this|it|that|what remains|the only one left)(?:'s| is| must be)"
+    r"(?: called| an?| the)? ([^.,;]{1,80})(?:[.,;!]|$)",
+    re.IGNORECASE,
+)
 FILLER = re.compile(
     r"(?:(?:therefore|thus|so|hence|clearly|definitely|indeed|probably|most likely|likely|obviously|"
     r"simply|just|actually|in fact|"
@@ -128,7 +134,7 @@ def _letter(letters: str) -> re.Pattern[str]:
     """A capital letter set off from what follows: not that of `A dog`, `I think` or `A-level`."""
     return re.compile(
         rf"([{letters}])(?![^\W_]|"
-        rf"&)(?!['\u2019-]\w)(?!(?<=[AI])\s+(?!(?:{FUNCTION})\b)[a-z])(?!(?<=[AI])\s+[A-Z][a-z]+ [a-z])"
+        rf"&)(?!['\u2019-]\w)(?!(?<=[AI])\s+(?!(?:{FUNCTION})\b)[a-z])(?!(?<=[AI])[ \t]+[A-Z][a-z]+ [a-z])"
     )
 
 
@@ -159,6 +165,12 @@ def _choosing(letters: str) -> tuple[re.Pattern[str], ...]:
             rf"best))?[:,]? ?{noun}{open_}{letter}"
         ),
         re.compile(rf"\b(?i:{POINTS})[:,]? ?(?:the )?[*_\"']{{0,3}}[(\[]{letter}(?=[)\]])"),
+        re.compile(
+            rf"\b(?i:{BE}) (?:the )?(?i:option|choice|figure|image|picture|graph|diagram|statement) [(*]{{0,3}}{letter}"
+        ),
+        re.compile(
+            rf"[\u2705\u2714\u2611\u27a1\u2192\u21d2][\ufe0f\s*]{{0,3}}(?:{noun} )?[(*]{{0,3}}{letter}(?=[.)*\s]|$)"
+        ),
         re.compile(
             r"\b(?i:say|it's|it is|it must be|it has to be|it should be|that's|"
             r"(?:so|thus|therefore|hence),?(?: (?:it's|it is|it must be))?)[ *_]{1,4}"
@@ -315,7 +327,11 @@ class Options:
                 rest = text[match.end("letter") : match.end("letter") + 90]
                 if NOT_BEFORE.search(text[max(0, start - 40) : start]) or NOT_BEFORE.search(before):
                     continue
-                if HYPOTHETICAL.search(before) or WRONG_AFTER.match(rest):
+                if (
+                    re.search(r"\b(?:in|from|at) $", before, re.IGNORECASE)
+                    or HYPOTHETICAL.search(before)
+                    or WRONG_AFTER.match(rest)
+                ):
                     continue
                 mid = match.groupdict().get("mid") or ""
                 if re.search(rf"\b(?:is|are|not|but|and|while|[{self.letters}])\b", mid):
@@ -345,6 +361,12 @@ class Options:
             return None
         if "\n" in text and (found := self._lone(last)):
             return found
+        parts = sentences(text)
+        if parts and (lone := re.fullmatch(rf"\W*([{self.letters}])\W*", parts[-1])):
+            return lone[1]
+        for said in reversed(parts):
+            if (named := IDENTIFIED.match(said)) and (whole := self.whole(named[1])):
+                return whole
         ending = conclusion(text)
         if ending is None and not (self.says_none and text[-1:] in ".!"):
             return None
@@ -535,6 +557,6 @@ def _bare(words: str) -> str:
 
 def exact_form(text: str) -> str:
     """Lower case without spaces, LaTeX delimiters and final punctuation, but with signs: `-5` is not `5`."""
-    text = text_of(text).lower().replace("\u2212", "-").strip(DRESSING + "$.,;:!")
+    text = in_latex(text_of(text)).lower().strip(DRESSING + "$.,;:!")
     text = re.sub(r"\\[dt]?frac\s?\{([^{}]*)\}\s?\{([^{}]*)\}", r"\1/\2", text)
-    return re.sub(r"\s+|\\[(),\[\];]|\$|\\(?:left|right)(?![a-z])|^(?:an?|the) ", "", text)
+    return re.sub(r"\s+|\\ |\\[(),\[\];]|\$|\\(?:left|right)(?![a-z])|^(?:an?|the) ", "", text)

@@ -11,7 +11,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from vlopd.grading import mathematics
-from vlopd.grading.words import plain_words, text_of
+from vlopd.grading.words import in_latex, plain_words, text_of
 
 LONGEST = 300
 """Maximum characters of a number or expression; longer ones are compared only as strings."""
@@ -135,12 +135,7 @@ def _same(answer: str, target: str) -> bool:
 
 def tidy(text: str) -> str:
     r"""Normalises LaTeX: dollars, spacing, sizes, thousands separators, currencies, units, degrees, percent, text."""
-    text = (
-        text.strip()
-        .replace("\u2212", "-")
-        .replace("\u00d7", "\\times ")
-        .replace("\u00b7", "\\cdot ")
-    )
+    text = in_latex(text.strip())
     text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[!,])+(?=\d{3}(?!\d))", "", text)  # 10{,}080
     text = re.sub(r"(?<!\\)\\[()\[\]]|\\?[$%]|[€£]|°|" + DEGREES, "", text)
     text = re.sub(r"(?<!\\)\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])\.?", "", text)

@@ -14,6 +14,9 @@ The order, for every type of answer:
    affirms or denies that something is there. Mathematics and numbers: the display that ends the text, or the number
    that the last sentence states. A short answer: the last sentence, or the part of it that answers.
 
+The question is optional. With it, yes or no is about what it asks for, a number is what it counts, and a last sentence
+without a word of it does not conclude where one before has them.
+
 None where the output says that it has no answer, gives several, or is cut off before it concludes: a statement
 `the answer is A or B` gives none, and a last sentence that ends in `=` or `the` concludes nothing.
 """
@@ -21,6 +24,7 @@ None where the output says that it has no answer, gives several, or is cut off b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from vlopd.grading import choices as options
 from vlopd.grading import short_answers, values, yes_no
@@ -37,6 +41,7 @@ __all__ = [
     "number_answer",
     "plain_words",
     "short_answer",
+    "states",
     "strip_reasoning",
     "text_of",
     "yes_or_no",
@@ -68,14 +73,16 @@ def marked(text: str) -> str | None:
     return short_answers.tidy(found[-1].said.splitlines()[0]) if found else None
 
 
-def math_answer(text: str) -> str | None:
+def math_answer(text: str, question: str = "") -> str | None:
     r"""An expression in LaTeX or plain text: `\frac{3}{4}`, `x = 3`, `12\pi`, `Evelyn`."""
-    return decide(strip_reasoning(text), values.stated_expression, values.concluded_expression)
+    concluded = partial(values.concluded_expression, question=question)
+    return decide(strip_reasoning(text), values.stated_expression, concluded)
 
 
-def number_answer(text: str) -> str | None:
+def number_answer(text: str, question: str = "") -> str | None:
     r"""A number as written, without its unit; an expression that is stated in its place (`12\pi`) is returned whole."""
-    return decide(strip_reasoning(text), values.stated_number, values.concluded_number)
+    concluded = partial(values.concluded_number, question=question)
+    return decide(strip_reasoning(text), values.stated_number, concluded)
 
 
 def last_number(text: str) -> str | None:
@@ -84,14 +91,19 @@ def last_number(text: str) -> str | None:
     return found[-1] if found else None
 
 
-def short_answer(text: str) -> str | None:
+def short_answer(text: str, question: str = "") -> str | None:
     """A word, number or short phrase, without formatting and final full stop."""
-    return short_answers.read(strip_reasoning(text))
+    return short_answers.read(strip_reasoning(text), question)
 
 
-def yes_or_no(text: str) -> str | None:
-    """`yes` or `no`, by word or by what is affirmed or denied (`There is no dog`)."""
-    return yes_no.read(strip_reasoning(text))
+def states(text: str, gold: str, question: str = "", tolerance: float = 0.05) -> bool:
+    """Whether the text states the short answer `gold`, in words of its own; numbers to a relative tolerance."""
+    return short_answers.states(strip_reasoning(text), gold, question, tolerance)
+
+
+def yes_or_no(text: str, question: str = "") -> str | None:
+    """`yes` or `no`, by word or by what is affirmed or denied (`There is no dog`) of what the question asks for."""
+    return yes_no.read(strip_reasoning(text), question)
 
 
 def choice_letter(text: str, choices: Sequence[str]) -> str | None:

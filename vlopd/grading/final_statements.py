@@ -5,6 +5,7 @@ All functions take time linear in the text: patterns have bounded repetitions, a
 
 from __future__ import annotations
 
+import itertools
 import re
 from bisect import bisect_right
 from collections.abc import Callable
@@ -45,6 +46,10 @@ JSON = re.compile(
 )
 """The answer of a JSON object or a Python dictionary."""
 
+BLANK = re.compile(
+    r"\\(?:boxed|fbox)[ \t]{0,3}\{(?:\\phantom\{[^{}]{0,40}\}|[\s?.\u2026_-]|\\[ ,;_]){0,60}\}"
+)
+"""A box that was left empty."""
 GLM_BOX = ("<|begin_of_box|>", "<|end_of_box|>")
 UNBRACED = re.compile(r"\(\w\)|-?\$?(?:\\[a-zA-Z]+|[\d.,/]*\d|\w)")
 """The content of `\\boxed 5`."""
@@ -94,7 +99,8 @@ SENTENCE = re.compile(
 HASHES = re.compile(r"(?:^|[ \t])####[ \t*]{0,4}(?=[^\s#])", re.MULTILINE)
 """GSM8K's mark."""
 SUPPOSED = re.compile(
-    r"\b(?:if|whether|unless|suppose|supposing|assume|assuming|what|which|think|thought|guess(?:ed)? at first|"
+    r"\b(?:if|whether|unless|in (?:which|that) case|suppose|supposing|assume|assuming|what|which|"
+    r"think|thought|guess(?:ed)? at first|"
     r"not|n't|isn't|because|someone|might|could|initially|a common(?: wrong)?|wrong|incorrect|previous|earlier)"
     r"\b[^.;:\n,]{0,24}$",
     re.IGNORECASE,
@@ -115,6 +121,8 @@ UNSTATED = re.compile(
 """What follows `the answer is` where the answer is described and not stated."""
 INSTEAD = re.compile(r"^[\s*]{0,3}not\b[^.\n]{0,40}?\bbut(?: rather)?\b[\s*]{0,3}", re.IGNORECASE)
 DRESSING = " \t\r\n*_`\"'\u201c\u201d~"
+SAME = 9
+"""Characters that two statements begin with where they repeat each other: `The answer is 4. The answer is 5.`"""
 ADJACENT = 40
 """Maximum characters from a statement to the next one that contradicts it, rather than follows from what is between."""
 TURNS = re.compile(
@@ -124,7 +132,7 @@ TURNS = re.compile(
 )
 """Words between two statements of which the later one holds."""
 CJK = re.compile(
-    r"(?:\u7b54\u6848|\u7b54\u3048|\u6b63\u89e3|"
+    r"(?:\u6545?\u9009(?:\u62e9|\u9879)?(?=[\s:\uff1a(*]{0,4}[A-Z])|\u7b54\u6848|\u7b54\u3048|\u6b63\u89e3|"
     r"\u6b63\u786e\u9009\u9879)(?:\u5e94\u8be5\u662f|\u662f|\u4e3a|"
     r"\u306f)?[\s:\uff1a*]{0,4}"
 )
@@ -139,23 +147,49 @@ CORRECTION = re.compile(
 )
 """Where an output takes back what it said."""
 NEW_TURN = re.compile(
-    r"\n[ \t#*]{0,6}(?:Question|Q|Human|User|Problem|Instruction|Exercise|Example)[ \t]?\d{0,3}[*]{0,2}[:.]",
+    r"\n[ \t#*]{0,6}(?:Question|Q|Human|User|Problem|Instruction|Exercise|Example)[ \t]?\d{0,3}[*]{0,2}[:.]"
+    r"|\n[^\n]{5,200}\?\s{1,2}(?i:please )?(?:Answer|answer) (?:the|with|yes|in|using)\b",
 )
 """Where a model goes on with a question of its own, whose answer does not count."""
+TOKENS = re.compile(
+    r"</?s>|<\|(?!begin_of_box|end_of_box)\w{1,20}\|>|<(?:eos|pad|unk|end_of_turn|start_of_turn)>|\[/?INST\]"
+)
+"""Special tokens that were decoded into the text."""
+PROMPT = re.compile(
+    r"(?:^|(?<=[.?!:\n] )|(?<=\n))[ \t]{0,3}(?:please )?(?:(?:answer|respond|"
+    r"reply)(?: the question)? (?:with|using|in) "
+    r"(?:the|a|an|one|only|just|yes|your|exactly)\b[^.:\n]{0,80}|answer yes or no|"
+    r"(?:put|write|give) (?:the|your) final answer (?:in|within|inside|as)\b[^.:\n]{0,40})(?:[.:]|\n|$)",
+    re.IGNORECASE,
+)
+"""The instruction of the prompt, repeated."""
+UNDECIDED = re.compile(
+    r"\b(?:i|we)(?:'m| am| are)?(?: really| honestly| still| simply| just)? "
+    r"(?:can(?:no|')t|cannot|can not|could(?: not|n't)|(?:am )?unable to|not able to|won't|do not|don't|prefer not to|"
+    r"not sure) (?:\w+ly )?"
+    r"(?:decide|tell|determine|choose|commit|settle|resolve|pick|know|give (?:an?|any|one|the)|which|"
+    r"find (?:the (?:error|mistake)|out|which)|say which|be sure|verify (?:either|which))\b|"
+    r"\b(?:no way (?:for me )?to|impossible to|hard to) (?:settle|decide|tell|choose)\b|\bleave (?:it|this) open\b",
+    re.IGNORECASE,
+)
+"""An output that ends without deciding, whatever it stated before."""
 GIVEN_UP = re.compile(
     r"\b(?:i(?:'m| am)? (?:do not|don't|did not|cannot|can't|can not|could not|couldn't|am unable|"
     r"unable|not able|"
-    r"honestly (?:do not|don't)|really (?:do not|don't)|simply (?:cannot|can't))(?: to)?(?: \w+ly)? "
+    r"honestly (?:do not|don't)|really (?:do not|don't)|simply (?:cannot|can't)|won't|prefer not|"
+    r"(?:would|'d) need (?:more|the full))(?: to)?(?: \w+ly)? "
     r"(?:know|determine|tell|say|answer|find (?:an?|the|any) (?:answer|solution)|solve|provide|give|"
-    r"make out|see (?:the|an|any|this|your)(?: attached)? "
+    r"make out|decide|choose|commit|settle|pick|guess|verify|see (?:the|an|any|this|your)(?: attached)? "
     r"(?:image|picture|chart|figure|photo)|view|access|identify|read|assist|help|be sure|conclude|"
     r"have enough|recogni[sz]e)|"
     r"(?:can ?not|can't|could not|couldn't|not possible to|impossible to|unable to|hard to|"
     r"difficult to|no way to) "
-    r"(?:be )?(?:determined?|told|answered|tell|say|identif(?:y|ied)|know|known|read|conclude|inferred?)|"
+    r"(?:be )?(?:determined?|told|answered|tell|say|identif(?:y|ied)|know|known|read|conclude|"
+    r"inferred?)|(?:hard|difficult|impossible) to (?:make out|see|read)\b|"
     r"(?:not|in)(?: \w+)?[ -]?(?:enough|sufficient) (?:information|data|detail|context)|"
     r"insufficient (?:information|data)|"
-    r"no idea|not sure|unsure|unclear|undetermined|uncertain|unknown|as an ai|none of (?:the|these|"
+    r"no idea|unanswerable|not answerable|leave (?:it|this) open|(?:don't|do not) have access|not available to me|"
+    r"no way for me to|not sure|unsure|unclear|undetermined|uncertain|unknown|as an ai|none of (?:the|these|"
     r"those)(?: \w+){0,2} "
     r"(?:options|choices|answers|match|fit|is|are|apply|seem)|no (?:correct|right|valid|definite|"
     r"clear) (?:answer|option|choice)|"
@@ -167,7 +201,10 @@ GIVEN_UP = re.compile(
     re.IGNORECASE,
 )
 """An output that says it has no answer."""
-GOES_ON = re.compile(r"\b(?:but|however|still|nevertheless|yet|if i had to)\b", re.IGNORECASE)
+GOES_ON = re.compile(
+    r"\b(?:but(?! (?:you|please|if you)\b)|however|still|nevertheless|yet|if i had to)\b",
+    re.IGNORECASE,
+)
 DANGLING = re.compile(
     r"(?:\b(?:the|(?-i:a|i)|an|to|of|and|or|is|are|was|we|so|in|on|at|by|for|with|from|as|that|this|"
     r"which|then|if|get|need|find|"
@@ -179,21 +216,50 @@ DANGLING = re.compile(
     re.IGNORECASE,
 )
 """The end of an output that was cut off within a sentence."""
+UNEVALUATED = re.compile(r"=[^=,;]{1,30}[,;] [\d.]{1,12}\s?[-+*/\u2212\u00d7\u00f7]\s?[\d.]{1,12}$")
+"""The end of a chain of sums that was cut off before the last result."""
 ENDED = re.compile(r"[.!?)\]}$*`\"'>\u201d\u3002%]\s*$")
 SHORT_END = re.compile(
     r"(?:so|thus|hence|therefore|it's|it is|yes|no|answer|final)\b", re.IGNORECASE
 )
 PLEASANTRY = re.compile(
     r"\s*(?:i )?(?:hope|let me know|please let|feel free|if you (?:have|need|would)|thank|"
-    r"is there anything|have a (?:nice|great)|"
+    r"is there anything|have a (?:nice|great)|note(?: that|:)|please note|for comparison|"
+    r"for (?:reference|context|example)\b|remember\b|keep in mind|\*?\*?(?:check|verification|verify|proof|explanation|"
+    r"reasoning|note)\*?\*?:|\(?(?:the question might|optional)|by the way|incidentally|fun fact|"
+    r"in comparison|this (?:result|answer|matches|agrees|checks|confirms|makes sense)|\(?if (?!and|so)[^,\n]{3,80},|"
+    r"(?:we|you) can (?:check|verify)|to (?:check|verify|double-check)|let(?:'s| me| us) (?:check|verify|double)|"
+    r"as a check|in case you|just ask|i'?m (?:happy|glad)|i'?d be (?:happy|glad)|i'?ll be (?:happy|glad)|"
     r"happy to|this is (?:the|my) final answer\W*$|do you (?:want|need)|would you like|good luck|"
     r"hooray|great job|done\W*$)",
     re.IGNORECASE,
 )
 """A closing sentence, without content."""
+CHECK = re.compile(
+    r"(?:\n|(?<=[.!?] ))[\s*_#(]{0,4}(?:check(?:ing)?|verification|verify(?:ing)?|proof|explanation|note|remark)"
+    r"[*_]{0,2}:",
+    re.IGNORECASE,
+)
+"""Where a check or note begins, which concludes nothing."""
+BEGINS_SO = re.compile(r"\W*(?:so|thus|therefore|hence|in (?:total|conclusion|summary))\b", re.I)
+CLAUSES = re.compile(
+    r"; |,? (?:but|while|whereas|although|though|even though|followed by|compared (?:to|with)|up from|down from|"
+    r"unlike|as opposed to|rather than|instead of)\b|,? (?=not (?!only))|, (?=(?:and|or) )|, (?=which is|with )|"
+    r" and (?=\w+(?:ed|s) (?:by|in|at|to)\b)| \((?=not\b|which\b|without\b|second\b|while\b)|"
+    r" and (?=(?:her|his|its|their|the|she|he|it|they) (?:\w+ )?(?:is|was|has|had)\b)"
+)
+"""Where a clause of a sentence ends."""
+DENIAL = re.compile(r"\W*(?:it(?:'s| is) |and )?not\b|it isn't", re.IGNORECASE)
+COMMON = re.compile(
+    "the|was|and|are|for|its|his|her|did|has|had|but|not|can|how|who|what|which|where|when|that|this|they|there|their|"
+    "from|with|does|have|many|much|shown|image|picture|chart|she|him|will|now"
+)
+"""Words that do not tell what is asked."""
 SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][*\"')\u201d$\]])|(?<=[.!?]\*\*))\s+|\n+")
 ABBREVIATED = re.compile(
-    r"\b(?:vs|approx|e\.g|i\.e|no|fig|eq|dr|mr|mrs|st|cf|etc)\.$", re.IGNORECASE
+    r"\b(?:vs|approx|e\.g|i\.e|no|fig|eq|dr|mr|mrs|st|cf|etc)\.$|"
+    r"(?-i:\b[A-Z]\. ?|\b(?:Dr|Mr|Mrs|Ms|Prof)\.? )(?-i:[A-Z])\.$",
+    re.IGNORECASE,
 )
 
 
@@ -251,7 +317,7 @@ def boxes(text: str) -> list[tuple[int, str]]:
     for match in BOX.finditer(text):
         if match[0].endswith("{"):
             end = closing.get(match.end() - 1)
-            if end is not None and text[match.end() : end].strip():
+            if end is not None and not BLANK.match(text, match.start(), end + 1):
                 found.append((match.start(), end + 1, text[match.end() : end].strip()))
         elif bare := UNBRACED.match(text, match.end()):
             found.append((match.start(), bare.end(), bare[0]))
@@ -302,12 +368,17 @@ def decide(
     after the last statement counts if it concludes something. A question that the model asks itself after answering
     ends the text. `exclusive`: an answer is spelled in one way, so that two different ones side by side are none.
     """
+    text = unlooped(TOKENS.sub("", text))
     turn = NEW_TURN.search(text)
     if (
         turn
         and (found := decide(text[: turn.start()], stated, concluded, also, exclusive)) is not None
     ):
         return found
+    echoed = [match for match in PROMPT.finditer(text) if not text[match.end() :].strip()]
+    text = PROMPT.sub(" ", text)
+    if undecided(text) or (BLANK.search(text) and not boxes(text)):
+        return None
     try:
         all_found = statements(text)
         for statement in reversed([each for each in all_found if each.kind == "tag"][-MOST:]):
@@ -316,24 +387,64 @@ def decide(
         marks: list[tuple[int, Statement | str]] = [(each.start, each) for each in all_found]
         marks += also(text)
         last: tuple[int, str] | None = None
+        kind = ""
         for start, mark in sorted(marks, key=lambda each: each[0], reverse=True)[:MOST]:
             answer = mark if isinstance(mark, str) else stated(mark)
             if answer is None:
                 continue
             if last is None:
-                last = (start, answer)
-                if not exclusive:
-                    break
-            else:
-                between = text[start : last[0]]
-                if answer != last[1] and len(between) <= ADJACENT and not TURNS.search(between):
+                last, kind = (start, answer), "" if isinstance(mark, str) else mark.kind
+                continue
+            between = text[start : last[0]]
+            if exclusive or between.startswith(text[last[0] : last[0] + SAME]):
+                repeated = _alike(between, text[last[0] : last[0] + ADJACENT])
+                near = len(between) <= ADJACENT and not TURNS.search(between[repeated:])
+                if (
+                    near
+                    and different(answer, last[1])
+                    and not (isinstance(mark, str) and kind == "label")
+                ):
                     raise NoAnswer
-                break
+            break
         if last is not None:
             return _corrected(text, last[0], concluded) or last[1]
-        return concluded(ANY_TAG.sub("", text))
+        return None if echoed else concluded(ANY_TAG.sub("", text))
     except NoAnswer:
         return None
+
+
+def _alike(text: str, other: str) -> int:
+    """The number of characters that two texts begin with alike."""
+    pairs = zip(text, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def different(answer: str, other: str) -> bool:
+    """Whether two answers differ, and are no spellings of one number."""
+    values = [re.sub(r"[^\w.-]", "", each).lower().strip(".") for each in (answer, other)]
+    return values[0] != values[1] and not ("frac" in "".join(values) or "/" in answer + other)
+
+
+def unlooped(text: str) -> str:
+    """A text that repeats up to 40 words from its start to its end, as those words alone."""
+    places = list(re.finditer(r"\S+", text))
+    words = [match[0] for match in places]
+    for n in range(1, 41):
+        if len(words) < max(3, 2 * n):
+            break
+        if all(words[k] == words[k - n] for k in range(n, len(words) - 1)) and words[
+            (len(words) - 1) % n
+        ].startswith(words[-1]):
+            return text[: places[n - 1].end()]
+    return text
+
+
+def undecided(text: str) -> bool:
+    """Whether one of the last two sentences says that the output cannot decide."""
+    found = UNDECIDED.search(" ".join(sentences(text[-600:])[-2:]))
+    return found is not None and not re.search(
+        r"\b(?:but|so|still)\b", found.string[found.end() :], re.I
+    )
 
 
 def _corrected(text: str, start: int, concluded: Callable[[str], str | None]) -> str | None:
@@ -361,16 +472,38 @@ def sentences(text: str) -> list[str]:
     return found
 
 
-def conclusion(text: str) -> str | None:
-    """The last sentence with content; None where the output gives up or is cut off there, as in a box."""
+def conclusion(text: str, question: str = "") -> str | None:
+    """The last sentence with content; None where the output gives up or is cut off there, as in a box.
+
+    Checks, notes, comparisons and courtesies that follow it do not count, nor, with the question, a long last sentence
+    that has no word of it where one before has.
+    """
     tail = text[-LONGEST:]
-    said = [s for s in sentences(tail) if not PLEASANTRY.match(s) and re.search(r"\w", s)]
-    if not said or BOX.search(said[-1]) or gives_up(" ".join(said[-2:])):
+    said = [each for each in sentences(tail) if re.search(r"\w", each)]
+    if not said or gives_up(" ".join(said[-2:])):
+        return None
+    if (check := CHECK.search(tail)) and not BEGINS_SO.match(said[-1]):
+        said = [each for each in sentences(tail[: check.start()]) if re.search(r"\w", each)] or said
+    while said and (PLEASANTRY.match(said[-1]) or said[-1].endswith("?")):
+        said.pop()
+    if not said or BOX.search(said[-1]):
         return None
     if said[-1].endswith((":", " *", "=", ",")) or _unfinished(tail, said):
         return None
-    dangles = len(tail.split()) > 2 and DANGLING.search(said[-1].rstrip(DRESSING))
-    return None if dangles else said[-1]
+    end = said[-1].rstrip(DRESSING)
+    dangles = len(tail.split()) > 2 and (DANGLING.search(end) or UNEVALUATED.search(end))
+    if dangles:
+        return None
+    asked = stems(asking(question))
+    plain = (
+        "=" not in said[-1]
+        and not BEGINS_SO.match(said[-1])
+        and "**" not in said[-1]
+        and len(said[-1].split()) > 5
+    )
+    if asked and plain and len(said) > 1 and not stems(said[-1]) & asked:
+        return next((each for each in reversed(said) if stems(each) & asked), None)
+    return said[-1]
 
 
 def _unfinished(text: str, said: list[str]) -> bool:
@@ -383,7 +516,42 @@ def _unfinished(text: str, said: list[str]) -> bool:
         return False
     words = len(said[-1].split())
     own_line = text.rstrip().rpartition("\n")[2].strip() == said[-1]
-    return not ((own_line and words <= 8) or (words <= 4 and SHORT_END.match(said[-1])))
+    return not (
+        (own_line and words <= 8)
+        or (words <= 4 and SHORT_END.match(said[-1]))
+        or (words <= 10 and BEGINS_SO.match(said[-1]) and ":" in said[-1])
+    )
+
+
+def stems(text: str) -> set[str]:
+    """The words of a text by their first five letters, and its numbers, without the commonest words."""
+    words = re.findall(r"[a-z]{3,}|\d+", text.lower())
+    return {
+        re.sub(r"(?:ed|es|s|ing)$", "", word)[:5] for word in words if not COMMON.fullmatch(word)
+    }
+
+
+def asking(question: str) -> str:
+    """The last sentence of a question that asks, without the story before it."""
+    parts = re.split(r"(?<=[.!?])\s", question.strip())
+    return next((part for part in reversed(parts) if part.endswith("?")), parts[-1])
+
+
+def clause_of(said: str, question: str) -> str:
+    """The clause of a sentence that speaks most of what the question asks, the first of several; no pure denial."""
+    question = asking(question)
+    asked = stems(question)
+    focus = re.search(
+        r"\b(?:what|which)(?: is| was|'s)?(?: the)? (\w{4,})", question, re.IGNORECASE
+    )
+    clauses = [each for each in CLAUSES.split(said) if len(each.split()) > 1 or each == said]
+    affirmed = [each for each in clauses if not DENIAL.match(each)]
+
+    def spoken(clause: str) -> int:
+        found = stems(clause)
+        return len(found & asked) + 2 * bool(focus and (stems(focus[1]) & found))
+
+    return max(affirmed or clauses or [said], key=spoken)
 
 
 def gives_up(text: str) -> bool:

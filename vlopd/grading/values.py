@@ -14,6 +14,8 @@ from vlopd.grading.final_statements import (
     DRESSING,
     NoAnswer,
     Statement,
+    asking,
+    clause_of,
     conclusion,
     gives_up,
     sentences,
@@ -54,11 +56,19 @@ UNITS = (
 DECADES = "twenty thirty forty fifty sixty seventy eighty ninety"
 WORDS = {word: k for k, word in enumerate(UNITS.split())}
 TENS = {word: 10 * k for k, word in enumerate(DECADES.split(), 2)}
+MAGNITUDES = {
+    "hundred": 100,
+    "thousand": 1000,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
+_SMALL = "|".join([*TENS, *sorted(WORDS, key=len, reverse=True)])
 WORDED = re.compile(
-    rf"\b(?:({'|'.join(TENS)})(?:[- ]({'|'.join(list(WORDS)[1:10])}))?|"
-    rf"({'|'.join(WORDS)}))\b(?! of (?:the|these|those|us))",
+    rf"\b((?:{_SMALL})(?:(?:[- ]| and )(?:{_SMALL}|{'|'.join(MAGNITUDES)})){{0,8}})\b(?! of (?:the|these|those|us)\b)",
     re.IGNORECASE,
 )
+"""A number in words: `twenty-five`, `six hundred and ninety-four`."""
 ELSEWHERE = re.compile(
     r"\b(?:between|than|within|from|divided|multiple|rounded?|least|most|step|part|case|to find|"
     r"need|if|when|where|"
@@ -75,6 +85,9 @@ CHECKS = re.compile(r"\b(?:whether|check|verify|suppose)\b", re.IGNORECASE)
 REASONING = re.compile(
     r"(?:to (?!1)|first|we (?:need|know|have|can|are)|let|step|given|since|in order|using|if|start|note)\b",
     re.I,
+)
+IMPERATIVE = re.compile(
+    r"\W*(?:multiply|divide|add|subtract)\b.* to (?:get|obtain|give|find)", re.IGNORECASE
 )
 RESULT = re.compile(
     r"(?:\b(?:is|are|was|were|be|has|have|had|equals?|gets?|got|gives?|gave|leaves?|makes?|costs?|"
@@ -102,6 +115,16 @@ def normal(text: str) -> str:
         .replace("\u202f", " ")
         .replace("\xa0", " ")
         .replace("\u2009", " ")
+    )
+    text = re.sub(
+        r"(?<![\d.])(\d[\d.]{0,15})((?: ?\xb0 ?[CF]?| degrees?(?: [A-Z][a-z]+)?)?) below zero",
+        r"-\1\2",
+        text,
+    )
+    text = re.sub(
+        r"((?:\b(?:is|are|was|were|of|sold|makes?|has|have)|[=:]|^)\s?\$?\d{1,3}) (\d{3})(?! ?\d|\.\d)",
+        r"\1,\2",
+        text,
     )
     text = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!,|\{,\\!\})(?=\d{3}(?!\d))", ",", text)
     return (
@@ -175,6 +198,31 @@ def plain(said: str) -> bool:
     )
 
 
+ATTACHED = re.compile(
+    r"\d\s?(?:cm|mm|km|kg|mg|mL|ml|ft|in|mph|min|hrs?|lbs?|oz|am|pm|th|st|nd|rd|[mgLlsh])(?:[\xb2\xb3]|\^\{?[23]\}?)?"
+    r"(?:\s?/\s?[a-z]+)?\.?$"
+)
+
+
+def algebraic(line: str) -> bool:
+    """Whether a line is an expression, and no plain number, word or number with a unit: `6xy`, `(3, x/2)`."""
+    bare = re.sub(r"\\[a-zA-Z]+|(?<![a-zA-Z])(?:sqrt|pi|sin|cos|tan|log|ln)(?![a-zA-Z])", " ", line)
+    if (
+        not line
+        or re.search(r"[a-zA-Z]{4,}|(?<![a-zA-Z])(?!and|or)[a-zA-Z]{2,3} ", bare)
+        or ATTACHED.search(line)
+    ):
+        return False
+    return bool(
+        re.search(
+            r"[\u221a\u03c0\u221e^\u2070\xb9\xb2\xb3\u2074-\u2079]|\\(?:[dt]?frac|sqrt|pi|infty)|(?<![a-zA-Z])sqrt|"
+            r"(?<![a-zA-Z])[a-zA-Z]\s?[-+*/(^=\u2212]|[-+*/=(\u2212]\s?[a-zA-Z](?![a-zA-Z])|\d[a-zA-Z]{1,3}\b|"
+            r"^[(\[{][^()\[\]]*,[^()\[\]]*[)\]}]$",
+            line,
+        )
+    )
+
+
 def expression(said: str) -> str | None:
     """The expression that a statement's text begins with: mathematics, an equation, a number or a short phrase."""
     line = first_sentence(normal(said))
@@ -196,6 +244,8 @@ def expression(said: str) -> str | None:
         line = last_side(line)
     if len(re.findall(r"(?:^|,\s?|\band )[a-zA-Z]\s?=", line)) > 1:  # x = 3, y = 4
         return line
+    if algebraic(line):
+        return line
     bare = re.sub(r"\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+", "", line)
     if re.search(r"\\[a-zA-Z]|[\^_]", line) and not re.search(r"\b[a-z]{4,}", bare):
         return line or None
@@ -209,6 +259,8 @@ def expression(said: str) -> str | None:
         r",? (?:because|since|as|which|so|where|due to)\b|[;\n]|, (?=\w+ing\b)", line, maxsplit=1
     )[0]
     phrase = phrase.strip(DRESSING + ",.")
+    if re.match(r"(?:the|an?) .* (?:of|between) ", phrase):  # described and not given
+        return None
     return phrase if phrase and len(phrase.split()) <= 8 else None
 
 
@@ -263,10 +315,15 @@ def _arithmetic(side: str) -> bool:
     ) or bool(re.fullmatch(r"\s*[a-zA-Z]{2,}(?: [a-zA-Z]+){0,8}\s*", side))
 
 
-def concluded_expression(text: str) -> str | None:
+NAMED = re.compile(
+    r"\b(?:is|are) ([A-Z][a-z]+(?: [A-Z][a-z]+)?)(?=\W*$|,? (?:even|because|since|as|with|who|and not)\b)"
+)
+
+
+def concluded_expression(text: str, question: str = "") -> str | None:
     """The expression that an output without a statement ends with."""
     whole = text.strip()
-    last = conclusion(whole)
+    last = conclusion(whole, question)
     display = _last_display(whole)
     if display is not None:
         return display
@@ -279,11 +336,24 @@ def concluded_expression(text: str) -> str | None:
         tail = last[found[-1].end() :].strip(" .*")
         if len(tail.split()) <= 6 or len(found) == 1:
             return last_side(_inside(found[-1])) or None
+    if whole.count("{") != whole.count("}"):  # cut off
+        return None
+    sides = re.split(
+        r"(?<![<>!:])=|\u2192|\u21d2|\u27f9|\bis\b|\bequals\b|:",
+        normal(last).strip(" .*\u2705\u2713\u2714"),
+    )
+    side = re.sub(r"\s(?:square|cubic|units?)\b[a-z ]{0,20}$", "", sides[-1].strip(DRESSING + ",."))
+    if algebraic(side):
+        return side
     if len(sentences(whole)) == 1 and not re.search(
         r"[a-zA-Z]{3,}", re.sub(r"\\[a-zA-Z]+", "", whole)
     ):
         return last_side(normal(whole).strip(DRESSING).rstrip(".")) or None
-    return concluded_number(whole)
+    if named := NAMED.search(last):
+        return named[1]
+    if not re.search(r"\d", last) and len(sentences(whole)) > 1 and not SO.search(last):
+        return None
+    return concluded_number(whole, question)
 
 
 def _last_display(text: str) -> str | None:
@@ -377,23 +447,69 @@ def worded_number(said: str) -> str | None:
         or ELSEWHERE.search(said[: match.start()])
     ):
         return None
-    if match[1]:
-        return str(TENS[match[1].lower()] + (WORDS[match[2].lower()] if match[2] else 0))
-    return str(WORDS[match[3].lower()])
+    return str(in_digits(match[1]))
 
 
-def concluded_number(text: str) -> str | None:
-    """The number that the last sentence states, by the word or sign before it; the only one of a plain output."""
-    last = conclusion(text)
+def in_digits(words: str) -> int:
+    """694 of `six hundred and ninety-four`."""
+    total = part = 0
+    for word in re.findall(r"[a-z]+", words.lower()):
+        if word == "hundred":
+            part = max(part, 1) * 100
+        elif word in MAGNITUDES:
+            total, part = total + max(part, 1) * MAGNITUDES[word], 0
+        else:
+            part += TENS.get(word, WORDS.get(word, 0))
+    return total + part
+
+
+def asked_number(said: str, question: str) -> str | None:
+    """The only number of a sentence that counts what the question asks for: `18 girls and 12 boys`; with its unit."""
+    if re.search(r"\bdollars?\b", question) and (
+        cents := re.search(r"\b(\d{1,4}) cents?\W*$", said)
+    ):
+        return str(int(cents[1]) / 100)
+    asked = re.search(r"how many (\w{3,})", asking(question), re.IGNORECASE)
+    if asked is None or re.search(r"n't|\bnot\b|\binstead\b", said):
+        return None
+    stem = re.escape(asked[1][:-1] if asked[1].endswith("s") else asked[1])
+    found = re.findall(
+        rf"(?<![\w.,/*+=-])({NUMBER})\W{{1,3}}(?:[a-z]{{2,}} )?{stem}", said, re.IGNORECASE
+    )
+    return found[0] if len(set(found)) == 1 else None
+
+
+COMPARED = re.compile(
+    r",? which (?:is|are|means|makes)\b[^,;]{0,40}?(?:\b(?:more|less|fewer|greater|than|half|twice|"
+    r"percent|per|times)\b|%).*$",
+    re.IGNORECASE,
+)
+"""A clause that compares the answer that stands before it."""
+
+
+def concluded_number(text: str, question: str = "") -> str | None:
+    """The number that the last sentence states, by the word or sign before it; the only one of a plain output.
+
+    With the question, the one of what it counts, in the clause that speaks most of it.
+    """
+    last = conclusion(text, question)
     if last is None or re.match(r"(?:step|first|next|let)\b", last, re.I):
         return None
     last = normal(last)
+    if (asked := asked_number(re.sub(r"\*\*|\$", "", last), question)) is not None:
+        return asked
+    if not re.search(r"percent|share|%|compare|than|differ", question, re.IGNORECASE):
+        cut = COMPARED.sub("", last)
+        last = cut if re.search(r"\d", cut) else last
     display = list(MATHS.finditer(last))
     if display and display[-1].end() >= len(last.rstrip(" .*")) - 40:
         side = last_side(_inside(display[-1]))
         bare = re.sub(r"^[a-zA-Z]\w?\s*=\s*", "", side)
         return number_in(bare) or side or None
     last = re.sub(r"\*\*|`", "", last)
+    if question and "=" not in last and len(re.findall(VALUE, last)) > 1:
+        clause = clause_of(last, question)
+        last = clause if re.search(VALUE, clause) else last
     cues = list(SO.finditer(last))
     clause = (
         last[cues[-1].end() :]
@@ -417,7 +533,7 @@ def concluded_number(text: str) -> str | None:
     if equation and (number := number_in(equation)) is not None:
         return number
     for result in reversed(list(RESULT.finditer(clause))):
-        infinitive = clause[: result.start()].endswith("to ")
+        infinitive = clause[: result.start()].endswith("to ") and not IMPERATIVE.match(clause)
         if not infinitive and (number := number_in(clause[result.end() :])) is not None:
             return number
     return None

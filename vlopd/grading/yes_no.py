@@ -1,14 +1,20 @@
-"""Reads yes or no: the word, or the existence that a sentence affirms or denies; the question is not needed."""
+"""Reads yes or no: the word, or the existence that a sentence affirms or denies.
+
+With the question (`Is there a dog in the image?`), sentences about something else do not count.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 
 from vlopd.grading.final_statements import (
     DRESSING,
     NoAnswer,
     Statement,
     boxes,
+    conclusion,
     decide,
     gives_up,
     sentences,
@@ -51,7 +57,7 @@ LEAD = re.compile(
 BOTH = re.compile(r"\b(?:yes|no) (?:and|or|/) (?:yes|no)\b|\byes/no\b", re.IGNORECASE)
 CONCLUDES = re.compile(
     r"\b(?:so|thus|therefore|hence|in (?:short|conclusion|summary)|overall|i'd say|i would say|say|"
-    r"conclude|the answer[^.\n]{0,20}?|short answer)"
+    r"conclude|the answer[^.\n]{0,20}?|short answer|answer(?: \w+){0,3} with)"
     r"[\s,:*\"'(]{1,4}(?:it(?:'s| is) |i (?:would )?say |that'?s |a |is |that )?(?:definitely |"
     r"clearly |probably |a )?[*\"'(]{0,3}"
     r"(?P<word>yes|no)(?![\w'-])(?! (?:\w+ ){1,4}(?:is|are|can|exists?|appears?|visible|present))|"
@@ -102,18 +108,54 @@ UNCERTAIN = re.compile(
 )
 
 
-def read(text: str) -> str | None:
+ASKED = re.compile(
+    r"\b(?:(?:is|are) there(?: an?| any| some)?|(?:can|do) you see(?: an?| any| some)?|"
+    r"does (?:the|this) \w+ (?:contain|show|have|include)(?: an?| any| some)?|(?:is|are) (?:an?|any|some)) "
+    r"([a-z][a-z -]{1,40}?)(?= in (?:the|this)| (?:visible|present|shown|here|anywhere|on the)\b|\s*\?)",
+    re.IGNORECASE,
+)
+"""What a question about existence asks for."""
+ALSO = {
+    "person": "people|man|woman|men|women|boy|girl|child|children|lady",
+    "couch": "sofa", "tv": "television", "airplane": "plane", "motorcycle": "motorbike",
+    "bicycle": "bike", "refrigerator": "fridge", "cell phone": "phone|smartphone", "mouse": "mice", "knife": "knives",
+    "sports ball": "ball", "potted plant": "plant", "dining table": "table", "sheep": "lamb",
+}  # fmt: skip
+"""Other words for the objects of COCO, which POPE asks for."""
+SUPPOSES = re.compile(
+    r"\b(?:would|could|if|whether|might|may|expect|at first|first sight|seems? (?:at first|as)|going to say|thought|"
+    r"resembles?|instead of|unlike|question (?:is|asks))\b",
+    re.IGNORECASE,
+)
+REFERS = re.compile(
+    r"\W*(?:so |thus |but |and |therefore |hence |indeed )?,?\s?(?:none|nothing|there(?:'s| is|"
+    r" are) (?:indeed )?(?:one|none|some|"
+    r"any|not|no such|two|several)\b|there (?:isn't|aren't|is)\W*(?:any|one)?\W*$|(?:i|we|"
+    r"you) (?:can |do )?(?:see|spot|find)"
+    r" (?:one|none)|it(?:'s| is)(?: not|n't)? (?:there|present|visible|in the)|it isn't (?:there|"
+    r"present|visible|in the)|"
+    r"the object (?:asked|in question|is))",
+    re.IGNORECASE,
+)
+"""Begins a sentence about what was asked for, without its name."""
+CHINESE = re.compile(r"\W*(?:(不|没|否|無|无)|(是|有|对|對|存在))")
+
+
+def read(text: str, question: str = "") -> str | None:
     """`yes` or `no`, or None."""
-    return decide(text.replace("\u2019", "'"), stated, concluded, exclusive=True)
+    reader = partial(concluded, question=question)
+    return decide(
+        text.replace("\u2019", "'"), partial(stated, reader=reader), reader, exclusive=True
+    )
 
 
-def stated(statement: Statement) -> str | None:
+def stated(statement: Statement, reader: Callable[[str], str | None]) -> str | None:
     """The answer of a statement. Raises NoAnswer where it gives none or both."""
     said = text_of(statement.said).strip()
     if statement.kind in ("tag", "box"):
         if inner := boxes(said):
             said = text_of(inner[-1][1])
-        found = _word(said) or concluded(said)
+        found = _word(said) or reader(said)
         if found is None and said:
             raise NoAnswer
         return found
@@ -129,6 +171,54 @@ def stated(statement: Statement) -> str | None:
     return polarity(line)
 
 
+def _asked(question: str, text: str) -> re.Pattern[str] | None:
+    """The names of what the question asks for; of several words the last, unless the text has all."""
+    found = ASKED.search(question)
+    if found is None:
+        return None
+    name = found[1].strip().lower()
+    also = ALSO.get(name, "")
+    if not re.search(rf"\b{re.escape(name)}", text, re.IGNORECASE):
+        name = name.rpartition(" ")[2]
+    stem = re.escape(name[:-1] if name.endswith(("y", "s")) and len(name) > 3 else name)
+    names = rf"{stem}(?:e?s|y|ies)?" + (f"|(?:{also})s?" if also else "")
+    return re.compile(rf"\b(?:{names})\b", re.IGNORECASE)
+
+
+def about(sentence: str, asked: re.Pattern[str]) -> str | None:
+    """Whether a sentence says that what was asked for is there; None where it supposes, asks or is about others."""
+    if sentence.endswith("?"):
+        return None
+    found = None
+    for clause in re.split(
+        r",? but |; |: |,? (?:al)?though |,? while |, (?:so|and|as|since) ", sentence
+    ):
+        match = asked.search(clause)
+        if match is None:
+            if REFERS.match(clause) and not SUPPOSES.search(clause):
+                found = "no" if DENIES.search(clause) else "yes"
+            continue
+        before, after = clause[: match.start()], clause[match.end() :]
+        denial = list(DENIES.finditer(before))
+        free = denial and re.search(
+            r",? and (?!an? )| with (?!an? )|(?<!there )\b(?:is|are|has|stands?)\b",
+            before[denial[-1].end() :],
+        )
+        near = re.split(r",| (?:who|which|that|with|and) ", after, maxsplit=1)[0]
+        if (denial and not free) or DENIES.search(near):
+            found = "no"
+        elif not SUPPOSES.search(clause) and not UNCERTAIN.search(clause):
+            defines = re.match(r"\W*(?:an? |the )?$", before, re.IGNORECASE) and re.match(
+                r"s? (?:is|are) an? ", after
+            )
+            asks = re.search(
+                r"question (?:is|asks)|asked|(?:look(?:s|ing)? (?:for|like)|take it for)\W*(?:an?|the|any)?\W*$",
+                before,
+            )
+            found = found if defines or asks else "yes"
+    return found
+
+
 def _word(said: str) -> str | None:
     """The yes or no that a text begins with."""
     said = IDIOM.sub(" ", said)
@@ -138,26 +228,37 @@ def _word(said: str) -> str | None:
     return "yes" if match["yes"] else "no"
 
 
-def concluded(text: str) -> str | None:
-    """The answer of a text without a statement: its first word, a concluding `so yes`, or what it affirms."""
+def concluded(text: str, question: str = "") -> str | None:
+    """The answer of a text without a statement: its first word, else the last that it says of what was asked for."""
     text = text.strip()
     bare = UNSURE_BUT.sub("", IDIOM.sub(" ", text))
     if BOTH.search(bare[:60]):
         return None
-    concluding = list(CONCLUDES.finditer(bare))
-    first = _word(bare)
-    if concluding:
-        last = concluding[-1]
-        return (last["word"] or last["last"]).lower()
-    if first is not None:
-        other = "no" if first == "yes" else "yes"
-        return None if re.search(rf"\n\W*{other}\W*$", bare, re.IGNORECASE) else first
+    if chinese := CHINESE.match(bare):
+        return "no" if chinese[1] else "yes"
+    if letter := re.fullmatch(r"\W*([YN])\W*", text, re.IGNORECASE):
+        return "yes" if letter[1] in "Yy" else "no"
     parts = [each for each in sentences(bare) if re.search(r"\w", each)]
-    later = [found for each in parts[1:] if (found := _plain_word(each))]
-    if later:
-        return later[-1]
+    first = _word(bare)
+    words = [found for each in parts if (found := _plain_word(each) or _concluding(each))]
+    asked = _asked(question, bare)
+    if first is not None and (_plain_word(parts[0]) or first == "no" or not words):
+        other = "no" if first == "yes" else "yes"
+        if re.search(rf"\n\W*{other}\W*$", bare, re.IGNORECASE):
+            return None
+        turned = [each for each in parts[1:] if _plain_word(each) == other]
+        return None if any(asked and about(each, asked) == other for each in turned) else first
     if any(UNCERTAIN.search(each) for each in parts[-2:]) or gives_up(" ".join(parts[:2])):
-        return None
+        return words[-1] if words else None
+    if asked:
+        said = [
+            found
+            for each in parts
+            if (found := _plain_word(each) or _concluding(each) or about(each, asked))
+        ]
+        return said[-1] if said and (words or conclusion(bare)) else None
+    if words:
+        return words[-1]
     polarities = [(each, value) for each in parts if (value := polarity(each))]
     drawn = [value for each, value in polarities if DRAWN.match(each)]
     values = {value for _, value in polarities}
@@ -167,6 +268,16 @@ def concluded(text: str) -> str | None:
         return None
     # the first sentence answers, unless it describes (`The image shows a street. There is no dog.`)
     return "yes" if polarities[0][1] == "yes" and THERE_IS.search(polarities[0][0]) else "no"
+
+
+def _concluding(sentence: str) -> str | None:
+    """The yes or no of `so yes` or `I answer the question with no`."""
+    found = list(CONCLUDES.finditer(sentence))
+    if not found or SUPPOSES.search(
+        re.sub(r"I would|question whether", "", sentence[: found[-1].start() + 1])
+    ):
+        return None
+    return str(found[-1]["word"] or found[-1]["last"]).lower()
 
 
 def _plain_word(sentence: str) -> str | None:

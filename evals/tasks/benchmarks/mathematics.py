@@ -98,13 +98,13 @@ def score_number(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]
     GSM8K's own rule takes the number after ####, which chat models do not write unless shown; here it is one marker
     of several, so an output with #### before its result scores the same under both.
     """
-    extracted = number_answer(results[0])
+    extracted = number_answer(results[0], doc.get("question", ""))
     right = extracted is not None and same_number(extracted, doc["answer"])
     return outcome(extracted, right, "exact_match")
 
 
 def score_math(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
     """Mathematical equality of expressions."""
-    extracted = math_answer(results[0])
+    extracted = math_answer(results[0], doc.get("question", ""))
     right = extracted is not None and same_math(extracted, doc["answer"])
     return outcome(extracted, right, "exact_match")

@@ -342,7 +342,7 @@ def score_mmstar(doc: Mapping[str, Any], results: list[str]) -> dict[str, Any]:
 
 def score_hallusion_bench(doc: Mapping[str, Any], results: list[str]) -> dict[str, Any]:
     """aAcc, and what fAcc and qAcc are computed from; the authors ask GPT-4 whether an answer agrees."""
-    extracted = yes_or_no(results[0])
+    extracted = yes_or_no(results[0], doc.get("question", ""))
     right = extracted == doc["answer"]
     groups = {"fAcc": [doc["figure"], right], "qAcc": [doc["pair"], right]}
     return {**outcome(extracted, right, "aAcc"), **groups}

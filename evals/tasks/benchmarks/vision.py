@@ -37,11 +37,11 @@ from vlopd.grading.extraction import (
     math_answer,
     number_answer,
     short_answer,
+    states,
     strip_reasoning,
     yes_or_no,
 )
 from vlopd.grading.values import number_in
-from vlopd.grading.words import plain_words
 
 CHOOSE = "{}\n{}\nAnswer with the letter of the right choice."
 SHORTLY = "{}\nAnswer with one word, number or short phrase."
@@ -260,27 +260,29 @@ def score_mmmu(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
         return {**outcome(letter, right), "careful": float(careful)}
     extracted = short_answer(response)
     right = bool(response) and mmmu_open(response, doc["accepted"])
-    careful = any(agrees(response, extracted, each) for each in doc["accepted"])
+    careful = any(
+        agrees(response, extracted, each, doc.get("question", "")) for each in doc["accepted"]
+    )
     return {**outcome(extracted, right), "careful": float(careful)}
 
 
-def agrees(response: str, extracted: str | None, accepted: str) -> bool:
+def agrees(response: str, extracted: str | None, accepted: str, question: str) -> bool:
     """Whether an open answer is an accepted one: a number to two decimals, one letter, or a phrase with its words."""
     if extracted is None:
         return False
     if number(accepted) is not None:
-        return same_number(number_answer(response) or "", accepted, 2)
-    words, said = plain_words(accepted), plain_words(extracted)
-    if len(words) <= 1:
-        return said == words and words != ""
-    return f" {words} " in f" {said} " and " not " not in f" {said} "
+        return same_number(number_answer(response, question) or "", accepted, 2)
+    return states(response, accepted, question)
 
 
 def score_chartqa(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
     """`relaxed_accuracy` of the short answer by the official rule; `careful` reads percents and units."""
     extracted = short_answer(results[0])
     right = extracted is not None and relaxed_accuracy(extracted, doc["answer"])
-    careful = extracted is not None and relaxed_carefully(extracted, doc["answer"], doc["question"])
+    careful = extracted is not None and (
+        relaxed_carefully(extracted, doc["answer"], doc["question"])
+        or states(results[0], doc["answer"], doc["question"])
+    )
     return {**outcome(extracted, right, "relaxed_accuracy"), "careful": float(careful)}
 
 
@@ -302,7 +304,11 @@ def score_pope(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
     F1 ignores.
     """
     response = strip_reasoning(results[0])
-    official, extracted, right = pope_answer(response), yes_or_no(response), doc["answer"]
+    official, extracted, right = (
+        pope_answer(response),
+        yes_or_no(response, doc.get("question", "")),
+        doc["answer"],
+    )
     yes = (official == "yes", right == "yes")
     return {
         **outcome(extracted, official == right),
