@@ -258,9 +258,8 @@ class TaskSentences:
         return [
             *lines,
             f"With these {self.task['n']} questions there is 80 % power to detect a difference of "
-            f"{100 * effect:.1f} pp ({of})."
-            if self.scale == "fraction"
-            else f"{effect:.3g} ({of}).",
+            + (f"{100 * effect:.1f} pp" if self.scale == "fraction" else f"{effect:.3g}")
+            + f" ({of}).",
         ]
 
     def percent(self, value: float | None) -> str:
