@@ -201,8 +201,10 @@ def read_tasks(
             made = leaves[name].paired(config, groups[name])
         if isinstance(made, str):
             not_compared[name] = made
-        else:
-            found.append(made)
+            continue
+        found.append(made)
+        if not made.members and not _key_in(config.metric, name, *groups[name]):
+            not_compared |= leaves[name].passed_over(made.metric)
     within = {member: its.task for its in reversed(found) for member in its.members or ()}
     # tasks that are in no total stand for themselves
     return [replace(its, group=within.get(its.task)) for its in found], not_compared
@@ -303,6 +305,12 @@ class TaskRows:
             why = first.get("not_compared", {}).get(self.task)
             return first["primary_metric"].get(self.task), why
         return metric_of(self.task, self.facts, self.columns, {})
+
+    def passed_over(self, metric: str) -> dict[str, str]:
+        """{task (metric): why it is not compared} of the task's metrics before the one that is."""
+        before = self.columns[: self.columns.index(metric)]
+        found = {name: corpus_metrics.why_not(name, self.facts.get(name, {})) for name in before}
+        return {f"{self.task} ({name})": why for name, why in found.items() if why}
 
     def scores(self, column: str) -> dict[str, Scores]:
         """The metric of every question, by arm. Raises RunError where it is no number.
