@@ -9,6 +9,7 @@ from lm_eval.api.instance import Instance
 from evals.harness import evaluate_arm
 from evals.lm import ArmLM
 from evals.scoring import Tasks, score_task
+from evals.tasks import shapes as shapes_task
 from evals.tasks import shapes_choice as task
 from vlopd.config.analysis import EvalConfig
 from vlopd.data import shapes, shapes_choice
@@ -35,6 +36,13 @@ def test_the_questions_are_those_of_shapes():
     world = ShapesDataset("test", 1200, 7)
     for i in (0, 1, 500, 1199):
         assert {k: v for k, v in ROWS[i].items() if k != "choices"} == world.row(i)
+
+
+def test_an_empty_answer_is_no_answer():
+    """Nothing can be extracted from it, also where the right answer has no verdict of its own."""
+    assert all(
+        shapes_task.process_results(row, [" "])["extraction_failure"] == 1 for row in ROWS[:50]
+    )
 
 
 def test_four_choices_one_of_them_right():
