@@ -67,6 +67,8 @@ def refuse_unknown_variant(name: str, index: Mapping[str, Any]) -> None:
     if mark and name not in index and variant not in VARIANTS:
         known = " and ".join(full_name(task, each) for each in VARIANTS)
         raise ConfigError(f"eval.tasks: {name!r}: no variant {variant!r}; there are {known}")
+    if mark and variant_of(task)[1]:
+        raise ConfigError(f"eval.tasks: {name!r} is a variant of a variant; name {task!r} instead")
 
 
 def rename(loaded: dict[str, Any], variant: str) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from lm_eval.utils import handle_non_serializable
 
-from evals.imported import imported_facts, leaves_of, totals_of
+from evals.imported import imported_facts, leaves_of, metric_list_of, totals_of
 from evals.lm import PLACEHOLDER, ArmLM, Generated, within_pixels
 from evals.paired_scores import NOT_METRICS, metric_of, outcome_of
-from evals.scoring import Tasks, argument, columns_of, one_row_a_question, score_task
+from evals.scoring import Tasks, argument, columns_of, in_order, one_row_a_question, score_task
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.arms import CheckpointArm, ImportedArm, TeacherArm
 from vlopd.config.experiment import ExperimentConfig
@@ -192,7 +192,7 @@ def import_scores(run: RunFolder, where: Path, name: str, config: EvalConfig) ->
                 merged[key] = dict(results.get(key) or {})
             merged |= {"metrics": {}, "totals": totals_of(results)}
             for task, path in samples.items():
-                rows = read_scored_rows(task, path)
+                rows = read_scored_rows(task, path, list(metric_list_of(results, task)))
                 facts = imported_facts(results, task, columns_of(rows))
                 merged["metrics"][task] = facts
                 for key, value in _task_entries(task, rows, facts, config.metric).items():
@@ -206,9 +206,10 @@ def import_scores(run: RunFolder, where: Path, name: str, config: EvalConfig) ->
     return its.made
 
 
-def read_scored_rows(task: str, path: Path) -> list[dict[str, Any]]:
+def read_scored_rows(task: str, path: Path, declared: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The rows of a samples file of lm-eval or of a run, one per question, as `scoring.one_row_a_question` has them.
 
+    `declared`: the task's metrics in their order, where results have them.
     Raises RunError for a file of another kind.
     """
     rows = read_jsonl(path)
@@ -217,7 +218,10 @@ def read_scored_rows(task: str, path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise RunError(f"{path} has no rows; evaluate the model again with --log_samples")
     try:
-        return one_row_a_question(task, rows) if "metrics" in rows[0] else list(map(_own_row, rows))
+        if "metrics" not in rows[0]:
+            return list(map(_own_row, rows))
+        ordered = [{**row, "metrics": in_order(row["metrics"], declared)} for row in rows]
+        return one_row_a_question(task, ordered)
     except UserError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:

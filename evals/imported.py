@@ -19,8 +19,7 @@ def imported_facts(
     A function of a file is only accepted from a package, since results of others must not name code to run.
     """
     given = (results.get("metrics") or {}).get(task) or {}
-    listed = ((results.get("configs") or {}).get(task) or {}).get("metric_list") or []
-    configured = {its["metric"]: its for its in listed if isinstance(its, Mapping)}
+    configured = metric_list_of(results, task)
     better = (results.get("higher_is_better") or {}).get(task) or {}
     found = {}
     for column in columns:
@@ -44,6 +43,12 @@ def imported_facts(
         facts = {"aggregation": name, "higher_is_better": more is not False}
         found[column] = {**facts, "filter": _first_filter(results, task, metric)}
     return found
+
+
+def metric_list_of(results: Mapping[str, Any], task: str) -> dict[str, Mapping[str, Any]]:
+    """{metric: its settings} of the metric_list in a task's recorded configuration."""
+    listed = ((results.get("configs") or {}).get(task) or {}).get("metric_list") or []
+    return {its["metric"]: its for its in listed if isinstance(its, Mapping) and "metric" in its}
 
 
 def _first_filter(results: Mapping[str, Any], task: str, metric: str) -> str | None:

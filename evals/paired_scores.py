@@ -87,14 +87,13 @@ def metric_of(
     facts: Mapping[str, Mapping[str, Any]],
     columns: Sequence[str],
     chosen: Mapping[str, str],
-    group: str | None = None,
 ) -> tuple[str | None, str | None]:
     """(column of the metric to compare, None), or (None, why there is none).
 
-    The one that eval.metric chooses for the task or else for its group; else the first that can be compared. A choice
-    that the task lacks is ignored; `chosen_metric` refuses it.
+    The one that eval.metric chooses for the task; else the first that can be compared. A choice that the task lacks is
+    ignored; `chosen_metric` refuses it.
     """
-    if (column := chosen_metric(task, facts, columns, chosen, group, strict=False)) is not None:
+    if (column := chosen_metric(task, facts, columns, chosen, strict=False)) is not None:
         return column, None
     reasons = [corpus_metrics.why_not(column, facts.get(column, {})) for column in columns]
     found = next((c for c, why in zip(columns, reasons, strict=True) if why is None), None)
@@ -106,12 +105,14 @@ def chosen_metric(
     facts: Mapping[str, Mapping[str, Any]],
     columns: Sequence[str],
     chosen: Mapping[str, str],
-    group: str | None = None,
+    groups: Sequence[str] = (),
     strict: bool = True,
 ) -> str | None:
-    """The column of eval.metric's choice; None without one. With `strict`, raises ConfigError where it is not there."""
-    own = [name for name in (task, task.partition("@")[0]) if name in chosen]
-    key = next(iter([*own, *([group] if group in chosen else [])]), None)
+    """The column of eval.metric's choice for the task, or else for one of its groups, the innermost first.
+
+    None without one. With `strict`, raises ConfigError where it is not there.
+    """
+    key = _key_in(chosen, task, *groups)
     if key is None:
         return None
     wanted = chosen[key]
@@ -123,6 +124,23 @@ def chosen_metric(
             f"eval.metric.{key}: {task} has no metric {wanted!r}; it has {'; '.join(columns)}"
         )
     return None
+
+
+def _key_in(chosen: Mapping[str, str], *names: str) -> str | None:
+    """The first name that eval.metric has, for a variant without pictures also that of its task or group."""
+    own = (each for name in names for each in (name, name.partition("@")[0]))
+    return next((each for each in own if each in chosen), None)
+
+
+def _groups_of(results: Mapping[str, Any], task: str) -> list[str]:
+    """The groups and tags that a task was evaluated in, the innermost first."""
+    found, members = [], [task]
+    within = {**(results.get("leaves") or {}), **(results.get("group_subtasks") or {})}
+    while members:
+        inner = [g for g, its in within.items() if g not in found and {*members} & {*its}]
+        members = [group for group in inner if group != task]
+        found += members
+    return found
 
 
 def read_results(evals: Path, arms: Sequence[str]) -> dict[str, Any]:
@@ -159,11 +177,18 @@ def read_tasks(
         for group, its in (first.get("totals") or {}).items()
         if set(its["members"]) <= first["data_digest"].keys()
     }
-    group_of = {task: group for group, its in totals.items() for task in its["members"]}
-    leaves = {task: TaskRows(evals, results, arms, task) for task in first["data_digest"]}
+    # the first total of several, so that a task is in one place
+    group_of = {task: group for group, its in reversed(totals.items()) for task in its["members"]}
+    made = first.get("leaves")  # of lm-eval, results are in the order in which they were imported
+    asked = [made.get(task, [task]) for task in config.tasks] if made else []
+    leaves = {
+        task: TaskRows(evals, results, arms, task)
+        for task in sorted(first["data_digest"], key=lambda t: [t not in its for its in asked])
+    }
+    groups = {task: _groups_of(first, task) for task in leaves}
+    known = {name for task in leaves for name in (task, *groups[task])}
     for name in config.metric:
-        variants = {task.partition("@")[0] for task in leaves}
-        if name not in {*leaves, *totals, *variants, *(first.get("group_subtasks") or {})}:
+        if _key_in({name: ""}, *known) is None:
             raise ConfigError(
                 f"eval.metric: {name!r} is no task of this evaluation; there are {', '.join([*totals, *leaves])}"
             )
@@ -173,12 +198,14 @@ def read_tasks(
         if name in totals:
             made = _total(name, totals[name], leaves, config)
         else:
-            made = leaves[name].paired(config, group_of.get(name))
+            made = leaves[name].paired(config, groups[name])
         if isinstance(made, str):
             not_compared[name] = made
-        else:
-            found.append(made)
-    within = {member: its.task for its in found for member in its.members or ()}
+            continue
+        found.append(made)
+        if not made.members and not _key_in(config.metric, name, *groups[name]):
+            not_compared |= leaves[name].passed_over(made.metric)
+    within = {member: its.task for its in reversed(found) for member in its.members or ()}
     # tasks that are in no total stand for themselves
     return [replace(its, group=within.get(its.task)) for its in found], not_compared
 
@@ -196,6 +223,7 @@ def _in_order(
             if name not in done:
                 done.add(name)
                 yield name
+    yield from (group for group in totals if group not in done)  # whose tasks are in another
 
 
 class TaskRows:
@@ -266,11 +294,9 @@ class TaskRows:
             return None
         return [str(cluster) for cluster in named]
 
-    def metric(self, config: EvalConfig, group: str | None) -> tuple[str | None, str | None]:
+    def metric(self, config: EvalConfig, groups: Sequence[str]) -> tuple[str | None, str | None]:
         """(the compared metric, None) or (None, why there is none). Raises ConfigError for one that is not there."""
-        given = (self.task, self.facts, self.columns, config.metric)
-        if (column := chosen_metric(*given, None)) is None:
-            column = chosen_metric(*given, group)
+        column = chosen_metric(self.task, self.facts, self.columns, config.metric, groups)
         if column is not None:
             why = corpus_metrics.why_not(column, self.facts.get(column, {}))
             return (column, None) if why is None else (None, why)
@@ -279,6 +305,12 @@ class TaskRows:
             why = first.get("not_compared", {}).get(self.task)
             return first["primary_metric"].get(self.task), why
         return metric_of(self.task, self.facts, self.columns, {})
+
+    def passed_over(self, metric: str) -> dict[str, str]:
+        """{task (metric): why it is not compared} of the task's metrics before the one that is."""
+        before = self.columns[: self.columns.index(metric)]
+        found = {name: corpus_metrics.why_not(name, self.facts.get(name, {})) for name in before}
+        return {f"{self.task} ({name})": why for name, why in found.items() if why}
 
     def scores(self, column: str) -> dict[str, Scores]:
         """The metric of every question, by arm. Raises RunError where it is no number.
@@ -299,9 +331,9 @@ class TaskRows:
             arm: np.array([float(row[column]) for row in rows]) for arm, rows in self.tables.items()
         }
 
-    def paired(self, config: EvalConfig, group: str | None) -> PairedScores | str:
-        """The task's paired scores, or why it is not compared."""
-        column, why = self.metric(config, group)
+    def paired(self, config: EvalConfig, groups: Sequence[str]) -> PairedScores | str:
+        """The task's paired scores, or why it is not compared. `groups`: those that it is in."""
+        column, why = self.metric(config, groups)
         if column is None:
             return str(why)
         facts = self.facts.get(column, {"aggregation": "mean"})
@@ -375,7 +407,8 @@ def _total(
 
     By size, a question counts the same in every task; else every task does.
     """
-    chosen = config.metric.get(name)
+    key = _key_in(config.metric, name)
+    chosen = config.metric[key] if key else None
     parts: dict[str, tuple[TaskRows, str]] = {}
     for task in about["members"]:
         its = leaves[task]
@@ -386,7 +419,7 @@ def _total(
             column = chosen_metric(task, its.facts, its.columns, wanted, strict=False)
         if column is None and chosen:
             raise ConfigError(
-                f"eval.metric.{name}: {task} has no metric {chosen!r}; it has {'; '.join(its.columns)}"
+                f"eval.metric.{key}: {task} has no metric {chosen!r}; it has {'; '.join(its.columns)}"
             )
         if column is not None:  # lm-eval's totals are over the tasks that have the metric
             parts[task] = its, column

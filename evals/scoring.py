@@ -264,7 +264,9 @@ def score_task(
         assert results is not None
         results["config"] = {"model": name, "limit": limit, "batch_size": lm.batch_size}
         for leaf, rows in results["samples"].items():
+            declared = list(loaded["tasks"][leaf].aggregation())
             for row in rows:
+                row["metrics"] = in_order(row["metrics"], declared)
                 row["doc_hash"] = _content_hash(row["doc"])
                 row["generated"] = lm.generated.get((leaf, row["doc_id"]), [])
         passes.append(results)
@@ -288,6 +290,11 @@ def score_task(
         if each.name == task and (total := group_total(each)) is not None
     }
     return found
+
+
+def in_order(metrics: Sequence[str], declared: Sequence[str]) -> list[str]:
+    """A row's metrics as the task's metric_list has them, which lm-eval's own rows need not follow; then others."""
+    return sorted(metrics, key=lambda m: declared.index(m) if m in declared else len(declared))
 
 
 @contextmanager

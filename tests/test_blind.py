@@ -227,6 +227,7 @@ def test_variants_of_a_group_and_within_one(own, tmp_path):
     [
         ("capitals@no_picture", "capitals has no pictures; name it without @no_picture"),
         ("shapes_text@other_picture", "shapes_text has no pictures"),
+        ("shapes@no_picture@other_picture", "a variant of a variant; name 'shapes@no_picture'"),
         (
             "shapes@blind",
             "no variant 'blind'; there are shapes@no_picture and shapes@other_picture",

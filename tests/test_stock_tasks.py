@@ -43,7 +43,7 @@ TASKS = {
                  "metric_list: [{metric: perplexity}, {metric: acc}]\n",
     "endings": CHOICE + "doc_to_choice: ['red', 'blue square and red']\n"
                         "metric_list: [{metric: acc}, {metric: acc_norm}]\n",
-    "grammar": CHOICE + "doc_to_choice: ['no', 'yes']\nmetric_list: [{metric: mcc}]\n",
+    "grammar": CHOICE + "doc_to_choice: ['no', 'yes']\nmetric_list: [{metric: mcc}, {metric: acc}]\n",
     "words": TEXT + "metric_list: [{metric: exact_match}]\nfilter_list:\n"
              "- {name: strict, filter: [{function: take_first}]}\n"
              "- {name: flexible, filter: [{function: regex, regex_pattern: '(.*)'}, {function: take_first}]}\n",
@@ -113,7 +113,8 @@ def test_stock_tasks_are_compared_on_their_own_scale(stock):
     assert contrast["test"] == "paired_bootstrap" and contrast["draws"] == 500
     low, high = contrast["interval"]
     assert low < contrast["mean"] < high and 0 < contrast["p"] <= 1
-    assert verdict(record) and compared.page.exists()
+    assert any("to detect a difference of" in line and "pages:" in line for line in verdict(record))
+    assert compared.page.exists()
 
 
 def test_a_chosen_metric_needs_no_new_evaluation(stock):
@@ -137,6 +138,21 @@ def test_a_chosen_metric_needs_no_new_evaluation(stock):
     chosen = read(subjects="acc_norm")
     assert {chosen[name].metric for name in ("subjects", "subject_a", "subject_b")} == {"acc_norm"}
     assert chosen["subjects"].weights is None
+    assert read()["grammar"].metric == "mcc"  # the task's order, not that of lm-eval's rows
+    # groups and tags without a total choose for their tasks; a task of two groups is in the first
+    about = results["base"]
+    made = {**about["leaves"], "few": ["grammar", "endings"]}
+    within = {**about["group_subtasks"], "inner": ["subject_a"], "subjects": ["inner", "subject_b"]}
+    totals = {**about["totals"], "inner": {**about["totals"]["subjects"], "members": ["subject_a"]}}
+    results["base"] = {**about, "leaves": made, "group_subtasks": within, "totals": totals}
+    chosen = read(few="acc", inner="acc_norm")
+    assert {name: its.metric for name, its in chosen.items() if its.metric != "acc"} == {
+        "pages": "word_perplexity", "last_word": "perplexity", "words": "exact_match",
+        "translation": "bleu", "subject_a": "acc_norm", "inner": "acc_norm",
+    }  # fmt: skip
+    assert chosen["subject_a"].group == "subjects" and chosen["inner"].group is None
+    assert list(read()) == [*ASKED, "subject_a", "subject_b", "inner"]
+    results["base"] = about
     for metric, message in (
         ({"endings": "f1"}, "endings has no metric 'f1'; it has acc; acc_norm"),
         ({"subjects": "f1"}, "subject_a has no metric 'f1'"),
@@ -238,6 +254,12 @@ def test_lm_evals_files_give_the_same_comparison(stock, tmp_path, monkeypatch, c
     )
     record = read_json(tmp_path / "screen" / "compare.json")
     assert list(record["not_compared"]) == ["odd"] and len(record["tasks"]) == 4
+    for path in files.values():  # a later metric is compared, and the first one named
+        own = path.parent / "samples_odd_2026-01-01T00-00-00.0.jsonl"
+        both = [{**row, "metrics": ["m", "n"], "m": [1, 2], "n": 0.5} for row in read_jsonl(own)]
+        write_jsonl(own, both)
+    odd = compare_models(files, ["odd"], out=tmp_path / "odd").record
+    assert odd["tasks"]["odd"]["metric"] == "n" and list(odd["not_compared"]) == ["odd (m)"]
     samples = {arm: next(path.parent.glob("samples_pages*")) for arm, path in files.items()}
     alone = compare_models(samples, out=tmp_path / "alone", bootstrap_draws=500)
     assert numbers(alone.record["tasks"]["pages"]) == numbers(theirs["pages"])

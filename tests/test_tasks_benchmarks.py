@@ -12,8 +12,10 @@ from lm_eval.tasks import TaskManager, get_task_dict
 from PIL import Image as Pictures
 
 from evals.lm import ArmLM
-from evals.scoring import TASKS
+from evals.preflight import TaskCheck
+from evals.scoring import TASKS, Tasks, load_task
 from evals.tasks.benchmarks import documents, mathematics, vision
+from vlopd.config.analysis import EvalConfig
 from vlopd.errors import ConfigError, DataError
 from vlopd.models.load import load
 
@@ -390,3 +392,13 @@ def test_documents_are_read_as_lm_eval_reads_them(copies):
         task.doc_to_text(doc).startswith("Find $2^{10}-24$.\n")
         and task.doc_to_target(doc) == "1000"
     )
+
+
+def test_targets_are_right_answers(copies):
+    """Checks before training find nothing: every target, as an answer, scores 1 by the first metric."""
+    tasks = [f"vlopd_{name}" for name in ROWS]
+    manager = Tasks.of(tasks)
+    for task in tasks:
+        its = load_task(manager, task, None)["tasks"][task]
+        check = TaskCheck(task, its, EvalConfig(), None, manager.task_index[task].yaml_path)
+        assert check.refuse_bad_rows(), task

@@ -9,6 +9,7 @@ from lm_eval.api.instance import Instance
 from evals.harness import evaluate_arm
 from evals.lm import ArmLM
 from evals.scoring import Tasks, score_task
+from evals.tasks import shapes as shapes_task
 from evals.tasks import shapes_choice as task
 from vlopd.config.analysis import EvalConfig
 from vlopd.data import shapes, shapes_choice
@@ -35,6 +36,13 @@ def test_the_questions_are_those_of_shapes():
     world = ShapesDataset("test", 1200, 7)
     for i in (0, 1, 500, 1199):
         assert {k: v for k, v in ROWS[i].items() if k != "choices"} == world.row(i)
+
+
+def test_an_empty_answer_is_no_answer():
+    """Nothing can be extracted from it, also where the right answer has no verdict of its own."""
+    assert all(
+        shapes_task.process_results(row, [" "])["extraction_failure"] == 1 for row in ROWS[:50]
+    )
 
 
 def test_four_choices_one_of_them_right():
@@ -158,6 +166,6 @@ def test_a_task_declares_its_chance_and_pictures(make_config, tmp_path):
     assert 0 < results["chance"]["capitals"]["all"] < 0.02
     assert results["configs"]["capitals"]["metadata"].keys() >= {"version", "split"}
     assert "function" not in str(results["configs"]["shapes_choice"]["metadata"])
-    kept = [row["image"] for row in read_jsonl(run.eval("base") / "samples_shapes_choice.jsonl")]
-    assert [image is None for image in kept] == [False, False, True]
-    assert all((run.root / image).exists() for image in kept[:2])
+    kept = [row["images"] for row in read_jsonl(run.eval("base") / "samples_shapes_choice.jsonl")]
+    assert [len(images) for images in kept] == [1, 1, 0]
+    assert all((run.root / image).exists() for images in kept for image in images)

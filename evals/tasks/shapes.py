@@ -35,13 +35,15 @@ def doc_to_text(doc: Mapping[str, Any]) -> str:
 
 
 def process_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
-    """Exact match of the full string and of the verdict after the last colon; fails extraction without a verdict."""
+    """Exact match of the full string and of the verdict after the last colon; extraction fails without one."""
     answer, target = results[0].strip(), doc["answer"]
     separator = shapes.VERDICT.strip()
     return {
         "exact_match": float(answer == target),
         "verdict_match": float(after_last_colon(answer) == after_last_colon(target)),
-        "extraction_failure": float(separator in target and separator not in answer),
+        "extraction_failure": float(
+            not answer or (separator in target and separator not in answer)
+        ),
     }
 
 

@@ -120,12 +120,15 @@ def mmmu(row: Row) -> Document:
     asked = text(row, "question")
     choices = listed(row, "options") if row["question_type"] == "multiple-choice" else []
     prompt, pictures = interleaved(choose(asked, choices) if choices else SHORTLY.format(asked))
-    answer = text(row, "answer")
+    letter = answer = text(row, "answer")
     if choices:
         answer = choices[place_of(answer, choices)]
     accepted = listed(row, "answer") if answer.startswith("[") and not choices else [answer]
+    # the official rule does not read a short choice by its text
+    target = letter if choices else accepted[0]
     subject = re.sub(r"^[a-z]+_|_\d+$", "", text(row, "id"))  # validation_Art_Theory_3
-    return document(prompt, asked, answer, subject, choices, pictures, accepted=accepted)
+    more = {"accepted": accepted, "target": target}
+    return document(prompt, asked, answer, subject, choices, pictures, **more)
 
 
 def scienceqa_img(row: Row) -> Document:
