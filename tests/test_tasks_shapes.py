@@ -158,6 +158,6 @@ def test_a_task_declares_its_chance_and_pictures(make_config, tmp_path):
     assert 0 < results["chance"]["capitals"]["all"] < 0.02
     assert results["configs"]["capitals"]["metadata"].keys() >= {"version", "split"}
     assert "function" not in str(results["configs"]["shapes_choice"]["metadata"])
-    kept = [row["image"] for row in read_jsonl(run.eval("base") / "samples_shapes_choice.jsonl")]
-    assert [image is None for image in kept] == [False, False, True]
-    assert all((run.root / image).exists() for image in kept[:2])
+    kept = [row["images"] for row in read_jsonl(run.eval("base") / "samples_shapes_choice.jsonl")]
+    assert [len(images) for images in kept] == [1, 1, 0]
+    assert all((run.root / image).exists() for images in kept for image in images)
