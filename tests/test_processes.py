@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests import together
-from tests.test_pipeline import MINIATURE, vlopd
+from tests.test_pipeline import vlopd, written
 from vlopd.data.load import pick
 from vlopd.files import read_json, read_jsonl
 
@@ -27,15 +27,7 @@ def test_two_processes_do_what_one_does(folders, tmp_path, monkeypatch):
     Where both processes' rows, one's or neither's have pictures, the weights are those that one process trains.
     """
     models = folders["llm", "student"].parent
-    config = tmp_path / "mini.toml"
-    config.write_text(
-        MINIATURE.format(
-            student=folders["vlm", "student"],
-            teacher=folders["vlm", "teacher"],
-            modality="image",
-            task="shapes",
-        )
-    )
+    config = written(folders, "vlm", tmp_path / "mini.toml")
     words = ["-m", "tests.together", str(models), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
