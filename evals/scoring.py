@@ -33,6 +33,7 @@ from evals import blind, stats
 from evals import lm as models
 from evals.lm import ArmLM
 from evals.task_definition import files_of_task, members_of
+from evals.task_index import STOCK, index_of
 from vlopd.config.analysis import EvalConfig, GenerationConfig
 from vlopd.data.images import shorten
 from vlopd.digests import digest_json, file_digest
@@ -49,8 +50,11 @@ class Tasks(TaskManager):
     loaded: dict[str, Any]
     _index: dict[str, Any]
 
-    def __init__(self, **settings: Any):
-        super().__init__(**settings)
+    def __init__(self, include_path: str | list[str], include_defaults: bool = True):
+        super().__init__(include_path=include_path, include_defaults=False)
+        if include_defaults:  # as lm-eval has it: ours take precedence
+            self._index = {**index_of(STOCK), **self._index}
+            self._all_tasks = sorted(self._index)
         self._index = blind.Index(self._index)
 
     @classmethod
@@ -178,7 +182,7 @@ def _our_tasks() -> Tasks:
 
 @cache
 def all_tasks(include: str | None) -> Tasks:
-    """Our tasks and lm-eval's, which take ten seconds to list; cached per process."""
+    """Our tasks and lm-eval's; cached per process."""
     return Tasks(include_path=_folders(include))
 
 

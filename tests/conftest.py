@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -13,12 +14,14 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import lm_eval.api.task  # noqa: F401 - with the libraries that it needs
 import pytest
 import torch
+from filelock import FileLock
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
@@ -100,6 +103,23 @@ def build(kind: str, role: str, folder: Path, dtype: torch.dtype) -> Path:
     model.to(dtype).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def copy_of(
+    name: str, make: Callable[[Path], object], out: Path, factory: pytest.TempPathFactory
+) -> None:
+    """Copies to `out` what `make` writes into a folder, once for all of pytest-xdist's workers."""
+    base = factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{shared}.lock"):
+        if not (whole := shared.with_suffix(".whole")).exists():
+            shutil.rmtree(
+                shared, ignore_errors=True
+            )  # a failed attempt, of which the other tests are told too
+            shared.mkdir()
+            make(shared)
+            whole.touch()
+    shutil.copytree(shared, out, dirs_exist_ok=True)
 
 
 def sampled(pair: ModelPair, prompts: Prompts, tokens: int, seed: int = 0) -> Completions:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from tests.conftest import copy_of
 from vlopd.cli import main
 from vlopd.run.folder import RunFolder
 from vlopd.run.verify import verify_run
@@ -67,9 +68,7 @@ def vlopd(monkeypatch, *words) -> int:
     return code
 
 
-@pytest.fixture
-def miniature(folders, kind, tmp_path) -> Path:
-    path = tmp_path / "mini.toml"
+def written(folders, kind: str, path: Path) -> Path:
     path.write_text(
         MINIATURE.format(
             student=folders[kind, "student"],
@@ -79,6 +78,28 @@ def miniature(folders, kind, tmp_path) -> Path:
         )
     )
     return path
+
+
+@pytest.fixture
+def miniature(folders, kind, tmp_path) -> Path:
+    return written(folders, kind, tmp_path / "mini.toml")
+
+
+@pytest.fixture
+def finished(folders, kind, tmp_path, tmp_path_factory) -> Path:
+    """A run that was made verb by verb, with its config beside it as mini.toml."""
+
+    def make(folder: Path) -> None:
+        config, run = written(folders, kind, folder / "mini.toml"), folder / "run"
+        first = ("--until", "arms", "--arm", "base", "--arm", "teacher", "--arm", "full")
+        with pytest.MonkeyPatch.context() as patch:
+            assert vlopd(patch, "check", config) == 0
+            assert vlopd(patch, "run", config, "--out", run, *first) == 0
+            for verb in ("mask make", "retrain", "geometry", "eval", "compare", "report", "show"):
+                assert vlopd(patch, *verb.split(), run) == 0, verb
+
+    copy_of(f"pipeline-{kind}", make, tmp_path, tmp_path_factory)
+    return tmp_path / "run"
 
 
 FULL = ("--until", "arms", "--arm", "full")
@@ -93,15 +114,9 @@ def files_and_times(root: Path) -> dict[str, int]:
     }
 
 
-def test_every_verb_in_order(kind, miniature, tmp_path, monkeypatch, capsys):
+def test_every_verb_in_order(kind, finished, tmp_path, monkeypatch):
     """The stages one by one leave the run folder of the contract, and `run` then finds nothing to do."""
-    run = tmp_path / "run"
-    assert vlopd(monkeypatch, "check", miniature) == 0
-    first = ("--arm", "base", "--arm", "teacher", "--arm", "full")
-    assert vlopd(monkeypatch, "run", miniature, "--out", run, "--until", "arms", *first) == 0
-    for verb in ("mask make", "retrain", "geometry", "eval", "compare", "report", "show"):
-        assert vlopd(monkeypatch, *verb.split(), run) == 0, (verb, capsys.readouterr())
-
+    run = finished
     for arm in ARMS:
         record = json.loads((run / "arms" / arm / "record.json").read_text())
         assert (
@@ -125,7 +140,7 @@ def test_every_verb_in_order(kind, miniature, tmp_path, monkeypatch, capsys):
         assert {"mean", "standard_error", "interval", "difference_to_full", "recovery"} <= set(row)
 
     before = files_and_times(run)
-    assert vlopd(monkeypatch, "run", miniature, "--out", run) == 0
+    assert vlopd(monkeypatch, "run", tmp_path / "mini.toml", "--out", run) == 0
     assert files_and_times(run) == before
 
     # the mask held, the transplant is what it says, and plain transformers loads every checkpoint
@@ -157,11 +172,10 @@ def test_every_verb_in_order(kind, miniature, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("kind", ["vlm"], indirect=True)
-def test_a_finished_run_grows(kind, miniature, tmp_path, monkeypatch, capsys):
+def test_a_finished_run_grows(kind, finished, tmp_path, monkeypatch, capsys):
     """Two arms and a task more: what is kept, what is made and why is said first, nothing else is touched, a kill in
     between resumes, the report has them, and run.json has the config before."""
-    run = tmp_path / "run"
-    assert vlopd(monkeypatch, "run", miniature, "--out", run) == 0
+    run, miniature = finished, tmp_path / "mini.toml"
     before = files_and_times(run)
     text = miniature.read_text()
     second = "capitals"
@@ -259,11 +273,10 @@ def test_what_a_config_invalidates_is_made_again(miniature, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("kind", ["llm"], indirect=True)
-def test_results_of_an_earlier_config_are_not_reported(miniature, tmp_path, monkeypatch, capsys):
+def test_results_of_an_earlier_config_are_not_reported(finished, monkeypatch, capsys):
     """Arms that another config has trained again are not reported with the evaluation, tokens or geometry before:
     `compare` and `report` name what is due, and `show` the arms. What the config no longer asks for goes."""
-    run = tmp_path / "run"
-    assert vlopd(monkeypatch, "run", miniature, "--out", run) == 0
+    run = finished
     page = (run / "report" / "report.html").read_text()
     assert vlopd(monkeypatch, "run", run, "--until", "arms", "train.steps=2") == 0
     for verb, artifact in (("compare", "evals/full"), ("report", "geometry/full")):
@@ -291,12 +304,10 @@ def test_results_of_an_earlier_config_are_not_reported(miniature, tmp_path, monk
 
 
 @pytest.mark.parametrize("kind", ["vlm"], indirect=True)
-def test_what_was_measured_of_arms_before_is_not_shown(miniature, tmp_path, monkeypatch):
+def test_what_was_measured_of_arms_before_is_not_shown(finished, monkeypatch):
     """After a change of the arms the report has no geometry, overlap or probes of the arms before; a mask that
     no arm uses is made again with them; the pictures that earlier rows show stay vouched for."""
-    run = tmp_path / "run"
-    assert vlopd(monkeypatch, "run", miniature, "--out", run) == 0
-    assert vlopd(monkeypatch, "mask", "make", run) == 0
+    run = finished
     assert vlopd(monkeypatch, "vision", run, "--pictures", 24, "--arm", "full") == 0
     assert vlopd(monkeypatch, "report", run) == 0
     tables = run / "report" / "tables"

@@ -10,71 +10,24 @@ import pytest
 import torch
 
 from tests import together
-from tests.test_pipeline import MINIATURE
+from tests.test_pipeline import vlopd, written
 from vlopd.data.load import pick
+from vlopd.files import read_json, read_jsonl
 
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TRAINED = ("full", "subnetwork")
 
 
-@pytest.mark.parametrize("kind", ["vlm"], indirect=True)
-def test_two_processes_make_the_step_of_one(kind, folders, tmp_path):
-    """Loss, tokens and gradient norm of the first step agree to 1e-5, for an arm under a mask and its `full`; and two
-    processes train both again after a change."""
-    config = tmp_path / "mini.toml"
-    config.write_text(
-        MINIATURE.format(
-            student=folders[kind, "student"],
-            teacher=folders[kind, "teacher"],
-            modality="image",
-            task="shapes",
-        )
-    )
-    # fp32, to compare closely
-    words = [
-        "-m",
-        "vlopd.cli.main",
-        "run",
-        str(config),
-        "precision.compute=fp32",
-        "--arm",
-        "subnetwork",
-    ]
-    words += ["eval.limit=1", "eval.keep_images=0", "geometry.arms=[]"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = {}
-    for name, start in (("one", []), ("two", LAUNCHER)):
-        out = tmp_path / name
-        until = [] if start else ["--until", "arms"]
-        command = [sys.executable, *start, *words, *until, "--out", str(out)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        for arm in ("full", "subnetwork"):
-            lines = (out / "arms" / arm / "metrics.jsonl").read_text().splitlines()
-            assert len(lines) == 3
-            first[name, arm] = json.loads(lines[0])
-        record = json.loads((out / "arms" / "subnetwork" / "record.json").read_text())
-        assert record["off_mask_unmoved"] is True
-    for arm in ("full", "subnetwork"):
-        one, two = first["one", arm], first["two", arm]
-        assert one["completion_tokens"] == two["completion_tokens"]
-        for key in ("loss", "grad_norm", "student_entropy", "kl_quarter_2", "top_overlap_fraction"):
-            # full's weights differ in their last bits, so that its mask may take another of two equals
-            near = 1e-3 if (arm, key) == ("subnetwork", "grad_norm") else 1e-5
-            assert two[key] == pytest.approx(one[key], rel=near), (arm, key)
-    words += ["train.steps=2", "--until", "arms", "--out", str(tmp_path / "two")]
-    command = [sys.executable, *LAUNCHER, *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for arm in ("full", "subnetwork"):
-        lines = (tmp_path / "two" / "arms" / arm / "metrics.jsonl").read_text().splitlines()
-        assert len(lines) == 2
+def test_two_processes_do_what_one_does(folders, tmp_path, monkeypatch):
+    """A whole run: loss, tokens and gradient norm of the first step agree to 1e-5 with one process's, for an arm under
+    a mask and its `full`; two processes train both again after a change.
 
-
-def test_one_process_cannot_leave_another_behind(folders, tmp_path):
-    """Two processes stay in step. Where one alone meets a row without an answer, tokens or a sampler that are not
+    Two processes stay in step: where one alone meets a row without an answer, tokens or a sampler that are not
     finite, a full disk or held-out scores that fail, each raises one error, which names the process and the example.
-    Where both processes' rows, one's or neither's have pictures, the weights are those that one process trains."""
+    Where both processes' rows, one's or neither's have pictures, the weights are those that one process trains.
+    """
     models = folders["llm", "student"].parent
+    config = written(folders, "vlm", tmp_path / "mini.toml")
     words = ["-m", "tests.together", str(models), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -86,9 +39,31 @@ def test_one_process_cannot_leave_another_behind(folders, tmp_path):
         cwd=Path(__file__).parents[1],
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    one = ("run", config, *together.WORDS, "--arm", "subnetwork", "--until", "arms")
+    assert vlopd(monkeypatch, *one, "--out", tmp_path / "one") == 0
+    check_first_steps(tmp_path)
     check_failures(tmp_path)
     for which in ("both", "eyes"):
         check_pictures(which, models, tmp_path)
+
+
+def check_first_steps(out: Path) -> None:
+    """The arms' first steps agree, and after the change each arm has as many steps as it says."""
+    first = {}
+    for name, arms in (("one", out / "one" / "arms"), ("two", out / "arms-before")):
+        for arm in TRAINED:
+            rows = read_jsonl(arms / arm / "metrics.jsonl")
+            assert len(rows) == 3
+            first[name, arm] = rows[0]
+        assert read_json(arms / "subnetwork" / "record.json")["off_mask_unmoved"] is True
+    for arm in TRAINED:
+        one, two = first["one", arm], first["two", arm]
+        assert one["completion_tokens"] == two["completion_tokens"]
+        for key in ("loss", "grad_norm", "student_entropy", "kl_quarter_2", "top_overlap_fraction"):
+            # full's weights differ in their last bits, so that its mask may take another of two equals
+            near = 1e-3 if (arm, key) == ("subnetwork", "grad_norm") else 1e-5
+            assert two[key] == pytest.approx(one[key], rel=near), (arm, key)
+        assert len(read_jsonl(out / "two" / "arms" / arm / "metrics.jsonl")) == 2
 
 
 def check_failures(out: Path) -> None:

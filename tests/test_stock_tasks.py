@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sacrebleu
+from lm_eval.tasks._index import TaskIndex
 from PIL import Image
 from sklearn.metrics import f1_score, matthews_corrcoef
 
@@ -16,6 +17,7 @@ from evals.harness import cut_answers, evaluate_arm, import_scores
 from evals.lm import within_pixels
 from evals.paired_scores import outcome_of, read_results, read_tasks
 from evals.report.verdict import verdict
+from evals.task_index import index_of
 from tests.command import call
 from tests.test_harness import base_run, with_eval
 from vlopd.api.compare import compare as compare_models
@@ -475,3 +477,21 @@ def test_differences_of_perplexity_are_paired():
     assert recovered["status"] == "ok" and 0.4 < recovered["value"] < 0.6
     assert tested.recovery(c, b, a)["status"] == "negative"
     assert not tested.non_inferiority(c, b, 0.02)["holds"] and not tested.is_fraction
+
+
+def test_the_index_of_tasks_follows_its_files(tmp_path, monkeypatch):
+    """The kept index is lm-eval's own; a changed file, or what is no index, has it read again."""
+    monkeypatch.setenv("VLOPD_CACHE", str(tmp_path / "cache"))
+    (folder := tmp_path / "tasks").mkdir()
+    (folder / "base").write_text("output_type: generate_until\ntag: all\n")
+    (folder / "a.yaml").write_text("include: base\ntask: a\ndoc_to_text: !function f.text\n")
+    whole = TaskIndex.build([folder])
+    assert whole.keys() == {"a", "all"}
+    assert index_of(folder) == whole
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskIndex, "build", None)
+        assert index_of(folder) == whole
+    (folder / "base").write_text("output_type: multiple_choice\ntag: all\n")
+    assert index_of(folder)["a"].cfg["output_type"] == "multiple_choice"
+    (tmp_path / "cache" / "tasks.pickle").write_bytes(b"no index")
+    assert index_of(folder)["a"].cfg["output_type"] == "multiple_choice"

@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -37,6 +38,8 @@ MOST_POINTS = 400
 INK = "#010203"
 """Placeholder for the page's text colour."""
 WIDTH = 5.2
+MARGIN = 0.1
+"""Around what is drawn, in inches, like WIDTH."""
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "vlopd",
@@ -64,13 +67,18 @@ def to_svg(figure: Figure, name: str) -> str:
     buffer = io.StringIO()
     empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="svg", transparent=True, metadata=empty, bbox_inches="tight")
-    svg = buffer.getvalue()
+        # not savefig, which draws twice to cut the margins
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=empty)
+        shown = figure.get_tightbbox().padded(MARGIN)
+    svg, height = buffer.getvalue(), figure.get_figheight()
+    box = [72 * x for x in (shown.x0, height - shown.y1, shown.width, shown.height)]
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace("xlink:href", "href")
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    return re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).strip()
+    head, _, body = svg.partition(">")
+    head = re.sub(r' (width|height|xmlns(:xlink)?)="[^"]*"', "", head)
+    view = " ".join(f"{x:.2f}" for x in box)
+    head = re.sub(r'viewBox="[^"]*"', f'viewBox="{view}"', head)
+    return f"{head}>{body}".strip()
 
 
 def standalone(svg: str) -> str:
