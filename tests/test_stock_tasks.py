@@ -493,5 +493,5 @@ def test_the_index_of_tasks_follows_its_files(tmp_path, monkeypatch):
         assert index_of(folder) == whole
     (folder / "base").write_text("output_type: multiple_choice\ntag: all\n")
     assert index_of(folder)["a"].cfg["output_type"] == "multiple_choice"
-    (tmp_path / "cache" / "tasks.pickle").write_bytes(b"no index")
+    (tmp_path / "cache" / "tasks.json").write_bytes(b"no index")
     assert index_of(folder)["a"].cfg["output_type"] == "multiple_choice"
