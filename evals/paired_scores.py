@@ -25,7 +25,7 @@ NOT_METRICS = (
 )
 """Columns of samples_<task>.jsonl besides the metrics; `image` is of an earlier version."""
 OUTCOMES = ("right", "wrong", "unreadable", "cut")
-LENGTHS = ("mean_tokens", "truncated_fraction", "mean_thought_tokens")
+LENGTHS = ("mean_tokens", "truncated_fraction", "mean_thought_tokens", "answered_fraction")
 """Entries of results.json by task that are averages over its questions."""
 
 Key = tuple[Any, ...]
@@ -389,10 +389,15 @@ class TaskRows:
 
     @property
     def lengths(self) -> dict[str, dict[str, float | None]]:
-        return {
-            arm: {name: (its.get(name) or {}).get(self.task) for name in LENGTHS}
-            for arm, its in self.results.items()
-        }
+        found = {}
+        for arm, its in self.results.items():
+            own = {name: (its.get(name) or {}).get(self.task) for name in LENGTHS}
+            found[arm] = own | {
+                key: value
+                for key, value in ((its.get("thinking") or {}).get(self.task) or {}).items()
+                if key in LENGTHS
+            }
+        return found
 
 
 def _outside(scores: Mapping[str, Scores]) -> bool:

@@ -847,6 +847,7 @@ def test_groups_units_and_outcomes_are_shown(compared, tmp_path):
     for its in task["arms"].values():
         its["outcomes"] = {"right": 0.5, "wrong": 0.25, "unreadable": 0.125, "cut": 0.125}
         its["mean_tokens"], its["truncated_fraction"], its["mean_thought_tokens"] = 321.0, 0.2, 99.0
+        its["answered_fraction"] = 0.875
     for its in task["contrasts"]:
         its["direction"] = "above" if its["name"] == "full - base" else None
     group = {**task, "members": ["leaf"], "group": None}
@@ -864,6 +865,7 @@ def test_groups_units_and_outcomes_are_shown(compared, tmp_path):
     page = write_comparison_page(tmp_path, record, models, {}).read_text()
     assert page.count('<details class="task">') == 2 and "1 task of group" in page
     assert "odd: its metrics are of the corpus" in page and "lower is better" in page
+    assert '<td data-label="Answered, %">87.5</td>' in page and "the thought was closed" in page
     mean = task["arms"]["full"]["mean"]
     assert f"<td>{mean:.4g} ± " in page
     assert 'class="mark right" title="above' in page and 'class="mark wrong" title="above' in page

@@ -193,7 +193,12 @@ def answers(compared: Mapping[str, Any]) -> pd.DataFrame:
         ):
             split = its.get("outcomes") or {}
             row = {key: split.get(key) for key in ("right", "wrong", "unreadable", "cut")}
-            lengths = ("truncated_fraction", "mean_tokens", "mean_thought_tokens")
+            lengths = (
+                "answered_fraction",
+                "truncated_fraction",
+                "mean_tokens",
+                "mean_thought_tokens",
+            )
             row |= {key: its.get(key) for key in lengths}
             if any(value is not None for value in row.values()):
                 rows.append({"task": task, "arm": arm, "role": its["role"], **row})
