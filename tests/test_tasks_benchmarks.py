@@ -1,32 +1,23 @@
 """Published benchmarks from local copies: rows of ours in their schema, answers right, wrong and missing."""
 
 import json
-from io import BytesIO
 
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
 from lm_eval import simple_evaluate
-from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager, get_task_dict
-from PIL import Image as Pictures
 
 from evals.lm import ArmLM
 from evals.preflight import TaskCheck
 from evals.scoring import TASKS, Tasks, load_task
 from evals.tasks.benchmarks import documents, mathematics, vision
+from tests.benchmark_rows import Said, picture
 from vlopd.config.analysis import EvalConfig
 from vlopd.errors import ConfigError, DataError
 from vlopd.models.load import load
 
 BENCHMARKS = {**mathematics.BENCHMARKS, **vision.BENCHMARKS}
-
-
-def picture(colour: str) -> dict[str, bytes]:
-    """A stored picture, as parquet files of the hub have it."""
-    stream = BytesIO()
-    Pictures.new("RGB", (40, 32), colour).save(stream, "PNG")
-    return {"bytes": stream.getvalue(), "path": None}
 
 
 RED, BLUE = picture("red"), picture("blue")
@@ -170,31 +161,10 @@ def copies(tmp_path_factory):
         yield folder
 
 
-class Said(LM):
-    """Gives the prepared answers, and keeps what it was asked."""
-
-    MULTIMODAL = True
-
-    def __init__(self):
-        super().__init__()
-        self.asked = {}
-
-    def generate_until(self, requests, disable_tqdm=False):
-        for request in requests:
-            self.asked[request.task_name, request.doc_id] = request
-        return [SAID[r.task_name.removeprefix("vlopd_")][r.doc_id] for r in requests]
-
-    def loglikelihood(self, requests, disable_tqdm=False):
-        raise NotImplementedError
-
-    def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        raise NotImplementedError
-
-
 @pytest.fixture(scope="module")
 def scored(copies):
     """lm-eval's results of the prepared answers on every benchmark, and the model that gave them."""
-    lm = Said()
+    lm = Said(SAID)
     tasks = [f"vlopd_{name}" for name in SAID]
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
     return simple_evaluate(lm, tasks=tasks, task_manager=manager, bootstrap_iters=1), lm
@@ -238,16 +208,16 @@ def test_prompts_hold_the_question_and_as_many_marks_as_pictures(scored):
         prompt, visual = request.args[0], (request.args[2:] or ({"visual": []},))[0]["visual"]
         assert prompt.count("<image>") == len(visual), task
         assert all(image.mode == "RGB" and image.size == (40, 32) for image in visual)
-    mmmu = lm.asked["vlopd_mmmu", 0]
+    mmmu = lm.asked["mmmu", 0]
     assert mmmu.args[0].startswith(
         "What is <image>, beside <image>?\nA. a cell\nB. a <image>\nC. a leaf"
     )
-    pope = [lm.asked["vlopd_pope", k].args[2]["visual"][0] for k in range(5)]
+    pope = [lm.asked["pope", k].args[2]["visual"][0] for k in range(5)]
     assert pope[0] is pope[1] is pope[2] and pope[3] is pope[4]  # decoded once
     colours = [image.getpixel((0, 0)) for image in mmmu.args[2]["visual"]]
     assert colours == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]
-    assert lm.asked["vlopd_geometry3k", 0].args[0].startswith("<image>Find $x$.")
-    assert "Look at the colours.\nWhich" in lm.asked["vlopd_scienceqa_img", 1].args[0]
+    assert lm.asked["geometry3k", 0].args[0].startswith("<image>Find $x$.")
+    assert "Look at the colours.\nWhich" in lm.asked["scienceqa_img", 1].args[0]
 
 
 def test_groups_clusters_and_chance(scored):

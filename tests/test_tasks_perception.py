@@ -5,7 +5,6 @@ import base64
 import pytest
 from datasets import Features, Image, List, Value
 from lm_eval import simple_evaluate
-from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from evals.preflight import TaskCheck
@@ -13,7 +12,7 @@ from evals.scoring import TASKS, Tasks, load_task
 from evals.task_list import list_tasks
 from evals.tasks.benchmarks import documents, perception
 from evals.tasks.benchmarks.registry import BENCHMARKS
-from tests.benchmark_rows import picture, save
+from tests.benchmark_rows import Said, picture, save
 from vlopd.config.analysis import EvalConfig
 from vlopd.errors import ConfigError, DataError
 
@@ -270,26 +269,6 @@ def copies(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLOPD_BENCHMARKS", str(folder))
         yield folder
-
-
-class Said(LM):
-    """Gives the prepared answers, and keeps what it was asked."""
-
-    MULTIMODAL = True
-
-    def __init__(self, answers):
-        super().__init__()
-        self.answers, self.asked = answers, {}
-
-    def generate_until(self, requests, disable_tqdm=False):
-        self.asked |= {(r.task_name.removeprefix("vlopd_"), r.doc_id): r for r in requests}
-        return [self.answers[r.task_name.removeprefix("vlopd_")][r.doc_id] for r in requests]
-
-    def loglikelihood(self, requests, disable_tqdm=False):
-        raise NotImplementedError
-
-    def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        raise NotImplementedError
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,12 @@
 import pytest
 from datasets import Features, Image, List, Value
 from lm_eval import simple_evaluate
-from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from evals.scoring import TASKS
 from evals.tasks.benchmarks import visual_mathematics as tasks
 from evals.tasks.benchmarks.visual_mathematics import BENCHMARKS, MATHVERSE
-from tests.benchmark_rows import picture, save
+from tests.benchmark_rows import Said, picture, save
 from vlopd.errors import ConfigError, DataError
 
 RED, BLUE = picture("red"), picture("blue")
@@ -170,27 +169,6 @@ ANSWERS = {
 }
 
 
-class Said(LM):
-    """Gives the prepared answers, and keeps what it was asked."""
-
-    MULTIMODAL = True
-
-    def __init__(self):
-        super().__init__()
-        self.asked = {}
-
-    def generate_until(self, requests, disable_tqdm=False):
-        for request in requests:
-            self.asked[request.task_name.removeprefix("vlopd_"), request.doc_id] = request
-        return [SAID[r.task_name.removeprefix("vlopd_")][r.doc_id] for r in requests]
-
-    def loglikelihood(self, requests, disable_tqdm=False):
-        raise NotImplementedError
-
-    def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        raise NotImplementedError
-
-
 def stem(name):
     """The beginning of the name of a benchmark's files on the hub."""
     return BENCHMARKS[name].files or BENCHMARKS[name].split
@@ -210,7 +188,7 @@ def copies(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scored(copies):
     """lm-eval's results of the prepared answers on every benchmark, MathVerse as a group, and the model."""
-    lm = Said()
+    lm = Said(SAID)
     alone = [f"vlopd_{name}" for name in BENCHMARKS if name not in MATHVERSE]
     names = ["vlopd_mathverse", "vlopd_mathverse_text_only", *alone]
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
