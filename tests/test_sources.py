@@ -151,6 +151,16 @@ def test_rules_tell_right_from_wrong(rule, answer, right, wrong):
         RULES[rule](Example.ask("x", "?"), right)
 
 
+def test_rewards_read_with_the_question_in_sight():
+    """As evaluation does: what is asked for decides which of two statements counts."""
+    counted = Example.ask("q", "How many girls are there?", answer="18")
+    assert RULES["number"](counted, "There are 18 girls and 12 boys.") == 1
+    offered = Example.ask("q", "Is it convergent or divergent?", answer=r"\text{divergent}")
+    assert RULES["mathematics"](offered, "The series is divergent.") == 1
+    there = Example.ask("q", "Is there a dog in the image?", answer="no")
+    assert RULES["yes_no"](there, "There is a cat. I see no dog. There is a tree.") == 1
+
+
 @pytest.mark.parametrize(
     ("answer", "choices"),
     [

@@ -51,6 +51,39 @@ def test_expressions_and_numbers(text, expression, number):
         assert right == "*" or found == right or found in (right or "").split("|"), (found, right)
 
 
+@pytest.mark.parametrize(
+    ("read", "text", "question", "answer"),
+    [
+        ("number", "So the speed is 12 m/s.", "", "12"),
+        (
+            "number",
+            "It lasts 2 hours and 30 minutes, i.e. 150 minutes.",
+            "How many minutes?",
+            "150",
+        ),
+        ("number", "It rose from 20 to 35, an increase of 15.", "By how much did it rise?", "15"),
+        ("number", "The total number of bolts is three.", "", "3"),
+        ("number", "To simulate:\n```python\nprint(simulate(36))\n```", "", None),
+        ("math", "So x = 7 or x = -3.", "", "x = 7, x = -3"),
+        ("math", "It is zero at $t = 1$ and $t = 4$.", "", "t = 1, t = 4"),
+        ("math", "The sum is convergent.", "Is it convergent or divergent?", "convergent"),
+        ("math", "There are 5 apples.", "How many apples or pears are there?", "5"),
+        ("math", "So the shape is a rhombus.", "", "rhombus"),
+        ("math", "$(2+i)(1-i) = 2 - i + 1 = 3 - i$", "", "3 - i"),
+        (
+            "short",
+            "The limit is 55. This is a common limit on such roads.",
+            "What is the limit?",
+            "55",
+        ),
+    ],
+)
+def test_last_sentences_conclude(read, text, question, answer):
+    """Several roots, one of two that the question offers, units, and results after others of their kind."""
+    name = "short_answer" if read == "short" else f"{read}_answer"
+    assert getattr(extraction, name)(text, question) == answer
+
+
 @pytest.mark.parametrize("text", ["", "<think>so 5", "Okay, 5</think>", "5 or B or yes</think>\n"])
 def test_without_an_answer_nothing_is_read(text):
     """An empty answer, as of a thought that was cut off, gives none of any type."""

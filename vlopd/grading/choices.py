@@ -58,7 +58,8 @@ NOT_BEFORE = re.compile(
 HYPOTHETICAL = re.compile(
     r"\b(?:if|whether|might|could|may|tempt\w*|some(?:one)?|people|many|first|initially|at a glance|"
     r"suppose|consider|check(?:ing)?|"
-    r"between|either|mistake|trap|distractor|students?|test(?:ing)?|thought|was going to|would have)\b[^.;,\n]{0,40}$",
+    r"between|either|mistake|trap|distractor|students?|test(?:ing)?|thought|was going to|would have)\b[^.;,\n]{0,40}$|"
+    r"\bmistake is\b[^.;\n]{0,50}$",
     re.IGNORECASE,
 )
 MARKUP = re.compile(

@@ -14,11 +14,13 @@ The order, for every type of answer:
    affirms or denies that something is there. Mathematics and numbers: the display that ends the text, or the number
    that the last sentence states. A short answer: the last sentence, or the part of it that answers.
 
-The question is optional. With it, yes or no is about what it asks for, a number is what it counts, and a last sentence
-without a word of it does not conclude where one before has them.
+The question is optional. With it, yes or no is about what it asks for, a number is what it counts, an expression may be
+one of two that it offers (`A or B?`), and a last sentence without a word of it does not conclude where one before has
+them.
 
 None where the output says that it has no answer, gives several, or is cut off before it concludes: a statement
-`the answer is A or B` gives none, and a last sentence that ends in `=` or `the` concludes nothing.
+`the answer is A or B` gives none; a last sentence that ends in `=` or `the` concludes nothing, nor does a program, a
+remark about a rule or a loop of different answers.
 """
 
 from __future__ import annotations

@@ -197,6 +197,7 @@ GIVEN_UP = re.compile(
     r"(?:does not|doesn't|do not|don't) (?:provide|show|give|contain|specify|include|say|state|"
     r"indicate|mention)"
     r" (?:this|the|that|any|enough|such)(?: \w+)? (?:information|data|answer|details?|values?)|"
+    r"to (?:find|determine|see|get) (?:it|this|that|out),? (?:you )?(?:\w+ )?(?:look|check|refer|consult|search)|"
     r"not (?:specified|given|provided|stated|visible enough|legible|available))\b",
     re.IGNORECASE,
 )
@@ -206,7 +207,7 @@ GOES_ON = re.compile(
     re.IGNORECASE,
 )
 DANGLING = re.compile(
-    r"(?:\b(?:the|(?-i:a|i)|an|to|of|and|or|is|are|was|we|so|in|on|at|by|for|with|from|as|that|this|"
+    r"(?:\b(?:the|(?-i:a|i)(?!\s?\$)|an|to|of|and|or|is|are|was|we|so|in|on|at|by|for|with|from|as|that|this|"
     r"which|then|if|get|need|find|"
     r"have|has|be|than|because|since|its|their|add|multiply|subtract|divide|equals?|let|let's|also|"
     r"but|she|he|they|it|"
@@ -231,10 +232,19 @@ PLEASANTRY = re.compile(
     r"(?:we|you) can (?:check|verify)|to (?:check|verify|double-check)|let(?:'s| me| us) (?:check|verify|double)|"
     r"as a check|in case you|just ask|i'?m (?:happy|glad)|i'?d be (?:happy|glad)|i'?ll be (?:happy|glad)|"
     r"happy to|this is (?:the|my) final answer\W*$|do you (?:want|need)|would you like|good luck|"
-    r"hooray|great job|done\W*$)",
+    r"hooray|great job|done\W*$|(?:this|that|these|it|they)(?:'s| is| are| was| were) (?:because\b|"
+    r"(?:often|usually|commonly) (?:found|used|seen)\b|an? (?:very |fairly |quite )?(?:common|typical|standard|usual|"
+    r"popular|well-known|famous) ))",
     re.IGNORECASE,
 )
 """A closing sentence, without content."""
+REMARK = re.compile(
+    r"\b(?:rule|theorem|law|identity|formula|property|definition|test)\b[^.]{0,40}\b(?:says?|states?|tells us)\b"
+    r"(?!.*\b(?:so|thus|therefore|hence)\b)",
+    re.IGNORECASE,
+)
+"""A sentence about a rule or a notion, which answers nothing."""
+CODE = re.compile(r"^[ \t]{0,40}(?:import|from|def|for|while|print|return)\b", re.MULTILINE)
 CHECK = re.compile(
     r"(?:\n|(?<=[.!?] ))[\s*_#(]{0,4}(?:check(?:ing)?|verification|verify(?:ing)?|proof|explanation|note|remark)"
     r"[*_]{0,2}:",
@@ -368,7 +378,9 @@ def decide(
     after the last statement counts if it concludes something. A question that the model asks itself after answering
     ends the text. `exclusive`: an answer is spelled in one way, so that two different ones side by side are none.
     """
-    text = unlooped(TOKENS.sub("", text))
+    whole = TOKENS.sub("", text)
+    text = unlooped(whole)
+    looped = len(text) < len(whole)
     turn = NEW_TURN.search(text)
     if (
         turn
@@ -395,6 +407,8 @@ def decide(
             if last is None:
                 last, kind = (start, answer), "" if isinstance(mark, str) else mark.kind
                 continue
+            if looped and different(answer, last[1]):
+                raise NoAnswer
             between = text[start : last[0]]
             if exclusive or between.startswith(text[last[0] : last[0] + SAME]):
                 repeated = _alike(between, text[last[0] : last[0] + ADJACENT])
@@ -478,13 +492,15 @@ def conclusion(text: str, question: str = "") -> str | None:
     Checks, notes, comparisons and courtesies that follow it do not count, nor, with the question, a long last sentence
     that has no word of it where one before has.
     """
-    tail = text[-LONGEST:]
+    tail = without_code(text)[-LONGEST:]
     said = [each for each in sentences(tail) if re.search(r"\w", each)]
     if not said or gives_up(" ".join(said[-2:])):
         return None
     if (check := CHECK.search(tail)) and not BEGINS_SO.match(said[-1]):
         said = [each for each in sentences(tail[: check.start()]) if re.search(r"\w", each)] or said
-    while said and (PLEASANTRY.match(said[-1]) or said[-1].endswith("?")):
+    while said and (
+        REMARK.search(said[-1]) or PLEASANTRY.match(said[-1]) or said[-1].endswith("?")
+    ):
         said.pop()
     if not said or BOX.search(said[-1]):
         return None
@@ -502,7 +518,10 @@ def conclusion(text: str, question: str = "") -> str | None:
         and len(said[-1].split()) > 5
     )
     if asked and plain and len(said) > 1 and not stems(said[-1]) & asked:
-        return next((each for each in reversed(said) if stems(each) & asked), None)
+        return next(
+            (each for each in reversed(said) if stems(each) & asked and not REMARK.search(each)),
+            None,
+        )
     return said[-1]
 
 
@@ -515,12 +534,33 @@ def _unfinished(text: str, said: list[str]) -> bool:
     ):
         return False
     words = len(said[-1].split())
+    if re.match(r"\W*[A-Za-z ]{1,30}=.*=\s?\$?\d[\d.,]*\W*$", said[-1]):  # Total = 2 + 3 = 5
+        return False
     own_line = text.rstrip().rpartition("\n")[2].strip() == said[-1]
     return not (
         (own_line and words <= 8)
         or (words <= 4 and SHORT_END.match(said[-1]))
         or (words <= 10 and BEGINS_SO.match(said[-1]) and ":" in said[-1])
     )
+
+
+def without_code(text: str) -> str:
+    """The text without blocks of a program."""
+    parts = text.split("```")
+    if len(parts) == 1:
+        return text
+    return "".join(each for k, each in enumerate(parts) if k % 2 == 0 or not CODE.search(each))
+
+
+def alternatives(question: str) -> list[str]:
+    """The words that a question offers: `A` and `B` of `Which angle is larger, A or B?`."""
+    found = re.search(
+        r"(?:^|, )(?:is|are|was|were|do|does|did|which|who)\b(?: .*?)? "
+        r"([\w-]{1,30}),? or (?:the |an? |is it )?([\w-]{1,30})\W{0,3}$",
+        asking(question)[-300:],
+        re.IGNORECASE,
+    )
+    return list(found.groups()) if found else []
 
 
 def stems(text: str) -> set[str]:

@@ -15,6 +15,7 @@ from vlopd.grading.final_statements import (
     DRESSING,
     NoAnswer,
     Statement,
+    alternatives,
     boxes,
     clause_of,
     conclusion,
@@ -56,6 +57,11 @@ NUMERIC = re.compile(
 )
 """Questions that a number answers."""
 HEDGED = re.compile(r"\b(?:could|may|might) be\b[^.]* or\b|\beither\b[^.]* or\b", re.IGNORECASE)
+LISTS = re.compile(
+    r"(?:the|this) [\w ]{1,40}? (?-i:lists|provides|presents|compares|describes) (?-i:[a-z]+ and [^A-Z\d\"]*\.?$)",
+    re.IGNORECASE,
+)
+"""A description that names nothing."""
 KNOWN = re.compile(r"(?:there|it|this|that|these|they|he|she|i|we)\b", re.IGNORECASE)
 QUANTITY = re.compile(
     r"(?<![\w.])-?\$?\d[\d,]*(?:\.\d+)?(?: ?%| (?:percent|million|billion|"
@@ -143,7 +149,16 @@ def concluded(text: str, question: str = "") -> str | None:
 def concluding(text: str, question: str = "") -> str | None:
     """The sentence that concludes, from its last `so` on; with the question, one that speaks of what is asked."""
     last = conclusion(text, question)
-    if last is None or (HEDGED.search(last) and not NUMERIC.search(question)):
+    if last is None or LISTS.match(last):
+        return None
+    offered = alternatives(question)
+    if (
+        offered
+        and re.match(r"there (?:is|are)\b|both\b", last, re.IGNORECASE)
+        and all(re.search(rf"\b{each}\b", last, re.IGNORECASE) for each in offered)
+    ):
+        return None
+    if HEDGED.search(last) and not NUMERIC.search(question):
         return None
     last = re.sub(r"\s\((?:not|which|while|unlike)\b[^()]*\)", "", last)
     cues = [cue for cue in SO.finditer(last) if re.search(r"\w", last[cue.end() :])]
@@ -229,7 +244,7 @@ class Quantity(NamedTuple):
 def quantities(said: str, question: str = "") -> list[Quantity]:
     """The numbers of a text, in digits or words, except those that the question gives."""
     said, given, found = (
-        normal(said),
+        normal(re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", said)),
         {match[0] for match in re.finditer(NUMBER, normal(question))},
         [],
     )

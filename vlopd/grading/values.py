@@ -14,6 +14,7 @@ from vlopd.grading.final_statements import (
     DRESSING,
     NoAnswer,
     Statement,
+    alternatives,
     asking,
     clause_of,
     conclusion,
@@ -42,7 +43,8 @@ OPERATOR_AFTER = re.compile(
     r"infty|in|binom|choose)\b|\\?[\^/](?=[\s({\d\\a-zA-Z])(?!\s?(?:person|day|hour|week|month|year|"
     r"kg|s\b|h\b|hr|min|\{?\\?circ))|[\u03c0\u221a\xd7\xf7\xb7]|"
     r"[*+](?=\s{0,2}[\d(a-zA-Z\\$])(?!\*)|[-\u2212]\s{1,2}[\d(\\]|x\s?\d|x\b|i\b|e\^|"
-    r"[a-df-zA-Z]\s?[\^+*/=(\d]|(?<!\s)\()"
+    r"(?!(?:[mgLJNWCVA]|[ckm]m|mi|ft|kg|mol)\s?/\s?(?:s|h|hr|min|kg|m|L|C|K|mol)\b)[a-df-zA-Z]\s?[\^+*/=(\d]|"
+    r"(?<!\s)\()"
 )
 """What makes the number before it a part of an expression: `12\\pi`, `12x`, `3 + 4`, `2\\sqrt3`."""
 OPERATOR_BEFORE = re.compile(
@@ -97,9 +99,9 @@ RESULT = re.compile(
     r"receives?|received|buys?|bought|eats?|ate|drinks?|uses?|used|walks?|runs?|travels?|owes?|"
     r"collects?|contains?|"
     r"holds?|find|see|count|counted|obtain|yields?|remain|approximately|about|roughly|be|you have|"
-    r"lasts?|produces?|"
-    r"answer|total of|adds up to|comes? to|amounts? to|i.e\.,?|namely|measures?|reach(?:es)?|"
-    r"scored?|only|exactly)\b|[=:\u2248]|\\approx)"
+    r"lasts?|produces?|(?:increase|decrease|rise|drop|fall|difference|change|gain|loss) of|"
+    r"answer|total of|adds up to|comes? to|amounts? to|namely|measures?|reach(?:es)?|"
+    r"scored?|only|exactly)\b|\bi\.e\.,?|[=:\u2248]|\\approx)"
 )
 SO = re.compile(
     r"(?:^|[,;:.\u2014-]\s?|\band )(?:so|thus|therefore|hence|then|giving|which (?:is|gives|makes|"
@@ -315,9 +317,21 @@ def _arithmetic(side: str) -> bool:
     ) or bool(re.fullmatch(r"\s*[a-zA-Z]{2,}(?: [a-zA-Z]+){0,8}\s*", side))
 
 
+ROOT = re.compile(rf"[a-zA-Z]\s?=\s?(?:{VALUE})|(?:{VALUE})")
+ROOTS = re.compile(
+    rf"(?<![\w^])([a-zA-Z])\s?=\s?(?:{VALUE})(?:(?:,|,? and|,? or) (?:\1\s?=\s?)?(?:{VALUE}))+(?=\W*$)"
+)
+"""`x = 7 or x = -3`, which ends a sentence."""
 NAMED = re.compile(
     r"\b(?:is|are) ([A-Z][a-z]+(?: [A-Z][a-z]+)?)(?=\W*$|,? (?:even|because|since|as|with|who|and not)\b)"
 )
+
+DRAWN = re.compile(
+    r"^\W*(?:so|thus|therefore|hence)\b[^.\d=]{1,60} (?:is|are) (?:an? |the )?"
+    r"(?!(?:not|correct|complete|done|clear|proved|proven|needed|required|obvious|equal)\b)([a-z]+(?: [a-z]+)?)\W*$",
+    re.IGNORECASE,
+)
+"""`So the shape is a rhombus.`"""
 
 
 def concluded_expression(text: str, question: str = "") -> str | None:
@@ -329,13 +343,22 @@ def concluded_expression(text: str, question: str = "") -> str | None:
         return display
     if last is None:
         return None
+    offered = [
+        each
+        for each in alternatives(question)
+        if re.search(rf"(?<![\w-]){re.escape(each)}(?![\w-])", last, re.I if each[1:] else 0)
+    ]
+    if len(offered) == 1 and len(last.split()) <= 12 and "=" not in last:
+        return None if re.search(r"\bnot\b|n't\b|\bneither\b", last) else offered[0]
+    if roots := ROOTS.search(normal(last)):
+        return ", ".join(ROOT.findall(roots[0]))
     if point := POINT.search(last):
         return point[1]
     found = list(MATHS.finditer(last))
     if found:
         tail = last[found[-1].end() :].strip(" .*")
         if len(tail.split()) <= 6 or len(found) == 1:
-            return last_side(_inside(found[-1])) or None
+            return _run(last, found) or None
     if whole.count("{") != whole.count("}"):  # cut off
         return None
     sides = re.split(
@@ -351,9 +374,24 @@ def concluded_expression(text: str, question: str = "") -> str | None:
         return last_side(normal(whole).strip(DRESSING).rstrip(".")) or None
     if named := NAMED.search(last):
         return named[1]
+    if (drawn := DRAWN.search(last)) and not gives_up(last):
+        return drawn[1]
     if not re.search(r"\d", last) and len(sentences(whole)) > 1 and not SO.search(last):
         return None
     return concluded_number(whole, question)
+
+
+def _run(said: str, found: list[re.Match[str]]) -> str:
+    """The last mathematics of a sentence, with those that are joined to it: `$x = -1$ and $x = 4$`."""
+    run = [last_side(_inside(found[-1]))]
+    name = run[0].partition("=")[0].strip() if "=" in run[0] else ""
+    for before, after in reversed(list(itertools.pairwise(found))):
+        side = last_side(_inside(before))
+        joined = JOINS.fullmatch(said[before.end() : after.start()])
+        if not joined or not name or side.partition("=")[0].strip() != name:
+            break
+        run.insert(0, side)
+    return ", ".join(run)
 
 
 def _last_display(text: str) -> str | None:
@@ -518,7 +556,10 @@ def concluded_number(text: str, question: str = "") -> str | None:
     )
     found = list(re.finditer(VALUE, clause))
     if not found:
-        return worded_number(clause) if len(clause.split()) <= 12 else None
+        if len(clause.split()) > 12:
+            return None
+        ends = [clause, *(clause[result.end() :] for result in RESULT.finditer(clause))]
+        return next((each for end in reversed(ends) if (each := worded_number(end))), None)
     if len(found) == 1:
         only = found[0]
         before, after = clause[: only.start()], clause[only.end() :]
@@ -536,4 +577,5 @@ def concluded_number(text: str, question: str = "") -> str | None:
         infinitive = clause[: result.start()].endswith("to ") and not IMPERATIVE.match(clause)
         if not infinitive and (number := number_in(clause[result.end() :])) is not None:
             return number
-    return None
+    subject = re.match(rf"\W*({VALUE})%?(?:,? or (?:{VALUE})%?,?)? (?:is|are|of)\b", clause)
+    return re.sub(r"\s", "", subject[1]) if subject and cues else None

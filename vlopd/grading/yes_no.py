@@ -209,7 +209,9 @@ def about(sentence: str, asked: re.Pattern[str]) -> str | None:
             found = "no"
         elif not SUPPOSES.search(clause) and not UNCERTAIN.search(clause):
             defines = re.match(r"\W*(?:an? |the )?$", before, re.IGNORECASE) and re.match(
-                r"s? (?:is|are) an? ", after
+                r"s? (?:is|are) (?:an? |(?:\w+ ){0,3}"
+                r"(?:mammals|animals|birds|vehicles|devices|tools|fruits|machines)\b)",
+                after,
             )
             asks = re.search(
                 r"question (?:is|asks)|asked|(?:look(?:s|ing)? (?:for|like)|take it for)\W*(?:an?|the|any)?\W*$",

@@ -71,7 +71,7 @@ def mathematics(example: Example, text: str) -> float:
     gold = answer_of(example)
     if why := unreadable(gold):
         raise _bad_answer(example, "mathematics", why)
-    found = math_answer(text)
+    found = math_answer(text, example.question)
     return float(found is not None and same_math(found, gold))
 
 
@@ -80,7 +80,7 @@ def number(example: Example, text: str) -> float:
     gold = answer_of(example).rpartition("####")[2]
     if number_of(gold) is None:
         raise _bad_answer(example, "number", "it is not a number")
-    found = number_answer(text)
+    found = number_answer(text, example.question)
     return float(found is not None and same_number(found, gold))
 
 
@@ -107,7 +107,7 @@ def yes_no(example: Example, text: str) -> float:
     gold = plain_words(answer_of(example))
     if gold not in ("yes", "no"):
         raise _bad_answer(example, "yes_no", "it is neither yes nor no")
-    return float(yes_or_no(text) == gold)
+    return float(yes_or_no(text, example.question) == gold)
 
 
 def _choices_of(example: Example) -> list[str]:

@@ -31,7 +31,7 @@ from evals.tasks.benchmarks.official_rules import mmmu_choice, mmmu_open, relaxe
 from evals.tasks.benchmarks.official_rules import pope as pope_answer
 from vlopd.data.raw_values import cell_text
 from vlopd.errors import DataError
-from vlopd.grading.equality import number, relaxed_match, same_number
+from vlopd.grading.equality import number, same_number
 from vlopd.grading.extraction import (
     choice_letter,
     math_answer,
@@ -41,7 +41,6 @@ from vlopd.grading.extraction import (
     strip_reasoning,
     yes_or_no,
 )
-from vlopd.grading.values import number_in
 
 CHOOSE = "{}\n{}\nAnswer with the letter of the right choice."
 SHORTLY = "{}\nAnswer with one word, number or short phrase."
@@ -282,22 +281,8 @@ def score_chartqa(doc: Mapping[str, Any], results: list[str]) -> dict[str, float
     """`relaxed_accuracy` of the short answer by the official rule; `careful` reads percents and units."""
     extracted = short_answer(results[0])
     right = extracted is not None and relaxed_accuracy(extracted, doc["answer"])
-    careful = extracted is not None and (
-        relaxed_carefully(extracted, doc["answer"], doc["question"])
-        or states(results[0], doc["answer"], doc["question"])
-    )
+    careful = states(results[0], doc["answer"], doc["question"])
     return {**outcome(extracted, right, "relaxed_accuracy"), "careful": float(careful)}
-
-
-def relaxed_carefully(extracted: str, answer: str, question: str) -> bool:
-    """Whether numbers are within 5 % with or without their percent signs, units and separators; years are exact."""
-    if (value := number_in(extracted)) is not None and number(answer) is not None:
-        if re.search(r"\byears?\b|\bwhen\b", question, re.IGNORECASE) and re.fullmatch(
-            r"[12]\d{3}", answer
-        ):
-            return same_number(value, answer)
-        return relaxed_match(value, answer) or relaxed_accuracy(extracted, answer)
-    return relaxed_match(extracted, answer) or relaxed_accuracy(extracted, answer)
 
 
 def score_pope(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
