@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from evals import stats
+from vlopd.config.analysis import EvalConfig
 from vlopd.errors import RunError, first_line
 
 Array = NDArray[np.float64]
@@ -233,22 +234,30 @@ def load(name: str) -> Callable[[list[Any]], float]:
 
 @dataclass(frozen=True)
 class CorpusStatistics:
-    """Estimates of a corpus metric as JSON values, from its bootstrap values [1 + draws] by arm."""
+    """Estimates of a corpus metric as JSON values, by the paired bootstrap; several arms stand for their mean."""
 
     metric: CorpusMetric
     clusters: Sequence[str] | None
-    draws: int
-    confidence: float
-    power: float
-    higher_is_better: bool
+    config: EvalConfig
+    higher_is_better: bool = True
 
     @cached_property
     def values(self) -> dict[str, Array]:
-        return self.metric.values(self.clusters, self.draws)
+        """{arm: [1 + draws] values} (CorpusMetric.values)."""
+        return self.metric.values(self.clusters, self.config.bootstrap_draws)
 
     @property
     def n(self) -> int:
         return len(next(iter(self.metric.items.values())))
+
+    @property
+    def units(self) -> Sequence[Any]:
+        """The cluster of every document, or itself."""
+        return range(self.n) if self.clusters is None else self.clusters
+
+    @property
+    def df(self) -> int:
+        return len(set(self.units)) - 1
 
     @property
     def is_fraction(self) -> bool:
@@ -257,68 +266,106 @@ class CorpusStatistics:
         inside = all(0 <= x[0] <= 1 for x in self.values.values())
         return (name in FRACTIONS or self.metric.is_slow) and inside
 
-    def estimate(self, x: Array) -> dict[str, Any]:
+    def estimate(self, arms: Sequence[str]) -> dict[str, Any]:
         """The value with its bootstrap error and percentile interval."""
-        tail = (1 - self.confidence) / 2
-        low, high = np.quantile(x[1:], [tail, 1 - tail])
+        return self._estimate(self._mean(arms))
+
+    def difference(self, a: Sequence[str], b: Sequence[str]) -> dict[str, Any]:
+        """a - b with its interval, and the two-sided bootstrap p of no difference (Davison and Hinkley 1997, ch. 4).
+
+        p is at least 2^(1 - k), the smallest that k differing documents (or clusters) allow by their signs, as the
+        bootstrap's is too small for few. Without any there is no interval.
+        """
+        x = self._mean(a) - self._mean(b)
+        below, above = (x[1:] <= 0).sum() + 1, (x[1:] >= 0).sum() + 1
+        differ = self.differing(a, b)
+        p = min(1.0, max(2 * float(min(below, above)) / len(x), 2.0 ** (1 - differ)))
+        found = {**self._estimate(x), "p": p, "test": "paired_bootstrap"}
+        return found if differ else {**found, "interval": [float("nan")] * 2}
+
+    def contrast(self, a: Sequence[str], b: Sequence[str]) -> dict[str, Any]:
+        found = self.difference(a, b)
+        error = found["standard_error"] if self.differing(a, b) else float("nan")
+        alpha = 1 - self.config.confidence
+        return {
+            **found,
+            "bootstrap": found["interval"],
+            "draws": len(self._mean(a)) - 1,
+            "minimum_detectable_effect": stats.minimum_detectable_effect(error, 1, alpha=alpha),
+        }
+
+    def recovery(
+        self, sub: Sequence[str], base: Sequence[str], full: Sequence[str]
+    ) -> dict[str, Any]:
+        """(sub - base) / (full - base) with Fieller's interval, from the bootstrap's covariance."""
+        sign = 1 if self.higher_is_better else -1
+        parts, gains = (sign * (self._mean(of) - self._mean(base)) for of in (sub, full))
+        if not self.df:
+            return recovery_to_json(stats.Recovery(None, None, None, "undefined"))
+        covariance = np.cov(parts[1:], gains[1:])
+        part, gain = float(parts[0]), float(gains[0])
+        found = stats.fieller(part, gain, covariance, self.df, self.config.confidence)
+        return recovery_to_json(found)
+
+    def non_inferiority(self, a: Sequence[str], b: Sequence[str]) -> dict[str, Any]:
+        """Whether a is worse than b by less than eval.margin, by the bootstrap; of metrics shown in percent alone.
+
+        Not stated where few documents (or clusters) differ, of which the bootstrap knows too little.
+        """
+        margin, level = self.config.margin, (1 - self.config.confidence) / 2
+        sign = 1 if self.higher_is_better else -1
+        worse = sign * (self._mean(b) - self._mean(a))[1:]
+        p = float((worse >= margin).sum() + 1) / (len(worse) + 1)
+        differ, why = self.differing(a, b), None
+        if not self.is_fraction:
+            why = "the margin is in units of a score in [0, 1]"
+        elif p <= level and differ < stats.FEW_UNITS:
+            what = "documents" if self.clusters is None else "clusters"
+            why = f"{differ} differing {what} of the {stats.FEW_UNITS} needed"
+        return {
+            "margin": margin,
+            "low": -float(np.quantile(worse, 1 - level)) if differ else float("nan"),
+            "p": p if self.is_fraction else None,
+            "holds": p <= level and why is None,
+            "why": why,
+        }
+
+    def over_seeds(self, a: Sequence[str], b: Sequence[str]) -> stats.SeedDifference:
+        """The difference of two groups of seeds, its error over documents by the bootstrap."""
+        x = self._mean(a) - self._mean(b)
+        of_seeds = [np.array([self.values[arm][0] for arm in arms]) for arms in (a, b)]
+        known = self.df and self.differing(a, b)
+        error = float(x[1:].std(ddof=1)) if known else float("nan")
+        return stats.over_seeds(float(x[0]), error, self.df or 1, *of_seeds, self.config.confidence)
+
+    def differing(self, a: Sequence[str], b: Sequence[str]) -> int:
+        """The number of documents (or clusters) of which the arms of a and b have different items."""
+        items = zip(*(self.metric.items[arm] for arm in (*a, *b)), strict=True)
+        return len(
+            {
+                unit
+                for unit, (first, *rest) in zip(self.units, items, strict=True)
+                if any(other != first for other in rest)
+            }
+        )
+
+    def _mean(self, arms: Sequence[str]) -> Array:
+        return np.mean([self.values[arm] for arm in arms], axis=0)
+
+    def _estimate(self, x: Array) -> dict[str, Any]:
+        tail = (1 - self.config.confidence) / 2
+        error, low, high = x[1:].std(ddof=1), *np.quantile(x[1:], [tail, 1 - tail])
+        if not self.df:  # one document or cluster
+            error = low = high = float("nan")
         return {
             "n": self.n,
             "mean": float(x[0]),
-            "standard_error": float(x[1:].std(ddof=1)),
+            "standard_error": float(error),
             "interval": [float(low), float(high)],
         }
 
-    def difference(self, x: Array, y: Array) -> dict[str, Any]:
-        """x - y with its interval, and the two-sided bootstrap p of no difference (Davison and Hinkley 1997, ch. 4)."""
-        drawn = x[1:] - y[1:]
-        below, above = (drawn <= 0).sum() + 1, (drawn >= 0).sum() + 1
-        p = min(1.0, 2 * float(min(below, above)) / (len(drawn) + 1))
-        return {**self.estimate(x - y), "p": p}
 
-    def contrast(self, name: str, a: Any, b: Any, x: Array, y: Array) -> dict[str, Any]:
-        found = self.difference(x, y)
-        effect = stats.minimum_detectable_effect(
-            found["standard_error"], 1, self.power, 1 - self.confidence
-        )
-        return {
-            "name": name,
-            "a": a,
-            "b": b,
-            **found,
-            "bootstrap": found["interval"],
-            "test": "paired_bootstrap",
-            "draws": len(x) - 1,
-            "minimum_detectable_effect": effect,
-        }
-
-    def recovery(self, sub: Array, base: Array, full: Array) -> dict[str, Any]:
-        """(sub - base) / (full - base) with a percentile interval; flagged where full's gain is not established."""
-        gains, parts = full - base, sub - base
-        tail = (1 - self.confidence) / 2
-        low, high = np.quantile(
-            gains[1:] if self.higher_is_better else -gains[1:], [tail, 1 - tail]
-        )
-        if gains[0] == 0 or high < 0:
-            status = "undefined" if gains[0] == 0 else "negative"
-            return {"value": None, "interval": None, "status": status}
-        interval: list[float | None] = [
-            None,
-            None,
-        ]  # the ratio has no bounds where the gain may be 0
-        if low > 0:
-            known = gains[1:] != 0
-            ratios = parts[1:][known] / gains[1:][known]
-            interval = [float(x) for x in np.quantile(ratios, [tail, 1 - tail])]
-        status = "ok" if low > 0 else "weak"
-        return {"value": float(parts[0] / gains[0]), "interval": interval, "status": status}
-
-    def non_inferiority(self, x: Array, y: Array, margin: float) -> dict[str, Any]:
-        """Whether x is worse than y by less than `margin`, by the bootstrap; of metrics shown in percent alone."""
-        worse = (y - x if self.higher_is_better else x - y)[1:]
-        level = (1 - self.confidence) / 2
-        p = float((worse >= margin).sum() + 1) / (len(worse) + 1)
-        found = {"margin": margin, "low": -float(np.quantile(worse, 1 - level))}
-        if not self.is_fraction:
-            why = "the margin is in units of a score in [0, 1]"
-            return {**found, "p": None, "holds": False, "why": why}
-        return {**found, "p": p, "holds": p <= level, "why": None}
+def recovery_to_json(found: stats.Recovery) -> dict[str, Any]:
+    """A recovery as in compare.json: value, interval (null without a value), status."""
+    interval = None if found.value is None else [found.low, found.high]
+    return {"value": found.value, "interval": interval, "status": found.status}
