@@ -179,7 +179,11 @@ def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> di
     def arm(*names: str) -> dict[str, Any]:
         """An arm's value, difference to full, and recovery of full's gain; of several arms their mean's."""
         to_full: dict[str, Any] | None = None
-        recovered = {"value": None, "interval": None, "status": "no base or full arm"}
+        recovered: dict[str, Any] = {
+            "value": None,
+            "interval": None,
+            "status": "no base or full arm",
+        }
         if names == (full,):  # the reference itself
             to_full = {"mean": 0.0, "standard_error": 0.0, "interval": [0.0, 0.0], "mcnemar_p": 1.0}
         elif full:
@@ -381,8 +385,8 @@ class TaskStatistics:
     def recovery(
         self, sub: Sequence[str], base: Sequence[str], full: Sequence[str]
     ) -> dict[str, Any]:
-        goods = (self._goodness(arms) for arms in (sub, base, full))
-        return recovery_to_json(stats.recovery(*goods, **self._given))
+        x, y, z = (self._goodness(arms) for arms in (sub, base, full))
+        return recovery_to_json(stats.recovery(x, y, z, **self._given))
 
     def non_inferiority(self, a: Sequence[str], b: Sequence[str]) -> dict[str, Any]:
         x, y = self._goodness(a), self._goodness(b)
@@ -390,8 +394,8 @@ class TaskStatistics:
 
     def over_seeds(self, a: Sequence[str], b: Sequence[str]) -> stats.SeedDifference:
         scores = self.answers.scores
-        both = ([scores[arm] for arm in arms] for arms in (a, b))
-        return stats.seed_difference(*both, **self._given)
+        x, y = ([scores[arm] for arm in arms] for arms in (a, b))
+        return stats.seed_difference(x, y, **self._given)
 
     @property
     def _given(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import t
 
 from evals import stats
 from vlopd.config.analysis import EvalConfig
@@ -234,7 +235,11 @@ def load(name: str) -> Callable[[list[Any]], float]:
 
 @dataclass(frozen=True)
 class CorpusStatistics:
-    """Estimates of a corpus metric as JSON values, by the paired bootstrap; several arms stand for their mean."""
+    """Estimates of a corpus metric as JSON values, by the paired bootstrap; several arms stand for their mean.
+
+    Errors are the bootstrap's times sqrt(G / (G - 1)) over G documents or clusters, intervals and tests Student's t of
+    G - 1 degrees of freedom: of few documents percentile intervals are too narrow.
+    """
 
     metric: CorpusMetric
     clusters: Sequence[str] | None
@@ -267,31 +272,38 @@ class CorpusStatistics:
         return (name in FRACTIONS or self.metric.is_slow) and inside
 
     def estimate(self, arms: Sequence[str]) -> dict[str, Any]:
-        """The value with its bootstrap error and percentile interval."""
-        return self._estimate(self._mean(arms))
+        """The value with its error and interval."""
+        found = self._estimate(self._mean(arms))
+        if self.is_fraction:
+            found["interval"] = np.clip(found["interval"], 0, 1).tolist()
+        return found
 
     def difference(self, a: Sequence[str], b: Sequence[str]) -> dict[str, Any]:
-        """a - b with its interval, and the two-sided bootstrap p of no difference (Davison and Hinkley 1997, ch. 4).
+        """a - b with its interval, and the two-sided p of no difference.
 
-        p is at least 2^(1 - k), the smallest that k differing documents (or clusters) allow by their signs, as the
-        bootstrap's is too small for few. Without any there is no interval.
+        p is at least 2^(1 - k), the smallest that k differing documents (or clusters) allow by their signs. Without
+        any there is no interval.
         """
-        x = self._mean(a) - self._mean(b)
-        below, above = (x[1:] <= 0).sum() + 1, (x[1:] >= 0).sum() + 1
-        differ = self.differing(a, b)
-        p = min(1.0, max(2 * float(min(below, above)) / len(x), 2.0 ** (1 - differ)))
-        found = {**self._estimate(x), "p": p, "test": "paired_bootstrap"}
-        return found if differ else {**found, "interval": [float("nan")] * 2}
+        found, differ = self._estimate(self._mean(a) - self._mean(b)), self.differing(a, b)
+        if not differ:
+            found["interval"] = [float("nan")] * 2
+        p = min(1.0, max(2 * self._tail(abs(found["mean"]), found), 2.0 ** (1 - differ)))
+        return {**found, "p": p, "test": "paired_bootstrap"}
 
     def contrast(self, a: Sequence[str], b: Sequence[str]) -> dict[str, Any]:
-        found = self.difference(a, b)
-        error = found["standard_error"] if self.differing(a, b) else float("nan")
-        alpha = 1 - self.config.confidence
+        found, confidence = self.difference(a, b), self.config.confidence
+        x = self._mean(a) - self._mean(b)
+        tail = (1 - confidence) / 2
+        error = found["standard_error"] or float(
+            "nan"
+        )  # equal answers do not say what could be detected
         return {
             **found,
-            "bootstrap": found["interval"],
-            "draws": len(self._mean(a)) - 1,
-            "minimum_detectable_effect": stats.minimum_detectable_effect(error, 1, alpha=alpha),
+            "bootstrap": np.quantile(x[1:], [tail, 1 - tail]).tolist(),
+            "draws": len(x) - 1,
+            "minimum_detectable_effect": stats.minimum_detectable_effect(
+                error, 1, alpha=1 - confidence
+            ),
         }
 
     def recovery(
@@ -302,21 +314,20 @@ class CorpusStatistics:
         parts, gains = (sign * (self._mean(of) - self._mean(base)) for of in (sub, full))
         if not self.df:
             return recovery_to_json(stats.Recovery(None, None, None, "undefined"))
-        covariance = np.cov(parts[1:], gains[1:])
+        covariance = np.cov(parts[1:], gains[1:]) * (1 + 1 / self.df)
         part, gain = float(parts[0]), float(gains[0])
         found = stats.fieller(part, gain, covariance, self.df, self.config.confidence)
         return recovery_to_json(found)
 
     def non_inferiority(self, a: Sequence[str], b: Sequence[str]) -> dict[str, Any]:
-        """Whether a is worse than b by less than eval.margin, by the bootstrap; of metrics shown in percent alone.
+        """Whether a is worse than b by less than eval.margin; of metrics shown in percent alone.
 
         Not stated where few documents (or clusters) differ, of which the bootstrap knows too little.
         """
         margin, level = self.config.margin, (1 - self.config.confidence) / 2
         sign = 1 if self.higher_is_better else -1
-        worse = sign * (self._mean(b) - self._mean(a))[1:]
-        p = float((worse >= margin).sum() + 1) / (len(worse) + 1)
-        differ, why = self.differing(a, b), None
+        found, differ = self._estimate(sign * (self._mean(a) - self._mean(b))), self.differing(a, b)
+        p, why = self._tail(found["mean"] + margin, found), None
         if not self.is_fraction:
             why = "the margin is in units of a score in [0, 1]"
         elif p <= level and differ < stats.FEW_UNITS:
@@ -324,7 +335,7 @@ class CorpusStatistics:
             why = f"{differ} differing {what} of the {stats.FEW_UNITS} needed"
         return {
             "margin": margin,
-            "low": -float(np.quantile(worse, 1 - level)) if differ else float("nan"),
+            "low": found["interval"][0] if differ else float("nan"),
             "p": p if self.is_fraction else None,
             "holds": p <= level and why is None,
             "why": why,
@@ -333,10 +344,10 @@ class CorpusStatistics:
     def over_seeds(self, a: Sequence[str], b: Sequence[str]) -> stats.SeedDifference:
         """The difference of two groups of seeds, its error over documents by the bootstrap."""
         x = self._mean(a) - self._mean(b)
-        of_seeds = [np.array([self.values[arm][0] for arm in arms]) for arms in (a, b)]
-        known = self.df and self.differing(a, b)
-        error = float(x[1:].std(ddof=1)) if known else float("nan")
-        return stats.over_seeds(float(x[0]), error, self.df or 1, *of_seeds, self.config.confidence)
+        of_a, of_b = (np.array([self.values[arm][0] for arm in arms]) for arms in (a, b))
+        error = self._estimate(x)["standard_error"] if self.differing(a, b) else float("nan")
+        confidence = self.config.confidence
+        return stats.over_seeds(float(x[0]), error, self.df or 1, of_a, of_b, confidence)
 
     def differing(self, a: Sequence[str], b: Sequence[str]) -> int:
         """The number of documents (or clusters) of which the arms of a and b have different items."""
@@ -353,16 +364,24 @@ class CorpusStatistics:
         return np.mean([self.values[arm] for arm in arms], axis=0)
 
     def _estimate(self, x: Array) -> dict[str, Any]:
-        tail = (1 - self.config.confidence) / 2
-        error, low, high = x[1:].std(ddof=1), *np.quantile(x[1:], [tail, 1 - tail])
-        if not self.df:  # one document or cluster
-            error = low = high = float("nan")
+        error = half = float("nan")  # of one document or cluster
+        if self.df:
+            error = float(x[1:].std(ddof=1)) * math.sqrt(1 + 1 / self.df)
+            half = float(t.ppf((1 + self.config.confidence) / 2, self.df)) * error
+        mean = float(x[0])
         return {
             "n": self.n,
-            "mean": float(x[0]),
-            "standard_error": float(error),
-            "interval": [float(low), float(high)],
+            "mean": mean,
+            "standard_error": error,
+            "interval": [mean - half, mean + half],
         }
+
+    def _tail(self, distance: float, found: Mapping[str, Any]) -> float:
+        """The one-sided p of a distance in units of the estimate's error; 1 without one."""
+        error = found["standard_error"]
+        if math.isnan(error):
+            return 1.0
+        return float(t.sf(distance / error, self.df)) if error else float(distance <= 0)
 
 
 def recovery_to_json(found: stats.Recovery) -> dict[str, Any]:

@@ -30,7 +30,7 @@ FEW_UNITS = 10
 clustered score test alone does not establish non-inferiority."""
 FLIPS = 20_000
 """Random sign flips, where the exact distribution is too large."""
-SUPPORT = 5_000_000
+SUPPORT = 200_000
 """Sums of the exact sign-flip distribution beyond which it is sampled, to bound time and memory."""
 BLOCK = 2_000_000
 """Random numbers per block, to bound memory."""
@@ -169,13 +169,13 @@ def sign_flip(sums: ArrayLike, seed: int = 0) -> float:
     Exact, by convolution over the distinct sizes, unless they are too many; then by FLIPS random flips. Of
     unclustered 0/1 scores it is exact McNemar.
     """
-    sums = np.asarray(sums, dtype=np.float64)
-    if not sums.any():
+    x = np.asarray(sums, dtype=np.float64)
+    if not x.any():
         return 1.0
     # sums of weighted scores that are equal but for rounding are one size
-    sums = np.round(sums / np.abs(sums).max(), 9)
-    sizes, counts = np.unique(np.abs(sums[sums != 0]), return_counts=True)
-    observed = abs(float(sums.sum())) - 1e-6
+    x = np.round(x / np.abs(x).max(), 9)
+    sizes, counts = np.unique(np.abs(x[x != 0]), return_counts=True)
+    observed = abs(float(x.sum())) - 1e-6
     if observed < 0:
         return 1.0
     totals: Scores = np.zeros(1)
@@ -265,14 +265,13 @@ def seed_difference(
     ):
         raise ValueError("scores of seeds must be [seeds, questions], of the same questions")
     w = _as_weights(weights, both[0].shape[1])
-    of_a, of_b = both[0].mean(0), both[1].mean(0)
-    questions, _, units = _compared(of_a, of_b, clusters, confidence, weights)
+    questions, _, units = _compared(both[0].mean(0), both[1].mean(0), clusters, confidence, weights)
     of_questions = max(units - 1, 1)
     # equal answers have no error, but an interval
     guarded = (questions.high - questions.low) / 2 / _quantile(confidence, of_questions)
     error = max(guarded, questions.standard_error)
-    of_seeds = [(scores * w).mean(1) for scores in both]
-    return over_seeds(questions.mean, error, of_questions, *of_seeds, confidence)
+    of_a, of_b = ((scores * w).mean(1) for scores in both)
+    return over_seeds(questions.mean, error, of_questions, of_a, of_b, confidence)
 
 
 def over_seeds(

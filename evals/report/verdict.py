@@ -343,10 +343,8 @@ def _direction(difference: Entry, above: str, below: str) -> str:
         side = above if difference["direction"] == "above" else below
         return side if difference["exploratory"] else f"distinguishably {side}"
     low, high = difference["interval"]
-    if not _is_number(low) or not _is_number(high) or low <= 0 <= high:
-        return UNESTABLISHED
-    corrected = not difference["exploratory"] and difference["p_holm"] > difference["p"]
-    return f"not established{' after correction' if corrected else ''}"
+    excludes_zero = _is_number(low) and _is_number(high) and not low <= 0 <= high
+    return "not established" if excludes_zero else UNESTABLISHED
 
 
 def non_inferiority_text(difference: Entry) -> str:
