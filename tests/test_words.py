@@ -32,7 +32,7 @@ REPLICATED = make_config(
 
 def paired(rng: np.random.Generator, task: str, arms: list[str], higher: bool) -> PairedScores:
     """Random scores: 0/1 or not, clustered or not, weighted or not, or a corpus metric; some arms answer alike."""
-    n = int(rng.choice([1, 2, 12, 40, 150]))
+    n = int(rng.choice([1, 2, 12, 60, 300]))
     kind = str(rng.choice(["binary", "binary", "mean", "f1", "perplexity"]))
     ease = rng.normal(0, 1, n)
     quality = rng.choice([0.0, 0.0, 0.3, 1.5], len(arms))
@@ -97,7 +97,7 @@ def test_sentences_say_what_the_record_decides(monkeypatch):
     monkeypatch.setattr(comparing.stats, "FLIPS", 1000)
     rng = np.random.default_rng(11)
     words = {"distinguishably": 0, "non-inferior": 0, "weak": 0, "own": 0, "lower": 0}
-    for _ in range(30):
+    for _ in range(40):
         record = compared(rng, monkeypatch)
         of_all = ("Intervals are", "Differences are called")
         lines = [its for its in (*verdict(record), *headline(record)) if not its.startswith(of_all)]
