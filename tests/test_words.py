@@ -77,7 +77,7 @@ def compared(rng: np.random.Generator, monkeypatch) -> dict:
     declared = [None, ("full - base", "jsd - base"), ("subnetwork-0 - random-0",)]
     if config is CONFIG:
         declared = [None, ("subnetwork - random", "subnetwork - full"), ("full - teacher",)]
-    settings = {"contrasts": declared[rng.integers(3)], "bootstrap_draws": 100}
+    settings = {"contrasts": declared[rng.integers(3)], "bootstrap_draws": 50}
     of = config.eval.model_copy(update=settings)
     tasks = [
         paired(rng, f"task-{i}", arms, bool(rng.random() < 0.7)) for i in range(rng.integers(1, 4))
