@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import norm
 
 from evals import stats
-from evals.corpus_metrics import CorpusStatistics
+from evals.corpus_metrics import CorpusStatistics, recovery_to_json
 from evals.paired_scores import PairedScores, read_results, read_tasks
 from evals.stats import Scores
 from vlopd.config.analysis import EvalConfig
@@ -29,7 +29,6 @@ from vlopd.files import read_json, without_nan
 from vlopd.run.folder import RunFolder
 from vlopd.run.stage import stage
 
-POWER = 0.8
 ROLE_CONTRASTS: tuple[tuple[Role, Role], ...] = (
     *(("teacher", "base"), ("full", "base"), ("teacher", "full"), ("replicate", "full")),
     *(("variant", "full"), ("variant", "base")),
@@ -58,7 +57,7 @@ SEED_CONTRASTS: tuple[tuple[Role, Role], ...] = (
     ("subnetwork", "control"),
 )
 """Contrasts also made over seeds, where there are several."""
-FORMAT = 3
+FORMAT = 4
 """Version of compare.json; another version is made again."""
 
 
@@ -107,14 +106,11 @@ def _comparison(
     paired, not_compared = read_tasks(run.root / "evals", results, arms, config)
     tasks: dict[str, dict[str, Any]] = {}
     for answers in paired:
-        if answers.corpus is None:
+        try:
             entry = _compare_task(answers, roles, config)
-        else:
-            try:
-                entry = _compare_corpus(answers, roles, config)
-            except RunError as error:
-                not_compared[answers.task] = f"{answers.metric}: {error}"
-                continue
+        except RunError as error:
+            not_compared[answers.task] = f"{answers.metric}: {error}"
+            continue
         tasks[answers.task] = {**entry, **_about_task(answers, results, tasks)}
         for arm in arms:
             entry["arms"][arm] |= _about_answers(answers, results[arm], arm)
@@ -141,18 +137,19 @@ def _about_task(
 ) -> dict[str, Any]:
     """What an entry of compare.json says of its task besides the statistics."""
     first, *_ = results.values()
-    chances = first.get("chance") or {}
+    # the chance of an accuracy, which says nothing of a corpus metric
+    chances = {} if answers.corpus else first.get("chance") or {}
     chance = chances.get(answers.task)
     if answers.members and all(task in chances for task in answers.members):
         chance = {"all": answers.pooled([chances[task]["all"] for task in answers.members])}
-    found: dict[str, Any] = {
+    group = answers.group if answers.group in before else None
+    return {
         "chance": chance,
         "higher_is_better": answers.higher_is_better,
         "members": answers.members and list(answers.members),
-        "group": answers.group if answers.group in before else None,
+        "group": group,
+        "in_family": group is None,
     }
-    found["in_family"] = found["group"] is None
-    return found if answers.corpus else {**found, "scale": answers.scale}
 
 
 def _about_answers(answers: PairedScores, results: Mapping[str, Any], arm: str) -> dict[str, Any]:
@@ -165,124 +162,62 @@ def _about_answers(answers: PairedScores, results: Mapping[str, Any], arm: str) 
     }
 
 
-def _compare_corpus(answers: PairedScores, roles: Roles, config: EvalConfig) -> dict[str, Any]:
-    """The entry of `_compare_task` for a metric that is no mean over questions, by a paired bootstrap.
+def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> dict[str, Any]:
+    """One task's entry of compare.json, without what is copied from results.json.
 
-    Raises RunError where the metric cannot be computed.
+    Raises RunError where a corpus metric cannot be computed.
     """
-    assert answers.corpus is not None
-    statistics = CorpusStatistics(
-        answers.corpus,
-        answers.clusters,
-        config.bootstrap_draws,
-        config.confidence,
-        POWER,
-        answers.higher_is_better,
-    )
-    values = statistics.values
+    better, corpus = answers.higher_is_better, answers.corpus
+    statistics: TaskStatistics | CorpusStatistics
+    if corpus is None:
+        statistics = TaskStatistics(answers, config)
+    else:
+        statistics = CorpusStatistics(corpus, answers.clusters, config, better)
+        statistics.values  # noqa: B018, computed here, or refused
     base, full, teacher = (roles.first(role) for role in ("base", "full", "teacher"))
 
-    def gained(x: Scores, of: str | None) -> dict[str, Any] | None:
-        return statistics.recovery(x, values[base], values[of]) if base and of else None
-
-    def arm(x: Scores) -> dict[str, Any]:
-        to_full = full and {**statistics.difference(x, values[full]), "mcnemar_p": None}
-        none = {"value": None, "interval": None, "status": "no base or full arm"}
+    def arm(*names: str) -> dict[str, Any]:
+        """An arm's value, difference to full, and recovery of full's gain; of several arms their mean's."""
+        to_full: dict[str, Any] | None = None
+        recovered: dict[str, Any] = {
+            "value": None,
+            "interval": None,
+            "status": "no base or full arm",
+        }
+        if names == (full,):  # the reference itself
+            to_full = {"mean": 0.0, "standard_error": 0.0, "interval": [0.0, 0.0], "mcnemar_p": 1.0}
+        elif full:
+            to_full = statistics.difference(names, (full,))
+            exact = to_full.pop("test") == "mcnemar"
+            to_full["mcnemar_p"] = to_full["p"] if exact else None
+        if base and full:
+            recovered = statistics.recovery(names, (base,), (full,))
+            if names in ((base,), (full,)) and recovered["value"] is not None:
+                fixed = float(names == (full,))  # by definition
+                recovered |= {"value": fixed, "interval": [fixed, fixed]}
         return {
-            **statistics.estimate(x),
-            "difference_to_full": to_full or None,
-            "recovery": gained(x, full) or none,
+            **statistics.estimate(names),
+            "difference_to_full": to_full,
+            "recovery": recovered,
         }
 
     def contrast(a: str, b: str | tuple[str, ...], name: str = "") -> dict[str, Any]:
-        x, y = values[a], _mean_scores(values, b)
-        entry = statistics.contrast(name or f"{a} - {b}", a, b, x, y)
+        others = (b,) if isinstance(b, str) else b
+        about = {"name": name or f"{a} - {b}", "a": a, "b": b}
+        entry = {**about, **statistics.contrast((a,), others)}
         if full and roles.of[a] == "subnetwork" and b == full:
-            entry["non_inferiority"] = statistics.non_inferiority(x, y, config.margin)
+            entry["non_inferiority"] = statistics.non_inferiority((a,), (full,))
         return entry
 
-    pairs = [
-        (a, b)
-        for above, below in ROLE_CONTRASTS
-        for a in roles.arms(above)
-        for b in roles.arms(below)
-    ]
-    contrasts = [contrast(a, b) for a, b in pairs]
-    controls = []
-    sign = 1 if answers.higher_is_better else -1
-    for group in roles.controls:
-        if len(group.arms) > 1:  # else the mean is the one control
-            contrasts += [contrast(group.arm, other) for other in group.arms]
-        name = f"{group.arm} - {group.kind} (mean of {len(group.arms)})"
-        contrasts.append(difference := contrast(group.arm, group.arms, name))
-        means = [float(values[other][0]) for other in group.arms]
-        spread = float(np.std(means, ddof=1)) if len(means) > 1 else None
-        ranked = stats.rank_among(sign * float(values[group.arm][0]), [sign * x for x in means])
-        controls.append(
-            {
-                **group._asdict(),
-                "pooled": {**arm(_mean_scores(values, group.arms)), "sd_between_arms": spread},
-                "difference": difference,
-                **ranked.__dict__,
-            }
-        )
-    contrasts += [contrast(its.of, its.arm) for its in roles.unpooled]
-    given = {(its["a"], its["b"]) for its in contrasts}
-    declared = roles.contrasts(config.contrasts or ())
-    contrasts += [contrast(a, b) for a, b in declared if (a, b) not in given]
-    key = controls[0]["difference"] if controls else next(iter(contrasts), None)
-    entries = {
-        name: {
-            "role": roles.of[name],
-            **arm(x),
-            "by_group": {},
-            "pass_at": {},
-            "further": {},
-            "gap_closed": gained(x, teacher),
-        }
-        for name, x in values.items()
-    }
-    return {
-        "metric": answers.metric,
-        "n": statistics.n,
-        "clusters": len(set(answers.clusters)) if answers.clusters else None,
-        "scale": "fraction" if statistics.is_fraction else "own",
-        "draws": len(next(iter(values.values()))) - 1,
-        "arms": entries,
-        "contrasts": contrasts,
-        "controls": controls,
-        "seeds": [],
-        "gap_closed": entries[full]["gap_closed"] if full else None,
-        "minimum_detectable_effect": key and key["minimum_detectable_effect"],
-        "minimum_detectable_effect_of": key and key["name"],
-    }
-
-
-def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> dict[str, Any]:
-    """One task's entry of compare.json, without what is copied from results.json."""
-    scores, base, full = answers.scores, roles.first("base"), roles.first("full")
-    teacher = roles.first("teacher")
-    statistics = TaskStatistics(answers, config, base, full)
-    entries = {}
-    for arm in scores:
-        entries[arm] = {"role": roles.of[arm], **statistics.arm(scores[arm], arm)}
-        entries[arm]["by_group"] = statistics.by_group(scores[arm])
-        others = {name: statistics.mean(of[arm]) for name, of in answers.further.items()}
-        pass_at = {name: its for name, its in others.items() if name.startswith("pass@")}
-        further = {name: its for name, its in others.items() if name not in pass_at}
-        entries[arm] |= {"pass_at": pass_at, "further": further}
-        entries[arm]["gap_closed"] = (
-            statistics.recovery(scores[arm], scores[base], scores[teacher])
-            if base and teacher
-            else None
-        )
-
-    def contrast(a: str, b: str | tuple[str, ...], name: str = "") -> dict[str, Any]:
-        entry = statistics.contrast(name or f"{a} - {b}", a, b, scores[a], _mean_scores(scores, b))
-        if full and roles.of[a] == "subnetwork" and b == full:
-            entry["non_inferiority"] = statistics.non_inferiority(scores[a], scores[b])
-        return entry
-
+    entries = {name: {"role": role, **arm(name)} for name, role in roles.of.items()}
+    for name, entry in entries.items():
+        found: dict[str, dict[str, Any]] = {"pass_at": {}, "further": {}}
+        for metric, of in answers.further.items():
+            kind = "pass_at" if metric.startswith("pass@") else "further"
+            found[kind][metric] = _mean_of(answers, of[name], config)
+        entry["by_group"] = {} if corpus else _by_group(answers, answers.scores[name], config)
+        gap = statistics.recovery((name,), (base,), (teacher,)) if base and teacher else None
+        entry |= {**found, "gap_closed": gap}
     contrasts = [
         contrast(a, b)
         for above, below in ROLE_CONTRASTS
@@ -294,19 +229,17 @@ def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> di
         if len(group.arms) > 1:  # else the mean is the one control
             contrasts += [contrast(group.arm, other) for other in group.arms]
         name = f"{group.arm} - {group.kind} (mean of {len(group.arms)})"
-        difference = contrast(group.arm, group.arms, name)
-        contrasts.append(difference)
-        pooled = _mean_scores(scores, group.arms)
+        contrasts.append(difference := contrast(group.arm, group.arms, name))
         means = [entries[other]["mean"] for other in group.arms]
+        spread = float(np.std(means, ddof=1)) if len(means) > 1 else None
+        sign = 1 if better else -1
+        ranked = stats.rank_among(sign * entries[group.arm]["mean"], [sign * x for x in means])
         controls.append(
             {
                 **group._asdict(),
-                "pooled": {
-                    **statistics.arm(pooled),
-                    "sd_between_arms": float(np.std(means, ddof=1)) if len(means) > 1 else None,
-                },
+                "pooled": {**arm(*group.arms), "sd_between_arms": spread},
                 "difference": difference,
-                **stats.rank_among(entries[group.arm]["mean"], means).__dict__,
+                **ranked.__dict__,
             }
         )
     contrasts += [contrast(its.of, its.arm) for its in roles.unpooled]
@@ -318,10 +251,11 @@ def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> di
         "metric": answers.metric,
         "n": len(answers.groups),
         "clusters": len(set(answers.clusters)) if answers.clusters else None,
+        "scale": "fraction" if statistics.is_fraction else "own",
         "arms": entries,
         "contrasts": contrasts,
         "controls": controls,
-        "seeds": _contrasts_over_seeds(answers, roles, config),
+        "seeds": _contrasts_over_seeds(statistics, roles),
         "gap_closed": entries[full]["gap_closed"] if full else None,
         "minimum_detectable_effect": key and key["minimum_detectable_effect"],
         "minimum_detectable_effect_of": key and key["name"],
@@ -382,15 +316,8 @@ def _flag_recoveries(entry: dict[str, Any], roles: Roles) -> None:
             found["status"] = "weak"
 
 
-def _mean_scores(scores: Mapping[str, Scores], arms: str | Sequence[str]) -> Scores:
-    """An arm's score on each question, or the mean of several arms' scores."""
-    if isinstance(arms, str):
-        return scores[arms]
-    return np.mean([scores[arm] for arm in arms], axis=0)
-
-
 def _contrasts_over_seeds(
-    answers: PairedScores, roles: Roles, config: EvalConfig
+    statistics: TaskStatistics | CorpusStatistics, roles: Roles
 ) -> list[dict[str, Any]]:
     """SEED_CONTRASTS between groups of arms that differ only in the training seed (controls: in the mask's seed)."""
     single = [(arm,) for arm in roles.of if not any(arm in group for group in roles.seed_groups)]
@@ -410,14 +337,7 @@ def _contrasts_over_seeds(
                     group.arm in a and group.arms == b for group in roles.controls
                 ):
                     continue
-                found = stats.seed_difference(
-                    [answers.scores[arm] for arm in a],
-                    [answers.scores[arm] for arm in b],
-                    config.confidence,
-                    answers.clusters,
-                    answers.weights,
-                )
-                entry = dict(found.__dict__)
+                entry = dict(statistics.over_seeds(a, b).__dict__)
                 entry["interval"] = [entry.pop("low"), entry.pop("high")]
                 name = f"{a[0]} - {kinds[b] if below == 'control' else b[0]}"
                 seeds_of_b = "mask seeds" if below == "control" else "training seeds"
@@ -434,85 +354,61 @@ def _contrasts_over_seeds(
 
 @dataclass(frozen=True)
 class TaskStatistics:
-    """Statistics of one task as JSON values, at the config's confidence."""
+    """Statistics of a metric that is a mean over questions, as JSON values; several arms stand for their mean."""
 
     answers: PairedScores
     config: EvalConfig
-    base: str | None
-    full: str | None
+    is_fraction = True
+
+    def estimate(self, arms: Sequence[str]) -> dict[str, Any]:
+        return _mean_of(self.answers, self._scores(arms), self.config)
+
+    def difference(self, a: Sequence[str], b: Sequence[str]) -> dict[str, Any]:
+        found = stats.paired_difference(self._scores(a), self._scores(b), **self._given)
+        return {**estimate_to_json(found), "test": found.test}
+
+    def contrast(self, a: Sequence[str], b: Sequence[str]) -> dict[str, Any]:
+        found, confidence = self.difference(a, b), self.config.confidence
+        # from the interval, which accounts for clusters and few discordant questions
+        low, high = found["interval"]
+        error = (high - low) / 2 / float(norm.ppf((1 + confidence) / 2))
+        draws = self.config.bootstrap_draws
+        drawn = stats.paired_bootstrap(self._scores(a), self._scores(b), draws, **self._given)
+        return {
+            **found,
+            "bootstrap": list(drawn),
+            "minimum_detectable_effect": stats.minimum_detectable_effect(
+                error, 1, alpha=1 - confidence
+            ),
+        }
+
+    def recovery(
+        self, sub: Sequence[str], base: Sequence[str], full: Sequence[str]
+    ) -> dict[str, Any]:
+        x, y, z = (self._goodness(arms) for arms in (sub, base, full))
+        return recovery_to_json(stats.recovery(x, y, z, **self._given))
+
+    def non_inferiority(self, a: Sequence[str], b: Sequence[str]) -> dict[str, Any]:
+        x, y = self._goodness(a), self._goodness(b)
+        return dict(stats.non_inferiority(x, y, self.config.margin, **self._given).__dict__)
+
+    def over_seeds(self, a: Sequence[str], b: Sequence[str]) -> stats.SeedDifference:
+        scores = self.answers.scores
+        x, y = ([scores[arm] for arm in arms] for arms in (a, b))
+        return stats.seed_difference(x, y, **self._given)
 
     @property
     def _given(self) -> dict[str, Any]:
         """What every statistic of the task's questions depends on."""
-        answers, confidence = self.answers, self.config.confidence
-        return {
-            "clusters": answers.clusters,
-            "confidence": confidence,
-            "weights": answers.weights,
-        }
+        return _given(self.answers, self.config)
 
-    def mean(self, x: Scores) -> dict[str, Any]:
-        return estimate_to_json(stats.mean_with_error(x, **self._given))
+    def _scores(self, arms: Sequence[str]) -> Scores:
+        return np.mean([self.answers.scores[arm] for arm in arms], axis=0)
 
-    def arm(self, x: Scores, name: str | None = None) -> dict[str, Any]:
-        """An arm's mean, difference to full, and recovery of full's gain over the base; `name`: None if pooled."""
-        scores = self.answers.scores
-        to_full: dict[str, Any] | None = None
-        regained: dict[str, Any] = {
-            "value": None,
-            "interval": None,
-            "status": "no base or full arm",
-        }
-        if name is not None and name == self.full:  # the reference itself
-            to_full = {"mean": 0.0, "standard_error": 0.0, "interval": [0.0, 0.0]}
-            to_full["mcnemar_p"] = 1.0
-        elif self.full:
-            difference = self.difference(x, scores[self.full])
-            to_full = estimate_to_json(difference)
-            to_full["mcnemar_p"] = difference.p if difference.test == "mcnemar" else None
-        if self.base and self.full:
-            regained = self.recovery(x, scores[self.base], scores[self.full])
-            if name in (self.base, self.full) and regained["value"] is not None:
-                fixed = float(name == self.full)  # by definition
-                regained |= {"value": fixed, "interval": [fixed, fixed]}
-        return {**self.mean(x), "difference_to_full": to_full, "recovery": regained}
-
-    def by_group(self, x: Scores) -> dict[str, Any]:
-        """Mean and error within each question kind; empty if questions have none."""
-        groups, clusters = np.array(self.answers.groups, dtype=object), self.answers.clusters
-        found = {}
-        for kind in sorted({group for group in groups if group is not None}):
-            of_kind = groups == kind
-            within = None if clusters is None else np.array(clusters)[of_kind]
-            estimate = stats.mean_with_error(x[of_kind], within, self.config.confidence)
-            found[kind] = estimate_to_json(estimate)
-        return found
-
-    def contrast(self, name: str, a: Any, b: Any, x: Scores, y: Scores) -> dict[str, Any]:
-        difference, confidence = self.difference(x, y), self.config.confidence
-        # from the interval, which accounts for clusters and few discordant questions
-        error = (difference.high - difference.low) / 2 / float(norm.ppf((1 + confidence) / 2))
-        effect = stats.minimum_detectable_effect(error, 1, POWER, 1 - confidence)
-        low, high = stats.paired_bootstrap(x, y, self.config.bootstrap_draws, **self._given)
-        entry = {
-            "name": name,
-            "a": a,
-            "b": b,
-            **estimate_to_json(difference),
-            "bootstrap": [low, high],
-        }
-        return {**entry, "test": difference.test, "minimum_detectable_effect": effect}
-
-    def non_inferiority(self, x: Scores, y: Scores) -> dict[str, Any]:
-        return dict(stats.non_inferiority(x, y, self.config.margin, **self._given).__dict__)
-
-    def difference(self, x: Scores, y: Scores) -> stats.Difference:
-        return stats.paired_difference(x, y, **self._given)
-
-    def recovery(self, sub: Scores, base: Scores, full: Scores) -> dict[str, Any]:
-        found = stats.recovery(sub, base, full, **self._given)
-        interval = None if found.value is None else [found.low, found.high]
-        return {"value": found.value, "interval": interval, "status": found.status}
+    def _goodness(self, arms: Sequence[str]) -> Scores:
+        """Scores of which higher is better, in [0, 1]."""
+        scores = self._scores(arms)
+        return scores if self.answers.higher_is_better else 1 - scores
 
 
 # ----------------------------------------------------------------------------------------- helpers
@@ -524,6 +420,30 @@ def estimate_to_json(estimate: stats.Estimate) -> dict[str, Any]:
     entry.pop("test", None)
     entry["interval"] = [entry.pop("low"), entry.pop("high")]
     return entry
+
+
+def _given(answers: PairedScores, config: EvalConfig) -> dict[str, Any]:
+    return {
+        "clusters": answers.clusters,
+        "confidence": config.confidence,
+        "weights": answers.weights,
+    }
+
+
+def _mean_of(answers: PairedScores, x: Scores, config: EvalConfig) -> dict[str, Any]:
+    return estimate_to_json(stats.mean_with_error(x, **_given(answers, config)))
+
+
+def _by_group(answers: PairedScores, x: Scores, config: EvalConfig) -> dict[str, Any]:
+    """Mean and error within each question kind; empty if questions have none."""
+    groups, clusters = np.array(answers.groups, dtype=object), answers.clusters
+    found = {}
+    for kind in sorted({group for group in groups if group is not None}):
+        of_kind = groups == kind
+        within = None if clusters is None else np.array(clusters)[of_kind]
+        estimate = stats.mean_with_error(x[of_kind], within, config.confidence)
+        found[kind] = estimate_to_json(estimate)
+    return found
 
 
 def _arm_entries(run: RunFolder, config: ExperimentConfig) -> dict[str, dict[str, Any]]:

@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import t
 
 from evals import stats
+from vlopd.config.analysis import EvalConfig
 from vlopd.errors import RunError, first_line
 
 Array = NDArray[np.float64]
@@ -233,22 +235,34 @@ def load(name: str) -> Callable[[list[Any]], float]:
 
 @dataclass(frozen=True)
 class CorpusStatistics:
-    """Estimates of a corpus metric as JSON values, from its bootstrap values [1 + draws] by arm."""
+    """Estimates of a corpus metric as JSON values, by the paired bootstrap; several arms stand for their mean.
+
+    Errors are the bootstrap's times sqrt(G / (G - 1)) over G documents or clusters, intervals and tests Student's t of
+    G - 1 degrees of freedom: of few documents percentile intervals are too narrow.
+    """
 
     metric: CorpusMetric
     clusters: Sequence[str] | None
-    draws: int
-    confidence: float
-    power: float
-    higher_is_better: bool
+    config: EvalConfig
+    higher_is_better: bool = True
 
     @cached_property
     def values(self) -> dict[str, Array]:
-        return self.metric.values(self.clusters, self.draws)
+        """{arm: [1 + draws] values} (CorpusMetric.values)."""
+        return self.metric.values(self.clusters, self.config.bootstrap_draws)
 
     @property
     def n(self) -> int:
         return len(next(iter(self.metric.items.values())))
+
+    @property
+    def units(self) -> Sequence[Any]:
+        """The cluster of every document, or itself."""
+        return range(self.n) if self.clusters is None else self.clusters
+
+    @property
+    def df(self) -> int:
+        return len(set(self.units)) - 1
 
     @property
     def is_fraction(self) -> bool:
@@ -257,68 +271,120 @@ class CorpusStatistics:
         inside = all(0 <= x[0] <= 1 for x in self.values.values())
         return (name in FRACTIONS or self.metric.is_slow) and inside
 
-    def estimate(self, x: Array) -> dict[str, Any]:
-        """The value with its bootstrap error and percentile interval."""
-        tail = (1 - self.confidence) / 2
-        low, high = np.quantile(x[1:], [tail, 1 - tail])
-        return {
-            "n": self.n,
-            "mean": float(x[0]),
-            "standard_error": float(x[1:].std(ddof=1)),
-            "interval": [float(low), float(high)],
-        }
+    def estimate(self, arms: Sequence[str]) -> dict[str, Any]:
+        """The value with its error and interval."""
+        found = self._estimate(self._mean(arms))
+        if self.is_fraction:
+            found["interval"] = np.clip(found["interval"], 0, 1).tolist()
+        return found
 
-    def difference(self, x: Array, y: Array) -> dict[str, Any]:
-        """x - y with its interval, and the two-sided bootstrap p of no difference (Davison and Hinkley 1997, ch. 4)."""
-        drawn = x[1:] - y[1:]
-        below, above = (drawn <= 0).sum() + 1, (drawn >= 0).sum() + 1
-        p = min(1.0, 2 * float(min(below, above)) / (len(drawn) + 1))
-        return {**self.estimate(x - y), "p": p}
+    def difference(self, a: Sequence[str], b: Sequence[str]) -> dict[str, Any]:
+        """a - b with its interval, and the two-sided p of no difference.
 
-    def contrast(self, name: str, a: Any, b: Any, x: Array, y: Array) -> dict[str, Any]:
-        found = self.difference(x, y)
-        effect = stats.minimum_detectable_effect(
-            found["standard_error"], 1, self.power, 1 - self.confidence
-        )
+        p is at least 2^(1 - k), the smallest that k differing documents (or clusters) allow by their signs. Without
+        any there is no interval.
+        """
+        found, differ = self._estimate(self._mean(a) - self._mean(b)), self.differing(a, b)
+        if not differ:
+            found["interval"] = [float("nan")] * 2
+        p = min(1.0, max(2 * self._tail(abs(found["mean"]), found), 2.0 ** (1 - differ)))
+        return {**found, "p": p, "test": "paired_bootstrap"}
+
+    def contrast(self, a: Sequence[str], b: Sequence[str]) -> dict[str, Any]:
+        found, confidence = self.difference(a, b), self.config.confidence
+        x = self._mean(a) - self._mean(b)
+        tail = (1 - confidence) / 2
+        error = found["standard_error"] or float(
+            "nan"
+        )  # equal answers do not say what could be detected
         return {
-            "name": name,
-            "a": a,
-            "b": b,
             **found,
-            "bootstrap": found["interval"],
-            "test": "paired_bootstrap",
+            "bootstrap": np.quantile(x[1:], [tail, 1 - tail]).tolist(),
             "draws": len(x) - 1,
-            "minimum_detectable_effect": effect,
+            "minimum_detectable_effect": stats.minimum_detectable_effect(
+                error, 1, alpha=1 - confidence
+            ),
         }
 
-    def recovery(self, sub: Array, base: Array, full: Array) -> dict[str, Any]:
-        """(sub - base) / (full - base) with a percentile interval; flagged where full's gain is not established."""
-        gains, parts = full - base, sub - base
-        tail = (1 - self.confidence) / 2
-        low, high = np.quantile(
-            gains[1:] if self.higher_is_better else -gains[1:], [tail, 1 - tail]
-        )
-        if gains[0] == 0 or high < 0:
-            status = "undefined" if gains[0] == 0 else "negative"
-            return {"value": None, "interval": None, "status": status}
-        interval: list[float | None] = [
-            None,
-            None,
-        ]  # the ratio has no bounds where the gain may be 0
-        if low > 0:
-            known = gains[1:] != 0
-            ratios = parts[1:][known] / gains[1:][known]
-            interval = [float(x) for x in np.quantile(ratios, [tail, 1 - tail])]
-        status = "ok" if low > 0 else "weak"
-        return {"value": float(parts[0] / gains[0]), "interval": interval, "status": status}
+    def recovery(
+        self, sub: Sequence[str], base: Sequence[str], full: Sequence[str]
+    ) -> dict[str, Any]:
+        """(sub - base) / (full - base) with Fieller's interval, from the bootstrap's covariance."""
+        sign = 1 if self.higher_is_better else -1
+        parts, gains = (sign * (self._mean(of) - self._mean(base)) for of in (sub, full))
+        if not self.df:
+            return recovery_to_json(stats.Recovery(None, None, None, "undefined"))
+        covariance = np.cov(parts[1:], gains[1:]) * (1 + 1 / self.df)
+        part, gain = float(parts[0]), float(gains[0])
+        found = stats.fieller(part, gain, covariance, self.df, self.config.confidence)
+        return recovery_to_json(found)
 
-    def non_inferiority(self, x: Array, y: Array, margin: float) -> dict[str, Any]:
-        """Whether x is worse than y by less than `margin`, by the bootstrap; of metrics shown in percent alone."""
-        worse = (y - x if self.higher_is_better else x - y)[1:]
-        level = (1 - self.confidence) / 2
-        p = float((worse >= margin).sum() + 1) / (len(worse) + 1)
-        found = {"margin": margin, "low": -float(np.quantile(worse, 1 - level))}
+    def non_inferiority(self, a: Sequence[str], b: Sequence[str]) -> dict[str, Any]:
+        """Whether a is worse than b by less than eval.margin; of metrics shown in percent alone.
+
+        Not stated where few documents (or clusters) differ, of which the bootstrap knows too little.
+        """
+        margin, level = self.config.margin, (1 - self.config.confidence) / 2
+        sign = 1 if self.higher_is_better else -1
+        found, differ = self._estimate(sign * (self._mean(a) - self._mean(b))), self.differing(a, b)
+        p, why = self._tail(found["mean"] + margin, found), None
         if not self.is_fraction:
             why = "the margin is in units of a score in [0, 1]"
-            return {**found, "p": None, "holds": False, "why": why}
-        return {**found, "p": p, "holds": p <= level, "why": None}
+        elif p <= level and differ < stats.FEW_UNITS:
+            what = "documents" if self.clusters is None else "clusters"
+            why = f"{differ} differing {what} of the {stats.FEW_UNITS} needed"
+        return {
+            "margin": margin,
+            "low": found["interval"][0] if differ else float("nan"),
+            "p": p if self.is_fraction else None,
+            "holds": p <= level and why is None,
+            "why": why,
+        }
+
+    def over_seeds(self, a: Sequence[str], b: Sequence[str]) -> stats.SeedDifference:
+        """The difference of two groups of seeds, its error over documents by the bootstrap."""
+        x = self._mean(a) - self._mean(b)
+        of_a, of_b = (np.array([self.values[arm][0] for arm in arms]) for arms in (a, b))
+        error = self._estimate(x)["standard_error"] if self.differing(a, b) else float("nan")
+        confidence = self.config.confidence
+        return stats.over_seeds(float(x[0]), error, self.df or 1, of_a, of_b, confidence)
+
+    def differing(self, a: Sequence[str], b: Sequence[str]) -> int:
+        """The number of documents (or clusters) of which the arms of a and b have different items."""
+        items = zip(*(self.metric.items[arm] for arm in (*a, *b)), strict=True)
+        return len(
+            {
+                unit
+                for unit, (first, *rest) in zip(self.units, items, strict=True)
+                if any(other != first for other in rest)
+            }
+        )
+
+    def _mean(self, arms: Sequence[str]) -> Array:
+        return np.mean([self.values[arm] for arm in arms], axis=0)
+
+    def _estimate(self, x: Array) -> dict[str, Any]:
+        error = half = float("nan")  # of one document or cluster
+        if self.df:
+            error = float(x[1:].std(ddof=1)) * math.sqrt(1 + 1 / self.df)
+            half = float(t.ppf((1 + self.config.confidence) / 2, self.df)) * error
+        mean = float(x[0])
+        return {
+            "n": self.n,
+            "mean": mean,
+            "standard_error": error,
+            "interval": [mean - half, mean + half],
+        }
+
+    def _tail(self, distance: float, found: Mapping[str, Any]) -> float:
+        """The one-sided p of a distance in units of the estimate's error; 1 without one."""
+        error = found["standard_error"]
+        if math.isnan(error):
+            return 1.0
+        return float(t.sf(distance / error, self.df)) if error else float(distance <= 0)
+
+
+def recovery_to_json(found: stats.Recovery) -> dict[str, Any]:
+    """A recovery as in compare.json: value, interval (null without a value), status."""
+    interval = None if found.value is None else [found.low, found.high]
+    return {"value": found.value, "interval": interval, "status": found.status}

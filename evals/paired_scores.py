@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -46,8 +46,6 @@ class PairedScores:
     clusters: Sequence[str] | None
     further: Mapping[str, Mapping[str, Scores]]
     higher_is_better: bool = True
-    scale: Literal["fraction", "own"] = "fraction"
-    """Whether scores are in [0, 1], or in the metric's own unit."""
     members: Sequence[str] | None = None
     """The tasks of a group, whose questions these are; None for a task."""
     sizes: Sequence[int] | None = None
@@ -62,10 +60,6 @@ class PairedScores:
     """LENGTHS by arm."""
     corpus: corpus_metrics.CorpusMetric | None = None
     """What a metric that is no mean over questions is computed from; `scores` is then empty."""
-
-    @property
-    def in_family(self) -> bool:
-        return self.group is None
 
     def pooled(self, values: Sequence[float]) -> float:
         """The total of the members' means, weighted as their questions are."""
@@ -347,9 +341,7 @@ class TaskRows:
         if facts["aggregation"] != "mean" or _outside(scores):
             items = {arm: [row[column] for row in rows] for arm, rows in self.tables.items()}
             corpus = corpus_metrics.CorpusMetric(facts["aggregation"], items)
-            return PairedScores(
-                self.task, column, {}, further={}, scale="own", corpus=corpus, **shared
-            )
+            return PairedScores(self.task, column, {}, further={}, corpus=corpus, **shared)
         return PairedScores(
             self.task,
             column,

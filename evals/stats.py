@@ -30,10 +30,10 @@ FEW_UNITS = 10
 clustered score test alone does not establish non-inferiority."""
 FLIPS = 20_000
 """Random sign flips, where the exact distribution is too large."""
-SUPPORT = 50_000
-"""Values of the exact sign-flip distribution beyond which it is sampled, to bound time."""
+SUPPORT = 200_000
+"""Sums of the exact sign-flip distribution beyond which it is sampled, to bound time and memory."""
 BLOCK = 2_000_000
-"""Bootstrap weights per block, to bound memory."""
+"""Random numbers per block, to bound memory."""
 
 
 @dataclass(frozen=True)
@@ -169,19 +169,26 @@ def sign_flip(sums: ArrayLike, seed: int = 0) -> float:
     Exact, by convolution over the distinct sizes, unless they are too many; then by FLIPS random flips. Of
     unclustered 0/1 scores it is exact McNemar.
     """
-    sums = np.asarray(sums, dtype=np.float64)
+    x = np.asarray(sums, dtype=np.float64)
+    if not x.any():
+        return 1.0
     # sums of weighted scores that are equal but for rounding are one size
-    sizes, counts = np.unique(np.round(np.abs(sums[sums != 0]), 9), return_counts=True)
-    observed = abs(float(np.sum(np.sign(sums) * np.round(np.abs(sums), 9)))) - 1e-6
-    if not len(sizes) or observed < 0:
+    x = np.round(x / np.abs(x).max(), 9)
+    sizes, counts = np.unique(np.abs(x[x != 0]), return_counts=True)
+    observed = abs(float(x.sum())) - 1e-6
+    if observed < 0:
         return 1.0
     totals: Scores = np.zeros(1)
     chances: Scores = np.ones(1)
     for size, count in zip(sizes, counts, strict=True):
-        if len(totals) > SUPPORT:
-            rng = np.random.default_rng(seed)
-            flipped = (2 * rng.binomial(counts, 0.5, size=(FLIPS, len(counts))) - counts) @ sizes
-            return float((1 + np.sum(np.abs(flipped) >= observed)) / (1 + FLIPS))
+        if len(totals) * (count + 1) > SUPPORT:
+            rng, beyond = np.random.default_rng(seed), 0
+            block = max(1, BLOCK // len(sizes))
+            for start in range(0, FLIPS, block):
+                shape = (min(block, FLIPS - start), len(sizes))
+                flipped = (2 * rng.binomial(counts, 0.5, size=shape) - counts) @ sizes
+                beyond += int(np.sum(np.abs(flipped) >= observed))
+            return (1 + beyond) / (1 + FLIPS)
         heads = np.arange(count + 1)
         totals = np.round(np.add.outer(totals, size * (2 * heads - count)).ravel(), 9)
         chances = np.multiply.outer(chances, stats.binom.pmf(heads, count, 0.5)).ravel()
@@ -258,24 +265,30 @@ def seed_difference(
     ):
         raise ValueError("scores of seeds must be [seeds, questions], of the same questions")
     w = _as_weights(weights, both[0].shape[1])
-    of_a, of_b = both[0].mean(0), both[1].mean(0)
-    questions, _, units = _compared(of_a, of_b, clusters, confidence, weights)
+    questions, _, units = _compared(both[0].mean(0), both[1].mean(0), clusters, confidence, weights)
     of_questions = max(units - 1, 1)
-    # (variance, degrees of freedom); equal answers have no error, but an interval
-    quantile = _quantile(confidence, of_questions)
-    guarded = (questions.high - questions.low) / 2 / quantile
-    parts = [(max(guarded, questions.standard_error) ** 2, of_questions)]
-    deviations = []
-    for scores in both:
-        of_seeds, count = (scores * w).mean(1), len(scores)
-        deviations.append(float(of_seeds.std(ddof=1)) if count > 1 else float("nan"))
+    # equal answers have no error, but an interval
+    guarded = (questions.high - questions.low) / 2 / _quantile(confidence, of_questions)
+    error = max(guarded, questions.standard_error)
+    of_a, of_b = ((scores * w).mean(1) for scores in both)
+    return over_seeds(questions.mean, error, of_questions, of_a, of_b, confidence)
+
+
+def over_seeds(
+    mean: float, error: float, df: float, a: Scores, b: Scores, confidence: float = 0.95
+) -> SeedDifference:
+    """The interval of `seed_difference` from the mean difference, its error over questions with the degrees of freedom
+    of that, and the scores of each seed of a and of b."""
+    parts, deviations = [(error**2, df)], []
+    for of_seeds in (a, b):
+        count = len(of_seeds)
+        deviations.append(float(np.std(of_seeds, ddof=1)) if count > 1 else float("nan"))
         if count > 1:
             parts.append((deviations[-1] ** 2 / count, count - 1))
     variance = sum(part for part, _ in parts)
-    df = variance**2 / sum(part**2 / of for part, of in parts) if variance else 1.0
-    half = _quantile(confidence, df) * math.sqrt(variance)
-    mean = questions.mean
-    return SeedDifference(len(both[0]), len(both[1]), mean, mean - half, mean + half, *deviations)
+    total = variance**2 / sum(part**2 / of for part, of in parts) if variance else 1.0
+    half = _quantile(confidence, total) * math.sqrt(variance)
+    return SeedDifference(len(a), len(b), mean, mean - half, mean + half, *deviations)
 
 
 def paired_bootstrap(
@@ -328,9 +341,19 @@ def recovery(
     w = _as_weights(weights, len(sub))
     part, whole = float(np.mean(w * (sub - base))), float(np.mean(w * (full - base)))
     covariance, units = _covariance(sub, base, full, clusters, w)
-    if units < 2 or whole == 0:
+    if units < 2:
         return Recovery(None, None, None, "undefined")
-    squared = _quantile(confidence, units - 1) ** 2
+    return fieller(part, whole, covariance, units - 1, confidence)
+
+
+def fieller(
+    part: float, whole: float, covariance: NDArray[np.float64], df: float, confidence: float = 0.95
+) -> Recovery:
+    """part / whole with the interval of `recovery`, from the covariance [2, 2] of both (Fieller 1954, J. R. Stat.
+    Soc. B 16, 175)."""
+    if whole == 0:
+        return Recovery(None, None, None, "undefined")
+    squared = _quantile(confidence, df) ** 2
     # roots of (part - r whole)^2 = t^2 Var(part - r whole), as leading r^2 - 2 middle r + last = 0
     leading = whole**2 - squared * covariance[1, 1]
     middle = part * whole - squared * covariance[0, 1]
@@ -475,7 +498,7 @@ def _cluster_size(clusters: ArrayLike | None, w: Scores) -> float:
 def _wilson(mean: float, n: float, df: float, confidence: float) -> tuple[float, float]:
     quantile = _quantile(confidence, df)
     low, high = proportion_confint(mean * n, n, alpha=2 * stats.norm.sf(quantile), method="wilson")
-    return float(low), float(high)
+    return min(float(low), mean), max(float(high), mean)  # an end at 0 or 1 is off by rounding
 
 
 def _off_mode(x: Scores, clusters: ArrayLike | None) -> int:

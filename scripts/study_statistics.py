@@ -42,7 +42,7 @@ class Cell(NamedTuple):
 
 
 def cluster_names(sizes: str, n: int) -> NDArray[np.int64] | None:
-    """A cluster's number for each of n questions; sizes "1" (none), "2", "5", "2-5" (uniform)."""
+    """A cluster's number for each of n questions; sizes "1" (none), "2", "2-5" (uniform)."""
     if sizes == "1":
         return None
     low, _, high = sizes.partition("-")
@@ -168,7 +168,7 @@ def cells() -> Iterator[Cell]:
     """All cells, in the order of the tables."""
     one_sided, rare, often = (0.0, MARGIN), (0.03, 0.05), (0.1, 0.15)
     for n in (40, 100, 500):
-        for sizes in ("1", "2", "5", "2-5"):
+        for sizes in ("1", "2", "5", "2-5", "1-50")[: 5 if n > 100 else 4]:
             for wins, losses in (one_sided, rare, often):
                 for rho in {"1": (0.0,), "5": (0.95,)}.get(sizes, (0.3, 0.95)):
                     words = f"{n} | {sizes} | {wins:g}, {losses:g} | {rho:g}"
@@ -266,7 +266,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("statistics.jsonl"))
     given = parser.parse_args()
-    lines = given.out.read_text().splitlines() if given.out.exists() else []
+    lines = given.out.read_text().splitlines(keepends=True) if given.out.exists() else []
+    lines = [line for line in lines if line.endswith("\n")]  # the last may be cut off
+    given.out.write_text("".join(lines))
     done = {
         row["study"] + row["setting"]: row
         for row in map(json.loads, lines)

@@ -534,7 +534,7 @@ def test_words_follow_the_corrected_p(compared):
     found = dict(mean=0.05, interval=[0.003, 0.097], p=0.04, p_holm=0.12, direction=None)
     sentences = TaskSentences(task, compared[2]["arms"])
     assert sentences.finding({**found, "exploratory": False}) == (
-        "+5.0 pp [+0.3, +9.7], p = 0.04 (0.12 after Holm): not established after correction"
+        "+5.0 pp [+0.3, +9.7], p = 0.04 (0.12 after Holm): not established"
     )
     decided = {**found, "p_holm": 0.045, "direction": "above", "exploratory": False}
     assert sentences.finding(decided).endswith(": distinguishably better")

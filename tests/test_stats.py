@@ -77,7 +77,7 @@ def test_paired_difference_agrees_with_the_paired_t_test():
     assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval()))
 
 
-@pytest.mark.parametrize("scale", [1, 1 / 3, np.pi])
+@pytest.mark.parametrize("scale", [1, 1 / 3, np.pi, 1e-12, 1e200])
 def test_sign_flips_agree_with_scipy(scale):
     """The p of ten clusters is that of scipy's permutation test with all 2^10 signs, whatever the scores' unit."""
     rng = np.random.default_rng(1)

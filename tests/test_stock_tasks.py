@@ -401,7 +401,8 @@ def test_a_model_without_a_chat_template_is_given_one(folders, tmp_path):
 
 def statistics(metric: str, *items, clusters=None, draws=2000, better=True) -> CorpusStatistics:
     arms = dict(zip("abc", items, strict=False))
-    return CorpusStatistics(CorpusMetric(metric, arms), clusters, draws, 0.95, 0.8, better)
+    config = EvalConfig(bootstrap_draws=draws)
+    return CorpusStatistics(CorpusMetric(metric, arms), clusters, config, better)
 
 
 def test_corpus_metrics_are_those_of_their_libraries():
@@ -466,17 +467,37 @@ def test_differences_of_perplexity_are_paired():
     half = (hard + easier) / 2
     items = [np.stack([x, lengths], 1).tolist() for x in (hard, easier, half)]
     tested = statistics("weighted_perplexity", *items, better=False)
-    a, b, c = (tested.values[name] for name in "abc")
-    gap = tested.difference(b, a)
-    assert tested.difference(a, a)["p"] == 1 and gap["p"] < 0.01 and gap["mean"] < 0
-    assert gap["standard_error"] < tested.estimate(a)["standard_error"] / 2
+    gap = tested.difference("b", "a")
+    assert tested.difference("a", "a")["p"] == 1 and gap["p"] < 0.01 and gap["mean"] < 0
+    assert gap["standard_error"] < tested.estimate("a")["standard_error"] / 2
     residual = hard - lengths * hard.sum() / lengths.sum()
-    delta = a[0] * np.sqrt((residual**2).sum()) / lengths.sum()
-    assert tested.estimate(a)["standard_error"] == pytest.approx(delta, rel=0.1)
-    recovered = tested.recovery(c, a, b)
+    delta = tested.values["a"][0] * np.sqrt((residual**2).sum()) / lengths.sum()
+    assert tested.estimate("a")["standard_error"] == pytest.approx(delta, rel=0.1)
+    recovered = tested.recovery("c", "a", "b")
     assert recovered["status"] == "ok" and 0.4 < recovered["value"] < 0.6
-    assert tested.recovery(c, b, a)["status"] == "negative"
-    assert not tested.non_inferiority(c, b, 0.02)["holds"] and not tested.is_fraction
+    assert tested.recovery("c", "b", "a")["status"] == "negative"
+    assert not tested.non_inferiority("c", "b")["holds"] and not tested.is_fraction
+    seeds = tested.over_seeds(("b", "c"), ("a",))  # half the gap between two seeds of b
+    assert (seeds.seeds_a, seeds.seeds_b) == (2, 1) and seeds.sd_a == pytest.approx(
+        abs(tested.values["b"][0] - tested.values["c"][0]) / 2**0.5
+    )
+    assert seeds.high - seeds.low > 4 * gap["standard_error"]
+
+
+def test_few_differing_documents_are_no_evidence_by_the_bootstrap():
+    """Equal answers have no interval and are not non-inferior; of three differing documents p is not below the
+    smallest of their signs; many equal ones are said to be too few."""
+    said = np.arange(40) % 2
+    mended = said.copy()
+    mended[[1, 3, 5]] = 0
+    gold = np.where(np.isin(np.arange(40), (1, 3, 5)), 0, said)
+    tested = statistics("f1", *(np.stack([gold, x], 1).tolist() for x in (said, mended, said)))
+    same = tested.contrast("a", "c")
+    assert same["p"] == 1 and np.isnan(same["interval"]).all()
+    assert np.isnan(same["minimum_detectable_effect"])
+    refused = tested.non_inferiority("a", "c")
+    assert not refused["holds"] and refused["why"] == "0 differing documents of the 10 needed"
+    assert tested.differing("a", "b") == 3 and tested.difference("b", "a")["p"] >= 0.25
 
 
 def test_the_index_of_tasks_follows_its_files(tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ def _detectable(tasks: Mapping[str, Entry]) -> list[str]:
     (low, where), (high, there) = effects[0], effects[-1]
     span = f"{100 * low:.1f} pp ({where})"
     span += f" to {100 * high:.1f} pp ({there})" if len(effects) > 1 else ""
-    return [f"80 % power is for differences of {span}."]
+    return [f"80 % power, before correction, is for differences of {span}."]
 
 
 def _pairs(record: Entry, tasks: Mapping[str, Entry], arm: str, role: str) -> dict[str, Entry]:

@@ -109,10 +109,7 @@ class TaskSentences:
             if gap["status"] == "ok":
                 lines.append(f"{name} closes {share(gap)} of the gap {between}.")
             else:
-                lines.append(
-                    f"The teacher is not distinguishably better than the base: there is no established gap {between} "
-                    "to close."
-                )
+                lines.append(f"There is no established gap {between} to close.")
         if gain and full:
             lines.append(
                 f"{name} scores {self.percent(self.arms[full]['mean'])}: {self.points(gain)} against the "
@@ -120,8 +117,10 @@ class TaskSentences:
             )
             status = self.arms[full]["recovery"]["status"]
             if status == "weak":
+                is_found = gain["direction"] == ("above" if self.up == "better" else "below")
+                why = "is too small for its error" if is_found else "is not established"
                 lines.append(
-                    "That gain is not established, so every recovery of it is weak: its (Fieller) interval may be "
+                    f"That gain {why}, so every recovery of it is weak: its (Fieller) interval may be "
                     "unbounded, and if it were reported only after a significant gain, it would be biased towards 0."
                 )
             elif status != "ok":
@@ -259,7 +258,8 @@ class TaskSentences:
         size = f"{100 * effect:.1f} pp" if self.scale == "fraction" else f"{effect:.3g}"
         return [
             *lines,
-            f"With these {self.task['n']:,} questions there is 80 % power to detect a difference of {size} ({of}).",
+            f"With these {self.task['n']:,} questions there is 80 % power to detect a difference of {size} ({of}) by "
+            "its own p, before correction.",
         ]
 
     def percent(self, value: float | None) -> str:
@@ -343,10 +343,8 @@ def _direction(difference: Entry, above: str, below: str) -> str:
         side = above if difference["direction"] == "above" else below
         return side if difference["exploratory"] else f"distinguishably {side}"
     low, high = difference["interval"]
-    if not _is_number(low) or not _is_number(high) or low <= 0 <= high:
-        return UNESTABLISHED
-    corrected = not difference["exploratory"] and difference["p_holm"] > difference["p"]
-    return f"not established{' after correction' if corrected else ''}"
+    excludes_zero = _is_number(low) and _is_number(high) and not low <= 0 <= high
+    return "not established" if excludes_zero else UNESTABLISHED
 
 
 def non_inferiority_text(difference: Entry) -> str:

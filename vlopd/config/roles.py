@@ -83,19 +83,22 @@ class Roles:
 
     def contrasts(self, texts: Sequence[str]) -> list[Contrast]:
         """The declared contrasts. Raises ValueError as `contrast`, and where two are one test, which counts once."""
-        found: dict[Contrast, str] = {}
+        found: dict[frozenset[str | tuple[str, ...]], tuple[str, Contrast]] = {}
         for text in texts:
-            a, b = its = self.contrast(text)
-            other = found.get(its) or (found.get(Contrast(b, a)) if isinstance(b, str) else None)
-            if other is not None:
-                raise ValueError(f"eval.contrasts: {other!r} and {text!r} are one comparison")
-            found[its] = text
-        return list(found)
+            its = self.contrast(text)
+            single = its.b[0] if len(its.b) == 1 and not isinstance(its.b, str) else its.b
+            sides = frozenset({its.a, single})
+            if sides in found:
+                raise ValueError(
+                    f"eval.contrasts: {found[sides][0]!r} and {text!r} are one comparison"
+                )
+            found[sides] = text, its
+        return [its for _, its in found.values()]
 
     def contrast(self, text: str) -> Contrast:
         """Parses a declared contrast: "arm - arm", or "arm - random" for the mean of the arm's random controls.
 
-        Raises ValueError for an unknown name.
+        An arm's only control of a kind is their mean. Raises ValueError for an unknown name.
         """
         a, dash, b = text.partition(" - ")
         if not dash:
@@ -109,7 +112,7 @@ class Roles:
                     f"eval.contrasts names {name!r}, which is not among {sorted(known)}"
                 )
         if b in self.of:
-            return Contrast(a, b)
+            return Contrast(a, (b,) if (b,) in kinds.values() else b)
         if b in kinds:
             return Contrast(a, kinds[b])
         several = [kind for kind in kinds if kind.startswith(f"{RANDOM}, ")]
