@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import pytest
 from datasets import Dataset, Features
 from lm_eval.api.model import LM
 from PIL import Image
@@ -31,6 +33,20 @@ def save(
     path.parent.mkdir(parents=True, exist_ok=True)
     Dataset.from_list([dict(row) for row in rows], features=features).to_parquet(path)
     return path
+
+
+@contextmanager
+def local_copies(
+    folder: Path,
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    write: Callable[[Path, str, Sequence[Mapping[str, Any]]], Any],
+) -> Iterator[Path]:
+    """Writes local copies of benchmarks, {name: rows}, where VLOPD_BENCHMARKS says they are meanwhile."""
+    for name, own in rows.items():
+        write(folder, name, own)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLOPD_BENCHMARKS", str(folder))
+        yield folder
 
 
 class Said(LM):

@@ -770,7 +770,7 @@ def test_setting_text_is_bounded():
     started = time.process_time()
     for part in ("$", r"\(", "**", "*a", r"\begin{align}", r"\boxed{", "```\n", "$x"):
         Typesetter().html(part * (20_000 // len(part)))
-    assert time.process_time() - started < 10
+    assert time.process_time() - started < 3
     assert "[... 80,000 characters left out ...]" in Typesetter().html("a" * 100_000)
     assert Typesetter(0).html("$x$") == "$x$"
 
@@ -829,7 +829,7 @@ def test_examples_of_a_large_run_stand_beside_the_page(tmp_path):
     run = long_run(tmp_path, 2_000, "word $x^2$ " * 90)
     started = time.process_time()
     found = collect(run, TWO_ARMS)
-    assert time.process_time() - started < 60
+    assert time.process_time() - started < 20
     assert len(found.index) == 2_000 and len(found.chunks) == len(found.starts) > 2
     assert len(found.chunks[0]) < 3_100_000 and len(found.head()) < 100_000
     found.write_beside(tmp_path / "examples")

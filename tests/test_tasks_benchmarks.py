@@ -12,7 +12,7 @@ from evals.lm import ArmLM
 from evals.preflight import TaskCheck
 from evals.scoring import TASKS, Tasks, load_task
 from evals.tasks.benchmarks import documents, mathematics, vision
-from tests.benchmark_rows import Said, picture
+from tests.benchmark_rows import Said, local_copies, picture
 from vlopd.config.analysis import EvalConfig
 from vlopd.errors import ConfigError, DataError
 from vlopd.models.load import load
@@ -153,11 +153,7 @@ def save(folder, name, rows):
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory):
     """Local copies of all benchmarks, and where VLOPD_BENCHMARKS says they are."""
-    folder = tmp_path_factory.mktemp("benchmarks")
-    for name, rows in ROWS.items():
-        save(folder, name, rows)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLOPD_BENCHMARKS", str(folder))
+    with local_copies(tmp_path_factory.mktemp("benchmarks"), ROWS, save) as folder:
         yield folder
 
 

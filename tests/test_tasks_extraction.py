@@ -5,9 +5,11 @@ import time
 
 import pytest
 
+from evals.tasks.benchmarks.official_rules import relaxed_accuracy
 from tests.styles import choices, short_answers, values, yes_no
 from vlopd.grading import extraction
-from vlopd.grading.equality import relaxed_match, same_math, same_number
+from vlopd.grading.equality import same_math, same_number
+from vlopd.grading.values import numbers
 
 
 def read_choices():
@@ -106,7 +108,7 @@ def test_what_stands_in_boxes():
     assert extraction.boxed(r"\fbox{\boxed{5}}") == "5" == extraction.boxed(r"\boxed 5")
     assert extraction.boxed(r"so \boxed{12") is None
     assert extraction.marked("Thus the final answer is **12**.") == "12"
-    assert extraction.last_number("from 10 to -4.5") == "-4.5"
+    assert numbers("from 10 to -4.5")[-1] == "-4.5"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_unequal_as_mathematics(a, b):
     """Close is not equal, order counts in brackets; towers of powers and code are read in no time, and as nothing."""
     start = time.process_time()
     assert not same_math(a, b) and not same_math(b, a)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 0.5
 
 
 def test_numbers_and_tolerance():
@@ -171,9 +173,11 @@ def test_numbers_and_tolerance():
     assert same_number("1,000", "1000.0") and not same_number("1.01", "1")
     assert same_number("2.346", "2.35", 2) and not same_number("2.36", "2.35", 2)
     assert not same_number("two", "2") and not same_number("1/0", "1")
-    assert relaxed_match("104", "100") and relaxed_match("95%", "100")
-    assert not relaxed_match("106", "100") and not relaxed_match("0.1", "0")
-    assert relaxed_match("Light Blue", "light blue") and not relaxed_match("blue", "light blue")
+    assert relaxed_accuracy("104", "100") and relaxed_accuracy("96%", "1")
+    assert not relaxed_accuracy("106", "100") and not relaxed_accuracy("0.1", "0")
+    assert relaxed_accuracy("Light Blue", "light blue") and not relaxed_accuracy(
+        "blue", "light blue"
+    )
 
 
 HARD = (r"\boxed{", "}", "{", "(", ")", "[", "]", "answer is", "Answer:", "####", "</think>", "<think>", "$", "%", "^",
@@ -197,7 +201,7 @@ def test_no_text_breaks_the_rules():
                 assert said
                 assert not same_math(said, r"\text{neither}")
                 same_number(said, "7", 1)
-                relaxed_match(said, "7")
+                relaxed_accuracy(said, "7")
 
 
 LONG = (
@@ -245,7 +249,7 @@ def test_the_time_grows_with_the_length(piece):
     extraction.states(text, "12", "How many dogs?")
     extraction.yes_or_no(text, "Is there a dog?")
     extraction.choice_letter(text, ["a cat", "a dog", "x", "A"])
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize(
@@ -262,4 +266,4 @@ def test_long_boxes_take_no_time(text):
     start = time.process_time()
     for said in (extraction.math_answer(text), extraction.number_answer(text)):
         assert said is None or (not same_number(said, "12") and not same_math(said, "12"))
-    assert time.process_time() - start < 4
+    assert time.process_time() - start < 1

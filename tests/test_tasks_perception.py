@@ -12,7 +12,7 @@ from evals.scoring import TASKS, Tasks, load_task
 from evals.task_list import list_tasks
 from evals.tasks.benchmarks import documents, perception
 from evals.tasks.benchmarks.registry import BENCHMARKS
-from tests.benchmark_rows import Said, picture, save
+from tests.benchmark_rows import Said, local_copies, picture, save
 from vlopd.config.analysis import EvalConfig
 from vlopd.errors import ConfigError, DataError
 
@@ -263,11 +263,7 @@ def copy(folder, name, rows, without=None):
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory):
     """Local copies of all benchmarks, where VLOPD_BENCHMARKS says they are."""
-    folder = tmp_path_factory.mktemp("benchmarks")
-    for name, rows in ROWS.items():
-        copy(folder, name, rows)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLOPD_BENCHMARKS", str(folder))
+    with local_copies(tmp_path_factory.mktemp("benchmarks"), ROWS, copy) as folder:
         yield folder
 
 

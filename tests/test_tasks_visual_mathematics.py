@@ -8,7 +8,7 @@ from lm_eval.tasks import TaskManager
 from evals.scoring import TASKS
 from evals.tasks.benchmarks import visual_mathematics as tasks
 from evals.tasks.benchmarks.visual_mathematics import BENCHMARKS, MATHVERSE
-from tests.benchmark_rows import Said, picture, save
+from tests.benchmark_rows import Said, local_copies, picture, save
 from vlopd.errors import ConfigError, DataError
 
 RED, BLUE = picture("red"), picture("blue")
@@ -169,19 +169,16 @@ ANSWERS = {
 }
 
 
-def stem(name):
-    """The beginning of the name of a benchmark's files on the hub."""
-    return BENCHMARKS[name].files or BENCHMARKS[name].split
+def copy(folder, name, rows, features=None):
+    """A local copy of a benchmark under the hub's file names."""
+    start = BENCHMARKS[name].files or BENCHMARKS[name].split
+    return save(folder, name, rows, start, features or FEATURES[name])
 
 
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory):
     """Local copies of all benchmarks, where VLOPD_BENCHMARKS says they are."""
-    folder = tmp_path_factory.mktemp("benchmarks")
-    for name, rows in ROWS.items():
-        save(folder, name, rows, stem(name), FEATURES[name])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLOPD_BENCHMARKS", str(folder))
+    with local_copies(tmp_path_factory.mktemp("benchmarks"), ROWS, copy) as folder:
         yield folder
 
 
@@ -371,7 +368,7 @@ def test_a_broken_row_is_named(name, change, message, tmp_path, monkeypatch):
     """One line with the file, the row and the column."""
     monkeypatch.setenv("VLOPD_BENCHMARKS", str(tmp_path))
     rows = [{**ROWS[name][0], **change}, *ROWS[name][1:]]
-    save(tmp_path, name, rows, stem(name), FEATURES[name])
+    copy(tmp_path, name, rows)
     with pytest.raises(DataError, match=rf"row 0 \(from 0\): .*{message}") as error:
         tasks.dataset(name)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
@@ -384,7 +381,7 @@ def test_a_missing_column_is_named(name, tmp_path, monkeypatch):
     column = BENCHMARKS[name].columns[-1]
     rows = [{c: v for c, v in row.items() if c != column} for row in ROWS[name]]
     features = Features({c: kind for c, kind in FEATURES[name].items() if c != column})
-    save(tmp_path, name, rows, stem(name), features)
+    copy(tmp_path, name, rows, features)
     with pytest.raises(ConfigError, match=f"has no column '{column}'; it has") as error:
         tasks.dataset(name)
     assert f"{tmp_path / name}" in str(error.value)

@@ -57,17 +57,6 @@ def number(text: str) -> Fraction | None:
 DEGREES = r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])"
 
 
-def relaxed_match(answer: str, target: str, tolerance: float = 0.05) -> bool:
-    """ChartQA's relaxed accuracy (arXiv 2203.10244, section 5.1): numbers within 5 %, other answers word for word.
-
-    Percent signs are ignored.
-    """
-    a, b = number(answer), number(target)
-    if a is not None and b is not None:
-        return abs(a - b) <= Fraction(tolerance) * abs(b)
-    return plain_words(answer) == plain_words(target)
-
-
 def unreadable(gold: str) -> str | None:
     """Why no answer can equal a reference answer of mathematics; None where one can."""
     if not tidy(gold):

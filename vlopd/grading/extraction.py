@@ -31,21 +31,17 @@ from functools import partial
 from vlopd.grading import choices as options
 from vlopd.grading import short_answers, values, yes_no
 from vlopd.grading.final_statements import boxes, decide, statements
-from vlopd.grading.words import plain_words, text_of
 from vlopd.models.thinking import split
 
 __all__ = [
     "boxed",
     "choice_letter",
-    "last_number",
     "marked",
     "math_answer",
     "number_answer",
-    "plain_words",
     "short_answer",
     "states",
     "strip_reasoning",
-    "text_of",
     "yes_or_no",
 ]
 
@@ -85,12 +81,6 @@ def number_answer(text: str, question: str = "") -> str | None:
     r"""A number as written, without its unit; an expression that is stated in its place (`12\pi`) is returned whole."""
     concluded = partial(values.concluded_number, question=question)
     return decide(strip_reasoning(text), values.stated_number, concluded)
-
-
-def last_number(text: str) -> str | None:
-    """The last number of a text, whatever it says."""
-    found = values.numbers(text)
-    return found[-1] if found else None
 
 
 def short_answer(text: str, question: str = "") -> str | None:

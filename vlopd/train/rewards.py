@@ -22,10 +22,9 @@ from vlopd.grading.extraction import (
     choice_letter,
     math_answer,
     number_answer,
-    plain_words,
-    text_of,
     yes_or_no,
 )
+from vlopd.grading.words import plain_words, text_of
 from vlopd.plugins import Plugin
 from vlopd.plugins import number as number_from
 from vlopd.types import Example

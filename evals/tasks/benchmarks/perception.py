@@ -36,7 +36,8 @@ from evals.tasks.benchmarks.documents import (
 from evals.tasks.benchmarks.vision import choose, interleaved, listed, place_of
 from vlopd.data.raw_values import cell_text
 from vlopd.errors import DataError
-from vlopd.grading.extraction import choice_letter, plain_words, strip_reasoning, yes_or_no
+from vlopd.grading.extraction import choice_letter, strip_reasoning, yes_or_no
+from vlopd.grading.words import plain_words
 
 PUNCTUATION = ",.!?;:'"
 BY_LETTER = "{}\nAnswer with the letter of the right choice."

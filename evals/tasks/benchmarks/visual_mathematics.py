@@ -55,11 +55,10 @@ from vlopd.grading.extraction import (
     marked,
     math_answer,
     number_answer,
-    plain_words,
     short_answer,
     strip_reasoning,
-    text_of,
 )
+from vlopd.grading.words import plain_words, text_of
 
 ASK_LETTER = "{}\n\nWork it out step by step and put the letter of the right choice in \\boxed{{}}."
 ASK_LETTERS = (
