@@ -9,8 +9,11 @@ The baselines are this same loop: completions may be the teacher's or the data's
 advantages may be mixed into the loss or replace it (train/rewards.py); where nothing is learned from a teacher, none
 is needed. Retraining a subnetwork is this loop with a mask.
 
+A signal null (train/signal_nulls.py) is this loop with the gradient of a signal that carries nothing.
+
 There is no replay buffer (a step's completions are used in that step, once unless train.updates_per_rollout says
-more), no reference model besides the teacher, and no `Trainer` subclass: the loop is short enough to edit.
+more; train/replay.py repeats a whole training's), no reference model besides the teacher, and no `Trainer` subclass:
+the loop is short enough to edit.
 """
 
 from __future__ import annotations
@@ -29,8 +32,10 @@ from accelerate.tracking import GeneralTracker
 from torch import Tensor
 
 from vlopd import distributed
+from vlopd.config.input import value_of
 from vlopd.config.objective import FunctionLoss
 from vlopd.config.recipe import Recipe, training_of
+from vlopd.config.signal_nulls import SignalNull, SignalNullConfig
 from vlopd.data.load import pick
 from vlopd.errors import ConfigError, RunError, one_line_out_of_memory
 from vlopd.files import read_json, write_json
@@ -54,10 +59,12 @@ from vlopd.train.offload import HOST, Resting
 from vlopd.train.optimizer_statistics import UpdateStatistics
 from vlopd.train.optimizers import build_optimizer, learning_rate
 from vlopd.train.packing import sampling_budget
-from vlopd.train.pair import ModelPair, TeacherForward
+from vlopd.train.pair import ModelPair
 from vlopd.train.prefetch import read_ahead
+from vlopd.train.replay import Replay
 from vlopd.train.resume import Averages, BackgroundWriter, chosen_before, resume, save_state
 from vlopd.train.rollouts import Batch, collect, sampling_notes
+from vlopd.train.signal_nulls import Forwards, NullSignal, NullUpdate
 from vlopd.train.sparse import Trainable
 from vlopd.types import Example
 from vlopd.weights.stored import rounded_on_load, stored_tensors
@@ -69,9 +76,6 @@ if TYPE_CHECKING:
 
 Evaluate = Callable[[LoadedModel], Mapping[str, Mapping[str, float]]]
 """Scores a model on held-out questions: {task: {metric: mean}}."""
-
-Forwards = dict[int, list[TeacherForward]]
-"""The teachers' forward passes over a step's micro-batches, by index."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,8 @@ def distill(
     identity: str | None = None,
     title: str | None = None,
     accelerator: Accelerator | None = None,
+    null: SignalNull | str | None = None,
+    replay: Path | str | None = None,
 ) -> Trained:
     """Trains the pair's student in place; each training needs a newly loaded pair.
 
@@ -186,6 +192,9 @@ def distill(
             steps in `out`, and training resumes from a saved state whose `identity` matches.
         title: name of the run in messages; by default the folder's.
         accelerator: of this process; by default a GPU if there is one.
+        null: a signal null, such as "rademacher" (docs/geometry.md): trains on a signal that carries nothing.
+        replay: the folder of a training with train.keep_completions, whose completions are taken instead of sampled;
+            it needs the same data, seed and rollout.
 
     Returns a Trained. Raises ConfigError for a pair, data, mask and recipe that do not fit together; TrainingError
     when the loss, a gradient, a log-prob or an updated value is not finite; OutOfMemory. Of several processes all
@@ -207,8 +216,13 @@ def distill(
     accelerator = accelerator or distributed.accelerator()
     train, optim, group = recipe.train, recipe.optim, recipe.rollout.completions_per_prompt
     main = accelerator.is_main_process
+    replayed = None if replay is None else Replay(Path(replay))
+    kept = Replay(out) if train.keep_completions else None
     with distributed.together(accelerator):
-        if recipe.needs_teacher and not pair.teachers:
+        null = usable_null(null, recipe, replay)
+        if null is not None and null.type == "random_gradient":
+            pair = pair.without_teachers()
+        elif recipe.needs_teacher and not pair.teachers:
             raise ConfigError(
                 f"{recipe.needs_teacher} needs a teacher: load_pair(student, teacher)"
             )
@@ -245,7 +259,11 @@ def distill(
         share = split_evenly(train.prompts_per_step, accelerator)
         refuse_other_teachers(pair, recipe)
         pair.check_teachers_prompt(pick(data, 0, 1, seed))
+        signal = None if null is None else NullSignal.of(null, pair, recipe, seed, share)
+        measured = recipe if signal is None else signal.measured
         log = TrainingLog(out, title, train.steps, start, main, hooks.trackers)
+        if kept is not None and start == 0 and main:
+            kept.clear()
     refuse_other_starts(start, out, accelerator)
     chosen = chosen or {"sampling_bytes": sampling_budget(accelerator, recipe, trainable.count)}
     read = read_ahead(pair, data, share, train.prompts_per_step, seed, range(start, train.steps))
@@ -278,12 +296,21 @@ def distill(
                         for note in sampling_notes(pair, recipe, rendered, size):
                             log.note(note)
                     where = (share, seed, step, size)
-                    batches = collect(pair, recipe, rendered, *where, on_sampled=memory.sampled)
+                    given = None
+                    if replayed is not None:
+                        ids = [each.example.id for each in rendered for _ in range(group)]
+                        places = range(share.start * group, share.stop * group)
+                        given = replayed.read(step, places, ids, pair.student.device)
+                    batches = collect(pair, recipe, rendered, *where, memory.sampled, given)
                 memory.rolled_out(batches)
+            if kept is not None:
+                kept.write(step, batches, accelerator)
+            if signal is not None:
+                batches = signal.rewarded(step, batches)
 
             rows: list[dict[str, Any]] = []
             forwards: Forwards | None = {} if train.updates_per_rollout > 1 else None
-            if train.offload_teacher:
+            if train.offload_teacher or (signal is not None and signal.needs_forwards):
                 # the teachers' phase first, over all micro-batches, so that they move once a step
                 clock.start("teacher")
                 with distributed.together(accelerator), teachers.awake():
@@ -291,9 +318,17 @@ def distill(
             for update in range(train.updates_per_rollout):
                 # 2. and 3. the teacher's forward pass, the loss, the student's backward pass
                 trainable.zero_grad()
-                loss, tokens = backward(pair, recipe, batches, accelerator, clock, forwards, memory)
+                drawn = None if signal is None else signal.update(step, update, batches, forwards)
+                loss, tokens = backward(
+                    pair, measured, batches, accelerator, clock, forwards, memory, drawn
+                )
                 clock.start("update")
-                norm = gather_gradients(trainable, optim.max_grad_norm, accelerator)
+                if signal is not None and signal.is_gradient:
+                    given_norm = None if replayed is None else replayed.norm(step)
+                    signal.draw_gradients(trainable, step, update, given_norm)
+                    norm = clip(trainable, optim.max_grad_norm)
+                else:
+                    norm = gather_gradients(trainable, optim.max_grad_norm, accelerator)
                 has_gradient |= any(value.grad is not None for value in trainable.parameters())
                 rows.append(summarise(step, loss, norm, batches, tokens, group, accelerator))
                 refuse_not_finite(rows[-1], batches, tokens, out, title, accelerator, remedy)
@@ -352,11 +387,12 @@ def backward(
     clock: Stopwatch,
     forwards: Forwards | None = None,
     memory: MemoryUse | None = None,
+    drawn: NullUpdate | None = None,
 ) -> tuple[float, list[TokenDivergence]]:
     """Accumulates the gradient of the step's loss over this process's micro-batches, each in chunks of tokens.
 
     `forwards` caches the teachers' forward passes from one update to the next: within a step teachers do not change.
-    `memory` counts what the student's forward pass keeps.
+    `memory` counts what the student's forward pass keeps. With a signal null the gradient is that of `drawn`.
     Returns this process's part of the loss, and loss and diagnostics of every token, by micro-batch.
     """
     n_tokens, n_completions = count(batches, accelerator)
@@ -376,7 +412,8 @@ def backward(
                     forwards[k] = theirs
             clock.start("student")
             weights = token_weights(recipe.loss, completions.mask, n_tokens, n_completions, longest)
-            with student_forward(pair, recipe, memory):
+            signed = weights if drawn is None else drawn.weighted(batch, weights)
+            with student_forward(pair, recipe, memory), torch.set_grad_enabled(signed is not None):
                 tokens = pair.loss_of(
                     recipe.loss,
                     theirs,
@@ -384,7 +421,8 @@ def backward(
                     completions,
                     recipe.reward,
                     batch.advantages,
-                    weights,
+                    signed,
+                    learned=None if drawn is None else drawn.learned(k, theirs),
                 )
             loss += float((tokens.loss * weights).sum())
             found.append(tokens)
@@ -428,7 +466,31 @@ def gather_gradients(
                 own = torch.zeros_like(value) if value.grad is None else value.grad
                 total = accelerator.reduce(own.to(accelerator.device), "sum")
                 value.grad = total.to(value.device)
+    return clip(trainable, max_norm)
+
+
+def clip(trainable: Trainable, max_norm: float | None) -> float:
+    """Clips the gradients to a norm over all of them; returns their norm before."""
+    values = list(trainable.parameters())
     return float(torch.nn.utils.clip_grad_norm_(values, max_norm or math.inf))
+
+
+def usable_null(
+    null: SignalNull | str | None, recipe: Recipe, replay: Path | str | None
+) -> SignalNull | None:
+    """The signal null. Raises ConfigError where the recipe has nothing that it could replace."""
+    if null is None:
+        return None
+    found: SignalNull = value_of(SignalNullConfig, null, "null")
+    if replay is not None and found.replay is None:
+        found = found.model_copy(update={"replay": str(replay)})
+    if replay is None and found.replay is not None:
+        raise ConfigError(f"null.replay = {found.replay!r}: give distill the folder as `replay`")
+    try:
+        found.refuse_other_recipes(recipe)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return found
 
 
 def follow_student(

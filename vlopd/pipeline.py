@@ -14,7 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlopd.config.arms import CheckpointArm, DistillArm, ImportedArm, checkpoints_of, mask_of
+from vlopd.config.arms import (
+    CheckpointArm,
+    DistillArm,
+    ImportedArm,
+    checkpoints_of,
+    mask_of,
+    replay_of,
+)
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import config_of, load_config, merged
 from vlopd.config.masks import Reference
@@ -143,6 +150,7 @@ class Planner:
         if arm is not None:
             needs += [self.arm(a) for a in map(_arm_of, checkpoints_of(arm).values()) if a]
             needs += [self.mask(mask) for mask in [mask_of(arm)] if mask]
+            needs += [self.arm(replayed) for replayed in [replay_of(arm)] if replayed]
         self.add(f"arms/{name}", needs, partial(arm_inputs, self.run, self.config, name))
         return f"arms/{name}"
 
@@ -218,7 +226,11 @@ def without_effect(run: RunFolder, config: ExperimentConfig, planned: Plan) -> l
     lines = []
     execution = [f"{name}.{key}" for name, keys in EXECUTION.items() for key in sorted(keys)]
     for keys, kind, when in (
-        (("tracking", "eval.during", *execution), "arms/", "while an arm trains"),
+        (
+            ("tracking", "eval.during", "train.keep_completions", *execution),
+            "arms/",
+            "while an arm trains",
+        ),
         (("eval.keep_images",), "evals/", "while an arm is evaluated"),
     ):
         changed = [key for key in keys if any(line.startswith(key) for line in run.changes)]

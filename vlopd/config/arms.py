@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from vlopd.config.base import Count, Section, Seed, Weight
 from vlopd.config.functions import with_names
 from vlopd.config.recipe import ArmRecipe
+from vlopd.config.signal_nulls import SignalNullConfig, replayed_by
 
 Role = Literal[
     "base",
@@ -21,6 +22,7 @@ Role = Literal[
     "control",
     "transplant",
     "projection",
+    "null",
     "other",
 ]
 """What an arm is for in the comparison (config/roles.py has the defaults).
@@ -31,6 +33,7 @@ variant     trained otherwise than full: another loss, data, optimizer, ...
 subnetwork  retrained from the base under a mask; transplant: the base plus another arm's delta on it
 control     as a subnetwork or transplant, under a mask that is not chosen by the update: random, low-magnitude, ...
 projection  from an early checkpoint's subspace or direction
+null        trained as another arm, on a signal that carries nothing
 """
 
 
@@ -82,7 +85,16 @@ class DistillArm(Section):
 
     type: Literal["distill"] = "distill"
     role: (
-        Literal["full", "replicate", "variant", "subnetwork", "control", "projection", "other"]
+        Literal[
+            "full",
+            "replicate",
+            "variant",
+            "subnetwork",
+            "control",
+            "projection",
+            "null",
+            "other",
+        ]
         | None
     ) = None
     """Role in the comparison; null for the default of config/roles.py, which must be unambiguous."""
@@ -91,6 +103,8 @@ class DistillArm(Section):
     that selected it is optimistically biased; `seeds = [1, 2]` makes one arm per seed."""
     mask: str | None = None
     """Name of the mask whose coordinates train; null for all coordinates."""
+    null: SignalNullConfig | None = None
+    """A signal null (docs/geometry.md): trains on a signal that carries nothing; null for the recipe's own."""
     teacher: Table | None = None
     """Overrides settings of `teacher` for this arm."""
     data: Table | None = None
@@ -125,6 +139,12 @@ class DistillArm(Section):
     def check_mask(self) -> DistillArm:
         if self.role in ("subnetwork", "control") and self.mask is None:
             raise ValueError(f'role = "{self.role}" is of an arm under a mask; give it a mask')
+        if self.role == "null" and self.null is None:
+            raise ValueError('role = "null" is of an arm with a signal null; give it null = TYPE')
+        if self.null is not None and self.role not in (None, "null", "other"):
+            raise ValueError(f'role = "{self.role}" is not of an arm with a signal null')
+        if self.null is not None and self.null.type == "random_gradient" and self.subspace:
+            raise ValueError("null random_gradient has no gradient to project; leave subspace out")
         return self
 
 
@@ -204,8 +224,25 @@ def expand_seeds(tree: Any) -> Any:
     if not isinstance(tree, Mapping):
         return tree
     masks, drawn = expanded(tree.get("masks", {}), {})
-    arms, _ = expanded(tree.get("arms", {}), drawn)
+    arms, copies = expanded(tree.get("arms", {}), drawn)
+    arms = {**arms, **_with_replays(arms, copies)}
     return {**tree, **({"masks": masks} if "masks" in tree else {}), "arms": arms}
+
+
+def _with_replays(arms: Mapping[str, Any], copies: Mapping[str, int]) -> dict[str, Any]:
+    """The arms that replay an expanded arm: the copy of an index replays the copy of that index."""
+    found = {}
+    index = {f"{name}-{k}": (name, k) for name, count in copies.items() for k in range(count)}
+    for name, table in arms.items():
+        replayed = replayed_by(table)
+        if replayed is not None and replayed in copies:
+            own, k = index.get(name, (name, 0))
+            if copies.get(own) != copies[replayed]:
+                raise ValueError(
+                    f"{own}.null.replay = {replayed!r}, which has {copies[replayed]} seeds; give {own} the same seeds"
+                )
+            found[name] = {**table, "null": {**table["null"], "replay": f"{replayed}-{k}"}}
+    return found
 
 
 def expanded(
@@ -251,6 +288,11 @@ def checkpoints_of(arm: ArmConfig) -> dict[str, str]:
     if isinstance(arm, ExtrapolateArm):
         return {"of": arm.of} | ({} if arm.norm_of is None else {"norm_of": arm.norm_of})
     return {"of": arm.of} if isinstance(arm, TransplantArm) else {}
+
+
+def replay_of(arm: ArmConfig) -> str | None:
+    """The arm whose completions an arm replays."""
+    return arm.null.replay if isinstance(arm, DistillArm) and arm.null is not None else None
 
 
 def mask_of(arm: ArmConfig) -> str | None:

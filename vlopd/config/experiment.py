@@ -18,6 +18,7 @@ from vlopd.config.arms import (
     checkpoints_of,
     expand_seeds,
     mask_of,
+    replay_of,
 )
 from vlopd.config.base import Name, distinct_names
 from vlopd.config.data import DataConfig, FileData
@@ -32,12 +33,20 @@ from vlopd.config.masks import (
     WholeMask,
 )
 from vlopd.config.models import ModelConfig, PrecisionConfig, TeacherConfig, as_table
-from vlopd.config.recipe import ArmRecipe, RecipeSections
+from vlopd.config.objective import RolloutConfig
+from vlopd.config.recipe import EXECUTION, ArmRecipe, RecipeSections
 from vlopd.config.roles import Roles, roles_of
 from vlopd.config.tracking import TrackingConfig
 from vlopd.config.training import Muon
 from vlopd.errors import ConfigError
 from vlopd.plugins import Use
+
+DECIDES_PROMPTS: Any = {
+    "data": True,
+    "rollout": set(RolloutConfig.model_fields) - EXECUTION["rollout"],
+    "train": {"steps", "prompts_per_step"},
+}
+"""The part of a recipe that decides what completions are of."""
 
 
 class ExperimentConfig(RecipeSections):
@@ -147,6 +156,11 @@ class ExperimentConfig(RecipeSections):
         found = [use for other in rule.combines for use in self.plugins_of_mask(other)]
         return [*found, rule.use(f"masks.{mask}")] if isinstance(rule, FunctionMask) else found
 
+    @property
+    def replayed(self) -> set[str]:
+        """The arms whose completions other arms replay."""
+        return {its for arm in self.arms.values() if (its := replay_of(arm)) is not None}
+
     def checkpoint_of(self, arm: CheckpointArm) -> ModelConfig:
         """The settings of a foreign checkpoint, loaded like the student."""
         return self.student.model_copy(update={"model": arm.model})
@@ -197,6 +211,9 @@ class ExperimentConfig(RecipeSections):
                 )
             for where, checkpoint in checkpoints_of(arm).items():
                 self._check_checkpoint(checkpoint, f"arms.{name}.{where}")
+            if isinstance(arm, DistillArm) and arm.null is not None and arm.null.replay is not None:
+                need(self.arms, arm.null.replay, f"arms.{name}.null.replay")
+                self._check_replay(name, arm, arm.null.replay)
             mask_name = mask_of(arm)
             if mask_name is not None:
                 need(self.masks, mask_name, f"arms.{name}.mask")
@@ -223,9 +240,32 @@ class ExperimentConfig(RecipeSections):
         for name, arm in self.arms.items():
             if isinstance(arm, DistillArm):
                 try:
-                    self.recipe_of(arm)
+                    recipe = self.recipe_of(arm)
                 except ConfigError as error:
                     raise ValueError(f"arms.{name}: {error}" if arm.own else str(error)) from None
+                if arm.null is not None:
+                    try:
+                        arm.null.refuse_other_recipes(recipe)
+                    except ValueError as error:
+                        raise ValueError(f"arms.{name}: {error}") from None
+
+    def _check_replay(self, name: str, arm: DistillArm, replayed: str) -> None:
+        """Raises ValueError where an arm replays completions of other prompts than its own."""
+        where, real = f"arms.{name}.null.replay", self.arms[replayed]
+        if not isinstance(real, DistillArm):
+            raise ValueError(f"{where} names {replayed!r}, which is not trained")
+        if real.null is not None and real.null.replay is not None:
+            raise ValueError(f"{where}: {replayed} replays {real.null.replay}; name that")
+        own, its = (
+            {"seed": a.seed} | self.recipe_of(a).model_dump(mode="json", include=DECIDES_PROMPTS)
+            for a in (arm, real)
+        )
+        differs = [key for key in own if own[key] != its[key]]
+        if differs:
+            raise ValueError(
+                f"{where} names {replayed!r}, which has another {differs[0]}; a replay needs the same seed, data, "
+                "rollout, train.steps and train.prompts_per_step"
+            )
 
     def _refuse_equal_draws(self) -> None:
         """Raises ValueError for two random masks with the same settings and seed, which are the same mask."""
@@ -287,8 +327,8 @@ class ExperimentConfig(RecipeSections):
         its = self.arms[arm]
         return mask_of(its) is not None or bool(checkpoints_of(its))
 
-    def ancestors(self, arm: str) -> list[str]:
-        """The arms whose deltas `arm` depends on, nearest first."""
+    def ancestors(self, arm: str, replayed: bool = True) -> list[str]:
+        """The arms that `arm` is made from, nearest first: by their deltas and, if `replayed`, their completions."""
         found: list[str] = []
         queue = [arm]
         while queue:
@@ -297,6 +337,7 @@ class ExperimentConfig(RecipeSections):
             mask = mask_of(config)
             if mask is not None:
                 parents += [Reference.parse(text).arm for text in self.read_by(mask)]
+            parents += [replay_of(config)] if replayed else []
             for parent in parents:
                 if parent is not None and parent not in found:
                     found.append(parent)

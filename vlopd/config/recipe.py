@@ -143,9 +143,13 @@ class Recipe(RecipeSections):
         """The setting that needs a teacher; None where a teacher would be a diagnostic alone."""
         if "teacher" in self.rollout.source.shares:
             return f"rollout.source = {self.rollout.source.type!r}"
-        if isinstance(self.loss, NLL) or (self.reward is not None and self.reward.alpha == 0):
-            return None
-        return f"loss {self.loss.type}"
+        return f"loss {self.loss.type}" if self.learns_from_teacher else None
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        """Whether the loss compares with a teacher's probabilities."""
+        is_trained = self.reward is None or self.reward.alpha > 0
+        return is_trained and not isinstance(self.loss, NLL)
 
     @property
     def prompts(self) -> int:

@@ -21,7 +21,7 @@ from vlopd.config.arms import (
     TransplantArm,
     mask_of,
 )
-from vlopd.config.masks import MagnitudeMask, MaskConfig, PrincipalMask, RandomMask
+from vlopd.config.masks import MagnitudeMask, MaskConfig, PrincipalMask, RandomMask, Reference
 from vlopd.config.recipe import ArmRecipe
 
 RANDOM = "random"
@@ -30,7 +30,7 @@ RANDOM = "random"
 _WITHOUT_EFFECT = {
     *("train.save_every", "train.sample_every", "train.evidence_every", "train.keep_steps"),
     *("train.micro_batch", "train.micro_tokens", "loss.chunk_tokens", "train.metrics"),
-    "rollout.batch",
+    *("rollout.batch", "train.keep_completions"),
 }
 """Settings of a recipe that do not affect the trained weights, up to rounding."""
 
@@ -45,6 +45,17 @@ class Controls(NamedTuple):
     match: str | None
     """Of random masks: the classes in which densities are matched (RandomMask.match)."""
     arms: tuple[str, ...]
+
+
+class SignalNulls(NamedTuple):
+    """Arms trained on one signal null, and the real arms that differ from them in nothing but the signal and seed."""
+
+    null: str
+    """The null's label: `rademacher`, or `rademacher, replayed`."""
+    of: tuple[str, ...]
+    """The real arms: full before its replicates, then in the order of seeds."""
+    arms: tuple[str, ...]
+    """The null arms, in the order of seeds."""
 
 
 class UnpooledControl(NamedTuple):
@@ -74,6 +85,7 @@ class Roles:
     controls: tuple[Controls, ...] = ()
     unpooled: tuple[UnpooledControl, ...] = ()
     seed_groups: tuple[tuple[str, ...], ...] = ()
+    nulls: tuple[SignalNulls, ...] = ()
 
     def arms(self, role: Role) -> list[str]:
         return [arm for arm, its in self.of.items() if its == role]
@@ -137,7 +149,7 @@ def roles_of(
     one without sections of its own, else the only one. Raises ValueError where that is ambiguous.
     """
     settings = {name: _settings_of(arm, recipes.get(name)) for name, arm in arms.items()}
-    given = {name: arm.role or _default_role(arm, masks) for name, arm in arms.items()}
+    given = {name: arm.role or _default_role(arm, masks, arms) for name, arm in arms.items()}
     full = _full_arm(arms, given, recipes, settings)
     of: dict[str, Role] = {}
     for name, role in given.items():
@@ -153,20 +165,25 @@ def roles_of(
             f"arms.{bases[0]} and arms.{bases[1]} are both the base; remove one, or give a checkpoint another role"
         )
     controls, unpooled = _group_controls(arms, masks, of, settings)
-    return Roles(of, controls, unpooled, _seed_groups(arms, of, settings))
+    groups = _seed_groups(arms, of, settings)
+    return Roles(of, controls, unpooled, groups, _signal_nulls(arms, of, settings))
 
 
-def _default_role(arm: ArmConfig, masks: Mapping[str, MaskConfig]) -> Role | None:
+def _default_role(
+    arm: ArmConfig, masks: Mapping[str, MaskConfig], arms: Mapping[str, ArmConfig]
+) -> Role | None:
     """The role of an arm without one; None where it depends on the others: full, replicate or variant."""
     if isinstance(arm, (BaseArm, TeacherArm)):
         return "base" if isinstance(arm, BaseArm) else "teacher"
     if isinstance(arm, (CheckpointArm, ImportedArm)):
         return "other"
+    if isinstance(arm, DistillArm) and arm.null is not None:
+        return "null"
     if isinstance(arm, ExtrapolateArm) or (isinstance(arm, DistillArm) and arm.subspace):
         return "projection"
     if arm.mask is None:
         return None
-    if isinstance(masks[arm.mask], RandomMask):
+    if isinstance(masks[arm.mask], RandomMask) or _null_of_mask(masks[arm.mask], arms):
         return "control"
     return "transplant" if isinstance(arm, TransplantArm) else "subnetwork"
 
@@ -233,20 +250,28 @@ def _group_controls(
     groups: list[Controls] = []
     unpooled: list[UnpooledControl] = []
     for name, mask in masked.items():
-        if name in controls:
+        if name in controls or of[name] == "null":
             continue
         alike: dict[tuple[str, ...], list[str]] = {}
         of_type = [other for other in masked if type(arms[other]) is type(arms[name])]
         masks_of_type = {masked[other] for other in of_type if other not in controls}
         for other in (other for other in of_type if other in controls):
             rule, origins = masks[masked[other]], _copied_masks(masks, masked[other])
-            if mask not in origins if isinstance(rule, RandomMask) else len(masks_of_type) > 1:
+            if isinstance(rule, RandomMask):
+                is_its = mask in origins
+            elif _null_of_mask(rule, arms):  # the same rule, of a null's update
+                is_its = _without_origin(rule) == _without_origin(masks[mask])
+            else:
+                is_its = len(masks_of_type) <= 1
+            if not is_its:
                 continue  # a control of another arm, or of none in particular
             if differs := _differences(settings[name], settings[other]):
                 unpooled.append(UnpooledControl(other, name, differs))
             else:
-                alike.setdefault(_draw_key(masks, masked[other]), []).append(other)
-        kinds = [_mask_kind(masks[masked[members[0]]]) for members in alike.values()]
+                null = _null_of_mask(rule, arms)
+                key = ("null", null) if null else _draw_key(masks, masked[other])
+                alike.setdefault(key, []).append(other)
+        kinds = [_mask_kind(masks[masked[members[0]]], arms) for members in alike.values()]
         for kind, members in zip(kinds, alike.values(), strict=True):
             first = masks[masked[members[0]]]
             label = kind if kinds.count(kind) == 1 else f"{kind}, as {members[0]}"
@@ -273,10 +298,49 @@ def _seed_groups(
     )
 
 
+def _signal_nulls(
+    arms: Mapping[str, ArmConfig], of: Mapping[str, Role], settings: Mapping[str, dict[str, Any]]
+) -> tuple[SignalNulls, ...]:
+    """Groups the null arms that differ only in the seed, each with its real arms, if there are any."""
+
+    def key(name: str) -> str:
+        without = {k: value for k, value in settings[name].items() if k != "null"}
+        return repr((mask_of(arms[name]), sorted(without.items())))
+
+    trained = {name: arm for name, arm in arms.items() if isinstance(arm, DistillArm)}
+    by_seed = sorted(trained, key=lambda name: (of[name] != "full", trained[name].seed))
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in (name for name in trained if of[name] == "null"):
+        null = trained[name].null
+        assert null is not None
+        groups.setdefault((key(name), null.label), []).append(name)
+    found = []
+    for (own, label), members in groups.items():
+        real = tuple(name for name in by_seed if trained[name].null is None and key(name) == own)
+        if real:
+            ordered = tuple(sorted(members, key=lambda name: trained[name].seed))
+            found.append(SignalNulls(label, real, ordered))
+    return tuple(found)
+
+
 # ------------------------------------------------------------------------------------------ masks
 
 
-def _mask_kind(rule: MaskConfig) -> str:
+def _null_of_mask(rule: MaskConfig, arms: Mapping[str, ArmConfig]) -> str | None:
+    """The label of the signal null whose update a mask is chosen by; None for another mask."""
+    name = None if rule.reads is None else Reference.parse(rule.reads).arm
+    arm = None if name is None else arms.get(name)
+    return arm.null.label if isinstance(arm, DistillArm) and arm.null is not None else None
+
+
+def _without_origin(rule: MaskConfig) -> str:
+    """A mask's rule without the checkpoint that it reads."""
+    return rule.model_dump_json(exclude={"of"})
+
+
+def _mask_kind(rule: MaskConfig, arms: Mapping[str, ArmConfig]) -> str:
+    if null := _null_of_mask(rule, arms):
+        return null
     if isinstance(rule, MagnitudeMask):
         return f"{rule.which}-magnitude"
     return rule.which.replace("_", "-") if isinstance(rule, PrincipalMask) else rule.type
@@ -306,7 +370,9 @@ def _draw_key(masks: Mapping[str, MaskConfig], mask: str) -> tuple[str, ...]:
 def _settings_of(arm: ArmConfig, recipe: ArmRecipe | None) -> dict[str, Any]:
     """The settings that determine an arm except role, seed and mask, as {"optim.learning_rate": 1e-4, ...}."""
     shared = set(ArmRecipe.model_fields)
-    found = arm.model_dump(mode="json", exclude={"role", "seed", "mask", *shared})
+    found = arm.model_dump(mode="json", exclude={"role", "seed", "mask", "null", *shared})
+    if isinstance(arm, DistillArm) and arm.null is not None:
+        found["null"] = arm.null.label
     if recipe is not None:
         found |= recipe.model_dump(mode="json", include=shared)
     return {key: value for key, value in _flatten(found).items() if key not in _WITHOUT_EFFECT}

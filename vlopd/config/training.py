@@ -195,7 +195,9 @@ class TrainConfig(Section):
     """Steps between optimizer statistics (optimizer.jsonl), which copy the trained values once; null for none."""
     keep_steps: Annotated[tuple[Count, ...], Unique] = ()
     """Steps after which each trained arm keeps a checkpoint, which masks and arms name as in `full@12`."""
-
+    keep_completions: bool = False
+    """Whether every step's completions are kept (arms/NAME/completions/) for a signal null that may replay them later;
+    those that an arm of the config replays are kept anyway."""
     metrics: Annotated[tuple[Plugin, ...], Unique] = ()
     """Functions "module:function" (example, completion text) -> a number, whose means over a step's completions become
     columns of metrics.jsonl under the functions' names (docs/plugins.md)."""

@@ -19,6 +19,7 @@ from vlopd.config.arms import (
     Subspace,
     TeacherArm,
     TransplantArm,
+    replay_of,
 )
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.recipe import ArmRecipe, Recipe, training_of
@@ -118,6 +119,10 @@ def train_arm(
 ) -> None:
     """Trains the student from the base, under the arm's mask if any, and verifies that the rest did not move."""
     recipe, run, inputs = config.recipe_of(arm), its.run, its.inputs
+    if name in config.replayed:
+        train = recipe.train.model_copy(update={"keep_completions": True})
+        recipe = recipe.model_copy(update={"train": train})
+    replayed = replay_of(arm)
     base = run.checkpoint(base_arm(config))
     refuse_other_base(
         other_bases_of_arm(run, config, arm), inputs["base"], options.allow_other_base
@@ -133,6 +138,7 @@ def train_arm(
         # the base arm, unless it is stored in a lower precision than the student
         student_folder=base if base_arm_is_exact(config) else None,
         kept=options.teachers,
+        with_teachers=arm.null is None or arm.null.type != "random_gradient",
     )
     before, mask, projections = read_tensors(base), None, None
     if arm.mask is not None:
@@ -171,6 +177,8 @@ def train_arm(
         projections=projections,
         identity=digest_json(inputs),
         accelerator=accelerator,
+        null=arm.null,
+        replay=None if replayed is None else run.arm(replayed),
     ).trainable
 
     def write() -> None:
@@ -225,6 +233,7 @@ def _describe(recipe: ArmRecipe, arm: DistillArm) -> str:
     """A short description of an arm's training for its model card."""
     text = f"{training_of(recipe)}, {recipe.objective}, {recipe.train.steps} steps"
     text += f", mask {arm.mask}" if arm.mask else ""
+    text += f", signal null {arm.null.label}" if arm.null else ""
     if arm.subspace:
         text += f", gradients projected on rank {arm.subspace.rank} of {arm.subspace.of}"
     return text

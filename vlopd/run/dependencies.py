@@ -15,6 +15,7 @@ from vlopd.config.arms import (
     TeacherArm,
     TransplantArm,
     checkpoints_of,
+    replay_of,
 )
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import FileMask, FunctionMask, MaskConfig
@@ -63,7 +64,8 @@ def arm_inputs(
         recipe = config.recipe_of(arm)
         teachers = recipe.teachers
         settings = config.model_dump(mode="json", include={"student", "precision"})
-        not_inputs = {**EXECUTION, "train": EXECUTION["train"] | {"metrics"}}  # plug-ins are, below
+        # plug-ins are, below; the completions that are kept change nothing
+        not_inputs = {**EXECUTION, "train": EXECUTION["train"] | {"metrics", "keep_completions"}}
         inputs |= {
             "student": read_json(run.arm_record(base_arm(config)))["inputs"],
             "teachers": {n: teacher_content(run, config, t, whole) for n, t in teachers.items()},
@@ -71,6 +73,11 @@ def arm_inputs(
             "arm": arm.model_dump(mode="json", include={"type", "seed", "mask", "subspace"}),
             "recipe": settings | recipe.model_dump(mode="json", exclude=not_inputs),
         }
+        if arm.null is not None:
+            inputs["null"] = arm.null.type
+            if (replayed := replay_of(arm)) is not None:
+                run.checksums.check(f"arms/{replayed}", whole)
+                inputs["replayed"] = arm_digest(run, replayed)
         if plugins := plugin_content(recipe.plugins, whole):
             inputs["plugins"] = plugins
     else:

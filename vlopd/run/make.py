@@ -16,6 +16,7 @@ from vlopd.config.arms import (
     TransplantArm,
     checkpoints_of,
     mask_of,
+    replay_of,
 )
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import FileMask, Reference
@@ -56,6 +57,8 @@ def make_arm(
         make_mask(run, config, mask, options)
     for checkpoint in checkpoints_of(arm).values():
         _make_checkpoint(run, config, checkpoint, options)
+    if (replayed := replay_of(arm)) is not None:
+        make_arm(run, config, replayed, options)
     inputs = partial(arm_inputs, run, config, name)
     if isinstance(arm, DistillArm):
         with stage(run, f"arms/{name}") as its:

@@ -146,7 +146,8 @@ def weight_agreement(
     mask: Mapping[str, Tensor] | None,
 ) -> dict[str, Any] | None:
     """Fraction of equal weights between an arm and the trained arms it derives from, by tolerance."""
-    others = [a for a in config.ancestors(name) if isinstance(config.arms[a], DistillArm)]
+    derived = config.ancestors(name, replayed=False)
+    others = [a for a in derived if isinstance(config.arms[a], DistillArm)]
     arm = read_tensors(run.checkpoint(name))
     found = {
         o: agreement_by_tolerance(before, arm, read_tensors(run.checkpoint(o)), mask)
@@ -157,6 +158,6 @@ def weight_agreement(
 
 def discovery_seeds(config: ExperimentConfig, name: str) -> dict[str, int] | None:
     """Seeds of the trained arms that an arm derives from, e.g. of its mask's discovery."""
-    arms = {other: config.arms[other] for other in config.ancestors(name)}
+    arms = {other: config.arms[other] for other in config.ancestors(name, replayed=False)}
     found = {other: arm.seed for other, arm in arms.items() if isinstance(arm, DistillArm)}
     return found or None

@@ -51,7 +51,7 @@ from vlopd.train.losses import (
     chunked_divergence,
     logprobs_at,
 )
-from vlopd.train.teacher import AnyTeacher, ByTeacher, Mixture, Teacher
+from vlopd.train.teacher import AnyTeacher, ByTeacher, Mixture, PermutedTeacher, Teacher
 from vlopd.types import Completions, Example, Prompts
 
 LoadedTeachers = dict[tuple[Any, ...], LoadedModel]
@@ -69,7 +69,7 @@ class Rendered(NamedTuple):
 class TeacherForward(NamedTuple):
     """A teacher's forward pass over its rows of a batch: hidden states [N_k, H'] that predict their tokens."""
 
-    teacher: AnyTeacher
+    teacher: AnyTeacher | PermutedTeacher
     rows: list[int]
     hidden: Tensor
 
@@ -100,6 +100,10 @@ class ModelPair:
     def teachers(self) -> tuple[Teacher, ...]:
         """All teacher models, the members of a mixture included."""
         return tuple(member for teacher in self.by_name.values() for member in teacher.members)
+
+    def without_teachers(self) -> ModelPair:
+        """The student alone, which still samples only the tokens that it shares with its teachers."""
+        return replace(self, by_name={}, field=None)
 
     def with_own_processors(self) -> ModelPair:
         """The same pair with copies of its processors, for another thread."""
@@ -226,10 +230,12 @@ class ModelPair:
         advantages: Tensor | None = None,
         weights: Tensor | None = None,
         diagnostics: bool = True,
+        learned: Sequence[TeacherForward] | None = None,
     ) -> TokenDivergence:
         """As `divergence`, from the teachers' forward passes, with a reward's `advantages` [B] mixed in.
 
-        With `weights` [N], the sum of weight * loss is back-propagated here, a chunk of tokens at a time.
+        With `weights` [N], the sum of weight * loss is back-propagated here, a chunk of tokens at a time; where
+        `learned` is given, the loss against these instead, and that against `forwards` is returned.
         """
         hidden = self.student.completion_hidden(prompts, completions)
         # the chunks' gradients meet here, so that the backbone's backward pass is one
@@ -238,33 +244,45 @@ class ModelPair:
             student_hidden = hidden.detach().requires_grad_(hidden.requires_grad)
         per_token = None if advantages is None else spread(advantages, completions.mask)
         no_teacher = (None, list(range(len(completions.ids))), None)
-        pieces, order = [], []
-        for teacher, rows, teacher_hidden in forwards or (no_teacher,):
-            tokens, mine = tokens_of_rows(completions, rows), completions.take(rows)
 
-            def own(column: Tensor | None, tokens: Tensor | None = tokens) -> Any:
-                return column if column is None or tokens is None else column[tokens]
+        def against(
+            theirs: Sequence[TeacherForward], weights: Tensor | None, diagnostics: bool
+        ) -> TokenDivergence:
+            pieces, order = [], []
+            for teacher, rows, teacher_hidden in theirs or (no_teacher,):
+                tokens, mine = tokens_of_rows(completions, rows), completions.take(rows)
 
-            sampled = Sampled(self.vocabulary.targets(mine), mine.logprobs[mine.mask])
-            if per_token is not None:
-                sampled = sampled._replace(advantages=own(per_token))
-            pieces.append(
-                chunked_divergence(
-                    loss,
-                    own(student_hidden),
-                    lambda hidden: self.student.logits(hidden, self.vocabulary.student),
-                    teacher_hidden,
-                    None if teacher is None else teacher.logits,
-                    sampled,
-                    reward,
-                    own(weights),
-                    diagnostics,
+                def own(column: Tensor | None, tokens: Tensor | None = tokens) -> Any:
+                    return column if column is None or tokens is None else column[tokens]
+
+                sampled = Sampled(self.vocabulary.targets(mine), mine.logprobs[mine.mask])
+                if per_token is not None:
+                    sampled = sampled._replace(advantages=own(per_token))
+                pieces.append(
+                    chunked_divergence(
+                        loss,
+                        own(student_hidden),
+                        lambda hidden: self.student.logits(hidden, self.vocabulary.student),
+                        teacher_hidden,
+                        None if teacher is None else teacher.logits,
+                        sampled,
+                        reward,
+                        own(weights),
+                        diagnostics,
+                    )
                 )
-            )
-            order.append(tokens)
+                order.append(tokens)
+            return by_column(lambda column: in_order(column, order), pieces)
+
+        if learned is None:
+            found = against(forwards, weights, diagnostics)
+        else:
+            with torch.no_grad():
+                found = against(forwards, None, diagnostics)
+            against(learned, weights, False)
         if weights is not None and student_hidden.grad is not None:
             hidden.backward(student_hidden.grad)
-        return by_column(lambda column: in_order(column, order), pieces)
+        return found
 
     def assign(self, examples: Sequence[Example]) -> list[tuple[AnyTeacher, list[int]]]:
         """Each teacher with its rows of the batch; none without a teacher.
@@ -411,6 +429,7 @@ def load_pair(
     student_folder: Path | str | None = None,
     load: Callable[..., LoadedModel] = load_configured,
     kept: LoadedTeachers | None = None,
+    with_teachers: bool = True,
 ) -> ModelPair:
     """Loads student and teachers.
 
@@ -424,6 +443,7 @@ def load_pair(
         student_folder: takes the place of the configured student.
         load: loads one model of a config.
         kept: teachers loaded for the pair before, reused where they are the same and fixed; replaced by this pair's.
+        with_teachers: whether the teachers' weights are loaded; without, the pair has their vocabulary alone.
 
     Returns a ModelPair. Raises ConfigError, before any weights are read, where a model cannot be read, vocabularies
     disagree or, with `images`, a model is text-only.
@@ -443,6 +463,8 @@ def load_pair(
     if images:
         refuse_text_only(own, configs)
     vocabulary = shared_vocabulary(own, configs.values())
+    if not with_teachers:
+        return ModelPair(load(own, dtype, device, student_folder), {}, vocabulary)
     teachers: dict[str, Teacher] = {}
     kept = {} if kept is None else kept
     keys = []

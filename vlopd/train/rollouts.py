@@ -91,23 +91,27 @@ def collect(
     step: int,
     sampling_bytes: int | None = None,
     on_sampled: OnSampled | None = None,
+    replayed: Completions | None = None,
 ) -> list[Batch]:
     """This process's completions of a step: rollout.completions_per_prompt for each of its `rendered` examples.
 
     `share` are the examples' indices among the step's prompts. Random numbers belong to an index, so completions do
     not depend on how the step is split: into processes, sampling batches (rollout.batch, or what fits in
-    `sampling_bytes`) and micro-batches of the training (train.micro_batch or micro_tokens), by length.
+    `sampling_bytes`) and micro-batches of the training (train.micro_batch or micro_tokens), by length. `replayed`
+    completions, by place, are taken instead of new ones.
     """
     rollout, n = recipe.rollout, recipe.rollout.completions_per_prompt
     prompts = recipe.train.prompts_per_step
-    everyones = [
-        seeding.uniforms(prompts, rollout.max_new_tokens, "rollout", seed, step, k)
-        for k in range(n)
-    ]
-    uniforms = torch.stack(everyones, 1)[share.start : share.stop].flatten(0, 1)  # [B, C]
     writers = choose_writers(rollout.source.shares, prompts, n, seed, step)
     mine = tuple(writers[share.start * n : share.stop * n])
-    completions = write(pair, rollout, rendered, mine, uniforms, sampling_bytes, on_sampled)
+    completions = replayed
+    if completions is None:
+        everyones = [
+            seeding.uniforms(prompts, rollout.max_new_tokens, "rollout", seed, step, k)
+            for k in range(n)
+        ]
+        uniforms = torch.stack(everyones, 1)[share.start : share.stop].flatten(0, 1)  # [B, C]
+        completions = write(pair, rollout, rendered, mine, uniforms, sampling_bytes, on_sampled)
     repeated = [each for each in rendered for _ in range(n)]
     whole = Batch(pair.student, repeated, completions, mine, tuple(range(len(mine))))
     whole = scored(pair, recipe, whole)

@@ -114,4 +114,16 @@ class Mixture:
         return mixed
 
 
+@dataclass(frozen=True)
+class PermutedTeacher:
+    """A teacher with its logits in another order: column v has those of column `order[v]`."""
+
+    teacher: Teacher | Mixture | PermutedTeacher
+    order: Tensor  # [V]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, H'] -> [N, V] over the shared vocabulary."""
+        return self.teacher.logits(hidden)[:, self.order.to(hidden.device)]
+
+
 AnyTeacher = Teacher | Mixture
