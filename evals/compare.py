@@ -243,6 +243,7 @@ def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> di
             }
         )
     contrasts += [contrast(its.of, its.arm) for its in roles.unpooled]
+    contrasts += [contrast(its.of[0], arm) for its in roles.nulls for arm in its.arms]
     given = {(its["a"], its["b"]) for its in contrasts}
     declared = roles.contrasts(config.contrasts or ())
     contrasts += [contrast(a, b) for a, b in declared if (a, b) not in given]
@@ -454,5 +455,6 @@ def _arm_entries(run: RunFolder, config: ExperimentConfig) -> dict[str, dict[str
         its: dict[str, Any] = dict.fromkeys(("training", "seed", "density"))
         if isinstance(arm, DistillArm):
             its |= {"training": training_of(config.recipe_of(arm)), "seed": arm.seed}
+            its |= {"null": arm.null.label} if arm.null else {}
         found[name] = its | ({"density": read_json(path).get("density")} if path.exists() else {})
     return found

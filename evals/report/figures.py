@@ -30,6 +30,7 @@ COLOURS = {
     "other": "#7a6fb0",
     "pooled": "#009e73",
     "control": "#3fb593",
+    "null": "#b8b3a7",
     "base": "#8a8f98",
 }
 VARIANTS = ("#7a6fb0", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#8c564b", "#17a2b8", "#7f7f7f")

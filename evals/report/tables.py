@@ -15,7 +15,7 @@ from vlopd.run.folder import RunFolder
 
 ORDER = (
     *("teacher", "full", "replicate", "variant", "subnetwork", "projection", "transplant", "other"),
-    *("pooled", "control", "base"),
+    *("pooled", "control", "null", "base"),
 )
 """Order of arms in tables and figures, from ceiling to floor."""
 

@@ -42,6 +42,7 @@ def verdict(record: Entry) -> list[str]:
         lines = [*retrained[:1], *task_sentences.full_training(), *retrained[1:]]
         lines += [
             *task_sentences.transplants(),
+            *task_sentences.nulls(),
             *task_sentences.others(),
             *task_sentences.declared(),
             *task_sentences.limits(),
@@ -240,6 +241,18 @@ class TaskSentences:
                     f"{_sentence_start(arm)} minus transplants on {group['kind']} masks "
                     f"({_mean_of(group['arms'])}): {self.finding(group['difference'])}."
                 )
+        return lines
+
+    def nulls(self) -> list[str]:
+        """Arms trained on a signal that carries nothing, with the real arm beside."""
+        lines = []
+        for arm in self._with_role("null"):
+            line = (
+                f"{_sentence_start(arm)}, trained on a signal that carries nothing "
+                f"({self.about[arm].get('null', 'signal null')}), scores {self.percent(self.arms[arm]['mean'])}"
+            )
+            its = next((c for c in self.task["contrasts"] if c["b"] == arm), None)
+            lines.append(f"{line}; {its['a']} minus it: {self.finding(its)}." if its else f"{line}.")
         return lines
 
     def limits(self) -> list[str]:
