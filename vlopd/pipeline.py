@@ -158,7 +158,12 @@ class Planner:
         return f"masks/{name}"
 
     def geometry(self, names: Sequence[str]) -> None:
-        from vlopd.run.dependencies import geometry_inputs, overlap_inputs
+        from vlopd.run.dependencies import (
+            geometry_inputs,
+            groups_inputs,
+            null_groups,
+            overlap_inputs,
+        )
 
         arms = [self.arm(name) for name in names]
         for name, arm in zip(names, arms, strict=True):
@@ -167,6 +172,10 @@ class Planner:
         if len(names) > 1:
             inputs = partial(overlap_inputs, self.run, self.config, list(names))
             self.add("geometry/overlap", arms, inputs)
+        if null_groups(self.config, names):
+            needs = ["geometry/overlap", *(f"geometry/{name}" for name in names)]
+            inputs = partial(groups_inputs, self.run, self.config, names)
+            self.add("geometry/groups", needs, inputs)
 
     def evals(self, names: Sequence[str]) -> None:
         from evals.harness import eval_inputs
@@ -340,6 +349,7 @@ def make_geometry(
 ) -> None:
     """Measures the arms' updates; workers and device as in `measure_checkpoint`."""
     from vlopd.run import geometry
+    from vlopd.run.dependencies import null_groups
 
     for name in names:
         made = geometry.make_geometry(run, config, name, workers, device)
@@ -347,6 +357,9 @@ def make_geometry(
     if len(names) > 1:
         made = geometry.make_overlap(run, config, list(names))
         on_artifact("overlap of the arms' updates", run.root / "geometry" / "overlap.csv", made)
+    if null_groups(config, names):
+        made = geometry.make_groups(run, config, list(names))
+        on_artifact("arms against nulls", run.root / "geometry" / "groups.csv", made)
 
 
 def make_evals(

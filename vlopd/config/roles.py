@@ -66,6 +66,15 @@ class Contrast(NamedTuple):
     """An arm, or controls whose mean is used."""
 
 
+class SignalNulls(NamedTuple):
+    """Arms trained on a signal without content, and the arms that differ from them in nothing but the signal."""
+
+    null: str
+    """Label of the null: `rademacher`, or `rademacher, replayed`."""
+    of: tuple[str, ...]
+    arms: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Roles:
     """Roles and groups of arms. `seed_groups`: arms that differ only in the training seed, if several."""
@@ -74,6 +83,7 @@ class Roles:
     controls: tuple[Controls, ...] = ()
     unpooled: tuple[UnpooledControl, ...] = ()
     seed_groups: tuple[tuple[str, ...], ...] = ()
+    nulls: tuple[SignalNulls, ...] = ()
 
     def arms(self, role: Role) -> list[str]:
         return [arm for arm, its in self.of.items() if its == role]
