@@ -47,6 +47,17 @@ class Controls(NamedTuple):
     arms: tuple[str, ...]
 
 
+class SignalNulls(NamedTuple):
+    """Arms trained on one signal null, and the real arms that differ from them in nothing but the signal and seed."""
+
+    null: str
+    """The null's label: `rademacher`, or `rademacher, replayed`."""
+    of: tuple[str, ...]
+    """The real arms: full before its replicates, then in the order of seeds."""
+    arms: tuple[str, ...]
+    """The null arms, in the order of seeds."""
+
+
 class UnpooledControl(NamedTuple):
     """A control that is not averaged, since it differs from its arm in more than the mask."""
 
@@ -64,15 +75,6 @@ class Contrast(NamedTuple):
     a: str
     b: str | tuple[str, ...]
     """An arm, or controls whose mean is used."""
-
-
-class SignalNulls(NamedTuple):
-    """Arms trained on a signal without content, and the arms that differ from them in nothing but the signal."""
-
-    null: str
-    """Label of the null: `rademacher`, or `rademacher, replayed`."""
-    of: tuple[str, ...]
-    arms: tuple[str, ...]
 
 
 @dataclass(frozen=True)
