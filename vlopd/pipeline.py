@@ -158,12 +158,7 @@ class Planner:
         return f"masks/{name}"
 
     def geometry(self, names: Sequence[str]) -> None:
-        from vlopd.run.dependencies import (
-            geometry_inputs,
-            groups_inputs,
-            null_groups,
-            overlap_inputs,
-        )
+        from vlopd.run.dependencies import geometry_inputs, overlap_inputs
 
         arms = [self.arm(name) for name in names]
         for name, arm in zip(names, arms, strict=True):
@@ -172,6 +167,12 @@ class Planner:
         if len(names) > 1:
             inputs = partial(overlap_inputs, self.run, self.config, list(names))
             self.add("geometry/overlap", arms, inputs)
+        self.groups(names)
+
+    def groups(self, names: Sequence[str]) -> None:
+        """Adds the comparison of groups among the measured arms, if there are any, after their measures."""
+        from vlopd.run.dependencies import groups_inputs, null_groups
+
         if null_groups(self.config, names):
             needs = ["geometry/overlap", *(f"geometry/{name}" for name in names)]
             inputs = partial(groups_inputs, self.run, self.config, names)

@@ -21,6 +21,7 @@ from vlopd.config.roles import SignalNulls
 from vlopd.update_geometry.checkpoint import write_table
 from vlopd.update_geometry.group_statistics import (
     LEAST_ARMS,
+    LEAST_DRAWS,
     LEAST_PAIRED,
     Difference,
     Part,
@@ -43,8 +44,8 @@ class Metric(NamedTuple):
 
     family: str
     metric: str
-    parameter: str | None
-    """None: any."""
+    parameters: tuple[str, ...]
+    """Those of geometry.csv that are compared; empty: any."""
     names: tuple[str, ...]
     """Beginnings of the names of the rows, as in geometry.csv."""
     logarithmic: bool = False
@@ -55,36 +56,37 @@ class Metric(NamedTuple):
 _SPECTRAL, _SUMS = ("[median]", "[component="), ("[all]", "[component=")
 _GROUPS = ("[component=", "[module=", "[part=ffn", "[part=attention")
 _PAIRS = ("[all]", "[median]", "[component=")
-_MASKS = ("principal", "low_magnitude")
+_RATIO = "ratio=0.1"
+_COVERED = (f"{_RATIO},atol=0", f"{_RATIO},atol=1e-05")
 _TOP_MASK = "top_mask_overlap_over_chance"
 _VISIBLE = "overlap_enrichment_vs_random_within_tensors_and_magnitudes"
 
 METRICS = (
-    Metric("spectrum", "stable_rank", "", _SPECTRAL, True),
-    Metric("spectrum", "effective_rank_entropy", "", _SPECTRAL, True),
-    Metric("spectrum", "top_energy_ratio", "k=16", _SPECTRAL),
-    Metric("spectrum", "tail_energy_ratio", "k=16", _SPECTRAL, True),
-    Metric("spectrum", "principal_projection_energy_ratio", "ratio=0.1", _SPECTRAL, True),
-    Metric("spectrum", "left_principal_projection_energy_ratio", "ratio=0.1", _SPECTRAL, True),
-    Metric("spectrum", "right_principal_projection_energy_ratio", "ratio=0.1", _SPECTRAL, True),
-    Metric("place", "energy_share", "", _GROUPS, decided_by="norm"),
-    Metric("place", "energy_share_over_parameter_share", "", _GROUPS, True, "norm"),
+    Metric("spectrum", "stable_rank", (), _SPECTRAL, True),
+    Metric("spectrum", "effective_rank_entropy", (), _SPECTRAL, True),
+    Metric("spectrum", "top_energy_ratio", ("k=16",), _SPECTRAL),
+    Metric("spectrum", "tail_energy_ratio", ("k=16",), _SPECTRAL, True),
     *(
-        Metric("place", f"{mask}_{of}", f"ratio=0.1,{atol}", _SUMS, logarithmic, "places")
-        for mask in _MASKS
-        for of, logarithmic in (("update_overlap_ratio", False), ("enrichment_vs_random", True))
-        for atol in ("atol=0", "atol=1e-05")
+        Metric("spectrum", f"{side}principal_projection_energy_ratio", (_RATIO,), _SPECTRAL, True)
+        for side in ("", "left_", "right_")
     ),
-    Metric("size", "relative_delta_fro", "", _SUMS, True, "norm"),
-    Metric("size", "frac_delta_eq_0", "", _SUMS, decided_by="sizes"),
-    Metric("size", "frac_isclose_zero", "atol=1e-05", _SUMS, decided_by="sizes"),
-    Metric("size", "coord_top_energy_ratio", "ratio=0.1", _SUMS, decided_by="sizes"),
-    Metric(DIRECTION, "delta_cosine", None, _PAIRS),
-    Metric(DIRECTION, _TOP_MASK, None, _PAIRS, True, "places"),
-    Metric(DIRECTION, f"{_TOP_MASK}_within_magnitudes", None, _PAIRS, True, "places"),
-    Metric(DIRECTION, _VISIBLE, "atol=0", _PAIRS, True, "places"),
-    Metric(DIRECTION, "left_subspace_similarity", None, _PAIRS),
-    Metric(DIRECTION, "right_subspace_similarity", None, _PAIRS),
+    Metric("place", "energy_share", (), _GROUPS, decided_by="norm"),
+    Metric("place", "energy_share_over_parameter_share", (), _GROUPS, True, "norm"),
+    *(
+        Metric("place", f"{mask}_{of}", _COVERED, _SUMS, logarithmic, "places")
+        for mask in ("principal", "low_magnitude")
+        for of, logarithmic in (("update_overlap_ratio", False), ("enrichment_vs_random", True))
+    ),
+    Metric("size", "relative_delta_fro", (), _SUMS, True, "norm"),
+    Metric("size", "frac_delta_eq_0", ("",), _SUMS, decided_by="sizes"),
+    Metric("size", "frac_isclose_zero", ("atol=1e-05",), _SUMS, decided_by="sizes"),
+    Metric("size", "coord_top_energy_ratio", (_RATIO,), _SUMS, decided_by="sizes"),
+    Metric(DIRECTION, "delta_cosine", (), _PAIRS),
+    Metric(DIRECTION, _TOP_MASK, (), _PAIRS, True, "places"),
+    Metric(DIRECTION, f"{_TOP_MASK}_within_magnitudes", (), _PAIRS, True, "places"),
+    Metric(DIRECTION, _VISIBLE, ("atol=0",), _PAIRS, True, "places"),
+    Metric(DIRECTION, "left_subspace_similarity", (), _PAIRS),
+    Metric(DIRECTION, "right_subspace_similarity", (), _PAIRS),
 )
 """All that is compared. A family's rows share one control of false discoveries."""
 _BY_NAME = {its.metric: its for its in METRICS}
@@ -207,7 +209,9 @@ def _values(
         its = _BY_NAME.get(row["metric"])
         if its is None or (its.family == DIRECTION) != (PAIR in unit):
             continue
-        if its.parameter not in (None, row["parameter"]) or not row["name"].startswith(its.names):
+        if its.parameters and row["parameter"] not in its.parameters:
+            continue
+        if not row["name"].startswith(its.names):
             continue
         key = (its.family, its.metric, row["parameter"], row["name"])
         tail = (its.family, _TAIL[1], *key[2:]) if its.metric == _TAIL[0] else None
@@ -367,7 +371,9 @@ def _too_few(
     if len(arms) < least:
         return f"{_count(arms)} with the signal; a test needs {least}"
     if kind == "drawn":
-        return "" if draws > 1 else f"{draws} draw of {null}; a test needs 2"
+        return (
+            "" if draws >= LEAST_DRAWS else f"{draws} draws of {null}; a test needs {LEAST_DRAWS}"
+        )
     least = LEAST_ARMS if kind == "mixed" else least
     return "" if len(null_arms) >= least else f"{_count(null_arms)} of {null}; a test needs {least}"
 
