@@ -348,7 +348,7 @@ def geometry(run: RunFolder, config: ExperimentConfig) -> tuple[pd.DataFrame, pd
     return pd.concat(tidy) if tidy else pd.DataFrame(), pd.DataFrame(summary)
 
 
-def groups(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
+def geometry_groups(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
     """groups.csv: measures of trainings against signal nulls and drawn nulls; empty where a run has no null arms."""
     table = run.root / "geometry" / "groups.csv"
     if not config.roles.nulls or not table.exists():

@@ -180,7 +180,7 @@ class Run:
         return tidy[["arm", *tidy.columns.drop("arm")]] if len(tidy) else tidy
 
     @property
-    def groups(self) -> pd.DataFrame:
+    def geometry_groups(self) -> pd.DataFrame:
         """What the signal adds: each measure of the real arms against each null's, over training seeds (groups.csv).
 
         One row a measure and null, with difference, interval, p, q and equivalence (docs/geometry.md). Empty for a run
@@ -188,7 +188,7 @@ class Run:
         """
         from evals.report import tables
 
-        return tables.groups(self.folder, self.config)
+        return tables.geometry_groups(self.folder, self.config)
 
     @property
     def _compared(self) -> dict[str, Any]:
