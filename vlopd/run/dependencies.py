@@ -218,7 +218,7 @@ def groups_inputs(run: RunFolder, config: ExperimentConfig, names: Sequence[str]
     tables = {f"geometry/{arm}": f"geometry/{arm}/geometry.parquet" for arm in arms}
     tables["geometry/overlap"] = "geometry/overlap.parquet"
     return {
-        "groups": [group._asdict() for group in groups],
+        "groups": [{"null": g.null, "of": list(g.of), "arms": list(g.arms)} for g in groups],
         "tables": {table: run.checksums.read(name)[table] for name, table in tables.items()},
         "settings": {
             "equal_ratio": its.equal_ratio,
