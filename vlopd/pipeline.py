@@ -175,6 +175,16 @@ class Planner:
         if len(names) > 1:
             inputs = partial(overlap_inputs, self.run, self.config, list(names))
             self.add("geometry/overlap", arms, inputs)
+        self.groups(names)
+
+    def groups(self, names: Sequence[str]) -> None:
+        """Adds the comparison of groups among the measured arms, if there are any, after their measures."""
+        from vlopd.run.dependencies import groups_inputs, null_groups
+
+        if null_groups(self.config, names):
+            needs = ["geometry/overlap", *(f"geometry/{name}" for name in names)]
+            inputs = partial(groups_inputs, self.run, self.config, names)
+            self.add("geometry/groups", needs, inputs)
 
     def evals(self, names: Sequence[str]) -> None:
         from evals.harness import eval_inputs
@@ -352,6 +362,7 @@ def make_geometry(
 ) -> None:
     """Measures the arms' updates; workers and device as in `measure_checkpoint`."""
     from vlopd.run import geometry
+    from vlopd.run.dependencies import null_groups
 
     for name in names:
         made = geometry.make_geometry(run, config, name, workers, device)
@@ -359,6 +370,9 @@ def make_geometry(
     if len(names) > 1:
         made = geometry.make_overlap(run, config, list(names))
         on_artifact("overlap of the arms' updates", run.root / "geometry" / "overlap.csv", made)
+    if null_groups(config, names):
+        made = geometry.make_groups(run, config, list(names))
+        on_artifact("arms against nulls", run.root / "geometry" / "groups.csv", made)
 
 
 def make_evals(

@@ -348,6 +348,15 @@ def geometry(run: RunFolder, config: ExperimentConfig) -> tuple[pd.DataFrame, pd
     return pd.concat(tidy) if tidy else pd.DataFrame(), pd.DataFrame(summary)
 
 
+def geometry_groups(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
+    """groups.csv: measures of trainings against signal nulls and drawn nulls; empty where a run has no null arms."""
+    table = run.root / "geometry" / "groups.csv"
+    if not config.roles.nulls or not table.exists():
+        return pd.DataFrame()
+    texts = ("of", "null", "kind", "parameter", "reason")
+    return pd.read_csv(table).fillna(dict.fromkeys(texts, ""))
+
+
 def headline(folder: Path) -> list[dict[str, Any]]:
     """The headline rows of a folder's summary.json, each with a label."""
     rows = read_json(folder / "summary.json")["headline"]

@@ -180,6 +180,17 @@ class Run:
         return tidy[["arm", *tidy.columns.drop("arm")]] if len(tidy) else tidy
 
     @property
+    def geometry_groups(self) -> pd.DataFrame:
+        """What the signal adds: each measure of the real arms against each null's, over training seeds (groups.csv).
+
+        One row a measure and null, with difference, interval, p, q and equivalence (docs/geometry.md). Empty for a run
+        without null arms in geometry.arms.
+        """
+        from evals.report import tables
+
+        return tables.geometry_groups(self.folder, self.config)
+
+    @property
     def _compared(self) -> dict[str, Any]:
         if not self.folder.compare.exists():
             raise RunError(f"{self.folder.root} has no comparison yet; .run() makes it")

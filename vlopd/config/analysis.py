@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -87,6 +87,16 @@ class GeometryConfig(Section):
     """Largest m n min(m, n) of a matrix that is factorised exactly, in multiplications; others are `approximate`."""
     max_left_out: PartOrZero = 0.01
     """The largest fraction of either checkpoint's parameters that may be unpaired; more is refused."""
+    equal_ratio: Annotated[float, between(1 + 1e-6, 1e6)] = 1.25
+    """Two groups of arms are equivalent in a positive measure where the ratio of their means is shown to be below this,
+    either way."""
+    equal_difference: Part = 0.05
+    """The same of shares and cosines: where the difference of their means is shown to be below this, either way."""
+
+    @property
+    def of_update(self) -> dict[str, Any]:
+        """The settings that the measures of one update, or of a pair of updates, depend on."""
+        return self.model_dump(mode="json", exclude={"arms", "equal_ratio", "equal_difference"})
 
 
 class HeldOutConfig(Section):

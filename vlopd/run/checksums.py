@@ -17,6 +17,7 @@ SINGLE = {
     "compare": "compare.json",
     "report": "report/record.json",
     "geometry/overlap": "geometry/overlap.json",
+    "geometry/groups": "geometry/groups.json",
     "evals/vision": "evals/vision.json",
 }
 RECORDS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from vlopd.config.arms import (
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import FileMask, FunctionMask, MaskConfig
 from vlopd.config.recipe import EXECUTION, Recipe
+from vlopd.config.roles import SignalNulls
 from vlopd.digests import digest_checkpoint, file_digest
 from vlopd.errors import UserError
 from vlopd.files import read_json
@@ -188,7 +190,7 @@ def geometry_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict
         "trained": digest_checkpoint(arm_folder(run, config, name)),
         # determines how fused tensors are split
         "config": file_digest(run.checkpoint(base) / "config.json"),
-        "settings": config.geometry.model_dump(mode="json", exclude={"arms"}),
+        "settings": config.geometry.of_update,
     }
     if foreign := read_json(run.arm_record(name)).get("other_base"):
         inputs["other_base"] = foreign
@@ -202,7 +204,34 @@ def overlap_inputs(run: RunFolder, config: ExperimentConfig, names: list[str]) -
     return {
         "base": arm_digest(run, base_arm(config)),
         "arms": {name: digest_checkpoint(arm_folder(run, config, name)) for name in names},
-        "settings": config.geometry.model_dump(mode="json", exclude={"arms"}),
+        "settings": config.geometry.of_update,
+    }
+
+
+def null_groups(config: ExperimentConfig, names: Sequence[str]) -> list[SignalNulls]:
+    """The signal nulls among the measured arms `names`, each with the arms that it is compared with there."""
+    found = []
+    for group in config.roles.nulls:
+        of, arms = (tuple(a for a in its if a in names) for its in (group.of, group.arms))
+        if of and arms:
+            found.append(SignalNulls(group.null, of, arms))
+    return found
+
+
+def groups_inputs(run: RunFolder, config: ExperimentConfig, names: Sequence[str]) -> dict[str, Any]:
+    """The inputs that determine the comparison of groups of arms: their tables of geometry, and that of overlap."""
+    groups, its = null_groups(config, names), config.geometry
+    arms = sorted({arm for group in groups for arm in (*group.of, *group.arms)})
+    tables = {f"geometry/{arm}": f"geometry/{arm}/geometry.parquet" for arm in arms}
+    tables["geometry/overlap"] = "geometry/overlap.parquet"
+    return {
+        "groups": [{"null": g.null, "of": list(g.of), "arms": list(g.arms)} for g in groups],
+        "tables": {table: run.checksums.read(name)[table] for name, table in tables.items()},
+        "settings": {
+            "equal_ratio": its.equal_ratio,
+            "equal_difference": its.equal_difference,
+            "confidence": config.eval.confidence,
+        },
     }
 
 

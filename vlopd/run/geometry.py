@@ -1,4 +1,4 @@
-"""Geometry of the arms' updates against nulls, and their overlap."""
+"""Geometry of the arms' updates against nulls, their overlap, and groups of arms against each other."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ from typing import Any
 
 from vlopd.config.arms import TeacherArm
 from vlopd.config.experiment import ExperimentConfig
-from vlopd.run.dependencies import geometry_inputs, overlap_inputs, saved_steps
+from vlopd.run.dependencies import (
+    geometry_inputs,
+    groups_inputs,
+    null_groups,
+    overlap_inputs,
+    saved_steps,
+)
 from vlopd.run.folder import RunFolder, up_to_date
 from vlopd.run.resolve import arm_folder, base_arm
 from vlopd.run.stage import Stage, stage
 from vlopd.update_geometry.checkpoint import PARTIAL, measure_checkpoint
+from vlopd.update_geometry.groups import write_groups
 from vlopd.update_geometry.overlap import write_overlap
 from vlopd.update_geometry.trajectory import write_trajectory
 
@@ -99,4 +106,17 @@ def make_overlap(run: RunFolder, config: ExperimentConfig, names: list[str]) -> 
             arms = {name: arm_folder(run, config, name) for name in names}
             write_overlap(run.checkpoint(base), arms, out, config.geometry)
             its.finish({}, [out / "overlap.csv", out / "overlap.parquet"])
+    return its.made
+
+
+def make_groups(run: RunFolder, config: ExperimentConfig, names: list[str]) -> bool:
+    """Compares the seeds of measured arms with those of their signal nulls and with drawn nulls; returns whether made.
+
+    Writes group_values and groups (.csv, .parquet) in RUN/geometry. names: the measured arms, as of `make_overlap`.
+    """
+    with stage(run, "geometry/groups", derived=True) as its:
+        if its.is_due(lambda _: groups_inputs(run, config, names)):
+            out, groups = run.root / "geometry", null_groups(config, names)
+            level = config.eval.confidence
+            its.finish({}, write_groups(out, groups, config.geometry, level))
     return its.made

@@ -48,7 +48,7 @@ HEADLINE = (
 )
 """The rows repeated in summary.json, with the energy share of every part."""
 
-ARROW = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
+ARROW = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
 PARTIAL = "partial"
 """Folder of partial results, one file per stored tensor; removed when the tables are written."""
 
@@ -77,7 +77,7 @@ def measure_checkpoint(
     record = out / "summary.json"
     record.unlink(missing_ok=True)  # never leave an old record beside new tables
     model = config_of(base_folder)
-    settings = config.model_dump(mode="json", exclude={"arms"})
+    settings = config.of_update
     partial = _open_partial(out, {"inputs": inputs, "config": settings})
     workers = workers or (1 if device != "cpu" else os.cpu_count() or 1)
     findings = _measure_matrices(deltas, model, config, partial, progress, workers, device, title)
