@@ -31,7 +31,14 @@ from vlopd.progress import progress as bar
 from vlopd.update_geometry.aggregate import group_rows, left_out_rows, tensor_rows
 from vlopd.update_geometry.matrix import MatrixResult, keys_of, matrices, measure_matrix
 from vlopd.update_geometry.nulls import null_name
-from vlopd.update_geometry.schema import STATUSES, Place, Row
+from vlopd.update_geometry.schema import (
+    STATUSES,
+    Place,
+    Row,
+    count_flagged,
+    detectable_excess,
+    why_no_p,
+)
 from vlopd.weights.delta import Deltas, stream
 from vlopd.weights.matching import MatchReport
 
@@ -95,6 +102,9 @@ def measure_checkpoint(
             "inputs": inputs,
             "nulls": [null_name(null) for null in config.nulls] if config.null_draws else [],
             "null_draws": config.null_draws,
+            "no_p": why_no_p(config.null_draws) if config.nulls else "",
+            "detectable_excess_sd": detectable_excess(config.null_draws),
+            "flagged": count_flagged(rows),
             "seed": config.seed,
             "tensors": len(deltas),
             "tensors_narrowed": len(deltas.report.narrowed),
