@@ -21,7 +21,7 @@ from evals.report.sections import EMPTY, render_report, scores_context
 from evals.report.verdict import verdict
 from vlopd.files import read_json, write_text
 from vlopd.run.folder import RunFolder
-from vlopd.update_geometry.schema import FLAGGED_BY_CHANCE, HITS_SD
+from vlopd.update_geometry.schema import FLAGGED_BY_CHANCE, HITS_SD, INDEPENDENT_HITS_SD
 
 GROUPS = {"component": "Components", "part": "Parts", "layer": "Layers"}
 """Kinds of group rows that the page has a table of."""
@@ -86,6 +86,7 @@ def write_geometry_page(
                 "null": next(iter(summary["nulls"]), ""),
                 "paper": paper.get(name, ()),
                 "summary": summary,
+                "flagged": summary.get("flagged", {}),
             }
         )
     steps = out / "trajectory.csv"
@@ -98,13 +99,8 @@ def write_geometry_page(
         "trained": trained,
         "sections": sections,
         "draws": first["null_draws"],
-        "flagged": [
-            {"arm": name, "null": null, **counts}
-            for name, its in about.items()
-            for null, counts in its.get("flagged", {}).items()
-        ],
         "by_chance": FLAGGED_BY_CHANCE,
-        "hits_sd": HITS_SD,
+        "hits_sd": (HITS_SD, INDEPENDENT_HITS_SD),
         "notes": notes,
         "paper_columns": paper_columns,
         "overlap": [] if overlap is None else _overlap_rows(overlap),
