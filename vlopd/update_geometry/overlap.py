@@ -354,12 +354,17 @@ def _direction_measures(products: np.ndarray, top: np.ndarray) -> list[Measure]:
     both, tensor, decile = top.sum(0).tolist()
     name, key = "top_mask_overlap_over_chance", parameters(fraction=TOP_FRACTION)
     cosine = Term("delta_cosine", "", product, float(np.sqrt(a) * np.sqrt(b)))
+    apart = ""
     if a == 0 or b == 0:  # masks of ties alone
         both = tensor = decile = 0.0
+    elif decile == 0:
+        apart = "the masks have no decile of |w| in common"
     return [
         cosine.measure(),
         Term(name, key, both, tensor, decided_by="places").measure(),
-        Term(f"{name}_within_magnitudes", key, both, decile, decided_by="places").measure(),
+        Term(
+            f"{name}_within_magnitudes", key, both, decile, reason=apart, decided_by="places"
+        ).measure(),
     ]
 
 

@@ -17,10 +17,10 @@ LEAST_DRAWS = 5
 LEVEL, POWER = 0.05, 0.8
 """Level of p, and the power at which `detectable_excess` is stated."""
 FLAGGED_BY_CHANCE = 0.052
-"""Share of rows with p < LEVEL where the update is itself a draw of the null, over 150 such pairs in bf16 and in fp32."""
+"""Share of rows with p < LEVEL of an update that is itself a draw of the null, over 150 pairs in bf16 and in fp32."""
 HITS_SD, INDEPENDENT_HITS_SD = 6.2, 2.1
-"""Standard deviation over those pairs, bf16, of the number of rows with p < LEVEL in a matrix (mean 4.8 of 93), and that
-of independent rows (scripts/study_calibration.py)."""
+"""Standard deviation over those in bf16 of the number of rows with p < LEVEL in a matrix (mean 4.8 of 93), and that of
+independent rows (scripts/study_calibration.py)."""
 DETAIL = ("norm", "sizes", "places", "signs")
 """The part of an update that determines a measure, besides the base: its norm; the sizes of its entries; their
 positions; their signs. Each includes those before it."""
