@@ -1,6 +1,6 @@
 """Calibration of p: the fraction of rows outside the nulls' prediction intervals for updates drawn from the null.
 
-    python scripts/study_calibration.py                # 150 pairs per null and precision: three minutes on 2 cores
+    python scripts/study_calibration.py                # 150 pairs per null and precision: seven minutes on 2 cores
     python scripts/study_calibration.py --pairs 30     # a quick run
 
 Every pair has a new base matrix and a structured update of it (scaled rows and columns, heavy tails, two
@@ -9,7 +9,9 @@ null. So p < 0.05 should hold for 5 % of the rows, and p < 0.01 for 1 %. Nulls t
 (its entries, its row energies) take it from the draw, as in use.
 
 The last table is of updates with structure: noise with two planted directions, against the Gaussian null.
-Rows of one pair are correlated, so the error of a fraction is that of a few times `pairs` rows, not of their count.
+Rows of one pair are correlated, so the error of a fraction is that of a few times `pairs` rows, not of their count: the
+table of hits has the mean and the deviation over pairs of the number of rows with p < 0.05, and the deviation that
+independent rows would have.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ import torch
 from torch import Tensor
 
 from vlopd.config.analysis import (
+    AdamNull,
+    Bf16WalkNull,
     GaussianNull,
     GeometryConfig,
     LowRankNull,
@@ -34,6 +38,7 @@ from vlopd.config.analysis import (
     PermutedNull,
     RowColumnNull,
     SignFlippedNull,
+    StochasticBf16WalkNull,
     UlpNull,
 )
 from vlopd.seeding import generator
@@ -46,6 +51,9 @@ from vlopd.weights.delta import TensorDelta
 
 NULLS: tuple[NullConfig, ...] = (
     GaussianNull(),
+    AdamNull(),
+    Bf16WalkNull(),
+    StochasticBf16WalkNull(),
     RowColumnNull(),
     PermutedNull(),
     SignFlippedNull(),
@@ -53,7 +61,7 @@ NULLS: tuple[NullConfig, ...] = (
     UlpNull(),
 )
 PRECISIONS = (torch.bfloat16, torch.float32)
-DRAWS = (3, 8)
+DRAWS = (5, 8)
 SHAPE = (48, 64)
 RATIOS = (0.1, 0.25)
 FAMILIES = {
@@ -79,6 +87,7 @@ BANDS = {0.05: (0.03, 0.07), 0.01: (0.003, 0.025)}
 class Outcome(NamedTuple):
     """One row against its null."""
 
+    pair: int
     draws: int
     family: str
     p: float
@@ -147,7 +156,8 @@ def outcomes(
                 continue
             assert row.null_sd is not None and row.null_mean is not None
             if row.null_sd > EQUAL * abs(row.null_mean):  # else the null has no spread
-                found.append(Outcome(draws, family_of(row.metric), row.p, abs(row.excess_t or 0.0)))
+                size = abs(row.excess_t or 0.0)
+                found.append(Outcome(pair, draws, family_of(row.metric), row.p, size))
     return found
 
 
@@ -166,6 +176,14 @@ def line(label: str, own: Sequence[Outcome], marked: bool = False) -> str:
         share = sum(each.p < level for each in own) / max(len(own), 1)
         cells.append(f"{100 * share:6.2f}{'!' if marked and not low <= share <= high else ' '}")
     return "  ".join(cells)
+
+
+def hits(own: Sequence[Outcome]) -> str:
+    """Mean and deviation over pairs of the number of rows with p < 0.05, and the deviation of independent rows."""
+    pairs = sorted({each.pair for each in own})
+    counts = [sum(each.p < 0.05 for each in own if each.pair == pair) for pair in pairs]
+    independent = math.sqrt(len(own) / len(pairs) * 0.05 * 0.95)
+    return f"{statistics.mean(counts):8.2f}  {statistics.stdev(counts):7.2f}  {independent:.2f}"
 
 
 def main() -> None:
@@ -196,6 +214,11 @@ def main() -> None:
         for draws in () if planted else DRAWS:
             label = f"{null}, {str(stored).removeprefix('torch.')}, {draws}"
             print(line(label, [each for each in own if each.draws == draws], True))
+    print(f"{'rows with p < .05 of a pair: null':42} {'mean':>8}  {'sd':>7}  sd if independent")
+    for (null, stored, planted), own in found.items():
+        if not planted:
+            label = f"{null}, {str(stored).removeprefix('torch.')}, {max(DRAWS)}"
+            print(f"{label:42} {hits([each for each in own if each.draws == max(DRAWS)])}")
     print(
         f"{'null, family':42} {'rows':>8}  p<.05 %  p<.01 %   (both precisions, both numbers of draws)"
     )

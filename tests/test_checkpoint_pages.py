@@ -14,6 +14,7 @@ from rich.markup import render
 from safetensors.torch import load_file, save_file
 
 from evals.harness import read_scored_rows
+from evals.report.page import environment
 from tests.command import call
 from vlopd.api.checkpoints import folder_of, names_of, what_it_is
 from vlopd.api.compare import compare, evaluate
@@ -57,7 +58,7 @@ def place(folders, tmp_path_factory) -> Path:
 def measured(place):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        return geometry("base", place / "step-1", place / "step-2", null_draws=2, workers=1)
+        return geometry("base", place / "step-1", place / "step-2", null_draws=5, workers=1)
 
 
 def test_geometry_as_a_function(measured):
@@ -92,6 +93,25 @@ def test_the_page_of_geometry_is_self_contained(measured):
         assert read_json(folder / "summary.json")["inputs"]["trained"][:16] in page
 
 
+def test_the_page_says_what_p_can_mean(measured):
+    """The power of its draws, what gaussian's p rejects, and how many small p a draw of the null itself would have, per
+    update and null; directions beside their nulls. With fewer than five draws it says why there is no p."""
+    page = " ".join(html.unescape(measured.page.read_text()).split())
+    assert "an excess of 4.1 standard deviations of the null has p < 0.05" in page
+    assert "rejects any optimizer" in page and "So no count over rows is a test" in page
+    for folder in measured.folders.values():
+        for null, its in read_json(folder / "summary.json")["flagged"].items():
+            assert (
+                f"Of {its['rows']:,} rows with a p against {null}, {its['p_below_0.05']:,}" in page
+            )
+            assert f"would have about {int(its['expected_of_the_null']):,}." in page
+    assert "Cosine of the updates" in page and "Leading 16 left singular vectors" in page
+    words = "{% from 'macros.html.j2' import how_nulls_are_read %}{{ how_nulls_are_read(3) }}"
+    assert "3 draws: no p; geometry.null_draws = 5 or more" in environment().from_string(
+        words
+    ).render(figures={})
+
+
 def test_geometry_of_folders_needs_no_more(place, measured, tmp_path, monkeypatch, capsys):
     """`vlopd geometry A B` prints the headline and the paths, and writes into geometry-B; what was measured with the
     same settings is kept."""
@@ -100,7 +120,7 @@ def test_geometry_of_folders_needs_no_more(place, measured, tmp_path, monkeypatc
     out = Path("geometry-step-1-and-1-more")
     before = (out / "step-1" / "geometry.csv").stat().st_mtime_ns
     steps = ("geometry", place / "base", place / "step-1", place / "step-2", "--trajectory")
-    words = ("--set", "null_draws=2", "--preset", "paper", "--workers", "1")
+    words = ("--set", "null_draws=5", "--preset", "paper", "--workers", "1")
     code, said = call(monkeypatch, capsys, *steps, *words)
     assert code == 0 and f"page: {out}/geometry.html" in said, said
     assert "Stable rank, median over matrices" in said and "gaussian: " in said

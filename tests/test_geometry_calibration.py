@@ -15,7 +15,7 @@ assert spec is not None and spec.loader is not None
 study = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(study)
 
-PAIRS, DRAWS = 16, 4
+PAIRS, DRAWS = 16, 5
 
 
 def outcomes(null, stored, shape, planted=False):

@@ -21,6 +21,7 @@ from evals.report.sections import EMPTY, render_report, scores_context
 from evals.report.verdict import verdict
 from vlopd.files import read_json, write_text
 from vlopd.run.folder import RunFolder
+from vlopd.update_geometry.schema import FLAGGED_BY_CHANCE, HITS_SD, INDEPENDENT_HITS_SD
 
 GROUPS = {"component": "Components", "part": "Parts", "layer": "Layers"}
 """Kinds of group rows that the page has a table of."""
@@ -44,6 +45,13 @@ OVERLAPS = {
     "overlap_enrichment_vs_random_within_tensors_and_magnitudes": (
         "Overlap over chance, within tensors and deciles of |w|"
     ),
+    "delta_cosine": "Cosine of the updates",
+    "top_mask_overlap_over_chance": "Largest 5 % of coordinates: overlap over chance, within tensors",
+    "top_mask_overlap_over_chance_within_magnitudes": (
+        "Largest 5 % of coordinates: overlap over chance, within tensors and deciles of |w|"
+    ),
+    "left_subspace_similarity": "Leading 16 left singular vectors: similarity, median over matrices",
+    "right_subspace_similarity": "Leading 16 right singular vectors: similarity, median over matrices",
 }
 """Labels of the measures of an overlap.csv."""
 
@@ -78,6 +86,7 @@ def write_geometry_page(
                 "null": next(iter(summary["nulls"]), ""),
                 "paper": paper.get(name, ()),
                 "summary": summary,
+                "flagged": summary.get("flagged", {}),
             }
         )
     steps = out / "trajectory.csv"
@@ -90,6 +99,8 @@ def write_geometry_page(
         "trained": trained,
         "sections": sections,
         "draws": first["null_draws"],
+        "by_chance": FLAGGED_BY_CHANCE,
+        "hits_sd": (HITS_SD, INDEPENDENT_HITS_SD),
         "notes": notes,
         "paper_columns": paper_columns,
         "overlap": [] if overlap is None else _overlap_rows(overlap),
@@ -150,9 +161,11 @@ def _group_cell(own: pd.DataFrame, metric: str, scale: float, against: bool) -> 
 
 
 def _overlap_rows(table: pd.DataFrame) -> list[Context]:
-    """The rows of all coordinates of an overlap.csv, any update counted, labelled."""
+    """The rows of an overlap.csv on the whole model, any update counted, labelled."""
     own = table[
-        table.name.eq("[all]") & table.parameter.eq("atol=0") & table.metric.isin(list(OVERLAPS))
+        table.name.isin(["[all]", "[median]"])
+        & table.parameter.ne("atol=1e-05")
+        & table.metric.isin(list(OVERLAPS))
     ]
     own = own.assign(label=own.metric.map(OVERLAPS), null=own.null.fillna(""))
     return rows_of(own)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from evals.report import figures
 from evals.report.geometry import Drawing
 from evals.report.verdict import interval, p_value, percent, plain
+from vlopd.update_geometry.schema import detectable_excess, why_no_p
 
 Context = dict[str, Any]
 
@@ -52,6 +53,8 @@ def environment() -> Environment:
         hundred=lambda x, form="%.1f": "-" if x is None else form % (100 * x),
         significant=lambda x: "-" if x is None else f"{x:.4g}",
         count=lambda x: "-" if x is None else f"{int(x):,}",
+        why_no_p=why_no_p,
+        detectable_excess=detectable_excess,
     )
     return env
 

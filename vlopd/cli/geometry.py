@@ -22,10 +22,12 @@ from vlopd.cli.common import (
     settings_of,
 )
 from vlopd.errors import ConfigError
-from vlopd.files import is_first_process
+from vlopd.files import is_first_process, read_json
 
 if TYPE_CHECKING:
     import pandas as pd
+
+P = "p: whether the update is one more draw of the null, noise of the same norm; gaussian's rejects any optimizer"
 
 
 def geometry(
@@ -89,7 +91,7 @@ def geometry(
         **settings_of(settings, ("base", "out", "trajectory", "preset", "workers", "device")),
     )
     for name, folder in found.folders.items():
-        _print_headline(name, found.headline[found.headline.trained == name])
+        _print_headline(name, found.headline[found.headline.trained == name], folder)
         if preset:
             _print_paper_table(name, folder)
         print_artifact(f"geometry of {name}", folder / "geometry.csv", True)
@@ -123,7 +125,7 @@ def _geometry_of_run(
         _print_paper_table(name, folder.geometry(name))
 
 
-def _print_headline(name: str, rows: pd.DataFrame) -> None:
+def _print_headline(name: str, rows: pd.DataFrame, folder: Path) -> None:
     """Prints the main measures of an update beside each null."""
     import pandas as pd
 
@@ -139,8 +141,8 @@ def _print_headline(name: str, rows: pd.DataFrame) -> None:
         before = row["label"]
     console.print(table)
     console.print(
-        "p: whether the update is one more draw of the null, noise of the same norm. A small p does not show that "
-        "training on a signal made the difference: training on nothing has a similar spectrum (docs/geometry.md).",
+        f"{read_json(folder / 'summary.json')['no_p'] or P}. A value outside its null does not show that training on a "
+        "signal made the difference: training on nothing has a similar spectrum (docs/geometry.md).",
         soft_wrap=True,
         highlight=False,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vlopd.config.base import (
     Count,
@@ -20,46 +20,100 @@ from vlopd.config.base import (
 )
 
 
-class GaussianNull(Section):
-    """I.i.d. Gaussian noise."""
+class Null(Section):
+    """A model of random updates."""
+
+    type: str
+
+    @property
+    def name(self) -> str:
+        """The name in the `null` column: its type, with the rank of a `low_rank`."""
+        return self.type
+
+
+class GaussianNull(Null):
+    """I.i.d. Gaussian noise. Its p rejects the update of any optimizer, also on gradients of noise."""
 
     type: Literal["gaussian"] = "gaussian"
 
 
-class RowColumnNull(Section):
+class AdamNull(Null):
+    """AdamW on gradients of i.i.d. Gaussian noise: per coordinate a sum of bounded, correlated steps."""
+
+    type: Literal["adam"] = "adam"
+    steps: Count = 100
+    """Number of steps; best those of the training."""
+    betas: tuple[PartOrZero, PartOrZero] = (0.9, 0.999)
+    """Decay per step of AdamW's averages of gradients and of squared gradients."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay of the learning rate: none, or linear or cosine to 0 after the last step."""
+
+
+class WalkNull(Null):
+    """Gaussian steps of equal size, with the weights rounded to bf16 after each."""
+
+    steps: Count = 40
+    """Number of steps; best those of the training."""
+
+
+class Bf16WalkNull(WalkNull):
+    """Gaussian steps of equal size, with the weights rounded to the nearest bf16 after each."""
+
+    type: Literal["bf16_walk"] = "bf16_walk"
+
+
+class StochasticBf16WalkNull(WalkNull):
+    """Gaussian steps of equal size, with the weights rounded stochastically to bf16 after each."""
+
+    type: Literal["bf16_walk_stochastic"] = "bf16_walk_stochastic"
+
+
+class RowColumnNull(Null):
     """Gaussian noise with the observed r.m.s. of rows and columns."""
 
     type: Literal["row_column"] = "row_column"
 
 
-class PermutedNull(Section):
+class PermutedNull(Null):
     """The observed update's entries, permuted within each tensor and binade of |w|."""
 
     type: Literal["permuted"] = "permuted"
 
 
-class SignFlippedNull(Section):
+class SignFlippedNull(Null):
     """The observed update with random signs."""
 
     type: Literal["sign_flipped"] = "sign_flipped"
 
 
-class LowRankNull(Section):
+class LowRankNull(Null):
     """The product of two Gaussian matrices of this rank."""
 
     type: Literal["low_rank"] = "low_rank"
     rank: Count = 8
     """Rank of the product."""
 
+    @property
+    def name(self) -> str:
+        return f"low_rank:{self.rank}"
 
-class UlpNull(Section):
+
+class UlpNull(Null):
     """Gaussian noise proportional to |w|: single-ulp changes in a stored precision."""
 
     type: Literal["ulp"] = "ulp"
 
 
 NullConfig = Annotated[
-    GaussianNull | RowColumnNull | PermutedNull | SignFlippedNull | LowRankNull | UlpNull,
+    GaussianNull
+    | AdamNull
+    | Bf16WalkNull
+    | StochasticBf16WalkNull
+    | RowColumnNull
+    | PermutedNull
+    | SignFlippedNull
+    | LowRankNull
+    | UlpNull,
     Field(discriminator="type"),
 ]
 
@@ -69,10 +123,10 @@ class GeometryConfig(Section):
 
     arms: Annotated[tuple[str, ...], Unique] = ("full",)
     """Arms whose update from the base is measured."""
-    nulls: tuple[NullConfig, ...] = (GaussianNull(),)
+    nulls: tuple[NullConfig, ...] = (GaussianNull(), AdamNull())
     """Null models; each draw has the observed norm of each tensor after rounding to the stored precision."""
-    null_draws: Number = 3
-    """Draws of each null."""
+    null_draws: Number = 5
+    """Draws of each null; with fewer than 5 there is no p."""
     seed: Seed = 0
     """Seed of the null draws and of randomised factorisations."""
     ratios: Annotated[tuple[Part, ...], Unique] = Field(
@@ -97,6 +151,13 @@ class GeometryConfig(Section):
     def of_update(self) -> dict[str, Any]:
         """The settings that the measures of one update, or of a pair of updates, depend on."""
         return self.model_dump(mode="json", exclude={"arms", "equal_ratio", "equal_difference"})
+
+    @model_validator(mode="after")
+    def check_nulls(self) -> GeometryConfig:
+        names = [null.name for null in self.nulls]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"nulls: two are named {twice}, and rows name their null; keep one")
+        return self
 
 
 class HeldOutConfig(Section):

@@ -31,7 +31,14 @@ from vlopd.progress import progress as bar
 from vlopd.update_geometry.aggregate import group_rows, left_out_rows, tensor_rows
 from vlopd.update_geometry.matrix import MatrixResult, keys_of, matrices, measure_matrix
 from vlopd.update_geometry.nulls import null_name
-from vlopd.update_geometry.schema import STATUSES, Place, Row
+from vlopd.update_geometry.schema import (
+    STATUSES,
+    Place,
+    Row,
+    count_flagged,
+    detectable_excess,
+    why_no_p,
+)
 from vlopd.weights.delta import Deltas, stream
 from vlopd.weights.matching import MatchReport
 
@@ -47,6 +54,8 @@ HEADLINE = (
     ("[median]", "stable_rank", ""),
 )
 """The rows repeated in summary.json, with the energy share of every part."""
+MATCHED = ("relative_delta_fro", "energy_share")
+"""Measures that every drawn null has in common with the update, repeated for the first alone."""
 
 ARROW = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
 PARTIAL = "partial"
@@ -95,6 +104,9 @@ def measure_checkpoint(
             "inputs": inputs,
             "nulls": [null_name(null) for null in config.nulls] if config.null_draws else [],
             "null_draws": config.null_draws,
+            "no_p": why_no_p(config.null_draws) if config.nulls else "",
+            "detectable_excess_sd": detectable_excess(config.null_draws),
+            "flagged": count_flagged(rows),
             "seed": config.seed,
             "tensors": len(deltas),
             "tensors_narrowed": len(deltas.report.narrowed),
@@ -125,16 +137,17 @@ def _left_out_summary(report: MatchReport) -> dict[str, Any]:
 
 
 def _headline(groups: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows repeated in summary.json, one per null."""
+    """The rows repeated in summary.json, one per null; those of MATCHED against the first null."""
     parts = [r for r in groups if r.name.startswith("[part=") and r.metric == "energy_share"]
     order = {key: i for i, key in enumerate(HEADLINE)}
     chosen = [row for row in groups if (row.name, row.metric, row.parameter) in order]
     chosen.sort(key=lambda row: order[row.name, row.metric, row.parameter])
     keys = ("name", "metric", "parameter", "value", "null", "null_mean", "null_sd", "p")
+    first = next(({row.null} for row in chosen if row.null), {""})
     return [
         {key: vars(row)[key] for key in keys}
         for row in [*chosen, *parts]
-        if row.null != "closed_form"
+        if row.null != "closed_form" and (row.metric not in MATCHED or row.null in first)
     ]
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from vlopd.config.analysis import GeometryConfig
@@ -78,27 +79,32 @@ class MatrixResult:
 
 
 def matrices(pair: TensorDelta, model: PretrainedConfig | None) -> Iterator[TensorDelta]:
+    """Splits a stored pair into its matrices, as `split` does."""
+    both = (split(pair.where, tensor, model) for tensor in (pair.base, pair.trained))
+    for (where, base), (_, trained) in zip(*both, strict=True):
+        yield TensorDelta(where, base, trained)
+
+
+def split(
+    where: TensorName, tensor: Tensor, model: PretrainedConfig | None
+) -> Iterator[tuple[TensorName, Tensor]]:
     """Splits a stored tensor into its matrices, each [out, in]: q, k, v of a fused qkv, single experts.
 
     Without the model's config the tensor is not split.
     """
     if model is None:
-        yield pair
+        yield where, tensor
         return
-    for part in parts(pair.where, pair.base.shape, model):
-        where, name = pair.where, pair.name
+    for part in parts(where, tensor.shape, model):
+        name = where.name
         if part.expert is not None:
             name += f"[{part.expert}]"
         if part.module != where.module.removeprefix("expert_"):
             name += f"[{part.module}]"
-        base, trained = pair.base[part.index], pair.trained[part.index]
-        if part.transposed and base.ndim > 1:  # a stack of biases holds vectors
-            base, trained = base.T, trained.T
-        yield TensorDelta(
-            TensorName(name, where.component, where.layer, part.module),
-            base.contiguous(),
-            trained.contiguous(),
-        )
+        found = tensor[part.index]
+        if part.transposed and found.ndim > 1:  # a stack of biases holds vectors
+            found = found.T
+        yield TensorName(name, where.component, where.layer, part.module), found.contiguous()
 
 
 def measure_matrix(pair: TensorDelta, config: GeometryConfig, device: str = "cpu") -> MatrixResult:

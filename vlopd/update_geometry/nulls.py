@@ -10,25 +10,33 @@ on every device, and are never stored.
 
 An update that is itself a draw of a null must be exchangeable with further draws: properties that a null keeps
 (entries, row energies) are therefore preserved through rounding. Results are in docs/geometry.md.
+
+Each p asks whether the update is such noise. No trained update is: sums of an optimizer's bounded steps are not
+Gaussian, so with enough draws `gaussian` rejects AdamW on gradients of noise too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from operator import eq
 
 import torch
 from torch import Tensor
 
 from vlopd.config.analysis import (
+    AdamNull,
+    Bf16WalkNull,
     GaussianNull,
     LowRankNull,
     NullConfig,
     PermutedNull,
     RowColumnNull,
     SignFlippedNull,
+    StochasticBf16WalkNull,
     UlpNull,
+    WalkNull,
 )
 from vlopd.seeding import generator
 from vlopd.update_geometry.magnitudes import CHUNK, compare, norm, true_indices
@@ -39,20 +47,24 @@ COARSEST = 1e-3
 STEPS = 60
 PASSES = 16
 """Alternating corrections of a null's row and column energies."""
+SIMULATED = 2**18
+"""Coordinates of which an `adam` null simulates the training, for each draw; each coordinate of the model takes the sum
+of one of these at random."""
 
 
 def null_name(null: NullConfig) -> str:
     """The null's name in the `null` column, e.g. "gaussian", "low_rank:8"."""
-    return f"low_rank:{null.rank}" if isinstance(null, LowRankNull) else null.type
+    return null.name
 
 
 def null_direction(
-    null: NullConfig, base: Tensor, delta: Tensor, stream: torch.Generator
+    null: NullConfig, base: Tensor, delta: Tensor, stream: torch.Generator, *draw: str | int
 ) -> Tensor:
-    """Draws an unscaled update of a null, in the shape of `delta`, on the CPU.
+    """Draws an unscaled update of a null, in the shape of `delta`, on the CPU; a walk's is in `_matched_walk`.
 
     gaussian      i.i.d. normal entries
-    row_column    the same, to be scaled by `_match_row_column_energies`
+    adam          i.i.d. sums of AdamW's steps, `_adam_sums` of the names `draw`
+    row_column    normal entries, to be scaled by `_match_row_column_energies`
     permuted      the observed entries permuted within each binade of |w|, where the ulp is constant
     sign_flipped  the observed entries in place, with random signs
     low_rank      A B^T of i.i.d. normal A [m, rank], B [n, rank]; a vector is gaussian
@@ -66,6 +78,9 @@ def null_direction(
     match null:
         case GaussianNull() | RowColumnNull():
             return normal(*delta.shape)
+        case AdamNull():
+            at = torch.randint(0, SIMULATED, (delta.numel(),), generator=stream)
+            return _adam_sums(null, *draw).take(at).to(delta.dtype).view_as(delta)
         case PermutedNull():
             return _permute_within_binades(base, delta, stream)
         case SignFlippedNull():
@@ -79,6 +94,33 @@ def null_direction(
             return (normal(len(delta), rank) @ normal(rank, n)).view_as(delta)
         case UlpNull():
             return normal(*delta.shape).mul_(base.abs())
+        case WalkNull():
+            raise AssertionError("a walk is rounded at every step")
+
+
+@lru_cache(32)
+def _adam_sums(null: AdamNull, *names: str | int) -> Tensor:
+    """Sums [SIMULATED] of the steps of AdamW (arXiv 1711.05101) on i.i.d. normal gradients, fp32, at rate 1.
+
+    AdamW's steps do not depend on the gradient's scale, so one distribution serves all tensors; without decay of the
+    weights. By hand, since torch's optimizers take two seconds to load. names: of the random stream.
+    """
+    stream = generator("cpu", "null", "adam", "sums", *names)
+    sums, mean, square = (torch.zeros(SIMULATED) for _ in range(3))
+    for step in range(null.steps):
+        done = step / null.steps
+        rate = {
+            "constant": 1.0,
+            "linear": 1.0 - done,
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+        }[null.schedule]
+        gradient = torch.randn(SIMULATED, generator=stream)
+        unbiased_mean, unbiased_square = (1 - beta ** (step + 1) for beta in null.betas)
+        mean.lerp_(gradient, 1 - null.betas[0])
+        square.lerp_(gradient.square(), 1 - null.betas[1])
+        size = square.div(unbiased_square).sqrt_().add_(1e-8)
+        sums.addcdiv_(mean, size, value=-rate / unbiased_mean)
+    return sums
 
 
 def _permute_within_binades(base: Tensor, delta: Tensor, stream: torch.Generator) -> Tensor:
@@ -99,14 +141,16 @@ def _permute_within_binades(base: Tensor, delta: Tensor, stream: torch.Generator
 def null_delta(
     null: NullConfig, base: Tensor, delta: Tensor, stored: torch.dtype, *names: str | int
 ) -> Tensor:
-    """Draws a null of the update `delta` of `base`; `names` name its random stream.
+    """Draws a null of the update `delta` of `base`; `names` name its random stream, the first two the draw.
 
     base: as stored, delta: fp32 or wider, of the same shape. The null of a zero delta is zero.
     """
     if not delta.any():
         return torch.zeros_like(delta)
-    stream = generator("cpu", "null", null_name(null), *names)
-    noise = null_direction(null, base, delta, stream).to(delta.device)
+    if isinstance(null, WalkNull):
+        return _matched_walk(null, base, delta, stored, *names)
+    stream = generator("cpu", "null", null.name, *names)
+    noise = null_direction(null, base, delta, stream, *names[:2]).to(delta.device)
     if isinstance(null, PermutedNull | SignFlippedNull):
         return _rounded_update(
             base, noise, 1.0, stored
@@ -114,6 +158,46 @@ def null_delta(
     if isinstance(null, RowColumnNull) and delta.ndim > 1:
         noise = _match_row_column_energies(base, noise, delta, stored)
     return matched_delta(base, noise, norm(delta), stored)
+
+
+def _matched_walk(
+    null: Bf16WalkNull | StochasticBf16WalkNull,
+    base: Tensor,
+    delta: Tensor,
+    stored: torch.dtype,
+    *names: str | int,
+) -> Tensor:
+    """A walk of Gaussian steps from `base`, rounded to bf16 after each, whose size gives the norm of `delta`.
+
+    Rounds to `stored` in place of bf16 where the base itself is not of bf16 values. To the nearest, steps far below
+    half an ulp change nothing, so a small norm comes from few coordinates.
+    """
+    start, target = base.cpu().to(delta.dtype), norm(delta)
+    on_grid = torch.equal(start.bfloat16().to(start), start)
+    kept = torch.bfloat16 if on_grid else stored
+    stochastic = isinstance(null, StochasticBf16WalkNull) and on_grid
+
+    def walk(scale: float) -> Tensor:
+        stream = generator("cpu", "null", null.name, *names)  # the same noise at every scale
+        at = start.clone()
+        for _ in range(null.steps):
+            at.add_(torch.randn(at.shape, generator=stream, dtype=at.dtype), alpha=scale)
+            at = stochastically_rounded(at, stream) if stochastic else at.to(kept).to(at)
+        return at.to(stored).to(at).sub_(start)
+
+    guess = target / math.sqrt(delta.numel() * null.steps)
+    scale = _matched_scale(lambda scale: norm(walk(scale)), guess, target, delta.numel())
+    return walk(scale).to(delta.device)
+
+
+def stochastically_rounded(values: Tensor, stream: torch.Generator) -> Tensor:
+    """Rounds to one of the two neighbours in bf16, with probabilities that keep the mean; returns the input's dtype.
+
+    bf16 is the upper half of fp32: a random lower half is added, and the lower half cut off (arXiv 2010.06192).
+    """
+    bits = values.float().contiguous().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, generator=stream, dtype=torch.int32)
+    return (bits + noise).bitwise_and_(-(1 << 16)).view(torch.float32).to(values)
 
 
 def _match_row_column_energies(
@@ -168,10 +252,20 @@ def matched_delta(base: Tensor, noise: Tensor, target: float, stored: torch.dtyp
     def found_at(scale: float) -> float:
         return math.hypot(*(norm(part) for part in _rounded_chunks(w, z, scale, stored)))
 
-    tolerance = min(COARSEST, TOLERANCE / math.sqrt(len(z)))
+    best = _matched_scale(found_at, target / size, target, len(z))
+    for to, part in zip(z.split(CHUNK), _rounded_chunks(w, z, best, stored), strict=True):
+        to.copy_(part)
+    return z.view_as(noise)
+
+
+def _matched_scale(
+    found_at: Callable[[float], float], scale: float, target: float, entries: int
+) -> float:
+    """The scale at which the norm `found_at` is `target`, by bracketed secant steps from `scale`; else the nearest."""
+    tolerance = min(COARSEST, TOLERANCE / math.sqrt(entries))
     low, high = 0.0, math.inf
     best, best_error = 0.0, math.inf
-    scale, last = target / size, None
+    last = None
     for _ in range(STEPS):
         found = found_at(scale)
         if abs(found / target - 1) < best_error:
@@ -186,9 +280,7 @@ def matched_delta(base: Tensor, noise: Tensor, target: float, stored: torch.dtyp
         if guess in (low, high):
             break  # adjacent floats: the norm jumps over the target
         scale = guess
-    for to, part in zip(z.split(CHUNK), _rounded_chunks(w, z, best, stored), strict=True):
-        to.copy_(part)
-    return z.view_as(noise)
+    return best
 
 
 def _secant_scale(

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from scipy.special import stdtr
+from scipy.special import nctdtrinc, stdtr, stdtrit
 
 STATUSES = ("ok", "approximate", "zero", "skipped", "failed")
 EQUAL = 1e-9
 """Relative differences below this are floating-point rounding, not an excess."""
+LEAST_DRAWS = 5
+"""Fewest draws of a null that give a p: with three, only differences of 6.5 sd would be detected, with five 4.1."""
+LEVEL, POWER = 0.05, 0.8
+"""Level of p, and the power at which `detectable_excess` is stated."""
+FLAGGED_BY_CHANCE = 0.052
+"""Share of rows with p < LEVEL of an update that is itself a draw of the null, over 150 pairs in bf16 and in fp32."""
+HITS_SD, INDEPENDENT_HITS_SD = 6.2, 2.1
+"""Standard deviation over those in bf16 of the number of rows with p < LEVEL in a matrix (mean 4.8 of 93), and that of
+independent rows (scripts/study_calibration.py)."""
 DETAIL = ("norm", "sizes", "places", "signs")
 """The part of an update that determines a measure, besides the base: its norm; the sizes of its entries; their
 positions; their signs. Each includes those before it."""
@@ -43,9 +52,9 @@ class NullComparison(NamedTuple):
     """An observed value compared with the draws of a null.
 
     excess_t = excess / (sd sqrt(1 + 1/S)) follows Student's t with S - 1 degrees of freedom where the
-    observed value is one more draw, so p = P(|t| > |excess_t|) is valid for few draws S too. For a null in
-    closed form sd is exact and p normal. Both are None where standardisation is undefined: fewer than
-    two draws, draws that are all equal, or a measure that the null preserves by construction.
+    observed value is one more draw, so p = P(|t| > |excess_t|). For a null in closed form sd is exact and p normal.
+    Both are None with fewer than LEAST_DRAWS draws, whose p could detect little, for draws that are all equal, and for
+    a measure that the null preserves by construction.
     """
 
     null: str = ""
@@ -102,6 +111,43 @@ def parameters(**values: float | str) -> str:
     )
 
 
+def detectable_excess(draws: int) -> float | None:
+    """The smallest excess, in sd of the null, that has p < LEVEL with probability POWER; None where there is no p.
+
+    For an observed value that is a draw of the null shifted by d sd, excess_t follows Student's noncentral t with
+    S - 1 degrees of freedom and noncentrality d / sqrt(1 + 1/S); p < LEVEL on the other side is neglected.
+    """
+    if draws < LEAST_DRAWS:
+        return None
+    critical = stdtrit(draws - 1, 1 - LEVEL / 2)
+    shift = nctdtrinc(draws - 1, 1 - POWER, critical)
+    return float(shift * math.sqrt(1 + 1 / draws))
+
+
+def why_no_p(draws: int) -> str:
+    """The reason why this number of draws gives no p, with the remedy; empty where it does."""
+    if draws >= LEAST_DRAWS:
+        return ""
+    plural = "" if draws == 1 else "s"
+    return f"{draws} draw{plural}: no p; geometry.null_draws = {LEAST_DRAWS} or more"
+
+
+def count_flagged(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """For each drawn null: the rows with a p, those below LEVEL, and how many a draw of the null itself would have.
+
+    A description, not a test: rows of a matrix share the draws.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.p is not None and row.null != "closed_form":
+            own = found.setdefault(row.null, {"rows": 0, "p_below_0.05": 0})
+            own["rows"] += 1
+            own["p_below_0.05"] += row.p < LEVEL
+    for own in found.values():
+        own["expected_of_the_null"] = FLAGGED_BY_CHANCE * own["rows"]
+    return found
+
+
 def _is_preserved(null: str, measure: Measure) -> bool:
     """Whether a null preserves this measure by construction."""
     return DETAIL.index(measure.decided_by) <= DETAIL.index(KEPT.get(null, "norm"))
@@ -118,7 +164,7 @@ def _compare_to_null(null: str, observed: Measure, values: Sequence[float]) -> N
     if observed.value is None:
         return NullComparison(null, mean, sd)
     excess = observed.value - mean
-    if _is_preserved(null, observed) or sd is None:
+    if _is_preserved(null, observed) or sd is None or len(values) < LEAST_DRAWS:
         return NullComparison(null, mean, sd, excess)
     if abs(excess) <= EQUAL * max(abs(observed.value), abs(mean)):
         return NullComparison(null, mean, sd, excess, 0.0, 1.0)
