@@ -165,6 +165,8 @@ NUMBERS: dict[str, list[str]] = {
     "loss.clip": ["loss={type='k1'}"], "reward.alpha": REWARD, "reward.clip": REWARD,
     "teacher.ema": [CONTEXT], "teacher.weights.b": [MIXED],
     "arms.e.factor": ["arms.e={type='extrapolate', of='full'}"],
+    "arms.m.scale": ["arms.m={type='merge', of=['full']}"],
+    "arms.m.density": ["arms.m={type='merge', of=['full'], method='ties'}"],
     "masks.top.fraction": [], "masks.e.share": ["masks.e={type='energy'}"],
     "masks.v.atol": ["masks.v={type='visible'}"], "masks.v.rtol": ["masks.v={type='visible'}"],
     "masks.p.rank_fraction": ["masks.p={type='principal', fraction=0.1}"],

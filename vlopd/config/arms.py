@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from vlopd.config.base import Count, Section, Seed, Weight
+from vlopd.config.base import Count, Section, Seed, Share, Unique, Weight
 from vlopd.config.functions import with_names
+from vlopd.config.masks import Selection
 from vlopd.config.recipe import ArmRecipe
 from vlopd.config.signal_nulls import SignalNullConfig, replayed_by
 
@@ -32,7 +33,7 @@ replicate   full with another training seed
 variant     trained otherwise than full: another loss, data, optimizer, ...
 subnetwork  retrained from the base under a mask; transplant: the base plus another arm's delta on it
 control     as a subnetwork or transplant, under a mask that is not chosen by the update: random, low-magnitude, ...
-projection  from an early checkpoint's subspace or direction
+projection  from an early checkpoint's subspace or direction, or a delta's part in or off a subspace
 null        trained as another arm, on a signal that carries nothing
 """
 
@@ -149,15 +150,49 @@ class DistillArm(Section):
 
 
 class TransplantArm(Section):
-    """The base plus another arm's delta on the mask, without training."""
+    """The base plus another arm's delta on the mask, or a part of that delta, without training.
+
+    With the base's leading k singular vectors U_k and V_k of a matrix and its delta D, the principal part is
+    U_k U_k^T D V_k V_k^T, and the off-principal part all else of D; together they are the delta (arXiv 2607.03065 puts
+    the gain of RL into the base's spectral space). A vector's delta is wholly off, in every kind of part.
+    """
 
     type: Literal["transplant"] = "transplant"
-    role: Literal["transplant", "control", "other"] | None = None
-    """Role in the comparison; null for `transplant`, or `control` under a random mask."""
+    role: Literal["transplant", "control", "projection", "other"] | None = None
+    """Role in the comparison; null for `transplant`, or `control` under a random mask, or `projection` of a part."""
     of: str = "full"
     """The checkpoint whose delta is transplanted: an arm, `full@12`, or a folder."""
-    mask: str
-    """Name of the mask on which the delta is applied."""
+    mask: str | None = None
+    """Name of the mask on which the delta is applied; null for all coordinates, with a `part`."""
+    part: Literal["principal", "off_principal", "random", "off_random"] | None = None
+    """The part of each matrix's delta: in, or off, the base's principal subspaces, or random ones of the same rank, the
+    control; null for the whole delta."""
+    rank: Count | None = None
+    """Rank k of the subspaces, in singular directions; give this or `rank_fraction`."""
+    rank_fraction: Share | None = None
+    """Rank as a fraction of the smaller side, rounded down, at least 1."""
+    seed: Seed | None = None
+    """Seed of random subspaces; `seeds = [1, 2]` makes one arm per seed."""
+    norm_of: str | None = None
+    """The checkpoint whose delta norm, over the whole model, the part is scaled to; null leaves it as it is."""
+
+    @model_validator(mode="after")
+    def check_part(self) -> TransplantArm:
+        if self.part is None:
+            if self.mask is None:
+                raise ValueError("give a mask, or a part")
+            for key in ("rank", "rank_fraction", "seed", "norm_of"):
+                if dict(self)[key] is not None:
+                    raise ValueError(f"{key} is of a part; give part, or leave {key} out")
+        elif (self.rank is None) == (self.rank_fraction is None):
+            raise ValueError("a part needs either rank or rank_fraction")
+        elif (self.seed is None) == (self.part in ("random", "off_random")):
+            raise ValueError(
+                "seed is of random subspaces: a random part needs one, others take none"
+            )
+        if self.role == "control" and self.mask is None:
+            raise ValueError('role = "control" is of an arm under a mask; give it a mask')
+        return self
 
 
 class ExtrapolateArm(Section):
@@ -187,6 +222,35 @@ class ExtrapolateArm(Section):
         return self
 
 
+class MergeArm(Selection):
+    """The base plus the merged deltas of several arms, without training.
+
+    On the parameters that match every given list of `components`, `layers` and `modules`, all without one, and there on
+    the mask if given; elsewhere the base.
+    """
+
+    type: Literal["merge"] = "merge"
+    role: Literal["variant", "other"] | None = None
+    """Role in the comparison; null for `other`."""
+    of: Annotated[tuple[str, ...], Unique] = Field(min_length=1)
+    """The checkpoints whose deltas are merged: arms, `full@12`, or folders."""
+    method: Literal["sum", "ties"] = "sum"
+    """`sum` adds the deltas (task arithmetic, arXiv 2212.04089); `ties` trims each to its largest entries, elects a
+    sign for every coordinate and takes the mean of those that agree with it (TIES, arXiv 2306.01708)."""
+    density: Share | None = None
+    """Fraction of each delta's coordinates, over the whole model, that `ties` keeps; null for 0.2, as published."""
+    scale: Annotated[Weight, Field(gt=0)] = 1.0
+    """Multiple of the merged delta; 0.5 makes the mean of the sum of two."""
+    mask: str | None = None
+    """Name of the mask on which the merged delta is applied; null for all coordinates."""
+
+    @model_validator(mode="after")
+    def check_density(self) -> MergeArm:
+        if self.density is not None and self.method != "ties":
+            raise ValueError('density is of method = "ties"; leave it out')
+        return self
+
+
 class CheckpointArm(Section):
     """Any model, evaluated without training."""
 
@@ -207,12 +271,17 @@ class ImportedArm(Section):
     """lm-eval's output folder: results_*.json and samples_*.jsonl (its --log_samples)."""
 
 
+UntrainedArm = TransplantArm | ExtrapolateArm | MergeArm
+"""The base with deltas of other arms, without training."""
+
+
 ArmConfig = Annotated[
     BaseArm
     | TeacherArm
     | DistillArm
     | TransplantArm
     | ExtrapolateArm
+    | MergeArm
     | CheckpointArm
     | ImportedArm,
     Field(discriminator="type"),
@@ -285,9 +354,11 @@ def checkpoints_of(arm: ArmConfig) -> dict[str, str]:
     """The checkpoints that an arm reads, by config key."""
     if isinstance(arm, DistillArm) and arm.subspace is not None:
         return {"subspace.of": arm.subspace.of}
-    if isinstance(arm, ExtrapolateArm):
+    if isinstance(arm, MergeArm):
+        return {f"of.{i}": text for i, text in enumerate(arm.of)}
+    if isinstance(arm, (TransplantArm, ExtrapolateArm)):
         return {"of": arm.of} | ({} if arm.norm_of is None else {"norm_of": arm.norm_of})
-    return {"of": arm.of} if isinstance(arm, TransplantArm) else {}
+    return {}
 
 
 def replay_of(arm: ArmConfig) -> str | None:
@@ -296,4 +367,4 @@ def replay_of(arm: ArmConfig) -> str | None:
 
 
 def mask_of(arm: ArmConfig) -> str | None:
-    return arm.mask if isinstance(arm, (DistillArm, TransplantArm, ExtrapolateArm)) else None
+    return arm.mask if isinstance(arm, DistillArm | UntrainedArm) else None

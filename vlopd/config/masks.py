@@ -158,13 +158,12 @@ class RandomMask(MaskRule):
         return (self.like,)
 
 
-class WholeMask(MaskRule):
-    """All coordinates of the parameters that match every given list, with the names that `vlopd mask show` prints.
+class Selection(Section):
+    """The parameters that match every given list, with the names that `vlopd mask show` prints.
 
     `{components = ["language"], modules = ["ffn"]}` is the language model's feed-forward layers.
     """
 
-    type: Literal["whole"] = "whole"
     components: tuple[str, ...] = ()
     """Components: `vision`, `projector`, `language`, `embedding`, `head`; empty for all."""
     layers: tuple[Number, ...] = ()
@@ -172,9 +171,19 @@ class WholeMask(MaskRule):
     modules: tuple[str, ...] = ()
     """Modules, such as `up` and `q`; `ffn` and `attention` stand for their matrices; empty for all."""
 
+    @property
+    def is_given(self) -> bool:
+        return bool(self.components or self.layers or self.modules)
+
+
+class WholeMask(Selection, MaskRule):
+    """All coordinates of the parameters that match every given list."""
+
+    type: Literal["whole"] = "whole"
+
     @model_validator(mode="after")
     def check_any(self) -> WholeMask:
-        if not (self.components or self.layers or self.modules):
+        if not self.is_given:
             raise ValueError("give components, layers or modules")
         return self
 

@@ -16,6 +16,7 @@ from vlopd.config.arms import (
     DistillArm,
     ExtrapolateArm,
     ImportedArm,
+    MergeArm,
     Role,
     TeacherArm,
     TransplantArm,
@@ -175,11 +176,12 @@ def _default_role(
     """The role of an arm without one; None where it depends on the others: full, replicate or variant."""
     if isinstance(arm, (BaseArm, TeacherArm)):
         return "base" if isinstance(arm, BaseArm) else "teacher"
-    if isinstance(arm, (CheckpointArm, ImportedArm)):
+    if isinstance(arm, (CheckpointArm, ImportedArm, MergeArm)):
         return "other"
     if isinstance(arm, DistillArm) and arm.null is not None:
         return "null"
-    if isinstance(arm, ExtrapolateArm) or (isinstance(arm, DistillArm) and arm.subspace):
+    is_part = isinstance(arm, TransplantArm) and arm.part is not None
+    if is_part or isinstance(arm, ExtrapolateArm) or (isinstance(arm, DistillArm) and arm.subspace):
         return "projection"
     if arm.mask is None:
         return None

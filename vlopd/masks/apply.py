@@ -34,8 +34,13 @@ def extrapolated(pair: TensorDelta, factor: float, mask: Tensor | None = None) -
 
 def delta_norm(pairs: Iterable[TensorDelta]) -> float:
     """Frobenius norm of an update over the whole model, accumulated in float64."""
+    return norm_over_tensors(pair.delta for pair in pairs)
+
+
+def norm_over_tensors(tensors: Iterable[Tensor]) -> float:
+    """Frobenius norm of all tensors together, accumulated in float64."""
     squares = (
-        float(torch.linalg.vector_norm(pair.delta, dtype=torch.float64)) ** 2 for pair in pairs
+        float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2 for tensor in tensors
     )
     return math.sqrt(sum(squares))
 

@@ -6,9 +6,7 @@ A mask is a dict of bool tensors by parameter name. Counts of coordinates are ex
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Iterable, Mapping
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -24,6 +22,7 @@ from vlopd.config.masks import (
     MaskConfig,
     PrincipalMask,
     RandomMask,
+    Selection,
     TopFractionMask,
     UnionMask,
     VisibleMask,
@@ -44,7 +43,7 @@ from vlopd.progress import Repeated
 from vlopd.seeding import generator
 from vlopd.types import TensorName
 from vlopd.weights.delta import TensorDelta
-from vlopd.weights.subspace import low_rank
+from vlopd.weights.subspace import low_rank, rank_of
 
 Mask = dict[str, Tensor]
 Pairs = Iterable[TensorDelta]
@@ -179,13 +178,11 @@ def _top_energy(pairs: Pairs, share: float, scope: str = "tensor") -> Mask:
 def _low_rank_approximation(base: Tensor, rule: PrincipalMask) -> Tensor:
     """The best rank-k approximation of a tensor as a matrix [m, everything else], in its shape; a vector unchanged."""
     matrix = base.flatten(1).double() if base.ndim > 1 else base[:, None].double()
-    rank = rule.rank
-    if rank is None:
-        rank = max(1, math.floor(Fraction(str(rule.rank_fraction)) * min(matrix.shape)))
+    rank = rank_of(matrix, rule.rank, rule.rank_fraction)
     return low_rank(matrix, rank).view(base.shape)
 
 
-def whole_parameters(pairs: Pairs, rule: WholeMask) -> Mask:
+def whole_parameters(pairs: Pairs, rule: Selection) -> Mask:
     """Selects all coordinates of the parameters that the rule names."""
     shapes = {pair.where: pair.base.shape for pair in pairs}
     modules = {module for name in rule.modules for module in MODULE_GROUPS.get(name, (name,))}

@@ -19,6 +19,7 @@ from vlopd.config.arms import (
     CheckpointArm,
     DistillArm,
     ImportedArm,
+    MergeArm,
     TeacherArm,
     checkpoints_of,
     mask_of,
@@ -34,6 +35,7 @@ from vlopd.config.masks import (
     PrincipalMask,
     RandomMask,
     Reference,
+    Selection,
     TopFractionMask,
     UnionMask,
     WholeMask,
@@ -104,6 +106,11 @@ def find_problems(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
         for mask in dict.fromkeys(m for n in needed if (m := mask_of(config.arms[n])) is not None):
             with found.catch():
                 add_extents(extents, config, mask, student)
+        for name in needed:
+            arm = config.arms[name]
+            if isinstance(arm, MergeArm) and arm.is_given:
+                with found.catch(f"arms.{name}: "):
+                    selected_parameters(arm, student)
     for text in dict.fromkeys(t for n in needed for t in references_of(config, n)):
         with found.catch(), suppress(NotThere):
             refuse_another_model(config, text)
@@ -294,9 +301,7 @@ def add_extents(
     try:
         match rule:
             case WholeMask():
-                one = torch.ones(1)
-                pairs = [TensorDelta(parameter_names.classify(n), one, one) for n in parameters]
-                taken = {n: bool(m.any()) for n, m in whole_parameters(pairs, rule).items()}
+                taken = selected_parameters(rule, student)
                 known[mask] = {n: Extent(taken[n], taken[n]) for n in parameters}
             case FileMask():
                 held = mask_of_file(Path(rule.path), student)
@@ -311,6 +316,14 @@ def add_extents(
     except UserError as error:
         raise type(error)(f"masks.{mask}: {error}") from None
     return known[mask]
+
+
+def selected_parameters(rule: Selection, student: LoadedModel) -> dict[str, bool]:
+    """Whether a rule selects each parameter. Raises ConfigError for a name that the student does not have."""
+    one = torch.ones(1)
+    names = [parameter_names.classify(n) for n, _ in student.model.named_parameters()]
+    pairs = [TensorDelta(where, one, one) for where in names]
+    return {n: bool(m.any()) for n, m in whole_parameters(pairs, rule).items()}
 
 
 def extent(rule: MaskConfig, parts: Sequence[Extent]) -> Extent:

@@ -1,4 +1,4 @@
-"""Makes arms of every type: trained, transplanted, extrapolated, or recorded without a copy."""
+"""Makes arms of every type: trained, transplanted, extrapolated, merged, or recorded without a copy."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from vlopd import distributed
+from vlopd import distributed, seeding
 from vlopd.config.arms import (
     CheckpointArm,
     DistillArm,
     ExtrapolateArm,
     ImportedArm,
+    MergeArm,
     Subspace,
     TeacherArm,
     TransplantArm,
+    UntrainedArm,
     replay_of,
 )
 from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.masks import TopFractionMask
 from vlopd.config.recipe import ArmRecipe, Recipe, training_of
 from vlopd.config.tracking import TrackingConfig
 from vlopd.data.load import load_data
@@ -29,7 +33,8 @@ from vlopd.digests import digest_checkpoint, digest_json
 from vlopd.errors import RunError
 from vlopd.files import read_json, whole_folder, write_json
 from vlopd.loop import Evaluate, Hooks, distill
-from vlopd.masks.apply import delta_norm, extrapolated, transplanted
+from vlopd.masks.apply import delta_norm, extrapolated, norm_over_tensors, transplanted
+from vlopd.masks.rules import build_mask, combine, whole_parameters
 from vlopd.models.load import DTYPES, load_configured, resolve
 from vlopd.models.save import save
 from vlopd.run.dependencies import execution_of, other_bases_of_arm
@@ -58,8 +63,10 @@ from vlopd.train.log import open_trackers
 from vlopd.train.pair import LoadedTeachers, ModelPair, load_pair
 from vlopd.train.resume import is_state_of
 from vlopd.train.sparse import Trainable
+from vlopd.weights.delta import TensorDelta
+from vlopd.weights.merging import merged, moved
 from vlopd.weights.stored import stored_tensors
-from vlopd.weights.subspace import Projection, update_projection
+from vlopd.weights.subspace import Projection, inner_part, rank_of, update_projection
 
 PredictMemory = Callable[[ModelPair, Recipe, float, Mapping[str, Any]], Mapping[str, Any] | None]
 """(pair, recipe, fraction of coordinates that train, memory.json) -> what was to be expected."""
@@ -254,14 +261,78 @@ def _read_projections(
 def write_transplant(
     its: Stage, config: ExperimentConfig, name: str, arm: TransplantArm, options: ArmOptions
 ) -> None:
-    """Writes the base plus the other arm's delta on the mask, without training."""
+    """Writes the base plus the other arm's delta on the mask, or a part of that delta, without training."""
 
     def change(mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        assert mask is not None
         pairs = checkpoint_deltas(its.run, config, arm.of)
-        return {pair.name: transplanted(pair, mask[pair.name]) for pair in pairs}
+        if arm.part is None:
+            assert mask is not None
+            return {pair.name: transplanted(pair, mask[pair.name]) for pair in pairs}
 
-    what = f"the base with {arm.of}'s values on mask {arm.mask}"
+        def part(pair: TensorDelta) -> Tensor:
+            found = part_of_update(pair, arm)
+            return found if mask is None else found.where(mask[pair.name], 0.0)
+
+        factor = 1.0
+        if arm.norm_of is not None:
+            own = norm_over_tensors(part(pair) for pair in pairs)
+            if own == 0:
+                raise RunError(f"the part of {arm.of} is zero, so it has no direction to scale")
+            factor = delta_norm(checkpoint_deltas(its.run, config, arm.norm_of)) / own
+        return {pair.name: moved(pair, factor * part(pair)) for pair in pairs}
+
+    what = f"the base with {arm.of}'s values"
+    if arm.part is not None:
+        rank = f"rank {arm.rank or arm.rank_fraction}"
+        what = f"the base plus the {arm.part} part, {rank}, of the delta of {arm.of}"
+        what += f", scaled to the norm of {arm.norm_of}'s" if arm.norm_of else ""
+    what += f" on mask {arm.mask}" if arm.mask else ""
+    _write_untrained(its, config, name, arm, what, change, options)
+
+
+def part_of_update(pair: TensorDelta, arm: TransplantArm) -> Tensor:
+    """The part of one tensor's delta that an arm transplants, float64; of a vector all is off the subspaces."""
+    delta = pair.trained.double() - pair.base.double()
+    if delta.ndim < 2:
+        return delta if arm.part in ("off_principal", "off_random") else torch.zeros_like(delta)
+    stream = None
+    if arm.seed is not None:
+        stream = seeding.generator("cpu", "subspaces", arm.seed, pair.name)
+    rank = rank_of(delta.flatten(1), arm.rank, arm.rank_fraction)
+    inner = inner_part(pair.base, delta, rank, stream)
+    return inner if arm.part in ("principal", "random") else delta - inner
+
+
+def write_merge(
+    its: Stage, config: ExperimentConfig, name: str, arm: MergeArm, options: ArmOptions
+) -> None:
+    """Writes the base plus the merged deltas of several arms, without training."""
+
+    def change(mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        several = [checkpoint_deltas(its.run, config, text) for text in arm.of]
+        kept = None
+        density = 0.2 if arm.density is None else arm.density
+        if arm.method == "ties" and density < 1:
+            trim = TopFractionMask(fraction=density, scope="global")
+            kept = [build_mask(trim, pairs) for pairs in several]
+        found = {}
+        for pairs in zip(*several, strict=True):
+            (tensor,) = {
+                pair.name for pair in pairs
+            }  # each has all parameters of the base, by name
+            own = None if kept is None else [marked[tensor] for marked in kept]
+            value = merged(pairs, arm.method, arm.scale, own)
+            if mask is not None:
+                value = value.where(mask[tensor], pairs[0].base.to(value.dtype))
+            found[tensor] = value
+        return found
+
+    what = (
+        f"the base plus {arm.scale:g} times the {arm.method} of the deltas of {', '.join(arm.of)}"
+    )
+    for key in ("components", "layers", "modules"):
+        what += f", {key} {', '.join(map(str, dict(arm)[key]))}" if dict(arm)[key] else ""
+    what += f", on mask {arm.mask}" if arm.mask else ""
     _write_untrained(its, config, name, arm, what, change, options)
 
 
@@ -294,17 +365,23 @@ def _write_untrained(
     its: Stage,
     config: ExperimentConfig,
     name: str,
-    arm: TransplantArm | ExtrapolateArm,
+    arm: UntrainedArm,
     what: str,
     change: Callable[[Mapping[str, Tensor] | None], dict[str, Tensor]],
     options: ArmOptions,
 ) -> None:
-    """Writes an arm that is the base with some tensors replaced; `change(mask)` returns them."""
+    """Writes an arm that is the base with some tensors replaced; `change(mask)` returns them.
+
+    The mask is the arm's, on the parameters that a merge selects.
+    """
     run, inputs = its.run, its.inputs
     refuse_other_base(
         other_bases_of_arm(run, config, arm), inputs["base"], options.allow_other_base
     )
     mask = None if arm.mask is None else read_mask(run, config, arm.mask)
+    if isinstance(arm, MergeArm) and arm.is_given:
+        selected = whole_parameters(checkpoint_deltas(run, config, arm.of[0]), arm)
+        mask = selected if mask is None else combine("intersection", [mask, selected])
     base = run.checkpoint(base_arm(config))
     before = read_tensors(base)
     # only its configuration is used: all weights that are written are in `before`

@@ -11,10 +11,10 @@ from vlopd.config.arms import (
     BaseArm,
     CheckpointArm,
     DistillArm,
-    ExtrapolateArm,
     ImportedArm,
     TeacherArm,
     TransplantArm,
+    UntrainedArm,
     checkpoints_of,
     replay_of,
 )
@@ -83,7 +83,9 @@ def arm_inputs(
         if plugins := plugin_content(recipe.plugins, whole):
             inputs["plugins"] = plugins
     else:
-        inputs["arm"] = arm.model_dump(mode="json", exclude={"role"})
+        # of a transplant without what it does not set, as arms were recorded before there were parts
+        without_null = isinstance(arm, TransplantArm)
+        inputs["arm"] = arm.model_dump(mode="json", exclude={"role"}, exclude_none=without_null)
     return inputs | _reference_inputs(run, config, arm, whole)
 
 
@@ -95,13 +97,13 @@ def execution_of(recipe: Recipe) -> dict[str, Any]:
 
 def _starts_from_base(arm: ArmConfig) -> bool:
     """Whether an arm is a checkpoint made from this run's base."""
-    return isinstance(arm, (DistillArm, TransplantArm, ExtrapolateArm))
+    return isinstance(arm, DistillArm | UntrainedArm)
 
 
 def _reference_inputs(
     run: RunFolder,
     config: ExperimentConfig,
-    arm: DistillArm | TransplantArm | ExtrapolateArm,
+    arm: DistillArm | UntrainedArm,
     whole: bool,
 ) -> dict[str, Any]:
     """Digests of the mask and checkpoints that an arm reads, with those of another base in `other_base`."""
@@ -118,7 +120,7 @@ def _reference_inputs(
 
 
 def other_bases_of_arm(
-    run: RunFolder, config: ExperimentConfig, arm: DistillArm | TransplantArm | ExtrapolateArm
+    run: RunFolder, config: ExperimentConfig, arm: DistillArm | UntrainedArm
 ) -> dict[str, str]:
     """{checkpoint: digest of its base} of the checkpoints an arm reads that have another base."""
     found: dict[str, str] = {}

@@ -12,6 +12,7 @@ from vlopd.config.arms import (
     DistillArm,
     ExtrapolateArm,
     ImportedArm,
+    MergeArm,
     TeacherArm,
     TransplantArm,
     checkpoints_of,
@@ -31,6 +32,7 @@ from vlopd.run.arms import (
     train_arm,
     write_base,
     write_extrapolation,
+    write_merge,
     write_transplant,
 )
 from vlopd.run.dependencies import arm_inputs, mask_inputs, other_bases_of_mask
@@ -80,6 +82,8 @@ def make_arm(
                     write_transplant(its, config, name, arm, options)
                 case ExtrapolateArm():
                     write_extrapolation(its, config, name, arm, options)
+                case MergeArm():
+                    write_merge(its, config, name, arm, options)
     return its.made
 
 

@@ -1,8 +1,10 @@
-"""Leading singular subspaces of a matrix, in float64, and the projection onto those of an update."""
+"""Leading singular subspaces of a matrix, in float64, projections onto those of an update, and parts of an update."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -38,6 +40,42 @@ def low_rank(matrix: Tensor, rank: int) -> Tensor:
     if matrix.shape[0] <= matrix.shape[1]:
         return near @ (near.T @ wide)
     return (wide @ near) @ near.T
+
+
+def rank_of(matrix: Tensor, rank: int | None, fraction: float | None) -> int:
+    """`rank`, or a fraction of the smaller side of a matrix [m, n], rounded down, at least 1."""
+    if rank is None:
+        rank = max(1, math.floor(Fraction(str(fraction)) * min(matrix.shape)))
+    return rank
+
+
+def random_subspaces(matrix: Tensor, rank: int, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(left [m, k], right [n, k]): orthonormal bases of uniformly drawn subspaces, float64; k <= `rank`."""
+    k = min(rank, *matrix.shape)
+    left, right = (
+        torch.linalg.qr(torch.randn(side, k, generator=stream, dtype=torch.float64)).Q
+        for side in matrix.shape
+    )
+    return left, right
+
+
+def inner_part(
+    base: Tensor, delta: Tensor, rank: int, stream: torch.Generator | None = None
+) -> Tensor:
+    """The part U U^T D V V^T of an update D that lies in subspaces of both sides, float64, in its shape.
+
+    U [m, k] and V [n, k] are the base's leading singular vectors or, with a random stream, uniformly drawn. Tensors of
+    more dimensions are flattened to [m, n]; of a vector the part is zero. All else, D minus this, is the part off the
+    subspaces: the three blocks U U^T D (I - V V^T), (I - U U^T) D V V^T and (I - U U^T) D (I - V V^T).
+    """
+    if delta.ndim < 2:
+        return torch.zeros_like(delta, dtype=torch.float64)
+    matrix, of = delta.flatten(1).double(), base.flatten(1)
+    if stream is None:
+        left, right = _leading_subspaces(of, rank)
+    else:
+        left, right = random_subspaces(of, rank, stream)
+    return (left @ (left.T @ matrix @ right) @ right.T).view(delta.shape)
 
 
 def update_projection(delta: Tensor, rank: int, side: str) -> Projection | None:
