@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlopd.config.arms import CheckpointArm, DistillArm, ImportedArm, checkpoints_of, mask_of
+from vlopd.config.arms import CheckpointArm, DistillArm, ImportedArm, checkpoints_of, masks_read
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import config_of, load_config, merged
 from vlopd.config.masks import Reference
@@ -142,7 +142,7 @@ class Planner:
         needs = [] if name == base else [self.arm(base)]
         if arm is not None:
             needs += [self.arm(a) for a in map(_arm_of, checkpoints_of(arm).values()) if a]
-            needs += [self.mask(mask) for mask in [mask_of(arm)] if mask]
+            needs += map(self.mask, masks_read(arm))
         self.add(f"arms/{name}", needs, partial(arm_inputs, self.run, self.config, name))
         return f"arms/{name}"
 
@@ -236,7 +236,7 @@ def unused_masks(run: RunFolder, config: ExperimentConfig, names: Sequence[str])
     """Existing masks that no arm is made under (of `mask make`); a run of all arms keeps them up to date too."""
     if set(names) < set(config.arms):
         return []
-    used = {mask_of(arm) for arm in config.arms.values()}
+    used = {mask for arm in config.arms.values() for mask in masks_read(arm)}
     return [name for name in config.masks if name not in used and run.mask_record(name).exists()]
 
 

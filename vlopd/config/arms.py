@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from vlopd.config.base import Count, Section, Seed, Weight
 from vlopd.config.functions import with_names
+from vlopd.config.lora import Lora
 from vlopd.config.recipe import ArmRecipe
 
 Role = Literal[
@@ -107,6 +108,8 @@ class DistillArm(Section):
     """Overrides settings of `train` for this arm."""
     subspace: Subspace | None = None
     """Projects gradients onto the subspace of an early update; null for none."""
+    lora: Lora | None = None
+    """Trains low-rank updates of linear layers in place of the weights; null for none."""
 
     @property
     def own(self) -> dict[str, Table]:
@@ -125,6 +128,10 @@ class DistillArm(Section):
     def check_mask(self) -> DistillArm:
         if self.role in ("subnetwork", "control") and self.mask is None:
             raise ValueError(f'role = "{self.role}" is of an arm under a mask; give it a mask')
+        if self.lora is not None:
+            for key, other in (("mask", self.mask), ("subspace", self.subspace)):
+                if other is not None:
+                    raise ValueError(f"lora trains no coordinate of the weights; leave {key} out")
         return self
 
 
@@ -255,3 +262,9 @@ def checkpoints_of(arm: ArmConfig) -> dict[str, str]:
 
 def mask_of(arm: ArmConfig) -> str | None:
     return arm.mask if isinstance(arm, (DistillArm, TransplantArm, ExtrapolateArm)) else None
+
+
+def masks_read(arm: ArmConfig) -> list[str]:
+    """The masks that an arm is made with: its own, or the one whose coordinates its LoRA counts."""
+    like = arm.lora.like if isinstance(arm, DistillArm) and arm.lora is not None else None
+    return [mask for mask in (mask_of(arm), like) if mask is not None]

@@ -18,6 +18,7 @@ from vlopd.config.arms import (
     checkpoints_of,
     expand_seeds,
     mask_of,
+    masks_read,
 )
 from vlopd.config.base import Name, distinct_names
 from vlopd.config.data import DataConfig, FileData
@@ -104,7 +105,7 @@ class ExperimentConfig(RecipeSections):
             found.append(f"{', '.join(changed)}: no effect without geometry.arms")
         elif its.null_draws == 0 and its.nulls != default.nulls:
             found.append("geometry.nulls: no effect with geometry.null_draws = 0")
-        used = {mask_of(arm) for arm in self.arms.values()}
+        used = {mask for arm in self.arms.values() for mask in masks_read(arm)}
         used |= {other for mask in self.masks.values() for other in mask.combines}
         if unused := [name for name in self.masks if name not in used]:
             found.append(
@@ -132,8 +133,7 @@ class ExperimentConfig(RecipeSections):
         found: list[Use] = []
         for name in names:
             arm = self.arms[name]
-            mask = mask_of(arm)
-            found += [] if mask is None else self.plugins_of_mask(mask)
+            found += [use for mask in masks_read(arm) for use in self.plugins_of_mask(mask)]
             if isinstance(arm, DistillArm):
                 own = tuple(arm.own)
                 for use in self.recipe_of(arm).plugins:
@@ -197,9 +197,9 @@ class ExperimentConfig(RecipeSections):
                 )
             for where, checkpoint in checkpoints_of(arm).items():
                 self._check_checkpoint(checkpoint, f"arms.{name}.{where}")
-            mask_name = mask_of(arm)
-            if mask_name is not None:
-                need(self.masks, mask_name, f"arms.{name}.mask")
+            for mask_name in masks_read(arm):
+                key = "mask" if mask_name == mask_of(arm) else "lora.like"
+                need(self.masks, mask_name, f"arms.{name}.{key}")
             self._refuse_cycle(name)
             if (
                 isinstance(arm, DistillArm)
@@ -223,9 +223,14 @@ class ExperimentConfig(RecipeSections):
         for name, arm in self.arms.items():
             if isinstance(arm, DistillArm):
                 try:
-                    self.recipe_of(arm)
+                    recipe = self.recipe_of(arm)
                 except ConfigError as error:
                     raise ValueError(f"arms.{name}: {error}" if arm.own else str(error)) from None
+                if arm.lora and any(its.ema is not None for its in recipe.teachers.values()):
+                    raise ValueError(
+                        f"arms.{name}.lora: a teacher with `ema` averages the student's weights, which a LoRA does not "
+                        "train; give this arm a fixed teacher"
+                    )
 
     def _refuse_equal_draws(self) -> None:
         """Raises ValueError for two random masks with the same settings and seed, which are the same mask."""
@@ -294,8 +299,7 @@ class ExperimentConfig(RecipeSections):
         while queue:
             config = self.arms[queue.pop(0)]
             parents = [Reference.parse(text).arm for text in checkpoints_of(config).values()]
-            mask = mask_of(config)
-            if mask is not None:
+            for mask in masks_read(config):
                 parents += [Reference.parse(text).arm for text in self.read_by(mask)]
             for parent in parents:
                 if parent is not None and parent not in found:

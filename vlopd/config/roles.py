@@ -164,6 +164,8 @@ def _default_role(arm: ArmConfig, masks: Mapping[str, MaskConfig]) -> Role | Non
         return "other"
     if isinstance(arm, ExtrapolateArm) or (isinstance(arm, DistillArm) and arm.subspace):
         return "projection"
+    if isinstance(arm, DistillArm) and arm.lora:
+        return "variant"
     if arm.mask is None:
         return None
     if isinstance(masks[arm.mask], RandomMask):
