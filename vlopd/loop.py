@@ -192,8 +192,8 @@ def distill(
             true coordinates train. One of `make_mask` must be of the student's checkpoint.
         hooks: what observes the training.
         projections: of the gradients, by parameter.
-        lora: a table as an arm's `lora`: a LoRA trains in place of the weights; at the end it is merged into the student
-            (`Trained.save_adapter` writes it by itself).
+        lora: a table as an arm's `lora`: a LoRA trains in place of the weights, and is merged into the student at the
+            end (`Trained.save_adapter` writes it alone).
         identity: a digest of everything that decides the result; with it the state is saved every train.save_every
             steps in `out`, and training resumes from a saved state whose `identity` matches.
         title: name of the run in messages; by default the folder's.

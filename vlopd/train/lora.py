@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,7 +24,7 @@ from vlopd.models import parameter_names
 from vlopd.models.loaded import LoadedModel
 from vlopd.seeding import generator
 from vlopd.train.sparse import Trainable
-from vlopd.weights.adapters import PREFIX, add_update
+from vlopd.weights.adapters import WEIGHTS, add_update
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,10 +48,14 @@ class LoraTrainable(Trainable):
     """
 
     def __init__(self, loaded: LoadedModel, lora: Lora, seed: int = 1, offload: bool = False):
+        from peft import get_peft_model_state_dict
+
         total = loaded.model.num_parameters()
         self.wrapped = adapt(loaded.model, lora, seed)
         self.layers = lora_layers(self.wrapped)
         self.size = size_of(self.wrapped)
+        # under PEFT's names in a file; the tensors are the model's own, which training changes in place
+        self.factors = get_peft_model_state_dict(self.wrapped, save_embedding_layers=False)
         super().__init__(loaded.model, offload=offload)
         self.total = total  # without the factors
 
@@ -72,12 +77,13 @@ class LoraTrainable(Trainable):
         return merged
 
     def save_adapter(self, folder: Path, base: str) -> None:
-        """Writes PEFT's adapter folder, which `PeftModel.from_pretrained` loads onto the model named `base`."""
-        factors = {f"{PREFIX}{name}": values for name, values in self.state().items()}
-        self.wrapped.peft_config[ADAPTER].base_model_name_or_path = base
+        """Writes an adapter folder, which PEFT's `PeftModel.from_pretrained` loads onto the model named `base`."""
+        config = self.wrapped.peft_config[ADAPTER]
+        config.base_model_name_or_path = base
         with whole_folder(folder) as temporary:
-            self.wrapped.save_pretrained(
-                str(temporary), state_dict=factors, save_embedding_layers=False
+            config.save_pretrained(str(temporary))
+            save_file(
+                {name: factor.cpu() for name, factor in self.factors.items()}, temporary / WEIGHTS
             )
             card = f"LoRA adapter of {base}, trained by vlopd; PEFT loads it onto that.\n"
             (temporary / "README.md").write_text(f"---\nlibrary_name: peft\n---\n{card}")
