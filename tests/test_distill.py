@@ -25,12 +25,11 @@ from vlopd.types import Example
 SEED = 1
 
 
-def run(pair, config, folder, mask=None, identity="x", **hooks):
+def run(pair, config, folder, mask=None, identity="x", lora=None, **hooks):
     recipe = recipe_of(config)
     data = load_data(recipe.data, recipe.prompts, SEED)
-    return distill(
-        pair, data, recipe, folder, SEED, mask, Hooks(**hooks), identity=identity, title="test"
-    )
+    more = {"identity": identity, "title": "test", "lora": lora}
+    return distill(pair, data, recipe, folder, SEED, mask, Hooks(**hooks), **more)
 
 
 def weights(pair):
@@ -119,6 +118,7 @@ def test_splitting_or_permuting_a_step_changes_no_gradient(
         ("masked", {"type": "adamw"}),
         ("mostly unmasked", {"type": "adamw", "weight_decay": 0.1}),
         ("averaged teacher", {"type": "adamw"}),
+        ("lora", {"type": "adamw"}),
         ("masked", {"type": "sgd", "nesterov": True}),
         ("masked", {"type": "rmsprop", "momentum": 0.5}),
         ("masked", {"type": "lion", "component_rates": {"language": 3.0}}),
@@ -128,7 +128,8 @@ def test_splitting_or_permuting_a_step_changes_no_gradient(
 )
 def test_a_resumed_run_is_bit_exact(kind, how, optimizer, make_pair, make_config, tmp_path):
     """Killed after step 4 of 6 and gone on with, a run ends with the uninterrupted run's bits and metrics,
-    under every optimizer, also where the teacher is a moving average of the student."""
+    under every optimizer, also where the teacher is a moving average of the student, or a LoRA trains."""
+    lora = {"rank": 2} if how == "lora" else None
     sections = {
         "train": {"steps": 6, "prompts_per_step": 3, "save_every": 2, "sample_every": 2},
         "optim": {"learning_rate": 1e-3, "schedule": "linear", **optimizer},
@@ -150,7 +151,7 @@ def test_a_resumed_run_is_bit_exact(kind, how, optimizer, make_pair, make_config
             n: torch.rand(p.shape, generator=draws) < density
             for n, p in whole.student.model.named_parameters()
         }
-    run(whole, config, tmp_path / "whole", mask)
+    run(whole, config, tmp_path / "whole", mask, lora=lora)
 
     class Killed(Exception):
         pass
@@ -168,11 +169,11 @@ def test_a_resumed_run_is_bit_exact(kind, how, optimizer, make_pair, make_config
     module.save_state = kill_after_second
     try:
         with pytest.raises(Killed):
-            run(fresh(), config, tmp_path / "cut", mask)
+            run(fresh(), config, tmp_path / "cut", mask, lora=lora)
     finally:
         module.save_state = original
     resumed = fresh()
-    run(resumed, config, tmp_path / "cut", mask)
+    run(resumed, config, tmp_path / "cut", mask, lora=lora)
     expected, got = weights(whole), weights(resumed)
     assert all(torch.equal(expected[n], got[n]) for n in expected)
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "cut"), strict=True):

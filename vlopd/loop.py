@@ -33,6 +33,7 @@ from torch import Tensor
 
 from vlopd import distributed
 from vlopd.config.input import value_of
+from vlopd.config.lora import Lora
 from vlopd.config.objective import FunctionLoss
 from vlopd.config.recipe import Recipe, training_of
 from vlopd.config.signal_nulls import SignalNull, SignalNullConfig
@@ -52,6 +53,7 @@ from vlopd.train.arguments import (
 from vlopd.train.checkpointing import recomputed, refuse_without_layers
 from vlopd.train.checks import TrainingError, refuse_broken, refuse_not_finite, refuse_overflow
 from vlopd.train.log import Stopwatch, TrainingLog, sample_rows
+from vlopd.train.lora import LoraTrainable, refuse_unlike
 from vlopd.train.losses import TokenDivergence, token_weights
 from vlopd.train.memory_use import MemoryUse
 from vlopd.train.metrics import summarise
@@ -155,6 +157,12 @@ class Trained:
             state = {**self.student.model.state_dict(), **self.trainable.merged(dict(stored))}
         save(self.student, Path(folder), f"{self.student.name}, trained by vlopd.\n", state)
 
+    def save_adapter(self, folder: Path | str) -> None:
+        """Writes the LoRA as an adapter folder of PEFT. Raises ConfigError where the weights were trained."""
+        if not isinstance(self.trainable, LoraTrainable):
+            raise ConfigError("no LoRA was trained: distill(..., lora={...}), or save(folder)")
+        self.trainable.save_adapter(Path(folder), self.student.name)
+
 
 @one_line_out_of_memory("start")
 def distill(
@@ -167,6 +175,7 @@ def distill(
     hooks: Hooks = Hooks(),
     *,
     projections: Mapping[str, Projection] | None = None,
+    lora: Lora | Mapping[str, Any] | None = None,
     identity: str | None = None,
     title: str | None = None,
     accelerator: Accelerator | None = None,
@@ -188,6 +197,8 @@ def distill(
             true coordinates train. One of `make_mask` must be of the student's checkpoint.
         hooks: what observes the training.
         projections: of the gradients, by parameter.
+        lora: a table as an arm's `lora`: a LoRA trains in place of the weights, and is merged into the student at the
+            end (`Trained.save_adapter` writes it alone).
         identity: a digest of everything that decides the result; with it the state is saved every train.save_every
             steps in `out`, and training resumes from a saved state whose `identity` matches.
         title: name of the run in messages; by default the folder's.
@@ -236,13 +247,21 @@ def distill(
         if mask is not None:
             refuse_other_mask(mask, pair.student)
             mask = in_parameter_names(mask, pair.student, partial=True)
+        if lora is not None:
+            low_rank: Lora = value_of(Lora, lora, "lora")
+            is_average = any(its.ema is not None for its in pair.teachers)
+            others = {"a mask": mask is not None, "projections": projections is not None}
+            refuse_unlike(low_rank, {**others, "a teacher that averages the student": is_average})
         refuse_trained(pair.student)
         parameter_names.freeze(pair.student.model, train.freeze)
-        with rounded_on_load(pair.student) as stored:
-            offload = train.offload_optimizer
-            trainable = Trainable(
-                pair.student.model, mask, projections, stored=stored, offload=offload
-            )
+        offload = train.offload_optimizer
+        if lora is not None:
+            trainable: Trainable = LoraTrainable(pair.student, low_rank, seed, offload)
+        else:
+            with rounded_on_load(pair.student) as stored:
+                trainable = Trainable(
+                    pair.student.model, mask, projections, stored=stored, offload=offload
+                )
         if trainable.count == 0:
             raise ConfigError(
                 f"{title}: nothing is left to train: the mask has no coordinate outside of train.freeze = "
@@ -376,6 +395,8 @@ def distill(
                     save_state(folder, done, trainable, optimizer, averages, *about)
         with distributed.together(accelerator):
             writer.wait()
+    if isinstance(trainable, LoraTrainable):
+        trainable.fold()
     return Trained(pair.student, trainable, out, recipe, temporary)
 
 

@@ -19,7 +19,7 @@ from vlopd.config.arms import (
     DistillArm,
     ImportedArm,
     checkpoints_of,
-    mask_of,
+    masks_read,
     replay_of,
 )
 from vlopd.config.experiment import ExperimentConfig
@@ -149,7 +149,7 @@ class Planner:
         needs = [] if name == base else [self.arm(base)]
         if arm is not None:
             needs += [self.arm(a) for a in map(_arm_of, checkpoints_of(arm).values()) if a]
-            needs += [self.mask(mask) for mask in [mask_of(arm)] if mask]
+            needs += map(self.mask, masks_read(arm))
             needs += [self.arm(replayed) for replayed in [replay_of(arm)] if replayed]
         self.add(f"arms/{name}", needs, partial(arm_inputs, self.run, self.config, name))
         return f"arms/{name}"
@@ -258,7 +258,7 @@ def unused_masks(run: RunFolder, config: ExperimentConfig, names: Sequence[str])
     """Existing masks that no arm is made under (of `mask make`); a run of all arms keeps them up to date too."""
     if set(names) < set(config.arms):
         return []
-    used = {mask_of(arm) for arm in config.arms.values()}
+    used = {mask for arm in config.arms.values() for mask in masks_read(arm)}
     return [name for name in config.masks if name not in used and run.mask_record(name).exists()]
 
 

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from vlopd.config.base import Count, Section, Seed, Share, Unique, Weight
 from vlopd.config.functions import with_names
+from vlopd.config.lora import Lora
 from vlopd.config.masks import Selection
 from vlopd.config.recipe import ArmRecipe
 from vlopd.config.signal_nulls import SignalNullConfig, replayed_by
@@ -122,6 +123,8 @@ class DistillArm(Section):
     """Overrides settings of `train` for this arm."""
     subspace: Subspace | None = None
     """Projects gradients onto the subspace of an early update; null for none."""
+    lora: Lora | None = None
+    """Trains low-rank updates of linear layers in place of the weights; null for none."""
 
     @property
     def own(self) -> dict[str, Table]:
@@ -146,6 +149,10 @@ class DistillArm(Section):
             raise ValueError(f'role = "{self.role}" is not of an arm with a signal null')
         if self.null is not None and self.null.type == "random_gradient" and self.subspace:
             raise ValueError("null random_gradient has no gradient to project; leave subspace out")
+        if self.lora is not None:
+            for key, other in (("mask", self.mask), ("subspace", self.subspace)):
+                if other is not None:
+                    raise ValueError(f"lora trains no coordinate of the weights; leave {key} out")
         return self
 
 
@@ -368,3 +375,9 @@ def replay_of(arm: ArmConfig) -> str | None:
 
 def mask_of(arm: ArmConfig) -> str | None:
     return arm.mask if isinstance(arm, DistillArm | UntrainedArm) else None
+
+
+def masks_read(arm: ArmConfig) -> list[str]:
+    """The masks that an arm is made with: its own, or the one whose coordinates its LoRA counts."""
+    like = arm.lora.like if isinstance(arm, DistillArm) and arm.lora is not None else None
+    return [mask for mask in (mask_of(arm), like) if mask is not None]

@@ -18,6 +18,7 @@ from vlopd.config.arms import (
     checkpoints_of,
     expand_seeds,
     mask_of,
+    masks_read,
     replay_of,
 )
 from vlopd.config.base import Name, distinct_names
@@ -113,7 +114,7 @@ class ExperimentConfig(RecipeSections):
             found.append(f"{', '.join(changed)}: no effect without geometry.arms")
         elif its.null_draws == 0 and its.nulls != default.nulls:
             found.append("geometry.nulls: no effect with geometry.null_draws = 0")
-        used = {mask_of(arm) for arm in self.arms.values()}
+        used = {mask for arm in self.arms.values() for mask in masks_read(arm)}
         used |= {other for mask in self.masks.values() for other in mask.combines}
         if unused := [name for name in self.masks if name not in used]:
             found.append(
@@ -141,8 +142,7 @@ class ExperimentConfig(RecipeSections):
         found: list[Use] = []
         for name in names:
             arm = self.arms[name]
-            mask = mask_of(arm)
-            found += [] if mask is None else self.plugins_of_mask(mask)
+            found += [use for mask in masks_read(arm) for use in self.plugins_of_mask(mask)]
             if isinstance(arm, DistillArm):
                 own = tuple(arm.own)
                 for use in self.recipe_of(arm).plugins:
@@ -214,9 +214,9 @@ class ExperimentConfig(RecipeSections):
             if isinstance(arm, DistillArm) and arm.null is not None and arm.null.replay is not None:
                 need(self.arms, arm.null.replay, f"arms.{name}.null.replay")
                 self._check_replay(name, arm, arm.null.replay)
-            mask_name = mask_of(arm)
-            if mask_name is not None:
-                need(self.masks, mask_name, f"arms.{name}.mask")
+            for mask_name in masks_read(arm):
+                key = "mask" if mask_name == mask_of(arm) else "lora.like"
+                need(self.masks, mask_name, f"arms.{name}.{key}")
             self._refuse_cycle(name)
             if (
                 isinstance(arm, DistillArm)
@@ -248,6 +248,11 @@ class ExperimentConfig(RecipeSections):
                         arm.null.refuse_other_recipes(recipe)
                     except ValueError as error:
                         raise ValueError(f"arms.{name}: {error}") from None
+                if arm.lora and any(its.ema is not None for its in recipe.teachers.values()):
+                    raise ValueError(
+                        f"arms.{name}.lora: a teacher with `ema` averages the student's weights, which a LoRA does not "
+                        "train; give this arm a fixed teacher"
+                    )
 
     def _check_replay(self, name: str, arm: DistillArm, replayed: str) -> None:
         """Raises ValueError where an arm replays completions of other prompts than its own."""
@@ -334,8 +339,7 @@ class ExperimentConfig(RecipeSections):
         while queue:
             config = self.arms[queue.pop(0)]
             parents = [Reference.parse(text).arm for text in checkpoints_of(config).values()]
-            mask = mask_of(config)
-            if mask is not None:
+            for mask in masks_read(config):
                 parents += [Reference.parse(text).arm for text in self.read_by(mask)]
             parents += [replay_of(config)] if replayed else []
             for parent in parents:

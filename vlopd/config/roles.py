@@ -183,6 +183,8 @@ def _default_role(
     is_part = isinstance(arm, TransplantArm) and arm.part is not None
     if is_part or isinstance(arm, ExtrapolateArm) or (isinstance(arm, DistillArm) and arm.subspace):
         return "projection"
+    if isinstance(arm, DistillArm) and arm.lora:
+        return "variant"
     if arm.mask is None:
         return None
     if isinstance(masks[arm.mask], RandomMask) or _null_of_mask(masks[arm.mask], arms):

@@ -102,6 +102,8 @@ WRAPPERS = {
     "base_layer",  # PEFT, around an adapted module
 }
 """Parts that training frameworks insert anywhere into a name."""
+FACTOR = re.compile(r"\.lora_(embedding_)?[AB](\.default)?(?=\.|$)")
+"""A factor of PEFT's LoRA, after the name of the module that it is an update of."""
 LAYER = re.compile(r"(?:layers?|blocks|h|resblocks)\.(\d+)\.")
 
 CONV1D = ("gpt2",)
@@ -130,7 +132,7 @@ def classify(name: str) -> TensorName:
     TensorName(name=..., component="language", layer=3, module="up")
     """
     plain = unwrapped_name(name)
-    path = re.sub(r"\.(weight|bias)$", "", plain)
+    path = FACTOR.sub("", re.sub(r"\.(weight|bias)$", "", plain))
     component = next((label for label, pattern in COMPONENTS if pattern.search(plain)), "other")
     module = next((label for label, pattern in MODULES if pattern.search(path)), "other")
     if component == "projector" and module in ("up", "down", "o"):

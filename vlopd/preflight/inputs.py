@@ -22,7 +22,7 @@ from vlopd.config.arms import (
     MergeArm,
     TeacherArm,
     checkpoints_of,
-    mask_of,
+    masks_read,
 )
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import (
@@ -57,6 +57,7 @@ from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import checkpoint_folder, hub_folder, score_files
 from vlopd.seeding import generator
 from vlopd.train.log import refuse_missing_trackers
+from vlopd.train.lora import adapter_size
 from vlopd.train.losses import Sampled, token_divergence
 from vlopd.train.optimizers import refuse_missing_components
 from vlopd.train.pair import ModelPair, load_pair, without_weights
@@ -103,7 +104,7 @@ def find_problems(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
     extents: dict[str, Extents] = {}
     with suppress(UserError):  # a student that cannot be read is found below, with its teachers
         student = without_weights(config.student)
-        for mask in dict.fromkeys(m for n in needed if (m := mask_of(config.arms[n])) is not None):
+        for mask in dict.fromkeys(m for n in needed for m in masks_read(config.arms[n])):
             with found.catch():
                 add_extents(extents, config, mask, student)
         for name in needed:
@@ -139,6 +140,9 @@ def find_problems(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
                 marked = None if arm.mask is None else extents[arm.mask]
                 freeze, student = recipe.train.freeze, pairs[models].student
                 refuse_nothing_to_train(freeze, name, arm.mask, marked, student)
+            if (lora := arm.lora) is not None:
+                lora = lora if lora.like is None else lora.with_parameters(1)
+                adapter_size(pairs[models].student.model, lora, recipe.train.freeze)
             names_in_model = dict(pairs[models].student.model.named_parameters())
             refuse_missing_components(recipe.optim, names_in_model)
     for key, (where, recipe, pair) in recipes.items():
@@ -220,8 +224,8 @@ def refuse_missing_files(config: ExperimentConfig, name: str) -> None:
 def references_of(config: ExperimentConfig, name: str) -> list[str]:
     """The folders outside of the run that an arm reads, itself or through its mask, as the config names them."""
     arm = config.arms[name]
-    mask = mask_of(arm)
-    texts = [*checkpoints_of(arm).values(), *([] if mask is None else config.read_by(mask))]
+    of_masks = [text for mask in masks_read(arm) for text in config.read_by(mask)]
+    texts = [*checkpoints_of(arm).values(), *of_masks]
     return [text for text in texts if Reference.parse(text).path is not None]
 
 

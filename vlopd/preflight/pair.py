@@ -45,6 +45,7 @@ from vlopd.models.meta import meta_model
 from vlopd.models.vocabulary import SharedVocabulary
 from vlopd.preflight import memory
 from vlopd.preflight.fit import settings_that_fit
+from vlopd.train.lora import adapter_size
 from vlopd.train.losses import TOP_K, Sampled, token_divergence
 from vlopd.train.pair import ModelPair, refuse_text_only, shared_vocabulary
 from vlopd.train.teacher_context import teacher_view
@@ -373,8 +374,8 @@ def estimate_rows(
     must_fit: bool = False,
     card: str | None = None,
 ) -> list[CheckRow]:
-    """Memory and seconds of a step on this device, or on a described card: dense, under each mask of known density, in
-    the other precision; settings that would fit where it does not."""
+    """Memory and seconds of a step on this device, or on a described card: dense, under each mask of known density,
+    with each LoRA of known size, in the other precision; settings that would fit where it does not."""
     compute = config.precision.resolved
     other: Literal["fp32", "bf16"] = "fp32" if compute == "bf16" else "bf16"
     speed = _speed(device, card, compute)
@@ -382,6 +383,16 @@ def estimate_rows(
     for name, mask in config.masks.items():
         if isinstance(mask, TopFractionMask):
             densities[f"mask {name}"] = mask.fraction
+    total = readers[0].model.num_parameters()
+    for name, arm in config.arms.items():
+        if isinstance(arm, DistillArm) and arm.lora is not None:
+            lora, fraction = arm.lora, densities.get(f"mask {arm.lora.like}")
+            if lora.like is not None and fraction is not None:
+                lora = lora.with_parameters(max(1, round(fraction * total)))
+            if lora.like is None:
+                freeze = config.recipe_of(arm).train.freeze
+                size = adapter_size(readers[0].model, lora, freeze)
+                densities[f"LoRA of rank {size.rank} ({name})"] = size.parameters / total
     if must_fit:  # the weights are loaded already
         loaded = sum(each.model.num_parameters() for each in readers) * DTYPES[compute].itemsize
         speed = speed._replace(memory_bytes=speed.memory_bytes + loaded)

@@ -25,6 +25,7 @@ from vlopd.config.arms import (
     replay_of,
 )
 from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.lora import Lora
 from vlopd.config.masks import TopFractionMask
 from vlopd.config.recipe import ArmRecipe, Recipe, training_of
 from vlopd.config.tracking import TrackingConfig
@@ -60,6 +61,7 @@ from vlopd.run.resolve import (
 )
 from vlopd.run.stage import Stage
 from vlopd.train.log import open_trackers
+from vlopd.train.lora import LoraTrainable
 from vlopd.train.pair import LoadedTeachers, ModelPair, load_pair
 from vlopd.train.resume import is_state_of
 from vlopd.train.sparse import Trainable
@@ -147,13 +149,15 @@ def train_arm(
         kept=options.teachers,
         with_teachers=arm.null is None or arm.null.type != "random_gradient",
     )
-    before, mask, projections = read_tensors(base), None, None
+    before, mask, projections, lora = read_tensors(base), None, None, arm.lora
     if arm.mask is not None:
         mask = read_mask(run, config, arm.mask)
     if arm.subspace is not None:
         projections = _read_projections(
             run, config, arm.subspace, dict(pair.student.model.named_parameters())
         )
+    if lora is not None and lora.like is not None:
+        lora = lora.with_parameters(inputs["like"]["parameters"])
     data = load_data(recipe.data, recipe.prompts, arm.seed, recipe.teachers.values())
     started = time.perf_counter()
     folder = run.arm(name)
@@ -182,6 +186,7 @@ def train_arm(
         mask and {n: mask[n] for n, _ in pair.student.model.named_parameters()},
         Hooks(keep, options.evaluate, every, trackers),
         projections=projections,
+        lora=lora,
         identity=digest_json(inputs),
         accelerator=accelerator,
         null=arm.null,
@@ -194,6 +199,8 @@ def train_arm(
             about["predicted"] = options.predict(pair, recipe, share, about)
             write_json(folder / "memory.json", about)
         merged = trainable.merged(before)
+        if isinstance(trainable, LoraTrainable):
+            trainable.save_adapter(folder / "adapter", config.student.model)
         with whole_folder(run.checkpoint(name)) as checkpoint:
             text = model_card(config, name, _describe(recipe, arm), inputs)
             save(pair.student, checkpoint, text, merged)
@@ -214,6 +221,7 @@ def train_arm(
             total_parameters=trainable.total,
             trained_parameters=trainable.count,
             density=trainable.count / trainable.total,
+            **({"lora": _lora_entry(trainable, lora, changes)} if lora is not None else {}),
             seconds=round(time.perf_counter() - started, 1),
             device=str(accelerator.device),
             processes=accelerator.num_processes,
@@ -236,10 +244,23 @@ def _clear(folder: Path, identity: str) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def _lora_entry(trainable: Trainable, lora: Lora, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The size of an arm's LoRA in its record, beside what was asked for, and the density of its merged delta."""
+    assert isinstance(trainable, LoraTrainable)
+    on = changes["on_mask"]
+    return {
+        **trainable.size._asdict(),
+        "alpha": trainable.alpha,
+        "wanted_parameters": lora.parameters,
+        "merged_density": on["moved"] / on["coordinates"],
+    }
+
+
 def _describe(recipe: ArmRecipe, arm: DistillArm) -> str:
     """A short description of an arm's training for its model card."""
     text = f"{training_of(recipe)}, {recipe.objective}, {recipe.train.steps} steps"
     text += f", mask {arm.mask}" if arm.mask else ""
+    text += ", a LoRA (../adapter), merged" if arm.lora else ""
     text += f", signal null {arm.null.label}" if arm.null else ""
     if arm.subspace:
         text += f", gradients projected on rank {arm.subspace.rank} of {arm.subspace.of}"

@@ -72,7 +72,8 @@ def arm_inputs(
             "student": read_json(run.arm_record(base_arm(config)))["inputs"],
             "teachers": {n: teacher_content(run, config, t, whole) for n, t in teachers.items()},
             "data": data_content(recipe.data, tuple(teachers.values()), whole),
-            "arm": arm.model_dump(mode="json", include={"type", "seed", "mask", "subspace"}),
+            "arm": arm.model_dump(mode="json", include={"type", "seed", "mask", "subspace"})
+            | ({} if arm.lora is None else {"lora": arm.lora.model_dump(mode="json")}),
             "recipe": settings | recipe.model_dump(mode="json", exclude=not_inputs),
         }
         if arm.null is not None:
@@ -80,6 +81,10 @@ def arm_inputs(
             if (replayed := replay_of(arm)) is not None:
                 run.checksums.check(f"arms/{replayed}", whole)
                 inputs["replayed"] = arm_digest(run, replayed)
+        if arm.lora is not None and arm.lora.like is not None:
+            run.checksums.check(f"masks/{arm.lora.like}", whole)
+            counts = read_json(run.mask_record(arm.lora.like))["counts"]
+            inputs["like"] = {"parameters": sum(counts.values())}
         if plugins := plugin_content(recipe.plugins, whole):
             inputs["plugins"] = plugins
     else:

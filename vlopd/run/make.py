@@ -16,7 +16,7 @@ from vlopd.config.arms import (
     TeacherArm,
     TransplantArm,
     checkpoints_of,
-    mask_of,
+    masks_read,
     replay_of,
 )
 from vlopd.config.experiment import ExperimentConfig
@@ -55,7 +55,7 @@ def make_arm(
     base, arm = base_arm(config), config.arms.get(name, BaseArm())
     if name != base:
         make_arm(run, config, base, options)
-    if (mask := mask_of(arm)) is not None:
+    for mask in masks_read(arm):
         make_mask(run, config, mask, options)
     for checkpoint in checkpoints_of(arm).values():
         _make_checkpoint(run, config, checkpoint, options)
