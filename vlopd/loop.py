@@ -29,7 +29,7 @@ from accelerate.tracking import GeneralTracker
 from torch import Tensor
 
 from vlopd import distributed
-from vlopd.config.objective import FunctionLoss
+from vlopd.config.objective import FunctionLoss, LossConfig
 from vlopd.config.recipe import Recipe, training_of
 from vlopd.data.load import pick
 from vlopd.errors import ConfigError, RunError, one_line_out_of_memory
@@ -47,7 +47,7 @@ from vlopd.train.arguments import (
 from vlopd.train.checkpointing import recomputed, refuse_without_layers
 from vlopd.train.checks import TrainingError, refuse_broken, refuse_not_finite, refuse_overflow
 from vlopd.train.log import Stopwatch, TrainingLog, sample_rows
-from vlopd.train.losses import TokenDivergence, token_weights
+from vlopd.train.losses import TokenDivergence, loss_tokens, token_weights
 from vlopd.train.memory_use import MemoryUse
 from vlopd.train.metrics import summarise
 from vlopd.train.offload import HOST, Resting
@@ -359,7 +359,7 @@ def backward(
     `memory` counts what the student's forward pass keeps.
     Returns this process's part of the loss, and loss and diagnostics of every token, by micro-batch.
     """
-    n_tokens, n_completions = count(batches, accelerator)
+    n_tokens, n_completions = count(batches, recipe.loss, accelerator)
     longest = recipe.rollout.max_new_tokens
     found: list[TokenDivergence] = []
     loss = 0.0
@@ -474,9 +474,12 @@ def split_evenly(prompts: int, accelerator: Accelerator) -> range:
     return range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
 
 
-def count(batches: Sequence[Batch], accelerator: Accelerator) -> tuple[int, int]:
-    """Completion tokens and completions of the step, over all processes."""
-    own = [sum(b.completions.n_tokens for b in batches), sum(len(b.examples) for b in batches)]
+def count(
+    batches: Sequence[Batch], loss: LossConfig, accelerator: Accelerator
+) -> tuple[int, int]:
+    """Completion tokens with a loss and completions of the step, over all processes."""
+    tokens = sum(int(loss_tokens(loss, b.completions.mask.sum(1)).sum()) for b in batches)
+    own = [tokens, sum(len(b.examples) for b in batches)]
     sums = accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum")
     return int(sums[0]), int(sums[1])
 
