@@ -52,10 +52,16 @@ GRADED = [
         "reward": {"rule": "answer_named", "alpha": 0.5},
         "rollout": {"max_new_tokens": 6, "completions_per_prompt": 2},
     },
+    {
+        "loss": {"type": "jsd", "tokens": {"by": "student_entropy", "fraction": 0.4}},
+        "rollout": {"max_new_tokens": 6, "source": "data"},
+    },
 ]
 
 
-@pytest.mark.parametrize("sections", GRADED, ids=["token", "sequence", "length", "reward"])
+@pytest.mark.parametrize(
+    "sections", GRADED, ids=["token", "sequence", "length", "reward", "chosen"]
+)
 @pytest.mark.parametrize(("activations", "bound"), [("float64", 3e-7), ("fp32", 2e-6)])
 def test_splitting_or_permuting_a_step_changes_no_gradient(
     kind, sections, activations, bound, make_pair, make_config

@@ -1,5 +1,6 @@
 """Losses against float64 references written from their formulas."""
 
+import math
 import weakref
 
 import pytest
@@ -7,7 +8,18 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from vlopd.config.input import load_config
-from vlopd.config.objective import JSD, K1, K2, K3, NLL, LossConfig, ReverseKL, RewardConfig
+from vlopd.config.objective import (
+    JSD,
+    K1,
+    K2,
+    K3,
+    NLL,
+    ConstantAdvantage,
+    LossConfig,
+    ReverseKL,
+    RewardConfig,
+    TokenSelection,
+)
 from vlopd.errors import ConfigError
 from vlopd.train import losses
 from vlopd.train.losses import Sampled, TokenDivergence, chunked_divergence
@@ -574,6 +586,8 @@ def estimator_reference(loss, student, teacher, columns, old) -> torch.Tensor:
     q, p = student.softmax(-1)[rows, columns], teacher.softmax(-1)[rows, columns]
     if loss.type == "nll":
         return -q.log()
+    if loss.type == "constant_advantage":
+        return surrogate(torch.full_like(p, loss.advantage), q / old.exp(), loss.clip)
     if loss.type == "k2":
         return (q / p).log() ** 2 / 2
     if loss.type == "k3":
@@ -581,7 +595,13 @@ def estimator_reference(loss, student, teacher, columns, old) -> torch.Tensor:
     return surrogate((p / q).log().detach(), q / old.exp(), loss.clip)
 
 
-@pytest.mark.parametrize("loss", [NLL(), K1(), K1(clip=None), K1(clip=0.05), K2(), K3()], ids=str)
+ESTIMATORS = (
+    *(NLL(), K1(), K1(clip=None), K1(clip=0.05), K2(), K3()),
+    *(ConstantAdvantage(), ConstantAdvantage(advantage=0.5, clip=None)),
+)
+
+
+@pytest.mark.parametrize("loss", ESTIMATORS, ids=str)
 @pytest.mark.parametrize("kind", ["random", "near one-hot", "close", "identical", "masked"])
 def test_estimators_match_float64(loss, kind):
     """Value and gradient of every estimator agree with float64, also of tokens of an older student."""
@@ -735,6 +755,85 @@ def test_weights_are_what_the_normalisation_says():
     assert mean("token_mean") == pytest.approx(36 / 8)
     assert mean("sequence_mean") == pytest.approx((1 + 9 / 3 + 26 / 4) / 3)
     assert mean("fixed_length") == pytest.approx(36 / 15)
+
+
+# ------------------------------------------------------------------------------------ chosen tokens
+
+BY = ("student_entropy", "divergence", "position", "least_likely")
+LENGTHS = (1, 3, 7, 4)
+"""Tokens of the completions, 15 in all; of a fraction of 0.3 have a loss 1, 1, 3 and 2."""
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd 0.5", "constant_advantage"])
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_the_loss_is_on_the_chosen_tokens_alone(by, name, chunk):
+    """Value and gradients (hidden states and head) of the weighted sum are those of the chosen tokens' losses in
+    float64, each token chosen by hand; the diagnostics are of all tokens, to the bit. Whole or in chunks."""
+    torch.manual_seed(8)
+    mask = torch.arange(7) < torch.tensor(LENGTHS)[:, None]
+    head, theirs = (torch.nn.Linear(width, 20, False) for width in (8, 6))
+    hidden, teacher_hidden = torch.randn(15, 8), torch.randn(15, 6)
+    columns = torch.randint(0, 20, (15,))
+    with torch.no_grad():
+        x = head(hidden).double()
+        q, p = x.softmax(-1), theirs(teacher_hidden).double().softmax(-1)
+        old = x.log_softmax(-1)[torch.arange(15), columns].float() + 0.1 * torch.randn(15)
+    scores = {
+        "student_entropy": -(q * q.log()).sum(-1),
+        "divergence": (q * (q / p).log()).sum(-1),
+        "position": -torch.arange(15.0),
+        "least_likely": -old,
+    }[by].tolist()
+    chosen, start = [], 0
+    for length in LENGTHS:
+        order = sorted(range(start, start + length), key=lambda n: -scores[n])
+        chosen += sorted(order[: math.ceil(0.3 * length)])
+        start += length
+    assert len(chosen) == 7
+    loss = make(name, chunk_tokens=chunk, tokens=TokenSelection(by=by, fraction=0.3))
+    weights = losses.token_weights(loss, mask, 7, 4, 9)
+    torch.testing.assert_close(weights, torch.full((15,), 1 / 7, dtype=torch.float64))
+
+    leaf = hidden.clone().requires_grad_()
+    inputs = (leaf, head, teacher_hidden, theirs, Sampled(columns, old))
+    got = losses.at_selected(loss, mask, *inputs, weights=weights)
+    with torch.no_grad():
+        plain = chunked_divergence(ReverseKL(chunk_tokens=chunk), *inputs)
+    for ours, whole in zip(got[1:], plain[1:], strict=True):
+        assert torch.equal(ours, whole)
+
+    wide, matrix = hidden.double().requires_grad_(), head.weight.detach().double().requires_grad_()
+    logits, taught = (wide @ matrix.T)[chosen], p.log()[chosen]
+    if name == "constant_advantage":
+        rows = (logits, taught, columns[chosen], old.double()[chosen])
+        expected = estimator_reference(loss, *rows)
+    else:
+        expected = reference(loss, logits, taught)
+    (expected.sum() / 7).backward()
+    found = torch.zeros(15, dtype=torch.float64)
+    found[chosen] = expected.detach()
+    torch.testing.assert_close(got.loss.double(), found, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(leaf.grad.double(), wide.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(head.weight.grad.double(), matrix.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_means_are_over_the_chosen_tokens():
+    """Of 1, 3 and 10 tokens with a fraction of 0.3: 1, 1 and 3 (0.3 * 10 is not rounded up); of a limit of 12, 4."""
+    lengths = torch.tensor([1, 3, 10])
+    mask = torch.arange(10) < lengths[:, None]
+    loss = ReverseKL(tokens=TokenSelection(by="position", fraction=0.3))
+    assert losses.loss_tokens(loss, lengths).tolist() == [1, 1, 3]
+    first = losses.selected(loss, mask, torch.zeros(14))  # ties go to the earlier
+    assert first.nonzero().flatten().tolist() == [0, 1, 4, 5, 6]
+
+    def weights(normalisation: str) -> list[float]:
+        its = loss.model_copy(update={"normalisation": normalisation})
+        return losses.token_weights(its, mask, 5, 3, 12)[first].tolist()
+
+    assert weights("token_mean") == pytest.approx([1 / 5] * 5)
+    assert weights("sequence_mean") == pytest.approx([1 / 3, 1 / 3, 1 / 9, 1 / 9, 1 / 9])
+    assert weights("fixed_length") == pytest.approx([1 / 12] * 5)
 
 
 # -------------------------------------------------------------------------------------- diagnostics

@@ -34,7 +34,7 @@ from torch import Tensor
 from vlopd import distributed
 from vlopd.config.input import value_of
 from vlopd.config.lora import Lora
-from vlopd.config.objective import FunctionLoss
+from vlopd.config.objective import FunctionLoss, LossConfig
 from vlopd.config.recipe import Recipe, training_of
 from vlopd.config.signal_nulls import SignalNull, SignalNullConfig
 from vlopd.data.load import pick
@@ -54,7 +54,7 @@ from vlopd.train.checkpointing import recomputed, refuse_without_layers
 from vlopd.train.checks import TrainingError, refuse_broken, refuse_not_finite, refuse_overflow
 from vlopd.train.log import Stopwatch, TrainingLog, sample_rows
 from vlopd.train.lora import LoraTrainable, refuse_unlike
-from vlopd.train.losses import TokenDivergence, token_weights
+from vlopd.train.losses import TokenDivergence, loss_tokens, token_weights
 from vlopd.train.memory_use import MemoryUse
 from vlopd.train.metrics import summarise
 from vlopd.train.offload import HOST, Resting
@@ -416,7 +416,7 @@ def backward(
     `memory` counts what the student's forward pass keeps. With a signal null the gradient is that of `drawn`.
     Returns this process's part of the loss, and loss and diagnostics of every token, by micro-batch.
     """
-    n_tokens, n_completions = count(batches, accelerator)
+    n_tokens, n_completions = count(batches, recipe.loss, accelerator)
     longest = recipe.rollout.max_new_tokens
     found: list[TokenDivergence] = []
     loss = 0.0
@@ -557,9 +557,10 @@ def split_evenly(prompts: int, accelerator: Accelerator) -> range:
     return range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
 
 
-def count(batches: Sequence[Batch], accelerator: Accelerator) -> tuple[int, int]:
-    """Completion tokens and completions of the step, over all processes."""
-    own = [sum(b.completions.n_tokens for b in batches), sum(len(b.examples) for b in batches)]
+def count(batches: Sequence[Batch], loss: LossConfig, accelerator: Accelerator) -> tuple[int, int]:
+    """Completion tokens with a loss and completions of the step, over all processes."""
+    tokens = sum(int(loss_tokens(loss, b.completions.mask.sum(1)).sum()) for b in batches)
+    own = [tokens, sum(len(b.examples) for b in batches)]
     sums = accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum")
     return int(sums[0]), int(sums[1])
 

@@ -112,6 +112,11 @@ Part = Annotated[float, between(1e-6, 1 - 1e-6)]
 PartOrZero = Annotated[float, between(1e-6, 1 - 1e-6, or_zero=True)]
 
 
+def later(default: Any) -> Any:
+    """A field that came after runs were made without it: dumps, and so digests of inputs, omit its default."""
+    return Field(default, exclude_if=lambda value: value == default)
+
+
 Item = TypeVar("Item", bound=Hashable)
 
 

@@ -6,7 +6,18 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from vlopd.config.base import Count, Part, PartOrZero, Section, Share, Temperature, Weight
+from vlopd.config.base import (
+    LARGEST,
+    Count,
+    Part,
+    PartOrZero,
+    Section,
+    Share,
+    Temperature,
+    Weight,
+    between,
+    later,
+)
 from vlopd.config.functions import IS_BUILT_IN, IS_OWN, KIND, Function
 from vlopd.plugins import Plugin
 
@@ -142,6 +153,22 @@ SupportConfig = Annotated[
 ]
 
 
+class TokenSelection(Section):
+    """The tokens of each completion that have a loss, a fixed number by its length; the others' is 0.
+
+    Means are over the selected tokens: `token_mean` and `sequence_mean` divide by their number in the step and in the
+    completion, `fixed_length` by completions times the number selected of rollout.max_new_tokens. Ties go to the
+    earlier token. Diagnostics are of all tokens.
+    """
+
+    by: Literal["student_entropy", "divergence", "position", "least_likely"]
+    """The highest entropy of the student (TIP, arXiv 2604.14084), the highest reverse KL from the teacher, the first
+    ones, or those of the lowest probability under the sampler (the student itself at the data's tokens, of which there
+    is no sampler)."""
+    fraction: Share
+    """Fraction of a completion's tokens, rounded up to a whole number, so at least one."""
+
+
 class Loss(Section):
     """Settings of all losses. Computed in chunks of tokens; the result does not depend on their size."""
 
@@ -151,6 +178,8 @@ class Loss(Section):
     """Reduction of a step's token losses, over all micro-batches and processes. `token_mean` divides the sum by the
     step's completion tokens; `sequence_mean` averages the completions' means, so that short ones weigh as much as
     long ones; `fixed_length` divides the sum by completions times rollout.max_new_tokens."""
+    tokens: TokenSelection | None = later(None)
+    """The tokens that have a loss, as in `{by = "student_entropy", fraction = 0.3}`; null for all."""
 
 
 class Divergence(Loss):
@@ -257,6 +286,26 @@ class K1(Estimator):
     """Largest deviation from 1 of the student's to the sampler's probability ratio (PPO's clip); null for none."""
 
 
+class ConstantAdvantage(SampledToken):
+    """Policy gradient with one advantage for every token, of the student's own samples: no teacher, no reward.
+
+    With advantage -1 at the least likely tokens (`tokens = {by = "least_likely", fraction = 0.2}`) it is the control
+    of arXiv 2608.31046; at all tokens its expected gradient is 0.
+    """
+
+    type: Literal["constant_advantage"] = "constant_advantage"
+    advantage: Annotated[float, between(-LARGEST, LARGEST)] = -1.0
+    """Advantage of every token, in units of the loss; below 0 it makes the sampled tokens less likely."""
+    clip: Part | None = 0.2
+    """Largest deviation from 1 of the student's to the sampler's probability ratio (PPO's clip); null for none."""
+
+    @model_validator(mode="after")
+    def check_advantage(self) -> ConstantAdvantage:
+        if self.advantage == 0:
+            raise ValueError("with advantage = 0 nothing is learned; use -1.0, say")
+        return self
+
+
 class K2(Estimator):
     """d^2 / 2: its gradient's mean is the reverse KL's."""
 
@@ -270,7 +319,16 @@ class K3(Estimator):
 
 
 BuiltInLoss = Annotated[
-    ReverseKL | ForwardKL | JSD | SkewReverseKL | SkewForwardKL | NLL | K1 | K2 | K3,
+    ReverseKL
+    | ForwardKL
+    | JSD
+    | SkewReverseKL
+    | SkewForwardKL
+    | NLL
+    | K1
+    | K2
+    | K3
+    | ConstantAdvantage,
     Field(discriminator="type"),
 ]
 

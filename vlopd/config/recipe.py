@@ -14,6 +14,7 @@ from vlopd.config.models import MixedTeachers, TeacherConfig, TeachersConfig, te
 from vlopd.config.objective import (
     K1,
     NLL,
+    ConstantAdvantage,
     Estimator,
     FunctionLoss,
     LossConfig,
@@ -108,10 +109,16 @@ class Recipe(RecipeSections):
                 "loss nll on the student's own samples only repeats them; set rollout.source to "
                 '"data" or "teacher"'
             )
-        if isinstance(self.loss, Estimator) and not rollout.is_on_policy:
+        if isinstance(self.loss, Estimator | ConstantAdvantage) and not rollout.is_on_policy:
             raise ValueError(
                 f"loss {self.loss.type} is a mean over the student's own samples; set rollout.source = "
                 '"student", or a loss over the vocabulary'
+            )
+        chosen = self.loss.tokens
+        if chosen is not None and chosen.by == "least_likely" and "data" in writers:
+            raise ValueError(
+                'loss.tokens.by = "least_likely" is by the sampler, which the data\'s answers lack; set '
+                'loss.tokens.by = "student_entropy", say'
             )
         if "teacher" in writers and isinstance(self.teacher, MixedTeachers):
             raise ValueError(
@@ -143,13 +150,15 @@ class Recipe(RecipeSections):
         """The setting that needs a teacher; None where a teacher would be a diagnostic alone."""
         if "teacher" in self.rollout.source.shares:
             return f"rollout.source = {self.rollout.source.type!r}"
+        if self.loss.tokens is not None and self.loss.tokens.by == "divergence":
+            return 'loss.tokens.by = "divergence"'
         return f"loss {self.loss.type}" if self.learns_from_teacher else None
 
     @property
     def learns_from_teacher(self) -> bool:
         """Whether the loss compares with a teacher's probabilities."""
         is_trained = self.reward is None or self.reward.alpha > 0
-        return is_trained and not isinstance(self.loss, NLL)
+        return is_trained and not isinstance(self.loss, NLL | ConstantAdvantage)
 
     @property
     def prompts(self) -> int:
@@ -162,9 +171,11 @@ class Recipe(RecipeSections):
         parts = []
         if self.reward is None or self.reward.alpha > 0:
             writes = "teacher" in self.rollout.source.shares
-            learns = bool(self.teachers) and (writes or not isinstance(self.loss, NLL))
+            free = isinstance(self.loss, NLL | ConstantAdvantage)
             models = ", ".join(teacher.model for teacher in self.teachers.values())
-            parts.append(f"loss {self.loss.type} {f'from {models}' if learns else 'on the data'}")
+            source = "the data" if isinstance(self.loss, NLL) else "the student's samples"
+            learns = bool(self.teachers) and (writes or not free)
+            parts.append(f"loss {self.loss.type} {f'from {models}' if learns else f'on {source}'}")
         if self.reward is not None:
             parts.append(f"reward {self.reward.rule}")
         return " and ".join(parts)
@@ -179,7 +190,8 @@ class Recipe(RecipeSections):
                 f"optim.warmup_steps = {warmup} of train.steps = {steps}: the rate is still rising when training "
                 "ends and never reaches optim.learning_rate"
             )
-        if isinstance(self.loss, Estimator) and not self.rollout.is_students_distribution:
+        sampled = isinstance(self.loss, Estimator | ConstantAdvantage)
+        if sampled and not self.rollout.is_students_distribution:
             found.append(
                 f"loss {self.loss.type} is no longer unbiased: rollout.temperature, top_k or top_p sample "
                 "another distribution than the student's own"
@@ -208,7 +220,7 @@ class Recipe(RecipeSections):
                 if dict(rollout)[key] != RolloutConfig.model_fields[key].default
             ]
         if self.reward is not None:
-            fields = ("chunk_tokens", "normalisation")  # of the policy gradient too
+            fields = ("chunk_tokens", "normalisation", "tokens")  # of the policy gradient too
             own = {} if isinstance(loss, FunctionLoss) else dict(type(loss)())
             changed = [k for k, value in loss if k not in fields and value != own.get(k)]
             if self.reward.alpha == 0 and (changed or not isinstance(loss, ReverseKL)):
@@ -262,6 +274,8 @@ def training_of(recipe: Recipe) -> str:
     writers, reward = set(recipe.rollout.source.shares), recipe.reward
     if reward is not None:
         return "RLVR" if reward.alpha == 0 else "on-policy distillation with verifiable rewards"
+    if isinstance(recipe.loss, ConstantAdvantage):
+        return "policy gradient with a constant advantage"
     if recipe.rollout.is_on_policy:
         return "on-policy distillation"
     if "student" in writers:

@@ -10,9 +10,10 @@ A divergence is composed of three independent parts:
     support        the columns that are compared, and the treatment of the tail (`on_support`)
     divergence     sum_v f(q_v, p_v), of two distributions or of their restriction to a support
 
-A loss of the sampled token (nll, k1, k2, k3) uses one column instead. A reward's policy gradient is mixed in
-with weight 1 - alpha. Diagnostics are always exact: over the full vocabulary, at temperature 1. Without a teacher,
-which nll and a pure reward do not need, those that compare with it are None.
+A loss of the sampled token (nll, k1, k2, k3, constant_advantage) uses one column instead. A reward's policy gradient
+is mixed in with weight 1 - alpha. Diagnostics are always exact: over the full vocabulary, at temperature 1, at all
+tokens, also where only some have a loss (`at_selected`). Without a teacher, which nll, constant_advantage and a pure
+reward do not need, those that compare with it are None.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from vlopd.config.objective import (
     K1,
     K2,
     NLL,
+    ConstantAdvantage,
     Divergence,
     ForwardKL,
     FullSupport,
@@ -412,9 +414,14 @@ def of_sampled(loss: SampledToken, student: Tensor, teacher: Tensor | None, old:
             fixed advantage -d, whose mean is the reverse KL's gradient where data are used once.
         k2  d^2 / 2; its gradient's mean is that of the reverse KL, its value's only as p -> q.
         k3  1 / e^d - 1 + d, not negative; the mean is the reverse KL, its gradient's that of the forward KL.
+
+    constant_advantage is a policy gradient too, without a teacher.
     """
     if isinstance(loss, NLL):
         return -student
+    if isinstance(loss, ConstantAdvantage):
+        advantage = torch.full_like(student, loss.advantage).detach()
+        return policy_gradient(advantage, student, old, loss.clip)
     assert teacher is not None, NO_TEACHER
     difference = student - teacher
     if isinstance(loss, K1):
@@ -626,14 +633,35 @@ def token_weights(
 ) -> Tensor:
     """[B, C] mask of a micro-batch -> [N] weights of its token losses in the step's loss, by `normalisation`.
 
-    `n_tokens` and `n_completions` are the whole step's, over all micro-batches and processes, so that the sum of
-    weight * loss over all of them is the same however the step is split. `longest` is rollout.max_new_tokens.
+    `n_tokens` with a loss (`loss_tokens`) and `n_completions` are the whole step's, over all micro-batches and
+    processes, so that the sum of weight * loss over all of them is the same however the step is split. `longest` is
+    rollout.max_new_tokens. Tokens without a loss have their completion's weight too, and loss 0.
     """
     lengths = mask.sum(1, keepdim=True).expand_as(mask)[mask]  # [N], of each token's completion
+    lengths = loss_tokens(loss, lengths)
     if loss.normalisation == "sequence_mean":
         return 1.0 / (n_completions * lengths.double())
+    longest = int(loss_tokens(loss, torch.tensor(longest)))
     size = n_tokens if loss.normalisation == "token_mean" else n_completions * longest
     return torch.full_like(lengths, 1.0 / size, dtype=torch.float64)
+
+
+def loss_tokens(loss: LossConfig, lengths: Tensor) -> Tensor:
+    """Lengths of completions -> the tokens of each that have a loss: all, or `loss.tokens.fraction`, rounded up."""
+    if loss.tokens is None:
+        return lengths
+    exact = loss.tokens.fraction * lengths.double()
+    return (exact - 1e-9).ceil().to(lengths).clamp(min=1)  # 0.3 * 10 is more than 3
+
+
+def selected(loss: LossConfig, mask: Tensor, scores: Tensor) -> Tensor:
+    """[B, C] mask, [N] scores -> [N] bool: of each completion the `loss_tokens` tokens of the highest scores."""
+    padded = scores.new_full(mask.shape, -torch.inf)
+    padded[mask] = scores
+    ranks = padded.argsort(dim=1, descending=True, stable=True).argsort(
+        dim=1
+    )  # ties: the earlier first
+    return (ranks < loss_tokens(loss, mask.sum(1, keepdim=True)))[mask]
 
 
 def chunked_divergence(
@@ -686,6 +714,56 @@ def chunked_divergence(
     if weights is not None and in_hidden is not None:
         student_hidden.backward(in_hidden)
     return by_column(torch.cat, pieces)
+
+
+def at_selected(
+    loss: LossConfig,
+    mask: Tensor,
+    student_hidden: Tensor,
+    student_head: Callable[[Tensor], Tensor],
+    teacher_hidden: Tensor | None,
+    teacher_head: Callable[[Tensor], Tensor] | None,
+    sampled: Sampled,
+    reward: RewardConfig | None = None,
+    weights: Tensor | None = None,
+    diagnostics: bool = True,
+) -> TokenDivergence:
+    """As `chunked_divergence`, of completions with the [B, C] `mask`, where `loss.tokens` have a loss and the others 0.
+
+    A first pass without gradients, from the same hidden states, has the diagnostics of all tokens and the scores by
+    which they are selected; the second is of the selected alone.
+    """
+    assert loss.tokens is not None
+    plain = (NLL if teacher_hidden is None else ReverseKL)(chunk_tokens=loss.chunk_tokens)
+    both = (teacher_hidden, teacher_head)
+    with torch.no_grad():
+        every = chunked_divergence(
+            plain, student_hidden.detach(), student_head, *both, sampled, diagnostics=diagnostics
+        )
+    match loss.tokens.by:
+        case "student_entropy":
+            scores = every.student_entropy
+        case "divergence":
+            assert teacher_hidden is not None, NO_TEACHER
+            scores = every.loss  # of `plain`
+        case "position":
+            scores = -torch.arange(len(sampled.columns), device=mask.device, dtype=torch.float64)
+        case "least_likely":
+            scores = -sampled.logprobs
+    chosen = selected(loss, mask, scores)
+    its = chunked_divergence(
+        loss,
+        student_hidden[chosen],
+        student_head,
+        None if teacher_hidden is None else teacher_hidden[chosen],
+        teacher_head,
+        Sampled(*(column[chosen] if len(column) else column for column in sampled)),
+        reward,
+        None if weights is None else weights[chosen],
+        diagnostics=False,
+    )
+    value = torch.zeros_like(every.loss).index_put((chosen,), its.loss.to(every.loss))
+    return every._replace(loss=value)
 
 
 SUMMED = 8

@@ -47,6 +47,7 @@ from vlopd.train.generation import sample
 from vlopd.train.losses import (
     Sampled,
     TokenDivergence,
+    at_selected,
     by_column,
     chunked_divergence,
     logprobs_at,
@@ -258,19 +259,20 @@ class ModelPair:
                 sampled = Sampled(self.vocabulary.targets(mine), mine.logprobs[mine.mask])
                 if per_token is not None:
                     sampled = sampled._replace(advantages=own(per_token))
-                pieces.append(
-                    chunked_divergence(
-                        loss,
-                        own(student_hidden),
-                        lambda hidden: self.student.logits(hidden, self.vocabulary.student),
-                        teacher_hidden,
-                        None if teacher is None else teacher.logits,
-                        sampled,
-                        reward,
-                        own(weights),
-                        diagnostics,
-                    )
+                inputs = (
+                    own(student_hidden),
+                    lambda hidden: self.student.logits(hidden, self.vocabulary.student),
+                    teacher_hidden,
+                    None if teacher is None else teacher.logits,
+                    sampled,
+                    reward,
+                    own(weights),
+                    diagnostics,
                 )
+                if loss.tokens is None:
+                    pieces.append(chunked_divergence(loss, *inputs))
+                else:
+                    pieces.append(at_selected(loss, mine.mask, *inputs))
                 order.append(tokens)
             return by_column(lambda column: in_order(column, order), pieces)
 
