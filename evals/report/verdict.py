@@ -252,7 +252,9 @@ class TaskSentences:
                 f"({self.about[arm].get('null', 'signal null')}), scores {self.percent(self.arms[arm]['mean'])}"
             )
             its = next((c for c in self.task["contrasts"] if c["b"] == arm), None)
-            lines.append(f"{line}; {its['a']} minus it: {self.finding(its)}." if its else f"{line}.")
+            lines.append(
+                f"{line}; {its['a']} minus it: {self.finding(its)}." if its else f"{line}."
+            )
         return lines
 
     def limits(self) -> list[str]:
