@@ -2,8 +2,9 @@
 
 Random numbers come from streams named by the null, the seed, the step and the update, and belong to a completion's
 place among the step's and to a token's position in it, so they do not depend on how the step is split. (The teacher's
-predictions alone are shuffled among the tokens of one process.) What is logged remains of the real signal, but for
-`random_gradient` where the objective needs a teacher: there `loss` is the tokens' -log q, and `kl` is null.
+predictions alone are shuffled among the tokens of one process.) What is logged remains of the real signal, but for the
+`loss` of `random_reward`, with the shuffled advantages, and of `random_gradient` where the objective needs a teacher:
+the tokens' -log q (its `kl` is null).
 """
 
 from __future__ import annotations
