@@ -123,6 +123,7 @@ def test_splitting_or_permuting_a_step_changes_no_gradient(
         ("masked", {"type": "adamw"}),
         ("mostly unmasked", {"type": "adamw", "weight_decay": 0.1}),
         ("averaged teacher", {"type": "adamw"}),
+        ("rounded", {"type": "adamw", "state_bits": 8}),
         ("masked", {"type": "sgd", "nesterov": True}),
         ("masked", {"type": "rmsprop", "momentum": 0.5}),
         ("masked", {"type": "lion", "component_rates": {"language": 3.0}}),
@@ -132,7 +133,8 @@ def test_splitting_or_permuting_a_step_changes_no_gradient(
 )
 def test_a_resumed_run_is_bit_exact(kind, how, optimizer, make_pair, make_config, tmp_path):
     """Killed after step 4 of 6 and gone on with, a run ends with the uninterrupted run's bits and metrics,
-    under every optimizer, also where the teacher is a moving average of the student."""
+    under every optimizer, also where the teacher is a moving average of the student, and where values are rounded
+    at random and moments stored in 8 bits."""
     sections = {
         "train": {"steps": 6, "prompts_per_step": 3, "save_every": 2, "sample_every": 2},
         "optim": {"learning_rate": 1e-3, "schedule": "linear", **optimizer},
@@ -140,6 +142,8 @@ def test_a_resumed_run_is_bit_exact(kind, how, optimizer, make_pair, make_config
     if how == "averaged teacher":
         context = {"type": "template", "template": "{{ answer }} {{ question }}"}
         sections["teacher"] = {"model": "student", "ema": 0.5, "context": context}
+    if how == "rounded":
+        sections["train"]["master"] = "bf16_stochastic"
     config = make_config(kind, **sections)
 
     def fresh():
@@ -147,7 +151,7 @@ def test_a_resumed_run_is_bit_exact(kind, how, optimizer, make_pair, make_config
 
     whole = fresh()
     mask = None
-    density = {"masked": 0.2, "mostly unmasked": 0.95}.get(how)
+    density = {"masked": 0.2, "rounded": 0.2, "mostly unmasked": 0.95}.get(how)
     if density is not None:  # the one is kept in compact storage, the other in dense
         draws = torch.Generator().manual_seed(0)
         mask = {

@@ -64,12 +64,14 @@ def load_base(config: ExperimentConfig) -> tuple[LoadedModel, dict[str, Tensor]]
     return loaded, state
 
 
-def _precision_entry(config: ExperimentConfig, folder: Path | None) -> dict[str, str | None]:
+def _precision_entry(
+    config: ExperimentConfig, folder: Path | None, values: str
+) -> dict[str, str | None]:
     """An arm's compute dtype, the dtype of its trained values, and the dtypes in its checkpoint."""
     stored = None
     if folder is not None:
         stored = "+".join(sorted(str(own).removeprefix("torch.") for own in _dtypes_in(folder)))
-    return {"compute": config.precision.resolved, "stored": stored, "values": "fp32"}
+    return {"compute": config.precision.resolved, "stored": stored, "values": values}
 
 
 def record_checkpoint(
@@ -89,14 +91,15 @@ def write_record(
     kind: str,
     digest: str,
     folder: Path | None,
+    values: str = "fp32",
     **about: Any,
 ) -> None:
-    """Writes the checksums of an arm's files, then its record; marks it done."""
+    """Writes the checksums of an arm's files, then its record; marks it done. `values`: the recipe's train.master."""
     content = {
         "arm": name,
         "type": kind,
         **about,
-        "precision": _precision_entry(config, folder),
+        "precision": _precision_entry(config, folder, values),
         "checkpoint_digest": digest,
     }
     arm = its.run.arm(name)
