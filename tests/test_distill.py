@@ -60,7 +60,9 @@ GRADED = [
 ]
 
 
-@pytest.mark.parametrize("sections", GRADED, ids=["token", "sequence", "length", "reward", "chosen"])
+@pytest.mark.parametrize(
+    "sections", GRADED, ids=["token", "sequence", "length", "reward", "chosen"]
+)
 @pytest.mark.parametrize(("activations", "bound"), [("float64", 3e-7), ("fp32", 2e-6)])
 def test_splitting_or_permuting_a_step_changes_no_gradient(
     kind, sections, activations, bound, make_pair, make_config

@@ -356,7 +356,9 @@ def test_eight_bits_descend_as_32_do(kind, make_pair, make_config, make_data):
         descent(name, kind, make_pair, make_config, make_data)
         for name in ("adamw", "adamw in 8 bits")
     )
-    assert narrow[1] == wide[1] and narrow[-1] != wide[-1]  # the first update is not yet of stored moments
+    assert (
+        narrow[1] == wide[1] and narrow[-1] != wide[-1]
+    )  # the first update is not yet of stored moments
     gaps = [abs(a - b) for a, b in zip(wide, narrow, strict=True)]
     assert max(gaps) < 0.05 * (wide[0] - wide[-1]), (wide, narrow)
 

@@ -478,9 +478,7 @@ def split_evenly(prompts: int, accelerator: Accelerator) -> range:
     return range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
 
 
-def count(
-    batches: Sequence[Batch], loss: LossConfig, accelerator: Accelerator
-) -> tuple[int, int]:
+def count(batches: Sequence[Batch], loss: LossConfig, accelerator: Accelerator) -> tuple[int, int]:
     """Completion tokens with a loss and completions of the step, over all processes."""
     tokens = sum(int(loss_tokens(loss, b.completions.mask.sum(1)).sum()) for b in batches)
     own = [tokens, sum(len(b.examples) for b in batches)]

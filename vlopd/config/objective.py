@@ -319,7 +319,15 @@ class K3(Estimator):
 
 
 BuiltInLoss = Annotated[
-    ReverseKL | ForwardKL | JSD | SkewReverseKL | SkewForwardKL | NLL | K1 | K2 | K3
+    ReverseKL
+    | ForwardKL
+    | JSD
+    | SkewReverseKL
+    | SkewForwardKL
+    | NLL
+    | K1
+    | K2
+    | K3
     | ConstantAdvantage,
     Field(discriminator="type"),
 ]

@@ -658,7 +658,9 @@ def selected(loss: LossConfig, mask: Tensor, scores: Tensor) -> Tensor:
     """[B, C] mask, [N] scores -> [N] bool: of each completion the `loss_tokens` tokens of the highest scores."""
     padded = scores.new_full(mask.shape, -torch.inf)
     padded[mask] = scores
-    ranks = padded.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # ties: the earlier first
+    ranks = padded.argsort(dim=1, descending=True, stable=True).argsort(
+        dim=1
+    )  # ties: the earlier first
     return (ranks < loss_tokens(loss, mask.sum(1, keepdim=True)))[mask]
 
 
