@@ -366,7 +366,8 @@ def test_eight_bits_descend_as_32_do(kind, make_pair, make_config, make_data):
 @pytest.mark.parametrize("signed", [True, False], ids=["first moment", "second moment"])
 def test_moments_in_eight_bits_are_near(signed):
     """Of the largest of their block, values are off by at most 0.7 % (signed; 0.36 % not), those of three decades by a
-    tenth of themselves on average; an outlier costs only its own block digits; zeros stay, a second moment becomes none."""
+    few percent of themselves on average; an outlier costs only its own block digits; only zeros become 0, of second
+    moments."""
     table = levels(signed)
     assert len(table.unique()) == 256 and table[-1] == 1 and 0 in table
     draws = torch.Generator().manual_seed(0)

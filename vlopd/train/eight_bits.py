@@ -1,4 +1,4 @@
-"""AdamW whose moments are stored in 8 bits, in blocks (arXiv 2110.02861, section 2; no library in the environment has it).
+"""AdamW whose moments are stored in 8 bits, in blocks of 256 (arXiv 2110.02861).
 
 A block of 256 values has a scale, its largest magnitude, in fp32; each value divided by it is stored as the nearest of
 256 levels, 1.02 bytes a value in all. Levels are dense near 0 ("dynamic tree", section 1.3 there): after z leading zero
@@ -91,7 +91,8 @@ class AdamW8Bit(torch.optim.Optimizer):
                 adamw(
                     [values],
                     [values.grad],
-                    *([now[name]] for name in MOMENTS),
+                    [now["exp_avg"]],
+                    [now["exp_avg_sq"]],
                     [],
                     [now["step"]],
                     fused=True,
