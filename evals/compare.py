@@ -18,7 +18,6 @@ from evals import stats
 from evals.corpus_metrics import CorpusStatistics, recovery_to_json
 from evals.paired_scores import PairedScores, read_results, read_tasks
 from evals.stats import Scores
-from evals.token_kl import kl_to_base
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.arms import DistillArm, Role
 from vlopd.config.experiment import ExperimentConfig
@@ -462,5 +461,12 @@ def _arm_entries(run: RunFolder, config: ExperimentConfig) -> dict[str, dict[str
         if path.exists():
             record = read_json(path)
             its |= {key: record.get(key) for key in ("density", "delta_norm")}
-        found[name] = its | {"kl_to_base": kl_to_base(run, name)}
+        found[name] = its | {"kl_to_base": _kl_to_base(run, name)}
     return found
+
+
+def _kl_to_base(run: RunFolder, arm: str) -> float | None:
+    """The mean KL(arm || base), nats per token; None where it was not measured."""
+    path = run.checksums.record(f"base_kl/{arm}")
+    value = read_json(path)["kl_to_base"] if path.exists() else None
+    return None if value is None else float(value)

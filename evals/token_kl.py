@@ -26,7 +26,7 @@ from vlopd.config.models import TeacherConfig
 from vlopd.config.objective import ReverseKL
 from vlopd.distributed import accelerator
 from vlopd.errors import UserError
-from vlopd.files import read_json, write_jsonl
+from vlopd.files import write_jsonl
 from vlopd.progress import progress
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import (
@@ -229,13 +229,6 @@ def _base_kl(
             tasks[leaf] = {"kl_to_base": mean, "tokens": len(kl), "questions": len(examples)}
     mean_of_all = total / tokens if tokens else None
     return {"kl_to_base": mean_of_all, "tokens": tokens, "tasks": tasks, "skipped": skipped}
-
-
-def kl_to_base(run: RunFolder, arm: str) -> float | None:
-    """The mean KL(arm || base), nats per token; None where it was not measured."""
-    path = run.checksums.record(f"base_kl/{arm}")
-    value = read_json(path)["kl_to_base"] if path.exists() else None
-    return None if value is None else float(value)
 
 
 def _rows_of(
