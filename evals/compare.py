@@ -66,8 +66,12 @@ def compare(run: RunFolder, config: ExperimentConfig) -> Path:
 
     Raises RunError where an arm has no evaluation, or arms were evaluated on different questions.
     """
+    entries = _arm_entries(run, config)
     inputs = {"config": digest_json(config.model_dump(mode="json"))}
-    return compare_arms(run, config.roles, config.eval, inputs, _arm_entries(run, config))
+    measured = {arm: its["kl_to_base"] for arm, its in entries.items()}
+    if any(value is not None for value in measured.values()):
+        inputs["kl_to_base"] = digest_json(measured)
+    return compare_arms(run, config.roles, config.eval, inputs, entries)
 
 
 def compare_arms(
@@ -448,13 +452,23 @@ def _by_group(answers: PairedScores, x: Scores, config: EvalConfig) -> dict[str,
 
 
 def _arm_entries(run: RunFolder, config: ExperimentConfig) -> dict[str, dict[str, Any]]:
-    """Entries of each arm in compare.json: name of its training, seed, and density."""
+    """Entries of each arm in compare.json: its training's name, seed, density, norm of the update, KL to the base."""
     found: dict[str, dict[str, Any]] = {}
     for name, arm in config.arms.items():
         path = run.arm_record(name)
-        its: dict[str, Any] = dict.fromkeys(("training", "seed", "density"))
+        its: dict[str, Any] = dict.fromkeys(("training", "seed", "density", "delta_norm"))
         if isinstance(arm, DistillArm):
             its |= {"training": training_of(config.recipe_of(arm)), "seed": arm.seed}
             its |= {"null": arm.null.label} if arm.null else {}
-        found[name] = its | ({"density": read_json(path).get("density")} if path.exists() else {})
+        if path.exists():
+            record = read_json(path)
+            its |= {key: record.get(key) for key in ("density", "delta_norm")}
+        found[name] = its | {"kl_to_base": _kl_to_base(run, name)}
     return found
+
+
+def _kl_to_base(run: RunFolder, arm: str) -> float | None:
+    """The mean KL(arm || base), nats per token; None where it was not measured."""
+    path = run.checksums.record(f"base_kl/{arm}")
+    value = read_json(path)["kl_to_base"] if path.exists() else None
+    return None if value is None else float(value)

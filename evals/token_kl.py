@@ -1,12 +1,13 @@
-"""Per-token KL of an arm's greedy answers to its teacher: evals/<arm>/tokens_<task>.jsonl.
+"""KL at every token of an arm's greedy answers, to its teacher and to the base it was trained from.
 
-For the first eval.keep_images questions of each generative task.
+evals/<arm>/tokens_<task>.jsonl has KL(arm || teacher) by token, evals/<arm>/base_kl.json the mean KL(arm || base), both
+for the first eval.keep_images questions of each generative task.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -19,18 +20,25 @@ from evals.harness import unchanged_tasks
 from evals.lm import Decoding, GenerationSettings, image_parts, images_of, within_pixels
 from evals.scoring import Tasks, load_task, preserve_random_state
 from vlopd.config.analysis import EvalConfig
-from vlopd.config.arms import CheckpointArm, ImportedArm, TeacherArm
+from vlopd.config.arms import BaseArm, CheckpointArm, ImportedArm, TeacherArm
 from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.models import TeacherConfig
 from vlopd.config.objective import ReverseKL
 from vlopd.distributed import accelerator
 from vlopd.errors import UserError
 from vlopd.files import write_jsonl
 from vlopd.progress import progress
 from vlopd.run.folder import RunFolder
-from vlopd.run.resolve import arm_content, plugin_content, teacher_content
+from vlopd.run.resolve import (
+    arm_content,
+    arm_digest,
+    base_arm,
+    plugin_content,
+    teacher_content,
+)
 from vlopd.run.stage import Stage, stage
 from vlopd.train.generation import sample
-from vlopd.train.pair import ModelPair, load_pair
+from vlopd.train.pair import LoadedTeachers, ModelPair, load_pair
 from vlopd.types import Completions, Example
 
 TOKENS = 256
@@ -70,20 +78,28 @@ def has_tokens(config: ExperimentConfig, arm: str) -> bool:
 
 def token_inputs(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[str, Any]:
     """The inputs that determine an arm's token KL, as digests."""
-    manager = Tasks.of(config.eval.tasks, config.eval.include)
     teachers = {n: teacher_content(run, config, its) for n, its in config.teachers.items()}
     contexts = plugin_content(use for use in config.plugins if use.key.startswith("teacher"))
+    return {
+        **_answer_inputs(run, config, arm),
+        **({"plugins": contexts} if contexts else {}),
+        "teacher": config.model_dump(mode="json", include={"teacher", "precision"}),
+        "files": teachers,
+    }
+
+
+def _answer_inputs(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[str, Any]:
+    """The inputs that determine an arm's greedy answers, as digests."""
+    manager = Tasks.of(config.eval.tasks, config.eval.include)
     overrides = {
         name: own.model_dump(mode="json", exclude_none=True)
         for task in config.eval.tasks
         for name, own in manager.overrides(task, config.eval).items()
     }
-    later = {"plugins": contexts, "generation": overrides, "max_pixels": config.eval.max_pixels}
+    later = {"generation": overrides, "max_pixels": config.eval.max_pixels}
     return {
         **{key: value for key, value in later.items() if value},
         "checkpoint": arm_content(run, config, arm),
-        "teacher": config.model_dump(mode="json", include={"teacher", "precision"}),
-        "files": teachers,
         "template_arguments": config.student.template_arguments,
         "tasks": {task: manager.digest(task) for task in config.eval.tasks},
         "settings": config.eval.model_dump(
@@ -133,6 +149,15 @@ def _token_kl_rows(
 ) -> list[dict[str, Any]]:
     """Per-token KL of the pair on the student's greedy answers, one row per question."""
     found = []
+    for batch, completions, kl in _kl_of_answers(pair, examples, batch_size, title):
+        found += _rows_of(pair, batch, completions, kl)
+    return found
+
+
+def _kl_of_answers(
+    pair: ModelPair, examples: Sequence[Example], batch_size: int, title: str
+) -> Iterator[tuple[Sequence[Example], Completions, torch.Tensor]]:
+    """Each batch of examples with the student's greedy answers and KL(student || teacher) at their tokens [N]."""
     starts = range(0, len(examples), batch_size)
     for start in progress(starts, title=title, unit="batch", leave=False):
         batch = examples[start : start + batch_size]
@@ -143,8 +168,67 @@ def _token_kl_rows(
                 pair.student, prompts, min(longest, TOKENS), 0, columns=pair.vocabulary.student
             )
             kl = pair.divergence(ReverseKL(), batch, prompts, completions, False).loss
-        found += _rows_of(pair, batch, completions, kl)
-    return found
+        yield batch, completions, kl
+
+
+def write_base_kl(
+    run: RunFolder, config: ExperimentConfig, arm: str, kept: LoadedTeachers | None = None
+) -> bool:
+    """Writes KL(arm || base), nats a token of the arm's greedy answers: the mean over all of them and by task.
+
+    How far an arm went from the base in behaviour, which forgetting follows (arXiv 2509.04259). Needs no teacher.
+    `kept` keeps the loaded base from one arm to the next. Returns whether anything was done.
+    """
+    if not has_base_kl(config, arm):
+        return False
+    with stage(run, f"base_kl/{arm}") as its:
+        if its.is_due(lambda _: base_kl_inputs(run, config, arm)):
+            its.finish(_base_kl(run, config, arm, {} if kept is None else kept), ())
+    return its.made
+
+
+def has_base_kl(config: ExperimentConfig, arm: str) -> bool:
+    """Whether KL to the base applies: the arm is a student of this run that was changed, and questions are kept."""
+    foreign = isinstance(config.arms[arm], (BaseArm, TeacherArm, CheckpointArm, ImportedArm))
+    return not foreign and bool(config.eval.keep_images)
+
+
+def base_kl_inputs(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[str, Any]:
+    """The inputs that determine an arm's KL to the base, as digests."""
+    base = arm_digest(run, base_arm(config))
+    return {**_answer_inputs(run, config, arm), "base": base, "compute": config.precision.resolved}
+
+
+def _base_kl(
+    run: RunFolder, config: ExperimentConfig, arm: str, kept: LoadedTeachers
+) -> dict[str, Any]:
+    """The content of base_kl.json."""
+    own = {"model": str(run.checkpoint(base_arm(config))), "revision": None}
+    pair = load_pair(
+        config.student,
+        TeacherConfig.model_validate({**config.student.model_dump(), **own}),
+        compute=config.precision.resolved,
+        device=accelerator().device,
+        student_folder=run.checkpoint(arm),
+        kept=kept,
+    )
+    tasks: dict[str, dict[str, Any]] = {}
+    skipped: dict[str, str] = {}
+    total, tokens = 0.0, 0
+    for task in config.eval.tasks:
+        for leaf, examples in _recorded_prompts(task, config.eval).items():
+            title = f"{arm}: KL to the base, {leaf}"
+            try:
+                answers = _kl_of_answers(pair, examples, config.eval.batch_size, title)
+                kl = torch.cat([kl.double() for *_, kl in answers])
+            except UserError as error:
+                skipped[leaf] = str(error)
+                continue
+            total, tokens = total + float(kl.sum()), tokens + len(kl)
+            mean = float(kl.mean())
+            tasks[leaf] = {"kl_to_base": mean, "tokens": len(kl), "questions": len(examples)}
+    mean_of_all = total / tokens if tokens else None
+    return {"kl_to_base": mean_of_all, "tokens": tokens, "tasks": tasks, "skipped": skipped}
 
 
 def _rows_of(

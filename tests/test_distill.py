@@ -125,6 +125,7 @@ def test_splitting_or_permuting_a_step_changes_no_gradient(
         ("mostly unmasked", {"type": "adamw", "weight_decay": 0.1}),
         ("averaged teacher", {"type": "adamw"}),
         ("lora", {"type": "adamw"}),
+        ("rounded", {"type": "adamw", "state_bits": 8}),
         ("masked", {"type": "sgd", "nesterov": True}),
         ("masked", {"type": "rmsprop", "momentum": 0.5}),
         ("masked", {"type": "lion", "component_rates": {"language": 3.0}}),
@@ -134,7 +135,8 @@ def test_splitting_or_permuting_a_step_changes_no_gradient(
 )
 def test_a_resumed_run_is_bit_exact(kind, how, optimizer, make_pair, make_config, tmp_path):
     """Killed after step 4 of 6 and gone on with, a run ends with the uninterrupted run's bits and metrics,
-    under every optimizer, also where the teacher is a moving average of the student, or a LoRA trains."""
+    under every optimizer, also where the teacher is a moving average of the student, a LoRA trains, or values are
+    rounded at random and moments stored in 8 bits."""
     lora = {"rank": 2} if how == "lora" else None
     sections = {
         "train": {"steps": 6, "prompts_per_step": 3, "save_every": 2, "sample_every": 2},
@@ -143,6 +145,8 @@ def test_a_resumed_run_is_bit_exact(kind, how, optimizer, make_pair, make_config
     if how == "averaged teacher":
         context = {"type": "template", "template": "{{ answer }} {{ question }}"}
         sections["teacher"] = {"model": "student", "ema": 0.5, "context": context}
+    if how == "rounded":
+        sections["train"]["master"] = "bf16_stochastic"
     config = make_config(kind, **sections)
 
     def fresh():
@@ -150,7 +154,7 @@ def test_a_resumed_run_is_bit_exact(kind, how, optimizer, make_pair, make_config
 
     whole = fresh()
     mask = None
-    density = {"masked": 0.2, "mostly unmasked": 0.95}.get(how)
+    density = {"masked": 0.2, "rounded": 0.2, "mostly unmasked": 0.95}.get(how)
     if density is not None:  # the one is kept in compact storage, the other in dense
         draws = torch.Generator().manual_seed(0)
         mask = {

@@ -11,10 +11,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from evals.token_kl import _recorded_prompts
 from tests.conftest import copy_of
+from tests.test_pair import by_hand
 from vlopd.cli import main
+from vlopd.models.load import load_configured
 from vlopd.run.folder import RunFolder
 from vlopd.run.verify import verify_run
+from vlopd.train.generation import sample
+from vlopd.train.pair import load_pair
 
 MINIATURE = """
 name = "mini"
@@ -157,6 +162,16 @@ def test_every_verb_in_order(kind, finished, tmp_path, monkeypatch):
         assert torch.equal(tensors["subnetwork"][name][~marked], base[~marked])
         assert torch.equal(tensors["transplant"][name][~marked], base[~marked])
         assert torch.equal(tensors["transplant"][name][marked], tensors["full"][name][marked])
+    for arm in ("full", "subnetwork", "transplant", "random-0"):
+        squares = [
+            float((tensor.double() - tensors["base"][name].double()).square().sum())
+            for name, tensor in tensors[arm].items()
+        ]
+        norm, found = sum(squares) ** 0.5, compared["arms"][arm]
+        assert found["delta_norm"] == pytest.approx(norm, rel=1e-9) and norm > 0
+        measured = json.loads((run / "evals" / arm / "base_kl.json").read_text())
+        assert found["kl_to_base"] == measured["kl_to_base"] > 0
+    assert compared["arms"]["base"]["kl_to_base"] is None
     for arm in ("subnetwork", "transplant", "random-0"):
         assert (
             json.loads((run / "arms" / arm / "record.json").read_text())["off_mask_unmoved"] is True
@@ -169,6 +184,28 @@ def test_every_verb_in_order(kind, finished, tmp_path, monkeypatch):
     assert model.dtype == torch.bfloat16
     full = dict(model.named_parameters())
     assert all(torch.equal(full[n], t) for n, t in tensors["full"].items() if n in full)
+
+
+def test_kl_to_the_base_is_that_of_two_forward_passes(kind, finished):
+    """The mean over all tokens of the arm's greedy answers to the first questions, worked out by hand."""
+    run, config = RunFolder.open(finished, locked=False)
+    arm, base = (
+        load_configured(config.student, torch.bfloat16, folder=run.checkpoint(name))
+        for name in ("full", "base")
+    )
+    pair = load_pair(config.student, compute="bf16", student_folder=run.checkpoint("full"))
+    ((_, examples),) = _recorded_prompts(config.eval.tasks[0], config.eval).items()
+    prompts = pair.student.render(examples)
+    longest = int(examples[0].fields["tokens"])
+    answers = sample(pair.student, prompts, longest, 0, columns=pair.vocabulary.student)
+    found = []
+    for example, ids, mask in zip(examples, answers.ids, answers.mask, strict=True):
+        q, p = (by_hand(model, example, ids[mask].tolist()).double() for model in (arm, base))
+        found.append((q.exp() * (q - p)).sum(-1))
+    measured = json.loads((finished / "evals" / "full" / "base_kl.json").read_text())
+    every = torch.cat(found)
+    assert measured["tokens"] == len(every) and len(examples) == 2
+    assert measured["kl_to_base"] == pytest.approx(float(every.mean()), rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["vlm"], indirect=True)

@@ -3,7 +3,7 @@
 Each step: 1. the student samples completions of the step's prompts; 2. the teacher's forward pass over them, on the
 same examples in its own template and resolution; 3. the loss at the completion tokens, averaged over the whole step,
 is back-propagated through the student's log-probs only (not through the sampling); 4. the optimizer updates the
-trained coordinates' fp32 values, which are rounded into the model.
+trained coordinates' fp32 values, which are rounded into the model (train.master: and themselves to bf16).
 
 The baselines are this same loop: completions may be the teacher's or the data's (train/rollouts.py), and a reward's
 advantages may be mixed into the loss or replace it (train/rewards.py); where nothing is learned from a teacher, none
@@ -362,6 +362,10 @@ def distill(
                     refuse_overflow(
                         step, rate, trainable, optimizer, out, title, optim.weight_decay
                     )
+                    if train.master != "fp32":
+                        stochastic = train.master == "bf16_stochastic"
+                        stream = ("rounding", seed, step, update)
+                        trainable.round_to_bf16(*stream, stochastic=stochastic)
                     if statistics is not None:
                         log.append("optimizer.jsonl", statistics.rows(step, trainable, optimizer))
                     trainable.write_back()

@@ -188,7 +188,7 @@ class Planner:
 
     def evals(self, names: Sequence[str]) -> None:
         from evals.harness import eval_inputs
-        from evals.token_kl import has_tokens, token_inputs
+        from evals.token_kl import base_kl_inputs, has_base_kl, has_tokens, token_inputs
 
         for name in names:
             needs = [self.arm(name)]
@@ -196,6 +196,10 @@ class Planner:
             if has_tokens(self.config, name):
                 self.add(
                     f"tokens/{name}", needs, partial(token_inputs, self.run, self.config, name)
+                )
+            if has_base_kl(self.config, name):
+                self.add(
+                    f"base_kl/{name}", needs, partial(base_kl_inputs, self.run, self.config, name)
                 )
 
 
@@ -379,11 +383,14 @@ def make_evals(
     run: RunFolder, config: ExperimentConfig, names: Sequence[str], on_artifact: OnArtifact
 ) -> None:
     from evals.harness import evaluate_arm
-    from evals.token_kl import write_token_kl
+    from evals.token_kl import write_base_kl, write_token_kl
+    from vlopd.train.pair import LoadedTeachers
 
+    base: LoadedTeachers = {}  # loaded once for all arms
     for name in names:
         made = evaluate_arm(run, config, name)
         made |= write_token_kl(run, config, name)
+        made |= write_base_kl(run, config, name, base)
         on_artifact(f"evaluation of {name}", run.eval(name) / "results.json", made)
 
 
@@ -442,7 +449,7 @@ def begin_results(
         planned = plan(run, config, list(config.arms), "evals", geometry)
         if run.changes and on_plan is not None:
             on_plan(run, config, planned)
-        kinds = ["arms", "masks", "evals", "tokens"]
+        kinds = ["arms", "masks", "evals", "tokens", "base_kl"]
         refuse_outdated(run, planned, [*kinds, "geometry"] if geometry else kinds)
     run.save_config(config)
 

@@ -77,7 +77,10 @@ def _write_report(its: Stage, config: ExperimentConfig) -> None:
         "records": records,
         "headline": lines,
         "verdict": sentences,
-        "training": _training_context(data["training"]),
+        "training": [
+            {"kl_to_base": None, "delta_norm": None, **row, **compared["arms"].get(row["arm"], {})}
+            for row in _training_context(data["training"])
+        ],
         "own_metrics": [
             name for name in data["training"] if name == "reward" or name not in (*COLUMNS, "arm")
         ],
@@ -113,6 +116,7 @@ def _report_inputs(run: RunFolder) -> dict[str, str]:
         "compare.json",
         "arms/*/*.json*",
         "evals/*/tokens*.json*",
+        "evals/*/base_kl.json",
         "evals/vision.json",
         "masks/*.json",
         "geometry/*/*.json",

@@ -21,7 +21,7 @@ ORDER = (
 
 RECORDED = (
     *("checkpoint_digest", "total_parameters", "trained_parameters", "density", "mask", "seed"),
-    *("steps", "device", "precision", "off_mask_unmoved"),
+    *("steps", "device", "precision", "off_mask_unmoved", "delta_norm"),
 )
 MEASURES = {
     "relative_delta_fro": "Relative norm of the update",
@@ -94,6 +94,8 @@ def scores(compared: Mapping[str, Any], records: Mapping[str, Any]) -> pd.DataFr
                     "recovery_low": (recovery["interval"] or [None, None])[0],
                     "recovery_high": (recovery["interval"] or [None, None])[1],
                     "recovery_status": recovery["status"],
+                    "delta_norm": record.get("delta_norm"),
+                    "kl_to_base": compared["arms"].get(arm, {}).get("kl_to_base"),
                     "density": record.get("density"),
                     "trained_parameters": record.get("trained_parameters"),
                     "total_parameters": record.get("total_parameters"),

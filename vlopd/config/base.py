@@ -94,6 +94,16 @@ Positive = Annotated[float, between(SMALLEST, LARGEST)]
 NonNegative = Annotated[float, between(SMALLEST, LARGEST, or_zero=True)]
 
 
+def _not_zero(value: float) -> float:
+    if not SMALLEST <= abs(value) <= LARGEST:
+        raise ValueError(f"must be a number other than 0, up to {LARGEST:.3g}; got {value!r}")
+    return value
+
+
+Signed = Annotated[float, AfterValidator(_not_zero)]
+"""Of either sign, not 0."""
+
+
 Temperature = Annotated[float, between(0.01, 100)]
 """Logits divided by less overflow; divided by more they are uniform."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from vlopd.config.base import Count, Name, Section, Weight, without_repeats
+from vlopd.config.base import Count, Name, Section, Weight, later, without_repeats
 from vlopd.config.functions import IS_BUILT_IN, IS_OWN, KIND, Function
 
 QUESTION = "question"
@@ -30,6 +30,9 @@ class ShapesData(Section):
     """Whether a scene is shown as an image or described in words."""
     split: Literal["train", "validation", "test"] = "train"
     """Split of the scenes; no scene is in two."""
+    limit: Count | None = later(None)
+    """Different questions to train on, drawn by the arm's seed and repeated as often as needed; null: each prompt is
+    another question."""
 
     @property
     def has_images(self) -> bool:

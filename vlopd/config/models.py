@@ -218,7 +218,8 @@ class PrecisionConfig(Section):
     compute: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of weights and activations in rollout, forward and backward. `auto` is bf16 on accelerators and on CPUs
     with AMX, fp32 elsewhere; a run resolves it once and keeps it (run.json), also on another machine.
-    Trained values are always fp32 and start from the student's stored tensors, not from their rounding to `compute`."""
+    Trained values are fp32 (train.master rounds them) and start from the student's stored tensors, not from their
+    rounding to `compute`."""
     stored: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of checkpoints: `auto` stores each tensor in its dtype in the student's checkpoint (the widest of
     several that are fused into one); otherwise every floating-point tensor is rounded once to this dtype."""

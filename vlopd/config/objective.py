@@ -7,15 +7,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from vlopd.config.base import (
-    LARGEST,
     Count,
     Part,
     PartOrZero,
     Section,
     Share,
+    Signed,
     Temperature,
     Weight,
-    between,
     later,
 )
 from vlopd.config.functions import IS_BUILT_IN, IS_OWN, KIND, Function
@@ -294,16 +293,10 @@ class ConstantAdvantage(SampledToken):
     """
 
     type: Literal["constant_advantage"] = "constant_advantage"
-    advantage: Annotated[float, between(-LARGEST, LARGEST)] = -1.0
+    advantage: Signed = -1.0
     """Advantage of every token, in units of the loss; below 0 it makes the sampled tokens less likely."""
     clip: Part | None = 0.2
     """Largest deviation from 1 of the student's to the sampler's probability ratio (PPO's clip); null for none."""
-
-    @model_validator(mode="after")
-    def check_advantage(self) -> ConstantAdvantage:
-        if self.advantage == 0:
-            raise ValueError("with advantage = 0 nothing is learned; use -1.0, say")
-        return self
 
 
 class K2(Estimator):

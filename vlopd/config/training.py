@@ -16,6 +16,7 @@ from vlopd.config.base import (
     Section,
     Unique,
     between,
+    later,
 )
 from vlopd.plugins import Plugin
 
@@ -72,6 +73,8 @@ class AdamW(OptimizerBase):
     """Decay per step of the averages of gradients and of squared gradients."""
     eps: Epsilon = 1e-8
     """Added to the root of the second moment, in units of the gradient."""
+    state_bits: Literal[32, 8] = later(32)
+    """Bits of each stored moment: fp32, or 8 with a scale for each 256 (arXiv 2110.02861), decoded for a step alone."""
 
 
 class SGD(OptimizerBase):
@@ -179,6 +182,9 @@ class TrainConfig(Section):
     activation_checkpointing: bool = False
     """Whether the student's layers keep their inputs alone and run again in the backward pass: less memory, for a third
     more arithmetic. Gradients do not change."""
+    master: Literal["fp32", "bf16", "bf16_stochastic"] = later("fp32")
+    """Values that the optimizer updates: kept in fp32, or rounded to bf16 after every optimizer step, to the nearest
+    (updates below half a unit in the last place are lost) or stochastically (they are kept on average)."""
     offload_optimizer: bool = False
     """Whether fp32 values, gradients and optimizer state are in host memory, where the optimizer then runs; copies
     overlap with computation. Not with Muon."""

@@ -46,6 +46,7 @@ def load_data(
     """
     match data:
         case ShapesData():
+            size = size if data.limit is None else min(size, data.limit)
             return ShapesDataset(data.split, size, seed, data.modality)
         case CapitalsData():
             return CapitalsDataset(data.split, size, seed)

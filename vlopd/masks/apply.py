@@ -45,6 +45,16 @@ def norm_over_tensors(tensors: Iterable[Tensor]) -> float:
     return math.sqrt(sum(squares))
 
 
+def change_norm(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
+    """Frobenius norm of the difference of two checkpoints as they are stored, accumulated in float64."""
+    squares = (
+        float((after[name].double() - old.double()).square().sum())
+        for name, old in before.items()
+        if old.is_floating_point()
+    )
+    return math.sqrt(sum(squares))
+
+
 def moved_off_mask(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], mask: Mapping[str, Tensor]
 ) -> int:

@@ -93,7 +93,7 @@ class Memory(NamedTuple):
     values: int  # fp32, of the trained coordinates; 0 where they are the fp32 weights themselves
     indices: int  # int32 or packed bits, whichever is less, where a mask chooses coordinates
     gradients: int  # fp32, of the trained coordinates
-    moments: int  # the optimizer's state, fp32: two of AdamW
+    moments: int  # the optimizer's state: two of AdamW, in fp32 or 8 bits
     kv_cache: int  # of one rollout batch at its full length
     sampling: int  # the sampler's arrays over the vocabulary
     activations: (
@@ -454,7 +454,7 @@ def estimate(
         values=4 * trained * (1 + averages) if masked or item < 4 or offload else 0,
         indices=min(4 * trained, weights // 8) * (1 + averages) if masked else 0,
         gradients=4 * trained,
-        moments=4 * moments(recipe.optim) * trained,
+        moments=round(4 * moments(recipe.optim) * trained),
         kv_cache=0,
         sampling=0,
         activations=batch * (kept + masks),

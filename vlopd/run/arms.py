@@ -226,6 +226,7 @@ def train_arm(
             device=str(accelerator.device),
             processes=accelerator.num_processes,
             notes=recipe.notes,
+            values=recipe.train.master,
             execution=execution_of(recipe),
             **changes,
             identity=weight_agreement(run, config, name, before, mask),

@@ -26,6 +26,7 @@ RECORDS = {
     "geometry": "geometry/{}/summary.json",
     "evals": "evals/{}/results.json",
     "tokens": "evals/{}/tokens.json",
+    "base_kl": "evals/{}/base_kl.json",
 }
 """Record file of an artifact, by its name or the name's first part. Written last: it marks the artifact done."""
 
@@ -118,6 +119,7 @@ class Checksums:
         parts = {
             "masks": [f"masks/{name}.safetensors", f"masks/{name}.json"],
             "tokens": [f"evals/{name}/tokens.json"],
+            "base_kl": [f"evals/{name}/base_kl.json"],
             "images": [f"evals/images/{name}"],
             "report": ["report"],
         }

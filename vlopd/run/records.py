@@ -13,7 +13,12 @@ from vlopd.bits import holds, widest
 from vlopd.config.arms import DistillArm
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.digests import digest_checkpoint
-from vlopd.masks.apply import agreement_by_tolerance, moved_off_mask, moved_on_mask
+from vlopd.masks.apply import (
+    agreement_by_tolerance,
+    change_norm,
+    moved_off_mask,
+    moved_on_mask,
+)
 from vlopd.models.load import DTYPES, load_configured, load_model_config, resolve
 from vlopd.models.loaded import LoadedModel
 from vlopd.run.folder import RunFolder
@@ -64,12 +69,14 @@ def load_base(config: ExperimentConfig) -> tuple[LoadedModel, dict[str, Tensor]]
     return loaded, state
 
 
-def _precision_entry(config: ExperimentConfig, folder: Path | None) -> dict[str, str | None]:
+def _precision_entry(
+    config: ExperimentConfig, folder: Path | None, values: str
+) -> dict[str, str | None]:
     """An arm's compute dtype, the dtype of its trained values, and the dtypes in its checkpoint."""
     stored = None
     if folder is not None:
         stored = "+".join(sorted(str(own).removeprefix("torch.") for own in _dtypes_in(folder)))
-    return {"compute": config.precision.resolved, "stored": stored, "values": "fp32"}
+    return {"compute": config.precision.resolved, "stored": stored, "values": values}
 
 
 def record_checkpoint(
@@ -89,14 +96,15 @@ def write_record(
     kind: str,
     digest: str,
     folder: Path | None,
+    values: str = "fp32",
     **about: Any,
 ) -> None:
-    """Writes the checksums of an arm's files, then its record; marks it done."""
+    """Writes the checksums of an arm's files, then its record; marks it done. `values`: the recipe's train.master."""
     content = {
         "arm": name,
         "type": kind,
         **about,
-        "precision": _precision_entry(config, folder),
+        "precision": _precision_entry(config, folder, values),
         "checkpoint_digest": digest,
     }
     arm = its.run.arm(name)
@@ -122,14 +130,15 @@ def model_card(
 def count_changed(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None
 ) -> dict[str, Any]:
-    """Counts the coordinates of a checkpoint whose bits differ from the base, on and off the mask.
+    """Counts the coordinates of a checkpoint whose bits differ from the base, on and off the mask, and their norm.
 
     Without a mask all coordinates count as on it, and the off-mask entries are null.
     """
     total = sum(tensor.numel() for tensor in before.values())
     on = total if mask is None else sum(int(marked.sum()) for marked in mask.values())
     found: dict[str, Any] = {
-        "on_mask": {"coordinates": on, "moved": moved_on_mask(before, after, mask)}
+        "delta_norm": change_norm(before, after),
+        "on_mask": {"coordinates": on, "moved": moved_on_mask(before, after, mask)},
     }
     if mask is None:
         return found | {"off_mask_unmoved": None, "off_mask": None}

@@ -16,6 +16,7 @@ from vlopd import distributed
 from vlopd.config.training import OptimConfig
 from vlopd.errors import UserError
 from vlopd.files import whole_folder
+from vlopd.train.eight_bits import SCALES
 from vlopd.train.losses import TokenDivergence
 from vlopd.train.metrics import finite
 from vlopd.train.optimizer_statistics import MOMENTS
@@ -101,7 +102,7 @@ def refuse_overflow(
     """
     left = {f"the values of {name}": values for name, values in trainable.state().items()}
     for name, entries in optimizer.state().items():
-        for key in MOMENTS:
+        for key in (*MOMENTS, *SCALES):
             if isinstance(moment := entries.get(key), Tensor):
                 left[f"{key} of {name}"] = moment
     tensors = [tensor for tensor in left.values() if tensor.numel()]

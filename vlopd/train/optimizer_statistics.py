@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from vlopd.models import parameter_names
+from vlopd.train.eight_bits import with_moments
 from vlopd.train.optimizers import Optimizers
 from vlopd.train.sparse import Trainable
 
@@ -48,7 +49,7 @@ class UpdateStatistics:
             where = parameter_names.classify(name)
             moments = {
                 k: slot.trained(x)
-                for k, x in state[name].items()
+                for k, x in with_moments(state[name]).items()
                 if k in MOMENTS and isinstance(x, Tensor)
             }
             before, after = slot.trained(self.before[name]), slot.trained(slot.values.data)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vlopd.config.training import SGD, AdamW, Lion, Muon, OptimConfig, RMSProp
 from vlopd.errors import ConfigError
 from vlopd.models import parameter_names
+from vlopd.train.eight_bits import BYTES, AdamW8Bit
 from vlopd.train.sparse import Slot, Trainable
 
 NO_HIDDEN_MATRIX = ("embedding", "position", "token", "patch", "norm", "scale", "head")
@@ -70,6 +71,8 @@ def build_optimizer(config: OptimConfig, trainable: Trainable) -> Optimizers:
     groups = grouped(slots, factors)
     common = shared(config)
     match config:
+        case AdamW(state_bits=8):
+            return Optimizers(AdamW8Bit(groups, **common, betas=config.betas, eps=config.eps))
         case AdamW():
             return Optimizers(adamw(groups, **common, betas=config.betas, eps=config.eps))
         case SGD():
@@ -89,8 +92,11 @@ def build_optimizer(config: OptimConfig, trainable: Trainable) -> Optimizers:
             return Optimizers(TimmLion(groups, **common, betas=config.betas))
 
 
-def moments(config: OptimConfig) -> int:
-    """Fp32 values of optimizer state for each trained one (of Muon's matrices one; AdamW's part decides)."""
+def moments(config: OptimConfig) -> float:
+    """Fp32 values of optimizer state for each trained one (of Muon's matrices one; AdamW's part decides).
+
+    With state_bits = 8 the bytes of the codes and scales, as a part of an fp32 value's.
+    """
     match config:
         case SGD():
             return int(config.momentum > 0)
@@ -98,6 +104,8 @@ def moments(config: OptimConfig) -> int:
             return 1 + int(config.momentum > 0)
         case Lion():
             return 1
+        case AdamW(state_bits=8):
+            return 2 * BYTES / 4
         case AdamW() | Muon():
             return 2
 

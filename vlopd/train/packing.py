@@ -58,7 +58,7 @@ def sampling_budget(accelerator: Accelerator, recipe: Recipe, trained: int) -> i
 
     The optimizer's state is allocated in that update and then kept; gradients are freed before each rollout.
     """
-    device, state = accelerator.device, 4 * moments(recipe.optim) * trained
+    device, state = accelerator.device, round(4 * moments(recipe.optim) * trained)
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + unused

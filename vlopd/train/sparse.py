@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vlopd.bits import different, pack, positions, widest
 from vlopd.errors import ConfigError, UserError
+from vlopd.seeding import generator
 from vlopd.train.offload import HOST, Downloads, staged
 from vlopd.weights.subspace import Projection
 
@@ -223,6 +224,20 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(widest(tensor.dtype, torch.float32))
 
 
+def rounded_to_bf16(values: Tensor, draws: torch.Generator | None = None) -> Tensor:
+    """The values in bf16: the nearest, or with `draws` one of the two neighbours, whose mean is the value.
+
+    bf16 is the upper half of an fp32: a uniform 16-bit integer is added to the lower half, which is then dropped.
+    """
+    if draws is None:
+        return values.bfloat16()
+    bits = values.float().view(torch.int32)
+    noise = torch.randint(
+        1 << 16, bits.shape, generator=draws, device=bits.device, dtype=torch.int32
+    )
+    return ((bits + noise) >> 16 << 16).view(torch.float32).bfloat16()
+
+
 def make_slot(
     parameter: nn.Parameter,
     marked: Tensor | None,
@@ -343,6 +358,16 @@ class Trainable:
         """After an optimizer step: rounds all values into the model."""
         for slot in self.slots.values():
             slot.write_back()
+
+    def round_to_bf16(self, *stream: str | int, stochastic: bool = False) -> None:
+        """After an optimizer step: rounds all values to bf16, in place; `write_back` is still due.
+
+        Stochastically, each goes to one of its two neighbours with the probability of its nearness, from the named
+        random `stream` (on the values' device), so that the mean is the value.
+        """
+        for name, slot in self.slots.items():
+            draws = generator(slot.values.device, *stream, name) if stochastic else None
+            slot.values.data.copy_(rounded_to_bf16(slot.values.data, draws))
 
     def zero_grad(self) -> None:
         if self.downloads is not None:
