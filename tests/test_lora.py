@@ -203,9 +203,11 @@ def test_targets_that_cannot_be_adapted_are_found_before_the_run(case, make_conf
 def test_a_tied_layer_is_refused(make_pair):
     """An update of a head that is also the embedding would reach one of the two alone."""
     model = make_pair("llm").student.model
+    modules = [type(module) for module in model.modules()]
     model.lm_head.weight = model.model.embed_tokens.weight
     with pytest.raises(ConfigError, match=r"lm_head.weight is also .*embed_tokens.weight"):
         adapter_size(model, Lora(rank=1, targets=["lm_head"]))
+    assert [type(module) for module in model.modules()] == modules  # as it was
 
 
 def test_arms_without_a_lora_keep_their_inputs(make_config, tmp_path):

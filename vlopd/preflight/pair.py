@@ -384,7 +384,7 @@ def estimate_rows(
         if isinstance(mask, TopFractionMask):
             densities[f"mask {name}"] = mask.fraction
     total = readers[0].model.num_parameters()
-    for name, arm in config.arms.items():
+    for arm in config.arms.values():
         if isinstance(arm, DistillArm) and arm.lora is not None:
             lora, fraction = arm.lora, densities.get(f"mask {arm.lora.like}")
             if lora.like is not None and fraction is not None:
@@ -392,7 +392,7 @@ def estimate_rows(
             if lora.like is None:
                 freeze = config.recipe_of(arm).train.freeze
                 size = adapter_size(readers[0].model, lora, freeze)
-                densities[f"LoRA of rank {size.rank} ({name})"] = size.parameters / total
+                densities[f"LoRA of rank {size.rank}"] = size.parameters / total
     if must_fit:  # the weights are loaded already
         loaded = sum(each.model.num_parameters() for each in readers) * DTYPES[compute].itemsize
         speed = speed._replace(memory_bytes=speed.memory_bytes + loaded)

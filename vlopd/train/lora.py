@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlopd.config.lora import ALL_LINEAR, Lora
+from vlopd.config.lora import Lora
 from vlopd.errors import ConfigError, first_line
 from vlopd.files import whole_folder
 from vlopd.models import parameter_names
@@ -52,7 +52,7 @@ class LoraTrainable(Trainable):
 
         total = loaded.model.num_parameters()
         self.wrapped = adapt(loaded.model, lora, seed)
-        self.layers = lora_layers(self.wrapped)
+        self.layers = lora_layers(loaded.model)
         self.size = size_of(self.wrapped)
         # under PEFT's names in a file; the tensors are the model's own, which training changes in place
         self.factors = get_peft_model_state_dict(self.wrapped, save_embedding_layers=False)
@@ -93,7 +93,7 @@ class LoraTrainable(Trainable):
         for name, update in self.updates().items():
             weight = self.model_parameters[name.replace(".weight", ".base_layer.weight")]
             weight.data.copy_(add_update(weight.data, update))
-        unwrap(self.wrapped)
+        unwrap(self.wrapped.get_base_model())
 
 
 def adapt(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
@@ -115,7 +115,7 @@ def adapt(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         assert lora.parameters is not None
         probe = _wrap(model, lora, 1, left_out)
         rank = max(1, int(lora.parameters / size_of(probe).parameters + 0.5))
-        unwrap(probe)
+        unwrap(model)
     with torch.random.fork_rng(devices=()):  # PEFT draws from torch's own generator, on the CPU
         torch.default_generator.manual_seed(generator("cpu", "lora", seed).initial_seed())
         return _wrap(model, lora, rank, left_out)
@@ -134,24 +134,25 @@ def _wrap(model: PreTrainedModel, lora: Lora, rank: int, left_out: Sequence[str]
         exclude_modules=sorted(left_out) or None,
         init_lora_weights=True if lora.init == "kaiming" else "gaussian",
     )
-    what = f"lora.targets = {lora.targets!r}"
     try:
         with warnings.catch_warnings():  # of a name that PEFT still looks up in transformers
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             wrapped = get_peft_model(model, config)
+        for name, layer in lora_layers(model).items():
+            weight = layer.get_base_layer()._parameters.get("weight")
+            if not isinstance(weight, Tensor):
+                raise ValueError(f"{name} has no weight of its own")
+            others = [use for use in uses[id(weight)] if use != f"{name}.weight"]
+            if others:
+                raise ValueError(
+                    f"{name}.weight is also {others[0]} (tied), which its update would not reach"
+                )
     except ValueError as error:
+        unwrap(model)
         raise ConfigError(
-            f'{what}: {first_line(error)}; "{ALL_LINEAR}" adapts every linear layer'
+            f"lora.targets = {lora.targets!r}: {first_line(error)}; list the ends of linear layers' names, such as "
+            '["q_proj", "v_proj"]'
         ) from None
-    for name, layer in lora_layers(wrapped).items():
-        weight = layer.get_base_layer()._parameters.get("weight")
-        if not isinstance(weight, Tensor):
-            raise ConfigError(f"{what}: {name} has no weight; name its linear layers")
-        others = [use for use in uses[id(weight)] if use != f"{name}.weight"]
-        if others:
-            raise ConfigError(
-                f"{what}: {name}.weight is also {others[0]} (tied), which the update would not reach; leave it out"
-            )
     if isinstance(config.target_modules, set):  # whose order changes from process to process
         config.target_modules = sorted(config.target_modules)
     if isinstance(config.exclude_modules, set):
@@ -159,26 +160,24 @@ def _wrap(model: PreTrainedModel, lora: Lora, rank: int, left_out: Sequence[str]
     return wrapped
 
 
-def lora_layers(wrapped: PeftModel) -> dict[str, Any]:
-    """PEFT's layers by the name of the module that they took the place of."""
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """PEFT's layers in a model, by the name of the module that they took the place of."""
     from peft.tuners.lora import LoraLayer
 
-    model = wrapped.get_base_model()
     return {name: its for name, its in model.named_modules() if isinstance(its, LoraLayer)}
 
 
-def unwrap(wrapped: PeftModel) -> None:
+def unwrap(model: nn.Module) -> None:
     """Puts the model's own layers back, without the updates."""
-    model = wrapped.get_base_model()
-    tuner: Any = wrapped.base_model
-    tuner.unload()
+    for name, layer in lora_layers(model).items():
+        model.set_submodule(name, layer.get_base_layer())
     vars(model).pop("peft_config", None)  # else PEFT takes the next adapter for a second one
 
 
 def size_of(wrapped: PeftModel) -> AdapterSize:
     config = wrapped.peft_config[ADAPTER]
     count = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    return AdapterSize(config.r, count, len(lora_layers(wrapped)))
+    return AdapterSize(config.r, count, len(lora_layers(wrapped.get_base_model())))
 
 
 def adapter_size(model: PreTrainedModel, lora: Lora, freeze: Sequence[str] = ()) -> AdapterSize:
@@ -188,7 +187,7 @@ def adapter_size(model: PreTrainedModel, lora: Lora, freeze: Sequence[str] = ())
         parameter_names.freeze(model, freeze)
         wrapped = adapt(model, lora, 0)
         found = size_of(wrapped)
-        unwrap(wrapped)
+        unwrap(model)
     finally:
         for parameter, was in trains.items():
             parameter.requires_grad_(was)
