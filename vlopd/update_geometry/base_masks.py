@@ -19,6 +19,7 @@ from vlopd.update_geometry.magnitudes import (
     CHUNK,
     OrderStatistic,
     Test,
+    binade_counts,
     compare,
     count,
     kth_smallest,
@@ -68,12 +69,13 @@ class BaseMasks:
 
     The first two have ceil(ratio * numel) members; ties go to the lowest index, so that a mask does not depend on
     the machine. `ties`: ratio -> number of base entries equal to the largest member of low_magnitude, where the tie
-    is broken (bf16 has many).
+    is broken (bf16 has many). `binades`: `binade_counts` of the base.
     """
 
     def __init__(self, base: Tensor, factors: Factors | None, ratios: Sequence[float]):
         self.ratios = tuple(ratios)
         flat = base.reshape(-1)
+        self.binades = binade_counts(flat)
         self.empty = not any(bool(part.any()) for part in flat.split(CHUNK))
         self.has_principal = factors is not None and not self.empty
         self.ties = dict.fromkeys(self.ratios, 0)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlopd.masks.select import quota
 from vlopd.update_geometry.base_masks import REASON, BaseMasks
-from vlopd.update_geometry.closed_forms import hypergeometric
+from vlopd.update_geometry.closed_forms import hypergeometric, visible_in_bf16
 from vlopd.update_geometry.magnitudes import (
     CHUNK,
     Test,
@@ -171,6 +171,8 @@ def coordinate_terms(
     delta_linf_norm             max |D|
     delta_mean_abs              mean |D|
     frac_delta_eq_0             share of D = 0 as stored; precision=bf16 where both are rounded to bf16 first
+    visible_fraction            share that differs once both are rounded to bf16, beside what the sizes of update and
+                                weights predict (`visible_in_bf16`, in the rows of the null closed_form)
     frac_isclose_zero           share of |D| <= atol
     frac_abs_delta_lt           share of |D| < atol
     frac_abs_delta_lt_src_rms   share of |D| < tau * rms(W)
@@ -190,12 +192,23 @@ def coordinate_terms(
     ks = [quota(ratio, n) for ratio in ratios]
     tops = [top_energy(counts.sizes, k) if k < len(counts.sizes) else energy for k in ks]
 
+    is_rounded = base.dtype == torch.bfloat16
+    chance = visible_in_bf16(masks.binades, math.sqrt(energy / n) if n else 0.0, is_rounded)
+
     terms = [
         Term("relative_delta_fro", "", energy, base_energy, "root", decided_by="norm"),
         Term("delta_rms", "", energy, n, "root", decided_by="norm"),
         Term("delta_linf_norm", "", counts.largest, fold="max", decided_by="sizes"),
         Term("delta_mean_abs", "", counts.total, n, decided_by="sizes"),
         Term("frac_delta_eq_0", "precision=bf16", counts.same_in_bf16, n, decided_by="places"),
+        Term(
+            "visible_fraction",
+            "precision=bf16",
+            n - counts.same_in_bf16,
+            n,
+            decided_by="places",
+            chance=chance,
+        ),
     ]
     for (metric, key), number in counts.within.items():
         terms.append(Term(metric, key, number, n, decided_by="sizes"))

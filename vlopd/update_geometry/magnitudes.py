@@ -139,3 +139,12 @@ def count(marks: Tensor) -> int:
     if marks.device.type == "cpu":
         return int(np.count_nonzero(marks.numpy()))
     return int(marks.sum())
+
+
+def binade_counts(values: Tensor) -> np.ndarray:
+    """Number of flat values with each biased exponent of fp32 [256]; 0 is that of zeros and subnormal numbers."""
+    found = torch.zeros(256, dtype=torch.int64, device=values.device)
+    for part in values.split(CHUNK):
+        exponents = (part.float().view(torch.int32) >> 23) & 255
+        found += torch.bincount(exponents, minlength=256)
+    return found.cpu().numpy()
