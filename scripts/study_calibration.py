@@ -1,6 +1,6 @@
 """Calibration of p: the fraction of rows outside the nulls' prediction intervals for updates drawn from the null.
 
-    python scripts/study_calibration.py                # 150 pairs per null and precision: seven minutes on 2 cores
+    python scripts/study_calibration.py                # 150 pairs per null and precision: four minutes on 2 cores
     python scripts/study_calibration.py --pairs 30     # a quick run
 
 Every pair has a new base matrix and a structured update of it (scaled rows and columns, heavy tails, two

@@ -14,6 +14,7 @@ from rich.markup import render
 from safetensors.torch import load_file, save_file
 
 from evals.harness import read_scored_rows
+from evals.report.geometry import draw_overlap
 from evals.report.page import environment
 from tests.command import call
 from vlopd.api.checkpoints import folder_of, names_of, what_it_is
@@ -110,6 +111,21 @@ def test_the_page_says_what_p_can_mean(measured):
     assert "3 draws: no p; geometry.null_draws = 5 or more" in environment().from_string(
         words
     ).render(figures={})
+
+
+def test_many_pairs_are_one_map_of_cosines(measured):
+    """Of more than ten pairs the figure is a map of the cosines, symmetric, in place of three lines a pair."""
+    row = measured.overlap[measured.overlap.metric.eq("delta_cosine")].iloc[0]
+    pairs = [(a, b) for b in range(6) for a in range(b)]
+    table = pd.DataFrame(
+        [{**row, "name": "[all]", "first": f"x{a}", "second": f"x{b}"} for a, b in pairs]
+    )
+    (drawing,) = draw_overlap(table).values()
+    assert drawing.words == "Cosine of each pair of updates"
+    shown = drawing.figure.axes[0].collections[0].get_array().reshape(6, 6)
+    assert (shown == shown.T).all() and set(shown.diagonal()) == {1.0}
+    (few,) = draw_overlap(measured.overlap).values()
+    assert few.words.startswith("Coordinates moved by both")
 
 
 def test_geometry_of_folders_needs_no_more(place, measured, tmp_path, monkeypatch, capsys):

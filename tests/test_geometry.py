@@ -225,7 +225,7 @@ def test_global_rows_are_the_model_as_one_vector(tmp_path):
     after = {
         n: t + 1e-3 * torch.randn(t.shape) * (torch.rand(t.shape) < 0.5) for n, t in before.items()
     }
-    rows = run(before, after, tmp_path, GeometryConfig(null_draws=1))
+    rows = run(before, after, tmp_path, GeometryConfig(nulls=(GaussianNull(),), null_draws=1))
     w = torch.cat([before[n].flatten() for n in sorted(before)]).double()
     d = torch.cat([(after[n] - before[n]).flatten() for n in sorted(before)]).double()
     everything = {(r["metric"], r["parameter"]): r for r in rows if r["name"] == "[all]"}

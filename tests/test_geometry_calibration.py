@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from vlopd.config.analysis import GaussianNull
-from vlopd.update_geometry.nulls import null_name
 
 spec = importlib.util.spec_from_file_location(
     "study_calibration", Path(__file__).parents[1] / "scripts" / "study_calibration.py"
@@ -16,6 +15,7 @@ study = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(study)
 
 PAIRS, DRAWS = 16, 5
+QUICK = ("gaussian", "permuted", "low_rank:8")
 
 
 def outcomes(null, stored, shape, planted=False):
@@ -33,8 +33,8 @@ def share(own, level: float) -> float:
 @pytest.mark.parametrize(
     "null",
     [
-        pytest.param(null, id=null_name(null), marks=pytest.mark.slow if i % 2 else ())
-        for i, null in enumerate(study.NULLS)
+        pytest.param(null, id=null.name, marks=() if null.name in QUICK else pytest.mark.slow)
+        for null in study.NULLS
     ],
 )
 def test_a_draw_of_a_null_is_no_finding(null):

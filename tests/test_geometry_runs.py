@@ -154,7 +154,7 @@ def stopped(before: Tensors, root: Path, config: GeometryConfig) -> Tensors:
 def test_a_killed_analysis_goes_on(tmp_path):
     """What was measured before the end is not measured again, and the tables are those of one run."""
     before = llama(tmp_path / "before")
-    config = GeometryConfig(null_draws=2, ratios=(0.1,))
+    config = GeometryConfig(nulls=(GaussianNull(),), null_draws=2, ratios=(0.1,))
     after = stopped(before, tmp_path, config)
     whole = run(tmp_path / "before", save(after, tmp_path / "same"), tmp_path / "whole", config)
 
@@ -183,7 +183,7 @@ def test_other_settings_do_not_go_on_from_it(tmp_path):
 def test_workers_change_nothing(tmp_path):
     """One thread or three, the rows are the same."""
     save(noised(llama(tmp_path / "before"), 3), tmp_path / "after")
-    config = GeometryConfig(null_draws=1, ratios=(0.1,))
+    config = GeometryConfig(nulls=(GaussianNull(),), null_draws=1, ratios=(0.1,))
     one, three = (
         run(tmp_path / "before", tmp_path / "after", tmp_path / f"out-{n}", config, n)
         for n in (1, 3)
@@ -534,7 +534,7 @@ def test_trajectory_of_large_matrices_says_approximate(tmp_path):
     before = {"layers.0.mlp.up_proj.weight": torch.randn(60, 80), "norm.weight": torch.rand(9)}
     base = save(before, tmp_path / "before")
     steps = {i: save(noised(before, i), tmp_path / f"step-{i}") for i in (1, 2)}
-    config = GeometryConfig(null_draws=1, max_exact_side=20)
+    config = GeometryConfig(nulls=(GaussianNull(),), null_draws=1, max_exact_side=20)
     with write_trajectory(base, steps, tmp_path / "out", config, progress=False).open() as file:
         rows = list(csv.DictReader(file))
     similar = [r for r in rows if "similarity" in r["metric"] and r["value"]]
@@ -550,7 +550,9 @@ def test_trajectory_of_large_matrices_says_approximate(tmp_path):
 def test_the_papers_table_repeats_the_rows(tmp_path):
     """Each cell of --preset paper is a value of geometry.csv, of the update and of every null with its deviation."""
     save(noised(llama(tmp_path / "before"), 4, 1e-3), tmp_path / "after")
-    config = paper.preset().model_copy(update={"nulls": (GaussianNull(), SignFlippedNull())})
+    config = paper.preset().model_copy(
+        update={"nulls": (GaussianNull(), SignFlippedNull()), "null_draws": 2}
+    )
     rows = run(tmp_path / "before", tmp_path / "after", tmp_path / "out", config)
     lines = dict(paper.paper_table(rows))
     assert list(lines) == ["update", "gaussian", "sign flipped", "closed form"]

@@ -172,7 +172,7 @@ def test_memory_of_an_arm_is_recorded_beside_what_was_predicted(finished):
             "tracking.tags: no effect on tensorboard",
         ),
         (
-            ["geometry={arms=[], null_draws=5}"],
+            ["geometry={arms=[], null_draws=8}"],
             "geometry.null_draws: no effect without geometry.arms",
         ),
         (["masks.other={type='visible', of='full'}"], "masks other: no arm is made under them"),

@@ -28,6 +28,8 @@ TRAJECTORIES = (
 )
 PALETTE = ("#d55e00", "#009e73", "#b9659a", "#e69f00", "#56b4e9", "#8a8f98", "#7a6fb0")
 CLOSED = "closed_form"
+MANY_PAIRS = 10
+"""Most pairs of updates whose overlaps are drawn one by one."""
 
 
 class Drawing(NamedTuple):
@@ -64,7 +66,10 @@ def draw(tidy: pd.DataFrame) -> dict[str, Drawing]:
 
 
 def draw_overlap(table: pd.DataFrame) -> dict[str, Drawing]:
-    """The figure of an overlap.csv."""
+    """The figure of an overlap.csv: coordinates moved by both; of more than MANY_PAIRS pairs the cosines as a map."""
+    pairs = table[["first", "second"]].drop_duplicates()
+    if len(pairs) > MANY_PAIRS:
+        return _cosine_map(table)
     own = table[
         table.name.eq("[all]") & table.metric.isin(OVERLAPS) & table.parameter.eq("atol=0")
     ].copy()
@@ -80,6 +85,22 @@ def draw_overlap(table: pd.DataFrame) -> dict[str, Drawing]:
     ]
     words = "Coordinates moved by both of two updates, against independent nulls"
     return {"overlap": Drawing(dots(own, "overlap of moved coordinates (%)"), words)}
+
+
+def _cosine_map(table: pd.DataFrame) -> dict[str, Drawing]:
+    """Cosines of all pairs of updates, with 1 on the diagonal."""
+    own = table[table.name.eq("[all]") & table.metric.eq("delta_cosine") & table.value.notna()]
+    if own.empty:
+        return {}
+    own = own.drop_duplicates(["first", "second"])
+    order = list(dict.fromkeys([*own["first"], *own.second]))
+    cosines = pd.DataFrame(float("nan"), index=order, columns=order)
+    for row in own.itertuples():
+        cosines.loc[row.first, row.second] = cosines.loc[row.second, row.first] = row.value
+    for name in order:
+        cosines.loc[name, name] = 1.0
+    figure = figures.heat(cosines, pd.DataFrame(), "Cosine of the updates")
+    return {"overlap": Drawing(figure, "Cosine of each pair of updates")}
 
 
 def draw_trajectory(table: pd.DataFrame) -> dict[str, Drawing]:

@@ -38,8 +38,8 @@ COLUMNS = (
 
 
 def preset() -> GeometryConfig:
-    """The settings of `--preset paper`: its ratios, one null, three draws."""
-    return GeometryConfig(arms=(), ratios=(0.01, 0.05, 0.1, 0.2), null_draws=3)
+    """The settings of `--preset paper`: its ratios."""
+    return GeometryConfig(arms=(), ratios=(0.01, 0.05, 0.1, 0.2))
 
 
 def lacking(config: GeometryConfig) -> str | None:
