@@ -104,7 +104,7 @@ def _measures(base: Update, update: Update) -> Iterator[tuple[str, str, str, str
         yield "size", "relative_delta_fro", "", at, math.sqrt(energy[i] / (base[i] ** 2).sum())
         yield "place", "energy_share", "", f"[module={i}]", energy[i] / energy.sum()
         metric = "low_magnitude_update_overlap_ratio"
-        yield "place", metric, "ratio=0.1,atol=0", at, float(inside[i])
+        yield "place", metric, "ratio=0.1,atol=1e-05", at, float(inside[i])
 
 
 def _cosines(a: Update, b: Update) -> NDArray[np.float64]:

@@ -172,6 +172,7 @@ NUMBERS: dict[str, list[str]] = {
     "masks.v.atol": ["masks.v={type='visible'}"], "masks.v.rtol": ["masks.v={type='visible'}"],
     "masks.p.rank_fraction": ["masks.p={type='principal', fraction=0.1}"],
     "geometry.ratios": [], "geometry.max_exact_cost": [], "geometry.max_left_out": [],
+    "geometry.equal_ratio": [], "geometry.equal_difference": [],
     "eval.confidence": [], "eval.margin": [], "eval.sampled.temperature": [], "eval.sampled.top_p": [],
 }  # fmt: skip
 

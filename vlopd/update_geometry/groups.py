@@ -57,7 +57,7 @@ _SPECTRAL, _SUMS = ("[median]", "[component="), ("[all]", "[component=")
 _GROUPS = ("[component=", "[module=", "[part=ffn", "[part=attention")
 _PAIRS = ("[all]", "[median]", "[component=")
 _RATIO = "ratio=0.1"
-_COVERED = (f"{_RATIO},atol=0", f"{_RATIO},atol=1e-05")
+_COVERED = f"{_RATIO},atol=1e-05"
 _TOP_MASK = "top_mask_overlap_over_chance"
 _VISIBLE = "overlap_enrichment_vs_random_within_tensors_and_magnitudes"
 
@@ -72,11 +72,8 @@ METRICS = (
     ),
     Metric("place", "energy_share", (), _GROUPS, decided_by="norm"),
     Metric("place", "energy_share_over_parameter_share", (), _GROUPS, True, "norm"),
-    *(
-        Metric("place", f"{mask}_{of}", _COVERED, _SUMS, logarithmic, "places")
-        for mask in ("principal", "low_magnitude")
-        for of, logarithmic in (("update_overlap_ratio", False), ("enrichment_vs_random", True))
-    ),
+    Metric("place", "principal_update_overlap_ratio", (_COVERED,), _SUMS, False, "places"),
+    Metric("place", "low_magnitude_update_overlap_ratio", (_COVERED,), _SUMS, False, "places"),
     Metric("size", "relative_delta_fro", (), _SUMS, True, "norm"),
     Metric("size", "frac_delta_eq_0", ("",), _SUMS, decided_by="sizes"),
     Metric("size", "frac_isclose_zero", ("atol=1e-05",), _SUMS, decided_by="sizes"),
