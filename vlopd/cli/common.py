@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import tomllib
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from rich.text import Text
 from vlopd import pipeline
 from vlopd.config.arms import expand_seeds
 from vlopd.config.experiment import ExperimentConfig
-from vlopd.config.input import merged
+from vlopd.config.input import merged, read_tables
 from vlopd.errors import ConfigError, UserError
 from vlopd.files import is_first_process, read_json
 from vlopd.plugins import Use
@@ -46,8 +45,8 @@ def complete_arms(context: typer.Context, incomplete: str) -> list[str]:
         if target.is_dir():
             arms = read_json(target / "run.json")["config"]["arms"]
         else:
-            arms = expand_seeds(tomllib.loads(target.read_text()))["arms"]
-    except (OSError, ValueError, KeyError):  # nothing to complete from
+            arms = expand_seeds(read_tables(target))["arms"]
+    except (OSError, ValueError, KeyError, ConfigError):  # nothing to complete from
         return []
     return [name for name in arms if name.startswith(incomplete)]
 
