@@ -15,6 +15,7 @@ type = "shapes"
 modality = "text"
 [train]
 steps = 7
+prompts_per_step = 4
 [masks]
 top = {type = "top_fraction", of = "full", fraction = 0.1}
 "random-0.3" = {type = "random", like = "top", seeds = [1, 2]}
@@ -65,7 +66,7 @@ def test_a_file_is_merged_over_the_chain_that_it_extends(write):
         ('name = "x"\nextends = "base.toml"\nremove = ["arms.no"]', "base.toml has no 'arms.no'"),
         ('name = "x"\nextends = "base.toml"\nremove = "arms"', "remove must be a list"),
         ('name = "x"\nremove = ["arms"]', "remove: only with extends"),
-        ('name = "x"\nextends = "base.toml"\nremove = ["masks.top"]', "names 'top'"),
+        ('name = "x"\nextends = "base.toml"\nremove = ["masks.top"]', "'top', which is not among"),
     ],
 )
 def test_what_cannot_be_extended_is_one_line(write, text, message):

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from vlopd.config.base import Count, Section, Seed, Weight
+from vlopd.config.base import Count, Name, Section, Seed, Weight
 from vlopd.config.functions import with_names
 from vlopd.config.recipe import ArmRecipe
+from vlopd.config.sweeps import Grid
 
 Role = Literal[
     "base",
@@ -107,6 +108,12 @@ class DistillArm(Section):
     """Overrides settings of `train` for this arm."""
     subspace: Subspace | None = None
     """Projects gradients onto the subspace of an early update; null for none."""
+    sweep: Grid | None = None
+    """Tunes the arm: trains it at each point of the grid of these recipe keys, {"optim.learning_rate" = [3e-4, 1e-3]},
+    and keeps that with the best mean score on eval.validation; null for no tuning."""
+    sweep_group: Name | None = None
+    """Name shared by the tuned arms that take one choice, the best by the mean over them; null for the arm's own name,
+    or that before `seeds` made several of it."""
 
     @property
     def own(self) -> dict[str, Table]:
@@ -125,6 +132,18 @@ class DistillArm(Section):
     def check_mask(self) -> DistillArm:
         if self.role in ("subnetwork", "control") and self.mask is None:
             raise ValueError(f'role = "{self.role}" is of an arm under a mask; give it a mask')
+        return self
+
+    @model_validator(mode="after")
+    def check_sweep(self) -> DistillArm:
+        sections = set(ArmRecipe.model_fields)
+        for key in self.sweep or ():
+            if key.partition(".")[0] not in sections or "." not in key:
+                raise ValueError(
+                    f"sweep of {key!r}: must be a key of {', '.join(sorted(sections))}, as optim.learning_rate"
+                )
+        if self.sweep_group is not None and self.sweep is None:
+            raise ValueError("sweep_group: only with sweep")
         return self
 
 
@@ -235,6 +254,8 @@ def expanded(
                 own = {key: value for key, value in table.items() if key != "seeds"}
                 own |= {"seed": seeds[k]} if seeds is not None else {}
                 own |= {"mask": f"{mask}-{k}"} if count is not None else {}
+                if table.get("sweep") is not None:
+                    own = {"sweep_group": name, **own}
                 copies[f"{name}-{k}"] = own
             counts[name] = len(copies)
         for copy in copies:

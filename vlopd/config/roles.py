@@ -36,7 +36,10 @@ _WITHOUT_EFFECT = {
 
 
 class Controls(NamedTuple):
-    """Controls of one arm that differ from it and from each other only in the draw of the mask; averaged."""
+    """Controls of one arm that differ from it and from each other only in the draw of the mask; averaged.
+
+    Tuned ones share one choice (DistillArm.sweep_group).
+    """
 
     arm: str
     """The arm they are controls of."""
@@ -245,7 +248,8 @@ def _group_controls(
             if differs := _differences(settings[name], settings[other]):
                 unpooled.append(UnpooledControl(other, name, differs))
             else:
-                alike.setdefault(_draw_key(masks, masked[other]), []).append(other)
+                key = (*_draw_key(masks, masked[other]), _choice_of(other, arms[other]))
+                alike.setdefault(key, []).append(other)
         kinds = [_mask_kind(masks[masked[members[0]]]) for members in alike.values()]
         for kind, members in zip(kinds, alike.values(), strict=True):
             first = masks[masked[members[0]]]
@@ -291,6 +295,11 @@ def _copied_masks(masks: Mapping[str, MaskConfig], mask: str) -> list[str]:
     return found
 
 
+def _choice_of(name: str, arm: ArmConfig) -> str:
+    """A tuned arm's group, whose arms share one choice; empty for others."""
+    return arm.sweep_group or name if isinstance(arm, DistillArm) and arm.sweep else ""
+
+
 def _draw_key(masks: Mapping[str, MaskConfig], mask: str) -> tuple[str, ...]:
     """A key equal for masks that differ only in the draw: the rule without its seed, and the mask it copies."""
     rule = masks[mask]
@@ -304,12 +313,17 @@ def _draw_key(masks: Mapping[str, MaskConfig], mask: str) -> tuple[str, ...]:
 
 
 def _settings_of(arm: ArmConfig, recipe: ArmRecipe | None) -> dict[str, Any]:
-    """The settings that determine an arm except role, seed and mask, as {"optim.learning_rate": 1e-4, ...}."""
+    """The settings that determine an arm except role, seed and mask, as {"optim.learning_rate": 1e-4, ...}.
+
+    Of a tuned arm the grid stands in place of the values of its keys: which is chosen is a result, and no difference.
+    """
     shared = set(ArmRecipe.model_fields)
-    found = arm.model_dump(mode="json", exclude={"role", "seed", "mask", *shared})
+    found = arm.model_dump(mode="json", exclude={"role", "seed", "mask", "sweep_group", *shared})
     if recipe is not None:
         found |= recipe.model_dump(mode="json", include=shared)
-    return {key: value for key, value in _flatten(found).items() if key not in _WITHOUT_EFFECT}
+    swept = (arm.sweep or {}) if isinstance(arm, DistillArm) else {}
+    without = {*_WITHOUT_EFFECT, *swept}
+    return {key: value for key, value in _flatten(found).items() if key not in without}
 
 
 def _flatten(table: Mapping[str, Any], above: str = "") -> dict[str, Any]:

@@ -25,6 +25,8 @@ RECORDS = {
     "geometry": "geometry/{}/summary.json",
     "evals": "evals/{}/results.json",
     "tokens": "evals/{}/tokens.json",
+    "validation": "validation/{}/results.json",
+    "sweeps": "sweeps/{}.json",
 }
 """Record file of an artifact, by its name or the name's first part. Written last: it marks the artifact done."""
 
@@ -117,6 +119,7 @@ class Checksums:
         parts = {
             "masks": [f"masks/{name}.safetensors", f"masks/{name}.json"],
             "tokens": [f"evals/{name}/tokens.json"],
+            "sweeps": [f"sweeps/{name}.json"],
             "images": [f"evals/images/{name}"],
             "report": ["report"],
         }
