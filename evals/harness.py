@@ -100,9 +100,7 @@ def subject_of(
 
 
 @one_line_out_of_memory("evaluation")
-def evaluate(
-    run: RunFolder, subject: Subject, config: EvalConfig, kind: str = "evals"
-) -> bool:
+def evaluate(run: RunFolder, subject: Subject, config: EvalConfig, kind: str = "evals") -> bool:
     """Evaluates a model on tasks; returns whether anything was done.
 
     Writes KIND/<name>/samples_<task>.jsonl in the run and, after each task, results.json there. Results of tasks with

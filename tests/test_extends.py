@@ -43,7 +43,10 @@ def write(tmp_path):
 
 def test_a_file_is_merged_over_the_chain_that_it_extends(write):
     """Tables are merged key by key, a section of another type is replaced, names with dots can be removed."""
-    write("middle.toml", 'extends = "base.toml"\nname = "middle"\n[optim]\ntype = "sgd"\nmomentum = 0.5')
+    write(
+        "middle.toml",
+        'extends = "base.toml"\nname = "middle"\n[optim]\ntype = "sgd"\nmomentum = 0.5',
+    )
     path = write(
         "more/leaf.toml",
         'extends = "../middle.toml"\nname = "leaf"\nremove = ["masks.random-0.3", "arms.random-0.3"]\n'

@@ -16,7 +16,7 @@ from vlopd.run.verify import verify_run
 
 RATES = [1e-3, 3e-2]
 TASK = """
-task: tested
+task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
@@ -24,7 +24,7 @@ output_type: multiple_choice
 doc_to_text: question
 doc_to_choice: [red, blue]
 doc_to_target: answer
-process_docs: !function poison.documents
+{more}
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 
@@ -34,7 +34,11 @@ def poison(folder: Path, wrong: bool, raises: bool = False) -> None:
     folder.mkdir(exist_ok=True)
     rows = [{"question": f"{k}?", "answer": (k + wrong) % 2} for k in range(4)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "tested.yaml").write_text(TASK.format(data=folder / "data.jsonl"))
+    (folder / "rest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in 3 * rows))
+    more = "process_docs: !function poison.documents"
+    for name, data, about in (("tested", "data", more), ("validated", "rest", "")):
+        text = TASK.format(name=name, data=folder / f"{data}.jsonl", more=about)
+        (folder / f"{name}.yaml").write_text(text)
     body = 'raise AssertionError("the test split was read")' if raises else "return docs"
     (folder / "poison.py").write_text(f"def documents(docs):\n    {body}\n")
 
@@ -61,19 +65,22 @@ def tuned(make_config, tmp_path):
                 "include": str(tmp_path / "tasks"),
                 "batch_size": 32,
                 "keep_images": 0,
-                "validation": {"tasks": ["shapes_choice_text_validation"], "limit": 12},
+                "validation": {"tasks": ["validated"], "limit": 12},
             },
         )
 
     return make
 
 
-def run(config: ExperimentConfig, out: Path, until: str = "arms") -> tuple[RunFolder, list[str]]:
+def run(
+    config: ExperimentConfig, out: Path, until: str = "arms", check: bool = False
+) -> tuple[RunFolder, list[str]]:
     """Makes a run and returns it with the artifacts that the plan called due."""
     folder, config = pipeline.prepare(config, out=out)
     names = list(config.arms)
+    assert not pipeline.find_problems(config, names, False) if check else True
     planned = pipeline.plan(folder, config, names, until)
-    pipeline.begin(folder, config, planned)
+    folder.save_config(config)
     pipeline.run_all(folder, config, names, until, lambda *_: None)
     folder.unlock()
     return folder, [artifact for artifact, why in planned.items() if why is not None]
@@ -87,54 +94,65 @@ def test_a_choice_is_made_without_the_test_split(tuned, tmp_path):
     """Poisoned test documents, which raise when read or carry wrong golds, change no choice and meet no candidate."""
     out, config = tmp_path / "run", tuned()
     poison(tmp_path / "tasks", wrong=False, raises=True)
-    folder, _ = run(config, out)
+    folder, _ = run(config, out, check=True)
     before = read_json(folder.sweep("full"))
     scores = [point["score"] for point in before["curve"]]
     best = max(scores)
     assert before["chosen"] == before["curve"][scores.index(best)]["settings"]
     assert [point["settings"]["optim.learning_rate"] for point in before["curve"]] == RATES
-    for wrong in (False, True):
+    for wrong, until in ((False, "evals"), (True, "report")):
         shutil.rmtree(tmp_path / "tasks")
         poison(tmp_path / "tasks", wrong)
-        run(config, out, "evals")
-        assert read_json(folder.sweep("full")) == before
+        run(config, out, until)
+        after = read_json(folder.sweep("full"))
+        assert {**after, "inputs": None} == {**before, "inputs": None}
     assert {path.name for path in (out / "evals").iterdir()} == {"base", "full"}
     assert all(path.name.startswith("full.") for path in (out / "validation").iterdir())
     for path in (out / "validation").glob("*/results.json"):
-        assert list(read_json(path)["results"]) == ["shapes_choice_text_validation"]
+        assert list(read_json(path)["results"]) == ["validated"]
+    page = (out / "report" / "report.md").read_text()
+    assert "Full is tuned on the validation split: optim.learning_rate" in page or (
+        "full is tuned on the validation split: optim.learning_rate" in page
+    )
+    assert "at the edge of the grid of optim.learning_rate: the best may lie outside" in page
+    assert (out / "report" / "figures" / "tuning.svg").exists()
 
 
 def test_a_group_shares_a_choice_and_a_grid_grows(tuned, tmp_path):
     """Arms of one name choose by their mean; what is chosen is theirs to the bit; only new points are trained."""
     poison(tmp_path / "tasks", wrong=False)
     out = tmp_path / "run"
-    config = tuned(random={"mask": "random"})
-    assert config.sweep_groups == ["full", "random"]
+    config = tuned(random={"mask": "random"}, full={"seed": 1, "sweep": None})
+    assert config.sweep_groups == ["random"]
     folder, due = run(config, out)
     curve = read_json(folder.sweep("random"))
     for point in curve["curve"]:
         each = [point["arms"][arm]["score"] for arm in ("random-0", "random-1")]
         assert point["score"] == pytest.approx(sum(each) / 2) and point["n"] == 12
-    for arm in ("full", "random-0", "random-1"):
+    for arm in ("random-0", "random-1"):
         record = read_json(folder.arm_record(arm))
         chosen = folder.arm(record["candidate"])
         for path in (p for p in folder.arm(arm).rglob("*") if p.is_file()):
             its = chosen / path.relative_to(folder.arm(arm))
             assert path.name == "record.json" or path.samefile(its)
-        assert record["sweep"]["chosen"] == read_json(folder.sweep(arm.split("-")[0]))["chosen"]
+        assert record["sweep"]["chosen"] == curve["chosen"]
         assert record["sweep"]["budget"] == {"settings": 2, "prompts": 8}
         assert record["sweep"]["at_edge"] == ["optim.learning_rate"]
-    points = [f"arms/{arm}.learning_rate-{rate:g}" for arm in ("full", "random-0") for rate in RATES]
-    assert set(points) < set(due) and due.index("sweeps/full") < due.index("masks/top")
+    points = [f"arms/random-{k}.learning_rate-{rate:g}" for k in (0, 1) for rate in RATES]
+    assert set(points) < set(due) and due.index("sweeps/random") < due.index("arms/random-0")
     assert run(config, out)[1] == []
     assert not verify_run(folder).problems and not verify_run(folder).unknown
     trained = made(out, "arms/*.learning_rate-*/record.json")
-    shutil.rmtree(folder.arm("random-1.learning_rate-0.03"))  # as of a run that was killed before it
+    shutil.rmtree(
+        folder.arm("random-1.learning_rate-0.03")
+    )  # as of a run that was killed before it
     (out / "checksums" / "arms--random-1.learning_rate-0.03.sha256").unlink()
-    _, due = run(tuned([*RATES, 1e-4], random={"mask": "random"}), out)
+    _, due = run(
+        tuned([*RATES, 1e-4], random={"mask": "random"}, full={"seed": 1, "sweep": None}), out
+    )
     kept = made(out, "arms/*.learning_rate-*/record.json")
     again = {path.parent.name for path, when in kept.items() if trained.get(path) != when}
-    new = {f"{arm}.learning_rate-0.0001" for arm in ("full", "random-0", "random-1")}
+    new = {f"{arm}.learning_rate-0.0001" for arm in ("random-0", "random-1")}
     assert again == {"random-1.learning_rate-0.03", *new}
     assert len(read_json(folder.sweep("random"))["curve"]) == 3
 
@@ -143,7 +161,9 @@ def test_a_grid_is_a_product_with_names_for_files():
     """The last key varies fastest; names are the same in a larger grid, and of any value."""
     grid = {"optim.learning_rate": (1e-3, 0.1 + 0.2), "optim.betas": ((0.9, 0.95),)}
     points = points_of(grid)
-    assert points == [{"optim.learning_rate": r, "optim.betas": (0.9, 0.95)} for r in (1e-3, 0.1 + 0.2)]
+    assert points == [
+        {"optim.learning_rate": r, "optim.betas": (0.9, 0.95)} for r in (1e-3, 0.1 + 0.2)
+    ]
     names = [candidate_name("full", point) for point in points]
     assert names[0].startswith("full.learning_rate-0.001.betas-")
     assert names[1].startswith("full.learning_rate-0.30000000000000004.betas-")

@@ -65,7 +65,12 @@ def make(
         for each in name or config.masks:
             for use in config.plugins_of_mask(each):
                 print_plugin(use)
-            made = make_mask(folder, config, each, ArmOptions(allow_other_base, choose=pipeline.choice_of(config)))
+            made = make_mask(
+                folder,
+                config,
+                each,
+                ArmOptions(allow_other_base, choose=pipeline.choice_of(config)),
+            )
             print_artifact(f"mask {each}", folder.mask(each), made)
         return
     if parsed is None or out is None:

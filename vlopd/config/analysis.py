@@ -196,7 +196,9 @@ class EvalConfig(Section):
         """The settings of the evaluation on the validation split."""
         assert self.validation is not None
         its = dict(self.validation)
-        its["generation"] = {k: v for k, v in self.generation.items() if k == "*"} | its["generation"]
+        its["generation"] = {k: v for k, v in self.generation.items() if k == "*"} | its[
+            "generation"
+        ]
         nothing = {"keep_images": 0, "during": None, "contrasts": None}
         return self.model_copy(update={**its, **nothing})
 

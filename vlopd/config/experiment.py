@@ -347,7 +347,9 @@ class ExperimentConfig(RecipeSections):
             if name in self.arms:
                 raise ValueError(f"arms.{name} is also what a sweep makes; rename it")
             if len(name) > LONGEST_NAME:
-                raise ValueError(f"the sweep's {name!r} is too long for a file name; rename its arm")
+                raise ValueError(
+                    f"the sweep's {name!r} is too long for a file name; rename its arm"
+                )
 
     def _refuse_cut_matrices(self, arm: str, mask: str) -> None:
         """Raises ValueError for Muon with a mask that takes parts of matrices, as far as the rule determines it."""

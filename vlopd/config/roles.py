@@ -6,7 +6,7 @@ An arm's `role` may be given; otherwise the default applies, and an ambiguous on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vlopd.config.arms import (
@@ -77,12 +77,20 @@ class Roles:
     controls: tuple[Controls, ...] = ()
     unpooled: tuple[UnpooledControl, ...] = ()
     seed_groups: tuple[tuple[str, ...], ...] = ()
+    seeds: Mapping[str, int] = field(default_factory=dict)
+    """Training seeds of the trained arms."""
 
     def arms(self, role: Role) -> list[str]:
         return [arm for arm, its in self.of.items() if its == role]
 
     def first(self, role: Role) -> str | None:
         return next(iter(self.arms(role)), None)
+
+    def full_at_seed_of(self, arm: str) -> str | None:
+        """The full arm or a replicate of it with an arm's training seed; else full, or None without one."""
+        full = self.first("full")
+        alike = [its for its in (full, *self.arms("replicate")) if its is not None]
+        return next((its for its in alike if self.seeds.get(its) == self.seeds.get(arm)), full)
 
     def contrasts(self, texts: Sequence[str]) -> list[Contrast]:
         """The declared contrasts. Raises ValueError as `contrast`, and where two are one test, which counts once."""
@@ -156,7 +164,8 @@ def roles_of(
             f"arms.{bases[0]} and arms.{bases[1]} are both the base; remove one, or give a checkpoint another role"
         )
     controls, unpooled = _group_controls(arms, masks, of, settings)
-    return Roles(of, controls, unpooled, _seed_groups(arms, of, settings))
+    seeds = {name: arm.seed for name, arm in arms.items() if isinstance(arm, DistillArm)}
+    return Roles(of, controls, unpooled, _seed_groups(arms, of, settings), seeds)
 
 
 def _default_role(arm: ArmConfig, masks: Mapping[str, MaskConfig]) -> Role | None:

@@ -27,9 +27,7 @@ from vlopd.files import TEMPORARY, is_first_process, read_json, write_json
 from vlopd.run.checksums import Checksums, differences
 from vlopd.run.provenance import provenance
 
-WRITTEN = (
-    *("arms", "masks", "geometry", "evals", "validation", "sweeps", "report", "checksums"),
-)
+WRITTEN = (*("arms", "masks", "geometry", "evals", "validation", "sweeps", "report", "checksums"),)
 """Folders of a run that stages write into."""
 FORMAT = 2
 """Version of run.json; increased where files of an earlier version would be misread."""

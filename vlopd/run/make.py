@@ -84,9 +84,7 @@ def make_arm(
     return its.made
 
 
-def _make_tuned(
-    run: RunFolder, config: ExperimentConfig, name: str, options: ArmOptions
-) -> bool:
+def _make_tuned(run: RunFolder, config: ExperimentConfig, name: str, options: ArmOptions) -> bool:
     """Makes a tuned arm after the candidates of its group and the choice among them."""
     group = str(config.sweep_group(name))
     for member in config.sweep_members(group):
@@ -95,9 +93,7 @@ def _make_tuned(
     choose = options.choose
     if choose is None:
         raise RunError(f"arms.{name} is tuned, and not made yet; make it with `vlopd run`")
-    distributed.main_process_alone(
-        distributed.accelerator(), partial(choose, run, config, group)
-    )
+    distributed.main_process_alone(distributed.accelerator(), partial(choose, run, config, group))
     with distributed.main_process_first(), stage(run, f"arms/{name}") as its:
         if its.is_due(lambda _: arm_inputs(run, config, name)):
             shutil.rmtree(run.arm(name), ignore_errors=True)
