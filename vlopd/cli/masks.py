@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
+from vlopd import pipeline
 from vlopd.cli.common import AllowOtherBase, console, print_artifact, print_plugin, refuse, say
 from vlopd.config.input import parse_override, value_of
 from vlopd.config.masks import FunctionMask, MaskConfig

@@ -259,11 +259,14 @@ def _group_controls(
             else:
                 key = (*_draw_key(masks, masked[other]), _choice_of(other, arms[other]))
                 alike.setdefault(key, []).append(other)
-        kinds = [_mask_kind(masks[masked[members[0]]]) for members in alike.values()]
-        for kind, members in zip(kinds, alike.values(), strict=True):
-            first = masks[masked[members[0]]]
-            label = kind if kinds.count(kind) == 1 else f"{kind}, as {members[0]}"
-            match = first.match if isinstance(first, RandomMask) else None
+        rules = [masks[masked[members[0]]] for members in alike.values()]
+        kinds = [_mask_kind(rule) for rule in rules]
+        matches = [rule.match if isinstance(rule, RandomMask) else None for rule in rules]
+        for kind, match, members in zip(kinds, matches, alike.values(), strict=True):
+            label = kind
+            if kinds.count(kind) > 1:
+                alone = match is not None and matches.count(match) == 1
+                label = f"{kind}, {match}-matched" if alone else f"{kind}, as {members[0]}"
             groups.append(Controls(name, label, match, tuple(members)))
     return tuple(groups), tuple(unpooled)
 
