@@ -72,8 +72,14 @@ def _draw(table: pd.DataFrame, key: str) -> Figure:
             colour = figures.VARIANTS[i % len(figures.VARIANTS)]
             ordered = rows.sort_values(key)
             axes.errorbar(
-                *(ordered[key], ordered.score, ordered.standard_error),
-                **{"color": colour, "lw": 1.2, "marker": "o", "ms": 3, "label": str(group)},
+                ordered[key],
+                ordered.score,
+                ordered.standard_error,
+                color=colour,
+                lw=1.2,
+                marker="o",
+                ms=3,
+                label=str(group),
             )
             best = rows[rows.chosen]
             axes.plot(best[key], best.score, "o", ms=8, mfc="none", mec=colour)
