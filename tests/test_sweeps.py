@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from evals.compare import _compared_with
 from vlopd import pipeline
 from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.input import load_config
 from vlopd.config.sweeps import at_edge, candidate_name, points_of
 from vlopd.errors import ConfigError
 from vlopd.files import read_json
@@ -225,3 +227,15 @@ def test_validation_is_another_split(tuned):
     config["eval"]["validation"] = None
     with pytest.raises(ValueError, match=r"full\.sweep needs a split to choose on"):
         ExperimentConfig.model_validate(config)
+
+
+def test_a_subnetwork_is_set_against_full_at_its_own_seed():
+    """Where full was trained from the subnetwork's seed too, that replicate stands for it; else full does."""
+    path = Path(__file__).parents[1] / "configs" / "quickstart.toml"
+    roles = load_config(path).roles
+    assert roles.of["replicate"] == "replicate"
+    assert roles.full_at_seed_of("subnetwork") == "replicate"
+    assert _compared_with(roles, "subnetwork", "full") == ["replicate"]
+    assert (
+        load_config(path, ["arms.replicate.seed=7"]).roles.full_at_seed_of("subnetwork") == "full"
+    )
