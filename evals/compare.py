@@ -57,7 +57,7 @@ SEED_CONTRASTS: tuple[tuple[Role, Role], ...] = (
     ("subnetwork", "control"),
 )
 """Contrasts also made over seeds, where there are several."""
-FORMAT = 4
+FORMAT = 5
 """Version of compare.json; another version is made again."""
 
 
@@ -209,8 +209,8 @@ def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> di
         others = (b,) if isinstance(b, str) else b
         about = {"name": name or f"{a} - {b}", "a": a, "b": b}
         entry = {**about, **statistics.contrast((a,), others)}
-        if full and roles.of[a] == "subnetwork" and b == full:
-            entry["non_inferiority"] = statistics.non_inferiority((a,), (full,))
+        if roles.of[a] == "subnetwork" and isinstance(b, str) and roles.full_at_seed_of(a) == b:
+            entry["non_inferiority"] = statistics.non_inferiority((a,), (b,))
         return entry
 
     entries = {name: {"role": role, **arm(name)} for name, role in roles.of.items()}
@@ -226,7 +226,7 @@ def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> di
         contrast(a, b)
         for above, below in ROLE_CONTRASTS
         for a in roles.arms(above)
-        for b in roles.arms(below)
+        for b in _compared_with(roles, a, below)
     ]
     controls = []
     for group in roles.controls:
@@ -267,6 +267,16 @@ def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> di
     }
 
 
+def _compared_with(roles: Roles, a: str, below: Role) -> list[str]:
+    """The arms of a role that an arm is compared with: of full, the one trained from a subnetwork's own seed.
+
+    Then the mask alone differs; against full at the mask's seed, the training seed differs too.
+    """
+    if roles.of[a] == "subnetwork" and below == "full":
+        return [arm for arm in [roles.full_at_seed_of(a)] if arm is not None]
+    return roles.arms(below)
+
+
 def _decide(
     tasks: Mapping[str, dict[str, Any]], roles: Roles, config: EvalConfig
 ) -> dict[str, Any]:
@@ -282,7 +292,7 @@ def _decide(
         for its in entry["contrasts"]:
             its["declared"] = (its["a"], its["b"]) in declared
             of_roles = not isinstance(its["b"], str) or (
-                (roles.of[its["a"]], roles.of[its["b"]]) in questions
+                (roles.of[its["a"]], _role_of_other(roles, its["a"], its["b"])) in questions
             )
             its["p_holm"] = None
             if entry["in_family"] and (its["declared"] if declared else of_roles):
@@ -303,6 +313,12 @@ def _decide(
         "tests": len(family),
         "tasks": [task for task, entry in tasks.items() if entry["in_family"]],
     }
+
+
+def _role_of_other(roles: Roles, a: str, b: str) -> Role:
+    """The role of the other side of a contrast; `full` for the replicate that stands for it at the arm's seed."""
+    stands = roles.of[a] == "subnetwork" and roles.full_at_seed_of(a) == b
+    return "full" if stands else roles.of[b]
 
 
 def _flag_recoveries(entry: dict[str, Any], roles: Roles) -> None:
@@ -460,6 +476,10 @@ def _arm_entries(run: RunFolder, config: ExperimentConfig) -> dict[str, dict[str
         if isinstance(arm, DistillArm):
             its |= {"training": training_of(config.recipe_of(arm)), "seed": arm.seed}
             its |= {"null": arm.null.label} if arm.null else {}
+            its["budget"] = config.budget_of(name)
+            if (group := config.sweep_group(name)) is not None and run.sweep(group).exists():
+                about = read_json(run.sweep(group))
+                its["sweep"] = {key: about[key] for key in ("chosen", "grid", "at_edge")}
         if path.exists():
             record = read_json(path)
             its |= {key: record.get(key) for key in ("density", "delta_norm")}

@@ -100,15 +100,15 @@ def subject_of(
 
 
 @one_line_out_of_memory("evaluation")
-def evaluate(run: RunFolder, subject: Subject, config: EvalConfig) -> bool:
+def evaluate(run: RunFolder, subject: Subject, config: EvalConfig, kind: str = "evals") -> bool:
     """Evaluates a model on tasks; returns whether anything was done.
 
-    Writes evals/<name>/samples_<task>.jsonl in the run and, after each task, results.json there. Results of tasks with
+    Writes KIND/<name>/samples_<task>.jsonl in the run and, after each task, results.json there. Results of tasks with
     unchanged inputs are kept. Raises ConfigError for an unknown task and RunError for one that cannot be scored.
     """
     manager = Tasks.of(config.tasks, config.include)
     manager.refuse_unknown_names(config)
-    with stage(run, f"evals/{subject.name}") as its:
+    with stage(run, f"{kind}/{subject.name}") as its:
         record = run.checksums.record(its.artifact)
         if record.exists() and not _images_exist(run, read_json(record)):
             run.checksums.start(its.artifact)  # remade together with the rows that show them
@@ -135,7 +135,7 @@ def evaluate(run: RunFolder, subject: Subject, config: EvalConfig) -> bool:
             results = score_task(lm, task, manager, config, config.limit, subject.name)
             merged["leaves"][task] = sorted({*results["samples"], *results["results"]})
             for leaf, rows in results.pop("samples").items():
-                _add_task(merged, results, leaf, rows, manager, config, run)
+                _add_task(merged, results, leaf, rows, manager, config, its)
                 if (size := lm.largest_picture.get(leaf)) is not None:
                     about = {"max_pixels": config.max_pixels, "largest": list(size)}
                     merged["picture_size"][leaf] = about
@@ -401,13 +401,13 @@ def _add_task(
     rows: list[dict[str, Any]],
     manager: Tasks,
     config: EvalConfig,
-    run: RunFolder,
+    its: Stage,
 ) -> None:
     """Writes a task's rows, and adds our entries on them to the results."""
     declared = results["configs"][task].get("metadata") or {}
     chance = declared.pop("chance", None)  # a function that the YAML names
     kept = _save_images(
-        manager.loaded[task], run, task, config.keep_images, config.max_pixels, rows
+        manager.loaded[task], its.run, task, config.keep_images, config.max_pixels, rows
     )
     pictures = [name for name in merged.get("pictures", ()) if name != task]
     merged["pictures"] = [*pictures, task] if kept else pictures
@@ -420,7 +420,7 @@ def _add_task(
         merged[key][task] = value
     primary = about.get("primary_metric")
     write_jsonl(
-        run.eval(merged["arm"]) / f"samples_{task}.jsonl",
+        its.run.root / its.artifact / f"samples_{task}.jsonl",
         [_sample_row(row, kept, primary) for row in rows],
     )
 

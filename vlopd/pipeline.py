@@ -123,7 +123,7 @@ class Planner:
     """Builds the plan of a run without making any artifact."""
 
     def __init__(self, run: RunFolder, config: ExperimentConfig):
-        self.run, self.config = run, config
+        self.run, self.config = run, config.with_candidates()
         self.plan: Plan = {}
 
     def add(
@@ -147,12 +147,26 @@ class Planner:
 
         base, arm = base_arm(self.config), self.config.arms.get(name)
         needs = [] if name == base else [self.arm(base)]
+        if (group := self.config.sweep_group(name)) is not None:
+            needs.append(self.sweep(group))
         if arm is not None:
             needs += [self.arm(a) for a in map(_arm_of, checkpoints_of(arm).values()) if a]
             needs += map(self.mask, masks_read(arm))
             needs += [self.arm(replayed) for replayed in [replay_of(arm)] if replayed]
         self.add(f"arms/{name}", needs, partial(arm_inputs, self.run, self.config, name))
         return f"arms/{name}"
+
+    def sweep(self, group: str) -> str:
+        """Adds the choice of a group of tuned arms, after their candidates."""
+        from evals.sweeps import candidates_of, sweep_inputs, validation_inputs
+
+        needs = []
+        for name in candidates_of(self.config, group):
+            needs.append(f"validation/{name}")
+            inputs = partial(validation_inputs, self.run, self.config, name)
+            self.add(f"validation/{name}", [self.arm(name)], inputs)
+        self.add(f"sweeps/{group}", needs, partial(sweep_inputs, self.run, self.config, group))
+        return f"sweeps/{group}"
 
     def mask(self, name: str) -> str:
         from vlopd.run.dependencies import mask_inputs
@@ -308,7 +322,8 @@ def make_arms(
     from vlopd.run.arms import ArmOptions
     from vlopd.run.make import make_arm
 
-    options = ArmOptions(allow_other_base, _held_out(config), {}, predicted_memory)
+    evaluate, choose = _held_out(config), choice_of(config)
+    options = ArmOptions(allow_other_base, evaluate, {}, predicted_memory, choose)
     # external checkpoints first, so that an error in one is raised before any training
     for name in sorted(names, key=lambda n: not isinstance(config.arms.get(n), CheckpointArm)):
         try:
@@ -343,7 +358,7 @@ def make_unused_masks(
     from vlopd.run.make import make_mask
 
     for name in unused_masks(run, config, names):
-        if make_mask(run, config, name, ArmOptions(allow_other_base)):
+        if make_mask(run, config, name, ArmOptions(allow_other_base, choose=choice_of(config))):
             on_artifact(f"mask {name}", run.mask_record(name), True)
 
 
@@ -354,6 +369,15 @@ def _held_out(config: ExperimentConfig) -> Any:
     from evals.harness import held_out_scores
 
     return held_out_scores(config)
+
+
+def choice_of(config: ExperimentConfig) -> Any:
+    """The function that chooses the settings of tuned arms, if there are any."""
+    if not config.sweep_groups:
+        return None
+    from evals.sweeps import choose
+
+    return choose
 
 
 def make_geometry(
@@ -471,6 +495,7 @@ def refuse_unready(config: ExperimentConfig, planned: Plan) -> None:
     from vlopd.preflight import inputs
 
     due = {artifact for artifact, why in planned.items() if why is not None}
+    config = config.with_candidates()
     arms = [name for name in config.arms if f"arms/{name}" in due]
     evals = [name for name in config.arms if f"evals/{name}" in due]
     measured = [name for name in config.geometry.arms if f"geometry/{name}" in due]
@@ -491,7 +516,11 @@ def find_problems(config: ExperimentConfig, names: Sequence[str], evaluated: boo
     """Problems that would stop making these arms, one line each; with `evaluated`, also their evaluation."""
     from vlopd.preflight import inputs
 
-    lines = inputs.find_problems(config, list(names))
+    config = config.with_candidates()
+    names = list(dict.fromkeys(c for name in names for c in (name, *config.candidates(name))))
+    lines = inputs.find_problems(config, names)
+    if tuned := [name for name in names if config.candidates(name)]:
+        lines += _find_validation_problems(config, tuned[:1])
     if evaluated:
         lines += _find_task_problems(config, names)
     elif (during := config.eval.during) is not None:
@@ -499,6 +528,19 @@ def find_problems(config: ExperimentConfig, names: Sequence[str], evaluated: boo
         settings = config.eval.model_copy(update=subset)
         lines += _find_task_problems(config.model_copy(update={"eval": settings}), names[:1])
     return list(dict.fromkeys(lines))
+
+
+def _find_validation_problems(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
+    """Problems that would stop the choice of tuned arms, one line each."""
+    from evals.sweeps import refuse_shared_tasks
+
+    try:
+        refuse_shared_tasks(config.eval)
+    except UserError as error:
+        return [str(error)]
+    settings = config.eval.for_validation
+    lines = _find_task_problems(config.model_copy(update={"eval": settings}), names)
+    return [f"eval.validation: {line}" for line in lines]
 
 
 def _find_task_problems(config: ExperimentConfig, names: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from evals.report.markdown import markdown
 from evals.report.page import Context, add_drawings, add_figure, environment, rows_of
 from evals.report.recipe import recipe
 from evals.report.sections import EMPTY, render_report, scores_context, slug
+from evals.report.tuning import chosen_points, curves, read_sweeps, tuning_context
 from evals.report.verdict import verdict
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.training import COLUMNS
@@ -57,6 +58,8 @@ def _write_report(its: Stage, config: ExperimentConfig) -> None:
         "masks": tables.masks(run, config),
         "identity": tables.identity(records),
     }
+    sweeps = read_sweeps(run, config)
+    data["tuning"] = curves(sweeps)
     tidy, data["geometry"] = tables.geometry(run, config)
     data["probes"], data["alignment"] = tables.vision(run, records)
     drawn: dict[str, str] = {}
@@ -73,7 +76,8 @@ def _write_report(its: Stage, config: ExperimentConfig) -> None:
         "config": config,
         "config_json": json.dumps(config.model_dump(mode="json"), indent=1),
         "record": about,
-        "recipe": recipe(run, config, records),
+        "recipe": recipe(run, config.with_points(chosen_points(sweeps)), records),
+        "tuning": tuning_context(sweeps, data["tuning"], drawn),
         "records": records,
         "headline": lines,
         "verdict": sentences,
@@ -118,6 +122,7 @@ def _report_inputs(run: RunFolder) -> dict[str, str]:
         "evals/*/tokens*.json*",
         "evals/*/base_kl.json",
         "evals/vision.json",
+        "sweeps/*.json",
         "masks/*.json",
         "geometry/*/*.json",
         "geometry/*.csv",

@@ -34,8 +34,8 @@ def _subnetwork_findings(about: TaskSentences) -> list[str]:
     if arm is None:
         return []
     pairs = [(group["kind"], group["difference"]) for group in about.controls(arm)]
-    if to_full := about.contrast(arm, about.full):
-        pairs.append(("full", to_full))
+    if to_full := about.to_full(arm):
+        pairs.append((about.name_of_full(to_full["b"]), to_full))
     name = "Subnetwork" if arm == "subnetwork" else arm
     found = "; ".join(f"minus {other}: {about.finding(its)}" for other, its in pairs)
     return [f"{name} {found}."] if found else []
@@ -119,7 +119,11 @@ def _pairs(record: Entry, tasks: Mapping[str, Entry], arm: str, role: str) -> di
         task: contrast
         for task, entry in tasks.items()
         for contrast in entry["contrasts"]
-        if contrast["a"] == arm and _role(record, contrast["b"]) == role
+        if contrast["a"] == arm
+        and (
+            _role(record, contrast["b"]) == role
+            or (role == "full" and contrast.get("non_inferiority"))
+        )
     }
 
 

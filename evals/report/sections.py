@@ -18,6 +18,7 @@ EMPTY: Context = {
     "recipe": [],
     "records": {},
     "training": [],
+    "tuning": None,
     "own_metrics": [],
     "curves": [],
     "held_out": [],
@@ -148,7 +149,7 @@ def _task_context(
         "passes": _pivot(own["pass_at"], lambda row: row["metric"]),
         "further": _pivot(own["further"], lambda row: row["metric"]),
         "non_inferior": [
-            {"arm": c["a"], "why": None, **c["non_inferiority"]}
+            {"arm": c["a"], "full": c["b"], "why": None, **c["non_inferiority"]}
             for c in entry["contrasts"]
             if c.get("non_inferiority")
         ],

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from vlopd.config.roles import UnpooledControl
+from vlopd.config.sweeps import words_of
 
 Entry = Mapping[str, Any]
 UNREADABLE_FRACTION = 0.5
@@ -48,6 +49,7 @@ def verdict(record: Entry) -> list[str]:
             *task_sentences.limits(),
         ]
         sentences += [prefix + line for line in lines]
+    sentences += tuning(record["arms"])
     roles = {arm: its["role"] for arm, its in record["arms"].items()}
     noise = "they exclude training-seed noise"
     if any(its.get("seed") is not None for its in record["arms"].values()):
@@ -73,6 +75,31 @@ def verdict(record: Entry) -> list[str]:
             f"{record['family']['name']}{tasks}."
         )
     return sentences
+
+
+def tuning(arms: Mapping[str, Entry]) -> list[str]:
+    """What was chosen for tuned arms, choices at the edge of their grid, and arms that had another budget."""
+    lines = []
+    budgets = {arm: its["budget"] for arm, its in arms.items() if its.get("budget")}
+    for arm, its in arms.items():
+        if found := its.get("sweep"):
+            line = f"{_sentence_start(arm)} is tuned on the validation split: {words_of(found['chosen'])}, "
+            line += f"of {budgets[arm]['settings']} settings"
+            if found["at_edge"]:
+                line += f"; that is the edge of the grid of {', '.join(found['at_edge'])}, so the best may lie outside"
+            lines.append(line + ".")
+    if lines and len({tuple(its.values()) for its in budgets.values()}) > 1:
+        each: dict[tuple[int, int], list[str]] = {}
+        for arm, its in budgets.items():
+            each.setdefault((its["settings"], its["prompts"]), []).append(arm)
+        had = "; ".join(
+            f"{', '.join(names)}: {settings} setting{'s' if settings > 1 else ''}, {prompts:,} prompts"
+            for (settings, prompts), names in each.items()
+        )
+        lines.append(
+            f"The trained arms had different budgets ({had}): a difference between them is of tuning too."
+        )
+    return lines
 
 
 def full_name(arms: Mapping[str, Entry]) -> str:
@@ -172,9 +199,9 @@ class TaskSentences:
                         f"no p below {group['smallest_possible_p']:.2g} is possible."
                     )
                 lines.append(line)
-            if difference := self.contrast(arm, self.full):
+            if difference := self.to_full(arm):
                 lines.append(
-                    f"{_sentence_start(arm)} minus full: {self.finding(difference)}; "
+                    f"{_sentence_start(arm)} minus {self.name_of_full(difference['b'])}: {self.finding(difference)}; "
                     f"{non_inferiority_text(difference)}."
                 )
         return lines + [self.over_seeds(its) for its in self.task["seeds"]]
@@ -220,6 +247,8 @@ class TaskSentences:
         """Whether a contrast between two arms is declared, and none of those that have a dedicated sentence."""
         a, b = contrast["a"], contrast["b"]
         covered = isinstance(b, str) and (self.arms[a]["role"], self.arms[b]["role"]) in COVERED
+        if self.arms[a]["role"] == "subnetwork":  # of several full arms, one has the sentence
+            covered = bool(contrast.get("non_inferiority"))
         return contrast["declared"] and isinstance(b, str) and not covered
 
     def transplants(self) -> list[str]:
@@ -296,6 +325,15 @@ class TaskSentences:
 
     def contrast(self, a: str | None, b: str | None) -> Entry | None:
         return next((c for c in self.task["contrasts"] if (c["a"], c["b"]) == (a, b)), None)
+
+    def to_full(self, arm: str) -> Entry | None:
+        """A subnetwork's contrast with full training: from its own seed, where there is such an arm."""
+        found = [c for c in self.task["contrasts"] if c["a"] == arm and c.get("non_inferiority")]
+        return next(iter(found), None)
+
+    def name_of_full(self, arm: str) -> str:
+        """`full`, or the replicate that stands for it at a subnetwork's seed, so that the mask alone differs."""
+        return "full" if arm == self.full else f"{arm} ({self.name} from the same seed)"
 
     def controls(self, arm: str) -> list[Entry]:
         """The pooled controls of an arm, one group per kind of mask."""

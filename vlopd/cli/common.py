@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import tomllib
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from importlib.metadata import version
@@ -18,7 +17,8 @@ from rich.text import Text
 from vlopd import pipeline
 from vlopd.config.arms import expand_seeds
 from vlopd.config.experiment import ExperimentConfig
-from vlopd.config.input import merged
+from vlopd.config.input import merged, read_tables
+from vlopd.config.sweeps import words_of
 from vlopd.errors import ConfigError, UserError
 from vlopd.files import is_first_process, read_json
 from vlopd.plugins import Use
@@ -46,8 +46,8 @@ def complete_arms(context: typer.Context, incomplete: str) -> list[str]:
         if target.is_dir():
             arms = read_json(target / "run.json")["config"]["arms"]
         else:
-            arms = expand_seeds(tomllib.loads(target.read_text()))["arms"]
-    except (OSError, ValueError, KeyError):  # nothing to complete from
+            arms = expand_seeds(read_tables(target))["arms"]
+    except (OSError, ValueError, KeyError, ConfigError):  # nothing to complete from
         return []
     return [name for name in arms if name.startswith(incomplete)]
 
@@ -86,6 +86,15 @@ def print_artifact(what: str, where: Path, made: bool) -> None:
             print_left_out(where.parent)
         if made and where.name in ("compare.json", "results.json"):
             print_results(read_json(where))
+        if made and where.name == "record.json" and (about := read_json(where).get("sweep")):
+            say("chosen", choice_in_words(about))
+
+
+def choice_in_words(sweep: Mapping[str, Any]) -> str:
+    """What was chosen for a tuned arm, of how many settings, and whether at the edge of their grid."""
+    edge = ", ".join(sweep["at_edge"])
+    text = f"{words_of(sweep['chosen'])}, of {len(sweep['curve'])} settings"
+    return f"{text}; at the edge of {edge}, so the best may lie outside" if edge else text
 
 
 def print_plugin(use: Use) -> None:

@@ -24,6 +24,7 @@ from vlopd.cli.common import (
     Out,
     Overrides,
     Target,
+    choice_in_words,
     console,
     print_artifact,
     print_notes,
@@ -266,6 +267,13 @@ def show(run: Folder) -> None:
             arm["evaluated"],
         )
     console.print(table)
+    for name in its.config.arms:
+        tried = [its.folder.arm_record(each) for each in its.config.candidates(name)]
+        if tried and (record := its.folder.arm_record(name)).exists():
+            say(f"{name}, tuned", choice_in_words(read_json(record)["sweep"]))
+        elif tried:
+            made = sum(path.exists() for path in tried)
+            say(f"{name}, to be tuned", f"{made} of {len(tried)} settings trained")
     for problem in its.problems:
         say("altered", problem, "red")
     if its.folder.compare.exists():

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
+from vlopd import pipeline
 from vlopd.cli.common import AllowOtherBase, console, print_artifact, print_plugin, refuse, say
 from vlopd.config.input import parse_override, value_of
 from vlopd.config.masks import FunctionMask, MaskConfig
@@ -65,7 +66,12 @@ def make(
         for each in name or config.masks:
             for use in config.plugins_of_mask(each):
                 print_plugin(use)
-            made = make_mask(folder, config, each, ArmOptions(allow_other_base))
+            made = make_mask(
+                folder,
+                config,
+                each,
+                ArmOptions(allow_other_base, choose=pipeline.choice_of(config)),
+            )
             print_artifact(f"mask {each}", folder.mask(each), made)
         return
     if parsed is None or out is None:

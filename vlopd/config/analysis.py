@@ -205,6 +205,19 @@ class GenerationConfig(Section):
         return other.model_copy(update=own)
 
 
+class ValidationConfig(Section):
+    """The split on which tuned arms (`sweep`) choose their settings, with the settings of `eval`."""
+
+    tasks: Annotated[tuple[str, ...], Unique] = Field(min_length=1)
+    """lm-eval task names, none of which is in eval.tasks."""
+    limit: Count | None = None
+    """Number of questions per task, from the first; null for all."""
+    generation: dict[str, GenerationConfig] = Field(default_factory=dict)
+    """As eval.generation, for these tasks; the "*" of eval.generation holds here too."""
+    metric: dict[str, str] = Field(default_factory=dict)
+    """As eval.metric, for these tasks."""
+
+
 class EvalConfig(Section):
     """Evaluation of the arms on lm-eval tasks, and their comparison."""
 
@@ -246,3 +259,28 @@ class EvalConfig(Section):
     """Questions, from the first, whose images are kept for the report's examples."""
     during: HeldOutConfig | None = None
     """Periodic held-out evaluation during training; never affects training."""
+    validation: ValidationConfig | None = None
+    """The split on which tuned arms choose their settings; these are not evaluated on eval.tasks before the choice."""
+
+    @property
+    def for_validation(self) -> EvalConfig:
+        """The settings of the evaluation on the validation split."""
+        assert self.validation is not None
+        its = dict(self.validation)
+        its["generation"] = {k: v for k, v in self.generation.items() if k == "*"} | its[
+            "generation"
+        ]
+        nothing = {"keep_images": 0, "during": None, "contrasts": None}
+        return self.model_copy(update={**its, **nothing})
+
+    @model_validator(mode="after")
+    def check_validation(self) -> EvalConfig:
+        """No task is in both splits, also not as a variant without its pictures."""
+        tested = {task.partition("@")[0] for task in self.tasks}
+        for task in self.validation.tasks if self.validation else ():
+            if task.partition("@")[0] in tested:
+                raise ValueError(
+                    f"validation.tasks: {task!r} is in eval.tasks too, which chosen settings are tested on; use "
+                    "another split"
+                )
+        return self

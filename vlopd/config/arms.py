@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from vlopd.config.base import Count, Section, Seed, Share, Unique, Weight
+from vlopd.config.base import Count, Name, Section, Seed, Share, Unique, Weight
 from vlopd.config.functions import with_names
 from vlopd.config.lora import Lora
 from vlopd.config.masks import Selection
 from vlopd.config.recipe import ArmRecipe
 from vlopd.config.signal_nulls import SignalNullConfig, replayed_by
+from vlopd.config.sweeps import Grid
 
 Role = Literal[
     "base",
@@ -125,6 +126,12 @@ class DistillArm(Section):
     """Projects gradients onto the subspace of an early update; null for none."""
     lora: Lora | None = None
     """Trains low-rank updates of linear layers in place of the weights; null for none."""
+    sweep: Grid | None = None
+    """Tunes the arm: trains it at each point of the grid of these recipe keys, {"optim.learning_rate" = [3e-4, 1e-3]},
+    and keeps that with the best mean score on eval.validation; null for no tuning."""
+    sweep_group: Name | None = None
+    """Name shared by the tuned arms that take one choice, the best by the mean over them; null for the arm's own name,
+    or that before `seeds` made several of it."""
 
     @property
     def own(self) -> dict[str, Table]:
@@ -153,6 +160,18 @@ class DistillArm(Section):
             for key, other in (("mask", self.mask), ("subspace", self.subspace)):
                 if other is not None:
                     raise ValueError(f"lora trains no coordinate of the weights; leave {key} out")
+        return self
+
+    @model_validator(mode="after")
+    def check_sweep(self) -> DistillArm:
+        sections = set(ArmRecipe.model_fields)
+        for key in self.sweep or ():
+            if key.partition(".")[0] not in sections or "." not in key:
+                raise ValueError(
+                    f"sweep of {key!r}: must be a key of {', '.join(sorted(sections))}, as optim.learning_rate"
+                )
+        if self.sweep_group is not None and self.sweep is None:
+            raise ValueError("sweep_group: only with sweep")
         return self
 
 
@@ -348,6 +367,8 @@ def expanded(
                 own = {key: value for key, value in table.items() if key != "seeds"}
                 own |= {"seed": seeds[k]} if seeds is not None else {}
                 own |= {"mask": f"{mask}-{k}"} if count is not None else {}
+                if table.get("sweep") is not None:
+                    own = {"sweep_group": name, **own}
                 copies[f"{name}-{k}"] = own
             counts[name] = len(copies)
         for copy in copies:

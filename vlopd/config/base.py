@@ -149,7 +149,11 @@ def _usable_name(name: str) -> str:
     return name
 
 
-Name = Annotated[str, Field(pattern=NAME, max_length=100), AfterValidator(_usable_name)]
+LONGEST_NAME = 100
+"""Characters of a name."""
+
+
+Name = Annotated[str, Field(pattern=NAME, max_length=LONGEST_NAME), AfterValidator(_usable_name)]
 """The name of an experiment, an arm or a mask, used for files and folders."""
 
 

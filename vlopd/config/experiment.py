@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ from vlopd.config.arms import (
     masks_read,
     replay_of,
 )
-from vlopd.config.base import Name, distinct_names
+from vlopd.config.base import LONGEST_NAME, Name, distinct_names
 from vlopd.config.data import DataConfig, FileData
 from vlopd.config.explain import explain_errors
 from vlopd.config.masks import (
@@ -37,6 +38,7 @@ from vlopd.config.models import ModelConfig, PrecisionConfig, TeacherConfig, as_
 from vlopd.config.objective import RolloutConfig
 from vlopd.config.recipe import EXECUTION, ArmRecipe, RecipeSections
 from vlopd.config.roles import Roles, roles_of
+from vlopd.config.sweeps import Point, candidate_name, nested, points_of
 from vlopd.config.tracking import TrackingConfig
 from vlopd.config.training import Muon
 from vlopd.errors import ConfigError
@@ -92,6 +94,59 @@ class ExperimentConfig(RecipeSections):
         except ValidationError as error:
             raise ConfigError(explain_errors(error, ArmRecipe)) from None
 
+    def candidates(self, name: str) -> dict[str, DistillArm]:
+        """The arms among which a tuned arm is chosen, in the order of its grid; empty for any other arm.
+
+        They are trained like other arms but stay out of roles, geometry and the evaluation on eval.tasks.
+        """
+        arm = self.arms.get(name)
+        if not isinstance(arm, DistillArm) or arm.sweep is None:
+            return {}
+        return {candidate_name(name, p): self.at_point(arm, p) for p in points_of(arm.sweep)}
+
+    def at_point(self, arm: DistillArm, point: Point) -> DistillArm:
+        """A tuned arm at one point of its grid, as an arm of its own."""
+        own = copy.deepcopy(arm.own)
+        merge(own, nested(point))
+        return arm.model_copy(update={"sweep": None, "sweep_group": None, **own})
+
+    def with_candidates(self) -> ExperimentConfig:
+        """This config with the candidates of tuned arms among its arms, for making and checking them."""
+        found = {c: arm for name in self.arms for c, arm in self.candidates(name).items()}
+        return self.model_copy(update={"arms": self.arms | found}) if found else self
+
+    def with_points(self, chosen: Mapping[str, Point]) -> ExperimentConfig:
+        """This config with tuned arms at these points of their grids, for what is said of their recipes."""
+        arms: dict[str, ArmConfig] = dict(self.arms)
+        for name, point in chosen.items():
+            if isinstance(arm := arms[name], DistillArm):
+                arms[name] = self.at_point(arm, point)
+        return self.model_copy(update={"arms": arms})
+
+    def sweep_group(self, name: str) -> str | None:
+        """The group of a tuned arm; None for any other arm."""
+        arm = self.arms.get(name)
+        if isinstance(arm, DistillArm) and arm.sweep is not None:
+            return arm.sweep_group or name
+        return None
+
+    def sweep_members(self, group: str) -> list[str]:
+        """The tuned arms of a group, which share one choice."""
+        return [name for name in self.arms if self.sweep_group(name) == group]
+
+    @property
+    def sweep_groups(self) -> list[str]:
+        found = [its for name in self.arms if (its := self.sweep_group(name)) is not None]
+        return list(dict.fromkeys(found))
+
+    def budget_of(self, name: str) -> dict[str, int] | None:
+        """What a trained arm may have cost: settings tried, and the prompts of all of them; None for other arms."""
+        arm = self.arms[name]
+        if not isinstance(arm, DistillArm):
+            return None
+        tried = list(self.candidates(name).values()) or [arm]
+        return {"settings": len(tried), "prompts": sum(self.recipe_of(a).prompts for a in tried)}
+
     def with_compute(self, compute: Literal["fp32", "bf16"]) -> ExperimentConfig:
         """This config with `precision.compute` resolved."""
         precision = self.precision.model_copy(update={"compute": compute})
@@ -120,6 +175,8 @@ class ExperimentConfig(RecipeSections):
             found.append(
                 f"masks {', '.join(unused)}: no arm is made under them (`vlopd mask make`)"
             )
+        if self.eval.validation is not None and not self.sweep_groups:
+            found.append("eval.validation: no effect without a tuned arm (arms.NAME.sweep)")
         if isinstance(self.data, FileData) and self.data.image_mark and self.data.image is None:
             found.append("data.image_mark: no effect without data.image")
         return found
@@ -218,12 +275,11 @@ class ExperimentConfig(RecipeSections):
                 key = "mask" if mask_name == mask_of(arm) else "lora.like"
                 need(self.masks, mask_name, f"arms.{name}.{key}")
             self._refuse_cycle(name)
-            if (
-                isinstance(arm, DistillArm)
-                and arm.mask
-                and isinstance(self.recipe_of(arm).optim, Muon)
-            ):
-                self._refuse_cut_matrices(name, arm.mask)
+            if isinstance(arm, DistillArm) and arm.mask:
+                tried = list(self.candidates(name).values()) or [arm]
+                if any(isinstance(self.recipe_of(each).optim, Muon) for each in tried):
+                    self._refuse_cut_matrices(name, arm.mask)
+        self._check_sweeps()
         for name in self.geometry.arms:
             need(self.arms, name, "geometry.arms")
             if isinstance(self.arms[name], (ImportedArm, CheckpointArm)):
@@ -253,6 +309,11 @@ class ExperimentConfig(RecipeSections):
                         f"arms.{name}.lora: a teacher with `ema` averages the student's weights, which a LoRA does not "
                         "train; give this arm a fixed teacher"
                     )
+                for candidate, each in self.candidates(name).items():
+                    try:
+                        self.recipe_of(each)
+                    except ConfigError as error:
+                        raise ValueError(f"arms.{name}.sweep ({candidate}): {error}") from None
 
     def _check_replay(self, name: str, arm: DistillArm, replayed: str) -> None:
         """Raises ValueError where an arm replays completions of other prompts than its own."""
@@ -295,12 +356,45 @@ class ExperimentConfig(RecipeSections):
         arm = self.arms[reference.arm]
         if not isinstance(arm, DistillArm):
             raise ValueError(f"{where} names {text!r}, but {reference.arm} is not trained")
-        train = self.recipe_of(arm).train
-        if reference.step not in train.keep_steps or reference.step > train.steps:
+        for each in list(self.candidates(reference.arm).values()) or [arm]:
+            train = self.recipe_of(each).train
+            if reference.step not in train.keep_steps or reference.step > train.steps:
+                raise ValueError(
+                    f"{where} names {text!r}, but of {train.steps} steps train.keep_steps keeps "
+                    f"{list(train.keep_steps)}; put {reference.step} there"
+                )
+
+    def _check_sweeps(self) -> None:
+        """Raises ValueError for tuned arms that cannot be chosen among: without a split, or tied to one another."""
+        if (tuned := next(iter(self.sweep_groups), None)) and self.eval.validation is None:
+            name = self.sweep_members(tuned)[0]
             raise ValueError(
-                f"{where} names {text!r}, but of {train.steps} steps train.keep_steps keeps "
-                f"{list(train.keep_steps)}; put {reference.step} there"
+                f"arms.{name}.sweep needs a split to choose on: set eval.validation = {{tasks = [...], limit = ...}}"
             )
+        for group in self.sweep_groups:
+            first, *others = members = self.sweep_members(group)
+            for name in others:
+                grids = [dict(self.arms[each])["sweep"] for each in (first, name)]
+                if grids[0] != grids[1]:
+                    raise ValueError(
+                        f"arms.{first} and arms.{name} share the sweep {group!r} but have other grids; give them one"
+                    )
+            for name in members:
+                for above in self.ancestors(name):
+                    if above in members:
+                        raise ValueError(
+                            f"arms.{name} is made from arms.{above}, so they cannot share the sweep {group!r}; give "
+                            "them other names of sweep_group"
+                        )
+        made = [c for name in self.arms for c in self.candidates(name)]
+        distinct_names(dict.fromkeys([*self.arms, *made]), "arms")
+        for name in made:
+            if name in self.arms:
+                raise ValueError(f"arms.{name} is also what a sweep makes; rename it")
+            if len(name) > LONGEST_NAME:
+                raise ValueError(
+                    f"the sweep's {name!r} is too long for a file name; rename its arm"
+                )
 
     def _refuse_cut_matrices(self, arm: str, mask: str) -> None:
         """Raises ValueError for Muon with a mask that takes parts of matrices, as far as the rule determines it."""

@@ -23,7 +23,7 @@ def load_config(
     """Reads the config of an experiment.
 
     Args:
-        source: a TOML file, or the same tables as a dict.
+        source: a TOML file, or the same tables as a dict; with `extends`, over those of another file.
         overrides: TOML lines, as on the command line: `["train.steps=20", "name=other"]`.
 
     Returns a frozen ExperimentConfig. Raises ConfigError with the file, the key and the nearest known key.
@@ -33,9 +33,9 @@ def load_config(
     2e-05
     """
     if isinstance(source, Mapping):
-        tree, where = copy.deepcopy(dict(source)), "config"
+        tree, where = _extended(copy.deepcopy(dict(source)), Path("config"), ()), "config"
     elif isinstance(source, str | Path):
-        tree, where = _read_toml(Path(source)), str(source)
+        tree, where = read_tables(source), str(source)
     else:
         raise ConfigError(f"a config is a TOML file or a dict, not a {type(source).__name__}")
     return config_of(merged(tree, overrides), where)
@@ -60,6 +60,61 @@ def _join(tree: dict[str, Any], more: Mapping[str, Any]) -> None:
             _join(old, value)
         else:
             tree[key] = value
+
+
+def read_tables(path: Path | str) -> dict[str, Any]:
+    """The tables of a TOML file over those of the files that it extends, without validation.
+
+    Raises ConfigError for a file that cannot be read or extends itself.
+    """
+    return _extended(_read_toml(Path(path)), Path(path), (Path(path).resolve(),))
+
+
+def _extended(tree: dict[str, Any], path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+    """`tree`, of the file `path`, over the tables of its `extends`, from which those of `remove` are dropped.
+
+    below: the files whose `extends` led here. `name` must be given again and `title` is not inherited: results of
+    another experiment would otherwise be made in the base's folder, or under its title.
+    """
+    remove = tree.pop("remove", [])
+    if "extends" not in tree:
+        if remove:
+            raise ConfigError(f"{path}: remove: only with extends, whose tables it drops")
+        return tree
+    named = tree.pop("extends")
+    if not isinstance(named, str):
+        raise ConfigError(f'{path}: extends must name a file, as in "base.toml"; got {named!r}')
+    if "name" not in tree:
+        raise ConfigError(
+            f"{path}: name is missing; with that of {named} it would share its run folder"
+        )
+    base_path = path.parent / named
+    if (whole := base_path.resolve()) in below:
+        chain = " <- ".join(each.name for each in (*below, whole))
+        raise ConfigError(f"{path}: extends leads back to itself: {chain}")
+    base = _extended(_read_toml(base_path), base_path, (*below, whole))
+    for key in ("name", "title"):
+        base.pop(key, None)
+    if not isinstance(remove, list) or not all(isinstance(key, str) for key in remove):
+        raise ConfigError(f'{path}: remove must be a list of keys, as in ["arms.full"]')
+    for key in remove:
+        if not _drop(base, key):
+            raise ConfigError(f"{path}: remove: {named} has no {key!r}")
+    merge(base, tree)
+    return base
+
+
+def _drop(tree: dict[str, Any], key: str) -> bool:
+    """Deletes `key`, as arms.full or masks.top-0.3, whose names may have dots; returns whether it was there."""
+    if key in tree:
+        del tree[key]
+        return True
+    parts = key.split(".")
+    heads = (".".join(parts[:i]) for i in range(1, len(parts)))
+    return any(
+        isinstance(inner := tree.get(head), dict) and _drop(inner, key[len(head) + 1 :])
+        for head in heads
+    )
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

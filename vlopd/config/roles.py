@@ -6,7 +6,7 @@ An arm's `role` may be given; otherwise the default applies, and an ambiguous on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vlopd.config.arms import (
@@ -37,7 +37,10 @@ _WITHOUT_EFFECT = {
 
 
 class Controls(NamedTuple):
-    """Controls of one arm that differ from it and from each other only in the draw of the mask; averaged."""
+    """Controls of one arm that differ from it and from each other only in the draw of the mask; averaged.
+
+    Tuned ones share one choice (DistillArm.sweep_group).
+    """
 
     arm: str
     """The arm they are controls of."""
@@ -87,12 +90,20 @@ class Roles:
     unpooled: tuple[UnpooledControl, ...] = ()
     seed_groups: tuple[tuple[str, ...], ...] = ()
     nulls: tuple[SignalNulls, ...] = ()
+    seeds: Mapping[str, int] = field(default_factory=dict)
+    """Training seeds of the trained arms."""
 
     def arms(self, role: Role) -> list[str]:
         return [arm for arm, its in self.of.items() if its == role]
 
     def first(self, role: Role) -> str | None:
         return next(iter(self.arms(role)), None)
+
+    def full_at_seed_of(self, arm: str) -> str | None:
+        """The full arm or a replicate of it with an arm's training seed; else full, or None without one."""
+        full = self.first("full")
+        alike = [its for its in (full, *self.arms("replicate")) if its is not None]
+        return next((its for its in alike if self.seeds.get(its) == self.seeds.get(arm)), full)
 
     def contrasts(self, texts: Sequence[str]) -> list[Contrast]:
         """The declared contrasts. Raises ValueError as `contrast`, and where two are one test, which counts once."""
@@ -167,7 +178,8 @@ def roles_of(
         )
     controls, unpooled = _group_controls(arms, masks, of, settings)
     groups = _seed_groups(arms, of, settings)
-    return Roles(of, controls, unpooled, groups, _signal_nulls(arms, of, settings))
+    seeds = {name: arm.seed for name, arm in arms.items() if isinstance(arm, DistillArm)}
+    return Roles(of, controls, unpooled, groups, _signal_nulls(arms, of, settings), seeds)
 
 
 def _default_role(
@@ -274,12 +286,16 @@ def _group_controls(
             else:
                 null = _null_of_mask(rule, arms)
                 key = ("null", null) if null else _draw_key(masks, masked[other])
+                key = (*key, _choice_of(other, arms[other]))
                 alike.setdefault(key, []).append(other)
-        kinds = [_mask_kind(masks[masked[members[0]]], arms) for members in alike.values()]
-        for kind, members in zip(kinds, alike.values(), strict=True):
-            first = masks[masked[members[0]]]
-            label = kind if kinds.count(kind) == 1 else f"{kind}, as {members[0]}"
-            match = first.match if isinstance(first, RandomMask) else None
+        rules = [masks[masked[members[0]]] for members in alike.values()]
+        kinds = [_mask_kind(rule, arms) for rule in rules]
+        matches = [rule.match if isinstance(rule, RandomMask) else None for rule in rules]
+        for kind, match, members in zip(kinds, matches, alike.values(), strict=True):
+            label = kind
+            if kinds.count(kind) > 1:
+                alone = match is not None and matches.count(match) == 1
+                label = f"{kind}, {match}-matched" if alone else f"{kind}, as {members[0]}"
             groups.append(Controls(name, label, match, tuple(members)))
     return tuple(groups), tuple(unpooled)
 
@@ -359,6 +375,11 @@ def _copied_masks(masks: Mapping[str, MaskConfig], mask: str) -> list[str]:
     return found
 
 
+def _choice_of(name: str, arm: ArmConfig) -> str:
+    """A tuned arm's group, whose arms share one choice; empty for others."""
+    return arm.sweep_group or name if isinstance(arm, DistillArm) and arm.sweep else ""
+
+
 def _draw_key(masks: Mapping[str, MaskConfig], mask: str) -> tuple[str, ...]:
     """A key equal for masks that differ only in the draw: the rule without its seed, and the mask it copies."""
     rule = masks[mask]
@@ -372,14 +393,21 @@ def _draw_key(masks: Mapping[str, MaskConfig], mask: str) -> tuple[str, ...]:
 
 
 def _settings_of(arm: ArmConfig, recipe: ArmRecipe | None) -> dict[str, Any]:
-    """The settings that determine an arm except role, seed and mask, as {"optim.learning_rate": 1e-4, ...}."""
+    """The settings that determine an arm except role, seed and mask, as {"optim.learning_rate": 1e-4, ...}.
+
+    Of a tuned arm the grid stands in place of the values of its keys: which is chosen is a result, and no difference.
+    """
     shared = set(ArmRecipe.model_fields)
-    found = arm.model_dump(mode="json", exclude={"role", "seed", "mask", "null", *shared})
+    found = arm.model_dump(
+        mode="json", exclude={"role", "seed", "mask", "null", "sweep_group", *shared}
+    )
     if isinstance(arm, DistillArm) and arm.null is not None:
         found["null"] = arm.null.label
     if recipe is not None:
         found |= recipe.model_dump(mode="json", include=shared)
-    return {key: value for key, value in _flatten(found).items() if key not in _WITHOUT_EFFECT}
+    swept = (arm.sweep or {}) if isinstance(arm, DistillArm) else {}
+    without = {*_WITHOUT_EFFECT, *swept}
+    return {key: value for key, value in _flatten(found).items() if key not in without}
 
 
 def _flatten(table: Mapping[str, Any], above: str = "") -> dict[str, Any]:

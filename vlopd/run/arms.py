@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -73,6 +74,9 @@ from vlopd.weights.subspace import Projection, inner_part, rank_of, update_proje
 PredictMemory = Callable[[ModelPair, Recipe, float, Mapping[str, Any]], Mapping[str, Any] | None]
 """(pair, recipe, fraction of coordinates that train, memory.json) -> what was to be expected."""
 
+Choose = Callable[[RunFolder, ExperimentConfig, str], None]
+"""(run, config with the candidates, group of tuned arms): writes sweeps/GROUP.json, the candidates being trained."""
+
 
 class ArmOptions(NamedTuple):
     """Options of making arms and masks that are not in the config."""
@@ -85,6 +89,8 @@ class ArmOptions(NamedTuple):
     """Teachers that stay loaded from one arm to the next; None: each arm loads its own."""
     predict: PredictMemory | None = None
     """Predicts the memory of an arm's training, for its memory.json."""
+    choose: Choose | None = None
+    """Chooses the settings of a group of tuned arms."""
 
 
 DEFAULT_OPTIONS = ArmOptions()
@@ -278,6 +284,28 @@ def _read_projections(
         if pair.name in parameters
     }
     return {name: projection for name, projection in found.items() if projection is not None}
+
+
+def write_tuned(its: Stage, config: ExperimentConfig, name: str) -> None:
+    """Makes the files of a tuned arm from those of its chosen candidate, as hard links where the disk has them."""
+    run = its.run
+    about = dict(read_json(run.sweep(str(config.sweep_group(name)))))
+    about.pop("inputs")
+    chosen = its.inputs["chosen"]
+    run.checksums.check(f"arms/{chosen}")
+    record, source = run.arm_record(chosen), run.arm(chosen)
+    for path in source.rglob("*"):
+        if path.is_file() and path != record:
+            to = run.arm(name) / path.relative_to(source)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, to)
+            except OSError:
+                shutil.copy2(path, to)
+    content = {key: value for key, value in read_json(record).items() if key != "inputs"}
+    about["budget"] = config.budget_of(name)
+    content |= {"arm": name, "candidate": chosen, "sweep": about}
+    its.finish(content, [p for p in run.arm(name).rglob("*") if p.is_file()])
 
 
 def write_transplant(

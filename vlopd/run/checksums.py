@@ -27,6 +27,8 @@ RECORDS = {
     "evals": "evals/{}/results.json",
     "tokens": "evals/{}/tokens.json",
     "base_kl": "evals/{}/base_kl.json",
+    "validation": "validation/{}/results.json",
+    "sweeps": "sweeps/{}.json",
 }
 """Record file of an artifact, by its name or the name's first part. Written last: it marks the artifact done."""
 
@@ -120,6 +122,7 @@ class Checksums:
             "masks": [f"masks/{name}.safetensors", f"masks/{name}.json"],
             "tokens": [f"evals/{name}/tokens.json"],
             "base_kl": [f"evals/{name}/base_kl.json"],
+            "sweeps": [f"sweeps/{name}.json"],
             "images": [f"evals/images/{name}"],
             "report": ["report"],
         }

@@ -55,6 +55,8 @@ def arm_inputs(
             "files": model_content(config.student, whole),
             "stored": config.precision.stored,
         }
+    if config.candidates(name):
+        return _tuned_inputs(run, config, name)
     files = arm_content(run, config, base_arm(config) if _starts_from_base(arm) else name, whole)
     if isinstance(arm, TeacherArm):
         teacher = config.teacher_of(arm)
@@ -92,6 +94,18 @@ def arm_inputs(
         without_null = isinstance(arm, TransplantArm)
         inputs["arm"] = arm.model_dump(mode="json", exclude={"role"}, exclude_none=without_null)
     return inputs | _reference_inputs(run, config, arm, whole)
+
+
+def _tuned_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str, Any]:
+    """The inputs of a tuned arm: its group's curve and choice, and the chosen candidate."""
+    about = run.sweep(str(config.sweep_group(name)))
+    chosen = read_json(about)["candidates"][name]
+    return {
+        "base": arm_digest(run, base_arm(config)),
+        "sweep": file_digest(about),
+        "chosen": chosen,
+        "checkpoint": arm_digest(run, chosen),
+    }
 
 
 def execution_of(recipe: Recipe) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from vlopd.files import TEMPORARY, is_first_process, read_json, write_json
 from vlopd.run.checksums import Checksums, differences
 from vlopd.run.provenance import provenance
 
-WRITTEN = ("arms", "masks", "geometry", "evals", "report", "checksums")
+WRITTEN = (*("arms", "masks", "geometry", "evals", "validation", "sweeps", "report", "checksums"),)
 """Folders of a run that stages write into."""
 FORMAT = 2
 """Version of run.json; increased where files of an earlier version would be misread."""
@@ -76,6 +76,10 @@ class RunFolder:
 
     def eval(self, arm: str) -> Path:
         return self.root / "evals" / arm
+
+    def sweep(self, group: str) -> Path:
+        """The curve and choice of a group of tuned arms."""
+        return self.checksums.record(f"sweeps/{group}")
 
     @property
     def compare(self) -> Path:

@@ -21,6 +21,7 @@ from vlopd.config.arms import (
 )
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import FileMask, Reference
+from vlopd.errors import RunError
 from vlopd.masks.files import save_mask
 from vlopd.masks.rules import Mask, build_mask
 from vlopd.models import parameter_names
@@ -34,6 +35,7 @@ from vlopd.run.arms import (
     write_extrapolation,
     write_merge,
     write_transplant,
+    write_tuned,
 )
 from vlopd.run.dependencies import arm_inputs, mask_inputs, other_bases_of_mask
 from vlopd.run.folder import RunFolder
@@ -62,6 +64,8 @@ def make_arm(
     if (replayed := replay_of(arm)) is not None:
         make_arm(run, config, replayed, options)
     inputs = partial(arm_inputs, run, config, name)
+    if config.candidates(name):
+        return _make_tuned(run, config.with_candidates(), name, options)
     if isinstance(arm, DistillArm):
         with stage(run, f"arms/{name}") as its:
             distributed.accelerator().wait_for_everyone()
@@ -84,6 +88,23 @@ def make_arm(
                     write_extrapolation(its, config, name, arm, options)
                 case MergeArm():
                     write_merge(its, config, name, arm, options)
+    return its.made
+
+
+def _make_tuned(run: RunFolder, config: ExperimentConfig, name: str, options: ArmOptions) -> bool:
+    """Makes a tuned arm after the candidates of its group and the choice among them."""
+    group = str(config.sweep_group(name))
+    for member in config.sweep_members(group):
+        for candidate in config.candidates(member):
+            make_arm(run, config, candidate, options)
+    choose = options.choose
+    if choose is None:
+        raise RunError(f"arms.{name} is tuned, and not made yet; make it with `vlopd run`")
+    distributed.main_process_alone(distributed.accelerator(), partial(choose, run, config, group))
+    with distributed.main_process_first(), stage(run, f"arms/{name}") as its:
+        if its.is_due(lambda _: arm_inputs(run, config, name)):
+            shutil.rmtree(run.arm(name), ignore_errors=True)
+            write_tuned(its, config, name)
     return its.made
 
 

@@ -56,7 +56,7 @@ def verify_run(run: RunFolder) -> Verified:
     problems = list(dict.fromkeys(problems))
     inputs: list[str] = []
     if not any(problem.file in (written, run.checksums.path("run")) for problem in problems):
-        config = config_of(run.read()["config"], written)
+        config = config_of(run.read()["config"], written).with_candidates()
         inputs = _changed_inputs(run, config)
     return Verified(problems, sorted(unknown), inputs, len(present), n_bytes)
 
