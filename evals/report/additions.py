@@ -156,7 +156,7 @@ def sentence(
     alpha: float,
     form: str = ".3g",
 ) -> str:
-    """`Low rank does not survive: training on nothing has it too (OPD 3.2, rademacher 3.6, p = 0.4, 3 against 3 seeds).`
+    """`Low rank does not survive: training on nothing has it too (OPD 3.2, rademacher 3.6, p = 0.4, 3 against 3).`
 
     With several nulls the claim has the weakest of their decisions, and each is named.
     """
@@ -268,10 +268,9 @@ def _compared(
     if row is None:
         real = values[values.kind == "real"].value
         other = values[(values.kind == "signal") & (values.null == null)].value
-        means = [None if part.empty else float(part.mean()) for part in (real, other)]
-        return Comparison(
-            null, *means, len(real), len(other), None, None, False, "no row in groups.csv"
-        )
+        first, second = (None if part.empty else float(part.mean()) for part in (real, other))
+        n = len(real), len(other)
+        return Comparison(null, first, second, *n, None, None, False, "no row in groups.csv")
     numbers = (row["real_mean"], row["null_mean"], int(row["n_real"]), int(row["n_null"]))
     p = row["p"] if row["q"] is None else row["q"]
     is_equivalent = str(row["equivalent"]) == "True"

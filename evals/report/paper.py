@@ -668,21 +668,25 @@ EVIDENCE = (
 """Columns of optimizer.jsonl over the steps at which it is written, all coordinates together."""
 OPTIMIZER_COLUMNS = ("learning rate", *CURVE_TITLES, "test %", *(its[0] for its in EVIDENCE))
 
+SAME_TRAINING = {"type", "seed", "role", "optim", "sweep"}
+"""Fields of an arm in which those of the optimizer table may differ."""
+
 
 def optimizer_rows(pair: Pair) -> Iterator[Number]:
     """Trainings that differ only in the optimizer: scores, and the alignment and spread of its moments."""
-    arms = [
-        arm
+    kinds = {
+        arm: pair.config.recipe_of(its).optim
         for arm, its in pair.config.arms.items()
-        if isinstance(its, DistillArm) and its.mask is None and set(its.own) <= {"optim"}
-        and arm not in pair.labels and (pair.scored(arm) or arm in pair.curves)
-    ]  # fmt: skip
-    kinds = {arm: pair.config.recipe_of(pair.config.arms[arm]).optim for arm in arms}
+        if isinstance(its, DistillArm)
+        and not any(its.model_dump(exclude=SAME_TRAINING).values())
+        and (pair.scored(arm) or arm in pair.curves)
+        and arm not in pair.labels
+    }
     if len({its.type for its in kinds.values()}) < 2:
         raise Lacking(
             'all arms have one optimizer: add an arm with optim = {type = "sgd", learning_rate = ...}'
         )
-    for group in pair.groups(arms):
+    for group in pair.groups(list(kinds)):
         optim = kinds[group.arms[0]]
         label = f"{optim.type}: {group.label}"
         for column in OPTIMIZER_COLUMNS:
@@ -714,7 +718,9 @@ def _learning_rate(pair: Pair, arm: str) -> float:
     """The learning rate that an arm was trained with, the chosen one of a sweep."""
     recipe = (pair.records.get(arm, {}).get("inputs") or {}).get("recipe") or {}
     rate = (recipe.get("optim") or {}).get("learning_rate")
-    return float(rate or pair.config.recipe_of(pair.config.arms[arm]).optim.learning_rate)
+    its = pair.config.arms[arm]
+    assert isinstance(its, DistillArm)
+    return float(rate or pair.config.recipe_of(its).optim.learning_rate)
 
 
 def _why_no_evidence(pair: Pair, arm: str, column: str) -> str:
