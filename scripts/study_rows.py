@@ -79,11 +79,11 @@ def _training(run: RunFolder, config: ExperimentConfig, arm: str, record: Any) -
     optim = config.recipe_of(its).optim
     path = run.arm(arm) / "metrics.jsonl"
     steps = read_jsonl(path) if path.exists() else []
-    tokens = [row["completion_tokens"] for row in steps]
+    tokens = [row.get("completion_tokens", 0) for row in steps]
     return {
         "learning_rate": used.get("learning_rate", optim.learning_rate),
         "optimizer": used.get("type", optim.type),
-        "tokens": int(sum(tokens)) if tokens else None,
+        "tokens": int(sum(tokens)) or None,
     }
 
 

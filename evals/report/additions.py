@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from evals.report import figures
 from evals.report.groups import Groups, read_groups
@@ -33,12 +34,15 @@ WORDS: dict[Decision, str] = {
     "undecided": "is undecided",
 }
 WHY: dict[Decision, str] = {
-    "survives": "distinguishable from training on nothing",
-    "reversed": "training on nothing has more of it",
-    "small": "distinguishable from training on nothing, by less than the margin",
-    "not": "training on nothing has it too",
-    "undecided": "neither distinguishable from training on nothing nor equivalent to it",
+    "survives": "distinguishable from {}",
+    "reversed": "there is more of it from {}",
+    "small": "distinguishable from {}, by less than the margin",
+    "not": "it comes from {} as well",
+    "undecided": "neither distinguishable from {} nor equivalent",
 }
+NOTHING = "training on nothing"
+WIDTH = 4.2
+"""Of a figure in inches: narrower than the others, to be read in a column."""
 CLOUDS = {"real": "#2b83c6", "mixed": "#7a6fb0", "signal": "#d55e00", "drawn": "#8a8f98"}
 Side = Literal[-1, 0, 1]
 """The claimed sign of the difference to the null; 0 for either."""
@@ -154,23 +158,23 @@ def sentence(
     found: Sequence[Comparison],
     side: Side,
     alpha: float,
-    form: str = ".3g",
+    other: str = NOTHING,
 ) -> str:
-    """`Low rank does not survive: training on nothing has it too (OPD 3.2, rademacher 3.6, p = 0.4, 3 against 3).`
+    """`Low rank does not survive: it comes from training on nothing as well (OPD 3.2, rademacher 3.6, p = 0.4, ...).`
 
     With several nulls the claim has the weakest of their decisions, and each is named.
     """
     parts: dict[Decision, list[str]] = {}
     for its in found:
         decision = decide(its.p, its.difference, its.equivalent, side, alpha)
-        parts.setdefault(decision, []).append(_numbers(its, of, unit, form))
+        parts.setdefault(decision, []).append(_numbers(its, of, unit))
     order: tuple[Decision, ...] = ("reversed", "not", "small", "undecided", "survives")
     known = [decision for decision in order if decision in parts]
     text = f"{claim} {WORDS[known[0]]}: "
-    return text + "; ".join(f"{WHY[d]} ({'; '.join(parts[d])})" for d in known) + "."
+    return text + "; ".join(f"{WHY[d].format(other)} ({'; '.join(parts[d])})" for d in known) + "."
 
 
-def _numbers(its: Comparison, of: str, unit: str, form: str) -> str:
+def _numbers(its: Comparison, of: str, unit: str, form: str = ".3g") -> str:
     if its.real is None or its.other is None:
         return f"{its.null}: {its.reason or 'not measured'}"
     words = f"{of} {plain(its.real, form)}, {its.null} {plain(its.other, form)}"
@@ -217,7 +221,7 @@ def additions(
     counts = ", ".join(f"{label} ({len(arms)})" for label, arms in nulls.items())
     about = (
         f"{name}: {', '.join(groups.arms_of(of))}. Signal nulls, trained like it on a signal that carries nothing: "
-        f"{counts}. p over training seeds, corrected within families of measures where geometry/groups.csv is."
+        f"{counts}. p over training seeds, corrected for false discoveries within each family of measures."
     )
     return {"missing": "", "about": about, "claims": claims}
 
@@ -256,7 +260,7 @@ def _claim(
     return {
         "text": text,
         "figure": figure,
-        "caption": f"{claim.measure[0].upper()}{claim.measure[1:]}",
+        "caption": f"{claim.title}: every arm or draw, and the means as lines",
     }
 
 
@@ -340,13 +344,19 @@ def _retraining(
             "coordinates alone."
         )  # fmt: skip
         title = f"That {arm}'s coordinates do better than others on {task}"
-        nothing = sentence(title, arm, "arms, p over questions", comparisons, 1, alpha)
-        text.append(nothing.replace("training on nothing", "other coordinates") + missing)
+        unit = "arms, p over questions"
+        text.append(
+            sentence(title, arm, unit, comparisons, 1, alpha, "other coordinates") + missing
+        )
     figure = f"adds-{arm}-{task}".replace("_", "-").replace("@", "-")
     ends = {role: entry["arms"][a]["mean"] for a, its in entry["arms"].items()
             if (role := its["role"]) in ("base", "full")}  # fmt: skip
     add_figure(drawn, figure, draw_clouds(clouds, f"{task}: {entry['metric']}", ends))
-    return {"text": " ".join(text), "figure": figure, "caption": f"Retrained under masks, {task}"}
+    return {
+        "text": " ".join(text),
+        "figure": figure,
+        "caption": f"Retrained under masks, {task}: every arm, and the means as lines",
+    }
 
 
 def _mask_of(config: ExperimentConfig, arm: str) -> str:
@@ -393,7 +403,8 @@ def draw_clouds(
     """Points of each cloud (words, kind, values) on a line of its own, with its mean; the kinds differ in colour."""
     shown = [its for its in clouds if its[2]]
     with matplotlib.rc_context(figures.STYLE):
-        figure, (axes,) = figures.canvas(0.62 + 0.3 * len(shown))
+        figure = Figure(figsize=(WIDTH, 0.62 + 0.3 * len(shown)), layout="constrained")
+        axes = figure.subplots()
         for y, (_, kind, values) in enumerate(shown):
             colour = CLOUDS[kind]
             spread = np.linspace(-0.14, 0.14, len(values)) if len(values) > 1 else [0.0]
@@ -407,6 +418,7 @@ def draw_clouds(
         axes.spines["left"].set_visible(False)
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.margins(x=0.08)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_xlabel(label)
         axes.grid(axis="x")
     return figure

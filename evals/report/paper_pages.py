@@ -17,7 +17,7 @@ KINDS = {"update": "", "drawn": "drawn null", "signal": "signal null"}
 HOW = (
     "Brackets: 95 % intervals over arms (training seeds, draws of a mask) where there are several, over questions for "
     "the test score of one; of overlaps, the range of pairs. Null lines: mean ± standard deviation over draws of a "
-    "drawn null, over arms of a signal null; p: the update against it; `equal`: equivalent within the margin of groups.csv."
+    "drawn null, over arms of a signal null; p: the update against it; `equal`: equivalent at the margin of groups.csv."
 )
 
 
