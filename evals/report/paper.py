@@ -172,6 +172,10 @@ class Pair:
         first = table[table.task == table.task.iloc[0]]
         return {row["arm"]: row for row in first.to_dict("records")}
 
+    def is_shown(self, arm: str) -> bool:
+        """Whether an arm has scores; candidates of a sweep have only a curve, and are not compared."""
+        return arm in (self.entry["arms"] if self.entry else self.curves)
+
     @cached_property
     def records(self) -> dict[str, Any]:
         return tables.arm_records(self.run, self.config)
@@ -466,7 +470,7 @@ def retraining_rows(pair: Pair) -> Iterator[Number]:
         raise Lacking("no arm is retrained under a mask: add one with mask = NAME")
     if not pair.entry and not pair.curves:
         raise Lacking("no scores: `vlopd eval RUN`, then `vlopd compare RUN`")
-    shown = [arm for arm in masked if pair.scored(arm) or arm in pair.curves]
+    shown = [arm for arm in masked if pair.is_shown(arm)]
     rows = _mask_groups(pair, shown)
     full = next(
         (g for g in pair.groups([a for a in arms if a not in masked]) if _is_full(pair, g)), None
@@ -679,7 +683,7 @@ def optimizer_rows(pair: Pair) -> Iterator[Number]:
         for arm, its in pair.config.arms.items()
         if isinstance(its, DistillArm)
         and not any(its.model_dump(exclude=SAME_TRAINING).values())
-        and (pair.scored(arm) or arm in pair.curves)
+        and pair.is_shown(arm)
         and arm not in pair.labels
     }
     if len({its.type for its in kinds.values()}) < 2:
