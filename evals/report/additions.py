@@ -260,7 +260,7 @@ def _claim(
     return {
         "text": text,
         "figure": figure,
-        "caption": f"{claim.title}: every arm or draw, and the means as lines",
+        "caption": f"{claim.title}: one point an arm or pair, of drawn nulls its mean over draws; lines: means",
     }
 
 
