@@ -87,6 +87,7 @@ RESULTS = [
     "vlopd.api.geometry.Geometry",
     "vlopd.api.compare.Evaluation",
     "vlopd.api.compare.Comparison",
+    "vlopd.api.paper.Paper",
 ]
 """What these functions take and return."""
 

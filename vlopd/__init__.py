@@ -10,6 +10,7 @@
     vlopd.geometry(student, full).plot()
     vlopd.evaluate(full, ["gsm8k"]).scores
     vlopd.compare({"base": student, "full": full}, ["gsm8k"]).contrasts
+    vlopd.paper("runs/paper")["main"]
 
 Names load on first use: `import vlopd` alone imports neither torch nor pandas. Errors that a user can fix are
 UserErrors.
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from vlopd.api.delta import delta
     from vlopd.api.geometry import geometry
     from vlopd.api.masks import make_mask
+    from vlopd.api.paper import paper
     from vlopd.api.run import Run
     from vlopd.config.input import load_config
     from vlopd.config.recipe import Recipe
@@ -46,6 +48,7 @@ _MODULES = {
     "geometry": "vlopd.api.geometry",
     "evaluate": "vlopd.api.compare",
     "compare": "vlopd.api.compare",
+    "paper": "vlopd.api.paper",
     "Run": "vlopd.api.run",
     "UserError": "vlopd.errors",
 }
@@ -64,6 +67,7 @@ __all__ = [
     "load_data",
     "load_pair",
     "make_mask",
+    "paper",
 ]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from evals.report import figures, geometry, tables
+from evals.report.additions import additions
 from evals.report.examples import collect, training_samples
 from evals.report.headline import headline
 from evals.report.markdown import markdown
@@ -81,6 +82,7 @@ def _write_report(its: Stage, config: ExperimentConfig) -> None:
         "records": records,
         "headline": lines,
         "verdict": sentences,
+        "additions": additions(run, config, compared, drawn),
         "training": [
             {"kl_to_base": None, "delta_norm": None, **row, **compared["arms"].get(row["arm"], {})}
             for row in _training_context(data["training"])

@@ -17,6 +17,7 @@ EMPTY: Context = {
     "config": None,
     "recipe": [],
     "records": {},
+    "additions": None,
     "training": [],
     "tuning": None,
     "own_metrics": [],

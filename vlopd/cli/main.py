@@ -17,7 +17,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 
 from vlopd import pipeline
-from vlopd.cli import compare, geometry, init, masks, push, tasks
+from vlopd.cli import compare, geometry, init, masks, paper, push, tasks
 from vlopd.cli.common import (
     AllowOtherBase,
     Arms,
@@ -237,6 +237,9 @@ def vision(
 
 
 app.command()(compare.compare)
+
+
+app.command()(paper.paper)
 
 
 @app.command()
