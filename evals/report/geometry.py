@@ -67,6 +67,7 @@ def draw(tidy: pd.DataFrame) -> dict[str, Drawing]:
 
 def draw_overlap(table: pd.DataFrame) -> dict[str, Drawing]:
     """The figure of an overlap.csv: coordinates moved by both; of more than MANY_PAIRS pairs the cosines as a map."""
+    table = table.assign(null=table.null.fillna(""))  # empty without nulls
     pairs = table[["first", "second"]].drop_duplicates()
     if len(pairs) > MANY_PAIRS:
         return _cosine_map(table)

@@ -51,6 +51,9 @@ DECIDES_PROMPTS: Any = {
 }
 """The part of a recipe that decides what completions are of."""
 
+TAKEN = {"images", "vision", "overlap", "groups"}
+"""Names of the run folder's own files beside those of arms, in evals/ and geometry/."""
+
 
 class ExperimentConfig(RecipeSections):
     """All settings that determine the results of an experiment."""
@@ -243,8 +246,10 @@ class ExperimentConfig(RecipeSections):
 
         distinct_names(self.arms, "arms")
         distinct_names(self.masks, "masks")
-        if "images" in self.arms:
-            raise ValueError("arms.images: evals/images/ is for the questions' pictures; rename it")
+        for name in TAKEN & self.arms.keys():
+            raise ValueError(
+                f"arms.{name}: the run folder has a file of its own by this name; rename it"
+            )
         self._refuse_equal_draws()
         self._check_recipes()
         for name, mask in self.masks.items():

@@ -24,8 +24,6 @@ LEAST_ARMS = 2
 """Arms of a group without which its values have no deviation."""
 LEAST_PAIRED = 3
 """The same for pairs: two arms have one pair only."""
-LEAST_DRAWS = 5
-"""Draws of a null without which there is no p."""
 
 
 class Part(NamedTuple):

@@ -21,7 +21,6 @@ from vlopd.config.roles import SignalNulls
 from vlopd.update_geometry.checkpoint import write_table
 from vlopd.update_geometry.group_statistics import (
     LEAST_ARMS,
-    LEAST_DRAWS,
     LEAST_PAIRED,
     Difference,
     Part,
@@ -31,7 +30,7 @@ from vlopd.update_geometry.group_statistics import (
     welch,
     welch_to_draws,
 )
-from vlopd.update_geometry.schema import DETAIL, KEPT
+from vlopd.update_geometry.schema import DETAIL, KEPT, LEAST_DRAWS
 
 DIRECTION = "direction"
 """The family of measures of pairs of arms."""
