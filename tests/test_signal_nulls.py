@@ -15,6 +15,8 @@ from vlopd.data.load import load_data, pick
 from vlopd.errors import ConfigError, RunError
 from vlopd.files import read_json, read_jsonl
 from vlopd.loop import backward, distill, teacher_forwards
+from vlopd.preflight.record import predicted_memory
+from vlopd.run.arms import ArmOptions
 from vlopd.run.dependencies import arm_inputs
 from vlopd.run.folder import RunFolder
 from vlopd.run.make import make_arm
@@ -373,7 +375,8 @@ def test_a_null_that_cannot_be_is_one_clear_line(arm, sections, why, make_config
 
 def test_a_run_makes_null_arms_after_those_that_they_replay(kind, make_config, tmp_path):
     """A replaying arm is made after the real one, whose completions are then kept, without being an input of it; both
-    stay up to date. Of a real arm that is finished without completions an error says what to do."""
+    stay up to date. The memory of one without a teacher is predicted. Of a real arm that is finished without
+    completions an error says what to do."""
     sections = {"train": {"steps": 1, "prompts_per_step": 2}}
     null = {"type": "random_gradient", "replay": "full"}
     arms = {
@@ -386,7 +389,11 @@ def test_a_run_makes_null_arms_after_those_that_they_replay(kind, make_config, t
     make_arm(plain, alone, "full")
     plain.unlock()
     run = RunFolder.create(tmp_path / "run", config)
-    assert make_arm(run, config, "x") and not make_arm(run, config, "full")
+    options = ArmOptions(predict=predicted_memory)
+    assert make_arm(run, config, "x", options) and not make_arm(run, config, "full")
+    assert (
+        read_json(run.arm("x") / "memory.json")["predicted"]["parts_bytes"]["teacher_weights"] == 0
+    )
     records = {name: read_json(run.arm_record(name)) for name in arms}
     before = read_json(plain.arm_record("full"))
     assert records["full"]["checkpoint_digest"] == before["checkpoint_digest"]

@@ -196,9 +196,67 @@ def test_tuned_arms_have_the_roles_of_what_is_chosen_for_them(tuned):
     assert config.budget_of("fixed-0") == {"settings": 1, "prompts": 4}
 
 
+def test_a_null_takes_the_choice_of_its_real_arm(tuned, tmp_path):
+    """With the group's name and no sweep of its own a null trains at the chosen point, again where another is chosen,
+    on the completions of what was chosen; it is a null of the tuned arm, and one at a fixed rate says why it is not."""
+    poison(tmp_path / "tasks", wrong=False)
+    own = {"sweep": None, "null": "rademacher"}
+    nulls = {
+        "taken": {**own, "sweep_group": "full"},
+        "fixed": own,
+        "again": {**own, "sweep_group": "full", "null": {"type": "rademacher", "replay": "full"}},
+        "tuned": {"null": "rademacher"},
+    }
+    config = tuned(**nulls)
+    groups = {(its.null, its.of, its.arms) for its in config.roles.nulls}
+    assert groups == {
+        ("rademacher", ("full",), ("taken",)),
+        ("rademacher", ("full",), ("tuned",)),
+        ("rademacher, replayed", ("full",), ("again",)),
+    }
+    (line,) = config.roles.nulls_alone
+    assert "arms.fixed:" in line and 'sweep_group = "full"' in line and line in config.notes
+    assert config.budget_of("taken") == config.budget_of("full")
+    assert tuned(taken=nulls["taken"]).roles.nulls_alone == ()
+
+    few = {"again": nulls["again"]}
+    for rates in ([3e-2], [1e-3]):
+        folder, due = run(tuned(rates, **few), tmp_path / "run")
+        rate = read_json(folder.sweep("full"))["chosen"]["optim.learning_rate"]
+        records = {name: read_json(folder.arm_record(name)) for name in few}
+        found = {its["inputs"]["recipe"]["optim"]["learning_rate"] for its in records.values()}
+        assert found == {rate} and "arms/again" in due
+        sampled = folder.arm("full") / "completions" / "step-000001.safetensors"
+        assert sampled.exists()
+    assert run(tuned([1e-3], **few), tmp_path / "run")[1] == []
+    assert not verify_run(folder).problems and not verify_run(folder).inputs
+
+
 @pytest.mark.parametrize(
     ("arms", "message"),
     [
+        ({"x": {"sweep": None, "sweep_group": "ful"}}, "x.sweep_group names 'ful'"),
+        (
+            {
+                "x": {
+                    "sweep": {"train.steps": [2, 3]},
+                    "null": {"type": "rademacher", "replay": "full"},
+                }
+            },
+            "another train at some point of a sweep",
+        ),
+        (
+            {"x": {"sweep": None, "null": {"type": "rademacher", "replay": "x"}}},
+            "names the arm itself",
+        ),
+        (
+            {"x": {"sweep": {"optim.betas": [[0.9, 0.9]], "optim": {"betas": [[0.8, 0.9]]}}}},
+            "twice",
+        ),
+        (
+            {"x": {"sweep": {"loss.tokens": [None], "loss.tokens.fraction": [0.1]}}},
+            "is of a part of it",
+        ),
         ({"sub": {"mask": "top", "sweep": {"optim.rate": [1.0]}}}, "sub.*optim.rate"),
         ({"sub": {"mask": "top", "sweep": {"eval.limit": [1]}}}, "must be a key of data, "),
         ({"sub": {"mask": "top", "sweep": {"train.steps": []}}}, "at least one value"),

@@ -147,7 +147,8 @@ class Planner:
 
         base, arm = base_arm(self.config), self.config.arms.get(name)
         needs = [] if name == base else [self.arm(base)]
-        if (group := self.config.sweep_group(name)) is not None:
+        group = self.config.sweep_group(name) or self.config.follows(name)
+        if group is not None:
             needs.append(self.sweep(group))
         if arm is not None:
             needs += [self.arm(a) for a in map(_arm_of, checkpoints_of(arm).values()) if a]

@@ -77,7 +77,7 @@ def _write_report(its: Stage, config: ExperimentConfig) -> None:
         "config": config,
         "config_json": json.dumps(config.model_dump(mode="json"), indent=1),
         "record": about,
-        "recipe": recipe(run, config.with_points(chosen_points(sweeps)), records),
+        "recipe": recipe(run, config.with_points(chosen_points(config, sweeps)), records),
         "tuning": tuning_context(sweeps, data["tuning"], drawn),
         "records": records,
         "headline": lines,

@@ -19,6 +19,7 @@ from scipy.stats import t as student
 
 from evals.report import groups, tables
 from evals.report.page import rows_of
+from evals.report.tuning import chosen_points, read_sweeps
 from vlopd.config.arms import DistillArm
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import MaskConfig, RandomMask
@@ -720,11 +721,10 @@ def optimizer_rows(pair: Pair) -> Iterator[Number]:
 
 def _learning_rate(pair: Pair, arm: str) -> float:
     """The learning rate that an arm was trained with, the chosen one of a sweep."""
-    recipe = (pair.records.get(arm, {}).get("inputs") or {}).get("recipe") or {}
-    rate = (recipe.get("optim") or {}).get("learning_rate")
-    its = pair.config.arms[arm]
+    chosen = chosen_points(pair.config, read_sweeps(pair.run, pair.config))
+    its = pair.config.with_points({arm: chosen[arm]} if arm in chosen else {}).arms[arm]
     assert isinstance(its, DistillArm)
-    return float(rate or pair.config.recipe_of(its).optim.learning_rate)
+    return pair.config.recipe_of(its).optim.learning_rate
 
 
 def _why_no_evidence(pair: Pair, arm: str, column: str) -> str:

@@ -23,9 +23,14 @@ def read_sweeps(run: RunFolder, config: ExperimentConfig) -> dict[str, dict[str,
     return {group: read_json(path) for group, path in found.items() if path.exists()}
 
 
-def chosen_points(sweeps: Mapping[str, Mapping[str, Any]]) -> dict[str, Point]:
-    """{tuned arm: its chosen settings}."""
-    return {arm: its["chosen"] for its in sweeps.values() for arm in its["candidates"]}
+def chosen_points(
+    config: ExperimentConfig, sweeps: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Point]:
+    """{arm: its chosen settings} of the tuned arms, and of those that take their choice."""
+    groups = {arm: config.sweep_group(arm) or config.follows(arm) for arm in config.arms}
+    return {
+        arm: sweeps[group]["chosen"] for arm, group in groups.items() if group and group in sweeps
+    }
 
 
 def curves(sweeps: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:

@@ -131,7 +131,8 @@ class DistillArm(Section):
     and keeps that with the best mean score on eval.validation; null for no tuning."""
     sweep_group: Name | None = None
     """Name shared by the tuned arms that take one choice, the best by the mean over them; null for the arm's own name,
-    or that before `seeds` made several of it."""
+    or that before `seeds` made several of it. Of an arm without a sweep: the group whose choice it takes untried, as a
+    signal null takes its real arm's."""
 
     @property
     def own(self) -> dict[str, Table]:
@@ -170,8 +171,6 @@ class DistillArm(Section):
                 raise ValueError(
                     f"sweep of {key!r}: must be a key of {', '.join(sorted(sections))}, as optim.learning_rate"
                 )
-        if self.sweep_group is not None and self.sweep is None:
-            raise ValueError("sweep_group: only with sweep")
         return self
 
 

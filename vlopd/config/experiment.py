@@ -38,7 +38,7 @@ from vlopd.config.models import ModelConfig, PrecisionConfig, TeacherConfig, as_
 from vlopd.config.objective import RolloutConfig
 from vlopd.config.recipe import EXECUTION, ArmRecipe, RecipeSections
 from vlopd.config.roles import Roles, roles_of
-from vlopd.config.sweeps import Point, candidate_name, nested, points_of
+from vlopd.config.sweeps import Point, candidate_name, nested, points_of, words_of
 from vlopd.config.tracking import TrackingConfig
 from vlopd.config.training import Muon
 from vlopd.errors import ConfigError
@@ -133,6 +133,23 @@ class ExperimentConfig(RecipeSections):
             return arm.sweep_group or name
         return None
 
+    def follows(self, name: str) -> str | None:
+        """The group of tuned arms whose choice an arm takes without being tried itself; None for any other arm."""
+        arm = self.arms.get(name)
+        return arm.sweep_group if isinstance(arm, DistillArm) and arm.sweep is None else None
+
+    def grid_of(self, name: str) -> Mapping[str, tuple[Any, ...]]:
+        """The grid from which an arm's settings are chosen, its own or that of the group that it follows, or empty."""
+        if (group := self.follows(name)) is not None:
+            return dict(self.arms[self.sweep_members(group)[0]])["sweep"]
+        arm = self.arms[name]
+        return (arm.sweep or {}) if isinstance(arm, DistillArm) else {}
+
+    def forms(self, name: str, arm: DistillArm) -> list[DistillArm]:
+        """What a trained arm may be: itself, or at each point of the grid from which its settings are chosen."""
+        grid = self.grid_of(name)
+        return [self.at_point(arm, point) for point in points_of(grid)] if grid else [arm]
+
     def sweep_members(self, group: str) -> list[str]:
         """The tuned arms of a group, which share one choice."""
         return [name for name in self.arms if self.sweep_group(name) == group]
@@ -143,11 +160,12 @@ class ExperimentConfig(RecipeSections):
         return list(dict.fromkeys(found))
 
     def budget_of(self, name: str) -> dict[str, int] | None:
-        """What a trained arm may have cost: settings tried, and the prompts of all of them; None for other arms."""
+        """What a trained arm's settings may have cost: how many it, or the group whose choice it takes, has tried, and
+        the prompts of all of them; None for other arms."""
         arm = self.arms[name]
         if not isinstance(arm, DistillArm):
             return None
-        tried = list(self.candidates(name).values()) or [arm]
+        tried = self.forms(name, arm)
         return {"settings": len(tried), "prompts": sum(self.recipe_of(a).prompts for a in tried)}
 
     def with_compute(self, compute: Literal["fp32", "bf16"]) -> ExperimentConfig:
@@ -160,7 +178,7 @@ class ExperimentConfig(RecipeSections):
         """What each arm is for: as it says itself, or by the defaults of config/roles.py."""
         trained = {n: arm for n, arm in self.arms.items() if isinstance(arm, DistillArm)}
         recipes = {name: self.recipe_of(arm) for name, arm in trained.items()}
-        return roles_of(self.arms, self.masks, recipes)
+        return roles_of(self.arms, self.masks, recipes, {n: self.grid_of(n) for n in trained})
 
     @property
     def notes(self) -> list[str]:
@@ -182,7 +200,7 @@ class ExperimentConfig(RecipeSections):
             found.append("eval.validation: no effect without a tuned arm (arms.NAME.sweep)")
         if isinstance(self.data, FileData) and self.data.image_mark and self.data.image is None:
             found.append("data.image_mark: no effect without data.image")
-        return found
+        return [*found, *self.roles.nulls_alone]
 
     @property
     def all_notes(self) -> list[str]:
@@ -218,8 +236,9 @@ class ExperimentConfig(RecipeSections):
 
     @property
     def replayed(self) -> set[str]:
-        """The arms whose completions other arms replay."""
-        return {its for arm in self.arms.values() if (its := replay_of(arm)) is not None}
+        """The arms whose completions other arms replay, with the candidates of a tuned one."""
+        found = {its for arm in self.arms.values() if (its := replay_of(arm)) is not None}
+        return found.union(*map(self.candidates, found))
 
     def checkpoint_of(self, arm: CheckpointArm) -> ModelConfig:
         """The settings of a foreign checkpoint, loaded like the student."""
@@ -246,10 +265,13 @@ class ExperimentConfig(RecipeSections):
 
         distinct_names(self.arms, "arms")
         distinct_names(self.masks, "masks")
-        for name in TAKEN & self.arms.keys():
+        for name in (name for name in self.arms if name.casefold() in TAKEN):
             raise ValueError(
                 f"arms.{name}: the run folder has a file of its own by this name; rename it"
             )
+        for name in self.arms:
+            if (group := self.follows(name)) is not None:
+                need(dict.fromkeys(self.sweep_groups), group, f"arms.{name}.sweep_group")
         self._refuse_equal_draws()
         self._check_recipes()
         for name, mask in self.masks.items():
@@ -281,7 +303,7 @@ class ExperimentConfig(RecipeSections):
                 need(self.masks, mask_name, f"arms.{name}.{key}")
             self._refuse_cycle(name)
             if isinstance(arm, DistillArm) and arm.mask:
-                tried = list(self.candidates(name).values()) or [arm]
+                tried = self.forms(name, arm)
                 if any(isinstance(self.recipe_of(each).optim, Muon) for each in tried):
                     self._refuse_cut_matrices(name, arm.mask)
         self._check_sweeps()
@@ -304,38 +326,41 @@ class ExperimentConfig(RecipeSections):
                     recipe = self.recipe_of(arm)
                 except ConfigError as error:
                     raise ValueError(f"arms.{name}: {error}" if arm.own else str(error)) from None
-                if arm.null is not None:
-                    try:
-                        arm.null.refuse_other_recipes(recipe)
-                    except ValueError as error:
-                        raise ValueError(f"arms.{name}: {error}") from None
                 if arm.lora and any(its.ema is not None for its in recipe.teachers.values()):
                     raise ValueError(
                         f"arms.{name}.lora: a teacher with `ema` averages the student's weights, which a LoRA does not "
                         "train; give this arm a fixed teacher"
                     )
-                for candidate, each in self.candidates(name).items():
+                grid = self.grid_of(name)
+                for point in points_of(grid) if grid else [{}]:
+                    where = f"arms.{name}" + (f".sweep ({words_of(point)})" if point else "")
                     try:
-                        self.recipe_of(each)
-                    except ConfigError as error:
-                        raise ValueError(f"arms.{name}.sweep ({candidate}): {error}") from None
+                        recipe = self.recipe_of(self.at_point(arm, point))
+                        if arm.null is not None:
+                            arm.null.refuse_other_recipes(recipe)
+                    except (ConfigError, ValueError) as error:
+                        raise ValueError(f"{where}: {error}") from None
 
     def _check_replay(self, name: str, arm: DistillArm, replayed: str) -> None:
         """Raises ValueError where an arm replays completions of other prompts than its own."""
         where, real = f"arms.{name}.null.replay", self.arms[replayed]
         if not isinstance(real, DistillArm):
             raise ValueError(f"{where} names {replayed!r}, which is not trained")
+        if replayed == name:
+            raise ValueError(f"{where} names the arm itself; name its real arm")
         if real.null is not None and real.null.replay is not None:
             raise ValueError(f"{where}: {replayed} replays {real.null.replay}; name that")
-        own, its = (
+        forms = [*self.forms(name, arm), *self.forms(replayed, real)]
+        own, *others = (
             {"seed": a.seed} | self.recipe_of(a).model_dump(mode="json", include=DECIDES_PROMPTS)
-            for a in (arm, real)
+            for a in forms
         )
-        differs = [key for key in own if own[key] != its[key]]
+        differs = [key for its in others for key in own if own[key] != its[key]]
         if differs:
+            swept = " at some point of a sweep" if len(forms) > 2 else ""
             raise ValueError(
-                f"{where} names {replayed!r}, which has another {differs[0]}; a replay needs the same seed, data, "
-                "rollout, train.steps and train.prompts_per_step"
+                f"{where} names {replayed!r}, which has another {differs[0]}{swept}; a replay needs the same seed, "
+                "data, rollout, train.steps and train.prompts_per_step"
             )
 
     def _refuse_equal_draws(self) -> None:
@@ -361,7 +386,7 @@ class ExperimentConfig(RecipeSections):
         arm = self.arms[reference.arm]
         if not isinstance(arm, DistillArm):
             raise ValueError(f"{where} names {text!r}, but {reference.arm} is not trained")
-        for each in list(self.candidates(reference.arm).values()) or [arm]:
+        for each in self.forms(reference.arm, arm):
             train = self.recipe_of(each).train
             if reference.step not in train.keep_steps or reference.step > train.steps:
                 raise ValueError(
@@ -432,15 +457,19 @@ class ExperimentConfig(RecipeSections):
         return mask_of(its) is not None or bool(checkpoints_of(its))
 
     def ancestors(self, arm: str, replayed: bool = True) -> list[str]:
-        """The arms that `arm` is made from, nearest first: by their deltas and, if `replayed`, their completions."""
+        """The arms that `arm` is made from, nearest first: by their deltas and, if `replayed`, by their completions or
+        the choice among their settings."""
         found: list[str] = []
         queue = [arm]
         while queue:
-            config = self.arms[queue.pop(0)]
+            name = queue.pop(0)
+            config = self.arms[name]
             parents = [Reference.parse(text).arm for text in checkpoints_of(config).values()]
             for mask in masks_read(config):
                 parents += [Reference.parse(text).arm for text in self.read_by(mask)]
-            parents += [replay_of(config)] if replayed else []
+            if replayed:
+                group = self.follows(name)
+                parents += [replay_of(config), *(self.sweep_members(group) if group else ())]
             for parent in parents:
                 if parent is not None and parent not in found:
                     found.append(parent)

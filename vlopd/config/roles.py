@@ -90,6 +90,8 @@ class Roles:
     unpooled: tuple[UnpooledControl, ...] = ()
     seed_groups: tuple[tuple[str, ...], ...] = ()
     nulls: tuple[SignalNulls, ...] = ()
+    nulls_alone: tuple[str, ...] = ()
+    """A line for each null arm without a real arm, with what the nearest differs in."""
     seeds: Mapping[str, int] = field(default_factory=dict)
     """Training seeds of the trained arms."""
 
@@ -153,14 +155,20 @@ class Roles:
 
 
 def roles_of(
-    arms: Mapping[str, ArmConfig], masks: Mapping[str, MaskConfig], recipes: Mapping[str, ArmRecipe]
+    arms: Mapping[str, ArmConfig],
+    masks: Mapping[str, MaskConfig],
+    recipes: Mapping[str, ArmRecipe],
+    grids: Mapping[str, Mapping[str, tuple[Any, ...]]],
 ) -> Roles:
-    """Given or default roles of all arms; `recipes` are those of the trained arms.
+    """Given or default roles of all arms; `recipes` and `grids` (ExperimentConfig.grid_of) are of the trained arms.
 
     A trained arm without a mask is full, a replicate of it, or a variant. Full is the arm with role = "full", else the
     one without sections of its own, else the only one. Raises ValueError where that is ambiguous.
     """
-    settings = {name: _settings_of(arm, recipes.get(name)) for name, arm in arms.items()}
+    settings = {
+        name: _settings_of(arm, recipes.get(name), grids.get(name, {}))
+        for name, arm in arms.items()
+    }
     given = {name: arm.role or _default_role(arm, masks, arms) for name, arm in arms.items()}
     full = _full_arm(arms, given, recipes, settings)
     of: dict[str, Role] = {}
@@ -179,7 +187,9 @@ def roles_of(
     controls, unpooled = _group_controls(arms, masks, of, settings)
     groups = _seed_groups(arms, of, settings)
     seeds = {name: arm.seed for name, arm in arms.items() if isinstance(arm, DistillArm)}
-    return Roles(of, controls, unpooled, groups, _signal_nulls(arms, of, settings), seeds)
+    nulls = _signal_nulls(arms, of, settings)
+    alone = _nulls_alone(arms, of, settings, nulls)
+    return Roles(of, controls, unpooled, groups, nulls, alone, seeds)
 
 
 def _default_role(
@@ -329,18 +339,45 @@ def _signal_nulls(
 
     trained = {name: arm for name, arm in arms.items() if isinstance(arm, DistillArm)}
     by_seed = sorted(trained, key=lambda name: (of[name] != "full", trained[name].seed))
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[tuple[str, str, bool], list[str]] = {}
     for name in (name for name in trained if of[name] == "null"):
         null = trained[name].null
         assert null is not None
-        groups.setdefault((key(name), null.label), []).append(name)
+        is_tuned = trained[name].sweep is not None  # itself, or at the real arms' choice
+        groups.setdefault((key(name), null.label, is_tuned), []).append(name)
     found = []
-    for (own, label), members in groups.items():
+    for (own, label, _), members in groups.items():
         real = tuple(name for name in by_seed if trained[name].null is None and key(name) == own)
         if real:
             ordered = tuple(sorted(members, key=lambda name: trained[name].seed))
             found.append(SignalNulls(label, real, ordered))
     return tuple(found)
+
+
+def _nulls_alone(
+    arms: Mapping[str, ArmConfig],
+    of: Mapping[str, Role],
+    settings: Mapping[str, dict[str, Any]],
+    nulls: Sequence[SignalNulls],
+) -> tuple[str, ...]:
+    """A line for each null arm that is in no group of `nulls`."""
+    grouped = {name for group in nulls for name in group.arms}
+    real = [n for n, arm in arms.items() if isinstance(arm, DistillArm) and arm.null is None]
+    lines = []
+    for name in (name for name, role in of.items() if role == "null" and name not in grouped):
+        its = {key: value for key, value in settings[name].items() if key != "null"}
+        without = {**settings, name: its}
+        found = {other: _arm_differences(arms, without, other, name) for other in real}
+        line = f"arms.{name}: no trained arm differs from it in the signal and seed alone, so it is compared with none"
+        if found:
+            nearest = min(found, key=lambda other: len(found[other]))
+            line += f" ({nearest}: {_join_some(found[nearest])})"
+            if group := _choice_of(nearest, arms[nearest]):
+                line += (
+                    f'; sweep_group = "{group}" takes the settings that are chosen for {nearest}'
+                )
+        lines.append(line)
+    return tuple(lines)
 
 
 # ------------------------------------------------------------------------------------------ masks
@@ -392,21 +429,24 @@ def _draw_key(masks: Mapping[str, MaskConfig], mask: str) -> tuple[str, ...]:
 # --------------------------------------------------------------------------------------- settings
 
 
-def _settings_of(arm: ArmConfig, recipe: ArmRecipe | None) -> dict[str, Any]:
+def _settings_of(
+    arm: ArmConfig, recipe: ArmRecipe | None, grid: Mapping[str, tuple[Any, ...]]
+) -> dict[str, Any]:
     """The settings that determine an arm except role, seed and mask, as {"optim.learning_rate": 1e-4, ...}.
 
-    Of a tuned arm the grid stands in place of the values of its keys: which is chosen is a result, and no difference.
+    Of an arm with a chosen setting the grid stands in place of its keys' values: the choice is a result, no difference.
     """
     shared = set(ArmRecipe.model_fields)
     found = arm.model_dump(
-        mode="json", exclude={"role", "seed", "mask", "null", "sweep_group", *shared}
+        mode="json", exclude={"role", "seed", "mask", "null", "sweep", "sweep_group", *shared}
     )
     if isinstance(arm, DistillArm) and arm.null is not None:
         found["null"] = arm.null.label
     if recipe is not None:
         found |= recipe.model_dump(mode="json", include=shared)
-    swept = (arm.sweep or {}) if isinstance(arm, DistillArm) else {}
-    without = {*_WITHOUT_EFFECT, *swept}
+    if grid:
+        found["sweep"] = {key: list(values) for key, values in grid.items()}
+    without = {*_WITHOUT_EFFECT, *grid}
     return {key: value for key, value in _flatten(found).items() if key not in without}
 
 

@@ -24,9 +24,12 @@ def _flat(table: Any, above: str = "") -> Any:
     found: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{above}{key}.")
+            more = _flat(value, f"{above}{key}.")
         else:
-            found[f"{above}{key}"] = tuple(value) if isinstance(value, list) else value
+            more = {f"{above}{key}": tuple(value) if isinstance(value, list) else value}
+        if twice := next((each for each in more if each in found), None):
+            raise ValueError(f"sweep of {twice}: given twice, with and without quotes")
+        found |= more
     return found
 
 
@@ -35,6 +38,8 @@ def _refuse_repeats(grid: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ..
     if not grid:
         raise ValueError('a sweep needs a key, as in {"optim.learning_rate" = [3e-4, 1e-3]}')
     for key, values in grid.items():
+        if inner := next((each for each in grid if each.startswith(f"{key}.")), None):
+            raise ValueError(f"sweep of {key}: the sweep of {inner} is of a part of it; keep one")
         if not values:
             raise ValueError(f"sweep of {key}: give at least one value")
         for i, value in enumerate(values):

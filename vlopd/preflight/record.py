@@ -9,6 +9,7 @@ from vlopd.config.recipe import Recipe
 from vlopd.errors import UserError
 from vlopd.preflight.memory import DeviceSpeed, Reader, estimate
 from vlopd.train.pair import ModelPair
+from vlopd.train.signal_nulls import without_teacher
 
 
 def predicted_memory(
@@ -26,6 +27,8 @@ def predicted_memory(
             strict=True,
         )
     ]
+    if not pair.teachers:  # a null that draws its gradients
+        recipe = without_teacher(recipe)
     if (batch := recorded["sampling_batch"]) is not None:
         rollout = recipe.rollout.model_copy(update={"batch": batch["rows"]})
         recipe = recipe.model_copy(update={"rollout": rollout})

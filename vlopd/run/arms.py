@@ -138,6 +138,8 @@ def train_arm(
         train = recipe.train.model_copy(update={"keep_completions": True})
         recipe = recipe.model_copy(update={"train": train})
     replayed = replay_of(arm)
+    if replayed is not None and config.candidates(replayed):
+        replayed = str(read_json(run.arm_record(replayed))["candidate"])
     base = run.checkpoint(base_arm(config))
     refuse_other_base(
         other_bases_of_arm(run, config, arm), inputs["base"], options.allow_other_base

@@ -40,6 +40,7 @@ from vlopd.run.resolve import (
     plugin_content,
     read_file_mask,
     teacher_content,
+    with_choice,
 )
 from vlopd.update_geometry.trajectory import step_of
 
@@ -48,6 +49,7 @@ def arm_inputs(
     run: RunFolder, config: ExperimentConfig, name: str, whole: bool = False
 ) -> dict[str, Any]:
     """The inputs that determine an arm; `whole` as in digests.file_digest."""
+    config = with_choice(run, config, name)
     arm = config.arms.get(name, BaseArm())
     if isinstance(arm, BaseArm):
         return {

@@ -45,6 +45,7 @@ from vlopd.run.resolve import (
     mask_of_file,
     read_mask,
     refuse_other_base,
+    with_choice,
 )
 from vlopd.run.stage import Stage, stage
 from vlopd.weights import delta
@@ -63,6 +64,10 @@ def make_arm(
         _make_checkpoint(run, config, checkpoint, options)
     if (replayed := replay_of(arm)) is not None:
         make_arm(run, config, replayed, options)
+    if (group := config.follows(name)) is not None:
+        make_arm(run, config, config.sweep_members(group)[0], options)
+        config = with_choice(run, config, name)
+        arm = config.arms[name]
     inputs = partial(arm_inputs, run, config, name)
     if config.candidates(name):
         return _make_tuned(run, config.with_candidates(), name, options)

@@ -52,6 +52,14 @@ def base_arm(config: ExperimentConfig) -> str:
     return next((n for n, arm in config.arms.items() if isinstance(arm, BaseArm)), "base")
 
 
+def with_choice(run: RunFolder, config: ExperimentConfig, name: str) -> ExperimentConfig:
+    """The config with an arm that takes a group's choice (`ExperimentConfig.follows`) at the chosen point."""
+    group = config.follows(name)
+    if group is None:
+        return config
+    return config.with_points({name: read_json(run.sweep(group))["chosen"]})
+
+
 def arm_digest(run: RunFolder, name: str) -> str:
     return read_json(run.arm_record(name))["checkpoint_digest"]
 

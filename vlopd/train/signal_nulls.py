@@ -125,11 +125,7 @@ class NullSignal:
     @property
     def measured(self) -> Recipe:
         """The recipe whose loss is logged: where one needs the teacher that there is not, of the tokens' -log q."""
-        if not (self.is_gradient and self.recipe.learns_from_teacher):
-            return self.recipe
-        loss = self.recipe.loss
-        plain = NLL(chunk_tokens=loss.chunk_tokens, normalisation=loss.normalisation)
-        return self.recipe.model_copy(update={"loss": plain, "reward": None})
+        return without_teacher(self.recipe) if self.is_gradient else self.recipe
 
     def draw_gradients(
         self, trainable: Trainable, step: int, update: int, norm: float | None
@@ -147,6 +143,14 @@ class NullSignal:
         wanted = norm if norm is not None else self.recipe.optim.max_grad_norm or 1.0
         for value, each in zip(trainable.parameters(), drawn, strict=True):
             value.grad = (each * (wanted / total)).to(value.device, value.dtype)
+
+
+def without_teacher(recipe: Recipe) -> Recipe:
+    """The recipe whose loss can be computed without a teacher: the tokens' -log q where its own needs one."""
+    if not recipe.learns_from_teacher:
+        return recipe
+    plain = NLL(chunk_tokens=recipe.loss.chunk_tokens, normalisation=recipe.loss.normalisation)
+    return recipe.model_copy(update={"loss": plain, "reward": None})
 
 
 def shuffled(forwards: Forwards, batches: Sequence[Batch], *stream: str | int) -> Forwards:
