@@ -247,7 +247,7 @@ def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> di
             }
         )
     contrasts += [contrast(its.of, its.arm) for its in roles.unpooled]
-    contrasts += [contrast(its.of[0], arm) for its in roles.nulls for arm in its.arms]
+    contrasts += [contrast(roles.real_of(arm), arm) for its in roles.nulls for arm in its.arms]
     given = {(its["a"], its["b"]) for its in contrasts}
     declared = roles.contrasts(config.contrasts or ())
     contrasts += [contrast(a, b) for a, b in declared if (a, b) not in given]

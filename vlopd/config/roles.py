@@ -107,6 +107,11 @@ class Roles:
         alike = [its for its in (full, *self.arms("replicate")) if its is not None]
         return next((its for its in alike if self.seeds.get(its) == self.seeds.get(arm)), full)
 
+    def real_of(self, null: str) -> str:
+        """The real arm of a null arm in `nulls`: with its training seed if there is one, else the first."""
+        of = next(group.of for group in self.nulls if null in group.arms)
+        return next((arm for arm in of if self.seeds[arm] == self.seeds[null]), of[0])
+
     def contrasts(self, texts: Sequence[str]) -> list[Contrast]:
         """The declared contrasts. Raises ValueError as `contrast`, and where two are one test, which counts once."""
         found: dict[frozenset[str | tuple[str, ...]], tuple[str, Contrast]] = {}

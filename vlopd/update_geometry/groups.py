@@ -53,7 +53,7 @@ class Metric(NamedTuple):
 
 
 _SPECTRAL, _SUMS = ("[median]", "[component="), ("[all]", "[component=")
-_GROUPS = ("[component=", "[module=", "[part=ffn", "[part=attention")
+_GROUPS = ("[component=", "[module=", "[part=")
 _PAIRS = ("[all]", "[median]", "[component=")
 _RATIO = "ratio=0.1"
 _COVERED = f"{_RATIO},atol=1e-05"
@@ -368,7 +368,9 @@ def _too_few(
         return f"{_count(arms)} with the signal; a test needs {least}"
     if kind == "drawn":
         return (
-            "" if draws >= LEAST_DRAWS else f"{draws} draws of {null}; a test needs {LEAST_DRAWS}"
+            ""
+            if draws >= LEAST_DRAWS
+            else f"{draws} draw{'s'[: draws != 1]} of {null}; a test needs {LEAST_DRAWS}"
         )
     least = LEAST_ARMS if kind == "mixed" else least
     return "" if len(null_arms) >= least else f"{_count(null_arms)} of {null}; a test needs {least}"
