@@ -14,6 +14,7 @@ from scipy import stats
 import vlopd
 from evals.compare import compare
 from evals.report.additions import WHY, WORDS, Comparison, additions, decide, sentence
+from evals.report.groups import read_groups
 from evals.report.markdown import markdown
 from evals.report.page import environment
 from evals.report.paper import TABLES
@@ -293,6 +294,24 @@ def test_the_section_finds_what_was_planted(invented):
     assert "mask of rademacher" in text and "recovers full training on shapes" in text
     assert page.count('data-name="adds-') == len(drawn) >= 8
     assert "## What distillation adds" in text and "figures/adds-low-rank.svg" in text
+
+
+def test_an_arm_may_be_called_null_and_alone_it_has_no_test(tmp_path):
+    """Reading takes its name for no missing value, and the sentence says what a test needs and what was measured."""
+    head = '"kind","null","of","unit","family","metric","parameter","name","value"\n'
+    rows = [["real", "", "full", "full", 3.1], ["signal", "rademacher", "full", "null", 3.6]]
+    text = "".join(
+        f'"{kind}","{null}","{of}","{unit}","spectrum","stable_rank","","[median]",{value}\n'
+        for kind, null, of, unit, value in rows
+    )
+    (tmp_path / "geometry").mkdir()
+    (tmp_path / "geometry/group_values.csv").write_text(head + text)
+    assert read_groups(RunFolder(tmp_path)).labels() == {"null": "rademacher"}
+    alone = Comparison("rademacher", 3.1, 3.6, 2, 1, None, None, False, "1 arm; a test needs 2")
+    assert sentence("Low rank", "OPD", "seeds", [alone], -1, 0.05) == (
+        "Low rank is undecided: no test against training on nothing "
+        "(OPD 3.1, rademacher 3.6; 1 arm; a test needs 2)."
+    )
 
 
 def test_without_a_signal_null_the_section_says_what_to_add(tmp_path):

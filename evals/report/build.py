@@ -198,7 +198,7 @@ def _geometry_context(
         about = read_json(run.geometry(str(arm)) / "summary.json")
         drawings = geometry.draw(mine := tidy[tidy.arm == arm])
         if (path := run.geometry(str(arm)) / "trajectory.csv").exists():
-            drawings |= geometry.draw_trajectory(pd.read_csv(path))
+            drawings |= geometry.draw_trajectory(tables.read_table(path))
         found.append(
             {
                 "arm": arm,
@@ -215,7 +215,7 @@ def _geometry_context(
 def _overlap_context(run: RunFolder, drawn: dict[str, str]) -> list[tuple[str, str]]:
     """(figure name, caption) of the overlap of arms, if there is one."""
     path = run.root / "geometry" / "overlap.csv"
-    found = geometry.draw_overlap(pd.read_csv(path)) if path.exists() else {}
+    found = geometry.draw_overlap(tables.read_table(path)) if path.exists() else {}
     return add_drawings(drawn, "geometry", found)
 
 

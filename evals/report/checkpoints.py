@@ -73,7 +73,10 @@ def write_geometry_page(
     drawn: dict[str, str] = {}
     sections, about = [], {}
     for name, folder in folders.items():
-        summary, tidy = read_json(folder / "summary.json"), geometry.read(folder / "geometry.csv")
+        summary, tidy = (
+            read_json(folder / "summary.json"),
+            tables.read_table(folder / "geometry.csv"),
+        )
         about[name] = summary
         sections.append(
             {
@@ -90,8 +93,8 @@ def write_geometry_page(
             }
         )
     steps = out / "trajectory.csv"
-    overlap = geometry.read(out / "overlap.csv") if (out / "overlap.csv").exists() else None
-    trajectory = geometry.draw_trajectory(geometry.read(steps)) if steps.exists() else {}
+    overlap = tables.read_table(out / "overlap.csv") if (out / "overlap.csv").exists() else None
+    trajectory = geometry.draw_trajectory(tables.read_table(steps)) if steps.exists() else {}
     drawings = {} if overlap is None else geometry.draw_overlap(overlap)
     first = next(iter(about.values()))
     context = {

@@ -36,6 +36,11 @@ MEASURES = {
     "energy_share": "Share of the update's energy",
 }
 """Labels of the geometry metrics."""
+TEXTS = (
+    *("of", "null", "kind", "family", "metric", "parameter", "name", "unit", "test", "reason"),
+    *("first", "second", "status"),
+)
+"""Columns of text of the geometry's CSV files."""
 
 
 def arm_records(run: RunFolder, config: ExperimentConfig) -> dict[str, Any]:
@@ -345,7 +350,7 @@ def geometry(run: RunFolder, config: ExperimentConfig) -> tuple[pd.DataFrame, pd
     for arm in config.arms:
         folder = run.geometry(arm)
         if arm in config.geometry.arms and (folder / "summary.json").exists():
-            tidy.append(pd.read_csv(folder / "geometry.csv", low_memory=False).assign(arm=arm))
+            tidy.append(read_table(folder / "geometry.csv").assign(arm=arm))
             summary += [{"arm": arm, **row} for row in headline(folder)]
     return pd.concat(tidy) if tidy else pd.DataFrame(), pd.DataFrame(summary)
 
@@ -355,8 +360,18 @@ def geometry_groups(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
     table = run.root / "geometry" / "groups.csv"
     if not config.roles.nulls or not table.exists():
         return pd.DataFrame()
-    texts = ("of", "null", "kind", "parameter", "reason")
-    return pd.read_csv(table).fillna(dict.fromkeys(texts, ""))
+    return read_table(table)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Reads one of the geometry's CSV files: empty texts are "", other empty fields NaN.
+
+    Names stay as they are: an arm may be called `null` or `NA`, which pandas would take for missing.
+    """
+    empty = ["", "nan", "NaN"]
+    table = pd.read_csv(path, keep_default_na=False, na_values=empty, low_memory=False)
+    texts = [column for column in TEXTS if column in table]
+    return table.assign(**{column: table[column].fillna("").astype(str) for column in texts})
 
 
 def headline(folder: Path) -> list[dict[str, Any]]:

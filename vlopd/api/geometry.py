@@ -46,7 +46,9 @@ class Geometry:
     @cached_property
     def rows(self) -> pd.DataFrame:
         """geometry.csv of every checkpoint: one row per measure and null (docs/geometry.md)."""
-        found = {name: drawings.read(path / "geometry.csv") for name, path in self.folders.items()}
+        found = {
+            name: tables.read_table(path / "geometry.csv") for name, path in self.folders.items()
+        }
         return pd.concat(found, names=["trained"]).reset_index("trained").reset_index(drop=True)
 
     @cached_property
@@ -76,7 +78,7 @@ class Geometry:
         """The page's figures by name; of several checkpoints, NAME-figure."""
         found: dict[str, Figure] = {}
         for name, folder in self.folders.items():
-            drawn = drawings.draw(drawings.read(folder / "geometry.csv"))
+            drawn = drawings.draw(tables.read_table(folder / "geometry.csv"))
             prefix = f"{name}-" if len(self.folders) > 1 else ""
             found |= {f"{prefix}{key}": its.figure for key, its in drawn.items()}
         for table, draw in (
@@ -103,7 +105,7 @@ class Geometry:
 
     def _table(self, name: str) -> pd.DataFrame:
         path = self.out / f"{name}.csv"
-        return drawings.read(path) if path.exists() else pd.DataFrame()
+        return tables.read_table(path) if path.exists() else pd.DataFrame()
 
     def __repr__(self) -> str:
         return f"Geometry of {', '.join(self.folders)} in {self.out}\n{self._shown().to_string(index=False)}"
