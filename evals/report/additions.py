@@ -236,6 +236,8 @@ def additions(
         f"{counts}. p over training seeds, corrected for false discoveries within each family of measures. In the "
         "figures a point is an arm, a pair of arms, or the mean over the draws of a drawn null; a bar is a mean."
     )
+    if any(len(arms) == 1 for arms in nulls.values()):
+        about += " A null of one arm has no test: give it seeds, as many as the arms that it stands beside."
     return {"missing": "", "about": about, "claims": claims}
 
 
@@ -370,7 +372,7 @@ def _retraining(
     text = [_recovers(entry, arm, task)]
     if comparisons:
         missing = "" if any(its.null.startswith("mask of") for its in comparisons) else (
-            " No arm is retrained under a signal null's mask (mask = {of = \"NULL ARM\"}), so this is against random "
+            " No arm is retrained under a signal null's mask (a mask made of a null arm): this is against random "
             "coordinates alone."
         )  # fmt: skip
         title = f"That {arm}'s coordinates do better than others on {task}"
@@ -443,7 +445,7 @@ def draw_clouds(
         for text, value in (lines or {}).items():
             axes.axvline(value, color=figures.INK, lw=0.8, ls=(0, (3, 3)), alpha=0.6, zorder=0)
             axes.text(value, -0.62, text, ha="center", va="bottom", fontsize=9, alpha=0.8)
-        axes.set_yticks(range(len(shown)), [figures.short(words, 26) for words, _, _ in shown])
+        axes.set_yticks(range(len(shown)), [figures.short(words, 30) for words, _, _ in shown])
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.set_ylim(len(shown) - 0.5, -0.5)
