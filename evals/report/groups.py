@@ -12,10 +12,12 @@ from typing import Any
 
 import pandas as pd
 
-from evals.report.tables import read_table
+from evals.report.read import read_table
 from vlopd.run.folder import RunFolder
 
 KEYS = ("metric", "parameter", "name")
+NAMES = ("of", "null", "kind", "family", *KEYS, "unit", "test", "reason")
+"""Columns of text."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,15 @@ class Groups:
 
 def read_groups(run: RunFolder) -> Groups:
     """The groups of a run; empty tables where it has none."""
-    paths = [run.root / "geometry" / f"{name}.csv" for name in ("groups", "group_values")]
-    return Groups(*(read_table(path) if path.exists() else pd.DataFrame() for path in paths))
+    tables = []
+    for name in ("groups", "group_values"):
+        path = run.root / "geometry" / f"{name}.csv"
+        table = read_table(path) if path.exists() else pd.DataFrame()
+        text = [column for column in NAMES if column in table]
+        tables.append(
+            table.assign(**{column: table[column].fillna("").astype(str) for column in text})
+        )
+    return Groups(*tables)
 
 
 def _arms(units: pd.Series) -> tuple[str, ...]:

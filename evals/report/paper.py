@@ -18,6 +18,7 @@ from scipy.stats import t as student
 
 from evals.report import groups, tables
 from evals.report.page import rows_of
+from evals.report.read import read_table
 from vlopd.config.arms import DistillArm
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import MaskConfig, RandomMask
@@ -146,8 +147,10 @@ class Pair:
         """{arm: {(metric, parameter, name): {null: row}}} of aggregate rows."""
         found: dict[str, dict[Key, dict[str, dict[str, Any]]]] = {}
         for arm in self.measured:
-            table = tables.read_table(self.run.geometry(arm) / "geometry.csv")
+            table = read_table(self.run.geometry(arm) / "geometry.csv")
             table = table[table.name.str.startswith("[")]
+            text = ("metric", "parameter", "name", "null", "reason")
+            table = table.assign(**{column: table[column].fillna("") for column in text})
             own = found.setdefault(arm, {})
             for row in rows_of(table):
                 own.setdefault((row["metric"], row["parameter"], row["name"]), {})[row["null"]] = (
@@ -349,8 +352,9 @@ def overlap_rows(pair: Pair) -> Iterator[Number]:
     path = pair.run.root / "geometry" / "overlap.csv"
     if len(pair.measured) < 2 or not path.exists():
         raise Lacking("no geometry/overlap.csv: measure two arms or more (geometry.arms)")
-    table = tables.read_table(path)
+    table = read_table(path)
     table = table[table.name.eq("[all]")]
+    table = table.assign(parameter=table.parameter.fillna(""), null=table.null.fillna(""))
     found: dict[tuple[str, str, str, str], dict[str, dict[str, Any]]] = {}
     for row in rows_of(table):
         key = (row["first"], row["second"], row["metric"], row["parameter"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from evals.report.read import read_table
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.digests import digest_weights
 from vlopd.files import read_json, read_jsonl
@@ -36,11 +37,6 @@ MEASURES = {
     "energy_share": "Share of the update's energy",
 }
 """Labels of the geometry metrics."""
-TEXTS = (
-    *("of", "null", "kind", "family", "metric", "parameter", "name", "unit", "test", "reason"),
-    *("first", "second", "status"),
-)
-"""Columns of text of the geometry's CSV files."""
 
 
 def arm_records(run: RunFolder, config: ExperimentConfig) -> dict[str, Any]:
@@ -360,18 +356,8 @@ def geometry_groups(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
     table = run.root / "geometry" / "groups.csv"
     if not config.roles.nulls or not table.exists():
         return pd.DataFrame()
-    return read_table(table)
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """Reads one of the geometry's CSV files: empty texts are "", other empty fields NaN.
-
-    Names stay as they are: an arm may be called `null` or `NA`, which pandas would take for missing.
-    """
-    empty = ["", "nan", "NaN"]
-    table = pd.read_csv(path, keep_default_na=False, na_values=empty, low_memory=False)
-    texts = [column for column in TEXTS if column in table]
-    return table.assign(**{column: table[column].fillna("").astype(str) for column in texts})
+    texts = ("of", "null", "kind", "parameter", "reason")
+    return read_table(table).fillna(dict.fromkeys(texts, ""))
 
 
 def headline(folder: Path) -> list[dict[str, Any]]:
