@@ -13,7 +13,16 @@ from scipy import stats
 
 import vlopd
 from evals.compare import compare
-from evals.report.additions import WHY, WORDS, Comparison, additions, decide, sentence
+from evals.report.additions import (
+    WHY,
+    WORDS,
+    Comparison,
+    _recovers,
+    _retrained,
+    additions,
+    decide,
+    sentence,
+)
 from evals.report.groups import read_groups
 from evals.report.markdown import markdown
 from evals.report.page import environment
@@ -271,11 +280,12 @@ def test_a_sentence_never_contradicts_its_numbers():
         gone = [c.equivalent for c in found]
         assert not text.startswith("X does not survive") or any(gone)
         assert not text.startswith("X is undecided") or not any(gone)
+        assert all("no test against" in text for c in found if c.p is None and not c.equivalent)
         for its in found:
             decision = decide(its.p, its.difference, its.equivalent, side, 0.05)
             clause = next(part for part in re.split(r"(?<=\)); ", text) if f"{its.null} 1" in part)
             assert WHY[decision].format("training on nothing") in clause
-    assert len(set(WHY.values())) == len(WORDS)
+    assert len(set(WHY.values())) == len(WORDS) and set(WHY) == set(WORDS)
 
 
 def test_the_section_finds_what_was_planted(invented):
@@ -296,22 +306,33 @@ def test_the_section_finds_what_was_planted(invented):
     assert "## What distillation adds" in text and "figures/adds-low-rank.svg" in text
 
 
-def test_an_arm_may_be_called_null_and_alone_it_has_no_test(tmp_path):
-    """Reading takes its name for no missing value, and the sentence says what a test needs and what was measured."""
-    head = '"kind","null","of","unit","family","metric","parameter","name","value"\n'
-    rows = [["real", "", "full", "full", 3.1], ["signal", "rademacher", "full", "null", 3.6]]
-    text = "".join(
-        f'"{kind}","{null}","{of}","{unit}","spectrum","stable_rank","","[median]",{value}\n'
-        for kind, null, of, unit, value in rows
-    )
-    (tmp_path / "geometry").mkdir()
-    (tmp_path / "geometry/group_values.csv").write_text(head + text)
-    assert read_groups(RunFolder(tmp_path)).labels() == {"null": "rademacher"}
-    alone = Comparison("rademacher", 3.1, 3.6, 2, 1, None, None, False, "1 arm; a test needs 2")
-    assert sentence("Low rank", "OPD", "seeds", [alone], -1, 0.05) == (
-        "Low rank is undecided: no test against training on nothing "
-        "(OPD 3.1, rademacher 3.6; 1 arm; a test needs 2)."
-    )
+def test_a_null_arm_may_be_called_null(invented, tmp_path):
+    """Not read as a missing cell, as pandas has it: the arm keeps its label, and random masks are none of its."""
+    run, config = invented
+    for name in ("groups", "group_values"):
+        text = (run.root / f"geometry/{name}.csv").read_text().replace("rademacher-0", "null")
+        (tmp_path / "geometry").mkdir(exist_ok=True)
+        (tmp_path / f"geometry/{name}.csv").write_text(text)
+    other = RunFolder(tmp_path)
+    assert read_groups(other).labels() == dict.fromkeys(("null", *NULLS[1:]), "rademacher")
+    assert read_groups(other).nulls_of("full") == {"rademacher": ("null", *NULLS[1:])}
+    (found,) = _retrained(config, read_groups(other), read_json(run.compare), 0.05, {})
+    assert "random mask 0." in found["text"] and "mask of" not in found["text"]
+
+
+def test_what_gained_nothing_is_not_recovered(invented):
+    """Without an established gain of full training, an arm that is as good as it recovers nothing."""
+    run, _ = invented
+    entry = read_json(run.compare)["tasks"]["shapes"]
+    for its in entry["contrasts"]:
+        if its.get("non_inferiority"):
+            its["non_inferiority"]["holds"] = True
+    texts = []
+    for status in ("ok", "weak"):
+        entry["arms"]["subnetwork"]["recovery"] = {"status": status, "value": 1.0}
+        texts.append(_recovers(entry, "subnetwork", "shapes"))
+    assert "recovers full training on shapes survives" in texts[0]
+    assert "recovers full training on shapes is undecided: no established gain" in texts[1]
 
 
 def test_without_a_signal_null_the_section_says_what_to_add(tmp_path):

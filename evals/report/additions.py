@@ -176,9 +176,7 @@ def sentence(
     for its in found:
         decision = decide(its.p, its.difference, its.equivalent, side, alpha)
         parts.setdefault(decision, []).append(_numbers(its, of, unit))
-    order: tuple[Decision, ...] = (
-        *("reversed", "not", "small", "undecided", "untested", "survives"),
-    )
+    order: tuple[Decision, ...] = ("reversed", "not", "small", "undecided", "untested", "survives")
     known = [decision for decision in order if decision in parts]
     text = f"{claim} {WORDS[known[0]]}: "
     return text + "; ".join(f"{WHY[d].format(other)} ({'; '.join(parts[d])})" for d in known) + "."
@@ -411,6 +409,8 @@ def _recovers(entry: Mapping[str, Any], arm: str, task: str) -> str:
     title = f"That {arm} recovers full training on {task}"
     if its is None:
         return f"{title} is undecided: there is no contrast with full ({share})."
+    if recovery["status"] != "ok":
+        return f"{title} is undecided: {share}."
     result = its["non_inferiority"]
     points = (
         f"{100 * its['mean']:+.1f} pp" if entry["scale"] == "fraction" else f"{its['mean']:+.3g}"

@@ -304,12 +304,13 @@ def _seed_groups(
     arms: Mapping[str, ArmConfig], of: Mapping[str, Role], settings: Mapping[str, dict[str, Any]]
 ) -> tuple[tuple[str, ...], ...]:
     """Groups of two or more trained arms that differ only in the training seed; full is the first of its group."""
-    alike: dict[tuple[str, str | None, str], list[str]] = {}
+    alike: dict[str, list[str]] = {}
     for name, arm in arms.items():
         if isinstance(arm, DistillArm):
             role = "full" if of[name] == "replicate" else of[name]
-            key = (role, settings[name].get("null"), _without_seed(arms, settings, name))
-            alike.setdefault(key, []).append(name)
+            alike.setdefault(repr((role, arm.mask, sorted(settings[name].items()))), []).append(
+                name
+            )
     return tuple(
         tuple(sorted(names, key=lambda name: of[name] == "replicate"))
         for names in alike.values()
@@ -321,31 +322,25 @@ def _signal_nulls(
     arms: Mapping[str, ArmConfig], of: Mapping[str, Role], settings: Mapping[str, dict[str, Any]]
 ) -> tuple[SignalNulls, ...]:
     """Groups the null arms that differ only in the seed, each with its real arms, if there are any."""
+
+    def key(name: str) -> str:
+        without = {k: value for k, value in settings[name].items() if k != "null"}
+        return repr((mask_of(arms[name]), sorted(without.items())))
+
     trained = {name: arm for name, arm in arms.items() if isinstance(arm, DistillArm)}
     by_seed = sorted(trained, key=lambda name: (of[name] != "full", trained[name].seed))
     groups: dict[tuple[str, str], list[str]] = {}
     for name in (name for name in trained if of[name] == "null"):
-        key = _without_seed(arms, settings, name), settings[name]["null"]
-        groups.setdefault(key, []).append(name)
+        null = trained[name].null
+        assert null is not None
+        groups.setdefault((key(name), null.label), []).append(name)
     found = []
     for (own, label), members in groups.items():
-        real = tuple(
-            name
-            for name in by_seed
-            if trained[name].null is None and _without_seed(arms, settings, name) == own
-        )
+        real = tuple(name for name in by_seed if trained[name].null is None and key(name) == own)
         if real:
             ordered = tuple(sorted(members, key=lambda name: trained[name].seed))
             found.append(SignalNulls(label, real, ordered))
     return tuple(found)
-
-
-def _without_seed(
-    arms: Mapping[str, ArmConfig], settings: Mapping[str, dict[str, Any]], name: str
-) -> str:
-    """A key equal for trained arms that differ at most in the seed, the role and the signal null."""
-    own = {key: value for key, value in settings[name].items() if key != "null"}
-    return repr((mask_of(arms[name]), sorted(own.items())))
 
 
 # ------------------------------------------------------------------------------------------ masks
