@@ -232,7 +232,8 @@ def _compare_task(answers: PairedScores, roles: Roles, config: EvalConfig) -> di
     for group in roles.controls:
         if len(group.arms) > 1:  # else the mean is the one control
             contrasts += [contrast(group.arm, other) for other in group.arms]
-        name = f"{group.arm} - {group.kind} (mean of {len(group.arms)})"
+        several = f" (mean of {len(group.arms)})" if len(group.arms) > 1 else ""
+        name = f"{group.arm} - {group.kind}{several}"
         contrasts.append(difference := contrast(group.arm, group.arms, name))
         means = [entries[other]["mean"] for other in group.arms]
         spread = float(np.std(means, ddof=1)) if len(means) > 1 else None

@@ -642,7 +642,7 @@ def test_controls_that_differ_in_more_than_the_mask_are_not_averaged(tmp_path, m
     assert (random["arms"], low["arms"]) == (["random-0", "random-2"], ["low"])
     means = [task["arms"][arm]["mean"] for arm in random["arms"]]
     assert random["pooled"]["mean"] == pytest.approx(np.mean(means))
-    assert low["difference"]["name"] == "subnetwork - low-magnitude (mean of 1)"
+    assert low["difference"]["name"] == "subnetwork - low-magnitude"
     of_low = [c["name"] for c in task["contrasts"] if "low" in c["b"] and c["a"] == "subnetwork"]
     assert of_low == [low["difference"]["name"]]  # the mean of one is the one: one test
     differs = "optim.learning_rate 1e-06 -> 0.0003"

@@ -6,6 +6,7 @@ group_values.csv and compare.json; `decide` alone chooses the word, and `sentenc
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -25,13 +26,14 @@ from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import RandomMask
 from vlopd.run.folder import RunFolder
 
-Decision = Literal["survives", "reversed", "small", "not", "undecided"]
+Decision = Literal["survives", "reversed", "small", "not", "undecided", "untested"]
 WORDS: dict[Decision, str] = {
     "survives": "survives",
     "reversed": "is reversed",
     "small": "does not survive",
     "not": "does not survive",
     "undecided": "is undecided",
+    "untested": "is undecided",
 }
 WHY: dict[Decision, str] = {
     "survives": "distinguishable from {}",
@@ -39,6 +41,7 @@ WHY: dict[Decision, str] = {
     "small": "distinguishable from {}, by less than the margin",
     "not": "it comes from {} as well",
     "undecided": "neither distinguishable from {} nor equivalent",
+    "untested": "no test against {}",
 }
 NOTHING = "training on nothing"
 WIDTH = 4.2
@@ -137,17 +140,21 @@ class Comparison(NamedTuple):
     equivalent: bool
     reason: str = ""
     corrected: bool = False
+    mixed: float | None = None
+    """Of directions: the mean over pairs of an arm of each."""
 
 
 def decide(
     p: float | None, difference: float | None, equivalent: bool, side: Side, alpha: float
 ) -> Decision:
     """Whether a claim survives one null; p is of the difference, `equivalent` by two one-sided tests at a margin."""
-    differs = p is not None and difference is not None and p <= alpha
+    if p is None or difference is None:
+        return "not" if equivalent else "untested"
+    differs = p <= alpha
     if differs and equivalent:
         return "small"
     if differs:
-        return "survives" if side == 0 or (difference or 0) * side > 0 else "reversed"
+        return "survives" if side == 0 or difference * side > 0 else "reversed"
     return "not" if equivalent else "undecided"
 
 
@@ -162,30 +169,33 @@ def sentence(
 ) -> str:
     """`Low rank does not survive: it comes from training on nothing as well (OPD 3.2, rademacher 3.6, p = 0.4, ...).`
 
-    With several nulls the claim has the weakest of their decisions, and each is named.
+    With several nulls the claim has the weakest of their decisions, and each is named. unit: of the counts of the two
+    sides, which are left out where it is empty.
     """
     parts: dict[Decision, list[str]] = {}
     for its in found:
         decision = decide(its.p, its.difference, its.equivalent, side, alpha)
         parts.setdefault(decision, []).append(_numbers(its, of, unit))
-    order: tuple[Decision, ...] = ("reversed", "not", "small", "undecided", "survives")
+    order: tuple[Decision, ...] = ("reversed", "not", "small", "undecided", "untested", "survives")
     known = [decision for decision in order if decision in parts]
     text = f"{claim} {WORDS[known[0]]}: "
     return text + "; ".join(f"{WHY[d].format(other)} ({'; '.join(parts[d])})" for d in known) + "."
 
 
 def _numbers(its: Comparison, of: str, unit: str, form: str = ".3g") -> str:
-    if its.real is None or its.other is None:
+    """`OPD 3.2, rademacher 3.6, p = 0.4, 3 against 3 seeds`, or for want of a p the reason."""
+    if its.real is None:
         return f"{its.null}: {its.reason or 'not measured'}"
-    words = f"{of} {plain(its.real, form)}, {its.null} {plain(its.other, form)}"
+    words = f"{of} {plain(its.real, form)}"
+    if its.mixed is not None:
+        words += f", with {its.null} {plain(its.mixed, form)}"
+    if its.other is not None:
+        words += f", {its.null} {plain(its.other, form)}"
     if its.p is None:
-        words += f", no p: {its.reason or 'not tested'}"
-    else:
-        p = p_value(its.p)
-        words += (
-            f", {'corrected ' if its.corrected else ''}p {p if p.startswith('<') else '= ' + p}"
-        )
-    return f"{words}, {its.n_real} against {its.n_null} {unit}"
+        return f"{words}; {its.reason or 'not tested'}"
+    p = p_value(its.p)
+    words += f", {'corrected ' if its.corrected else ''}p {p if p.startswith('<') else '= ' + p}"
+    return f"{words}, {its.n_real} against {its.n_null} {unit}" if unit else words
 
 
 # ------------------------------------------------------------------------------------------- section
@@ -221,8 +231,11 @@ def additions(
     counts = ", ".join(f"{label} ({len(arms)})" for label, arms in nulls.items())
     about = (
         f"{name}: {', '.join(groups.arms_of(of))}. Signal nulls, trained like it on a signal that carries nothing: "
-        f"{counts}. p over training seeds, corrected for false discoveries within each family of measures."
+        f"{counts}. p over training seeds, corrected for false discoveries within each family of measures. In the "
+        "figures a point is an arm, a pair of arms, or the mean over the draws of a drawn null; a bar is a mean."
     )
+    if any(len(arms) == 1 for arms in nulls.values()):
+        about += " A null of one arm has no test: give it seeds, as many as the arms that it stands beside."
     return {"missing": "", "about": about, "claims": claims}
 
 
@@ -255,13 +268,21 @@ def _claim(
     clouds = [(name, "real", values[values.kind == "real"].value.tolist())]
     for kind, words in (("mixed", f"{name} with "), ("signal", ""), ("drawn", "drawn: ")):
         for null, part in values[values.kind == kind].groupby("null", sort=False):
+            if kind == "drawn" and _keeps(groups, of, str(null), key):
+                continue
             clouds.append((f"{words}{str(null).replace('_', ' ')}", kind, part.value.tolist()))
     add_figure(drawn, figure, draw_clouds(clouds, claim.measure))
     return {
         "text": text,
         "figure": figure,
-        "caption": f"{claim.title}: one point an arm or pair, of drawn nulls its mean over draws; lines: means",
+        "caption": claim.title,
     }
+
+
+def _keeps(groups: Groups, of: str, null: str, key: tuple[str, str, str]) -> bool:
+    """Whether a drawn null has the update's own value by construction."""
+    row = groups.comparison(of, "drawn", null, key)
+    return row is not None and "by construction" in str(row["reason"])
 
 
 def _compared(
@@ -269,17 +290,21 @@ def _compared(
 ) -> Comparison:
     """The group against a signal null, as groups.csv has it."""
     row = groups.comparison(of, "signal", null, key)
+    real, other, both = (
+        values[(values.kind == kind) & (values.null == its)].value
+        for kind, its in (("real", ""), ("signal", null), ("mixed", null))
+    )
+    first, second, mixed = (None if its.empty else float(its.mean()) for its in (real, other, both))
     if row is None:
-        real = values[values.kind == "real"].value
-        other = values[(values.kind == "signal") & (values.null == null)].value
-        first, second = (None if part.empty else float(part.mean()) for part in (real, other))
         n = len(real), len(other)
-        return Comparison(null, first, second, *n, None, None, False, "no row in groups.csv")
-    numbers = (row["real_mean"], row["null_mean"], int(row["n_real"]), int(row["n_null"]))
+        reason = "no row in groups.csv"
+        return Comparison(null, first, second, *n, None, None, False, reason, mixed=mixed)
+    means = (first if row["real_mean"] is None else row["real_mean"], row["null_mean"])
+    numbers = (*means, int(row["n_real"]), int(row["n_null"]))
     p = row["p"] if row["q"] is None else row["q"]
     is_equivalent = str(row["equivalent"]) == "True"
     reason, corrected = str(row["reason"]), row["q"] is not None
-    return Comparison(null, *numbers, row["difference"], p, is_equivalent, reason, corrected)
+    return Comparison(null, *numbers, row["difference"], p, is_equivalent, reason, corrected, mixed)
 
 
 def _retrained(
@@ -319,7 +344,12 @@ def _retraining(
     for its in controls:
         rule = config.masks[_mask_of(config, its["arms"][0])]
         of = (rule.reads or "").partition("@")[0]
-        null = f"mask of {labels[of]}" if of in labels else f"{its['kind']} mask"
+        kind = (
+            " ".join(reversed(its["kind"].split(", ")))
+            if its["kind"].endswith("-matched")
+            else its["kind"]
+        )
+        null = f"mask of {labels[of]}" if of in labels else f"{kind} mask"
         own = its["difference"]
         low, high = own["interval"]
         comparisons.append(
@@ -340,14 +370,12 @@ def _retraining(
     text = [_recovers(entry, arm, task)]
     if comparisons:
         missing = "" if any(its.null.startswith("mask of") for its in comparisons) else (
-            " No arm is retrained under a signal null's mask (mask = {of = \"NULL ARM\"}), so this is against random "
+            " No arm is retrained under a signal null's mask (a mask made of a null arm): this is against random "
             "coordinates alone."
         )  # fmt: skip
         title = f"That {arm}'s coordinates do better than others on {task}"
-        unit = "arms, p over questions"
-        text.append(
-            sentence(title, arm, unit, comparisons, 1, alpha, "other coordinates") + missing
-        )
+        found = sentence(title, arm, "", comparisons, 1, alpha, "other coordinates")
+        text.append(f"{found.removesuffix('.')}; p over questions.{missing}")
     figure = f"adds-{arm}-{task}".replace("_", "-").replace("@", "-")
     ends = {role: entry["arms"][a]["mean"] for a, its in entry["arms"].items()
             if (role := its["role"]) in ("base", "full")}  # fmt: skip
@@ -355,7 +383,7 @@ def _retraining(
     return {
         "text": " ".join(text),
         "figure": figure,
-        "caption": f"Retrained under masks, {task}: every arm, and the means as lines",
+        "caption": f"Retrained under masks, {task}",
     }
 
 
@@ -381,6 +409,8 @@ def _recovers(entry: Mapping[str, Any], arm: str, task: str) -> str:
     title = f"That {arm} recovers full training on {task}"
     if its is None:
         return f"{title} is undecided: there is no contrast with full ({share})."
+    if recovery["status"] != "ok":
+        return f"{title} is undecided: {share}."
     result = its["non_inferiority"]
     points = (
         f"{100 * its['mean']:+.1f} pp" if entry["scale"] == "fraction" else f"{its['mean']:+.3g}"
@@ -403,7 +433,9 @@ def draw_clouds(
     """Points of each cloud (words, kind, values) on a line of its own, with its mean; the kinds differ in colour."""
     shown = [its for its in clouds if its[2]]
     with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=(WIDTH, 0.62 + 0.3 * len(shown)), layout="constrained")
+        words = textwrap.wrap(label, 36)
+        height = 0.5 + 0.3 * len(shown) + 0.14 * len(words)
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.subplots()
         for y, (_, kind, values) in enumerate(shown):
             colour = CLOUDS[kind]
@@ -413,12 +445,12 @@ def draw_clouds(
         for text, value in (lines or {}).items():
             axes.axvline(value, color=figures.INK, lw=0.8, ls=(0, (3, 3)), alpha=0.6, zorder=0)
             axes.text(value, -0.62, text, ha="center", va="bottom", fontsize=9, alpha=0.8)
-        axes.set_yticks(range(len(shown)), [figures.short(words, 26) for words, _, _ in shown])
+        axes.set_yticks(range(len(shown)), [figures.short(words, 30) for words, _, _ in shown])
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.margins(x=0.08)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.set_xlabel(label)
+        axes.set_xlabel("\n".join(words))
         axes.grid(axis="x")
     return figure

@@ -73,11 +73,21 @@ def _draw(table: pd.DataFrame, key: str) -> Figure:
     with matplotlib.rc_context(figures.STYLE):
         figure, (axes,) = figures.canvas(2.6)
         groups = list(table.groupby("group", sort=False))
+        values = sorted(table[key].unique())
+        in_logs = values[0] > 0 and values[-1] / values[0] >= 5
         for i, (group, rows) in enumerate(groups):
             colour = figures.VARIANTS[i % len(figures.VARIANTS)]
             ordered = rows.sort_values(key)
+            aside = 0.012 * (
+                i - (len(groups) - 1) / 2
+            )  # so that equal scores do not hide each other
+            at = (
+                ordered[key] * (values[-1] / values[0]) ** aside
+                if in_logs
+                else ordered[key] + aside * (values[-1] - values[0])
+            )
             axes.errorbar(
-                ordered[key],
+                at,
                 ordered.score,
                 ordered.standard_error,
                 color=colour,
@@ -86,13 +96,14 @@ def _draw(table: pd.DataFrame, key: str) -> Figure:
                 ms=3,
                 label=str(group),
             )
-            best = rows[rows.chosen]
-            axes.plot(best[key], best.score, "o", ms=8, mfc="none", mec=colour)
-        values = table[key]
-        if values.min() > 0 and values.max() / values.min() >= 5:
+            best = ordered.chosen
+            axes.plot(at[best], ordered.score[best], "o", ms=8, mfc="none", mec=colour)
+        if in_logs:
             axes.set_xscale("log")
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.minorticks_off()
         axes.set_xlabel(key)
-        axes.set_ylabel("validation score, ± standard error")
+        axes.set_ylabel("validation score")
         if len(groups) > 1:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     return figure

@@ -193,7 +193,7 @@ class TaskSentences:
             lines.append(line + ".")
             for group in self.controls(arm):
                 line = f"{_sentence_start(arm)} minus {group['kind']}: {self.finding(group['difference'])}."
-                if group["match"]:  # draws of one rule, among which a rank is meaningful
+                if group["match"] and len(group["arms"]) > 1:  # draws of one rule have ranks
                     line += (
                         f" Among its {len(group['arms'])} random controls it ranks {_rank(group)}; over mask seeds "
                         f"no p below {group['smallest_possible_p']:.2g} is possible."
@@ -429,8 +429,14 @@ def _equals(p: float | None) -> str:
 def _p_values(difference: Entry) -> str:
     """The p of a contrast with the corrected p, or that there is none."""
     p, corrected = difference["p"], difference["p_holm"]
-    note = "exploratory, uncorrected" if corrected is None else f"{p_value(corrected)} after Holm"
-    return f"p {_equals(p)}" + ("" if corrected == p else f" ({note})")
+    if corrected == p:
+        return f"p {_equals(p)}"
+    if corrected is None:
+        note = "exploratory, uncorrected"
+    else:
+        same = p_value(corrected) == p_value(p)
+        note = "also after Holm" if same else f"{p_value(corrected)} after Holm"
+    return f"p {_equals(p)} ({note})"
 
 
 def _rank(group: Entry) -> str:

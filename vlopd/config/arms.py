@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from vlopd.config.base import Count, Name, Section, Seed, Share, Unique, Weight
+from vlopd.config.base import Count, Name, Section, Seed, Share, Unique, Weight, later
 from vlopd.config.functions import with_names
 from vlopd.config.lora import Lora
 from vlopd.config.masks import Selection
@@ -124,7 +124,7 @@ class DistillArm(Section):
     """Overrides settings of `train` for this arm."""
     subspace: Subspace | None = None
     """Projects gradients onto the subspace of an early update; null for none."""
-    lora: Lora | None = None
+    lora: Lora | None = later(None)
     """Trains low-rank updates of linear layers in place of the weights; null for none."""
     sweep: Grid | None = None
     """Tunes the arm: trains it at each point of the grid of these recipe keys, {"optim.learning_rate" = [3e-4, 1e-3]},
@@ -187,18 +187,18 @@ class TransplantArm(Section):
     """Role in the comparison; null for `transplant`, or `control` under a random mask, or `projection` of a part."""
     of: str = "full"
     """The checkpoint whose delta is transplanted: an arm, `full@12`, or a folder."""
-    mask: str | None = None
+    mask: str | None = later(None)
     """Name of the mask on which the delta is applied; null for all coordinates, with a `part`."""
-    part: Literal["principal", "off_principal", "random", "off_random"] | None = None
+    part: Literal["principal", "off_principal", "random", "off_random"] | None = later(None)
     """The part of each matrix's delta: in, or off, the base's principal subspaces, or random ones of the same rank, the
     control; null for the whole delta."""
-    rank: Count | None = None
+    rank: Count | None = later(None)
     """Rank k of the subspaces, in singular directions; give this or `rank_fraction`."""
-    rank_fraction: Share | None = None
+    rank_fraction: Share | None = later(None)
     """Rank as a fraction of the smaller side, rounded down, at least 1."""
-    seed: Seed | None = None
+    seed: Seed | None = later(None)
     """Seed of random subspaces; `seeds = [1, 2]` makes one arm per seed."""
-    norm_of: str | None = None
+    norm_of: str | None = later(None)
     """The checkpoint whose delta norm, over the whole model, the part is scaled to; null leaves it as it is."""
 
     @model_validator(mode="after")

@@ -13,7 +13,6 @@ from vlopd.config.arms import (
     DistillArm,
     ImportedArm,
     TeacherArm,
-    TransplantArm,
     UntrainedArm,
     checkpoints_of,
     replay_of,
@@ -76,8 +75,9 @@ def arm_inputs(
             "student": read_json(run.arm_record(base_arm(config)))["inputs"],
             "teachers": {n: teacher_content(run, config, t, whole) for n, t in teachers.items()},
             "data": data_content(recipe.data, tuple(teachers.values()), whole),
-            "arm": arm.model_dump(mode="json", include={"type", "seed", "mask", "subspace"})
-            | ({} if arm.lora is None else {"lora": arm.lora.model_dump(mode="json")}),
+            "arm": arm.model_dump(
+                mode="json", include={"type", "seed", "mask", "subspace", "lora"}
+            ),
             "recipe": settings | recipe.model_dump(mode="json", exclude=not_inputs),
         }
         if arm.null is not None:
@@ -92,9 +92,7 @@ def arm_inputs(
         if plugins := plugin_content(recipe.plugins, whole):
             inputs["plugins"] = plugins
     else:
-        # of a transplant without what it does not set, as arms were recorded before there were parts
-        without_null = isinstance(arm, TransplantArm)
-        inputs["arm"] = arm.model_dump(mode="json", exclude={"role"}, exclude_none=without_null)
+        inputs["arm"] = arm.model_dump(mode="json", exclude={"role"})
     return inputs | _reference_inputs(run, config, arm, whole)
 
 
