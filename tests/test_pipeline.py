@@ -294,7 +294,7 @@ def test_what_a_config_invalidates_is_made_again(miniature, tmp_path, monkeypatc
     """Another number of steps trains again, and what is made from it; the base and the teacher stay. Nothing of the
     arm before is left: neither its steps' numbers nor its early checkpoints."""
     run = tmp_path / "run"
-    words = ("run", miniature, "--out", run, "--until", "geometry")
+    words = ("run", miniature, "--out", run, "--until", "geometry", "geometry.arms=['full']")
     assert vlopd(monkeypatch, *words, "train.keep_steps=[1, 2]") == 0
     full = run / "arms" / "full"
     assert (full / "checkpoints" / "step-1").is_dir()
