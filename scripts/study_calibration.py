@@ -65,7 +65,7 @@ DRAWS = (5, 8)
 SHAPE = (48, 64)
 RATIOS = (0.1, 0.25)
 FAMILIES = {
-    "sparsity": ("frac_", "update_density"),
+    "sparsity": ("frac_", "update_density", "visible_fraction"),
     "sizes": ("delta_", "coord_top_energy"),
     "masks": (
         "principal_update",

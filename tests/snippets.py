@@ -12,7 +12,8 @@ SMALLER = {
     r'"prompts_per_step": \d+': '"prompts_per_step": 4',
     r"size=\d+": "size=4",
     r"limit=\d+": "limit=4",
-    r"null_draws=\d+": "null_draws=2",
+    r"null_draws=\d+": "null_draws=1",
+    r"geometry\((\w+), (\w+)\)": r"geometry(\1, \2, null_draws=1, ratios=[0.1])",
     r"STEPS = \d+": "STEPS = 1",
     r"QUESTIONS = \d+": "QUESTIONS = 4",
 }

@@ -115,7 +115,7 @@ def test_a_resumed_run_samples_in_the_memory_that_was_free(
     given = []
 
     def watched(*words, **named):
-        given.append(words[-1])
+        given.append(words[6])  # sampling_bytes
         return collect(*words, **named)
 
     from vlopd.train.rollouts import collect

@@ -263,7 +263,7 @@ def run(folders, tmp_path_factory):
             "full": {"type": "distill"},
             "subnetwork": {"type": "distill", "mask": "top"},
         },
-        "geometry": {"null_draws": 1},
+        "geometry": {"null_draws": 1, "ratios": [0.1]},
         "eval": {"tasks": ["shapes_text"], "limit": 8, "bootstrap_draws": 100},
     }
     return vlopd.Run(config, "train.steps=1", out=tmp_path_factory.mktemp("run") / "mini").run()

@@ -438,7 +438,7 @@ def test_the_mask_verbs(kind, make_config, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("kind", ["llm"], indirect=True)
-def test_two_jobs_train_arms_of_one_run_at_once(kind, folders, tmp_path):
+def test_two_jobs_train_arms_of_one_run_at_once(kind, folders, tmp_path, monkeypatch):
     """While one job holds an arm another trains a different one, and a job that wants the held one waits for it."""
     config = tmp_path / "two.toml"
     config.write_text(
@@ -459,33 +459,18 @@ full = {{type = "distill", seeds = [1, 2]}}
     out = tmp_path / "run"
     run = RunFolder.create(out, load_config(config))
 
-    def job(arm):
-        words = [
-            sys.executable,
-            "-m",
-            "vlopd.cli.main",
-            "run",
-            str(config),
-            "--until",
-            "arms",
-            "--arm",
-            arm,
-            "--out",
-            str(out),
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            words, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        )
-
+    words = ["run", str(config), "--until", "arms", "--out", str(out), "--arm"]
     with run.lock_artifact("arms/full-0"):
-        waiting, free = job("full-0"), job("full-1")
-        assert free.wait(timeout=120) == 0, free.stderr.read()
+        job = [sys.executable, "-m", "vlopd.cli.main", *words, "full-0"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+        waiting = subprocess.Popen(job, env=environment, **pipes, text=True)
+        said = waiting.stderr.readline()  # it waits before the other arm is begun
+        assert vlopd(monkeypatch, *words, "full-1") == 0
         assert waiting.poll() is None and not run.arm_record("full-0").exists()
-    _, error = waiting.communicate(timeout=120)
+    error = said + waiting.communicate(timeout=120)[1]
     assert waiting.returncode == 0 and "waiting for" in error and "full-0" in error
     assert f"process {os.getpid()}" in error
-    free.communicate()
     records = {arm: read_json(run.arm_record(arm)) for arm in ("full-0", "full-1")}
     assert records["full-0"]["inputs"]["base"] == records["full-1"]["inputs"]["base"]
     assert records["full-0"]["checkpoint_digest"] != records["full-1"]["checkpoint_digest"]

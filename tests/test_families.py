@@ -353,9 +353,9 @@ def test_greedy_completions_equal_those_of_generate(family, make):
 
 def test_nothing_is_left_of_an_earlier_batch(family, make):
     """Sampling from and scoring another batch before (other pictures, none, another size) changes nothing."""
-    fresh, used = make(family), make(family)
-    examples = examples_of(family)
+    used, examples = make(family), examples_of(family)
     for first, then in ((examples, examples[-1:]), (examples[:1], examples[1:])):
+        fresh = make(family)
         sample(used, used.render(first), 4, 0.0)
         prompts = used.render(then)
         after = sample(used, prompts, 6, 0.0)
@@ -365,7 +365,6 @@ def test_nothing_is_left_of_an_earlier_batch(family, make):
         torch.testing.assert_close(after.logprobs, expected.logprobs, rtol=0, atol=1e-5)
         scores = ours(used, prompts, after).gather(1, after.ids[after.mask][:, None])[:, 0]
         torch.testing.assert_close(scores, after.logprobs[after.mask], rtol=0, atol=1e-4)
-        fresh = make(family)
 
 
 QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
@@ -511,7 +510,8 @@ def test_a_template_of_plain_strings_is_refused_for_a_model_with_eyes(make):
     indirect=True,
 )
 def test_distillation_reaches_the_teacher_and_moves_nothing_else(family, make):
-    """On one batch the reverse KL falls below 5 % of its start; the teacher, and all off a mask, stay bit for bit."""
+    """On one batch the reverse KL falls below 5 % of its start within 50 steps; the teacher, and all off a mask, stay bit
+    for bit."""
     student, examples = make(family), examples_of(family)
     teacher = disturbed(student)
     teacher.model.requires_grad_(False)
@@ -538,6 +538,8 @@ def test_distillation_reaches_the_teacher_and_moves_nothing_else(family, make):
             optimizer.step()
             trainable.write_back()
             losses.append(float(loss))
+            if losses[-1] < 0.05 * losses[0]:
+                break
         return losses
 
     before = {n: p.detach().clone() for n, p in student.model.named_parameters()}

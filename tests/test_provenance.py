@@ -52,6 +52,7 @@ subnetwork = {{type = "distill", seed = 2, mask = "top"}}
 random-0 = {{type = "transplant", of = "full", mask = "random-0"}}
 [geometry]
 null_draws = 1
+ratios = [0.1]
 [eval]
 include = "tasks"
 tasks = ["demo"]

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from vlopd.cli.common import console, print_artifact
 
@@ -37,11 +38,10 @@ def paper(
             for pair, row, cells in laid.lines:
                 if pair != before and len(runs) > 1:
                     shown.add_section()
-                    shown.add_row(f"[bold]{pair}[/bold]")
+                    shown.add_row(Text(pair, style="bold"))
                 before = pair
-                shown.add_row(
-                    row, *(cell.replace(" [", "\n[").replace(", p", "\np") for cell in cells)
-                )
+                wrapped = (cell.replace(" [", "\n[").replace(", p", "\np") for cell in cells)
+                shown.add_row(*map(Text, (row, *wrapped)))
             console.print(shown)
         else:
             console.print(f"{its.title}: not made")
