@@ -13,7 +13,17 @@ from scipy import stats
 
 import vlopd
 from evals.compare import compare
-from evals.report.additions import WHY, WORDS, Comparison, additions, decide, sentence
+from evals.report.additions import (
+    WHY,
+    WORDS,
+    Comparison,
+    _recovers,
+    _retrained,
+    additions,
+    decide,
+    sentence,
+)
+from evals.report.groups import read_groups
 from evals.report.markdown import markdown
 from evals.report.page import environment
 from evals.report.paper import TABLES
@@ -270,11 +280,12 @@ def test_a_sentence_never_contradicts_its_numbers():
         gone = [c.equivalent for c in found]
         assert not text.startswith("X does not survive") or any(gone)
         assert not text.startswith("X is undecided") or not any(gone)
+        assert all("no test against" in text for c in found if c.p is None and not c.equivalent)
         for its in found:
             decision = decide(its.p, its.difference, its.equivalent, side, 0.05)
             clause = next(part for part in re.split(r"(?<=\)); ", text) if f"{its.null} 1" in part)
             assert WHY[decision].format("training on nothing") in clause
-    assert len(set(WHY.values())) == len(WORDS)
+    assert len(set(WHY.values())) == len(WORDS) and set(WHY) == set(WORDS)
 
 
 def test_the_section_finds_what_was_planted(invented):
@@ -293,6 +304,35 @@ def test_the_section_finds_what_was_planted(invented):
     assert "mask of rademacher" in text and "recovers full training on shapes" in text
     assert page.count('data-name="adds-') == len(drawn) >= 8
     assert "## What distillation adds" in text and "figures/adds-low-rank.svg" in text
+
+
+def test_a_null_arm_may_be_called_null(invented, tmp_path):
+    """Not read as a missing cell, as pandas has it: the arm keeps its label, and random masks are none of its."""
+    run, config = invented
+    for name in ("groups", "group_values"):
+        text = (run.root / f"geometry/{name}.csv").read_text().replace("rademacher-0", "null")
+        (tmp_path / "geometry").mkdir(exist_ok=True)
+        (tmp_path / f"geometry/{name}.csv").write_text(text)
+    other = RunFolder(tmp_path)
+    assert read_groups(other).labels() == dict.fromkeys(("null", *NULLS[1:]), "rademacher")
+    assert read_groups(other).nulls_of("full") == {"rademacher": ("null", *NULLS[1:])}
+    (found,) = _retrained(config, read_groups(other), read_json(run.compare), 0.05, {})
+    assert "random mask 0." in found["text"] and "mask of" not in found["text"]
+
+
+def test_what_gained_nothing_is_not_recovered(invented):
+    """Without an established gain of full training, an arm that is as good as it recovers nothing."""
+    run, _ = invented
+    entry = read_json(run.compare)["tasks"]["shapes"]
+    for its in entry["contrasts"]:
+        if its.get("non_inferiority"):
+            its["non_inferiority"]["holds"] = True
+    texts = []
+    for status in ("ok", "weak"):
+        entry["arms"]["subnetwork"]["recovery"] = {"status": status, "value": 1.0}
+        texts.append(_recovers(entry, "subnetwork", "shapes"))
+    assert "recovers full training on shapes survives" in texts[0]
+    assert "recovers full training on shapes is undecided: no established gain" in texts[1]
 
 
 def test_without_a_signal_null_the_section_says_what_to_add(tmp_path):

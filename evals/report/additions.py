@@ -25,13 +25,14 @@ from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import RandomMask
 from vlopd.run.folder import RunFolder
 
-Decision = Literal["survives", "reversed", "small", "not", "undecided"]
+Decision = Literal["survives", "reversed", "small", "not", "undecided", "untested"]
 WORDS: dict[Decision, str] = {
     "survives": "survives",
     "reversed": "is reversed",
     "small": "does not survive",
     "not": "does not survive",
     "undecided": "is undecided",
+    "untested": "is undecided",
 }
 WHY: dict[Decision, str] = {
     "survives": "distinguishable from {}",
@@ -39,6 +40,7 @@ WHY: dict[Decision, str] = {
     "small": "distinguishable from {}, by less than the margin",
     "not": "it comes from {} as well",
     "undecided": "neither distinguishable from {} nor equivalent",
+    "untested": "no test against {}",
 }
 NOTHING = "training on nothing"
 WIDTH = 4.2
@@ -143,11 +145,13 @@ def decide(
     p: float | None, difference: float | None, equivalent: bool, side: Side, alpha: float
 ) -> Decision:
     """Whether a claim survives one null; p is of the difference, `equivalent` by two one-sided tests at a margin."""
-    differs = p is not None and difference is not None and p <= alpha
+    if p is None or difference is None:
+        return "not" if equivalent else "untested"
+    differs = p <= alpha
     if differs and equivalent:
         return "small"
     if differs:
-        return "survives" if side == 0 or (difference or 0) * side > 0 else "reversed"
+        return "survives" if side == 0 or difference * side > 0 else "reversed"
     return "not" if equivalent else "undecided"
 
 
@@ -168,7 +172,7 @@ def sentence(
     for its in found:
         decision = decide(its.p, its.difference, its.equivalent, side, alpha)
         parts.setdefault(decision, []).append(_numbers(its, of, unit))
-    order: tuple[Decision, ...] = ("reversed", "not", "small", "undecided", "survives")
+    order: tuple[Decision, ...] = ("reversed", "not", "small", "undecided", "untested", "survives")
     known = [decision for decision in order if decision in parts]
     text = f"{claim} {WORDS[known[0]]}: "
     return text + "; ".join(f"{WHY[d].format(other)} ({'; '.join(parts[d])})" for d in known) + "."
@@ -381,6 +385,8 @@ def _recovers(entry: Mapping[str, Any], arm: str, task: str) -> str:
     title = f"That {arm} recovers full training on {task}"
     if its is None:
         return f"{title} is undecided: there is no contrast with full ({share})."
+    if recovery["status"] != "ok":
+        return f"{title} is undecided: {share}."
     result = its["non_inferiority"]
     points = (
         f"{100 * its['mean']:+.1f} pp" if entry["scale"] == "fraction" else f"{its['mean']:+.3g}"

@@ -17,6 +17,7 @@ from evals.report.examples import collect, training_samples
 from evals.report.headline import headline
 from evals.report.markdown import markdown
 from evals.report.page import Context, add_drawings, add_figure, environment, rows_of
+from evals.report.read import read_table
 from evals.report.recipe import recipe
 from evals.report.sections import EMPTY, render_report, scores_context, slug
 from evals.report.tuning import chosen_points, curves, read_sweeps, tuning_context
@@ -198,7 +199,7 @@ def _geometry_context(
         about = read_json(run.geometry(str(arm)) / "summary.json")
         drawings = geometry.draw(mine := tidy[tidy.arm == arm])
         if (path := run.geometry(str(arm)) / "trajectory.csv").exists():
-            drawings |= geometry.draw_trajectory(pd.read_csv(path))
+            drawings |= geometry.draw_trajectory(read_table(path))
         found.append(
             {
                 "arm": arm,
@@ -215,7 +216,7 @@ def _geometry_context(
 def _overlap_context(run: RunFolder, drawn: dict[str, str]) -> list[tuple[str, str]]:
     """(figure name, caption) of the overlap of arms, if there is one."""
     path = run.root / "geometry" / "overlap.csv"
-    found = geometry.draw_overlap(pd.read_csv(path)) if path.exists() else {}
+    found = geometry.draw_overlap(read_table(path)) if path.exists() else {}
     return add_drawings(drawn, "geometry", found)
 
 

@@ -17,6 +17,7 @@ from evals.report import figures, geometry, tables
 from evals.report.examples import collect
 from evals.report.headline import headline
 from evals.report.page import Context, add_drawings, environment, rows_of
+from evals.report.read import read_table
 from evals.report.sections import EMPTY, render_report, scores_context
 from evals.report.verdict import verdict
 from vlopd.files import read_json, write_text
@@ -73,7 +74,7 @@ def write_geometry_page(
     drawn: dict[str, str] = {}
     sections, about = [], {}
     for name, folder in folders.items():
-        summary, tidy = read_json(folder / "summary.json"), geometry.read(folder / "geometry.csv")
+        summary, tidy = read_json(folder / "summary.json"), read_table(folder / "geometry.csv")
         about[name] = summary
         sections.append(
             {
@@ -90,8 +91,8 @@ def write_geometry_page(
             }
         )
     steps = out / "trajectory.csv"
-    overlap = geometry.read(out / "overlap.csv") if (out / "overlap.csv").exists() else None
-    trajectory = geometry.draw_trajectory(geometry.read(steps)) if steps.exists() else {}
+    overlap = read_table(out / "overlap.csv") if (out / "overlap.csv").exists() else None
+    trajectory = geometry.draw_trajectory(read_table(steps)) if steps.exists() else {}
     drawings = {} if overlap is None else geometry.draw_overlap(overlap)
     first = next(iter(about.values()))
     context = {

@@ -245,7 +245,3 @@ def unmeasured(tidy: pd.DataFrame) -> dict[str, int]:
     """{reason: number of tensors} of the measures without an exact value in one geometry.csv."""
     tensors = tidy[(tidy.status != "ok") & ~tidy.name.str.startswith("[")]
     return tensors.groupby("reason").name.nunique().to_dict()
-
-
-def read(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, low_memory=False)  # infer dtypes from whole columns, not per chunk

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from evals.report.read import read_table
 from vlopd.run.folder import RunFolder
 
 KEYS = ("metric", "parameter", "name")
@@ -84,7 +85,7 @@ def read_groups(run: RunFolder) -> Groups:
     tables = []
     for name in ("groups", "group_values"):
         path = run.root / "geometry" / f"{name}.csv"
-        table = pd.read_csv(path, low_memory=False) if path.exists() else pd.DataFrame()
+        table = read_table(path) if path.exists() else pd.DataFrame()
         text = [column for column in NAMES if column in table]
         tables.append(
             table.assign(**{column: table[column].fillna("").astype(str) for column in text})

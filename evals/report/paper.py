@@ -14,11 +14,11 @@ from functools import cached_property
 from itertools import combinations, product
 from typing import Any, NamedTuple
 
-import pandas as pd
 from scipy.stats import t as student
 
 from evals.report import groups, tables
 from evals.report.page import rows_of
+from evals.report.read import read_table
 from vlopd.config.arms import DistillArm
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import MaskConfig, RandomMask
@@ -147,7 +147,7 @@ class Pair:
         """{arm: {(metric, parameter, name): {null: row}}} of aggregate rows."""
         found: dict[str, dict[Key, dict[str, dict[str, Any]]]] = {}
         for arm in self.measured:
-            table = pd.read_csv(self.run.geometry(arm) / "geometry.csv", low_memory=False)
+            table = read_table(self.run.geometry(arm) / "geometry.csv")
             table = table[table.name.str.startswith("[")]
             text = ("metric", "parameter", "name", "null", "reason")
             table = table.assign(**{column: table[column].fillna("") for column in text})
@@ -352,7 +352,7 @@ def overlap_rows(pair: Pair) -> Iterator[Number]:
     path = pair.run.root / "geometry" / "overlap.csv"
     if len(pair.measured) < 2 or not path.exists():
         raise Lacking("no geometry/overlap.csv: measure two arms or more (geometry.arms)")
-    table = pd.read_csv(path, low_memory=False)
+    table = read_table(path)
     table = table[table.name.eq("[all]")]
     table = table.assign(parameter=table.parameter.fillna(""), null=table.null.fillna(""))
     found: dict[tuple[str, str, str, str], dict[str, dict[str, Any]]] = {}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from evals.report.read import read_table
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.digests import digest_weights
 from vlopd.files import read_json, read_jsonl
@@ -345,7 +346,7 @@ def geometry(run: RunFolder, config: ExperimentConfig) -> tuple[pd.DataFrame, pd
     for arm in config.arms:
         folder = run.geometry(arm)
         if arm in config.geometry.arms and (folder / "summary.json").exists():
-            tidy.append(pd.read_csv(folder / "geometry.csv", low_memory=False).assign(arm=arm))
+            tidy.append(read_table(folder / "geometry.csv").assign(arm=arm))
             summary += [{"arm": arm, **row} for row in headline(folder)]
     return pd.concat(tidy) if tidy else pd.DataFrame(), pd.DataFrame(summary)
 
@@ -356,7 +357,7 @@ def geometry_groups(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
     if not config.roles.nulls or not table.exists():
         return pd.DataFrame()
     texts = ("of", "null", "kind", "parameter", "reason")
-    return pd.read_csv(table).fillna(dict.fromkeys(texts, ""))
+    return read_table(table).fillna(dict.fromkeys(texts, ""))
 
 
 def headline(folder: Path) -> list[dict[str, Any]]:
