@@ -125,7 +125,7 @@ def _curve(run: RunFolder, config: ExperimentConfig, group: str) -> dict[str, An
         each = {member: {"candidate": c, **score([c])} for member, c in of.items()}
         n = sum(len(its.groups) for its in tasks.values())
         curve.append({"settings": point, "n": n, **score(of.values()), "arms": each})
-    best = max(curve, key=lambda its: -math.inf if math.isnan(its["score"]) else its["score"])
+    best = best_of(curve)
     return {
         "group": group,
         "rule": RULE,
@@ -139,6 +139,15 @@ def _curve(run: RunFolder, config: ExperimentConfig, group: str) -> dict[str, An
         "candidates": {member: its["candidate"] for member, its in best["arms"].items()},
         "at_edge": at_edge(arm.sweep, best["settings"]),
     }
+
+
+def best_of(curve: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first of the points with the highest score; scores that differ by the rounding of sums are equal."""
+
+    def height(point: dict[str, Any]) -> float:
+        return -math.inf if math.isnan(point["score"]) else round(point["score"], 12)
+
+    return max(curve, key=height)
 
 
 def _statistics(answers: PairedScores, config: EvalConfig) -> TaskStatistics | CorpusStatistics:

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from evals.report import groups, tables
+from evals.report.read import read_table
 from vlopd.config.arms import DistillArm
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.files import read_json, read_jsonl
@@ -91,7 +92,7 @@ def _geometry(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[str, A
     path = run.geometry(arm) / "geometry.csv"
     if arm not in config.geometry.arms or not path.exists():
         return {}
-    table = pd.read_csv(path, low_memory=False, usecols=["name", "metric", "parameter", "value"])
+    table = read_table(path, ["name", "metric", "parameter", "value"])
     known = {
         (row.name_, row.metric, row.parameter): row.value
         for row in table.fillna({"parameter": ""}).rename(columns={"name": "name_"}).itertuples()

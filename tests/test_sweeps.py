@@ -1,12 +1,15 @@
 """Tuned arms: candidates by validation scores alone, one choice a group, and what is kept, resumed and refused."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from evals.compare import _compared_with
+from evals.sweeps import best_of
 from vlopd import pipeline
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import load_config
@@ -157,6 +160,14 @@ def test_a_group_shares_a_choice_and_a_grid_grows(tuned, tmp_path):
     new = {f"{arm}.learning_rate-0.0001" for arm in ("random-0", "random-1")}
     assert again == {"random-1.learning_rate-0.03", *new}
     assert len(read_json(folder.sweep("random"))["curve"]) == 3
+
+
+def test_equal_scores_choose_the_first_of_the_grid():
+    """Means over arms of as many right answers are equal though their sums round differently; NaN is never chosen."""
+    scores = [math.nan, np.mean([1 / 3, 2 / 3, 1.0]) - 1e-15, np.mean([1.0, 2 / 3, 1 / 3]), 0.5]
+    assert scores[1] < scores[2]
+    assert best_of([{"score": score} for score in scores])["score"] == scores[1]
+    assert best_of([{"score": 0.5}, {"score": 0.5 + 1e-6}])["score"] > 0.5
 
 
 def test_a_grid_is_a_product_with_names_for_files():
