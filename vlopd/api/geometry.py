@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from evals.report import geometry as drawings
 from evals.report import tables
 from evals.report.checkpoints import write_geometry_page
+from evals.report.read import read_table
 from vlopd.api.checkpoints import Checkpoint, folder_of, names_of, path_or_id, temporary_folder
 from vlopd.config.analysis import GeometryConfig
 from vlopd.config.input import value_of
@@ -46,7 +47,7 @@ class Geometry:
     @cached_property
     def rows(self) -> pd.DataFrame:
         """geometry.csv of every checkpoint: one row per measure and null (docs/geometry.md)."""
-        found = {name: drawings.read(path / "geometry.csv") for name, path in self.folders.items()}
+        found = {name: read_table(path / "geometry.csv") for name, path in self.folders.items()}
         return pd.concat(found, names=["trained"]).reset_index("trained").reset_index(drop=True)
 
     @cached_property
@@ -76,7 +77,7 @@ class Geometry:
         """The page's figures by name; of several checkpoints, NAME-figure."""
         found: dict[str, Figure] = {}
         for name, folder in self.folders.items():
-            drawn = drawings.draw(drawings.read(folder / "geometry.csv"))
+            drawn = drawings.draw(read_table(folder / "geometry.csv"))
             prefix = f"{name}-" if len(self.folders) > 1 else ""
             found |= {f"{prefix}{key}": its.figure for key, its in drawn.items()}
         for table, draw in (
@@ -103,7 +104,7 @@ class Geometry:
 
     def _table(self, name: str) -> pd.DataFrame:
         path = self.out / f"{name}.csv"
-        return drawings.read(path) if path.exists() else pd.DataFrame()
+        return read_table(path) if path.exists() else pd.DataFrame()
 
     def __repr__(self) -> str:
         return f"Geometry of {', '.join(self.folders)} in {self.out}\n{self._shown().to_string(index=False)}"
