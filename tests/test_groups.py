@@ -213,13 +213,21 @@ def test_too_few_arms_give_a_difference_and_the_reason(
     assert one["difference"] != "" or (metric == "delta_cosine" and 1 in (len(of), len(arms)))
 
 
-def test_a_measure_without_a_value_in_some_arm_says_where():
-    """An arm in which a measure is undefined leaves the row without a difference, never a comparison of the others."""
+@pytest.mark.parametrize("undefined", [None, math.nan, math.inf])
+def test_a_measure_without_a_value_in_some_arm_says_where(undefined):
+    """An arm in which a measure is undefined leaves the row without a difference, never a comparison of the others, and
+    the family's other rows with their q."""
     key = ("spectrum", "stable_rank", "", "[median]")
     values = [Value("real", "", "full", arm, *key, 3.0 + i) for i, arm in enumerate(REAL)]
-    values += [Value("signal", "rademacher", "full", arm, *key, None) for arm in NULL]
-    (found,) = compare_groups(values, GeometryConfig(), 0.95)
+    values += [Value("signal", "rademacher", "full", arm, *key, undefined) for arm in NULL]
+    other = ("spectrum", "stable_rank", "", "[component=vision]")
+    values += [Value("real", "", "full", arm, *other, 3.0 + i) for i, arm in enumerate(REAL)]
+    values += [
+        Value("signal", "rademacher", "full", arm, *other, 4.0 + i) for i, arm in enumerate(NULL)
+    ]
+    found, whole = compare_groups(values, GeometryConfig(), 0.95)
     assert found.reason == "not measured in noise" and found.p is None and found.difference is None
+    assert whole.q == whole.p and 0 < whole.p < 1
 
 
 # ------------------------------------------------------------------------------------------ the stage

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import recipe_of
-from vlopd import distributed
+from vlopd import distributed, seeding
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.signal_nulls import SignalNull
 from vlopd.data.load import load_data, pick
@@ -135,6 +135,27 @@ def test_a_replay_repeats_the_completions_to_the_bit(kind, train, tmp_path):
         assert is_same == [True, name != "drifting"]
     norms = [[row["grad_norm"] for row in metrics(tmp_path / name)] for name in ("normal", "real")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("null", ["rademacher", "sequence_sign"])
+def test_opposite_signs_give_the_opposite_update(null, make_pair, train, monkeypatch):
+    """Given the past, an update and its negative are equally likely: weights, clipping and AdamW keep the symmetry."""
+    sections = {**OPD, "train": {"steps": 1, "prompts_per_step": 4}}
+    sections["optim"] = {"learning_rate": 1e-3, "weight_decay": 0.0, "max_grad_norm": 0.01}
+    base = make_pair("llm", **sections).student.model.state_dict()
+    one = train("llm", sections, "one", null)
+    original = seeding.uniforms
+
+    def reflected(rows, tokens, *names):
+        draws = original(rows, tokens, *names)
+        return 1 - 2**-53 - draws if names[0] == "null" else draws
+
+    monkeypatch.setattr(seeding, "uniforms", reflected)
+    other = train("llm", sections, "other", null)
+    deltas = [{n: its[n].double() - base[n].double() for n in one} for its in (one, other)]
+    sizes = [torch.cat([d.flatten() for d in its.values()]) for its in deltas]
+    assert sizes[0].norm() > 0
+    assert (sizes[0] + sizes[1]).norm() < 1e-3 * sizes[0].norm()
 
 
 def test_a_killed_null_resumes_to_the_bit(kind, train, monkeypatch, tmp_path):

@@ -345,7 +345,7 @@ def _numbers(
     found: _Numbers = {}
     for unit in units:
         name, its = PAIR.join(sorted(unit)), values.get(unit)
-        if its is None or its.value is None:
+        if its is None or its.value is None or not math.isfinite(its.value):
             return {}, f"not measured in {name}"
         if logarithmic and its.value <= 0:
             return {}, f"{its.value:g} in {name}: no logarithm"
