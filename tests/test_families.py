@@ -510,8 +510,8 @@ def test_a_template_of_plain_strings_is_refused_for_a_model_with_eyes(make):
     indirect=True,
 )
 def test_distillation_reaches_the_teacher_and_moves_nothing_else(family, make):
-    """On one batch the reverse KL falls below 5 % of its start within 50 steps; the teacher, and all off a mask, stay bit
-    for bit."""
+    """On one batch the reverse KL falls below 5 % of its start within 50 steps; the teacher, and all off a mask, stay
+    bit for bit."""
     student, examples = make(family), examples_of(family)
     teacher = disturbed(student)
     teacher.model.requires_grad_(False)
