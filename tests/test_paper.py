@@ -241,6 +241,8 @@ def test_what_a_run_lacks_is_said_for_each_table(invented, tmp_path):
         vlopd.paper()
     with pytest.raises(RunError, match="not a run folder"):
         vlopd.paper(tmp_path)
+    with pytest.raises(ConfigError, match="bare is given twice"):
+        vlopd.paper(bare.root, bare.root)
 
 
 def test_tables_are_written_and_printed(invented, tmp_path, monkeypatch, capsys):

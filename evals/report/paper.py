@@ -770,10 +770,10 @@ TABLES: Mapping[str, tuple[str, tuple[str, ...], Callable[[Pair], Iterator[Numbe
 def paper_tables(runs: Sequence[tuple[RunFolder, ExperimentConfig]]) -> dict[str, Table]:
     """Every table over these runs, one pair each; what a run lacks is in `lacking` with the reason."""
     names = [config.name for _, config in runs]
-    pairs = [
-        Pair(config.name if names.count(config.name) == 1 else run.root.name, run, config)
-        for run, config in runs
-    ]
+    for more in ([run.root.name for run, _ in runs], [str(run.root) for run, _ in runs]):
+        if len(set(names)) < len(names):
+            names = more
+    pairs = [Pair(name, run, config) for name, (run, config) in zip(names, runs, strict=True)]
     found = {}
     for name, (title, columns, rows) in TABLES.items():
         table = found[name] = Table(title, columns)

@@ -45,4 +45,7 @@ def paper(*runs: str | Path) -> Paper:
     """
     if not runs:
         raise ConfigError("no run: give one run folder or more, as in `vlopd paper runs/paper`")
+    folders = [Path(run).resolve() for run in runs]
+    if twice := next((run for i, run in enumerate(folders) if run in folders[:i]), None):
+        raise ConfigError(f"{twice} is given twice; each run is a pair of models of its own")
     return Paper(paper_tables([RunFolder.open(run, locked=False) for run in runs]))

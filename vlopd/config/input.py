@@ -92,6 +92,8 @@ def _extended(tree: dict[str, Any], path: Path, below: tuple[Path, ...]) -> dict
     if (whole := base_path.resolve()) in below:
         chain = " <- ".join(each.name for each in (*below, whole))
         raise ConfigError(f"{path}: extends leads back to itself: {chain}")
+    if not base_path.exists():
+        raise ConfigError(f"{path}: extends: no config file {base_path}")
     base = _extended(_read_toml(base_path), base_path, (*below, whole))
     for key in ("name", "title"):
         base.pop(key, None)
