@@ -269,7 +269,7 @@ def test_a_foreign_state_is_ignored_and_a_damaged_one_refused(
 
 
 def test_kl_goes_down_on_one_batch(kind, make_pair, make_config, tmp_path):
-    """Enough steps on the same few prompts bring the KL to the teacher below 40 % of its start."""
+    """Eighty steps on the same few prompts bring the KL to the teacher below half of its start."""
     config = make_config(
         kind,
         optim={"learning_rate": 2e-2, "schedule": "linear"},
@@ -279,7 +279,7 @@ def test_kl_goes_down_on_one_batch(kind, make_pair, make_config, tmp_path):
     data = load_data(config.data, 4, 5)
     distill(pair, data, recipe_of(config), tmp_path, SEED)
     kl = [row["kl"] for row in metrics(tmp_path)]
-    assert sum(kl[-10:]) / 10 < 0.4 * kl[0]
+    assert sum(kl[-10:]) / 10 < 0.5 * kl[0]
 
 
 @pytest.mark.parametrize("what", ["weights", "one example", "gradient"])

@@ -52,13 +52,13 @@ def random_mask(model, share=0.1, seed=0):
 def test_all_true_mask_is_dense_training_bit_for_bit(
     kind, compute, accumulation, make_pair, make_config, make_data
 ):
-    """A mask of all ones gives the dense run's weights exactly over 20 steps, with the storage it gets by itself
+    """A mask of all ones gives the dense run's weights exactly over 8 steps, with the storage it gets by itself
     and with compact ones forced on it: gathering and scattering change nothing."""
     config = make_config(
         kind, optim={"learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.5}
     )
     data = make_data(kind, 4)
-    dense, _ = train(make_pair(kind, compute), data, config, None, 20, accumulation)
+    dense, _ = train(make_pair(kind, compute), data, config, None, 8, accumulation)
     chosen = [cheapest, always("packed")]
     if accumulation == 4:
         chosen = [always("listed" if compute == "bf16" else "dense")]
@@ -68,7 +68,7 @@ def test_all_true_mask_is_dense_training_bit_for_bit(
             n: torch.ones_like(p, dtype=torch.bool)
             for n, p in pair.student.model.named_parameters()
         }
-        masked, trainable = train(pair, data, config, ones, 20, accumulation, choose)
+        masked, trainable = train(pair, data, config, ones, 8, accumulation, choose)
         assert trainable.count == trainable.total
         assert all(torch.equal(dense[n], masked[n]) for n in dense)
 

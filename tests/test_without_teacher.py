@@ -168,6 +168,7 @@ full = {{type = "distill"}}
 subnetwork = {{type = "distill", mask = "top"}}
 [geometry]
 null_draws = 1
+ratios = [0.1]
 [eval]
 tasks = ["{task}"]
 limit = 6
