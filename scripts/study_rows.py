@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from evals.report import groups, tables
+from evals.report import tables
 from evals.report.read import read_table
 from vlopd.config.arms import DistillArm
 from vlopd.config.experiment import ExperimentConfig
@@ -41,29 +41,31 @@ COLUMNS = (
 
 def study_rows(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
     """One row for each arm and task, with None for what the run does not have; a group's tasks are left out."""
-    compared = read_json(run.compare)["tasks"] if run.compare.exists() else {}
-    shown = {task: its for task, its in compared.items() if not its["group"]} or {"": {"arms": {}}}
-    labels = groups.read_groups(run).labels()
+    compared = read_json(run.compare) if run.compare.exists() else {"tasks": {}, "arms": {}}
+    tasks = {task: its for task, its in compared["tasks"].items() if not its["group"]}
+    shown = tasks or {"": {"arms": {}}}
     records = tables.arm_records(run, config)
     rows = []
     for arm, record in records.items():
+        its = config.arms[arm]
+        null = its.null if isinstance(its, DistillArm) else None
         about = {
             "study": config.name,
             "arm": arm,
             "role": config.roles.of[arm],
-            "null": labels.get(arm),
-            "kl_to_base": record.get("kl_to_base"),
+            "null": null.label if null is not None else None,
+            "kl_to_base": compared["arms"].get(arm, {}).get("kl_to_base"),
             "delta_norm": record.get("delta_norm"),
             **{key: record.get(key) for key in ("mask", "density", "seed")},
             **_training(run, config, arm, record),
             **_geometry(run, config, arm),
         }
         for task, entry in shown.items():
-            its = entry["arms"].get(arm)
-            if its is None and task:
+            scored = entry["arms"].get(arm)
+            if scored is None and task:
                 continue
-            found = tables.estimate(its) if its else {}
-            to_full = tables.estimate((its or {}).get("difference_to_full") or {})
+            found = tables.estimate(scored) if scored else {}
+            to_full = tables.estimate((scored or {}).get("difference_to_full") or {})
             scores = {"score": found.get("mean"), "se": found.get("standard_error")}
             scores |= {"difference_to_full": to_full["mean"]}
             scores |= {key: to_full[key] for key in ("low", "high")}

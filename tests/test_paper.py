@@ -66,12 +66,7 @@ def invented_run(root):
         "base": {"type": "base"},
         "full": {"type": "distill", "seed": 1, "role": "full"},
         "replicate": {"type": "distill", "seeds": [2, 3]},
-        "rademacher": {
-            "type": "distill",
-            "seeds": [1, 2, 3],
-            "role": "other",
-            "loss": {"type": "k1"},
-        },
+        "rademacher": {"type": "distill", "seeds": [1, 2, 3], "null": "rademacher"},
         "subnetwork": {"type": "distill", "seed": 2, "mask": "top"},
         "null-mask": {"type": "distill", "seed": 2, "mask": "top-null", "role": "control"},
         "random": {"type": "distill", "seed": 2, "mask": "random"},
