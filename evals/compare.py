@@ -57,7 +57,7 @@ SEED_CONTRASTS: tuple[tuple[Role, Role], ...] = (
     ("subnetwork", "control"),
 )
 """Contrasts also made over seeds, where there are several."""
-FORMAT = 5
+FORMAT = 6
 """Version of compare.json; another version is made again."""
 
 

@@ -141,7 +141,7 @@ def test_a_group_shares_a_choice_and_a_grid_grows(tuned, tmp_path):
             its = chosen / path.relative_to(folder.arm(arm))
             assert path.name == "record.json" or path.samefile(its)
         assert record["sweep"]["chosen"] == curve["chosen"]
-        assert record["sweep"]["budget"] == {"settings": 2, "prompts": 8}
+        assert record["sweep"]["budget"] == {"settings": 2, "completions": 8}
         assert record["sweep"]["at_edge"] == ["optim.learning_rate"]
     points = [f"arms/random-{k}.learning_rate-{rate:g}" for k in (0, 1) for rate in RATES]
     assert set(points) < set(due) and due.index("sweeps/random") < due.index("arms/random-0")
@@ -204,7 +204,7 @@ def test_tuned_arms_have_the_roles_of_what_is_chosen_for_them(tuned):
     assert apart.keys() == {"fixed-0", "fixed-1"} and "sweep" in str(apart["fixed-0"])
     again = ExperimentConfig.model_validate(json.loads(config.model_dump_json()))
     assert again == config and again.sweep_group("random-1") == "random"
-    assert config.budget_of("fixed-0") == {"settings": 1, "prompts": 4}
+    assert config.budget_of("fixed-0") == {"settings": 1, "completions": 4}
 
 
 def test_a_null_takes_the_choice_of_its_real_arm(tuned, tmp_path):

@@ -91,10 +91,10 @@ def tuning(arms: Mapping[str, Entry]) -> list[str]:
     if lines and len({tuple(its.values()) for its in budgets.values()}) > 1:
         each: dict[tuple[int, int], list[str]] = {}
         for arm, its in budgets.items():
-            each.setdefault((its["settings"], its["prompts"]), []).append(arm)
+            each.setdefault((its["settings"], its["completions"]), []).append(arm)
         had = "; ".join(
-            f"{', '.join(names)}: {settings} setting{'s' if settings > 1 else ''}, {prompts:,} prompts"
-            for (settings, prompts), names in each.items()
+            f"{', '.join(names)}: {settings} setting{'s' if settings > 1 else ''}, {completions:,} completions"
+            for (settings, completions), names in each.items()
         )
         lines.append(
             f"The trained arms had different budgets ({had}): a difference between them is of tuning too."

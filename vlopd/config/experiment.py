@@ -161,12 +161,14 @@ class ExperimentConfig(RecipeSections):
 
     def budget_of(self, name: str) -> dict[str, int] | None:
         """What a trained arm's settings may have cost: how many it, or the group whose choice it takes, has tried, and
-        the prompts of all of them; None for other arms."""
+        the completions of all of them; None for other arms."""
         arm = self.arms[name]
         if not isinstance(arm, DistillArm):
             return None
         tried = self.forms(name, arm)
-        return {"settings": len(tried), "prompts": sum(self.recipe_of(a).prompts for a in tried)}
+        recipes = [self.recipe_of(each) for each in tried]
+        completions = sum(its.prompts * its.rollout.completions_per_prompt for its in recipes)
+        return {"settings": len(tried), "completions": completions}
 
     def with_compute(self, compute: Literal["fp32", "bf16"]) -> ExperimentConfig:
         """This config with `precision.compute` resolved."""

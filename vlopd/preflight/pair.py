@@ -407,8 +407,10 @@ def estimate_rows(
     ]
     if config.sweep_groups:
         budgets = [its for name in config.arms if (its := config.budget_of(name)) is not None]
-        trainings, prompts = (sum(its[key] for its in budgets) for key in ("settings", "prompts"))
-        text = f"{trainings} of {len(budgets)} arms, one a point of a tuned arm's grid; {prompts:,} prompts"
+        trainings, completions = (
+            sum(its[key] for its in budgets) for key in ("settings", "completions")
+        )
+        text = f"{trainings} of {len(budgets)} arms, one a point of a tuned arm's grid; {completions:,} completions"
         rows.append(CheckRow("trainings", (text,)))
     try:
         traces = [memory.trace(each, config.rollout.max_new_tokens) for each in readers]
