@@ -202,6 +202,12 @@ def test_tuned_arms_have_the_roles_of_what_is_chosen_for_them(tuned):
     }
     apart = {its.arm: its.differences for its in roles.unpooled}
     assert apart.keys() == {"fixed-0", "fixed-1"} and "sweep" in str(apart["fixed-0"])
+    assert config.with_candidates().roles == roles
+    declared = {
+        "arms": {**config.arms, "full": config.arms["full"].model_copy(update={"role": "full"})}
+    }
+    declared = config.model_copy(update=declared)
+    assert declared.with_candidates().roles == declared.roles
     again = ExperimentConfig.model_validate(json.loads(config.model_dump_json()))
     assert again == config and again.sweep_group("random-1") == "random"
     assert config.budget_of("fixed-0") == {"settings": 1, "completions": 4}

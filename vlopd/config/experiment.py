@@ -177,10 +177,12 @@ class ExperimentConfig(RecipeSections):
 
     @property
     def roles(self) -> Roles:
-        """What each arm is for: as it says itself, or by the defaults of config/roles.py."""
-        trained = {n: arm for n, arm in self.arms.items() if isinstance(arm, DistillArm)}
+        """What each arm is for: as it says itself, or by the defaults of config/roles.py. Candidates have no role."""
+        hidden = {candidate for name in self.arms for candidate in self.candidates(name)}
+        arms = {name: arm for name, arm in self.arms.items() if name not in hidden}
+        trained = {name: arm for name, arm in arms.items() if isinstance(arm, DistillArm)}
         recipes = {name: self.recipe_of(arm) for name, arm in trained.items()}
-        return roles_of(self.arms, self.masks, recipes, {n: self.grid_of(n) for n in trained})
+        return roles_of(arms, self.masks, recipes, {n: self.grid_of(n) for n in trained})
 
     @property
     def notes(self) -> list[str]:
