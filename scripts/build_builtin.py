@@ -62,13 +62,6 @@ CHAT_TEMPLATE = (
 )
 HEAD_DIM = 64
 EVERY_KIND = dict.fromkeys(shapes.KINDS, 1.0) | {"relation": 2.5}  # relations are learned last
-ELSEWHERE = {
-    "red": (200, 40, 140),
-    "green": (150, 200, 50),
-    "blue": (50, 160, 220),
-    "yellow": (238, 120, 45),
-}
-"""The student's palette: its red is magenta, green is lime, blue is cyan, yellow is orange."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +94,8 @@ RECIPES = {
         (128, 3, 320),
         2000,
         2e-3,
-        palette=ELSEWHERE,
-        shade=20,
+        palette=shapes.STUDENTS_COLOURS,
+        shade=shapes.STUDENTS_SHADE,
         seed=1,
     ),
     "shapes-text-teacher": Recipe("teacher", None, (128, 4, 320), 1600, 1.5e-3, 0.02, 0.1, seed=2),

@@ -30,6 +30,12 @@ def doc_to_image(doc: Mapping[str, Any]) -> list[Image.Image]:
     return [shapes.render(shapes.scene_from_json(doc["scene"]), doc["jitter"])]
 
 
+def doc_to_image_as_learned(doc: Mapping[str, Any]) -> list[Image.Image]:
+    """The scene in the palette that the built-in student learned, where distillation teaches nothing."""
+    scene, own = shapes.scene_from_json(doc["scene"]), shapes.STUDENTS_COLOURS
+    return [shapes.render(scene, doc["jitter"], own, shapes.STUDENTS_SHADE)]
+
+
 def doc_to_text(doc: Mapping[str, Any]) -> str:
     return f"{shapes.scene_caption(shapes.scene_from_json(doc['scene']))} {doc['question']}"
 

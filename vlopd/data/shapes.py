@@ -34,6 +34,14 @@ COLOURS = {
     "blue": (60, 90, 245),
     "yellow": (245, 225, 50),
 }
+STUDENTS_COLOURS = {
+    "red": (200, 40, 140),
+    "green": (150, 200, 50),
+    "blue": (50, 160, 220),
+    "yellow": (238, 120, 45),
+}
+"""The palette that the built-in student learned: its red is magenta, green lime, blue cyan, yellow orange."""
+STUDENTS_SHADE = 20
 SHAPES = ("circle", "cross", "triangle")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 CELLS = tuple(f"{row}-{column}" for row in ROWS for column in COLUMNS)
