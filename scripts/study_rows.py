@@ -79,12 +79,15 @@ def _training(run: RunFolder, config: ExperimentConfig, arm: str, record: Any) -
     if not isinstance(its, DistillArm):
         return {}
     used = ((record.get("inputs") or {}).get("recipe") or {}).get("optim") or {}
+    chosen = (record.get("sweep") or {}).get("chosen") or {}
     optim = config.recipe_of(its).optim
     path = run.arm(arm) / "metrics.jsonl"
     steps = read_jsonl(path) if path.exists() else []
     tokens = [row.get("completion_tokens", 0) for row in steps]
     return {
-        "learning_rate": used.get("learning_rate", optim.learning_rate),
+        "learning_rate": chosen.get(
+            "optim.learning_rate", used.get("learning_rate", optim.learning_rate)
+        ),
         "optimizer": used.get("type", optim.type),
         "tokens": int(sum(tokens)) or None,
     }
