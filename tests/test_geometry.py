@@ -18,6 +18,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from vlopd.bits import rounded_to_bf16
 from vlopd.config.analysis import (
     AdamNull,
     Bf16WalkNull,
@@ -45,7 +46,6 @@ from vlopd.update_geometry.nulls import (
     null_delta,
     null_direction,
     null_name,
-    stochastically_rounded,
 )
 from vlopd.update_geometry.projection import base_factors, matrix_measures, skipped_measures
 from vlopd.update_geometry.schema import (
@@ -578,11 +578,11 @@ def test_walks_in_bf16_are_rounded_at_every_step(null):
 def test_stochastic_rounding_keeps_the_mean():
     """A value a quarter of the way between two neighbours goes up in a quarter of the draws."""
     value = torch.full((40_000,), 1 + 0.25 * 2.0**-7)
-    rounded = stochastically_rounded(value, torch.Generator().manual_seed(0))
+    rounded = rounded_to_bf16(value, torch.Generator().manual_seed(0)).to(value)
     assert set(rounded.unique().tolist()) == {1.0, 1 + 2.0**-7}
     assert float((rounded > 1).double().mean()) == pytest.approx(0.25, abs=0.01)
     grid = torch.randn(100).bfloat16().float()
-    assert torch.equal(stochastically_rounded(grid, torch.Generator().manual_seed(0)), grid)
+    assert torch.equal(rounded_to_bf16(grid, torch.Generator().manual_seed(0)).to(grid), grid)
 
 
 @pytest.mark.parametrize(

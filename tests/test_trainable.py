@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from tests.conftest import sampled
+from vlopd.bits import rounded_to_bf16
 from vlopd.config.objective import ReverseKL
 from vlopd.train.checkpointing import recomputed
 from vlopd.train.generation import sample
 from vlopd.train.optimizers import build_optimizer
-from vlopd.train.sparse import CompactSlot, DenseSlot, Trainable, cheapest, rounded_to_bf16
+from vlopd.train.sparse import CompactSlot, DenseSlot, Trainable, cheapest
 from vlopd.weights.subspace import update_projection
 
 COMPUTE = ("fp32", "bf16")

@@ -1,5 +1,5 @@
 """Packed bit masks (eight coordinates per byte, first in the highest bit, as numpy.packbits), bitwise comparison of
-tensors, and exact representability between dtypes."""
+tensors, exact representability between dtypes, and rounding to bf16."""
 
 from __future__ import annotations
 
@@ -58,3 +58,18 @@ def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
 def widest(*dtypes: torch.dtype) -> torch.dtype:
     """The narrowest dtype that holds all of them: float32 for float16 with bfloat16, and for no dtype."""
     return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+
+
+def rounded_to_bf16(values: Tensor, draws: torch.Generator | None = None) -> Tensor:
+    """The values in bf16: the nearest, or with `draws` one of the two neighbours, whose mean is the value.
+
+    bf16 is the upper half of an fp32: a uniform 16-bit integer is added to the lower half, which is then dropped
+    (arXiv 2010.06192).
+    """
+    if draws is None:
+        return values.bfloat16()
+    bits = values.float().contiguous().view(torch.int32)
+    noise = torch.randint(
+        1 << 16, bits.shape, generator=draws, device=bits.device, dtype=torch.int32
+    )
+    return ((bits + noise) >> 16 << 16).view(torch.float32).bfloat16()

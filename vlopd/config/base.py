@@ -122,6 +122,11 @@ Part = Annotated[float, between(1e-6, 1 - 1e-6)]
 PartOrZero = Annotated[float, between(1e-6, 1 - 1e-6, or_zero=True)]
 
 
+def as_type(value: Any) -> Any:
+    """A section's name in place of its table: `source = "data"` is short for `source = {type = "data"}`."""
+    return {"type": value} if isinstance(value, str) else value
+
+
 def later(default: Any) -> Any:
     """A field that came after runs were made without it: dumps, and so digests of inputs, omit its default."""
     return Field(default, exclude_if=lambda value: value == default)

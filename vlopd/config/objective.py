@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
@@ -15,6 +15,7 @@ from vlopd.config.base import (
     Signed,
     Temperature,
     Weight,
+    as_type,
     later,
 )
 from vlopd.config.functions import IS_BUILT_IN, IS_OWN, KIND, Function
@@ -62,13 +63,8 @@ class MixedSource(Section):
         return self
 
 
-def as_source(value: Any) -> Any:
-    """`source = "data"` is short for `source = {type = "data"}`."""
-    return {"type": value} if isinstance(value, str) else value
-
-
 SourceConfig = Annotated[
-    Annotated[OneSource | MixedSource, Field(discriminator="type")], BeforeValidator(as_source)
+    Annotated[OneSource | MixedSource, Field(discriminator="type")], BeforeValidator(as_type)
 ]
 
 

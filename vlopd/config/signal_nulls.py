@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from vlopd.config.base import Section
+from vlopd.config.base import Section, as_type
 from vlopd.config.recipe import Recipe
 
 NullType = Literal[
@@ -57,12 +57,8 @@ class SignalNull(Section):
             )
 
 
-def as_signal_null(value: Any) -> Any:
-    """`null = "rademacher"` is short for `null = {type = "rademacher"}`."""
-    return {"type": value} if isinstance(value, str) else value
-
-
-SignalNullConfig = Annotated[SignalNull, BeforeValidator(as_signal_null)]
+SignalNullConfig = Annotated[SignalNull, BeforeValidator(as_type)]
+"""`null = "rademacher"` is short for `null = {type = "rademacher"}`."""
 
 
 def replayed_by(table: Any) -> str | None:

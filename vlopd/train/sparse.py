@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vlopd.bits import different, pack, positions, widest
+from vlopd.bits import different, pack, positions, rounded_to_bf16, widest
 from vlopd.errors import ConfigError, UserError
 from vlopd.seeding import generator
 from vlopd.train.offload import HOST, Downloads, staged
@@ -222,20 +222,6 @@ class DenseSlot(Slot):
 def widened(tensor: Tensor) -> Tensor:
     """The tensor in fp32, or in fp64 if stored so; itself if it already is."""
     return tensor.to(widest(tensor.dtype, torch.float32))
-
-
-def rounded_to_bf16(values: Tensor, draws: torch.Generator | None = None) -> Tensor:
-    """The values in bf16: the nearest, or with `draws` one of the two neighbours, whose mean is the value.
-
-    bf16 is the upper half of an fp32: a uniform 16-bit integer is added to the lower half, which is then dropped.
-    """
-    if draws is None:
-        return values.bfloat16()
-    bits = values.float().view(torch.int32)
-    noise = torch.randint(
-        1 << 16, bits.shape, generator=draws, device=bits.device, dtype=torch.int32
-    )
-    return ((bits + noise) >> 16 << 16).view(torch.float32).bfloat16()
 
 
 def make_slot(

@@ -25,6 +25,7 @@ from operator import eq
 import torch
 from torch import Tensor
 
+from vlopd.bits import rounded_to_bf16
 from vlopd.config.analysis import (
     AdamNull,
     Bf16WalkNull,
@@ -182,22 +183,12 @@ def _matched_walk(
         at = start.clone()
         for _ in range(null.steps):
             at.add_(torch.randn(at.shape, generator=stream, dtype=at.dtype), alpha=scale)
-            at = stochastically_rounded(at, stream) if stochastic else at.to(kept).to(at)
+            at = (rounded_to_bf16(at, stream) if stochastic else at.to(kept)).to(at)
         return at.to(stored).to(at).sub_(start)
 
     guess = target / math.sqrt(delta.numel() * null.steps)
     scale = _matched_scale(lambda scale: norm(walk(scale)), guess, target, delta.numel())
     return walk(scale).to(delta.device)
-
-
-def stochastically_rounded(values: Tensor, stream: torch.Generator) -> Tensor:
-    """Rounds to one of the two neighbours in bf16, with probabilities that keep the mean; returns the input's dtype.
-
-    bf16 is the upper half of fp32: a random lower half is added, and the lower half cut off (arXiv 2010.06192).
-    """
-    bits = values.float().contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, generator=stream, dtype=torch.int32)
-    return (bits + noise).bitwise_and_(-(1 << 16)).view(torch.float32).to(values)
 
 
 def _match_row_column_energies(
