@@ -8,4 +8,5 @@ source "$(dirname "$0")/study_lib.sh"
 arms=({full,signs,shuffled,top,random}-{0..3})
 begin $((${#arms[@]} + 1))
 for arm in "${arms[@]}"; do train c configs/study/c.toml --arm "$arm"; done
-part c configs/study/c.toml
+# the last compares pairs of updates, half an hour on idle cores that does not resume within itself
+LIMIT=10800 part c configs/study/c.toml

@@ -9,10 +9,10 @@
 set -euo pipefail
 script=$(realpath "$0")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-LIMIT=${LIMIT:-3600}     # seconds
+LIMIT=3600     # seconds
 
 script_usage() {
-    sed -n '2,/^[^#]/s/^#  *//p' "$script"
+    sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$script" >&2
     exit "$1"
 }
 
