@@ -64,8 +64,10 @@ class Tasks(TaskManager):
         Raises ConfigError for an unknown task, and for a missing folder.
         """
         if include is not None and not Path(include).is_dir():
-            is_file = "; it is a file: give its folder" if Path(include).is_file() else ""
-            raise ConfigError(f"eval.include: no folder {include!r}{is_file}")
+            why = "; it is a file: give its folder" if Path(include).is_file() else ""
+            if not Path(include).is_absolute():
+                why = f" in {Path.cwd()}, the working directory{why}"
+            raise ConfigError(f"eval.include: no folder {include!r}{why}")
         ours = (
             _our_tasks()
             if include is None

@@ -1,16 +1,74 @@
-# What the scripts of the study share: `part NAME CONFIG [OVERRIDES]` runs one part into runs/study/NAME, resumes it
-# where it was killed, keeps its rows, and prints how many parts are done and the time left. At most an hour a part.
+# What the scripts of the study share; each sources it, checks its arguments, and then runs its parts:
+#   script_usage STATUS        prints the script's header and exits
+#   begin N                    sets up; N parts will follow
+#   moved_seeds CONFIG NUMBER  the seeds of all arms and random masks of a config plus a number, as overrides
+#   train NAME CONFIG [ARGS]   `vlopd run` into runs/study/NAME; what is done there is kept, and time left is printed
+#   part NAME CONFIG [ARGS]    the same, and then the rows of the run
+# A run is stopped after an hour and resumed, ten times at most. One that stops with an error is started again once
+# (docs/study/protocol.md, "Exclusions"). Killed scripts resume by the same command.
+set -euo pipefail
+script=$(realpath "$0")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/env
-bash scripts/setup
-parts_done=0 parts=${parts:-1}
+LIMIT=3600     # seconds
+
+script_usage() {
+    sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$script" >&2
+    exit "$1"
+}
+
+begin() {
+    source scripts/env
+    bash scripts/setup
+    parts=$1 parts_done=0 begun=$SECONDS
+}
+
+moved_seeds() {
+    .venv/bin/python - "$@" <<'END'
+import sys
+from vlopd.config.input import read_tables
+
+tables = read_tables(sys.argv[1])
+for kind in ("arms", "masks"):
+    for name, table in tables.get(kind, {}).items():
+        if "seed" in table:
+            print(f"{kind}.{name}.seed={table['seed'] + int(sys.argv[2])}")
+END
+}
+
+train() {
+    local name=$1 config=$2 hours=0 errors=0 status
+    shift 2
+    echo "== study: $name, part $((parts_done + 1)) of $parts"
+    while true; do
+        status=0
+        # --foreground: Ctrl-C reaches the run
+        timeout --foreground --signal=INT --kill-after=120 "$LIMIT" \
+            .venv/bin/vlopd run "$config" --out "runs/study/$name" "$@" || status=$?
+        case $status in
+            0) break ;;
+            124 | 137) # out of time; 137 also if the system was out of memory
+                hours=$((hours + 1))
+                [ $hours -lt 10 ] || stop "$name was started ten times and is not done" 1
+                echo "== study: $name goes on after $hours stops" ;;
+            130 | 143) stop "$name was interrupted" $status ;;
+            *)
+                errors=$((errors + 1))
+                [ $errors -lt 2 ] || stop "$name stopped twice with an error" $status
+                echo "== study: $name stopped with exit code $status, and is started again once" ;;
+        esac
+    done
+    parts_done=$((parts_done + 1))
+    local seconds=$((SECONDS - begun))
+    echo "== study: $parts_done of $parts parts in $((seconds / 60)) min;" \
+        "about $((seconds * (parts - parts_done) / parts_done / 60)) min left"
+}
+
+stop() {
+    echo "study: $1; the same command goes on from here" >&2
+    exit "$2"
+}
 
 part() {
-    local name=$1 config=$2 begun=$SECONDS
-    shift 2
-    echo "== study: $name ($((parts_done + 1)) of $parts)"
-    timeout --signal=INT 3600 .venv/bin/vlopd run "$config" --out "runs/study/$name" "$@"
-    .venv/bin/python scripts/study_collect.py "runs/study/$name"
-    parts_done=$((parts_done + 1))
-    echo "== study: $name took $((SECONDS - begun)) s; about $((SECONDS * (parts - parts_done) / parts_done / 60)) min left"
+    train "$@"
+    .venv/bin/python scripts/study_collect.py "runs/study/$1"
 }

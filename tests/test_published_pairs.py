@@ -42,8 +42,9 @@ def models_of(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.toml")), ids=lambda path: path.stem)
 def test_every_config_loads_and_is_called_as_its_file(path):
-    """Each file under configs/ is valid, and its run folder will have the file's name."""
-    assert load_config(path).name == path.stem
+    """Each file under configs/ is valid, and its run folder will have its name (a part of the study: study-NAME)."""
+    part_of = "study-" if path.parent.name == "study" else ""
+    assert load_config(path).name == part_of + path.stem
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
