@@ -117,7 +117,7 @@ def test_no_attribute_probing_outside_models(path):
 
 def test_the_report_does_not_import_torch():
     """The report reads files only."""
-    for path in (ROOT / "evals" / "report").glob("*.py"):
+    for path in (ROOT / "evals" / "report").rglob("*.py"):
         assert not any(m.split(".")[0] in ("torch", "transformers") for m in imports_of(path)), path
 
 
