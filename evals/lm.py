@@ -35,8 +35,8 @@ from vlopd.models.loaded import LoadedModel
 from vlopd.models.thinking import Reading
 from vlopd.progress import progress
 from vlopd.seeding import uniforms
+from vlopd.train.distributions import logprobs_at
 from vlopd.train.generation import sample
-from vlopd.train.losses import logprobs_at
 from vlopd.types import Completions, Example, Prompts, parts_at_marks
 
 PLACEHOLDER = "<image>"

@@ -36,28 +36,28 @@ def serve(tokens: int, vocabulary: int, width: int, device: str) -> None:
     """Reads a chunk size and a loss from each line of standard input, runs it, writes wall and CPU seconds."""
     from vlopd.config.input import parse_override
     from vlopd.config.objective import LossConfig
-    from vlopd.train.losses import Sampled, chunked_divergence
+    from vlopd.train import losses
 
     torch.manual_seed(0)
     columns = torch.randint(0, vocabulary, (tokens,), device=device)
     hidden = torch.randn(tokens, width, device=device, requires_grad=True)
     other = torch.randn(tokens, width, device=device)
     heads = [torch.nn.Linear(width, vocabulary, bias=False, device=device) for _ in range(2)]
-    sampled = Sampled(columns, torch.full((tokens,), -10.0, device=device))
+    sampled = losses.Sampled(columns, torch.full((tokens,), -10.0, device=device))
     weights = torch.full((tokens,), 1 / tokens, device=device)
-    is_chunkwise = "weights" in inspect.signature(chunked_divergence).parameters
+    is_bundled = "inputs" in inspect.signature(losses.chunked_divergence).parameters
 
     for line in sys.stdin:
         chunk, text = line.rstrip("\n").split(" ", 1)
         loss = TypeAdapter(LossConfig).validate_python(
             {**parse_override(text)["loss"], "chunk_tokens": int(chunk)}
         )
-        both = (loss, hidden, heads[0], other, heads[1], sampled)
+        inputs = (hidden, heads[0], other, heads[1], sampled)
         wall, cpu = now(), time.process_time()
-        if is_chunkwise:
-            chunked_divergence(*both, weights=weights)
-        else:  # a revision before it back-propagated by itself
-            (chunked_divergence(*both).loss * weights).sum().backward()
+        if is_bundled:
+            losses.chunked_divergence(loss, losses.TokenInputs(*inputs, weights))
+        else:  # a revision whose loss takes them one by one
+            losses.chunked_divergence(loss, *inputs, weights=weights)
         print(now() - wall, time.process_time() - cpu, flush=True)
         hidden.grad = heads[0].weight.grad = None
 

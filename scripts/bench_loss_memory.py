@@ -20,7 +20,7 @@ from resident import resident
 
 from vlopd.config.input import parse_override
 from vlopd.config.objective import LossConfig
-from vlopd.train.losses import Sampled, chunked_divergence
+from vlopd.train.losses import Sampled, TokenInputs, chunked_divergence
 
 
 def peak_bytes(loss: LossConfig, tokens: int, vocabulary: int, width: int, device: str) -> int:
@@ -35,9 +35,8 @@ def peak_bytes(loss: LossConfig, tokens: int, vocabulary: int, width: int, devic
     def step(n: int) -> None:
         part = Sampled(*(column[:n] for column in sampled))
         weights = torch.ones(n, device=device)
-        chunked_divergence(
-            loss, hidden[:n], heads[0], teacher_hidden[:n], heads[1], part, weights=weights
-        )
+        inputs = TokenInputs(hidden[:n], heads[0], teacher_hidden[:n], heads[1], part, weights)
+        chunked_divergence(loss, inputs)
         for leaf in (hidden, heads[0].weight):
             leaf.grad = None
 

@@ -4,6 +4,7 @@ import ast
 import graphlib
 import re
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -51,10 +52,16 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in SOURCES}
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@cache
 def imports_of(path: Path) -> set[str]:
     """All modules that are imported anywhere in a file, also within functions and for types alone."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -110,14 +117,14 @@ def test_no_attribute_probing_outside_models(path):
     """getattr and hasattr probe for families, which is families.py's business (tests may ask a union's member)."""
     if "models" in path.parts or path.name == "lm.py":
         return
-    calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+    calls = [node for node in nodes_of(path) if isinstance(node, ast.Call)]
     names = {n.func.id for n in calls if isinstance(n.func, ast.Name)}
     assert not names & {"getattr", "hasattr", "setattr"}
 
 
 def test_the_report_does_not_import_torch():
     """The report reads files only."""
-    for path in (ROOT / "evals" / "report").glob("*.py"):
+    for path in (ROOT / "evals" / "report").rglob("*.py"):
         assert not any(m.split(".")[0] in ("torch", "transformers") for m in imports_of(path)), path
 
 

@@ -38,7 +38,7 @@ from vlopd.seeding import uniforms
 from vlopd.train.checkpointing import recomputed
 from vlopd.train.decoding import chosen_engine
 from vlopd.train.generation import sample
-from vlopd.train.losses import Sampled, chunked_divergence
+from vlopd.train.losses import Sampled, TokenInputs, chunked_divergence
 from vlopd.train.sparse import Trainable
 from vlopd.types import Completions, Example, Prompts
 
@@ -287,17 +287,14 @@ def test_padding_and_chunks_change_nothing(family, make):
     other = disturbed(model)
     hidden, others = (m.completion_hidden(prompts, completions) for m in (model, other))
     columns = torch.arange(10, 50)
-    small, whole = (
-        chunked_divergence(
-            ReverseKL(chunk_tokens=size),
-            hidden,
-            lambda h: model.logits(h, columns),
-            others,
-            lambda h: other.logits(h, columns),
-            Sampled(torch.zeros(len(hidden), dtype=torch.long), torch.zeros(len(hidden))),
-        )
-        for size in (4, 1000)
+    inputs = TokenInputs(
+        hidden,
+        lambda h: model.logits(h, columns),
+        others,
+        lambda h: other.logits(h, columns),
+        Sampled(torch.zeros(len(hidden), dtype=torch.long), torch.zeros(len(hidden))),
     )
+    small, whole = (chunked_divergence(ReverseKL(chunk_tokens=size), inputs) for size in (4, 1000))
     torch.testing.assert_close(small.loss, whole.loss, rtol=0, atol=1e-5)
     assert float(whole.loss.detach().max()) > 1e-2  # there is something to compare
 
@@ -526,14 +523,14 @@ def test_distillation_reaches_the_teacher_and_moves_nothing_else(family, make):
         losses = []
         for _ in range(steps):
             trainable.zero_grad()
-            loss = chunked_divergence(
-                ReverseKL(),
+            inputs = TokenInputs(
                 student.completion_hidden(prompts, completions),
                 lambda h: student.logits(h, 58),
                 target,
                 lambda h: teacher.logits(h, 58),
                 Sampled(completions.ids[completions.mask], completions.logprobs[completions.mask]),
-            ).loss.mean()
+            )
+            loss = chunked_divergence(ReverseKL(), inputs).loss.mean()
             loss.backward()
             optimizer.step()
             trainable.write_back()

@@ -22,7 +22,9 @@ from vlopd.config.objective import (
 )
 from vlopd.errors import ConfigError
 from vlopd.train import losses
-from vlopd.train.losses import Sampled, TokenDivergence, chunked_divergence
+from vlopd.train.distributions import top
+from vlopd.train.losses import Sampled, TokenDivergence, TokenInputs, chunked_divergence
+from vlopd.train.token_selection import at_selected, loss_tokens, selected, token_weights
 
 INF = float("inf")
 
@@ -473,13 +475,13 @@ def test_chunks_change_nothing(name, alpha, chunk):
     def run(size: int, at_once: bool):
         head.zero_grad()
         leaf = hidden.clone().requires_grad_()
-        both = (leaf, head, teacher_hidden, teacher_head, sampled, reward)
+        both = (leaf, head, teacher_hidden, teacher_head, sampled)
         cut = loss.model_copy(update={"chunk_tokens": size})
         if at_once:
-            out = chunked_divergence(cut, *both)
+            out = chunked_divergence(cut, TokenInputs(*both), reward)
             (out.loss * weights).sum().backward()
         else:
-            out = chunked_divergence(cut, *both, weights)
+            out = chunked_divergence(cut, TokenInputs(*both, weights), reward)
         return *(column.detach() for column in out), leaf.grad, head.weight.grad.clone()
 
     for ours, whole in zip(run(chunk, False), run(1000, True), strict=True):
@@ -504,16 +506,15 @@ def test_many_chunks_lose_no_digits_in_bf16():
 
         head.register_post_accumulate_grad_hook(collect)
         leaf = hidden.bfloat16().to(dtype).requires_grad_()
-        chunked_divergence(
-            ReverseKL(chunk_tokens=size),
+        inputs = TokenInputs(
             leaf,
             lambda x: torch.nn.functional.linear(x, head),
             teacher_logits,
             lambda x: x,
             sampled,
-            None,
             torch.full((256,), 1 / 256),
         )
+        chunked_divergence(ReverseKL(chunk_tokens=size), inputs)
         return total
 
     exact = gradient(256, torch.float64)
@@ -542,11 +543,9 @@ def test_chunks_hold_no_more_than_a_chunk_of_logits():
 
         hidden = torch.randn(tokens, 4, requires_grad=True)
         sampled = Sampled(torch.zeros(tokens, dtype=torch.long), torch.zeros(tokens))
-        loss, weights = ReverseKL(chunk_tokens=chunk), torch.ones(tokens)
+        inputs = TokenInputs(hidden, measured, hidden.detach(), head, sampled, torch.ones(tokens))
         with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            chunked_divergence(
-                loss, hidden, measured, hidden.detach(), head, sampled, None, weights
-            )
+            chunked_divergence(ReverseKL(chunk_tokens=chunk), inputs)
         return max(sizes)
 
     assert most(40, 40) >= 40 * 500
@@ -564,7 +563,7 @@ def test_the_largest_are_found_by_blocks(k):
     values[3, 5:100:7] = 1.5
     values[4] = values[4].bfloat16()
     expected = values.topk(k).values
-    assert torch.equal(values.gather(1, losses.top(values, k)), expected)
+    assert torch.equal(values.gather(1, top(values, k)), expected)
 
 
 # --------------------------------------------------------------------------------------- estimators
@@ -750,7 +749,7 @@ def test_weights_are_what_the_normalisation_says():
 
     def mean(normalisation: str) -> float:
         loss = ReverseKL(normalisation=normalisation)
-        return float((losses.token_weights(loss, mask, 8, 3, 5) * values).sum())
+        return float((token_weights(loss, mask, 8, 3, 5) * values).sum())
 
     assert mean("token_mean") == pytest.approx(36 / 8)
     assert mean("sequence_mean") == pytest.approx((1 + 9 / 3 + 26 / 4) / 3)
@@ -792,14 +791,14 @@ def test_the_loss_is_on_the_chosen_tokens_alone(by, name, chunk):
         start += length
     assert len(chosen) == 7
     loss = make(name, chunk_tokens=chunk, tokens=TokenSelection(by=by, fraction=0.3))
-    weights = losses.token_weights(loss, mask, 7, 4, 9)
+    weights = token_weights(loss, mask, 7, 4, 9)
     torch.testing.assert_close(weights, torch.full((15,), 1 / 7, dtype=torch.float64))
 
     leaf = hidden.clone().requires_grad_()
-    inputs = (leaf, head, teacher_hidden, theirs, Sampled(columns, old))
-    got = losses.at_selected(loss, mask, *inputs, weights=weights)
+    inputs = TokenInputs(leaf, head, teacher_hidden, theirs, Sampled(columns, old), weights)
+    got = at_selected(loss, mask, inputs)
     with torch.no_grad():
-        plain = chunked_divergence(ReverseKL(chunk_tokens=chunk), *inputs)
+        plain = chunked_divergence(ReverseKL(chunk_tokens=chunk), inputs.detached())
     for ours, whole in zip(got[1:], plain[1:], strict=True):
         assert torch.equal(ours, whole)
 
@@ -823,13 +822,13 @@ def test_means_are_over_the_chosen_tokens():
     lengths = torch.tensor([1, 3, 10])
     mask = torch.arange(10) < lengths[:, None]
     loss = ReverseKL(tokens=TokenSelection(by="position", fraction=0.3))
-    assert losses.loss_tokens(loss, lengths).tolist() == [1, 1, 3]
-    first = losses.selected(loss, mask, torch.zeros(14))  # ties go to the earlier
+    assert loss_tokens(loss, lengths).tolist() == [1, 1, 3]
+    first = selected(loss, mask, torch.zeros(14))  # ties go to the earlier
     assert first.nonzero().flatten().tolist() == [0, 1, 4, 5, 6]
 
     def weights(normalisation: str) -> list[float]:
         its = loss.model_copy(update={"normalisation": normalisation})
-        return losses.token_weights(its, mask, 5, 3, 12)[first].tolist()
+        return token_weights(its, mask, 5, 3, 12)[first].tolist()
 
     assert weights("token_mean") == pytest.approx([1 / 5] * 5)
     assert weights("sequence_mean") == pytest.approx([1 / 3, 1 / 3, 1 / 9, 1 / 9, 1 / 9])

@@ -26,8 +26,8 @@ from evals.report.additions import (
 from evals.report.groups import read_groups
 from evals.report.markdown import markdown
 from evals.report.page import environment
-from evals.report.paper import TABLES
-from evals.report.paper_pages import lay_out
+from evals.report.paper.pages import lay_out
+from evals.report.paper.tables import TABLES
 from tests.command import call
 from tests.snippets import ROOT, module_of
 from tests.test_report import SKILL, make_config, make_run

@@ -28,8 +28,8 @@ from vlopd.masks.rules import build_mask
 from vlopd.pipeline import find_problems
 from vlopd.plugins import Plugin, Use
 from vlopd.plugins import call as call_plugin
-from vlopd.train import losses
 from vlopd.train.checks import TrainingError
+from vlopd.train.loss_formulas import divergence
 from vlopd.train.losses import Sampled, token_divergence
 from vlopd.train.metrics import summarise
 from vlopd.train.rewards import reward
@@ -200,7 +200,7 @@ def test_a_loss_of_the_wrong_kind_is_refused(function, message):
     """A loss has a value for every token, with a gradient, and leaves its inputs as they are."""
     loss = FunctionLoss(type=Plugin.of(function))
     with pytest.raises(PluginError, match=message):
-        losses.divergence(loss, LOGPROBS.clone().requires_grad_(), LOGPROBS.clone())
+        divergence(loss, LOGPROBS.clone().requires_grad_(), LOGPROBS.clone())
 
 
 def pairs() -> list[TensorDelta]:

@@ -40,7 +40,7 @@ from vlopd.preflight.memory import (
 )
 from vlopd.train.allocations import Allocations
 from vlopd.train.log import Stopwatch
-from vlopd.train.losses import Sampled, chunked_divergence
+from vlopd.train.losses import Sampled, TokenInputs, chunked_divergence
 from vlopd.train.optimizers import build_optimizer
 from vlopd.train.pair import load_pair
 from vlopd.train.rollouts import collect
@@ -312,15 +312,15 @@ def test_the_losss_bytes_are_those_of_a_real_one(loss, chunk):
     sampled = Sampled(torch.zeros(40, dtype=torch.long), torch.zeros(40))
     teacher = None if loss.type == "nll" else hidden.detach()
     with Allocations() as counted:
-        chunked_divergence(
-            small,
+        inputs = TokenInputs(
             hidden,
             lambda h: h @ heads[0].T,
             teacher,
             lambda h: h @ heads[1].T,
             sampled,
-            weights=torch.ones(40),
+            torch.ones(40),
         )
+        chunked_divergence(small, inputs)
     expected = loss_cost(small, 40, 5000, int(teacher is not None), None, torch.float32)
     assert expected.held == pytest.approx(counted.peak, rel=0.03)
     assert expected.moved * 40 == pytest.approx(counted.moved, rel=0.05)

@@ -54,7 +54,7 @@ from vlopd.train.checkpointing import recomputed, refuse_without_layers
 from vlopd.train.checks import TrainingError, refuse_broken, refuse_not_finite, refuse_overflow
 from vlopd.train.log import Stopwatch, TrainingLog, sample_rows
 from vlopd.train.lora import LoraTrainable, refuse_unlike
-from vlopd.train.losses import TokenDivergence, loss_tokens, token_weights
+from vlopd.train.losses import TokenDivergence
 from vlopd.train.memory_use import MemoryUse
 from vlopd.train.metrics import summarise
 from vlopd.train.offload import HOST, Resting
@@ -68,6 +68,7 @@ from vlopd.train.resume import Averages, BackgroundWriter, chosen_before, resume
 from vlopd.train.rollouts import Batch, collect, sampling_notes
 from vlopd.train.signal_nulls import Forwards, NullSignal, NullUpdate
 from vlopd.train.sparse import Trainable
+from vlopd.train.token_selection import loss_tokens, token_weights
 from vlopd.types import Example
 from vlopd.weights.stored import rounded_on_load, stored_tensors
 from vlopd.weights.subspace import Projection

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from evals.report import paper_pages
-from evals.report.paper import Table, paper_tables
+from evals.report.paper import pages
+from evals.report.paper.numbers import Table
+from evals.report.paper.tables import paper_tables
 from vlopd.errors import ConfigError
 from vlopd.run.folder import RunFolder
 
@@ -22,17 +23,17 @@ class Paper:
 
     def __getitem__(self, name: str) -> pd.DataFrame:
         """A table as texts, one row a line: each training, then its drawn and signal nulls."""
-        return paper_pages.wide(self.tables[name])
+        return pages.wide(self.tables[name])
 
     @property
     def numbers(self) -> pd.DataFrame:
         """All numbers, one a row: value, interval, difference to the null, p, and the reason where there is none."""
-        found = {name: paper_pages.numbers(table) for name, table in self.tables.items()}
+        found = {name: pages.numbers(table) for name, table in self.tables.items()}
         return pd.concat(found, names=["table"]).reset_index("table").reset_index(drop=True)
 
     def write(self, out: Path | str) -> list[Path]:
         """Writes NAME.md, NAME.csv and NAME.tex of every table into a folder; returns the files."""
-        return paper_pages.write(self.tables, Path(out))
+        return pages.write(self.tables, Path(out))
 
 
 def paper(*runs: str | Path) -> Paper:

@@ -26,7 +26,7 @@ def paper(
     ] = None,
 ) -> None:
     """Prints the tables of arXiv 2606.13657: each number with its interval, drawn null and signal null."""
-    from evals.report.paper_pages import HOW, lay_out, remarks
+    from evals.report.paper.pages import HOW, lay_out, remarks
     from vlopd.api.paper import paper as make
 
     made = make(*runs)

@@ -30,7 +30,7 @@ from vlopd.models import parameter_names
 from vlopd.models.cache_size import cache_bytes, sampler_bytes
 from vlopd.models.meta import on_meta
 from vlopd.train.allocations import Allocations
-from vlopd.train.losses import Sampled, chunked_divergence
+from vlopd.train.losses import Sampled, TokenInputs, chunked_divergence
 from vlopd.train.optimizers import moments
 from vlopd.train.packing import SAMPLING_SHARE
 
@@ -381,16 +381,15 @@ def loss_cost(
             sampled = sampled._replace(advantages=torch.zeros(tokens))
         their_hidden, their_head = (hidden.detach(), mixed) if teachers else (None, None)
         with Allocations() as counted:
-            chunked_divergence(
-                loss,
+            inputs = TokenInputs(
                 hidden,
                 partial(head, weights[0]),
                 their_hidden,
                 their_head,
                 sampled,
-                reward,
                 torch.ones(tokens),
             )
+            chunked_divergence(loss, inputs, reward)
     return LossCost(counted.peak, counted.moved / tokens)
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from vlopd.config.recipe import Recipe
 from vlopd.models.parameter_names import classify
-from vlopd.train.losses import token_weights
 from vlopd.train.pair import ModelPair
 from vlopd.train.rollouts import Batch
+from vlopd.train.token_selection import token_weights
 from vlopd.types import Example
 
 Gradient = Mapping[str, Tensor]

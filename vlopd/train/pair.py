@@ -43,16 +43,17 @@ from vlopd.models.loaded import LoadedModel
 from vlopd.models.meta import meta_model
 from vlopd.models.vocabulary import SharedVocabulary, read_vocabulary, share_vocabulary
 from vlopd.train.decoding import chosen_engine
+from vlopd.train.distributions import logprobs_at
 from vlopd.train.generation import sample
 from vlopd.train.losses import (
     Sampled,
     TokenDivergence,
-    at_selected,
+    TokenInputs,
     by_column,
     chunked_divergence,
-    logprobs_at,
 )
 from vlopd.train.teacher import AnyTeacher, ByTeacher, Mixture, PermutedTeacher, Teacher
+from vlopd.train.token_selection import at_selected
 from vlopd.types import Completions, Example, Prompts
 
 LoadedTeachers = dict[tuple[Any, ...], LoadedModel]
@@ -259,20 +260,18 @@ class ModelPair:
                 sampled = Sampled(self.vocabulary.targets(mine), mine.logprobs[mine.mask])
                 if per_token is not None:
                     sampled = sampled._replace(advantages=own(per_token))
-                inputs = (
+                inputs = TokenInputs(
                     own(student_hidden),
                     lambda hidden: self.student.logits(hidden, self.vocabulary.student),
                     teacher_hidden,
                     None if teacher is None else teacher.logits,
                     sampled,
-                    reward,
                     own(weights),
-                    diagnostics,
                 )
                 if loss.tokens is None:
-                    pieces.append(chunked_divergence(loss, *inputs))
+                    pieces.append(chunked_divergence(loss, inputs, reward, diagnostics))
                 else:
-                    pieces.append(at_selected(loss, mine.mask, *inputs))
+                    pieces.append(at_selected(loss, mine.mask, inputs, reward, diagnostics))
                 order.append(tokens)
             return by_column(lambda column: in_order(column, order), pieces)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from vlopd.config.models import ContextConfig
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.vocabulary import SharedVocabulary
-from vlopd.train.losses import logprobs_at
+from vlopd.train.distributions import logprobs_at
 from vlopd.train.teacher_context import teacher_view
 from vlopd.types import Completions, Example, Prompts
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from evals.report.paper import Number, Table
+from evals.report.paper.numbers import Number, Table
 from evals.report.verdict import p_value
 
 KINDS = {"update": "", "drawn": "drawn null", "signal": "signal null"}
