@@ -1,10 +1,14 @@
 """The visual world: deterministic, split by content, answerable, and the shipped pair does what its cards say."""
 
+import dataclasses
 import hashlib
 import json
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText
 
+from scripts import build_builtin
 from vlopd.data import shapes
 from vlopd.models.load import BUILTIN
 
@@ -119,3 +123,21 @@ def test_builtin_files_are_the_shipped_ones(path):
 def test_builtin_models_stay_small():
     """All built-in models together take at most 16 MB."""
     assert sum(p.stat().st_size for p in BUILTIN.glob("*/*")) <= 16_000_000
+
+
+def test_the_harder_student_is_built_the_same_twice_and_scored_on_validation(tmp_path):
+    """Two small steps of its recipe give the same bits twice, a folder that loads, and no test score."""
+    name = "shapes-early-student"
+    whole = build_builtin.UNSHIPPED[name]
+    recipe = dataclasses.replace(whole, steps=2, images_per_step=2)
+    (model, processor), (again, _) = (
+        build_builtin.train(name, recipe, build_builtin.build_tokenizer()) for _ in range(2)
+    )
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+    build_builtin.save(name, recipe, model, processor, tmp_path, n=8)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / name)
+    assert all(map(torch.equal, model.parameters(), loaded.parameters()))
+    card = (tmp_path / name / "README.md").read_text()
+    assert "validation split" in card and "test split" not in card
+    assert [path.name for path in tmp_path.iterdir()] == [name]  # nothing unfinished
+    assert whole.palette == shapes.STUDENTS_COLOURS  # the teacher's are what it has to learn
