@@ -1,7 +1,7 @@
 """The study's results from docs/study/data, as docs/study/protocol.md says: tests of its hypotheses, verdicts, tables.
 
-Pure functions of tables that scripts/study_collect.py wrote; scripts/study_report.py writes the pages. Geometry is compared
-by vlopd.update_geometry.groups, scores by scipy's t tests.
+Pure functions of tables that scripts/study_collect.py wrote; scripts/study_report.py writes the pages. Geometry is
+compared by vlopd.update_geometry.groups, scores by scipy's t tests.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from evals.report.read import read_table  # noqa: E402
+from evals.stats import holm  # noqa: E402
 from scripts.study_collect import OPD, kind_of  # noqa: E402
 from vlopd.config.analysis import GeometryConfig  # noqa: E402
+from vlopd.update_geometry.group_statistics import adjust  # noqa: E402
 from vlopd.update_geometry.groups import (  # noqa: E402
     METRICS,
     PAIR,
@@ -59,7 +60,7 @@ MASKS = {
 """Kinds of mask, by the first word of the arms' or masks' names."""
 PALETTE = "shapes_students_palette"
 _OVERLAP = "top_mask_overlap_over_chance_within_magnitudes"
-_SHARE = "energy_share_over_parameter_share"
+SHARES = "energy_share_over_parameter_share"
 
 
 class Claim(NamedTuple):
@@ -82,8 +83,8 @@ CLAIMS = (
     Claim("H2", "b", "delta_cosine", "[all]", "above", DRAWN, "cosine between seeds"),
     Claim("H2", "c", _OVERLAP, "[all]", "above", SIGNAL, "mask overlap over chance"),
     Claim("H2", "d", _OVERLAP, "[all]", "above", DRAWN, "mask overlap over chance"),
-    Claim("H3", "a", _SHARE, "[component=vision]", "different", SIGNAL, "vision's share of energy"),
-    Claim("H3", "b", _SHARE, "[part=ffn]", "different", SIGNAL, "FFN's share of energy"),
+    Claim("H3", "a", SHARES, "[component=vision]", "different", SIGNAL, "vision's share of energy"),
+    Claim("H3", "b", SHARES, "[part=ffn]", "different", SIGNAL, "FFN's share of energy"),
 )
 SCORES = {
     "a": ("top", "magnitude", "above"),
@@ -103,9 +104,9 @@ WHOLE = 100
 class Part:
     """A part of a hypothesis, or a secondary comparison of the same form.
 
-    one, other: means of the compared groups (geometric, where `scale` is `ratio`); drawn: that of drawn noise. estimate,
-    low, high: their ratio or difference with a 95 % interval, of scores in points. p: of the claim. n, n_other: seeds.
-    reason: why there is no test; a part that was run and has none is not shown.
+    one, other: means of the compared groups (geometric, where `scale` is `ratio`); drawn: that of drawn noise.
+    estimate, low, high: their ratio or difference with a 95 % interval. p: of the claim. n, n_other: seeds. reason: why
+    there is no test; a part that was run and has none is not shown.
     """
 
     hypothesis: str
@@ -201,9 +202,10 @@ def without(run: Run, excluded: pd.DataFrame) -> Run:
 
 
 def runs_of(folder: Path, part: str) -> list[str]:
-    """The names of a part's runs that have rows, in their order: c; b-31, b-32, ...; s4-early-61, ..."""
-    names = (path.stem for path in folder.glob(f"{part}*.csv"))
-    return sorted(name for name in names if re.fullmatch(rf"{part}(-[a-z]+)?(-\d+)?", name))
+    """The names of a part's runs that have rows, in their order: b-31, b-32, ..., or s4-early-61, ..."""
+    names = (path.stem for path in folder.glob(f"{part}-*.csv"))
+    word = "-[a-z]+" if part.startswith("s") else ""
+    return sorted(name for name in names if re.fullmatch(rf"{part}{word}-\d+", name))
 
 
 _FAMILY = {its.metric: its.family for its in METRICS}
@@ -218,7 +220,7 @@ def values_of(run: Run, real: str, nulls: Sequence[str]) -> Iterator[Value]:
         columns = {column: _key(column) for column in table.columns if column not in head}
         rows = table.to_dict("records")
         deviations = {
-            (row["unit"], column): row[column]
+            (row["unit"], row["null"], column): row[column]
             for row in rows
             if row["statistic"] == "sd"
             for column in columns
@@ -239,7 +241,11 @@ def values_of(run: Run, real: str, nulls: Sequence[str]) -> Iterator[Value]:
             for column, key in columns.items():
                 if pd.isna(value := row[column]):
                     continue
-                more = (deviations[row["unit"], column], int(row["draws"])) if row["null"] else ()
+                more = (
+                    (deviations[row["unit"], row["null"], column], int(row["draws"]))
+                    if row["null"]
+                    else ()
+                )
                 yield Value(*where, real, row["unit"], *key, value, *more)
 
 
@@ -281,7 +287,8 @@ def geometry_parts(
         part = Part(its.hypothesis, its.part, its.words, its.claim, than)
         row, signal = own.get((kind, its.null)), own.get(("signal", SIGNAL))
         if row is None or row.difference is None:
-            parts.append(replace(part, reason=f"{NOT_RUN}{row and ': ' + row.reason or ''}"))
+            lacking = row is None or row.reason.startswith("not measured")
+            parts.append(replace(part, reason=NOT_RUN if lacking or row is None else row.reason))
             continue
         shown = math.exp if row.scale == "log" else float
         reason = row.reason
@@ -410,7 +417,7 @@ def paired_ratio(part: Part, one: pd.Series, other: pd.Series, seeds: int) -> Pa
 
 
 def seed_scores(run: Run) -> pd.DataFrame:
-    """The scores of C or E, as of `mask_scores`: a training seed is a `run`, a mask's kind the first word of its name."""
+    """The scores of C or E, as of `mask_scores`: a seed is a `run`, a mask's kind the first word of its name."""
     scores = scores_of(run)
     if scores.empty:
         return pd.DataFrame(columns=["run", "kind", "density", "score"])
@@ -449,11 +456,10 @@ def verdicts(parts: Sequence[Part]) -> list[Verdict]:
         # a part that was run and has no test is not shown
         known = [1.0 if its.p is None else its.p for its in own if its.is_run]
         found.append(Verdict(name, tuple(own), max(known) if len(known) == len(own) else None))
-    ps = [1.0 if its.p is None else its.p for its in found]
-    holm = multipletests(ps, method="holm")[1]
+    adjusted = holm([1.0 if its.p is None else its.p for its in found])
     return [
-        replace(its, p_holm=None if its.p is None else float(p), verdict=_verdict(its, float(p)))
-        for its, p in zip(found, holm, strict=True)
+        replace(its, p_holm=None if its.p is None else p, verdict=_verdict(its, p))
+        for its, p in zip(found, adjusted, strict=True)
     ]
 
 
@@ -477,9 +483,8 @@ def s0(run: Run, seeds: int) -> list[Part]:
 
 def with_q(parts: Sequence[Part]) -> list[Part]:
     """Parts with p adjusted over them by Benjamini and Hochberg."""
-    known = [its.p for its in parts if its.p is not None]
-    qs = iter(multipletests(known, method="fdr_bh")[1] if known else ())
-    return [its if its.p is None else replace(its, q=float(next(qs))) for its in parts]
+    qs = adjust([its.p for its in parts])
+    return [replace(its, q=q) for its, q in zip(parts, qs, strict=True)]
 
 
 REFERENCES = {
@@ -491,7 +496,7 @@ REFERENCES = {
 SECONDARY_SEEDS = 3
 MIDDLE = "reverse-kl-3e-4"
 """The arm of S2 whose norm is the common one."""
-_COLUMNS = {
+RECIPE_MEASURES = {
     "stable_rank": "spectrum",
     "tail_16_energy": "spectrum",
     "joint_projection_10": "spectrum",
@@ -545,7 +550,7 @@ def at_equal_norm(table: pd.DataFrame) -> pd.DataFrame:
         for recipe, its in trained.groupby(trained["arm"].str[:-5], sort=False):
             its = its.sort_values("delta_norm")
             norms = np.log(its["delta_norm"].to_numpy(float))
-            for measure in _COLUMNS:
+            for measure in RECIPE_MEASURES:
                 values = its[measure].to_numpy(float)
                 value = math.nan
                 if np.isfinite(values).all() and (values > 0).all():
@@ -569,7 +574,7 @@ def recipe_parts(table: pd.DataFrame) -> list[Part]:
         found = paired_ratio(part, both.iloc[:, 0], both.iloc[:, 1], SECONDARY_SEEDS)
         if len(both) < own["run"].nunique():
             found = replace(found, reason=f"the norm is reached in {len(both)} seeds")
-        parts.setdefault(_COLUMNS[str(measure)], []).append(found)
+        parts.setdefault(RECIPE_MEASURES[str(measure)], []).append(found)
     return [part for family in parts.values() for part in with_q(family)]
 
 
@@ -607,8 +612,8 @@ def forgetting(run: Run, draws: int = 1000) -> list[Correlation]:
                 column, len(pairs), *map(float, (its.statistic, low, high)), float(its.pvalue)
             )
         )
-    qs = multipletests([its.p for its in found], method="fdr_bh")[1]
-    return [its._replace(q=float(q)) for its, q in zip(found, qs, strict=True)]
+    qs = adjust([its.p for its in found])
+    return [its._replace(q=q) for its, q in zip(found, qs, strict=True)]
 
 
 def kinds_table(run: Run) -> pd.DataFrame:

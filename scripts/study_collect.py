@@ -1,4 +1,4 @@
-"""Writes the results of the study's runs as small CSV files, docs/study/data/RUN*.csv; of an unfinished run what it has.
+"""Writes the results of the study's runs as small tables, docs/study/data/RUN*.csv; of an unfinished run what it has.
 
     python scripts/study_collect.py runs/study/a-100 runs/study/b-*
 
@@ -47,7 +47,7 @@ def arms_table(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
 
 
 def _tuning(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[str, Any]:
-    """Seconds of training (of all candidates), the grid, its validation scores, and whether the choice is at its edge."""
+    """Seconds of training, with all candidates', the grid, its validation scores, whether the choice is at its edge."""
     record = read_json(run.arm_record(arm))
     made = [run.arm_record(name) for name in config.candidates(arm)]
     each = [read_json(path) for path in made if path.exists()] or [record]
