@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -208,45 +208,47 @@ def runs_of(folder: Path, part: str) -> list[str]:
     return sorted(name for name in names if re.fullmatch(rf"{part}{word}-\d+", name))
 
 
+HEAD = ("unit", "null", "statistic", "draws")
+"""The columns of updates and pairs that are no measures."""
 _FAMILY = {its.metric: its.family for its in METRICS}
 
 
-def values_of(run: Run, real: str, nulls: Sequence[str]) -> Iterator[Value]:
-    """The rows of group_values.csv of one kind of training against others and its own drawn noise."""
+def values_of(
+    run: Run, real: str, nulls: Sequence[str], claims: Sequence[Claim] = ()
+) -> Iterator[Value]:
+    """The rows of group_values.csv of one kind of training against others and its own drawn noise.
+
+    claims: those whose measures are wanted; none for all measures.
+    """
+    wanted = {(claim.metric, claim.name) for claim in claims}
     for table in (run.updates, run.pairs):
         if table.empty:
             continue
-        head = ["unit", "null", "statistic", "draws"]
-        columns = {column: _key(column) for column in table.columns if column not in head}
+        keys = {column: _key(column) for column in table.columns if column not in HEAD}
+        keys = {c: key for c, key in keys.items() if not wanted or (key[1], key[3]) in wanted}
         rows = table.to_dict("records")
-        deviations = {
-            (row["unit"], row["null"], column): row[column]
-            for row in rows
-            if row["statistic"] == "sd"
-            for column in columns
-        }
+        deviations = {(r["unit"], r["null"]): r for r in rows if r["statistic"] == "sd"}
         for row in rows:
-            kinds = [kind_of(arm) for arm in row["unit"].split(PAIR)]
-            others = [kind for kind in kinds if kind != real]
-            if row["statistic"] == "":
-                where = ("signal", others[0]) if others else ("real", "")
-                if others and len(others) < len(kinds):
-                    where = ("mixed", others[0])
-                if others and others[0] not in nulls:
-                    continue
-            elif others or row["statistic"] == "sd":
+            if row["statistic"] == "sd" or (where := _group(row, real, nulls)) is None:
                 continue
-            else:
-                where = ("drawn", row["null"])
-            for column, key in columns.items():
-                if pd.isna(value := row[column]):
-                    continue
-                more = (
-                    (deviations[row["unit"], row["null"], column], int(row["draws"]))
-                    if row["null"]
-                    else ()
-                )
-                yield Value(*where, real, row["unit"], *key, value, *more)
+            sd = deviations.get((row["unit"], row["null"]))
+            for column, key in keys.items():
+                if not math.isnan(row[column]):
+                    more = () if sd is None else (sd[column], int(row["draws"]))
+                    yield Value(*where, real, row["unit"], *key, row[column], *more)
+
+
+def _group(row: Mapping[str, Any], real: str, nulls: Sequence[str]) -> tuple[str, str] | None:
+    """Kind and null of a row's values where `real` is compared with `nulls`; None for one that is not."""
+    kinds = [kind_of(arm) for arm in row["unit"].split(PAIR)]
+    others = [kind for kind in kinds if kind != real]
+    if row["null"]:
+        return None if others else ("drawn", row["null"])
+    if not others:
+        return "real", ""
+    if others[0] not in nulls:
+        return None
+    return "signal" if len(others) == len(kinds) else "mixed", others[0]
 
 
 def _key(column: str) -> tuple[str, str, str, str]:
@@ -258,11 +260,12 @@ def _key(column: str) -> tuple[str, str, str, str]:
 # ------------------------------------------------------------------------------------------ geometry
 
 
-def geometry_rows(run: Run, real: str = OPD, nulls: Sequence[str] | None = None) -> list[GroupRow]:
-    """The rows of groups.csv of a kind of training against others and its drawn noise."""
-    found = kinds_of(run)
-    others = [kind for kind in (found if nulls is None else nulls) if kind != real]
-    return compare_groups(list(values_of(run, real, others)), GeometryConfig(), 1 - LEVEL)
+def geometry_rows(
+    run: Run, real: str = OPD, nulls: Sequence[str] = (), claims: Sequence[Claim] = ()
+) -> list[GroupRow]:
+    """The rows of groups.csv of a kind of training against others and its drawn noise, of the measures of `claims`."""
+    values = list(values_of(run, real, nulls, claims))
+    return compare_groups(values, GeometryConfig(), 1 - LEVEL)
 
 
 def kinds_of(run: Run) -> list[str]:
@@ -477,7 +480,7 @@ def _verdict(its: Verdict, p_holm: float) -> str:
 def s0(run: Run, seeds: int) -> list[Part]:
     """S0: the signal null's cosine between seeds and mask overlap above drawn noise, one-sided, corrected together."""
     claims = [its for its in CLAIMS if its.hypothesis == "H2" and its.null == DRAWN]
-    parts = geometry_parts(geometry_rows(run, SIGNAL, []), seeds, claims)
+    parts = geometry_parts(geometry_rows(run, SIGNAL, (), claims), seeds, claims)
     return with_q([replace(its, hypothesis="S0") for its in parts])
 
 

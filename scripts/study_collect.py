@@ -32,9 +32,11 @@ from vlopd.config.experiment import ExperimentConfig  # noqa: E402
 from vlopd.config.roles import SignalNulls  # noqa: E402
 from vlopd.files import read_json  # noqa: E402
 from vlopd.run.folder import RunFolder  # noqa: E402
-from vlopd.update_geometry.groups import PAIR, Value, group_values  # noqa: E402
+from vlopd.update_geometry.groups import METRICS, PAIR, Value, group_values  # noqa: E402
 
 DATA = ROOT / "docs" / "study" / "data"
+KEPT = {its.metric for its in METRICS if its.decided_by == "norm"}
+"""Measures that are equal in every drawn null, which has the norms of the update."""
 OPD = "full"
 """The kind of training that all others are compared with."""
 
@@ -92,12 +94,12 @@ def geometry_tables(values: Sequence[Value]) -> dict[str, pd.DataFrame]:
         rows = tables["pairs" if PAIR in its.unit else "updates"]
         measure = " ".join(filter(None, (its.metric, its.parameter, its.name)))
         drawn = its.kind == "drawn"
-        for statistic, value in (
-            (("mean", its.value), ("sd", its.sd)) if drawn else (("", its.value),)
-        ):
-            key = (its.unit, its.null if drawn else "", statistic, its.draws if drawn else None)
-            if value is not None:
-                rows.setdefault(key, {})[measure] = value
+        if its.value is None or (drawn and its.metric in KEPT):
+            continue
+        head = (its.unit, its.null if drawn else "")
+        rows.setdefault((*head, "mean" if drawn else "", its.draws), {})[measure] = its.value
+        if its.sd is not None:
+            rows.setdefault((*head, "sd", its.draws), {})[measure] = float(f"{its.sd:.3g}")
     heads = ["unit", "null", "statistic", "draws"]
     found = {}
     for name, rows in tables.items():

@@ -31,7 +31,7 @@ from evals.report.additions import CLOUDS  # noqa: E402
 from evals.report.read import read_table  # noqa: E402
 from evals.report.verdict import p_value  # noqa: E402
 from scripts import study_analysis as analysis  # noqa: E402
-from scripts.study_analysis import CLAIMS, KINDS, MASKS, OPD, SIGNAL, WHOLE, Part, Run  # noqa: E402
+from scripts.study_analysis import CLAIMS, KINDS, MASKS, OPD, SIGNAL, WHOLE, Claim, Part, Run  # noqa: E402
 from scripts.study_collect import DATA, kind_of  # noqa: E402
 from vlopd.update_geometry.groups import GroupRow  # noqa: E402
 
@@ -59,17 +59,17 @@ class Geometry:
     parts: list[Part]
 
 
-def geometry(
-    data: Path, name: str, seeds: int, claims: Sequence[analysis.Claim] = CLAIMS
-) -> Geometry:
+def geometry(data: Path, name: str, seeds: int, claims: Sequence[Claim] = CLAIMS) -> Geometry:
+    """The results of a run on the measures of `claims` and the signal null."""
     run = analysis.read_run(data, name)
-    rows = analysis.geometry_rows(run) if len(run.updates) else []
+    rows = analysis.geometry_rows(run, OPD, [SIGNAL], claims)
     return Geometry(run, rows, analysis.geometry_parts(rows, seeds - run.excluded, claims))
 
 
 def results(data: Path) -> dict[str, Any]:
     """Everything that the templates show."""
     first, again = (geometry(data, name, SEEDS_A) for name in ("a-100", "a-200"))
+    others = [kind for kind in analysis.kinds_of(first.run) if kind != OPD]
     text_claims = [its for its in CLAIMS if its.name != "[component=vision]"]
     real = {"c": geometry(data, "c", SEEDS_C, text_claims), "e": geometry(data, "e", SEEDS_E)}
     masks, tuned, h4 = {}, {}, []
@@ -97,6 +97,7 @@ def results(data: Path) -> dict[str, Any]:
     return {
         "a": first,
         "again": again,
+        "s1": analysis.geometry_rows(first.run, OPD, others),
         **real,
         "masks": masks,
         "tuned": tuned,
@@ -476,7 +477,7 @@ SPREAD = 0.13
 
 
 def clouds(
-    its: Geometry, again: Geometry | None = None, claims: Sequence[analysis.Claim] = CLAIMS
+    its: Geometry, again: Geometry | None = None, claims: Sequence[Claim] = CLAIMS
 ) -> Figure:
     """A panel per primary measure with three clouds, a point per seed; the rerun's are hollow."""
     measures = list(dict.fromkeys((c.metric, c.name, c.words) for c in claims))
@@ -487,7 +488,8 @@ def clouds(
     )
     with matplotlib.rc_context(figures.STYLE):
         rows = -(-len(measures) // 2)
-        figure = Figure(figsize=(WIDTH, 1.45 * rows), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 1.45 * rows))
+        figure.subplots_adjust(hspace=0.7, wspace=0.45)  # a layout engine takes seconds
         panels = figure.subplots(rows, 2, squeeze=False).flat
         for axes, (metric, name, words) in zip(panels, measures, strict=False):
             kept = metric == analysis.SHARES
@@ -543,7 +545,8 @@ def mask_figure(scores: pd.DataFrame) -> Figure:
     densities = sorted(set(scores["density"]) - {WHOLE}, reverse=True)
     seeds = sorted(set(scores["run"]))
     with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=(WIDTH, 2.5 * len(densities)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 2.5 * len(densities)))
+        figure.subplots_adjust(hspace=0.35)
         panels = figure.subplots(len(densities), 1, squeeze=False)[:, 0]
         for axes, density in zip(panels, densities, strict=True):
             own = scores[scores["density"].isin([density, WHOLE])]
@@ -605,7 +608,7 @@ def forgetting_figure(run: Run) -> Figure:
     own = run.arms[(run.arms["task"] == analysis.PALETTE) & run.arms["kl_to_base"].notna()]
     names = own["arm"].map(kind_of)
     with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 2.9))
         panels = figure.subplots(1, 2, sharey=True)
         axis = {"kl_to_base": "KL(student, base), nats a token", "delta_norm": "norm of the update"}
         for axes, (column, words) in zip(panels, axis.items(), strict=True):
@@ -623,7 +626,9 @@ def forgetting_figure(run: Run) -> Figure:
             axes.grid()
         panels[0].set_ylabel("own palette, %")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=3, fontsize=8.5)
+        figure.legend(
+            handles, labels, loc="lower left", bbox_to_anchor=(0.1, 0.88), ncols=3, fontsize=8.5
+        )
     return figure
 
 
@@ -671,6 +676,7 @@ def pages(data: Path) -> dict[str, str]:
         drawn=set(drawn),
         studies=STUDIES,
         by_name={v.hypothesis: v for v in found["verdicts"]},
+        part={f"{its.hypothesis}{its.part}": its for its in found["a"].parts},
     )
     env.filters.update(p_value=p_value, estimate=estimate, score=score, number=number)
     texts = {}

@@ -95,7 +95,7 @@ def planted_run(world=WORLD, seeds=10) -> Run:
 
 @cache
 def geometry(seeds=10, **changed) -> list[Part]:
-    rows = analysis.geometry_rows(planted_run(WORLD | changed, seeds))
+    rows = analysis.geometry_rows(planted_run(WORLD | changed, seeds), nulls=["signs"])
     return analysis.geometry_parts(rows, 10)
 
 
