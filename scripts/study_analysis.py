@@ -173,9 +173,16 @@ def read_run(folder: Path, name: str) -> Run:
         path = folder / f"{name}{ending}.csv"
         table = read_table(path) if path.exists() else pd.DataFrame()
         tables.append(table.fillna({"null": "", "statistic": ""}) if ending else table)
-    path = folder / "exclusions.csv"
-    excluded = read_table(path) if path.exists() else pd.DataFrame({"run": []})
+    excluded = exclusions(folder)
     return without(Run(name, *tables), excluded[excluded["run"] == name])
+
+
+def exclusions(folder: Path) -> pd.DataFrame:
+    """The arms that stopped twice with an error: exclusions.csv, written by hand, columns run, arm, seed, why."""
+    path = folder / "exclusions.csv"
+    return (
+        read_table(path) if path.exists() else pd.DataFrame(columns=["run", "arm", "seed", "why"])
+    )
 
 
 def without(run: Run, excluded: pd.DataFrame) -> Run:

@@ -12,7 +12,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def results(data: Path) -> dict[str, Any]:
         "s8": analysis.forgetting(first.run),
         "secondary": secondary,
         "runs": lines,
-        "data": data,
+        "exclusions": analysis.exclusions(data).to_dict("records"),
     }
 
 
@@ -128,14 +128,17 @@ def number(value: float | None) -> str:
 
 def of_part(value: float | None, part: Part) -> str:
     """A mean on the scale of a part."""
-    return score(value) if part.scale == "points" else number(value)
+    if part.scale == "points":
+        return score(value)
+    return number(value) if value is None or part.scale == "ratio" else f"{value:.3f}"
 
 
 def estimate(part: Part) -> str:
     """The ratio or difference of a part with its interval."""
     if part.estimate is None:
         return "-"
-    factor, form = (100, "+.1f") if part.scale == "points" else (1, ".3g")
+    form = {"points": "+.1f", "ratio": ".3g", "difference": ".3f"}[part.scale]
+    factor = 100 if part.scale == "points" else 1
     shown = f"{factor * part.estimate:{form}}"
     if part.low is None or part.high is None:
         return shown
@@ -195,20 +198,22 @@ def verdict_table(found: Sequence[analysis.Verdict], again: Sequence[analysis.Ve
     return table(head, rows, 2)
 
 
-def geometry_table(parts: Sequence[Part], again: Sequence[Part] = ()) -> str:
-    """The parts of H1 to H3, with both nulls; the rerun's estimates beside them."""
-    head = ["part", "measure", "OPD is", "OPD", "signal null", "drawn noise"]
+def geometry_table(parts: Sequence[Part], again: Sequence[Part] = (), kind: str = "OPD") -> str:
+    """The parts of H1 to H3 (or of S0, on another kind), with both nulls; the rerun's estimates beside them."""
+    head = ["part", "claim", kind, *(["signal null"] * (kind == "OPD")), "drawn noise"]
     head += ["ratio or difference", "n", "p", *(["rerun", "p"] * bool(again))]
     rows = []
     for i, its in enumerate(parts):
-        kept = its.hypothesis == "H3"
-        row = [f"{its.hypothesis}{its.part}", its.words, claim_words(its)]
-        row += [number(its.one), number(its.other), "as OPD" if kept else number(its.drawn)]
+        row = [f"{its.hypothesis}{its.part}", f"{its.words} {claim_words(its)}"]
+        means = [its.one, its.other, its.drawn] if kind == "OPD" else [its.one, its.drawn]
+        row += [of_part(mean, its) for mean in means]
+        if its.hypothesis == "H3" and its.estimate is not None:
+            row[-1] = "as OPD"
         row += [estimate(its), counts(its), p_text(its)]
         if again:
             row += [estimate(again[i]), p_text(again[i])]
         rows.append(row)
-    return table(head, rows, 3)
+    return table(head, rows, 2)
 
 
 def claim_words(part: Part) -> str:
@@ -225,6 +230,12 @@ def counts(part: Part) -> str:
     if not part.n:
         return "-"
     return f"{part.n}, {part.n_other}" + " draws" * (part.than == "drawn noise")
+
+
+def shown(parts: Sequence[Part], letters: str) -> bool:
+    """Whether the parts of these letters are all shown, each by itself."""
+    own = [its.p for its in parts if its.part in letters]
+    return all(p is not None and p <= analysis.LEVEL for p in own)
 
 
 def score_table(parts: Sequence[Part], q: bool = False) -> str:
@@ -410,6 +421,17 @@ def secondary_table(study: str, arms: pd.DataFrame) -> str:
     return table([*head, "against", "difference, points", "p", "q"], rows)
 
 
+def spectrum_table(study: str, arms: pd.DataFrame) -> str:
+    """The same arms' spectra against the reference's, as ratios."""
+    columns = {"stable_rank": "stable rank", "tail_16_energy": "1 - top-16 energy"}
+    parts = [
+        replace(its, words=f"{its.part}, {words}", part="")
+        for column, words in columns.items()
+        for its in analysis.secondary_parts(study, arms, column)
+    ]
+    return score_table(parts, True)
+
+
 def recipe_table(arms: pd.DataFrame) -> str:
     """S2: every recipe's measures at equal norm, and their ratios to reverse KL's; * at q <= 10 %."""
     values = analysis.at_equal_norm(arms)
@@ -546,7 +568,7 @@ def mask_figure(scores: pd.DataFrame) -> Figure:
     seeds = sorted(set(scores["run"]))
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(WIDTH, 2.5 * len(densities)))
-        figure.subplots_adjust(hspace=0.35)
+        figure.subplots_adjust(hspace=0.45)
         panels = figure.subplots(len(densities), 1, squeeze=False)[:, 0]
         for axes, density in zip(panels, densities, strict=True):
             own = scores[scores["density"].isin([density, WHOLE])]
@@ -579,14 +601,7 @@ def mask_figure(scores: pd.DataFrame) -> Figure:
                         fontsize=8,
                     )
                 elif mean < lowest:
-                    axes.annotate(
-                        f"{kind} {mean:.1f}, below",
-                        (1, 0.02),
-                        xycoords="axes fraction",
-                        ha="right",
-                        va="bottom",
-                        fontsize=8,
-                    )
+                    axes.set_title(f"{kind} {mean:.1f}, below", loc="left", fontsize=8)
             if "full" in values:
                 axes.axhline(
                     values["full"].mean(),
@@ -595,7 +610,7 @@ def mask_figure(scores: pd.DataFrame) -> Figure:
                     ls=(0, (3, 3)),
                     zorder=0,
                 )
-            words = [MASKS[kind].replace(", ", ",\n") for kind in kinds]
+            words = [MASKS[kind].replace(", ", ",\n").replace("-m", "-\nm") for kind in kinds]
             axes.set_xticks(range(len(kinds)), words, fontsize=8)
             axes.tick_params(axis="x", length=0)
             axes.set_ylabel(f"test score, %\n({density} % trained)")
@@ -669,7 +684,7 @@ def pages(data: Path) -> dict[str, str]:
     )
     made = (verdict_table, geometry_table, score_table, kinds_table, training_table, mask_table)
     made += (curve_table, flagged_table, rows_table, secondary_table, recipe_table)
-    made += (correlation_table, runs_table)
+    made += (spectrum_table, correlation_table, runs_table, shown)
     env.globals.update({its.__name__: its for its in made})
     env.globals.update(
         commands=[f"scripts/{path.name}" for path in sorted((ROOT / "scripts").glob("study_?.sh"))],
@@ -678,7 +693,9 @@ def pages(data: Path) -> dict[str, str]:
         by_name={v.hypothesis: v for v in found["verdicts"]},
         part={f"{its.hypothesis}{its.part}": its for its in found["a"].parts},
     )
-    env.filters.update(p_value=p_value, estimate=estimate, score=score, number=number)
+    env.filters.update(
+        of_part=of_part, p_value=p_value, estimate=estimate, score=score, number=number
+    )
     texts = {}
     for path in sorted(PAGES.glob("[!_]*.md.j2")):
         texts[path.stem] = env.get_template(path.name).render(found)

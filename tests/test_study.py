@@ -275,6 +275,51 @@ def test_recipes_are_compared_at_the_norm_of_the_middle_rate():
     assert math.isnan(own["grpo"])
 
 
+def test_secondary_arms_are_paired_with_their_reference():
+    """Arms of S4 are compared with the final mask of their density, in the same run, and corrected together."""
+    rng = np.random.default_rng(0)
+    means = {
+        "base": 0.5,
+        "discovery": 0.9,
+        "final-5": 0.9,
+        "early-2-5": 0.8,
+        "random-5": 0.9,
+        "final-1": 0.7,
+        "early-2-1": 0.7,
+    }
+    rows = [
+        {"run": run, "arm": arm, "score": mean + 0.1 * run + 0.001 * rng.normal()}
+        for run in range(3) for arm, mean in means.items()
+    ]  # fmt: skip
+    table = pd.DataFrame(rows)
+    found = {its.part: its for its in analysis.secondary_parts("s4", table)}
+    assert {name: its.than for name, its in found.items()} == {
+        "early-2-5": "final-5", "random-5": "final-5", "early-2-1": "final-1",
+    }  # fmt: skip
+    first = found["early-2-5"]
+    scores = table.pivot(index="run", columns="arm", values="score")
+    test = stats.ttest_rel(scores["early-2-5"], scores["final-5"])
+    assert first.p == pytest.approx(test.pvalue) and first.q == pytest.approx(3 * first.p)
+    assert first.n == 3 and first.low < -0.09 < first.high + 0.02
+
+
+def test_masks_of_a_pair_of_real_weights_are_paired_by_their_training_seed():
+    """In C a mask's arm is beside full training of the same seed, whatever the arms' numbers."""
+    rows = [("base", None, None, 0.0, 0.1)]
+    rows += [(f"full-{i}", None, 41 + i, 1.0, 0.5 + i / 10) for i in range(3)]
+    rows += [
+        (f"top-{i}", f"top-{i}", 41 + (i + 1) % 3, 0.1, 0.4 + (i + 1) % 3 / 10 + i / 100)
+        for i in range(3)
+    ]
+    arms = pd.DataFrame(rows, columns=["arm", "mask", "seed", "density", "score"]).assign(
+        task="capitals"
+    )
+    table = analysis.seed_scores(Run("c", arms))
+    assert set(table["kind"]) == {"base", "full", "top"} and set(table["density"]) == {10, WHOLE}
+    (part,) = analysis.score_parts(table, 3, "C", [10], {"": ("top", "full", "different")})
+    assert part.estimate == pytest.approx(-0.09) and (part.n, part.reason) == (3, "")
+
+
 # -------------------------------------------------------------------------------------------- collect
 
 
