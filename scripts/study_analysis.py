@@ -133,6 +133,11 @@ class Part:
     def is_run(self) -> bool:
         return not self.reason.startswith(NOT_RUN)
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether it is shown by itself, without correction."""
+        return self.is_run and self.p is not None and self.p <= LEVEL
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -234,8 +234,13 @@ def counts(part: Part) -> str:
 
 def shown(parts: Sequence[Part], letters: str) -> bool:
     """Whether the parts of these letters are all shown, each by itself."""
-    own = [its.p for its in parts if its.part in letters]
-    return all(p is not None and p <= analysis.LEVEL for p in own)
+    return all(its.is_shown for its in parts if its.part in letters)
+
+
+def points(parts: Sequence[Part], letters: str) -> str:
+    """The differences of the parts of these letters, in points."""
+    own = [its.estimate for its in parts if its.part in letters]
+    return ", ".join("-" if x is None else f"{100 * x:+.1f}" for x in own)
 
 
 def score_table(parts: Sequence[Part], q: bool = False) -> str:
@@ -684,7 +689,7 @@ def pages(data: Path) -> dict[str, str]:
     )
     made = (verdict_table, geometry_table, score_table, kinds_table, training_table, mask_table)
     made += (curve_table, flagged_table, rows_table, secondary_table, recipe_table)
-    made += (spectrum_table, correlation_table, runs_table, shown)
+    made += (spectrum_table, correlation_table, runs_table, shown, points)
     env.globals.update({its.__name__: its for its in made})
     env.globals.update(
         commands=[f"scripts/{path.name}" for path in sorted((ROOT / "scripts").glob("study_?.sh"))],
