@@ -41,7 +41,7 @@ COLUMNS = (
 
 def study_rows(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
     """One row for each arm and task, with None for what the run does not have; a group's tasks are left out."""
-    compared = read_json(run.compare) if run.compare.exists() else {"tasks": {}, "arms": {}}
+    compared = read_json(run.compare) if run.compare.exists() else _evaluated(run, config)
     tasks = {task: its for task, its in compared["tasks"].items() if not its["group"]}
     shown = tasks or {"": {"arms": {}}}
     records = tables.arm_records(run, config)
@@ -71,6 +71,28 @@ def study_rows(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
             scores |= {key: to_full[key] for key in ("low", "high")}
             rows.append({**about, "task": task or None, "n": found.get("n"), **scores})
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _evaluated(run: RunFolder, config: ExperimentConfig) -> dict[str, Any]:
+    """Scores and KL to the base of the arms that are evaluated, as in compare.json, of a run without one."""
+    tasks: dict[str, Any] = {}
+    arms: dict[str, Any] = {}
+    for arm in config.arms:
+        results, kl = (run.eval(arm) / name for name in ("results.json", "base_kl.json"))
+        if not results.exists():
+            continue
+        arms[arm] = read_json(kl) if kl.exists() else {}
+        found = read_json(results)
+        for task in (task for own in found["leaves"].values() for task in own):
+            its, metric = found["results"][task], found["primary_metric"][task]
+            entry = {
+                "n": its["sample_len"],
+                "mean": its[f"{metric},none"],
+                "interval": (None, None),
+            }
+            entry["standard_error"] = its[f"{metric}_stderr,none"]
+            tasks.setdefault(task, {"group": None, "arms": {}})["arms"][arm] = entry
+    return {"tasks": tasks, "arms": arms}
 
 
 def _training(run: RunFolder, config: ExperimentConfig, arm: str, record: Any) -> dict[str, Any]:
