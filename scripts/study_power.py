@@ -1,7 +1,7 @@
 """The power of the study's primary hypotheses, from pilots whose seeds the study does not use (docs/study/protocol.md).
 
     python scripts/study_power.py            # seconds
-    python scripts/study_power.py --collect runs/paper runs/signal-nulls runs/study/b-pilot-*
+    python scripts/study_power.py --collect runs/paper runs/signal-nulls runs/study/[bd]-pilot-*
 
 `--collect` writes docs/study/data/pilot-geometry.csv and pilot-scores.csv from run folders. Printed is the fraction of
 simulated studies in which a part of a hypothesis is shown at 5 % and at 1.25 % (the smallest level of Holm's four), if
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterable, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -167,14 +167,14 @@ def main() -> None:
             test = pair_power if part.startswith("H2") else arm_power
             test(part, real.tolist(), null.tolist(), given.draws)
     if (DATA / "pilot-scores.csv").exists():
-        scores = read_table(DATA / "pilot-scores.csv").pivot(
-            index="run", columns="arm", values="score"
-        )
-        for density in (5, 1):
-            print(f"pilot of B, {density} %, {PAIRS_OF_SEEDS} pairs of seeds:")
-            for part, (one, other) in SCORES.items():
+        scores = read_table(DATA / "pilot-scores.csv")
+        for part, density in product("bd", (5, 1)):
+            its = scores[scores["run"].str.startswith(f"{part}-pilot-")]
+            table = its.pivot(index="run", columns="arm", values="score")
+            print(f"pilot of {part.upper()}, {density} %, {PAIRS_OF_SEEDS} pairs of seeds:")
+            for test, (one, other) in SCORES.items():
                 arms = [arm if arm == "full" else f"{arm}-{density}" for arm in (one, other)]
-                score_power(part, (scores[arms[0]] - scores[arms[1]]).tolist(), given.draws)
+                score_power(test, (table[arms[0]] - table[arms[1]]).tolist(), given.draws)
 
 
 if __name__ == "__main__":
