@@ -7,6 +7,6 @@ source "$(dirname "$0")/study_lib.sh"
 [ $# = 0 ] || script_usage 2
 arms=({full,signs,shuffled,top,random}-{0..3})
 begin $((${#arms[@]} + 1))
-for arm in "${arms[@]}"; do train c configs/study/c.toml --arm "$arm"; done
+for arm in "${arms[@]}"; do part c configs/study/c.toml --arm "$arm"; done
 # the last compares pairs of updates, half an hour on idle cores that does not resume within itself
 LIMIT=10800 part c configs/study/c.toml

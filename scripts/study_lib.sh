@@ -2,8 +2,7 @@
 #   script_usage STATUS        prints the script's header and exits
 #   begin N                    sets up; N parts will follow
 #   moved_seeds CONFIG NUMBER  the seeds of all arms and random masks of a config plus a number, as overrides
-#   train NAME CONFIG [ARGS]   `vlopd run` into runs/study/NAME; what is done there is kept, and time left is printed
-#   part NAME CONFIG [ARGS]    the same, and then the rows of the run
+#   part NAME CONFIG [ARGS]    `vlopd run` into runs/study/NAME; what is done there is kept, and time left is printed
 # A run is stopped after an hour and resumed, ten times at most. One that stops with an error is started again once
 # (docs/study/protocol.md, "Exclusions"). Killed scripts resume by the same command.
 set -euo pipefail
@@ -35,7 +34,7 @@ for kind in ("arms", "masks"):
 END
 }
 
-train() {
+part() {
     local name=$1 config=$2 hours=0 errors=0 status
     shift 2
     echo "== study: $name, part $((parts_done + 1)) of $parts"
@@ -44,6 +43,8 @@ train() {
         # --foreground: Ctrl-C reaches the run
         timeout --foreground --signal=INT --kill-after=120 "$LIMIT" \
             .venv/bin/vlopd run "$config" --out "runs/study/$name" "$@" || status=$?
+        # the rows of the finished arms, also of a run that was stopped
+        .venv/bin/python scripts/study_collect.py "runs/study/$name" || [ $status != 0 ]
         case $status in
             0) break ;;
             124 | 137) # out of time; 137 also if the system was out of memory
@@ -66,9 +67,4 @@ train() {
 stop() {
     echo "study: $1; the same command goes on from here" >&2
     exit "$2"
-}
-
-part() {
-    train "$@"
-    .venv/bin/python scripts/study_collect.py "runs/study/$1"
 }

@@ -122,6 +122,13 @@ def score(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
 
 
+def mean_of(scores: pd.DataFrame, kind: str, density: float | None = None) -> str:
+    """The mean score of an arm, or of a kind of mask at a density in percent, over pairs of seeds."""
+    its = scores[scores["kind"] == kind] if len(scores) else scores
+    its = its if density is None or not len(its) else its[its["density"] == density]
+    return score(its["score"].mean() if len(its) else None)
+
+
 def number(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.3g}"
 
@@ -699,11 +706,17 @@ def pages(data: Path) -> dict[str, str]:
         part={f"{its.hypothesis}{its.part}": its for its in found["a"].parts},
     )
     env.filters.update(
-        of_part=of_part, p_value=p_value, estimate=estimate, score=score, number=number
+        of_part=of_part,
+        p_value=p_value,
+        estimate=estimate,
+        score=score,
+        number=number,
+        mean_of=mean_of,
     )
     texts = {}
     for path in sorted(PAGES.glob("[!_]*.md.j2")):
-        texts[path.stem] = env.get_template(path.name).render(found)
+        name = path.stem if path.stem != "abstract.md" else "../abstract.md"
+        texts[name] = env.get_template(path.name).render(found)
     return {**texts, **{f"figures/{name}.svg": svg for name, svg in drawn.items()}}
 
 
