@@ -278,8 +278,7 @@ class ArmLM(LM):
         def score(indices: Sequence[int]) -> list[tuple[float, bool]]:
             batch = [requests[i] for i in indices]
             if _has_images(batch[0]):
-                rows = [self.pair_ids(r.args[0], r.args[1])[1] for r in batch]
-                return self.score(self.encode(batch), rows)
+                return self.score_after_images(batch)
             pairs = [self.pair_ids(r.args[0], r.args[1]) for r in batch]
             # truncated on the left, as in lm-eval
             contexts = [c[-max(1, self.max_length + 1 - len(row)) :] for c, row in pairs]
@@ -368,8 +367,12 @@ class ArmLM(LM):
         prefix = tokenizer.decode([self.prefix_id])
         return tokenizer(text, add_special_tokens=not text.startswith(prefix))["input_ids"]
 
-    def encode(self, batch: Sequence[Instance], longest: int | None = None) -> Prompts:
+    def encode(
+        self, batch: Sequence[Instance], longest: int | None = None, scored: bool = False
+    ) -> Prompts:
         """Encodes prompts of one kind. Text beyond `longest` tokens is truncated on the left; image prompts cannot be.
+
+        Of a prompt whose continuations are `scored`, white space at the end belongs to these (`pair_ids`).
 
         Raises ConfigError where a prompt with images is longer, or a text prompt does not fit at all.
         """
@@ -379,7 +382,7 @@ class ArmLM(LM):
                 f"task {task} needs more new tokens than {self.loaded.name}'s context of "
                 f"{self.max_length}; lower its max_gen_toks (eval.generation.{task}.max_tokens)"
             )
-        texts = [request.args[0] for request in batch]
+        texts = [request.args[0].rstrip() if scored else request.args[0] for request in batch]
         if not _has_images(batch[0]):
             return self.prompts([self.text_ids(text)[-(longest or 0) :] for text in texts])
         prompts = self.loaded.encode(texts, [self.pictures(request) for request in batch])
@@ -424,25 +427,54 @@ class ArmLM(LM):
         """Decodes the answer of each row, without special tokens and reasoning (LoadedModel.read)."""
         return [reading.answer for reading in self.loaded.read(ids, mask, prompts)]
 
+    def score_after_images(self, batch: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """Scores continuations of prompts with images.
+
+        Choices of one question that differ in their last token alone share a forward pass.
+        """
+        rows = [self.pair_ids(request.args[0], request.args[1])[1] for request in batch]
+        questions = [
+            (request.args[0], id(request.args[2]), tuple(row[:-1]))
+            for request, row in zip(batch, rows, strict=True)
+        ]
+        first = {question: k for k, question in reversed(list(enumerate(questions)))}
+        asked = {question: place for place, question in enumerate(first)}
+        prompts = self.encode([batch[k] for k in first.values()], scored=True)
+        return self.score(prompts, rows, [asked[question] for question in questions])
+
     @torch.no_grad()
-    def score(self, prompts: Prompts, rows: list[list[int]]) -> list[tuple[float, bool]]:
-        """(total log-probability, whether greedy) of the given tokens after each prompt."""
-        length = max(map(len, rows))
-        ids = torch.zeros(len(rows), length, dtype=torch.long)
-        mask = torch.zeros(len(rows), length, dtype=torch.bool)
-        for k, row in enumerate(rows):
-            ids[k, : len(row)] = torch.tensor(row)
-            mask[k, : len(row)] = True
-        self.loaded.check_ids(ids[mask])
-        ids, mask = ids.to(self.device), mask.to(self.device)
+    def score(
+        self, prompts: Prompts, rows: list[list[int]], after: Sequence[int] | None = None
+    ) -> list[tuple[float, bool]]:
+        """(total log-probability, whether greedy) of each row of tokens after its prompt.
+
+        `after` has each row's prompt, by default one each; rows of one prompt may differ in their last token alone.
+        """
+        after = range(len(rows)) if after is None else after
+        passed = dict(zip(after, rows, strict=True))  # the tokens in each prompt's forward pass
+        lengths = [len(passed[prompt]) for prompt in range(len(passed))]
+        ids = torch.zeros(len(passed), max(lengths), dtype=torch.long)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for prompt, row in passed.items():
+            ids[prompt, : len(row)] = torch.tensor(row)
+            mask[prompt, : len(row)] = True
+        tokens = torch.tensor([token for row in rows for token in row])
+        self.loaded.check_ids(tokens)
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        places = [
+            ends[prompt] - len(row) + k
+            for prompt, row in zip(after, rows, strict=True)
+            for k in range(len(row))
+        ]
+        ids, mask, tokens = (each.to(self.device) for each in (ids, mask, tokens))
         given = Completions(
-            ids, mask, torch.zeros(ids.shape), torch.ones(len(rows), dtype=torch.bool)
+            ids, mask, torch.zeros(ids.shape), torch.ones(len(ids), dtype=torch.bool)
         )
-        hidden = self.loaded.completion_hidden(prompts, given)
+        hidden = self.loaded.completion_hidden(prompts, given)[places]
         logits = self.loaded.logits(hidden, self.loaded.vocabulary_rows).float()
-        logprobs = logprobs_at(logits, ids[mask])
-        greedy = logits.argmax(-1) == ids[mask]
-        counts = mask.sum(1).tolist()
+        logprobs = logprobs_at(logits, tokens)
+        greedy = logits.argmax(-1) == tokens
+        counts = [len(row) for row in rows]
         return [
             (float(values.double().sum()), bool(agrees.all()))
             for values, agrees in zip(logprobs.split(counts), greedy.split(counts), strict=True)

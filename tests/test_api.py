@@ -12,10 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vlopd
+from tests.families.llms import LLMS
 from tests.test_architecture import MODULES
 from vlopd.api.masks import MaskTensors, read_mask
 from vlopd.config.data import ShapesData
 from vlopd.errors import ConfigError, RunError
+from vlopd.models.load import load
 from vlopd.models.parameter_names import classify
 from vlopd.types import Example
 
@@ -193,6 +195,20 @@ def test_load_distill_mask_retrain(kind, folders, tmp_path):
     del full, update
     gc.collect()
     assert not folder.exists()
+
+
+def test_a_trained_model_with_a_tied_head_is_saved_tied(tmp_path):
+    """What is saved and loaded again computes what was trained, though the head is the embedding by another name."""
+    LLMS["qwen3"](tmp_path / "student")
+    pair = vlopd.load_pair(tmp_path / "student", compute="fp32")
+    recipe = vlopd.Recipe(rollout={"source": "data"}, loss={"type": "nll"}, train=TRAIN)
+    trained = vlopd.distill(pair, vlopd.load_data("shapes", modality="text", size=4), recipe)
+    trained.save(tmp_path / "trained")
+    assert "lm_head.weight" not in load_file(tmp_path / "trained" / "model.safetensors")
+    ids = torch.arange(8)[None]
+    again = load(str(tmp_path / "trained"), torch.float32).model
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, pair.student.model(ids).logits)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from tokenizers import normalizers
 
 from evals.lm import ArmLM, cut_at_stops, image_parts
 from vlopd.types import Example
@@ -44,6 +45,40 @@ def test_loglikelihood_equals_a_log_softmax_by_hand(kind, make_pair, make_data):
     for batch_size in (1, 4, 16):
         scored = ArmLM(model, batch_size).loglikelihood(requests, disable_tqdm=True)
         assert [total for total, _ in scored] == pytest.approx(expected, abs=1e-4)
+
+
+def test_choices_after_a_picture_are_read_once_after_the_prompts_own_line_break(
+    make_pair, make_data, monkeypatch
+):
+    """A prompt's line break is not repeated, and choices that share a forward pass score as those asked alone."""
+    model, examples = make_pair("vlm").student, make_data("vlm")[:2]
+    breaks = normalizers.Replace("\n", " none ")  # its tokenizer knows no line breaks
+    monkeypatch.setattr(model.tokenizer.backend_tokenizer, "normalizer", breaks)
+    choices, passes = ["\nyes", "\nblue", "\nred circle", "\nred cross"], []
+    own = model.completion_hidden
+    requests, expected = [], []
+    for (context, picture), example in zip(
+        prompts_of(model, examples, "vlm"), examples, strict=True
+    ):
+        for choice in choices:
+            requests.append(request("loglikelihood", f"{context}\n", choice[1:], picture))
+            tokens = torch.tensor(model.tokenizer(choice, add_special_tokens=False)["input_ids"])
+            prompts = model.render([example])
+            ids = torch.cat([prompts.input_ids, tokens[None]], 1)
+            with torch.no_grad():
+                logits = model.model(input_ids=ids, **prompts.per_image).logits
+            logprobs = logits[0, -len(tokens) - 1 : -1].log_softmax(-1)
+            expected.append(float(logprobs.gather(1, tokens[:, None]).sum()))
+
+    def counted(prompts, given):
+        passes.append(len(given.ids))
+        return own(prompts, given)
+
+    monkeypatch.setattr(type(model), "completion_hidden", lambda self, *given: counted(*given))
+    for batch_size in (1, 3, 16):
+        scored = ArmLM(model, batch_size).loglikelihood(requests, disable_tqdm=True)
+        assert [total for total, _ in scored] == pytest.approx(expected, abs=1e-4)
+    assert passes[-1] == 4  # two pictures, each with the choices of one word and those of two
 
 
 def test_text_loglikelihood_equals_lm_evals_own(make_pair, make_data):

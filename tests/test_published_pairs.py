@@ -14,7 +14,7 @@ from vlopd.models import families
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAIRS = CONFIGS / "pairs"
-LOCAL = ("builtin-text", "shapes-early", "smollm2")
+LOCAL = ("builtin-text", "emoji", "shapes-early", "smollm2")
 """Pairs whose models are at hand: they need no architecture file."""
 
 PUBLISHED = sorted(path for path in PAIRS.glob("*.toml") if path.stem not in LOCAL)

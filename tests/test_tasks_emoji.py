@@ -14,8 +14,10 @@ from PIL import Image
 
 from evals.scoring import TASKS
 from evals.tasks import emoji as task
+from vlopd.config.data import EmojiData
 from vlopd.data import emoji
 from vlopd.data.emoji import Emoji, EmojiDataset
+from vlopd.data.load import load_data
 from vlopd.errors import ConfigError, DataError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "download_emoji.py"
@@ -84,6 +86,17 @@ def test_training_shows_one_artist_and_its_own_concepts(drawings):
     assert {e.images[0].getpixel((0, 0)) for e in examples} == {COLOURS["twitter"]}
     assert {e.answer for e in examples} == {"food"}
     assert [e.fields for e in examples[:3]] == [e.fields for e in EmojiDataset("train", 3, 1)]
+
+
+def test_training_on_other_artists_is_asked_for(drawings):
+    """`artists` adds Google's drawings, of the training concepts still; the default leaves run folders as they were."""
+    data = EmojiData(artists=("twitter", "google"))
+    shown = list(load_data(data, 12, 1))
+    assert {e.images[0].getpixel((0, 0)) for e in shown} == set(COLOURS.values())
+    assert {e.fields["artist"] for e in shown} == set(COLOURS)
+    assert {e.fields["short_name"] for e in shown} == {FOOD}
+    assert [e.id for e in load_data(EmojiData(), 12, 1)] == [e.id for e in shown]
+    assert "artists" in data.model_dump() and "artists" not in EmojiData().model_dump()
 
 
 def test_the_task_asks_what_training_never_shows(drawings):

@@ -154,8 +154,13 @@ class Trained:
 
     def save(self, folder: Path | str) -> None:
         """Writes the student as a Hugging Face folder, each tensor in the dtype of the checkpoint it came from."""
+        model = self.student.model
         with stored_tensors(self.student) as stored:
-            state = {**self.student.model.state_dict(), **self.trainable.merged(dict(stored))}
+            state = {**model.state_dict(), **self.trainable.merged(dict(stored))}
+        own = {name for name, _ in model.named_parameters()}
+        for name, _ in model.named_parameters(remove_duplicate=False):
+            if name not in own:  # tied to another, under whose name alone the trained values are
+                del state[name]
         save(self.student, Path(folder), f"{self.student.name}, trained by vlopd.\n", state)
 
     def save_adapter(self, folder: Path | str) -> None:

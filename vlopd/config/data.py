@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from vlopd.config.base import Count, Name, Section, Weight, later, without_repeats
+from vlopd.config.base import Count, Name, Section, Unique, Weight, later, without_repeats
 from vlopd.config.functions import IS_BUILT_IN, IS_OWN, KIND, Function
 
 QUESTION = "question"
@@ -109,11 +109,15 @@ class ReasoningData(Section):
 
 
 class EmojiData(Section):
-    """Emoji of one artist, classified into groups, split by concept (scripts/download_emoji.py)."""
+    """Emoji, classified into groups, split by concept (scripts/download_emoji.py)."""
 
     type: Literal["emoji"] = "emoji"
     split: Literal["train", "validation", "test"] = "train"
     """Split of the concepts."""
+    artists: Annotated[tuple[Literal["twitter", "google"], ...], Unique, Field(min_length=1)] = (
+        later(("twitter",))
+    )
+    """Whose drawings are shown, at equal rates; Google's drawings are what the tasks hold out."""
 
     @property
     def has_images(self) -> bool:

@@ -1,8 +1,9 @@
 """Emoji by two artists, classified into five groups: tests generalisation across artists and concepts.
 
 The drawings are Twitter's (Twemoji) and Google's (Noto), downloaded by scripts/download_emoji.py into data/emoji, or
-the folder in VLOPD_EMOJI. Training uses Twitter's drawings of the training concepts only. Held out are the other
-artist, and concepts, by a hash of their names without numbers (`cat` and `cat2`, and all twelve clocks, are one).
+the folder in VLOPD_EMOJI. Training uses Twitter's drawings of the training concepts, unless `artists` names Google's
+too. Held out are the other artist, and concepts, by a hash of their names without numbers (`cat` and `cat2`, and all
+twelve clocks, are one).
 """
 
 from __future__ import annotations
@@ -136,16 +137,18 @@ def held_out(split: Split) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class EmojiDataset(SyntheticDataset):
-    """Twitter's drawings of a split's concepts, sampled with replacement; example `i` depends on (split, seed, i)."""
+    """Drawings of a split's concepts, sampled with replacement; example `i` depends on (split, seed, i, artists)."""
+
+    artists: tuple[Artist, ...] = ("twitter",)
 
     def __getitem__(self, index) -> Example:  # type: ignore[override]
-        emoji = random.Random(f"emoji {self.split} {self.seed} {index}").choice(
-            of_split(self.split)
-        )
+        draw = random.Random(f"emoji {self.split} {self.seed} {index}")
+        emoji = draw.choice(of_split(self.split))
+        artist = draw.choice(self.artists)
         return Example.ask(
             f"emoji-{self.split}-{self.seed}-{index}",
             QUESTION,
-            (open_drawing(emoji, "twitter"),),
+            (open_drawing(emoji, artist),),
             emoji.group,
-            _emoji_row(emoji, "twitter"),
+            _emoji_row(emoji, artist),
         )

@@ -53,7 +53,7 @@ def load_data(
         case ReasoningData():
             return ReasoningDataset(data.split, size, seed, data.subjects)
         case EmojiData():
-            return EmojiDataset(data.split, size, seed)
+            return EmojiDataset(data.split, size, seed, data.artists)
         case FileData():
             paths = paths_of(data)
             pictures = picture_columns(teachers)
