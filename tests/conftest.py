@@ -26,12 +26,16 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     CLIPVisionConfig,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    ProcessorMixin,
     SiglipVisionConfig,
 )
+from transformers.image_processing_base import ImageProcessingMixin
 
 from vlopd.config.arms import DistillArm
 from vlopd.config.experiment import ExperimentConfig
@@ -45,11 +49,18 @@ from vlopd.types import Completions, Prompts
 
 KINDS = ("llm", "vlm")
 
-gc.collect()
-gc.freeze()  # the libraries' million objects, which every collection would go through otherwise
 memory.measure_device = cache(
     memory.measure_device
 )  # half a second of probes, twice in every `check`
+# a quarter of the time of loading a tiny model: transformers prints each for its log, which is off
+for printed in (PreTrainedConfig, GenerationConfig, ProcessorMixin, ImageProcessingMixin):
+    printed.__repr__ = object.__repr__
+
+
+def pytest_collection_finish() -> None:
+    """Takes the libraries' million objects out of all collections of garbage, of which a command makes one."""
+    gc.collect()
+    gc.freeze()
 
 
 def tiny_language(vocabulary: int, width: int) -> LlamaConfig:

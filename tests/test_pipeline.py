@@ -278,14 +278,14 @@ early = {type = "transplant", of = "full", mask = "visible"}
     # the other way round: a task and an arm less leave the results of the others as they are
     numbers = json.loads((run / "evals" / "full" / "results.json").read_text())["results"][task]
     done = files_and_times(run)
-    assert vlopd(monkeypatch, "eval", run, f"eval.tasks=['{task}']") == 0
+    assert vlopd(monkeypatch, "eval", run, "--arm", "full", f"eval.tasks=['{task}']") == 0
     results = json.loads((run / "evals" / "full" / "results.json").read_text())
     assert set(results["results"]) == {task} and results["results"][task] == numbers
     rows = f"evals/full/samples_{task}.jsonl"
     assert files_and_times(run)[rows] == done[rows]
     assert not (run / "evals" / "full" / f"samples_{second}.jsonl").exists()
     # and nothing is left of results of which nothing is kept
-    assert vlopd(monkeypatch, "eval", run, f"eval.tasks=['{second}']") == 0
+    assert vlopd(monkeypatch, "eval", run, "--arm", "full", f"eval.tasks=['{second}']") == 0
     assert not verify_run(RunFolder(run)).unknown
 
 
