@@ -215,6 +215,12 @@ def test_scores_are_compared_as_by_scipy_and_statsmodels():
 
     above = stats.ttest_rel(one, other, alternative="greater").pvalue
     assert of("above").p == pytest.approx(above) and not of("above").reason
+    table = pd.concat(
+        pd.DataFrame({"run": range(5), "kind": kind, "density": 5, "score": values[::-1]})
+        for kind, values in (("top", one), ("random", other))
+    )
+    (part,) = analysis.score_parts(table, 5, "B", [5], {"b": ("top", "random", "above")})
+    assert part.p == pytest.approx(above)  # paired within a run
     assert of("equivalent").p == pytest.approx(
         ttost_paired(one.values, other.values, -0.02, 0.02)[0]
     )
