@@ -61,6 +61,7 @@ MASKS = {
 PALETTE = "shapes_students_palette"
 _OVERLAP = "top_mask_overlap_over_chance_within_magnitudes"
 SHARES = "energy_share_over_parameter_share"
+_SHARES = "energy share / parameter share"
 
 
 class Claim(NamedTuple):
@@ -83,8 +84,8 @@ CLAIMS = (
     Claim("H2", "b", "delta_cosine", "[all]", "above", DRAWN, "cosine between seeds"),
     Claim("H2", "c", _OVERLAP, "[all]", "above", SIGNAL, "mask overlap over chance"),
     Claim("H2", "d", _OVERLAP, "[all]", "above", DRAWN, "mask overlap over chance"),
-    Claim("H3", "a", SHARES, "[component=vision]", "different", SIGNAL, "vision's share of energy"),
-    Claim("H3", "b", SHARES, "[part=ffn]", "different", SIGNAL, "FFN's share of energy"),
+    Claim("H3", "a", SHARES, "[component=vision]", "different", SIGNAL, f"vision: {_SHARES}"),
+    Claim("H3", "b", SHARES, "[part=ffn]", "different", SIGNAL, f"FFN: {_SHARES}"),
 )
 SCORES = {
     "a": ("top", "magnitude", "above"),
@@ -137,6 +138,13 @@ class Part:
     def is_shown(self) -> bool:
         """Whether it is shown by itself, without correction."""
         return self.is_run and self.p is not None and self.p <= LEVEL
+
+    @property
+    def is_different(self) -> bool:
+        """Whether the 95 % interval excludes equality."""
+        if self.low is None or self.high is None:
+            return False
+        return not self.low <= (1 if self.scale == "ratio" else 0) <= self.high
 
 
 @dataclass(frozen=True)
@@ -594,7 +602,7 @@ def recipe_parts(table: pd.DataFrame) -> list[Part]:
 
 
 class Correlation(NamedTuple):
-    """A rank correlation over arms with a bootstrap interval."""
+    """A rank correlation over arms with a bootstrap interval; within: that of the ranks less their kind's mean."""
 
     of: str
     n: int
@@ -602,6 +610,7 @@ class Correlation(NamedTuple):
     low: float
     high: float
     p: float
+    within: float
     q: float | None = None
 
 
@@ -611,6 +620,7 @@ def forgetting(run: Run, draws: int = 1000) -> list[Correlation]:
     if table.empty or PALETTE not in set(table["task"]):
         return []
     trained = table[(table["task"] == PALETTE) & table["kl_to_base"].notna()]
+    kinds = trained["arm"].map(kind_of)
     found = []
     for column in ("kl_to_base", "delta_norm"):
         pairs = trained[[column, "score"]].dropna().to_numpy()
@@ -622,11 +632,10 @@ def forgetting(run: Run, draws: int = 1000) -> list[Correlation]:
         products = (ranks[..., 0] * ranks[..., 1]).sum(1)
         norms = np.sqrt((ranks**2).sum(1)).prod(1)
         low, high = np.nanpercentile(products / norms, [2.5, 97.5])
-        found.append(
-            Correlation(
-                column, len(pairs), *map(float, (its.statistic, low, high)), float(its.pvalue)
-            )
-        )
+        own = trained[[column, "score"]].rank()
+        own -= own.groupby(kinds).transform("mean")
+        numbers = its.statistic, low, high, its.pvalue, own.corr().iloc[0, 1]
+        found.append(Correlation(column, len(pairs), *map(float, numbers)))
     qs = adjust([its.p for its in found])
     return [its._replace(q=q) for its, q in zip(found, qs, strict=True)]
 

@@ -32,7 +32,7 @@ from evals.report.read import read_table  # noqa: E402
 from evals.report.verdict import p_value  # noqa: E402
 from scripts import study_analysis as analysis  # noqa: E402
 from scripts.study_analysis import CLAIMS, KINDS, MASKS, OPD, SIGNAL, WHOLE, Claim, Part, Run  # noqa: E402
-from scripts.study_collect import DATA, kind_of  # noqa: E402
+from scripts.study_collect import DATA, KEPT, kind_of  # noqa: E402
 from vlopd.update_geometry.groups import GroupRow  # noqa: E402
 
 PAGES = ROOT / "scripts" / "study_pages"
@@ -130,21 +130,21 @@ def mean_of(scores: pd.DataFrame, kind: str, density: float | None = None) -> st
 
 
 def number(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.3g}"
+    return "-" if value is None or math.isnan(value) else f"{value:#.3g}".removesuffix(".")
 
 
 def of_part(value: float | None, part: Part) -> str:
     """A mean on the scale of a part."""
     if part.scale == "points":
         return score(value)
-    return number(value) if value is None or part.scale == "ratio" else f"{value:.3f}"
+    return number(value) if value is None or part.scale == "ratio" else f"{value:z.3f}"
 
 
 def estimate(part: Part) -> str:
     """The ratio or difference of a part with its interval."""
     if part.estimate is None:
         return "-"
-    form = {"points": "+.1f", "ratio": ".3g", "difference": ".3f"}[part.scale]
+    form = {"points": "+.1f", "ratio": "#.3g", "difference": "z.3f"}[part.scale]
     factor = 100 if part.scale == "points" else 1
     shown = f"{factor * part.estimate:{form}}"
     if part.low is None or part.high is None:
@@ -160,15 +160,16 @@ def p_text(part: Part) -> str:
     return p_value(part.p) + why + " **reversed**" * part.is_reversed
 
 
-def spread(values: Sequence[float] | pd.Series, form: str = ".3g", factor: float = 1) -> str:
+def spread(values: Sequence[float] | pd.Series, form: str = "#.3g", factor: float = 1) -> str:
     """Mean ± standard deviation."""
     known = [factor * x for x in values if not math.isnan(x)]
     if not known:
         return "-"
     if len(known) == 1:
-        return f"{known[0]:{form}}"
+        return f"{known[0]:{form}}".removesuffix(".")
     deviation = float(np.std(known, ddof=1))
-    return f"{np.mean(known):{form}} ± {deviation:{'.0f' if deviation >= 10 else '.2g'}}"
+    mean = f"{np.mean(known):{form}}".removesuffix(".")
+    return f"{mean} ± {deviation:{'.0f' if deviation >= 10 else '.2g'}}"
 
 
 # -------------------------------------------------------------------------------------------- tables
@@ -188,21 +189,25 @@ def verdict_table(found: Sequence[analysis.Verdict], again: Sequence[analysis.Ve
     head = [
         "",
         "verdict",
+        "decided by part",
         "p",
         "p, Holm",
-        "decided by",
         *(["verdict of the rerun", "p"] * bool(again)),
     ]
     rows = []
     for its in found:
-        part = its.decisive
-        where = "-" if part is None else f"{part.part} {part.where}".strip()
-        row = [f"**{its.hypothesis}**", its.verdict, p_value(its.p), p_value(its.p_holm), where]
+        deciding = [part for part in its.parts if part.is_reversed and part.is_run]
+        deciding = deciding or [part for part in [its.decisive] if part]
+        where = "; ".join(f"{part.where} {part.part}".strip() for part in deciding) or "-"
+        run = sum(part.is_run for part in its.parts)
+        p = f"{run} of {len(its.parts)} parts run" if its.p is None and run else p_value(its.p)
+        row = [f"**{its.hypothesis}**", its.verdict, where, p, p_value(its.p_holm)]
         if again:
             other = others[its.hypothesis]
-            row += [other.verdict, p_value(other.p)]
+            same = other.parts == its.parts and run > 0
+            row += ["not rerun", "-"] if same else [other.verdict, p_value(other.p)]
         rows.append(row)
-    return table(head, rows, 2)
+    return table(head, rows, 3)
 
 
 def geometry_table(parts: Sequence[Part], again: Sequence[Part] = (), kind: str = "OPD") -> str:
@@ -245,9 +250,38 @@ def shown(parts: Sequence[Part], letters: str) -> bool:
 
 
 def points(parts: Sequence[Part], letters: str) -> str:
-    """The differences of the parts of these letters, in points."""
-    own = [its.estimate for its in parts if its.part in letters]
-    return ", ".join("-" if x is None else f"{100 * x:+.1f}" for x in own)
+    """The differences of the parts of these letters with their intervals, in points, by density."""
+    own = [its for its in parts if its.part in letters]
+    densities = dict.fromkeys(its.where.rpartition(", ")[2] for its in own)
+    return "; ".join(
+        f"at {density} {' and '.join(map(estimate, its))}"
+        for density in densities
+        if (its := [part for part in own if part.where.endswith(f", {density}")])
+    )
+
+
+def seed_mean(its: Geometry, part: str, kind: str) -> str:
+    """The mean over seeds of a kind of training of the measure that a part compares, as in `kinds_table`."""
+    claim = next(c for c in CLAIMS if f"{c.hypothesis}{c.part}" == part)
+    return number(
+        float(np.mean(analysis.cloud(its.run, kind, claim.metric, claim.name) or math.nan))
+    )
+
+
+def arm_words(arm: str) -> str:
+    """The kind of an arm's mask, with its density."""
+    kind, _, density = arm.partition("-")
+    return MASKS.get(kind, kind) + f" at {density} %" * density.isdigit()
+
+
+def edges(tuned: pd.DataFrame) -> str:
+    """The arms of which more than half of the seeds chose an edge of their grid."""
+    found = []
+    for arm, own in tuned.groupby("arm", sort=False):
+        count = int(own["at_edge"].astype(bool).sum())
+        if 2 * count > len(own):
+            found.append(f"{arm_words(arm)} ({count} of {len(own)})")
+    return "; ".join(found)
 
 
 def score_table(parts: Sequence[Part], q: bool = False) -> str:
@@ -353,8 +387,36 @@ def curve_table(tuned: pd.DataFrame) -> str:
         points = [[float(x) for x in str(cell).split()] for cell in own["validation"]]
         means = np.mean(points, axis=0)
         cells = [f"{rate}: {100 * x:.1f}" for rate, x in zip(str(grid).split(), means, strict=True)]
-        rows.append([str(arm), str(len(own)), "; ".join(cells)])
+        rows.append([arm_words(str(arm)), str(len(own)), "; ".join(cells)])
     return table(["arm", "seeds", "rate: mean validation score, %"], rows, 3)
+
+
+def flagged(rows: Sequence[GroupRow], kind: str, family: str) -> tuple[int, int, int]:
+    """How many rows of a family differ between OPD and a kind of training, are equivalent, and have a test."""
+    own = [r for r in rows if (r.null, r.family, r.kind) == (kind, family, "signal")]
+    own = [r for r in own if r.p is not None]
+    differ = sum(r.q is not None and r.q <= analysis.SHARE for r in own)
+    return differ, sum(bool(r.equivalent) for r in own), len(own)
+
+
+def not_equivalent(rows: Sequence[GroupRow], metric: str) -> str:
+    """The components in which a measure of OPD is not equivalent to the signal null's, with their ratios."""
+    own = [r for r in rows if (r.metric, r.null, r.kind) == (metric, SIGNAL, "signal")]
+    own = [r for r in own if r.name.startswith("[component=") and r.equivalent is False]
+    return ", ".join(f"{r.name[11:-1]} ({row_estimate(r)})" for r in own)
+
+
+def row_estimate(row: GroupRow) -> str:
+    """The ratio (x) or difference of a row with its interval."""
+    assert row.difference is not None
+    log = row.scale == "log"
+    shown = (
+        [row.difference]
+        if row.low is None or row.high is None
+        else [row.difference, row.low, row.high]
+    )
+    words = [number(math.exp(x)) if log else f"{x:z.3f}" for x in shown]
+    return f"{'x' if log else ''}{words[0]}" + f" [{', '.join(words[1:])}]" * (len(words) > 1)
 
 
 def flagged_table(rows: Sequence[GroupRow]) -> str:
@@ -364,14 +426,7 @@ def flagged_table(rows: Sequence[GroupRow]) -> str:
     for kind in dict.fromkeys(row.null for row in rows if row.kind == "signal"):
         cells = []
         for family in families:
-            own = [
-                r
-                for r in rows
-                if (r.null, r.family, r.kind) == (kind, family, "signal") and r.p is not None
-            ]
-            flagged = sum(r.q is not None and r.q <= analysis.SHARE for r in own)
-            equal = sum(bool(r.equivalent) for r in own)
-            cells.append(f"{flagged}, {equal} of {len(own)}")
+            cells.append("{}, {} of {}".format(*flagged(rows, kind, family)))
         found.append([KINDS.get(kind, kind), *cells])
     return table(["OPD against", *(f"{family}: differ, equivalent" for family in families)], found)
 
@@ -380,28 +435,30 @@ SHOWN = ("[all]", "[median]", "[component=vision]", "[part=ffn]", "[part=attenti
 """Names of the rows that the page of S1 shows."""
 
 
-def rows_table(rows: Sequence[GroupRow]) -> str:
-    """OPD against every other kind of training: ratio or difference, * at q <= 10 %, = equivalent."""
-    kinds = list(dict.fromkeys(row.null for row in rows if row.kind == "signal"))
-    own = {(r.null, r.metric, r.parameter, r.name): r for r in rows if r.kind == "signal"}
+def rows_table(rows: Sequence[GroupRow], others: Sequence[str]) -> str:
+    """OPD against `others` (drawn noise by its name): ratio or difference, * at q <= 10 %, = equivalent."""
+    own = {
+        (r.null, r.metric, r.parameter, r.name): r
+        for null in others
+        for r in rows
+        if r.null == null and r.kind in ("signal", "drawn")
+    }
     found = []
     for key in dict.fromkeys(k[1:] for k in own if k[3] in SHOWN):
         cells, mean = [], "-"
-        for kind in kinds:
+        for kind in others:
             row = own.get((kind, *key))
             if row is None or row.difference is None:
-                cells.append("-")
+                cells.append("as OPD" if kind == analysis.DRAWN and key[0] in KEPT else "-")
                 continue
             mean = number(row.real_mean)
-            log = row.scale == "log"
-            value = f"{'x' if log else ''}{math.exp(row.difference) if log else row.difference:.3g}"
-            marks = "*" * (row.q is not None and row.q <= analysis.SHARE) + "=" * bool(
-                row.equivalent
-            )
-            cells.append(f"{value}{f' {marks}' if marks else ''}")
+            marks = "*" * (row.q is not None and row.q <= analysis.SHARE)
+            marks += "=" * bool(row.equivalent)
+            cells.append(f"{row_estimate(row)} {marks}".strip())
         words = f"{key[0].replace('_', ' ')}{f' ({key[1]})' if key[1] else ''}"
         found.append([words, key[2].strip("[]"), mean, *cells])
-    return table(["measure", "of", "OPD", *(KINDS.get(kind, kind) for kind in kinds)], found, 2)
+    names = [KINDS.get(kind, "drawn noise") for kind in others]
+    return table(["measure", "of", "OPD", *names], found, 2)
 
 
 def secondary_table(study: str, arms: pd.DataFrame) -> str:
@@ -475,10 +532,12 @@ def correlation_table(found: Sequence[analysis.Correlation]) -> str:
             f"{its.value:.2f} [{its.low:.2f}, {its.high:.2f}]",
             p_value(its.p),
             p_value(its.q),
+            f"{its.within:.2f}",
         ]
         for its in found
     ]
-    return table(["score on the own palette against", "arms", "rank correlation", "p", "q"], rows)
+    head = ["score on the own palette against", "arms", "rank correlation", "p", "q"]
+    return table([*head, "within a kind of training"], rows)
 
 
 def runs_table(lines: pd.DataFrame) -> str:
@@ -559,7 +618,7 @@ def clouds(
             axes.spines["left"].set_visible(False)
             if everything and min(everything) > 0:
                 axes.set_xscale("log")
-                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5), numticks=6))
                 if max(everything) < 3 * min(everything):
                     axes.xaxis.set_major_locator(MaxNLocator(4))
                 axes.xaxis.set_major_formatter("{x:g}")
@@ -696,7 +755,8 @@ def pages(data: Path) -> dict[str, str]:
     )
     made = (verdict_table, geometry_table, score_table, kinds_table, training_table, mask_table)
     made += (curve_table, flagged_table, rows_table, secondary_table, recipe_table)
-    made += (spectrum_table, correlation_table, runs_table, shown, points)
+    made += (spectrum_table, correlation_table, runs_table, shown, points, seed_mean, edges)
+    made += (flagged, not_equivalent)
     env.globals.update({its.__name__: its for its in made})
     env.globals.update(
         commands=[f"scripts/{path.name}" for path in sorted((ROOT / "scripts").glob("study_?.sh"))],

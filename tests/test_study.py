@@ -130,6 +130,8 @@ def test_planted_effects_hold():
     for its in analysis.s0(planted_run(), 10):
         assert its.p > 0.05 and its.q >= its.p
     rank, (cosine, drawn, overlap, _) = found["H1"].parts[0], found["H2"].parts
+    assert [its.than for its in found["H2"].parts] == ["signal null", "drawn noise"] * 2
+    assert cosine.is_different and not Part(*"abcde", low=-0.1, high=0.1).is_different
     assert rank.estimate == pytest.approx(3.2 / 3.3, rel=0.02) and rank.scale == "ratio"
     assert cosine.estimate == pytest.approx(0.4, abs=0.02) and drawn.than == "drawn noise"
     assert overlap.low < 2.8 < overlap.high
@@ -150,7 +152,8 @@ def test_planted_effects_hold():
 def test_one_wrong_part_of_the_geometry_fails_its_hypothesis_alone(hypothesis, changed, verdict):
     """A part whose difference is the opposite reverses the hypothesis, one without a difference leaves it not shown."""
     found = verdicts_of(geometry(**changed), scores())
-    assert found.pop(hypothesis).verdict == verdict
+    its = found.pop(hypothesis)
+    assert its.verdict == verdict and its.p > 0.05
     assert {its.verdict for its in found.values()} == {"holds"}
 
 
@@ -213,6 +216,12 @@ def test_scores_are_compared_as_by_scipy_and_statsmodels():
 
     above = stats.ttest_rel(one, other, alternative="greater").pvalue
     assert of("above").p == pytest.approx(above) and not of("above").reason
+    table = pd.concat(
+        pd.DataFrame({"run": range(5), "kind": kind, "density": 5, "score": values[::-1]})
+        for kind, values in (("top", one), ("random", other))
+    )
+    (part,) = analysis.score_parts(table, 5, "B", [5], {"b": ("top", "random", "above")})
+    assert part.p == pytest.approx(above)  # paired within a run
     assert of("equivalent").p == pytest.approx(
         ttost_paired(one.values, other.values, -0.02, 0.02)[0]
     )
@@ -247,7 +256,7 @@ def test_an_excluded_seed_leaves_the_geometry_and_has_the_score_of_the_base():
 
 
 def test_forgetting_is_scipys_rank_correlation_with_an_interval():
-    """The correlation over arms is that of scipy, and lies in its bootstrap interval."""
+    """That of scipy, which lies in its bootstrap interval; that within kinds of training can have the other sign."""
     rng = np.random.default_rng(0)
     kl, norm = rng.normal(size=(2, 40))
     rows = {"arm": "x", "task": analysis.PALETTE, "kl_to_base": kl, "delta_norm": norm}
@@ -258,6 +267,15 @@ def test_forgetting_is_scipys_rank_correlation_with_an_interval():
     first, second = found
     assert expected < first.value < 0 and first.low < first.value < first.high < 0 < second.high
     assert first.n == 40 and first.q == pytest.approx(2 * first.p)
+    assert first.within == pytest.approx(first.value)  # of one kind
+    kl, score = [0, 1, 2, 10, 11, 12], [10, 11, 12, 0, 1, 2]
+    two = {
+        "arm": [f"{kind}-{i}" for kind in "xy" for i in range(3)],
+        "kl_to_base": kl,
+        "score": score,
+    }
+    its, _ = analysis.forgetting(Run("a", pd.DataFrame({**rows, **two, "delta_norm": kl})), 10)
+    assert its.value < 0 and its.within == pytest.approx(1)
 
 
 def test_recipes_are_compared_at_the_norm_of_the_middle_rate():
