@@ -49,7 +49,7 @@ def quick(monkeypatch):
 
 
 def test_pages_and_figures_are_those_of_the_rows():
-    """The abstract, and every page and figure of docs/study but the protocol, is what the script makes of the committed rows."""
+    """The abstract, and all of docs/study but the protocol, are what the script makes of the committed rows."""
     made = study_report.pages(STUDY / "data")
     found = {str(p.relative_to(STUDY)): p for p in STUDY.rglob("*.*") if p.parent.name != "data"}
     found["../abstract.md"] = STUDY.parent / "abstract.md"
