@@ -44,7 +44,8 @@ part() {
         timeout --foreground --signal=INT --kill-after=120 "$LIMIT" \
             .venv/bin/vlopd run "$config" --out "runs/study/$name" "$@" || status=$?
         # the rows of the finished arms, also of a run that was stopped
-        .venv/bin/python scripts/study_collect.py "runs/study/$name" || [ $status != 0 ]
+        [ ! -f "runs/study/$name/run.json" ] ||
+            .venv/bin/python scripts/study_collect.py "runs/study/$name" || [ $status != 0 ]
         case $status in
             0) break ;;
             124 | 137) # out of time; 137 also if the system was out of memory

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations, product
 from pathlib import Path
@@ -21,32 +22,22 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t
 
-from evals.report.read import read_table
-from vlopd.files import read_json
-from vlopd.update_geometry.group_statistics import jackknife, pair_mean, welch
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
-DATA = Path("docs/study/data")
+from evals.report.read import read_table  # noqa: E402
+from scripts.study_analysis import CLAIMS, DENSITIES, POINTS_MARGIN, SCORES, SIGNAL  # noqa: E402
+from scripts.study_collect import DATA  # noqa: E402
+from vlopd.files import read_json  # noqa: E402
+from vlopd.update_geometry.group_statistics import jackknife, pair_mean, welch  # noqa: E402
+
 SEEDS, PAIRS_OF_SEEDS = 10, 5
 LEVELS = (0.05, 0.0125)
-RATIO_MARGIN, POINTS_MARGIN = math.log(1.25), 0.02
-OVERLAP = "top_mask_overlap_over_chance_within_magnitudes"
+RATIO_MARGIN = math.log(1.25)
 MEASURES = {
-    "H1a": ("stable_rank", "[median]"),
-    "H1b": ("tail_energy_ratio", "[median]"),
-    "H2a": ("delta_cosine", "[all]"),
-    "H2c": (OVERLAP, "[all]"),
-    "H3a": ("energy_share_over_parameter_share", "[component=vision]"),
-    "H3b": ("energy_share_over_parameter_share", "[part=ffn]"),
+    its.hypothesis + its.part: (its.metric, its.name) for its in CLAIMS if its.null == SIGNAL
 }
 """Metric and name of a part's rows; all but the cosine are compared on the log scale."""
-SCORES = {
-    "a": ("top", "magnitude"),
-    "b": ("top", "random"),
-    "c": ("null", "magnitude"),
-    "d": ("null", "random"),
-    "e": ("top", "full"),
-}
-"""The two masks whose scores a part of H4 compares."""
 
 
 def collect(runs: Iterable[Path]) -> None:
@@ -125,7 +116,7 @@ def pair_power(part: str, real: Sequence[float], null: Sequence[float], draws: i
     )
 
 
-def score_power(part: str, differences: Sequence[float], draws: int) -> None:
+def score_power(part: str, claim: str, differences: Sequence[float], draws: int) -> None:
     """Prints the power of a part of H4 at a density from the differences of two arms in the pilot's runs."""
     rng = np.random.default_rng(0)
     mean, deviation = float(np.mean(differences)), float(np.std(differences, ddof=1))
@@ -133,16 +124,16 @@ def score_power(part: str, differences: Sequence[float], draws: int) -> None:
     def p(true: float) -> float:
         values = true + deviation * rng.normal(size=PAIRS_OF_SEEDS)
         error, df = np.std(values, ddof=1) / math.sqrt(PAIRS_OF_SEEDS), PAIRS_OF_SEEDS - 1
-        if part in "ab":
+        if claim == "above":
             return float(t.sf(values.mean() / error, df))
-        if part in "cd":
+        if claim == "equivalent":
             return float(t.sf((POINTS_MARGIN - abs(values.mean())) / error, df))
         return float(t.sf((POINTS_MARGIN + values.mean()) / error, df))
 
     print(
         f"H4{part}: difference {100 * mean:5.1f} points, deviation {100 * deviation:.1f}, "
         f"power {shares(lambda: p(mean), draws)}"
-        + (f", at no difference {shares(lambda: p(0.0), draws)}" * (part in "cde"))
+        + (f", at no difference {shares(lambda: p(0.0), draws)}" * (claim != "above"))
     )
 
 
@@ -168,13 +159,13 @@ def main() -> None:
             test(part, real.tolist(), null.tolist(), given.draws)
     if (DATA / "pilot-scores.csv").exists():
         scores = read_table(DATA / "pilot-scores.csv")
-        for part, density in product("bd", (5, 1)):
+        for part, density in product("bd", DENSITIES):
             its = scores[scores["run"].str.startswith(f"{part}-pilot-")]
             table = its.pivot(index="run", columns="arm", values="score")
             print(f"pilot of {part.upper()}, {density} %, {PAIRS_OF_SEEDS} pairs of seeds:")
-            for test, (one, other) in SCORES.items():
+            for test, (one, other, claim) in SCORES.items():
                 arms = [arm if arm == "full" else f"{arm}-{density}" for arm in (one, other)]
-                score_power(test, (table[arms[0]] - table[arms[1]]).tolist(), given.draws)
+                score_power(test, claim, (table[arms[0]] - table[arms[1]]).tolist(), given.draws)
 
 
 if __name__ == "__main__":

@@ -82,11 +82,11 @@ def results(data: Path) -> dict[str, Any]:
         tuned[part] = analysis.tuned([real[part].run])
         own = set(masks[part]["kind"])
         claims = {
-            "": ("top", "magnitude", "different"),
-            " ": ("top", "random", "different"),
-            "  ": ("top", "full", "different"),
+            "a": ("top", "magnitude", "different"),
+            "b": ("top", "random", "different"),
+            "c": ("top", "full", "different"),
         }
-        shown = {key: its for key, its in claims.items() if its[1] in own} or {"": claims[" "]}
+        shown = {key: its for key, its in claims.items() if its[1] in own} or {"b": claims["b"]}
         found = analysis.score_parts(masks[part], seeds, part.upper(), [10], shown)
         real[f"{part}_scores"] = analysis.with_q(found)
     secondary = {}
