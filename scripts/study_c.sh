@@ -8,5 +8,4 @@ source "$(dirname "$0")/study_lib.sh"
 arms=({full,signs,shuffled,top,random}-{0..3})
 begin $((${#arms[@]} + 1))
 for arm in "${arms[@]}"; do part c configs/study/c.toml --arm "$arm"; done
-# the last compares pairs of updates, half an hour on idle cores that does not resume within itself
-LIMIT=10800 part c configs/study/c.toml
+part c configs/study/c.toml

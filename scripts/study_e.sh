@@ -11,4 +11,4 @@ begin $((${#arms[@]} + 1))
 [ -d "${VLOPD_EMOJI:-data/emoji}" ] || .venv/bin/python scripts/download_emoji.py
 [ -d models/emoji-teacher ] || .venv/bin/python scripts/build_emoji_pair.py
 for arm in "${arms[@]}"; do part e configs/study/e.toml --arm "$arm"; done
-LIMIT=10800 part e configs/study/e.toml
+part e configs/study/e.toml

@@ -20,7 +20,7 @@ from vlopd.config.analysis import GaussianNull, GeometryConfig, SignFlippedNull
 from vlopd.errors import RunError
 from vlopd.files import read_json
 from vlopd.models.parameter_names import classify
-from vlopd.update_geometry import paper
+from vlopd.update_geometry import overlap, paper
 from vlopd.update_geometry.aggregate import PARTS
 from vlopd.update_geometry.checkpoint import measure_checkpoint, read_rows
 from vlopd.update_geometry.overlap import write_overlap
@@ -305,6 +305,43 @@ def overlap_rows(before: Tensors, runs: Mapping[str, Tensors], root: Path, confi
     folders = {name: save(tensors, root / name) for name, tensors in runs.items()}
     with write_overlap(base, folders, root / "out", config, progress=False).open() as file:
         return list(csv.DictReader(file))
+
+
+def test_a_killed_overlap_goes_on(tmp_path, monkeypatch):
+    """Tensors compared before the end are not compared again, the table is that of one run, and another comparison does
+    not go on from them."""
+    before = llama(tmp_path / "before")
+    config = GeometryConfig(nulls=(GaussianNull(),), null_draws=1, ratios=(0.1,))
+    base = tmp_path / "before"
+    folders = {str(seed): save(noised(before, seed), tmp_path / str(seed)) for seed in (1, 2, 3)}
+    compared, whole = [], overlap._compare_updates
+
+    def counted(where, *others):
+        compared.append(where.name)
+        if len(compared) == 5:
+            raise KeyboardInterrupt
+        return whole(where, *others)
+
+    monkeypatch.setattr(overlap, "_compare_updates", counted)
+
+    def compare(out: str, inputs: object) -> bytes:
+        where, given = tmp_path / out, {"inputs": inputs, "progress": False, "workers": 1}
+        return write_overlap(base, folders, where, config, **given).read_bytes()
+
+    for out in ("out", "other"):
+        compared.clear()
+        with pytest.raises(KeyboardInterrupt):
+            compare(out, {"of": 1})
+    done = set(compared[:4])
+    compared[:] = [""] * 5
+    expected = compare("whole", None)
+    compared[:] = [""] * 5
+    assert compare("out", {"of": 1}) == expected
+    assert set(compared[5:]) == set(before) - done
+    assert not (tmp_path / "out" / "overlap.partial").exists()
+    compared[:] = [""] * 5
+    assert compare("other", {"of": 2}) == expected
+    assert set(compared[5:]) == set(before)
 
 
 def test_overlap_agrees_with_plain_counting(tmp_path):

@@ -193,7 +193,8 @@ def geometry(
         by_step = dict(zip(steps, after, strict=True))
         write_trajectory(before, by_step, out, config, tables=tables_of_steps)
     elif len(names) > 1:
-        write_overlap(before, dict(zip(names, after, strict=True)), out, config)
+        own = {"base": digests[before], "trained": [digests[path] for path in after]}
+        write_overlap(before, dict(zip(names, after, strict=True)), out, config, own)
     lines = {n: paper.paper_table(read_rows(its)) for n, its in folders.items()} if preset else {}
     titles = [column.title for column in paper.COLUMNS]
     page = write_geometry_page(out, path_or_id(base), folders, shown, notes, lines, titles)

@@ -18,9 +18,10 @@ from vlopd.run.dependencies import (
 from vlopd.run.folder import RunFolder, up_to_date
 from vlopd.run.resolve import arm_folder, base_arm
 from vlopd.run.stage import Stage, stage
-from vlopd.update_geometry.checkpoint import PARTIAL, measure_checkpoint
+from vlopd.update_geometry.checkpoint import measure_checkpoint
 from vlopd.update_geometry.groups import write_groups
 from vlopd.update_geometry.overlap import write_overlap
+from vlopd.update_geometry.partial import OVERLAP, PARTIAL
 from vlopd.update_geometry.trajectory import write_trajectory
 
 
@@ -104,8 +105,10 @@ def make_overlap(run: RunFolder, config: ExperimentConfig, names: list[str]) -> 
             base, out = base_arm(config), run.root / "geometry"
             _check_arms(run, config, [base, *names])
             arms = {name: arm_folder(run, config, name) for name in names}
-            write_overlap(run.checkpoint(base), arms, out, config.geometry)
+            write_overlap(run.checkpoint(base), arms, out, config.geometry, its.inputs)
             its.finish({}, [out / "overlap.csv", out / "overlap.parquet"])
+        else:  # left by a process that was killed after writing the tables
+            shutil.rmtree(run.root / "geometry" / OVERLAP, ignore_errors=True)
     return its.made
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -23,14 +21,20 @@ from threadpoolctl import threadpool_limits
 from transformers import PretrainedConfig
 
 from vlopd.config.analysis import GeometryConfig
-from vlopd.digests import digest_json
-from vlopd.files import read_json, whole_file, write_json
+from vlopd.files import whole_file, write_json
 from vlopd.models.config_files import config_of
 from vlopd.models.parameter_names import classify
 from vlopd.progress import progress as bar
 from vlopd.update_geometry.aggregate import group_rows, left_out_rows, tensor_rows
 from vlopd.update_geometry.matrix import MatrixResult, keys_of, matrices, measure_matrix
 from vlopd.update_geometry.nulls import null_name
+from vlopd.update_geometry.partial import (
+    PARTIAL,
+    Partial,
+    load_partial,
+    open_partial,
+    save_partial,
+)
 from vlopd.update_geometry.schema import (
     STATUSES,
     Place,
@@ -58,8 +62,6 @@ MATCHED = ("relative_delta_fro", "energy_share")
 """Measures that every drawn null has in common with the update, repeated for the first alone."""
 
 ARROW = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
-PARTIAL = "partial"
-"""Folder of partial results, one file per stored tensor; removed when the tables are written."""
 
 
 def measure_checkpoint(
@@ -87,7 +89,7 @@ def measure_checkpoint(
     record.unlink(missing_ok=True)  # never leave an old record beside new tables
     model = config_of(base_folder)
     settings = config.of_update
-    partial = _open_partial(out, {"inputs": inputs, "config": settings})
+    partial = open_partial(out / PARTIAL, {"inputs": inputs, "config": settings})
     workers = workers or (1 if device != "cpu" else os.cpu_count() or 1)
     findings = _measure_matrices(deltas, model, config, partial, progress, workers, device, title)
     keys = keys_of(config)
@@ -121,7 +123,7 @@ def measure_checkpoint(
             "headline": _headline(groups),
         },
     )
-    shutil.rmtree(partial)
+    partial.remove()
     return record
 
 
@@ -173,7 +175,7 @@ def _measure_matrices(
     deltas: Deltas,
     model: PretrainedConfig | None,
     config: GeometryConfig,
-    partial: Path,
+    partial: Partial,
     progress: bool,
     workers: int,
     device: str,
@@ -188,7 +190,7 @@ def _measure_matrices(
     found: dict[str, list[MatrixResult]] = {}
 
     def work(name: str) -> list[MatrixResult]:
-        path = partial / f"{order[name]:06}.npz"
+        path = partial.path(order[name])
         if path.exists():
             return _load_findings(path)
         own = [measure_matrix(piece, config, device) for piece in matrices(read(name), model)]
@@ -236,17 +238,6 @@ def pool(workers: int):
         torch.set_num_threads(threads)
 
 
-def _open_partial(out: Path, about: dict[str, Any]) -> Path:
-    """Opens the folder of partial results for these inputs; removes those of other inputs."""
-    partial, digest = out / PARTIAL, digest_json(about)
-    note = partial / "about.json"
-    if partial.exists() and (not note.exists() or read_json(note)["digest"] != digest):
-        shutil.rmtree(partial)
-    if not note.exists():
-        write_json(note, {"digest": digest, **about})
-    return partial
-
-
 def _save_findings(path: Path, findings: Sequence[MatrixResult]) -> None:
     arrays: dict[str, Any] = {}
     about = []
@@ -255,26 +246,23 @@ def _save_findings(path: Path, findings: Sequence[MatrixResult]) -> None:
         for key in ("terms", "measures", "statuses"):
             arrays[f"{i}.{key}"] = values.pop(key)
         about.append({**values, "place": finding.place._asdict()})
-    with whole_file(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, about=np.array(json.dumps(about)), **arrays)
+    save_partial(path, arrays, about)
 
 
 def _load_findings(path: Path) -> list[MatrixResult]:
-    found = []
-    with np.load(path, allow_pickle=False) as file:
-        for i, its in enumerate(json.loads(str(file["about"]))):
-            found.append(
-                MatrixResult(
-                    Place(**its["place"]),
-                    tuple(its["draws"]),
-                    file[f"{i}.terms"],
-                    file[f"{i}.measures"],
-                    file[f"{i}.statuses"],
-                    {int(k): v for k, v in its["term_reasons"].items()},
-                    {int(k): v for k, v in its["measure_reasons"].items()},
-                )
-            )
-    return found
+    arrays, about = load_partial(path)
+    return [
+        MatrixResult(
+            Place(**its["place"]),
+            tuple(its["draws"]),
+            arrays[f"{i}.terms"],
+            arrays[f"{i}.measures"],
+            arrays[f"{i}.statuses"],
+            {int(k): v for k, v in its["term_reasons"].items()},
+            {int(k): v for k, v in its["measure_reasons"].items()},
+        )
+        for i, its in enumerate(about)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- files

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from operator import gt
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from vlopd.update_geometry.coordinates import UPDATE_ATOLS, Term, not_above
 from vlopd.update_geometry.magnitudes import CHUNK, compare, kth_smallest, magnitudes
 from vlopd.update_geometry.matrix import OBSERVED, split
 from vlopd.update_geometry.nulls import null_delta, null_name
+from vlopd.update_geometry.partial import OVERLAP, load_partial, open_partial, save_partial
 from vlopd.update_geometry.schema import Measure, Place, Row, parameters
 from vlopd.update_geometry.spectrum import Factors, MatrixSum, as_matrix, factorise, too_large
 from vlopd.weights.delta import difference, stream
@@ -82,14 +83,16 @@ def write_overlap(
     runs: Mapping[str, Path],
     out: Path,
     config: GeometryConfig,
+    inputs: Mapping[str, Any] | None = None,
     progress: bool = True,
     workers: int | None = None,
 ) -> Path:
     """Writes overlap.csv and .parquet on all pairs of `runs` (name -> trained folder) from one base.
 
     Counts only parameters that all runs share; others get a row with the reason. Each tensor is read once, and each
-    null of a run drawn once, for all pairs. workers: threads, each with one tensor of all runs in memory (default:
-    one per core). Returns the path of overlap.csv.
+    null of a run drawn once, for all pairs. inputs: what identifies the checkpoints; with it, a killed comparison
+    resumes. workers: threads, each with one tensor of all runs in memory (default: one per core). Returns the path of
+    overlap.csv.
     """
     model = config_of(base)
     deltas = {
@@ -98,18 +101,28 @@ def write_overlap(
     first = next(iter(deltas.values()))
     shared = set.intersection(*(set(its.report.matched) for its in deltas.values()))
     names = [name for name in first.report.matched if name in shared]
-    sizes = first.sizes()
+    sizes, order = first.sizes(), {name: i for i, name in enumerate(names)}
+    partial = None
+    if inputs is not None:
+        about = {"inputs": inputs, "config": config.of_update, "runs": list(runs), "names": names}
+        partial = open_partial(out / OVERLAP, about)
     found: dict[str, tuple[Place, TensorOverlap]] = {}
     with ExitStack() as stack:
         read = {run: stack.enter_context(its.reader()) for run, its in deltas.items()}
 
         def work(name: str) -> tuple[Place, TensorOverlap]:
+            path = partial.path(order[name]) if partial else None
+            if path and path.exists():
+                return _load_overlap(path)
             pairs = {run: one(name) for run, one in read.items()}
             its = next(iter(pairs.values()))
             shape = "x".join(map(str, its.base.shape))
             place = Place(name, its.where.component, its.where.layer, its.where.module, shape)
             trained = {run: pair.trained for run, pair in pairs.items()}
-            return place, _compare_updates(its.where, its.base, trained, config, model)
+            own = _compare_updates(its.where, its.base, trained, config, model)
+            if path:
+                _save_overlap(path, place, own)
+            return place, own
 
         shown = stack.enter_context(
             bar(title="overlap: tensors", total=len(names), unit="tensor", disable=not progress)
@@ -128,7 +141,20 @@ def write_overlap(
         for row in (*own, *unshared):
             rows.append(OverlapRow(**vars(row), first=one, second=other))
     write_table(out, "overlap", rows)
+    if partial:
+        partial.remove()
     return out / "overlap.csv"
+
+
+def _save_overlap(path: Path, place: Place, its: TensorOverlap) -> None:
+    arrays = its._asdict()
+    about = {"place": place._asdict(), "approximate": arrays.pop("approximate")}
+    save_partial(path, arrays, about)
+
+
+def _load_overlap(path: Path) -> tuple[Place, TensorOverlap]:
+    arrays, about = load_partial(path)
+    return Place(**about["place"]), TensorOverlap(**arrays, approximate=about["approximate"])
 
 
 def _draw_names(config: GeometryConfig) -> list[str]:

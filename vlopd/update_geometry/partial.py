@@ -1,0 +1,57 @@
+"""Partial results of a measurement: one file of arrays per stored tensor, so that a killed measurement goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlopd.digests import digest_json
+from vlopd.files import read_json, whole_file, write_json
+
+PARTIAL = "partial"
+"""Folder of the partial results of one update's measures."""
+OVERLAP = "overlap.partial"
+"""Folder of those of several updates' overlap."""
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A folder of partial results; removed by `remove` when the tables are written."""
+
+    folder: Path
+
+    def path(self, index: int) -> Path:
+        """The file of the tensor with this place in the order of names; absent if it is still to be measured."""
+        return self.folder / f"{index:06}.npz"
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def open_partial(folder: Path, about: Mapping[str, Any]) -> Partial:
+    """Opens a folder of partial results; removes those of a measurement with other inputs and settings than `about`."""
+    digest, note = digest_json(about), folder / "about.json"
+    if folder.exists() and (not note.exists() or read_json(note)["digest"] != digest):
+        shutil.rmtree(folder)
+    if not note.exists():
+        write_json(note, {"digest": digest, **about})
+    return Partial(folder)
+
+
+def save_partial(path: Path, arrays: Mapping[str, np.ndarray], about: Any) -> None:
+    """Writes arrays and a JSON value; the file is whole or absent."""
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, about=np.array(json.dumps(about)), **arrays)
+
+
+def load_partial(path: Path) -> tuple[dict[str, np.ndarray], Any]:
+    """Reads what `save_partial` wrote: (arrays, JSON value)."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {key: file[key] for key in file.files}
+    return arrays, json.loads(str(arrays.pop("about")))
