@@ -20,6 +20,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -45,6 +46,16 @@ STUDIES = {
     "s6": "few questions",
     "s7": "frozen components",
 }
+MEASURES = {
+    "stable_rank": "stable rank",
+    "tail_16_energy": "1 - top-16 energy",
+    "joint_projection_10": "energy in the top subspaces",
+    "low_magnitude_10": "moved: share of small weights",
+    "ffn_energy_share": "FFN: energy share",
+    "vision_energy_share": "vision: energy share",
+    "unmoved_1e-5": "share not moved",
+}
+"""Words for the measures of S2."""
 WIDTH = 7.2
 
 # ----------------------------------------------------------------------------------------- results
@@ -520,7 +531,7 @@ def recipe_table(arms: pd.DataFrame) -> str:
             )
             cells.append(spread(own["value"]) + ratio)
         rows.append([recipe, *cells])
-    return table(["recipe", *(measure.replace("_", " ") for measure in measures)], rows)
+    return table(["recipe", *(MEASURES[measure] for measure in measures)], rows)
 
 
 def correlation_table(found: Sequence[analysis.Correlation]) -> str:
@@ -689,6 +700,68 @@ def mask_figure(scores: pd.DataFrame) -> Figure:
     return figure
 
 
+def arms_figure(study: str, arms: pd.DataFrame) -> Figure:
+    """S3 to S7: test score, a line per arm and a point per seed; the reference's mean is dashed."""
+    names = [name for name in arms["arm"].unique() if name not in ("base", "teacher", "discovery")]
+    values = arms.assign(score=100 * arms["score"]).pivot(
+        index="run", columns="arm", values="score"
+    )
+    references = {analysis.REFERENCES[study](name) for name in names} & set(names)
+    with matplotlib.rc_context(figures.STYLE):
+        figure = Figure(figsize=(WIDTH, 0.7 + 0.27 * len(names)))
+        axes = figure.subplots()
+        seed_dots(axes, [values[name] for name in names])
+        for name in references:
+            own = [analysis.REFERENCES[study](other) == name for other in names]
+            rows = [i for i, its in enumerate(own) if its]
+            ends = min(rows) - 0.4, max(rows) + 0.4
+            axes.plot(
+                [values[name].mean()] * 2, ends, ls=(0, (3, 3)), lw=0.9, color=figures.INK, zorder=0
+            )
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xlabel("test score, %")
+    return figure
+
+
+def recipe_figure(arms: pd.DataFrame) -> Figure:
+    """S2: measures of the spectrum and of place at equal norm, a panel each, a line per recipe and a point per seed."""
+    values = analysis.at_equal_norm(arms)
+    recipes = list(dict.fromkeys(values["recipe"]))
+    shown = [its for its, family in analysis.RECIPE_MEASURES.items() if family != "size"]
+    with matplotlib.rc_context(figures.STYLE):
+        rows = -(-len(shown) // 2)
+        figure = Figure(figsize=(WIDTH, rows * (0.75 + 0.2 * len(recipes))))
+        figure.subplots_adjust(hspace=0.5, wspace=0.08)
+        panels = figure.subplots(rows, 2, squeeze=False, sharey=True).flat
+        for axes, measure in zip(panels, shown, strict=False):
+            own = values[values["measure"] == measure]
+            own = own.pivot(index="run", columns="recipe", values="value")
+            seed_dots(axes, [own[recipe].dropna() for recipe in recipes])
+            mean = own["reverse-kl"].mean() if "reverse-kl" in own else math.nan
+            axes.axvline(mean, ls=(0, (3, 3)), lw=0.9, color=figures.INK, zorder=0)
+            axes.set_yticks(range(len(recipes)), recipes)
+            axes.set_xlabel(MEASURES[measure])
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+        for axes in panels:
+            axes.set_visible(False)
+    return figure
+
+
+def seed_dots(axes: Axes, lines: Sequence[pd.Series]) -> None:
+    """Points of each line's values, indexed by run, at the heights 0, 1, ... downwards; a mark at each mean."""
+    runs = sorted({run for line in lines for run in line.index})
+    for y, line in enumerate(lines):
+        for i, run in enumerate(runs):
+            if run in line.index:
+                colour = figures.VARIANTS[i % len(figures.VARIANTS)]
+                axes.plot(line[run], y + 0.12 * (i - (len(runs) - 1) / 2), "o", ms=4, color=colour)
+        axes.plot([line.mean()] * 2, [y - 0.3, y + 0.3], color=figures.INK, lw=1.4)
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
+
+
 def forgetting_figure(run: Run) -> Figure:
     """Score on the student's own palette against KL to the base and the update's norm, a point per trained arm."""
     own = run.arms[(run.arms["task"] == analysis.PALETTE) & run.arms["kl_to_base"].notna()]
@@ -732,6 +805,9 @@ def drawings(found: dict[str, Any]) -> dict[str, str]:
     for part, scores in found["masks"].items():
         if len(set(scores["density"]) - {WHOLE}):
             made[part if part in "bd" else f"{part}-scores"] = mask_figure(scores)
+    for study, arms in found["secondary"].items():
+        if len(arms):
+            made[study] = recipe_figure(arms) if study == "s2" else arms_figure(study, arms)
     return {
         name: figures.standalone(figures.to_svg(figure, name))
         for name, figure in made.items()
