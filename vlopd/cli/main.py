@@ -17,7 +17,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 
 from vlopd import pipeline
-from vlopd.cli import compare, geometry, init, masks, paper, push, tasks
+from vlopd.cli import compare, geometry, init, masks, paper, push, serve, tasks
 from vlopd.cli.common import (
     AllowOtherBase,
     Arms,
@@ -43,6 +43,7 @@ app.add_typer(masks.app, name="mask")
 app.command()(init.init)
 app.command()(tasks.tasks)
 app.command()(push.push)
+app.command()(serve.serve)
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

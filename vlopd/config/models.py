@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from vlopd.config.base import Part, Section, Weight
+from vlopd.config.engines import EngineConfig
 from vlopd.config.functions import IS_BUILT_IN, IS_OWN, KIND, Function
 
 
@@ -141,11 +142,20 @@ class TeacherConfig(ModelConfig):
     """Privileged context that the student does not get; null for none."""
     ema: Part | None = None
     """Per-step decay of the moving average of the student's weights, for `model = "student"`; null keeps them fixed."""
+    engine: EngineConfig | None = None
+    """The process that holds the teacher's weights in training, such as {type = "vlopd"}; null for this one
+    (docs/engines.md)."""
 
     @model_validator(mode="after")
     def check_ema(self) -> TeacherConfig:
         if self.ema is not None and not self.is_student:
             raise ValueError('ema averages the student\'s own weights; it needs model = "student"')
+        return self
+
+    @model_validator(mode="after")
+    def check_engine(self) -> TeacherConfig:
+        if self.engine is not None and self.is_student:
+            raise ValueError('engine holds a model of its own; with model = "student" leave it out')
         return self
 
     @property

@@ -61,6 +61,17 @@ def resolve(name: str) -> str:
     raise ConfigError(f"no built-in model {name!r}; there are {known}")
 
 
+def local_folder(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a model's files on this machine; None of a hub id that was not downloaded."""
+    where = resolve(name)
+    if Path(where).is_dir():
+        return Path(where)
+    try:
+        return Path(snapshot_download(where, revision=revision, local_files_only=True))
+    except (OSError, HFValidationError):
+        return None
+
+
 def load_model_config(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:

@@ -70,7 +70,11 @@ def arm_inputs(
         teachers = recipe.teachers
         settings = config.model_dump(mode="json", include={"student", "precision"})
         # plug-ins are, below; the completions that are kept change nothing
-        not_inputs = {**EXECUTION, "train": EXECUTION["train"] | {"metrics", "keep_completions"}}
+        not_inputs: Any = {
+            **EXECUTION,
+            "train": EXECUTION["train"] | {"metrics", "keep_completions"},
+            "teacher": {"engine": True, "teachers": {"__all__": {"engine"}}},
+        }
         inputs |= {
             "student": read_json(run.arm_record(base_arm(config)))["inputs"],
             "teachers": {n: teacher_content(run, config, t, whole) for n, t in teachers.items()},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +31,7 @@ from vlopd.config.models import (
 )
 from vlopd.config.objective import LossConfig, RewardConfig, RolloutConfig
 from vlopd.data.raw_values import cell_text, nested_value
+from vlopd.engines.served import ServedModel, served_model
 from vlopd.errors import ConfigError, DataError, UserError
 from vlopd.models import families
 from vlopd.models.load import (
@@ -38,6 +40,7 @@ from vlopd.models.load import (
     load_generation_config,
     load_model_config,
     load_processor,
+    local_folder,
 )
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.meta import meta_model
@@ -174,8 +177,8 @@ class ModelPair:
         """
         unsampleable = torch.tensor(self.student.unsampleable_ids, dtype=torch.long)
         banned = unsampleable[self.vocabulary.contains(unsampleable)]
-        theirs = sample(
-            teacher.loaded,
+        its = teacher.loaded
+        theirs = (its.sample if isinstance(its, ServedModel) else partial(sample, its))(
             prompts,
             rollout.max_new_tokens,
             rollout.temperature,
@@ -417,7 +420,7 @@ def without_weights(
     model.generation_config = load_generation_config(name, about, revision)
     arguments = config.template_arguments
     processor = load_processor(name, revision, config.trust_remote_code, config.template, arguments)
-    return LoadedModel(name, model, processor, arguments)
+    return LoadedModel(name, model, processor, arguments, local_folder(name, revision))
 
 
 def load_pair(
@@ -470,7 +473,7 @@ def load_pair(
     kept = {} if kept is None else kept
     keys = []
     for its in configs.values():
-        model = its.loaded_from(own).model_dump_json(include=set(ModelConfig.model_fields))
+        model = its.loaded_from(own).model_dump_json(include={*ModelConfig.model_fields, "engine"})
         keys.append((model, dtype, str(device), str(student_folder) if its.is_student else None))
     fixed = {key for key, its in zip(keys, configs.values(), strict=True) if its.ema is None}
     for key in kept.keys() - fixed:
@@ -479,7 +482,11 @@ def load_pair(
         loaded = None if its.ema is not None else kept.get(key)
         if loaded is None:
             folder = student_folder if its.is_student else None
-            loaded = load(its.loaded_from(own), dtype, device, folder)
+            if its.engine is not None and load is load_configured:
+                shapes = without_weights(its, dtype)
+                loaded = served_model(shapes, its, its.engine, dtype, torch.device(device))
+            else:
+                loaded = load(its.loaded_from(own), dtype, device, folder)
             loaded.model.requires_grad_(False)
         if its.ema is None:
             kept[key] = loaded

@@ -1,0 +1,37 @@
+"""Settings of engines: other processes that hold a model's weights."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from vlopd.config.base import Count, Section
+
+
+class ServedEngine(Section):
+    """Another process of vlopd that holds the weights (`vlopd serve`), on another device or machine.
+
+    It returns hidden states, to which the output layer is applied here: the same numbers as with the weights here.
+    """
+
+    type: Literal["vlopd"] = "vlopd"
+    url: str | None = None
+    """Address of a running `vlopd serve`, such as "http://127.0.0.1:8100"; null starts one on this machine."""
+    device: str | None = None
+    """Of the process that is started, such as "cuda:1"; null for its default. Not with url."""
+    timeout_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+    """Longest time to wait for one answer."""
+    attempts: Count = 6
+    """Times that a request is sent, at growing intervals, before training stops; its state stays."""
+
+    @field_validator("url")
+    @classmethod
+    def check_url(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise ValueError(f'{url!r} must be an address such as "http://127.0.0.1:8100"')
+        return None if url is None else url.rstrip("/")
+
+
+EngineConfig = ServedEngine
+"""Where a teacher's weights are, if not in this process."""

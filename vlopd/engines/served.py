@@ -1,0 +1,209 @@
+"""A model whose weights are in another process: rendered here, read there, its output layer applied here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vlopd.config.engines import EngineConfig
+from vlopd.config.models import ModelConfig
+from vlopd.digests import digest_checkpoint
+from vlopd.engines.client import Client, Doubtful, EngineError, finite
+from vlopd.engines.process import Server, started
+from vlopd.engines.wire import (
+    BrokenMessage,
+    pack_completions,
+    pack_prompts,
+    unpack_completions,
+)
+from vlopd.errors import ConfigError
+from vlopd.models.loaded import LoadedModel
+from vlopd.types import Completions, Prompts
+
+LOWEST_LOGPROB = -1e6
+
+
+class OutputLayer(nn.Module):
+    """Stands for a model whose weights are elsewhere: its configuration, output layer and the shapes of its embedding.
+
+    model: on the meta device. head: the output layer's tensors.
+    """
+
+    def __init__(self, model: PreTrainedModel, head: Mapping[str, Tensor]):
+        super().__init__()
+        self.config, self.generation_config = model.config, model.generation_config
+        self.parameters_elsewhere = model.num_parameters()
+        self.head = model.get_output_embeddings()
+        self.embedding = [
+            model.get_input_embeddings()
+        ]  # of the meta device: not one of our modules
+        self.head.load_state_dict(dict(head), strict=True, assign=True)
+        self.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer, [H] -> [rows of the vocabulary]."""
+        return self.head
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding without its values."""
+        return self.embedding[0]
+
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, wherever they are."""
+        return self.parameters_elsewhere
+
+
+@dataclass(frozen=True, repr=False)
+class ServedModel(LoadedModel):
+    """A model behind `vlopd serve`; `model` is an OutputLayer. server: the process that was started for it, if any."""
+
+    client: Client = field(kw_only=True)
+    server: Server | None = field(default=None, kw_only=True)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()} at {self.client.url}"
+
+    def completion_hidden(self, prompts: Prompts, completions: Completions) -> Tensor:
+        """[N, H] hidden states that predict each completion token. Raises EngineError."""
+        shape = (completions.n_tokens, self.hidden_size)
+
+        def check(found: dict[str, Tensor], _: dict[str, Any]) -> None:
+            hidden = found.get("hidden")
+            if hidden is None or tuple(hidden.shape) != shape or hidden.dtype != self.model.dtype:
+                raise Doubtful(f"its hidden states are not {list(shape)} of {self.model.dtype}")
+            if not finite(hidden):
+                raise Doubtful("its hidden states are not finite")
+
+        tensors = {**pack_prompts(prompts), **pack_completions(completions)}
+        found, _ = self.client.ask("/hidden", tensors, {}, check)
+        return found["hidden"].to(self.device)
+
+    def sample(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int,
+        temperature: float,
+        uniforms: Tensor,
+        columns: int | Tensor,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        banned_ids: Sequence[int] = (),
+        rows: Sequence[int] | None = None,
+        engine: str = "eager",
+    ) -> Completions:
+        """As train.generation.sample, over there. Raises EngineError."""
+        allowed = torch.arange(columns) if isinstance(columns, int) else columns.cpu()
+        index = torch.arange(len(prompts)) if rows is None else torch.tensor(list(rows))
+        tensors = {**pack_prompts(prompts), "uniforms": uniforms, "columns": allowed, "rows": index}
+        about = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "banned_ids": list(banned_ids),
+            "engine": engine,
+        }
+
+        def check(found: dict[str, Tensor], _: dict[str, Any]) -> None:
+            try:
+                refuse_other_completions(
+                    unpack_completions(found), len(index), max_new_tokens, allowed
+                )
+            except BrokenMessage as error:
+                raise Doubtful(f"its completions cannot be used: {error}") from None
+
+        found, _ = self.client.ask("/sample", tensors, about, check)
+        its = unpack_completions(found)
+        where = self.device
+        return Completions(
+            its.ids.to(where), its.mask.to(where), its.logprobs.to(where), its.ended.to(where)
+        )
+
+
+def refuse_other_completions(its: Completions, rows: int, longest: int, allowed: Tensor) -> None:
+    """Raises BrokenMessage for completions that no sampler of `rows` prompts over the ids `allowed` [V] writes."""
+    n, length = its.ids.shape
+    if n != rows or not 0 < length <= longest:
+        raise BrokenMessage(
+            f"[{n}, {length}] tokens where [{rows}, up to {longest}] were asked for"
+        )
+    if (
+        its.mask.dtype != torch.bool
+        or its.ended.dtype != torch.bool
+        or its.ids.dtype != torch.int64
+    ):
+        raise BrokenMessage("tensors of other types")
+    first = its.mask.long().cumprod(1).bool()
+    if not torch.equal(first, its.mask) or not bool(its.mask[:, 0].all()):
+        raise BrokenMessage("a mask with gaps")
+    if not bool(torch.isin(its.ids[its.mask], allowed).all()):
+        raise BrokenMessage("a token outside of the shared vocabulary")
+    logprobs = its.logprobs[its.mask]
+    if not finite(logprobs) or bool((logprobs > 1e-4).any()):
+        raise BrokenMessage("log-probs that are none")
+
+
+def served_model(
+    loaded: LoadedModel,
+    config: ModelConfig,
+    engine: EngineConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ServedModel:
+    """A model that `engine` holds. loaded: the same on the meta device, with its processor.
+
+    Raises EngineError where the engine does not answer, ConfigError where it holds another model, precision or other
+    weights than are here.
+    """
+    server = None if engine.url else started(config, engine.device, dtype, engine.timeout_seconds)
+    url = engine.url or server.url  # type: ignore[union-attr]
+    client = Client(url, engine.timeout_seconds, engine.attempts)
+    client.expected = about = client.about()
+    wanted = str(dtype).removeprefix("torch.")
+    if about.get("dtype") != wanted:
+        raise ConfigError(
+            f"{url} computes in {about.get('dtype')}, and this run in {wanted} (precision.compute); start "
+            "`vlopd serve` with the same --compute"
+        )
+    here = loaded.folder
+    has_weights = here is not None and any(here.glob("*.safetensors"))
+    if has_weights and about.get("weights") != digest_checkpoint(cast(Path, here)):
+        raise ConfigError(
+            f"{url} holds other weights ({about.get('model')}) than {config.model} has here; serve that model, or "
+            "correct teacher.engine.url"
+        )
+
+    def check(found: dict[str, Tensor], _: dict[str, Any]) -> None:
+        if not all(map(finite, found.values())):
+            raise Doubtful("its output layer is not finite")
+
+    head, _ = client.ask("/head", {}, {}, check)
+    try:
+        model = OutputLayer(loaded.model, {name: t.to(device, dtype) for name, t in head.items()})
+    except RuntimeError as error:
+        raise EngineError(
+            f"{url}: its output layer is not that of {config.model}: {error}"
+        ) from None
+    return ServedModel(
+        loaded.name,
+        cast(PreTrainedModel, model),
+        loaded.processor,
+        loaded.template_arguments,
+        loaded.folder,
+        client=client,
+        server=server,
+    )
