@@ -52,7 +52,7 @@ SPELLED = {"Plugin": '"module:function"'}
 
 COUNTED = re.compile(
     r"(ulps|steps|completion tokens|tokens|prompts|completions|questions|answers|examples|resamples|draws|rollouts|"
-    r"updates|rows|directions|layer numbers|rank|pixels)\b",
+    r"updates|rows|directions|layer numbers|rank|pixels|attempts)\b",
     re.IGNORECASE,
 )
 """What an integer counts: the first of these in its sentence."""
@@ -182,6 +182,8 @@ def unit_of(kind: str, sentence: str, name: str) -> str:
         return counted[0].lower() if counted else "?"
     if "number" in kind and "temperature" in name:
         return "divisor of logits"
+    if "number" in kind and name.endswith("_seconds"):
+        return "seconds"
     if "number" in kind:
         scale = re.search(r"units of the (\w+)|(multiplications)", sentence)
         return (scale[1] or scale[2]) if scale else "ratio"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from vlopd.config.base import Count, Section
+from vlopd.config.base import Count, Section, between
 
 
 class ServedEngine(Section):
@@ -20,10 +20,10 @@ class ServedEngine(Section):
     """Address of a running `vlopd serve`, such as "http://127.0.0.1:8100"; null starts one on this machine."""
     device: str | None = None
     """Of the process that is started, such as "cuda:1"; null for its default. Not with url."""
-    timeout_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+    timeout_seconds: Annotated[float, between(0.1, 1e6)] = 600.0
     """Longest time to wait for one answer."""
     attempts: Count = 6
-    """Times that a request is sent, at growing intervals, before training stops; its state stays."""
+    """Attempts at a request, at growing intervals, before training stops; its state stays."""
 
     @field_validator("url")
     @classmethod
