@@ -37,6 +37,8 @@ from vlopd.pipeline import make_arms
 from vlopd.run.folder import RunFolder
 from vlopd.serve.run import is_loopback
 from vlopd.train.pair import ModelPair, load_pair
+from vlopd.train.sparse import Trainable
+from vlopd.train.weight_updates import WeightCopy, WeightUpdates, WrongUpdate, checksum, tensors_of
 
 FAST = {"timeout_seconds": 20, "attempts": 3}
 
@@ -116,6 +118,242 @@ def test_the_answer_depends_on_the_picture(joined, make_data):
     seen = pair.teacher_logprobs(data, completions)
     blank = [replace(e, images=tuple(i.point(lambda _: 0) for i in e.images)) for e in data]
     assert not torch.allclose(seen, pair.teacher_logprobs(blank, completions), atol=1e-3)
+
+
+# --------------------------------------------------------------------------------- rollouts elsewhere
+
+
+@pytest.fixture(scope="module")
+def samplers(folders) -> Iterator[dict[str, Misbehaving]]:
+    """A server of each kind's student, in fp32."""
+    loaded = {kind: load(str(folders[kind, "student"]), torch.float32) for kind in KINDS}
+    with serving(loaded["llm"]) as llm, serving(loaded["vlm"]) as vlm:
+        yield {"llm": llm, "vlm": vlm}
+
+
+def fifth(pair: ModelPair) -> dict[str, torch.Tensor]:
+    """A mask of every fifth coordinate of the matrices."""
+    named = pair.student.model.named_parameters()
+    marks = {n: torch.zeros(p.numel(), dtype=torch.bool) for n, p in named if p.ndim > 1}
+    for marked in marks.values():
+        marked[::5] = True
+    return {n: marks[n].view_as(p) for n, p in pair.student.model.named_parameters() if n in marks}
+
+
+def trained(folders, kind: str, data, out: Path, engine="eager", masked=False, steps=4, **settings):
+    """A training of a fresh pair whose student samples in `engine`."""
+    pair = local(folders, kind)
+    rollout = {"max_new_tokens": 6, "engine": engine}
+    optim = {"type": "adamw", "learning_rate": 1e-2}
+    recipe = Recipe(
+        train={"steps": steps, "prompts_per_step": 4}, rollout=rollout, optim=optim, **settings
+    )
+    return distill(pair, data, recipe, out, mask=fifth(pair) if masked else None)
+
+
+def same_weights(one, other) -> bool:
+    a, b = (its.student.model.state_dict() for its in (one, other))
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
+def test_rollouts_elsewhere_are_those_here(kind, masked, folders, samplers, make_data, tmp_path):
+    """A student that samples in another process, whose weights follow, trains to the same bits; of a mask its
+    coordinates are sent once, then values alone."""
+    samplers[kind].fault = None
+    data = make_data(kind, 16)
+    engine = {"type": "vlopd", "url": samplers[kind].url, **FAST}
+    here = trained(folders, kind, data, tmp_path / "here", masked=masked)
+    there = trained(folders, kind, data, tmp_path / "there", engine, masked)
+    assert same_weights(here, there)
+    assert (here.metrics.loss == there.metrics.loss).all()
+    sent = there.metrics.sent_bytes.dropna()
+    dense = sum(p.nbytes for p in there.student.model.parameters())
+    density = there.trainable.count / there.trainable.total
+    assert len(sent) == 3 and 0 < sent.max() <= 1.2 * density * dense
+
+
+def test_an_update_of_bf16_weights_is_what_changed(folders, make_data):
+    """Of a wholly trained bf16 model, index and value of the coordinates that changed; the whole where that is less."""
+    pair = load_pair(str(folders["llm", "student"]), compute="bf16", device="cpu")
+    model = pair.student.model
+    with Trainable(model) as trainable:
+        updates, copy = WeightUpdates(trainable, model), WeightCopy(load_copy(folders))
+        copy.apply(updates.next())
+        assert updates.bytes == sum(p.nbytes for p in model.parameters())
+        name, slot = next((n, s) for n, s in trainable.slots.items() if "up_proj" in n)
+        slot.values.data.view(-1)[:3] += 1.0
+        slot.values.data.view(-1)[3] *= 1 + 2.0**-12  # below half an ulp
+        trainable.write_back()
+        update = updates.next()
+        assert set(update) == {f"places-now/{name}", f"values-now/{name}"}
+        assert updates.bytes == 3 * (4 + 2)
+        assert copy.checksum() != updates.checksum()
+        copy.apply(update)
+        assert copy.checksum() == updates.checksum()
+        slot.values.data += 1.0
+        trainable.write_back()
+        assert set(updates.next()) == {f"whole/{name}"}
+        copy.reset()
+        assert copy.checksum() == checksum(tensors_of(load_copy(folders)))
+
+
+def load_copy(folders):
+    return load(str(folders["llm", "student"]), torch.bfloat16).model
+
+
+WRONG_UPDATES = {
+    "no such parameter": {"whole/x": torch.zeros(1)},
+    "another shape": {"whole/model.norm.weight": torch.zeros(3)},
+    "another precision": {"whole/model.norm.weight": torch.zeros(32, dtype=torch.float64)},
+    "values without places": {"values/model.norm.weight": torch.zeros(2)},
+    "a place outside": {
+        "places/model.norm.weight": torch.tensor([-1, 0], dtype=torch.int32),
+        "values/model.norm.weight": torch.zeros(2),
+    },
+    "places of fractions": {
+        "places/model.norm.weight": torch.zeros(2),
+        "values/model.norm.weight": torch.zeros(2),
+    },
+    "another kind": {"x/model.norm.weight": torch.zeros(2)},
+}
+
+
+@pytest.mark.parametrize("update", WRONG_UPDATES)
+def test_a_wrong_update_changes_nothing(update, folders):
+    """An update that does not fit is refused as a whole, with the parameter."""
+    copy = WeightCopy(load(str(folders["llm", "student"]), torch.float32).model)
+    before, first = copy.checksum(), "model.layers.0.mlp.up_proj.weight"
+    right = {f"whole/{first}": torch.zeros_like(copy.parameters[first].data)}
+    with pytest.raises(WrongUpdate, match=r"x|norm"):
+        copy.apply(right | WRONG_UPDATES[update])
+    assert copy.checksum() == before
+
+
+def forgets(held):
+    held.session = held.version = None
+    held.copy.reset()
+
+
+def stale(held):
+    held.copy.apply = lambda update: None
+
+
+def partial_update(held):
+    whole = held.copy.apply
+    held.copy.apply = lambda update: whole(dict(list(update.items())[::2]))
+
+
+def wrong_values(held):
+    whole = held.copy.apply
+
+    def apply(update):
+        whole({n: t * 1.001 if t.is_floating_point() else t for n, t in update.items()})
+
+    held.copy.apply = apply
+
+
+def a_bit_flips(held):
+    whole = held.copy.apply
+
+    def apply(update):
+        whole(update)
+        held.loaded.model.lm_head.weight.data.view(-1)[7] += 1e-6
+
+    held.copy.apply = apply
+
+
+@pytest.mark.parametrize("fault", [stale, partial_update, wrong_values, a_bit_flips])
+@pytest.mark.parametrize("lasts", [False, True], ids=["once", "always"])
+def test_weights_that_did_not_arrive_are_noticed(
+    fault, lasts, folders, samplers, make_data, tmp_path
+):
+    """A stale, partial or wrong update is caught when it is sent: all weights are sent again, or training stops."""
+    its, data, kind = samplers["llm"], make_data("llm", 16), "llm"
+    its.fault, whole, seen = None, its.held.copy.apply, []
+
+    def apply(update):
+        seen.append(1)
+        if len(seen) == 2 or (lasts and len(seen) > 2):  # the first step's
+            fault(its.held)
+            its.held.copy.apply, damaged = apply, its.held.copy.apply
+            damaged(update)
+        else:
+            whole(update)
+
+    def rewired(update):
+        its.held.copy.apply = whole
+        apply(update)
+        its.held.copy.apply = rewired
+
+    its.held.copy.apply = rewired
+    engine = {"type": "vlopd", "url": its.url, **FAST}
+    try:
+        if lasts:
+            with pytest.raises(EngineError, match=r"not hold the weights|without their"):
+                trained(folders, kind, data, tmp_path / "there", engine, masked=True)
+        else:
+            there = trained(folders, kind, data, tmp_path / "there", engine, masked=True)
+            here = trained(folders, kind, data, tmp_path / "here", masked=True)
+            assert same_weights(here, there) and len(seen) == 5
+    finally:
+        its.held.copy.apply = whole
+
+
+def test_a_sampler_that_was_started_again_gets_its_weights(folders, samplers, make_data, tmp_path):
+    """An engine that forgot everything between two steps is brought up to date, and the training is the same."""
+    its, data = samplers["llm"], make_data("llm", 16)
+
+    async def forget(request, answer):
+        forgets(its.held)
+        return web.Response(status=503)
+
+    engine = {"type": "vlopd", "url": its.url, **FAST}
+    here = trained(folders, "llm", data, tmp_path / "here", masked=True)
+    for path in ("/sample", "/weights"):
+        its.next(path, forget)
+        there = trained(folders, "llm", data, tmp_path / path[1:], engine, masked=True)
+        assert same_weights(here, there) and its.times == 0
+
+
+def test_two_trainings_do_not_share_a_sampler(folders, samplers, make_data, tmp_path):
+    """An engine that another training took over stops the first, in one line."""
+    its = samplers["llm"]
+
+    async def taken(request, answer):
+        its.held.session = "another"
+        return await sent_back(request, answer)
+
+    async def sent_back(request, answer):
+        tensors, about = decode(bytes(answer.body))
+        return web.Response(body=encode(tensors, {**about, "session": "another"}))
+
+    its.next("/sample", taken)
+    engine = {"type": "vlopd", "url": its.url, **FAST}
+    with pytest.raises(EngineError, match="serves another training now"):
+        trained(folders, "llm", make_data("llm", 16), tmp_path / "x", engine)
+
+
+def test_a_teacher_is_not_read_from_a_sampler(folders, joined, servers, make_data):
+    """Weights that a training sent are no teacher's."""
+    pair, data = joined("llm"), make_data("llm")
+    completions = completions_of(pair, data)
+    held = servers["llm"].held
+    held.session, held.version = "x", 3
+    try:
+        with pytest.raises(EngineError, match="a teacher needs"):
+            pair.teacher_logprobs(data, completions)
+    finally:
+        held.session = held.version = None
+
+
+def test_a_lora_has_no_weights_to_send(folders, make_data, tmp_path):
+    """A LoRA and an engine for rollouts are refused together, before anything is started."""
+    recipe = Recipe(
+        train={"steps": 1, "prompts_per_step": 2}, rollout={"engine": {"type": "vlopd"}}
+    )
+    with pytest.raises(ConfigError, match="LoRA"):
+        distill(local(folders, "llm"), make_data("llm"), recipe, tmp_path, lora={"rank": 1})
 
 
 # --------------------------------------------------------------------------------------------- faults

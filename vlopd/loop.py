@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,7 @@ from vlopd.train.pair import ModelPair
 from vlopd.train.prefetch import read_ahead
 from vlopd.train.replay import Replay
 from vlopd.train.resume import Averages, BackgroundWriter, chosen_before, resume, save_state
+from vlopd.train.rollout_engine import rollout_engine
 from vlopd.train.rollouts import Batch, collect, sampling_notes
 from vlopd.train.signal_nulls import Forwards, NullSignal, NullUpdate
 from vlopd.train.sparse import Trainable
@@ -283,6 +284,10 @@ def distill(
             chosen = chosen_before(out / "state") if start > 0 else {}
         share = split_evenly(train.prompts_per_step, accelerator)
         refuse_other_teachers(pair, recipe)
+        if lora is not None and not isinstance(recipe.rollout.engine, str):
+            raise ConfigError(
+                "rollout.engine sends trained weights, and a LoRA has none; leave it out"
+            )
         pair.check_teachers_prompt(pick(data, 0, 1, seed))
         signal = None if null is None else NullSignal.of(null, pair, recipe, seed, share)
         measured = recipe if signal is None else signal.measured
@@ -290,6 +295,13 @@ def distill(
         if kept is not None and start == 0 and main:
             kept.clear()
     refuse_other_starts(start, out, accelerator)
+    engine = None
+    if replayed is None and "student" in recipe.rollout.source.shares:
+        engine = rollout_engine(pair, recipe.rollout.engine, trainable, accelerator)
+    if engine is not None:
+        pair = replace(pair, sampler=engine.sample)
+        with distributed.together(accelerator):
+            engine.follow(start, main)
     chosen = chosen or {"sampling_bytes": sampling_budget(accelerator, recipe, trainable.count)}
     read = read_ahead(pair, data, share, train.prompts_per_step, seed, range(start, train.steps))
     remedy = "a lower optim.learning_rate may help"
@@ -377,10 +389,14 @@ def distill(
                     trainable.write_back()
             for average, decay in averages:
                 average.move_towards(trainable, 1.0 - decay)
+            done, sent = step + 1, {}
+            if engine is not None and done < train.steps:
+                clock.start("synchronise")
+                with distributed.together(accelerator):
+                    sent = {"sent_bytes": engine.follow(done, main)}
             clock.start(None)
             memory.enter("evaluation")
 
-            done = step + 1
             keeps, saves = done in train.keep_steps, done % train.save_every == 0
             if keeps or saves or done == train.steps:
                 with distributed.together(accelerator):
@@ -390,7 +406,14 @@ def distill(
                         refuse_untrained(done, trainable, title)
             row = rows[0]  # of the weights that sampled the completions
             with distributed.together(accelerator):
-                log.step({**row, "learning_rate": rate, **clock.seconds(row["completion_tokens"])})
+                log.step(
+                    {
+                        **row,
+                        "learning_rate": rate,
+                        **sent,
+                        **clock.seconds(row["completion_tokens"]),
+                    }
+                )
                 if done in (start + 1, train.steps):
                     about_memory = memory.about()  # in every process: it ends the counting
                     if main:

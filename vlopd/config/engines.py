@@ -12,7 +12,7 @@ from vlopd.config.base import Count, Section, between
 class ServedEngine(Section):
     """Another process of vlopd that holds the weights (`vlopd serve`), on another device or machine.
 
-    It returns hidden states, to which the output layer is applied here: the same numbers as with the weights here.
+    The numbers are those of weights in this process.
     """
 
     type: Literal["vlopd"] = "vlopd"
@@ -33,5 +33,15 @@ class ServedEngine(Section):
         return None if url is None else url.rstrip("/")
 
 
+class ServedRollout(ServedEngine):
+    """Another process of vlopd (`vlopd serve` of the student) that samples; it gets what changed after every step."""
+
+    decode: Literal["eager", "static", "graphs"] = "eager"
+    """Its decode steps, as of `rollout.engine` without a table."""
+
+
 EngineConfig = ServedEngine
 """Where a teacher's weights are, if not in this process."""
+
+RolloutEngineConfig = ServedRollout
+"""Where completions are sampled, if not in this process."""

@@ -18,6 +18,7 @@ from vlopd.config.base import (
     as_type,
     later,
 )
+from vlopd.config.engines import RolloutEngineConfig
 from vlopd.config.functions import IS_BUILT_IN, IS_OWN, KIND, Function
 from vlopd.plugins import Plugin
 
@@ -86,9 +87,15 @@ class RolloutConfig(Section):
     """Top-k sampling: keep the k most likely tokens, after the temperature; null for all."""
     top_p: Share = 1.0
     """Nucleus sampling: keep the smallest set of most likely tokens with this mass, after top_k."""
-    engine: Literal["eager", "static", "graphs"] = "eager"
+    engine: Literal["eager", "static", "graphs"] | RolloutEngineConfig = "eager"
     """Decode steps: `eager`, `static` (a cache of fixed shape) or `graphs` (that and a captured CUDA graph; not yet
-    measured on a GPU); a family that fails the conformance test, and a device without CUDA, falls back to `eager`."""
+    measured on a GPU); a family that fails the conformance test, and a device without CUDA, falls back to `eager`. A
+    table such as {type = "vlopd"}: in another process (docs/engines.md)."""
+
+    @property
+    def decode(self) -> Literal["eager", "static", "graphs"]:
+        """The engine of the decode steps, wherever they run."""
+        return self.engine if isinstance(self.engine, str) else self.engine.decode
 
     @property
     def is_on_policy(self) -> bool:

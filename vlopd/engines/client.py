@@ -14,7 +14,7 @@ from torch import Tensor
 from urllib3.exceptions import MaxRetryError
 
 from vlopd.engines.wire import PROTOCOL, TOKEN, TYPE, BrokenMessage, decode, digest_bytes, encode
-from vlopd.errors import RunError, first_line
+from vlopd.errors import ConfigError, RunError, first_line
 
 T = TypeVar("T")
 LONGEST_PAUSE = 30.0
@@ -158,6 +158,16 @@ def shortest(error: BaseException) -> str:
                 first if isinstance(first, BaseException) else inner.__cause__ or inner.__context__
             )
     return first_line(error)[:200]
+
+
+def refuse_other_precision(client: Client, dtype: torch.dtype) -> None:
+    """Raises ConfigError where the server computes in another precision."""
+    wanted, its = str(dtype).removeprefix("torch."), (client.expected or {}).get("dtype")
+    if its != wanted:
+        raise ConfigError(
+            f"{client.url} computes in {its}, and this run in {wanted} (precision.compute); start `vlopd serve` with "
+            "the same --compute"
+        )
 
 
 def finite(tensor: Tensor) -> bool:

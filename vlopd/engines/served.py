@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,19 +15,13 @@ from transformers import PreTrainedModel
 from vlopd.config.engines import EngineConfig
 from vlopd.config.models import ModelConfig
 from vlopd.digests import digest_checkpoint
-from vlopd.engines.client import Client, Doubtful, EngineError, finite
+from vlopd.engines.client import Client, Doubtful, EngineError, finite, refuse_other_precision
 from vlopd.engines.process import Server, started
-from vlopd.engines.wire import (
-    BrokenMessage,
-    pack_completions,
-    pack_prompts,
-    unpack_completions,
-)
+from vlopd.engines.sampler import ask_for_completions
+from vlopd.engines.wire import pack_completions, pack_prompts
 from vlopd.errors import ConfigError
 from vlopd.models.loaded import LoadedModel
 from vlopd.types import Completions, Prompts
-
-LOWEST_LOGPROB = -1e6
 
 
 class OutputLayer(nn.Module):
@@ -81,7 +76,8 @@ class ServedModel(LoadedModel):
         """[N, H] hidden states that predict each completion token. Raises EngineError."""
         shape = (completions.n_tokens, self.hidden_size)
 
-        def check(found: dict[str, Tensor], _: dict[str, Any]) -> None:
+        def check(found: dict[str, Tensor], header: dict[str, Any]) -> None:
+            refuse_trained(self.client, header)
             hidden = found.get("hidden")
             if hidden is None or tuple(hidden.shape) != shape or hidden.dtype != self.model.dtype:
                 raise Doubtful(f"its hidden states are not {list(shape)} of {self.model.dtype}")
@@ -106,55 +102,21 @@ class ServedModel(LoadedModel):
         engine: str = "eager",
     ) -> Completions:
         """As train.generation.sample, over there. Raises EngineError."""
-        allowed = torch.arange(columns) if isinstance(columns, int) else columns.cpu()
-        index = torch.arange(len(prompts)) if rows is None else torch.tensor(list(rows))
-        tensors = {**pack_prompts(prompts), "uniforms": uniforms, "columns": allowed, "rows": index}
-        about = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "banned_ids": list(banned_ids),
-            "engine": engine,
-        }
-
-        def check(found: dict[str, Tensor], _: dict[str, Any]) -> None:
-            try:
-                refuse_other_completions(
-                    unpack_completions(found), len(index), max_new_tokens, allowed
-                )
-            except BrokenMessage as error:
-                raise Doubtful(f"its completions cannot be used: {error}") from None
-
-        found, _ = self.client.ask("/sample", tensors, about, check)
-        its = unpack_completions(found)
+        settings = (max_new_tokens, temperature, uniforms, columns, top_k, top_p, banned_ids)
+        check = partial(refuse_trained, self.client)
+        its = ask_for_completions(self.client, check, prompts, *settings, rows, engine)
         where = self.device
         return Completions(
             its.ids.to(where), its.mask.to(where), its.logprobs.to(where), its.ended.to(where)
         )
 
 
-def refuse_other_completions(its: Completions, rows: int, longest: int, allowed: Tensor) -> None:
-    """Raises BrokenMessage for completions that no sampler of `rows` prompts over the ids `allowed` [V] writes."""
-    n, length = its.ids.shape
-    if n != rows or not 0 < length <= longest:
-        raise BrokenMessage(
-            f"[{n}, {length}] tokens where [{rows}, up to {longest}] were asked for"
+def refuse_trained(client: Client, header: Mapping[str, Any]) -> None:
+    """Raises EngineError for an answer by weights that a training sent."""
+    if header.get("version") is not None:
+        raise EngineError(
+            f"{client.url} follows a training's weights now; a teacher needs a `vlopd serve` of its own"
         )
-    if (
-        its.mask.dtype != torch.bool
-        or its.ended.dtype != torch.bool
-        or its.ids.dtype != torch.int64
-    ):
-        raise BrokenMessage("tensors of other types")
-    first = its.mask.long().cumprod(1).bool()
-    if not torch.equal(first, its.mask) or not bool(its.mask[:, 0].all()):
-        raise BrokenMessage("a mask with gaps")
-    if not bool(torch.isin(its.ids[its.mask], allowed).all()):
-        raise BrokenMessage("a token outside of the shared vocabulary")
-    logprobs = its.logprobs[its.mask]
-    if not finite(logprobs) or bool((logprobs > 1e-4).any()):
-        raise BrokenMessage("log-probs that are none")
 
 
 def served_model(
@@ -173,12 +135,7 @@ def served_model(
     url = engine.url or server.url  # type: ignore[union-attr]
     client = Client(url, engine.timeout_seconds, engine.attempts)
     client.expected = about = client.about()
-    wanted = str(dtype).removeprefix("torch.")
-    if about.get("dtype") != wanted:
-        raise ConfigError(
-            f"{url} computes in {about.get('dtype')}, and this run in {wanted} (precision.compute); start "
-            "`vlopd serve` with the same --compute"
-        )
+    refuse_other_precision(client, dtype)
     here = loaded.folder
     has_weights = here is not None and any(here.glob("*.safetensors"))
     if has_weights and about.get("weights") != digest_checkpoint(cast(Path, here)):
@@ -187,7 +144,8 @@ def served_model(
             "correct teacher.engine.url"
         )
 
-    def check(found: dict[str, Tensor], _: dict[str, Any]) -> None:
+    def check(found: dict[str, Tensor], header: dict[str, Any]) -> None:
+        refuse_trained(client, header)
         if not all(map(finite, found.values())):
             raise Doubtful("its output layer is not finite")
 

@@ -504,7 +504,7 @@ def estimate(
     passes = math.ceil(completions / sampled)
     one_token = completions * (own.flops - own.tower_flops) / length
     cached = completions * cache_of_one * (student.prompt_tokens + new / 2) / length
-    is_captured = rollout.engine == "graphs" and speed.type == "cuda"
+    is_captured = rollout.decode == "graphs" and speed.type == "cuda"
     decode = new * seconds(
         one_token,
         passes * memory.student_weights + cached + 2 * completions * drawing,

@@ -4,9 +4,10 @@
     POST /head     the output layer's tensors
     POST /hidden   prompts and completions -> hidden states [N, H] that predict each completion token
     POST /sample   prompts, random numbers and settings -> completions
+    POST /weights  what changed in a student's weights -> a checksum over all of the copy's
 
-Bodies are messages of engines/wire.py. Every answer names its request and its weights by their digests. Requests are
-served one after the other, by one thread.
+Bodies are messages of engines/wire.py. Every answer names its request and the checkpoint by their digests, and the
+training and version whose weights it is of, if any were sent. Requests are served one after the other, by one thread.
 """
 
 from __future__ import annotations
@@ -35,13 +36,15 @@ from vlopd.engines.wire import (
 from vlopd.errors import UserError, first_line, is_out_of_memory
 from vlopd.models.loaded import LoadedModel
 from vlopd.train.generation import sample
+from vlopd.train.weight_updates import WeightCopy, WrongUpdate
 from vlopd.types import Completions, Prompts
 
 LARGEST_REQUEST = 2**32
 """Bytes."""
 
 Tensors = dict[str, Tensor]
-Answer = Callable[[Tensors, dict[str, Any]], Tensors]
+Header = dict[str, Any]
+Answer = Callable[[Tensors, Header], tuple[Tensors, Header]]
 
 
 class Held:
@@ -50,9 +53,12 @@ class Held:
     def __init__(self, loaded: LoadedModel, weights: str):
         self.loaded, self.weights = loaded, weights
         loaded.model.requires_grad_(False)
+        self.copy = WeightCopy(loaded.model)
+        self.session: str | None = None
+        self.version: int | None = None
 
     @property
-    def about(self) -> dict[str, Any]:
+    def about(self) -> Header:
         model = self.loaded.model
         return {
             "protocol": PROTOCOL,
@@ -64,18 +70,43 @@ class Held:
             "device": str(model.device),
         }
 
-    def head(self, tensors: Tensors, about: dict[str, Any]) -> Tensors:
+    @property
+    def state(self) -> Header:
+        """Whose weights these are: the training's name and its version; none for those of the checkpoint."""
+        return {"session": self.session, "version": self.version}
+
+    def head(self, tensors: Tensors, about: Header) -> tuple[Tensors, Header]:
         """The output layer's tensors."""
-        return dict(self.loaded.model.get_output_embeddings().state_dict())
+        return dict(self.loaded.model.get_output_embeddings().state_dict()), {}
 
     @torch.no_grad()
-    def hidden(self, tensors: Tensors, about: dict[str, Any]) -> Tensors:
+    def hidden(self, tensors: Tensors, about: Header) -> tuple[Tensors, Header]:
         """{"hidden": [N, H]}."""
         prompts, completions = self._prompts(tensors), unpack_completions(tensors)
         self._refuse_other_rows(prompts, completions)
-        return {"hidden": self.loaded.completion_hidden(prompts, self._here(completions))}
+        return {"hidden": self.loaded.completion_hidden(prompts, self._here(completions))}, {}
 
-    def sample(self, tensors: Tensors, about: dict[str, Any]) -> Tensors:
+    def take(self, update: Tensors, about: Header) -> tuple[Tensors, Header]:
+        """Brings the weights of a training to a version, from the version `before` or the checkpoint's.
+
+        The answer says `lost` where those before are not here. A repeated update is not applied again.
+        """
+        try:
+            session, version, before = str(about["session"]), int(about["version"]), about["before"]
+        except (KeyError, TypeError) as error:
+            raise BrokenMessage(first_line(error)) from None
+        held = (self.session, self.version)
+        if before is None:
+            self.copy.reset()
+        elif held != (session, version) and held != (session, before):
+            return {}, {"lost": True}
+        if before is None or held != (session, version):
+            self.session = self.version = None
+            self.copy.apply(update)
+            self.session, self.version = session, version
+        return {}, {"checksum": self.copy.checksum()}
+
+    def sample(self, tensors: Tensors, about: Header) -> tuple[Tensors, Header]:
         """The completions of the prompts `rows` with the random numbers `uniforms`."""
         prompts = self._prompts(tensors)
         try:
@@ -95,7 +126,7 @@ class Held:
             )
         except (KeyError, TypeError) as error:
             raise BrokenMessage(first_line(error)) from None
-        return pack_completions(found)
+        return pack_completions(found), {}
 
     def _prompts(self, tensors: Tensors) -> Prompts:
         prompts = unpack_prompts(tensors).to(self.loaded.device, self.loaded.model.dtype)
@@ -144,16 +175,18 @@ def application(held: Held, token: str | None = None) -> web.Application:
     def work(answer: Answer, body: bytes) -> tuple[int, bytes]:
         try:
             tensors, header = decode(body)
-            found = answer(tensors, header)
-        except (BrokenMessage, UserError) as error:
+            found, about = answer(tensors, header)
+        except (BrokenMessage, WrongUpdate, UserError) as error:
             return 400, first_line(error).encode()
         except Exception as error:  # whatever a model raises: the server stays
             status = 507 if is_out_of_memory(error) else 500
             return status, f"{type(error).__name__}: {first_line(error)}".encode()
-        return 200, encode(found, {"request": digest_bytes(body), "weights": held.weights})
+        names = {"request": digest_bytes(body), "weights": held.weights}
+        return 200, encode(found, {**names, **held.state, **about})
 
     app = web.Application(middlewares=[guard], client_max_size=LARGEST_REQUEST)
     app.router.add_get("/about", about)
-    for path, answer in (("/head", held.head), ("/hidden", held.hidden), ("/sample", held.sample)):
+    posts = {"/head": held.head, "/hidden": held.hidden, "/sample": held.sample}
+    for path, answer in {**posts, "/weights": held.take}.items():
         app.router.add_post(path, answers(answer))
     return app

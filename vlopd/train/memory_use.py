@@ -111,7 +111,7 @@ class MemoryUse:
     def sampled(self, loaded: LoadedModel, prompts: Prompts, completions: Completions) -> None:
         """Notes the sizes of a sampling batch."""
         rows, new = completions.ids.shape
-        engine, why = chosen_engine(loaded, self.rollout.engine)
+        engine, why = chosen_engine(loaded, self.rollout.decode)
         tokens = prompts.input_ids.shape[1]
         length = tokens + (new if engine == "eager" else self.rollout.max_new_tokens)
         cache = rows * cache_bytes(loaded.model.config, loaded.model.dtype, length)

@@ -63,6 +63,10 @@ LoadedTeachers = dict[tuple[Any, ...], LoadedModel]
 """Fixed teachers by configuration, precision, device and folder: what `load_pair` keeps from one pair to the next."""
 
 
+Draw = Callable[[Prompts, RolloutConfig, Tensor, Sequence[int] | None], Completions]
+"""(prompts, settings, uniforms [B', C], rows [B']) -> completions, as of `ModelPair.sample`."""
+
+
 class Rendered(NamedTuple):
     """An example as each model of a pair that reads it does: single prompts, on the CPU."""
 
@@ -95,6 +99,8 @@ class ModelPair:
     by_name: Mapping[str, AnyTeacher]
     vocabulary: SharedVocabulary
     field: str | None = None
+    sampler: Draw | None = None
+    """Samples in place of this process's student."""
 
     def __repr__(self) -> str:
         models = [f"student {self.student}", *(f"teacher {its.loaded}" for its in self.teachers)]
@@ -140,6 +146,8 @@ class ModelPair:
 
         `uniforms` [B', max_new_tokens].
         """
+        if self.sampler is not None:
+            return self.sampler(prompts, rollout, uniforms, rows)
         return sample(
             self.student,
             prompts,
@@ -150,17 +158,17 @@ class ModelPair:
             rollout.top_k,
             rollout.top_p,
             rows=rows,
-            engine=rollout.engine,
+            engine=rollout.decode,
         )
 
     def engine_notes(self, rollout: RolloutConfig) -> list[str]:
         """Says which engine runs the decode steps where another than eager is asked for, and why it is not that."""
-        if rollout.engine == "eager":
+        if rollout.decode == "eager":
             return []
         shares = rollout.source.shares
         models = [self.student] if "student" in shares else []
         models += [its.loaded for its in self.teachers] if "teacher" in shares else []
-        found = [(its.name, *chosen_engine(its, rollout.engine)) for its in models]
+        found = [(its.name, *chosen_engine(its, rollout.decode)) for its in models]
         return [f"{name}: {why or f'decode steps by {engine!r}'}" for name, engine, why in found]
 
     def teacher_sample(
@@ -188,7 +196,7 @@ class ModelPair:
             rollout.top_p,
             self.vocabulary.in_teacher(banned, teacher.index).tolist(),
             rows=rows,
-            engine=rollout.engine,
+            engine=rollout.decode,
         )
         return self.vocabulary.translate_back(theirs, teacher.index, self.student.pad_id)
 

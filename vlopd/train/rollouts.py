@@ -21,12 +21,10 @@ from vlopd.errors import DataError
 from vlopd.models.cache_size import sequence_bytes
 from vlopd.models.loaded import LoadedModel
 from vlopd.train.packing import Fits, micro_batches, packed
-from vlopd.train.pair import ModelPair, Rendered
+from vlopd.train.pair import Draw, ModelPair, Rendered
 from vlopd.train.rewards import answer_of, group_advantages, reward, scores
 from vlopd.train.teacher import Teacher
 from vlopd.types import Completions, Example, Prompts
-
-Draw = Callable[[Prompts, RolloutConfig, Tensor, Sequence[int] | None], Completions]
 
 OnSampled = Callable[[LoadedModel, Prompts, Completions], object]
 """Called with each sampling batch: the model, its prompts, each once, and their completions."""
