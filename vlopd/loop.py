@@ -19,8 +19,8 @@ the loop is short enough to edit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +30,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from vlopd import distributed
 from vlopd.config.input import value_of
@@ -37,6 +38,7 @@ from vlopd.config.lora import Lora
 from vlopd.config.objective import FunctionLoss, LossConfig
 from vlopd.config.recipe import Recipe, training_of
 from vlopd.config.signal_nulls import SignalNull, SignalNullConfig
+from vlopd.config.training import AdamW, Muon
 from vlopd.data.load import pick
 from vlopd.errors import ConfigError, RunError, one_line_out_of_memory
 from vlopd.files import read_json, write_json
@@ -67,6 +69,7 @@ from vlopd.train.replay import Replay
 from vlopd.train.resume import Averages, BackgroundWriter, chosen_before, resume, save_state
 from vlopd.train.rollout_engine import rollout_engine
 from vlopd.train.rollouts import Batch, collect, sampling_notes
+from vlopd.train.sharding import Shard, ShardedTrainable
 from vlopd.train.signal_nulls import Forwards, NullSignal, NullUpdate
 from vlopd.train.sparse import Trainable
 from vlopd.train.token_selection import loss_tokens, token_weights
@@ -266,8 +269,8 @@ def distill(
             trainable: Trainable = LoraTrainable(pair.student, low_rank, seed, offload)
         else:
             with rounded_on_load(pair.student) as stored:
-                trainable = Trainable(
-                    pair.student.model, mask, projections, stored=stored, offload=offload
+                trainable = trainable_of(
+                    pair.student.model, recipe, accelerator, mask, projections, stored
                 )
         if trainable.count == 0:
             raise ConfigError(
@@ -275,7 +278,7 @@ def distill(
                 f"{list(train.freeze)}; the arm would be the base under another name"
             )
         optimizer = build_optimizer(optim, trainable)
-        averages = follow_student(pair, mask, offload)
+        averages = follow_student(pair, recipe, accelerator, mask)
         if train.activation_checkpointing:
             refuse_without_layers(pair.student.model)
         start, chosen = 0, {}
@@ -284,6 +287,8 @@ def distill(
             chosen = chosen_before(out / "state") if start > 0 else {}
         share = split_evenly(train.prompts_per_step, accelerator)
         refuse_other_teachers(pair, recipe)
+        if train.sharding != "none":
+            refuse_unsharded(recipe, lora is not None)
         if lora is not None and not isinstance(recipe.rollout.engine, str):
             raise ConfigError(
                 "rollout.engine sends trained weights, and a LoRA has none; leave it out"
@@ -357,7 +362,8 @@ def distill(
                 trainable.zero_grad()
                 drawn = None if signal is None else signal.update(step, update, batches, forwards)
                 loss, tokens = backward(
-                    pair, measured, batches, accelerator, clock, forwards, memory, drawn
+                    *(pair, measured, batches, accelerator, clock),
+                    *(forwards, memory, drawn, trainable),
                 )
                 clock.start("update")
                 if signal is not None and signal.is_gradient:
@@ -386,7 +392,7 @@ def distill(
                         trainable.round_to_bf16(*stream, stochastic=stochastic)
                     if statistics is not None:
                         log.append("optimizer.jsonl", statistics.rows(step, trainable, optimizer))
-                    trainable.write_back()
+                trainable.write_back()  # of sharded values a collective call
             for average, decay in averages:
                 average.move_towards(trainable, 1.0 - decay)
             done, sent = step + 1, {}
@@ -419,13 +425,15 @@ def distill(
                     if main:
                         write_json(out / "memory.json", about_memory)
             evaluate_held_out(hooks, done, train.steps, pair.student, log, accelerator)
+            if keeps or done == train.steps:
+                trainable.collect()
             with distributed.together(accelerator):
                 if hooks.keep and keeps and main:
                     hooks.keep(done, trainable)
-                if saves and main and identity is not None:
-                    folder = out / "state"
-                    about = (identity, chosen, writer)
-                    save_state(folder, done, trainable, optimizer, averages, *about)
+                writer.wait()  # for the state before
+            if saves and identity is not None:
+                folder, about = out / "state", (identity, chosen, writer if main else None, main)
+                save_state(folder, done, trainable, optimizer, averages, *about)
         with distributed.together(accelerator):
             writer.wait()
     if isinstance(trainable, LoraTrainable):
@@ -442,6 +450,7 @@ def backward(
     forwards: Forwards | None = None,
     memory: MemoryUse | None = None,
     drawn: NullUpdate | None = None,
+    trainable: Trainable | None = None,
 ) -> tuple[float, list[TokenDivergence]]:
     """Accumulates the gradient of the step's loss over this process's micro-batches, each in chunks of tokens.
 
@@ -453,7 +462,7 @@ def backward(
     longest = recipe.rollout.max_new_tokens
     found: list[TokenDivergence] = []
     loss = 0.0
-    with distributed.together(accelerator):
+    with distributed.together(accelerator), passes(trainable, len(batches), accelerator) as ended:
         for k, batch in enumerate(batches):
             completions = batch.completions
             theirs = None if forwards is None else forwards.get(k)
@@ -480,7 +489,35 @@ def backward(
                 )
             loss += float((tokens.loss * weights).sum())
             found.append(tokens)
+            ended()
     return loss, found
+
+
+@contextmanager
+def passes(
+    trainable: Trainable | None, own: int, accelerator: Accelerator
+) -> Iterator[Callable[[], None]]:
+    """A context of this process's `own` backward passes, each of which ends by the function that it yields.
+
+    Of sharded values, at the end also of as many as other processes have, so that all take part in every sum, even
+    where one fails.
+    """
+    if not isinstance(trainable, ShardedTrainable):
+        yield lambda: None
+        return
+    most, done = max(distributed.gathered(accelerator, own)), 0
+
+    def end() -> None:
+        nonlocal done
+        trainable.finish_pass()
+        done += 1
+
+    try:
+        yield end
+    finally:
+        trainable.gradients.drop()
+        while done < most:
+            end()
 
 
 def teacher_forwards(pair: ModelPair, batches: Sequence[Batch]) -> Forwards:
@@ -512,7 +549,9 @@ def gather_gradients(
     """
     trainable.wait()
     values = list(trainable.parameters())
-    if accelerator.num_processes > 1:
+    if isinstance(trainable, ShardedTrainable):
+        trainable.gradients.everywhere(accelerator.device)
+    elif accelerator.num_processes > 1:
         has = [float(value.grad is not None) for value in values]
         anywhere = accelerator.reduce(torch.tensor(has, device=accelerator.device), "sum").tolist()
         for value, processes_with in zip(values, anywhere, strict=True):
@@ -526,7 +565,45 @@ def gather_gradients(
 def clip(trainable: Trainable, max_norm: float | None) -> float:
     """Clips the gradients to a norm over all of them; returns their norm before."""
     values = list(trainable.parameters())
-    return float(torch.nn.utils.clip_grad_norm_(values, max_norm or math.inf))
+    if not isinstance(trainable, ShardedTrainable):
+        return float(torch.nn.utils.clip_grad_norm_(values, max_norm or math.inf))
+    norm = trainable.shard.norm(value.grad for value in values if value.grad is not None)
+    torch.nn.utils.clip_grads_with_norm_(values, max_norm or math.inf, torch.tensor(norm))
+    return norm
+
+
+def refuse_unsharded(recipe: Recipe, is_lora: bool) -> None:
+    """Raises ConfigError for what needs whole tensors, or is not written for parts."""
+    train, optim = recipe.train, recipe.optim
+    eight_bits = isinstance(optim, AdamW) and optim.state_bits == 8
+    for name, is_on in {
+        "optim.type = 'muon', which needs whole matrices": isinstance(optim, Muon),
+        "optim.state_bits = 8": eight_bits,
+        "train.offload_optimizer": train.offload_optimizer,
+        "train.evidence_every": bool(train.evidence_every),
+        "a LoRA": is_lora,
+    }.items():
+        if is_on:
+            raise ConfigError(f"train.sharding = {train.sharding!r} does not go with {name}")
+
+
+def trainable_of(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    mask: Mapping[str, Tensor] | None,
+    projections: Mapping[str, Projection] | None,
+    stored: Mapping[str, Tensor],
+) -> Trainable:
+    """The trained coordinates, in parts where train.sharding says so and there are several processes."""
+    train = recipe.train
+    if train.sharding == "none" or accelerator.num_processes == 1:
+        offload = train.offload_optimizer
+        return Trainable(model, mask, projections, stored=stored, offload=offload)
+    shard = Shard(accelerator.process_index, accelerator.num_processes)
+    head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    late = [name for name, parameter in model.named_parameters() if id(parameter) in head]
+    return ShardedTrainable(model, shard, late, mask, projections, stored)
 
 
 def usable_null(
@@ -548,7 +625,10 @@ def usable_null(
 
 
 def follow_student(
-    pair: ModelPair, mask: Mapping[str, Tensor] | None, offload: bool = False
+    pair: ModelPair,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    mask: Mapping[str, Tensor] | None,
 ) -> Averages:
     """Teachers that are moving averages of the student. Only the trained coordinates differ and are averaged."""
     averages = []
@@ -558,7 +638,9 @@ def follow_student(
             for name, parameter in teacher.loaded.model.named_parameters():
                 parameter.requires_grad_(trains[name])
             with rounded_on_load(teacher.loaded) as stored:
-                average = Trainable(teacher.loaded.model, mask, stored=stored, offload=offload)
+                average = trainable_of(
+                    teacher.loaded.model, recipe, accelerator, mask, None, stored
+                )
             average.close()  # it has no gradients
             averages.append((average, teacher.ema))
             teacher.loaded.model.requires_grad_(False)

@@ -32,7 +32,7 @@ OF_A_COMPLETION = ("example", "completion")
 EXECUTION = {
     "train": {
         *("micro_batch", "micro_tokens", "activation_checkpointing"),
-        *("offload_optimizer", "offload_teacher"),
+        *("offload_optimizer", "offload_teacher", "sharding"),
     },
     "rollout": {"batch", "engine"},
     "loss": {"chunk_tokens"},

@@ -183,6 +183,9 @@ class TrainConfig(Section):
     activation_checkpointing: bool = False
     """Whether the student's layers keep their inputs alone and run again in the backward pass: less memory, for a third
     more arithmetic. Gradients do not change."""
+    sharding: Literal["none", "state"] = "none"
+    """Of several processes: `state` splits fp32 values, gradients and optimizer state among them, one part each; the
+    weights stay whole. `none`: every process has all."""
     master: Literal["fp32", "bf16", "bf16_stochastic"] = later("fp32")
     """Values that the optimizer updates: kept in fp32, or rounded to bf16 after every optimizer step, to the nearest
     (updates below half a unit in the last place are lost) or stochastically (they are kept on average)."""

@@ -73,25 +73,32 @@ def save_state(
     identity: str,
     chosen: Mapping[str, int] = {},
     writer: BackgroundWriter | None = None,
+    writes: bool = True,
 ) -> None:
     """Writes one safetensors file, atomically: values, the optimizer's state, averages, the step, and what was chosen
     by the memory that was free.
 
     With a `writer` it returns once everything is copied to host memory. The copy before is written and freed first,
-    so there is one at a time; an error of that write is raised here.
+    so there is one at a time; an error of that write is raised here. Of sharded values all processes call it, of which
+    one `writes`.
     """
     if writer is not None:
         writer.wait()
-    tensors = {f"values/{n}": values for n, values in trainable.state().items()}
+    found = {f"values/{n}": trainable.whole(n, x) for n, x in trainable.state().items()}
     plain: dict[str, dict[str, Any]] = {}  # not tensors: into the header, as JSON
     for name, entries in optimizer.state().items():
         for key, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{key}/{name}"] = value
+                is_one_each = value.shape == trainable.slots[name].values.shape
+                whole = trainable.whole(name, value) if is_one_each and value.ndim else value
+                found[f"optimizer.{key}/{name}"] = whole
             else:
                 plain.setdefault(name, {})[key] = value
     for k, (average, _) in enumerate(averages):
-        tensors |= {f"average-{k}/{n}": values for n, values in average.state().items()}
+        found |= {f"average-{k}/{n}": average.whole(n, x) for n, x in average.state().items()}
+    if not writes:
+        return
+    tensors = {label: tensor for label, tensor in found.items() if tensor is not None}
     about = {"step": str(step), "identity": identity, "optimizer": json.dumps(plain)}
     about["chosen"] = json.dumps(dict(chosen))
     if writer is None:
@@ -181,7 +188,8 @@ def resume(
     for label, tensor in tensors.items():
         kind, name = label.split("/", 1)
         if kind.startswith("optimizer."):
-            state.setdefault(name, {})[kind.removeprefix("optimizer.")] = tensor
+            own = trainable.part(name, tensor) if tensor.ndim else tensor
+            state.setdefault(name, {})[kind.removeprefix("optimizer.")] = own
     optimizer.load_state(state)
     for k, (average, _) in enumerate(averages):
         average.load_state({name: tensors[f"average-{k}/{name}"] for name in average.slots})

@@ -136,13 +136,14 @@ class NullSignal:
         """
         names = ("null", self.null.type, self.seed, step, update)
         drawn = []
-        for name, value in zip(trainable.slots, trainable.parameters(), strict=True):
+        for name in trainable.slots:
             source = seeding.generator("cpu", *names, name)
-            drawn.append(torch.randn(value.shape, generator=source))
+            drawn.append(torch.randn(trainable.shape(name), generator=source))
         total = math.sqrt(sum(float(each.double().square().sum()) for each in drawn))
         wanted = norm if norm is not None else self.recipe.optim.max_grad_norm or 1.0
-        for value, each in zip(trainable.parameters(), drawn, strict=True):
-            value.grad = (each * (wanted / total)).to(value.device, value.dtype)
+        for (name, slot), each in zip(trainable.slots.items(), drawn, strict=True):
+            gradient = trainable.part(name, each * (wanted / total))
+            slot.values.grad = gradient.to(slot.values.device, slot.values.dtype)
 
 
 def without_teacher(recipe: Recipe) -> Recipe:

@@ -304,14 +304,31 @@ class Trainable:
                 own = (stored or {}).get(name)
                 if own is not None:
                     check_rounding(name, parameter, own)
-                self.slots[name] = slot = make_slot(parameter, marked, choose, own, offload)
+                self.slots[name] = slot = self.make_slot(parameter, marked, choose, own, offload)
                 projection = (projections or {}).get(name)
                 if projection is not None:
                     projection = projection.to(parameter.device)
-                collect = collector(slot, projection, self.downloads)
+                collect = self.make_hook(name, slot, projection)
                 self.hooks.append(parameter.register_post_accumulate_grad_hook(collect))
         self.names = tuple(self.model_parameters)  # of the model, whether they train or not
         self.total = sum(p.numel() for p in self.model_parameters.values())
+
+    def make_slot(
+        self,
+        parameter: nn.Parameter,
+        marked: Tensor | None,
+        choose: Choice,
+        stored: Tensor | None,
+        offload: bool,
+    ) -> Slot:
+        """The values of one parameter, some of whose coordinates train."""
+        return make_slot(parameter, marked, choose, stored, offload)
+
+    def make_hook(
+        self, name: str, slot: Slot, projection: Projection | None
+    ) -> Callable[[Tensor], None]:
+        """What is done with a parameter's gradient as soon as it exists."""
+        return collector(slot, projection, self.downloads)
 
     def __enter__(self) -> Trainable:
         return self
@@ -325,6 +342,24 @@ class Trainable:
             hook.remove()
         self.hooks.clear()
         self.zero_grad()
+
+    def collect(self) -> None:
+        """Before `merged` and `moved_off_mask`, which the first process calls. Of sharded values collective."""
+
+    def whole(self, name: str, tensor: Tensor) -> Tensor | None:
+        """A tensor of the values' shape (a moment, say) -> that of all of them, for a file.
+
+        Of sharded values collective; None in processes other than the first.
+        """
+        return tensor
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of all values of a parameter."""
+        return self.slots[name].values.shape
+
+    def part(self, name: str, tensor: Tensor) -> Tensor:
+        """The inverse of `whole`: what this process has of a tensor from a file."""
+        return tensor
 
     def wait(self) -> None:
         """Waits for gradients on their way to host memory, if there are any."""
