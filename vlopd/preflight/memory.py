@@ -393,6 +393,20 @@ def loss_cost(
     return LossCost(counted.peak, counted.moved / tokens)
 
 
+def weights_here(recipe: RecipeSections, teachers: Sequence[Reader]) -> int:
+    """Weights of the teachers in this process: of one that an engine holds the output layer alone."""
+    configured = list(recipe.teachers.values())
+    away = (
+        [its.engine is not None for its in configured] if len(configured) == len(teachers) else []
+    )
+    sizes = [teacher.model.num_parameters() for teacher in teachers]
+    heads = [output_weight(teacher).numel() for teacher in teachers]
+    return sum(
+        head if gone else size
+        for size, head, gone in zip(sizes, heads, away or [False] * len(sizes), strict=True)
+    )
+
+
 def estimate(
     recipe: RecipeSections,
     student: Reader,
@@ -449,7 +463,7 @@ def estimate(
         masks //= student.model.config.get_text_config().num_hidden_layers
     memory = Memory(
         student_weights=weights * item,
-        teacher_weights=sum(teacher.model.num_parameters() for teacher in teachers) * item,
+        teacher_weights=weights_here(recipe, teachers) * item,
         values=4 * trained * (1 + averages) if masked or item < 4 or offload else 0,
         indices=min(4 * trained, weights // 8) * (1 + averages) if masked else 0,
         gradients=4 * trained,
