@@ -184,6 +184,8 @@ def unit_of(kind: str, sentence: str, name: str) -> str:
         return "divisor of logits"
     if "number" in kind and name.endswith("_seconds"):
         return "seconds"
+    if "number" in kind and name.endswith("_gb"):
+        return "GB (1e9 bytes)"
     if "number" in kind:
         scale = re.search(r"units of the (\w+)|(multiplications)", sentence)
         return (scale[1] or scale[2]) if scale else "ratio"

@@ -165,7 +165,7 @@ NUMBERS: dict[str, list[str]] = {
     "loss.advantage": ["loss={type='constant_advantage'}"], "loss.clip": ["loss={type='k1'}"],
     "loss.tokens.fraction": ["loss.tokens={by='position'}"], "reward.alpha": REWARD, "reward.clip": REWARD,
     "teacher.ema": [CONTEXT], "teacher.weights.b": [MIXED],
-    "teacher.engine.timeout_seconds": ["teacher.engine={type='vlopd'}"],
+    "train.teacher_cache_gb": [], "teacher.engine.timeout_seconds": ["teacher.engine={type='vlopd'}"],
     "arms.e.factor": ["arms.e={type='extrapolate', of='full'}"],
     "arms.m.scale": ["arms.m={type='merge', of=['full']}"],
     "arms.m.density": ["arms.m={type='merge', of=['full'], method='ties'}"],

@@ -72,6 +72,7 @@ from vlopd.train.rollouts import Batch, collect, sampling_notes
 from vlopd.train.sharding import Shard, ShardedTrainable
 from vlopd.train.signal_nulls import Forwards, NullSignal, NullUpdate
 from vlopd.train.sparse import Trainable
+from vlopd.train.teacher_cache import TeacherCache
 from vlopd.train.token_selection import loss_tokens, token_weights
 from vlopd.types import Example
 from vlopd.weights.stored import rounded_on_load, stored_tensors
@@ -191,6 +192,7 @@ def distill(
     accelerator: Accelerator | None = None,
     null: SignalNull | str | None = None,
     replay: Path | str | None = None,
+    teacher_cache: Path | str | None = None,
 ) -> Trained:
     """Trains the pair's student in place; each training needs a newly loaded pair.
 
@@ -216,6 +218,7 @@ def distill(
         null: a signal null, such as "rademacher" (docs/geometry.md): trains on a signal that carries nothing.
         replay: the folder of a training with train.keep_completions, whose completions are taken instead of sampled;
             it needs the same data, seed and rollout.
+        teacher_cache: the folder where train.teacher_cache_gb keeps hidden states; by default in `out`.
 
     Returns a Trained. Raises ConfigError for a pair, data, mask and recipe that do not fit together; TrainingError
     when the loss, a gradient, a log-prob or an updated value is not finite; OutOfMemory. Of several processes all
@@ -287,6 +290,14 @@ def distill(
             chosen = chosen_before(out / "state") if start > 0 else {}
         share = split_evenly(train.prompts_per_step, accelerator)
         refuse_other_teachers(pair, recipe)
+        if train.teacher_cache_gb is not None:
+            if replay is None and "student" in recipe.rollout.source.shares:
+                raise ConfigError(
+                    "train.teacher_cache_gb keeps what a teacher made of completions that come again, and the "
+                    "student's do not; leave it out, or take completions from the data, the teacher or a replay"
+                )
+            kept_in, most = Path(teacher_cache or out / "teacher-cache"), train.teacher_cache_gb
+            pair = pair.with_teacher_cache(TeacherCache(kept_in, int(1e9 * most)))
         if train.sharding != "none":
             refuse_unsharded(recipe, lora is not None)
         if lora is not None and not isinstance(recipe.rollout.engine, str):

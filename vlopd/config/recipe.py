@@ -32,7 +32,7 @@ OF_A_COMPLETION = ("example", "completion")
 EXECUTION = {
     "train": {
         *("micro_batch", "micro_tokens", "activation_checkpointing"),
-        *("offload_optimizer", "offload_teacher", "sharding"),
+        *("offload_optimizer", "offload_teacher", "sharding", "teacher_cache_gb"),
     },
     "rollout": {"batch", "engine"},
     "loss": {"chunk_tokens"},

@@ -183,6 +183,9 @@ class TrainConfig(Section):
     activation_checkpointing: bool = False
     """Whether the student's layers keep their inputs alone and run again in the backward pass: less memory, for a third
     more arithmetic. Gradients do not change."""
+    teacher_cache_gb: Annotated[float, between(1e-6, 1e6)] | None = None
+    """Size of the teachers' hidden states that are kept on disk, so that completions that come again (the data's, a
+    teacher's, recorded ones) are read by a teacher once, for all arms of a run; null for none."""
     sharding: Literal["none", "state"] = "none"
     """Of several processes: `state` splits fp32 values, gradients and optimizer state among them, one part each; the
     weights stay whole. `none`: every process has all."""

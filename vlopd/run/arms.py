@@ -199,6 +199,7 @@ def train_arm(
         accelerator=accelerator,
         null=arm.null,
         replay=None if replayed is None else run.arm(replayed),
+        teacher_cache=run.root / "teacher-cache",
     ).trainable
 
     def write() -> None:

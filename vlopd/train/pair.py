@@ -56,6 +56,7 @@ from vlopd.train.losses import (
     chunked_divergence,
 )
 from vlopd.train.teacher import AnyTeacher, ByTeacher, Mixture, PermutedTeacher, Teacher
+from vlopd.train.teacher_cache import TeacherCache
 from vlopd.train.token_selection import at_selected
 from vlopd.types import Completions, Example, Prompts
 
@@ -115,6 +116,10 @@ class ModelPair:
     def without_teachers(self) -> ModelPair:
         """The student alone, which still samples only the tokens that it shares with its teachers."""
         return replace(self, by_name={}, field=None)
+
+    def with_teacher_cache(self, cache: TeacherCache) -> ModelPair:
+        """The same pair, whose teachers keep hidden states of completions."""
+        return replace(self, by_name={n: its.with_cache(cache) for n, its in self.by_name.items()})
 
     def with_own_processors(self) -> ModelPair:
         """The same pair with copies of its processors, for another thread."""

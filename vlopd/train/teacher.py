@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from vlopd.config.models import ContextConfig
+from vlopd.digests import digest_checkpoint
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.vocabulary import SharedVocabulary
 from vlopd.train.distributions import logprobs_at
+from vlopd.train.teacher_cache import TeacherCache, key_of, rows_of
 from vlopd.train.teacher_context import teacher_view
 from vlopd.types import Completions, Example, Prompts
 
@@ -32,6 +35,8 @@ class Teacher:
     index: int = 0
     context: ContextConfig | None = None
     ema: float | None = None
+    cache: TeacherCache | None = None
+    """Keeps the hidden states of completions that come again."""
 
     @property
     def members(self) -> tuple[Teacher, ...]:
@@ -53,6 +58,10 @@ class Teacher:
         """The same teacher with a copy of its processor, for another thread."""
         return replace(self, loaded=self.loaded.with_own_processor())
 
+    def with_cache(self, cache: TeacherCache) -> Teacher:
+        """The same teacher, which keeps hidden states."""
+        return replace(self, cache=cache)
+
     def collate(
         self, examples: Sequence[Example], rendered: Sequence[ByTeacher] | None = None
     ) -> Prompts:
@@ -69,9 +78,45 @@ class Teacher:
         rendered: Sequence[ByTeacher] | None = None,
     ) -> Tensor:
         """[N, H'] hidden states that predict each token of the student's completions."""
+        if self.cache is not None and self.ema is None:
+            return self._cached(self.cache, examples, completions, rendered)
         prompts = self.collate(examples, rendered)
         self.loaded.refuse_too_long(examples, prompts, completions.ids.shape[1])
         return self.loaded.completion_hidden(prompts, self.translate(completions))
+
+    def _cached(
+        self,
+        cache: TeacherCache,
+        examples: Sequence[Example],
+        completions: Completions,
+        rendered: Sequence[ByTeacher] | None,
+    ) -> Tensor:
+        """As `hidden`, of which only what is not kept is computed."""
+        if rendered is None:
+            own = self.loaded.render_each([self.view(example) for example in examples])
+            rendered = [{self.index: each} for each in own]
+        weights = f"{self.weights} {self.loaded.model.dtype}"
+        tokens = rows_of(self.translate(completions))
+        keys = [
+            key_of(weights, each[self.index], ids)
+            for each, ids in zip(rendered, tokens, strict=True)
+        ]
+        found = [cache.get(key) for key in keys]
+        missing = [i for i, hidden in enumerate(found) if hidden is None]
+        if missing:
+            rows = completions.take(missing).trimmed()
+            plain = replace(self, cache=None)
+            new = plain.hidden([examples[i] for i in missing], rows, [rendered[i] for i in missing])
+            for i, hidden in zip(missing, new.split(rows.mask.sum(1).tolist()), strict=True):
+                cache.put(keys[i], hidden)
+                found[i] = hidden
+        return torch.cat([each.to(self.loaded.device) for each in found if each is not None])
+
+    @cached_property
+    def weights(self) -> str:
+        """A digest of the checkpoint that it was loaded from."""
+        assert self.loaded.folder is not None, "of a model in memory nothing is kept"
+        return digest_checkpoint(self.loaded.folder)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, H'] -> [N, V] over the shared vocabulary, in the student's order."""
@@ -93,6 +138,10 @@ class Mixture:
     def with_own_processors(self) -> Mixture:
         """The same mixture with copies of its processors, for another thread."""
         return replace(self, members=tuple(its.with_own_processors() for its in self.members))
+
+    def with_cache(self, cache: TeacherCache) -> Mixture:
+        """The same mixture whose members keep hidden states."""
+        return replace(self, members=tuple(its.with_cache(cache) for its in self.members))
 
     def hidden(
         self,
