@@ -17,6 +17,7 @@ import pytest
 import requests
 import torch
 from aiohttp import web
+from safetensors.torch import load_file
 
 from tests.conftest import KINDS
 from tests.served import Misbehaving, serving
@@ -24,6 +25,7 @@ from vlopd.cli.serve import serve
 from vlopd.config.models import ModelConfig
 from vlopd.config.objective import RolloutConfig
 from vlopd.config.recipe import Recipe
+from vlopd.data.load import pick
 from vlopd.engines import client as clients
 from vlopd.engines.client import EngineError
 from vlopd.engines.process import started
@@ -31,12 +33,14 @@ from vlopd.engines.served import ServedModel
 from vlopd.engines.wire import BrokenMessage, decode, encode
 from vlopd.errors import ConfigError
 from vlopd.files import read_json
-from vlopd.loop import distill
+from vlopd.loop import Hooks, distill
 from vlopd.models.load import load
 from vlopd.pipeline import make_arms
 from vlopd.run.folder import RunFolder
 from vlopd.serve.run import is_loopback
+from vlopd.train import rollouts
 from vlopd.train.pair import ModelPair, load_pair
+from vlopd.train.replay import Replay
 from vlopd.train.sparse import Trainable
 from vlopd.train.weight_updates import WeightCopy, WeightUpdates, WrongUpdate, checksum, tensors_of
 
@@ -314,6 +318,88 @@ def test_a_sampler_that_was_started_again_gets_its_weights(folders, samplers, ma
         its.next(path, forget)
         there = trained(folders, "llm", data, tmp_path / path[1:], engine, masked=True)
         assert same_weights(here, there) and its.times == 0
+
+
+def ahead(folders, kind: str, data, out: Path, url: str, hooks=Hooks(), identity="x", **train):  # noqa: B008
+    """A training whose rollouts are one step ahead, with a state after every second of four steps."""
+    engine = {"type": "vlopd", "url": url, **FAST}
+    recipe = Recipe(
+        train={
+            "steps": 4,
+            "prompts_per_step": 4,
+            "save_every": 2,
+            "keep_completions": True,
+            **train,
+        },
+        rollout={"max_new_tokens": 6, "engine": engine, "max_lag": 1},
+        optim={"type": "adamw", "learning_rate": 1e-2},
+    )
+    return distill(local(folders, kind), data, recipe, out, hooks=hooks, identity=identity)
+
+
+def test_rollouts_ahead_are_of_weights_one_step_older(kind, folders, samplers, make_data, tmp_path):
+    """With max_lag = 1 the first two steps' completions are the base's, the third's those of the weights after one
+    update; each row of metrics says the lag; a training that was killed goes on to the same bits."""
+    samplers[kind].fault = None
+    data, url = make_data(kind, 16), samplers[kind].url
+    whole = ahead(folders, kind, data, tmp_path / "whole", url)
+    assert list(whole.metrics.rollout_lag) == [0, 1, 1, 1]
+
+    def sampled(step: int, updates: int):
+        """What the weights after some updates of `whole` sample at a step."""
+        pair = local(folders, kind)
+        recipe = whole.recipe.model_copy(
+            update={
+                "train": whole.recipe.train.model_copy(update={"steps": updates}),
+                "rollout": RolloutConfig(max_new_tokens=6),
+            }
+        )
+        if updates:
+            replay = tmp_path / "whole"
+            distill(pair, data, recipe, tmp_path / f"first-{updates}", replay=replay)
+        rendered = pair.render(pick(data, 4 * step, 4, 1))
+        return rollouts.completions_of(pair, recipe, rendered, range(4), 1, step).ids
+
+    for step, updates in ((1, 0), (2, 1)):
+        kept = load_file(Replay(tmp_path / "whole").path(step))["ids"]
+        assert torch.equal(kept, sampled(step, updates)), step
+
+    calls = []
+
+    def dies(student):
+        calls.append(1)
+        if len(calls) == 4:  # after the third step, one beyond the state
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        hooks = Hooks(evaluate=dies, evaluate_every=1)
+        ahead(folders, kind, data, tmp_path / "killed", url, hooks)
+    again = ahead(folders, kind, data, tmp_path / "killed", url)
+    assert same_weights(whole, again)
+    assert list(again.metrics.rollout_lag) == [0, 1, 1, 1]
+
+
+def test_weights_that_were_lost_while_sampling_ahead_are_sent_again(
+    folders, samplers, make_data, tmp_path
+):
+    """An engine that forgets its weights between two steps gets the newest, whose completions have no lag."""
+    its, data = samplers["llm"], make_data("llm", 16)
+
+    async def forget(request, answer):
+        forgets(its.held)
+        return web.Response(status=503)
+
+    its.next("/sample", forget)
+    made = ahead(folders, "llm", data, tmp_path / "x", its.url, identity=None)
+    assert its.times == 0 and set(made.metrics.rollout_lag) <= {0, 1}
+
+
+def test_a_lag_needs_an_engine():
+    """Rollouts ahead in this process, or of other writers than the student, are refused."""
+    for rollout in ({"max_lag": 1}, {"max_lag": 1, "source": "data", "engine": {"type": "vlopd"}}):
+        with pytest.raises(ConfigError, match="max_lag"):
+            Recipe(train={"steps": 1, "prompts_per_step": 1}, rollout=rollout)
 
 
 def test_two_trainings_do_not_share_a_sampler(folders, samplers, make_data, tmp_path):

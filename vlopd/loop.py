@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,6 +69,7 @@ from vlopd.train.replay import Replay
 from vlopd.train.resume import Averages, BackgroundWriter, chosen_before, resume, save_state
 from vlopd.train.rollout_engine import rollout_engine
 from vlopd.train.rollouts import Batch, collect, sampling_notes
+from vlopd.train.rollouts_ahead import RolloutsAhead
 from vlopd.train.sharding import Shard, ShardedTrainable
 from vlopd.train.signal_nulls import Forwards, NullSignal, NullUpdate
 from vlopd.train.sparse import Trainable
@@ -327,17 +328,38 @@ def distill(
     teachers = Resting(pair.teachers, pair.student.device, train.offload_teacher)
     followers = [average for average, _ in averages]
     memory = MemoryUse(pair, recipe.rollout, trainable, optimizer, followers)
-    with log, closing(read), trainable, memory, BackgroundWriter() as writer:
+    pending, ahead = Replay(out / "state" / "ahead"), None
+    if engine is not None and recipe.rollout.max_lag:
+        coming = range(start, train.steps)
+        size = chosen["sampling_bytes"]
+        ahead = RolloutsAhead(pair, engine, recipe, share, seed, coming, read, size)
+    with (
+        log,
+        closing(read),
+        trainable,
+        memory,
+        ahead or nullcontext(),
+        BackgroundWriter() as writer,
+    ):
         for note in recipe.notes:
             log.note(note)
         memory.enter("evaluation")
         if start == 0:
             evaluate_held_out(hooks, 0, train.steps, pair.student, log, accelerator)
+        if ahead is not None:
+            with distributed.together(accelerator):
+                ahead.begin(pending if start > 0 else None)
         for step in range(start, train.steps):
-            clock = Stopwatch(memory.enter)
+            clock, lag = Stopwatch(memory.enter), {}
             clock.start("data")
             with distributed.together(accelerator):
-                rendered = next(read)
+                given = None
+                if ahead is None:
+                    rendered = next(read)
+                else:
+                    clock.start("rollout")
+                    rendered, given, behind = ahead.next()
+                    lag = {"rollout_lag": behind}
                 rate = learning_rate(optim, step, train.steps)
 
                 # 1. the student samples (or the teacher or the data writes)
@@ -349,7 +371,6 @@ def distill(
                         for note in sampling_notes(pair, recipe, rendered, size):
                             log.note(note)
                     where = (share, seed, step, size)
-                    given = None
                     if replayed is not None:
                         ids = [each.example.id for each in rendered for _ in range(group)]
                         places = range(share.start * group, share.stop * group)
@@ -410,6 +431,8 @@ def distill(
             if engine is not None and done < train.steps:
                 clock.start("synchronise")
                 with distributed.together(accelerator):
+                    if ahead is not None:
+                        ahead.wait()
                     sent = {"sent_bytes": engine.follow(done, main)}
             clock.start(None)
             memory.enter("evaluation")
@@ -428,6 +451,7 @@ def distill(
                         **row,
                         "learning_rate": rate,
                         **sent,
+                        **lag,
                         **clock.seconds(row["completion_tokens"]),
                     }
                 )
@@ -443,6 +467,8 @@ def distill(
                     hooks.keep(done, trainable)
                 writer.wait()  # for the state before
             if saves and identity is not None:
+                if ahead is not None:
+                    ahead.save(pending, accelerator)
                 folder, about = out / "state", (identity, chosen, writer if main else None, main)
                 save_state(folder, done, trainable, optimizer, averages, *about)
         with distributed.together(accelerator):

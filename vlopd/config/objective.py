@@ -92,6 +92,19 @@ class RolloutConfig(Section):
     measured on a GPU); a family that fails the conformance test, and a device without CUDA, falls back to `eager`. A
     table such as {type = "vlopd"}: in another process (docs/engines.md)."""
 
+    max_lag: Annotated[int, Field(ge=0, le=1)] = 0
+    """Steps that the weights of completions may be behind those that train on them: 0, or 1 with an engine, which then
+    samples the next step's while a step trains. k1 and rewards correct for it by probability ratios."""
+
+    @model_validator(mode="after")
+    def check_lag(self) -> RolloutConfig:
+        if self.max_lag and (isinstance(self.engine, str) or not self.is_on_policy):
+            raise ValueError(
+                "max_lag = 1 samples in another process, the student's completions alone: it needs "
+                'engine = {type = "vlopd"} and source = "student"'
+            )
+        return self
+
     @property
     def decode(self) -> Literal["eager", "static", "graphs"]:
         """The engine of the decode steps, wherever they run."""

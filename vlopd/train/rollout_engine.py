@@ -58,19 +58,30 @@ class RolloutEngine:
         rows: Sequence[int] | None = None,
     ) -> Completions:
         """The student's completions, as of `ModelPair.sample`. Raises EngineError."""
+        try:
+            return self.ask(prompts, rollout, uniforms, rows)
+        except LostWeights:
+            self.restore()
+        return self._or_error(lambda: self.ask(prompts, rollout, uniforms, rows))
+
+    def ask(
+        self,
+        prompts: Prompts,
+        rollout: RolloutConfig,
+        uniforms: Tensor,
+        rows: Sequence[int] | None = None,
+    ) -> Completions:
+        """As `sample`, but raises LostWeights where the engine does not hold the version."""
         settings = (
             *(rollout.max_new_tokens, rollout.temperature, uniforms, self.columns),
             *(rollout.top_k, rollout.top_p, (), rows, rollout.decode),
         )
 
-        def ask() -> Completions:
-            return self.sampler.sample(prompts, *settings, device=self.student.device)
+        return self.sampler.sample(prompts, *settings, device=self.student.device)
 
-        try:
-            return ask()
-        except LostWeights:
-            self._restore(self.sampler.version)
-        return self._or_error(ask)
+    def restore(self) -> None:
+        """Sends all weights of the version again. Raises EngineError."""
+        self._restore(self.sampler.version)
 
     def _send(self, version: int, first: bool) -> None:
         if first:

@@ -98,18 +98,11 @@ def collect(
     `sampling_bytes`) and micro-batches of the training (train.micro_batch or micro_tokens), by length. `replayed`
     completions, by place, are taken instead of new ones.
     """
-    rollout, n = recipe.rollout, recipe.rollout.completions_per_prompt
-    prompts = recipe.train.prompts_per_step
-    writers = choose_writers(rollout.source.shares, prompts, n, seed, step)
-    mine = tuple(writers[share.start * n : share.stop * n])
+    n, mine = recipe.rollout.completions_per_prompt, writers_of(recipe, share, seed, step)
     completions = replayed
     if completions is None:
-        everyones = [
-            seeding.uniforms(prompts, rollout.max_new_tokens, "rollout", seed, step, k)
-            for k in range(n)
-        ]
-        uniforms = torch.stack(everyones, 1)[share.start : share.stop].flatten(0, 1)  # [B, C]
-        completions = write(pair, rollout, rendered, mine, uniforms, sampling_bytes, on_sampled)
+        where = (share, seed, step, sampling_bytes)
+        completions = completions_of(pair, recipe, rendered, *where, on_sampled)
     repeated = [each for each in rendered for _ in range(n)]
     whole = Batch(pair.student, repeated, completions, mine, tuple(range(len(mine))))
     whole = scored(pair, recipe, whole)
@@ -117,6 +110,34 @@ def collect(
     sizes = [(each.student.n_tokens, own) for each, own in zip(repeated, lengths, strict=True)]
     parts = micro_batches(recipe.train, sizes)
     return [whole] if len(parts) == 1 else [whole.take(part) for part in parts]
+
+
+def writers_of(recipe: Recipe, share: range, seed: int, step: int) -> tuple[Writer, ...]:
+    """The writers of this process's completions, by place."""
+    n = recipe.rollout.completions_per_prompt
+    shares, prompts = recipe.rollout.source.shares, recipe.train.prompts_per_step
+    return tuple(choose_writers(shares, prompts, n, seed, step)[share.start * n : share.stop * n])
+
+
+def completions_of(
+    pair: ModelPair,
+    recipe: Recipe,
+    rendered: Sequence[Rendered],
+    share: range,
+    seed: int,
+    step: int,
+    sampling_bytes: int | None = None,
+    on_sampled: OnSampled | None = None,
+) -> Completions:
+    """This process's completions of a step, by place; arguments as of `collect`."""
+    rollout, prompts = recipe.rollout, recipe.train.prompts_per_step
+    everyones = [
+        seeding.uniforms(prompts, rollout.max_new_tokens, "rollout", seed, step, k)
+        for k in range(rollout.completions_per_prompt)
+    ]
+    uniforms = torch.stack(everyones, 1)[share.start : share.stop].flatten(0, 1)  # [B, C]
+    writers = writers_of(recipe, share, seed, step)
+    return write(pair, rollout, rendered, writers, uniforms, sampling_bytes, on_sampled)
 
 
 def choose_writers(
