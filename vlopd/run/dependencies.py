@@ -73,6 +73,9 @@ def arm_inputs(
         not_inputs: Any = {
             **EXECUTION,
             "train": EXECUTION["train"] | {"metrics", "keep_completions"},
+            # absent where it changes nothing, so that older runs stay up to date
+            "rollout": EXECUTION["rollout"]
+            | ({"max_lag"} if not recipe.rollout.max_lag else set()),
             "teacher": {"engine": True, "teachers": {"__all__": {"engine"}}},
         }
         inputs |= {
