@@ -271,6 +271,11 @@ def points(parts: Sequence[Part], letters: str) -> str:
     )
 
 
+def parts_of(its: Geometry) -> dict[str, Part]:
+    """The parts of H1 to H3 by name, such as "H1a"."""
+    return {f"{part.hypothesis}{part.part}": part for part in its.parts}
+
+
 def seed_mean(its: Geometry, part: str, kind: str) -> str:
     """The mean over seeds of a kind of training of the measure that a part compares, as in `kinds_table`."""
     claim = next(c for c in CLAIMS if f"{c.hypothesis}{c.part}" == part)
@@ -832,14 +837,14 @@ def pages(data: Path) -> dict[str, str]:
     made = (verdict_table, geometry_table, score_table, kinds_table, training_table, mask_table)
     made += (curve_table, flagged_table, rows_table, secondary_table, recipe_table)
     made += (spectrum_table, correlation_table, runs_table, shown, points, seed_mean, edges)
-    made += (flagged, not_equivalent)
+    made += (flagged, not_equivalent, parts_of)
     env.globals.update({its.__name__: its for its in made})
     env.globals.update(
         commands=[f"scripts/{path.name}" for path in sorted((ROOT / "scripts").glob("study_?.sh"))],
         drawn=set(drawn),
         studies=STUDIES,
         by_name={v.hypothesis: v for v in found["verdicts"]},
-        part={f"{its.hypothesis}{its.part}": its for its in found["a"].parts},
+        part=parts_of(found["a"]),
     )
     env.filters.update(
         of_part=of_part,
