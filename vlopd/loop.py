@@ -19,8 +19,8 @@ the loop is short enough to edit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,7 +30,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from vlopd import distributed
 from vlopd.config.input import value_of
@@ -38,7 +37,6 @@ from vlopd.config.lora import Lora
 from vlopd.config.objective import FunctionLoss, LossConfig
 from vlopd.config.recipe import Recipe, training_of
 from vlopd.config.signal_nulls import SignalNull, SignalNullConfig
-from vlopd.config.training import AdamW, Muon
 from vlopd.data.load import pick
 from vlopd.errors import ConfigError, RunError, one_line_out_of_memory
 from vlopd.files import read_json, write_json
@@ -70,7 +68,12 @@ from vlopd.train.resume import Averages, BackgroundWriter, chosen_before, resume
 from vlopd.train.rollout_engine import rollout_engine
 from vlopd.train.rollouts import Batch, collect, sampling_notes
 from vlopd.train.rollouts_ahead import RolloutsAhead
-from vlopd.train.sharding import Shard, ShardedTrainable
+from vlopd.train.sharding import (
+    ShardedTrainable,
+    passes,
+    refuse_unsharded,
+    trainable_of,
+)
 from vlopd.train.signal_nulls import Forwards, NullSignal, NullUpdate
 from vlopd.train.sparse import Trainable
 from vlopd.train.teacher_cache import TeacherCache
@@ -530,33 +533,6 @@ def backward(
     return loss, found
 
 
-@contextmanager
-def passes(
-    trainable: Trainable | None, own: int, accelerator: Accelerator
-) -> Iterator[Callable[[], None]]:
-    """A context of this process's `own` backward passes, each of which ends by the function that it yields.
-
-    Of sharded values, at the end also of as many as other processes have, so that all take part in every sum, even
-    where one fails.
-    """
-    if not isinstance(trainable, ShardedTrainable):
-        yield lambda: None
-        return
-    most, done = max(distributed.gathered(accelerator, own)), 0
-
-    def end() -> None:
-        nonlocal done
-        trainable.finish_pass()
-        done += 1
-
-    try:
-        yield end
-    finally:
-        trainable.gradients.drop()
-        while done < most:
-            end()
-
-
 def teacher_forwards(pair: ModelPair, batches: Sequence[Batch]) -> Forwards:
     """The teachers' forward passes over all of a step's micro-batches, their hidden states in host memory."""
     return {
@@ -607,40 +583,6 @@ def clip(trainable: Trainable, max_norm: float | None) -> float:
     norm = trainable.shard.norm(value.grad for value in values if value.grad is not None)
     torch.nn.utils.clip_grads_with_norm_(values, max_norm or math.inf, torch.tensor(norm))
     return norm
-
-
-def refuse_unsharded(recipe: Recipe, is_lora: bool) -> None:
-    """Raises ConfigError for what needs whole tensors, or is not written for parts."""
-    train, optim = recipe.train, recipe.optim
-    eight_bits = isinstance(optim, AdamW) and optim.state_bits == 8
-    for name, is_on in {
-        "optim.type = 'muon', which needs whole matrices": isinstance(optim, Muon),
-        "optim.state_bits = 8": eight_bits,
-        "train.offload_optimizer": train.offload_optimizer,
-        "train.evidence_every": bool(train.evidence_every),
-        "a LoRA": is_lora,
-    }.items():
-        if is_on:
-            raise ConfigError(f"train.sharding = {train.sharding!r} does not go with {name}")
-
-
-def trainable_of(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    mask: Mapping[str, Tensor] | None,
-    projections: Mapping[str, Projection] | None,
-    stored: Mapping[str, Tensor],
-) -> Trainable:
-    """The trained coordinates, in parts where train.sharding says so and there are several processes."""
-    train = recipe.train
-    if train.sharding == "none" or accelerator.num_processes == 1:
-        offload = train.offload_optimizer
-        return Trainable(model, mask, projections, stored=stored, offload=offload)
-    shard = Shard(accelerator.process_index, accelerator.num_processes)
-    head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
-    late = [name for name, parameter in model.named_parameters() if id(parameter) in head]
-    return ShardedTrainable(model, shard, late, mask, projections, stored)
 
 
 def usable_null(

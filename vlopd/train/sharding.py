@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from vlopd import distributed
+from vlopd.config.recipe import Recipe
+from vlopd.config.training import AdamW, Muon
+from vlopd.errors import ConfigError
 from vlopd.train.sparse import (
     Choice,
     Listed,
@@ -290,3 +297,64 @@ class ShardedTrainable(Trainable):
 
     def round_to_bf16(self, *stream: str | int, stochastic: bool = False) -> None:
         super().round_to_bf16(*stream, self.shard.rank, stochastic=stochastic)
+
+
+def refuse_unsharded(recipe: Recipe, is_lora: bool) -> None:
+    """Raises ConfigError for what needs whole tensors, or is not written for parts."""
+    train, optim = recipe.train, recipe.optim
+    eight_bits = isinstance(optim, AdamW) and optim.state_bits == 8
+    for name, is_on in {
+        "optim.type = 'muon', which needs whole matrices": isinstance(optim, Muon),
+        "optim.state_bits = 8": eight_bits,
+        "train.offload_optimizer": train.offload_optimizer,
+        "train.evidence_every": bool(train.evidence_every),
+        "a LoRA": is_lora,
+    }.items():
+        if is_on:
+            raise ConfigError(f"train.sharding = {train.sharding!r} does not go with {name}")
+
+
+def trainable_of(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    mask: Mapping[str, Tensor] | None,
+    projections: Mapping[str, Projection] | None,
+    stored: Mapping[str, Tensor],
+) -> Trainable:
+    """The trained coordinates, in parts where train.sharding says so and there are several processes."""
+    train = recipe.train
+    if train.sharding == "none" or accelerator.num_processes == 1:
+        offload = train.offload_optimizer
+        return Trainable(model, mask, projections, stored=stored, offload=offload)
+    shard = Shard(accelerator.process_index, accelerator.num_processes)
+    head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    late = [name for name, parameter in model.named_parameters() if id(parameter) in head]
+    return ShardedTrainable(model, shard, late, mask, projections, stored)
+
+
+@contextmanager
+def passes(
+    trainable: Trainable | None, own: int, accelerator: Accelerator
+) -> Iterator[Callable[[], None]]:
+    """A context of this process's `own` backward passes, each of which ends by the function that it yields.
+
+    Of sharded values, at the end also of as many as other processes have, so that all take part in every sum, even
+    where one fails.
+    """
+    if not isinstance(trainable, ShardedTrainable):
+        yield lambda: None
+        return
+    most, done = max(distributed.gathered(accelerator, own)), 0
+
+    def end() -> None:
+        nonlocal done
+        trainable.finish_pass()
+        done += 1
+
+    try:
+        yield end
+    finally:
+        trainable.gradients.drop()
+        while done < most:
+            end()
