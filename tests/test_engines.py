@@ -30,7 +30,7 @@ from vlopd.engines import client as clients
 from vlopd.engines.client import EngineError
 from vlopd.engines.process import started
 from vlopd.engines.served import ServedModel
-from vlopd.engines.wire import BrokenMessage, decode, encode
+from vlopd.engines.wire import TYPE, BrokenMessage, decode, encode
 from vlopd.errors import ConfigError
 from vlopd.files import read_json
 from vlopd.loop import Hooks, distill
@@ -488,6 +488,15 @@ async def promises_more(request, answer):
     return its
 
 
+async def dribbles(request, answer):
+    its = web.StreamResponse(headers={"Content-Length": str(len(answer.body))})
+    await its.prepare(request)
+    for start in range(0, len(answer.body), len(answer.body) // 10):
+        await its.write(bytes(answer.body)[start : start + len(answer.body) // 10])
+        await asyncio.sleep(0.2)
+    return its
+
+
 async def redirects(request, answer):
     return web.Response(status=302, headers={"Location": "http://127.0.0.1:9/hidden"})
 
@@ -499,6 +508,7 @@ def with_nan(hidden: torch.Tensor) -> torch.Tensor:
 FAULTS = {
     "drops the connection": drops_the_connection,
     "hangs": hangs,
+    "comes in drops": dribbles,
     "status 500": raw(b"RuntimeError: no", 500),
     "status 503": raw(b"busy", 503),
     "status 429": raw(b"slower", 429),
@@ -708,9 +718,17 @@ BAD_REQUESTS = {
 def test_a_bad_request_is_refused_and_the_server_stays(path, body, servers):
     """What is no message, or not of this model, gets status 400 with the reason; the next request is answered."""
     servers["llm"].fault = None
-    answer = requests.post(servers["llm"].url + path, data=BAD_REQUESTS[body], timeout=30)
+    url, headers = servers["llm"].url + path, {"Content-Type": TYPE}
+    answer = requests.post(url, data=BAD_REQUESTS[body], headers=headers, timeout=30)
     assert answer.status_code == 400 and answer.text and "\n" not in answer.text
     assert requests.get(servers["llm"].url + "/about", timeout=30).status_code == 200
+
+
+def test_other_sites_pages_cannot_use_a_server(servers):
+    """A body of a type that a browser sends without asking first is not read."""
+    servers["llm"].fault = None
+    answer = requests.post(servers["llm"].url + "/weights", data=encode({}, {}), timeout=30)
+    assert answer.status_code == 415
 
 
 def test_messages_are_tensors_and_json_alone():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -52,7 +53,10 @@ class Client:
         """What the server holds: model, weights (digest), dtype, hidden_size, rows. Raises EngineError."""
 
         def ask() -> dict[str, Any]:
-            answer = self._send("GET", "/about").json()
+            try:
+                answer = json.loads(self._send("GET", "/about"))
+            except (ValueError, RecursionError):
+                raise Doubtful("its answer is no JSON") from None
             if not isinstance(answer, dict):
                 raise Doubtful("its answer is no object")
             if answer.get("protocol") != PROTOCOL:
@@ -80,7 +84,7 @@ class Client:
         asked = digest_bytes(body)
 
         def once() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            received = self._send("POST", path, body).content
+            received = self._send("POST", path, body)
             try:
                 found, header = decode(received)
             except BrokenMessage as error:
@@ -97,24 +101,31 @@ class Client:
 
         return self._persist(once)
 
-    def _send(self, method: str, path: str, body: bytes | None = None) -> requests.Response:
-        """One request. Raises Doubtful for what may pass, EngineError for what will not."""
+    def _send(self, method: str, path: str, body: bytes | None = None) -> bytes:
+        """One request; the answer's body. Raises Doubtful for what may pass, EngineError for what will not."""
+        deadline = time.monotonic() + self.timeout_seconds  # of the whole: a body may come in drops
+        content = bytearray()
         try:
-            answer = self.session.request(
+            with self.session.request(
                 method,
                 f"{self.url}{path}",
                 data=body,
                 headers={"Content-Type": TYPE} if body else None,
                 timeout=(min(CONNECT_SECONDS, self.timeout_seconds), self.timeout_seconds),
                 allow_redirects=False,
-            )
+                stream=True,
+            ) as answer:
+                for chunk in answer.iter_content(2**20):
+                    content += chunk
+                    if time.monotonic() > deadline:
+                        raise requests.Timeout
         except requests.Timeout:
             raise Doubtful(f"no answer within {self.timeout_seconds:g} s") from None
         except (requests.RequestException, OSError) as error:
             raise Doubtful(shortest(error)) from None
         if answer.status_code == 200:
-            return answer
-        why = answer.text[:300].strip() or answer.reason
+            return bytes(content)
+        why = " ".join(content[:300].decode(errors="replace").split()) or answer.reason
         if answer.status_code in (401, 403):
             raise EngineError(
                 f"{self.url} wants another token; set {TOKEN} here to the one it was started with"

@@ -163,6 +163,8 @@ def application(held: Held, token: str | None = None) -> web.Application:
 
     def answers(answer: Answer) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def handle(request: web.Request) -> web.Response:
+            if request.content_type != TYPE:  # what a page of another site may not send
+                return web.Response(status=415, text=f"the body must be {TYPE}")
             body = await request.read()
             loop = asyncio.get_running_loop()
             status, content = await loop.run_in_executor(worker, work, answer, body)
