@@ -600,7 +600,7 @@ def clouds(
         figure = Figure(figsize=(WIDTH, 1.45 * rows))
         figure.subplots_adjust(hspace=0.7, wspace=0.45)  # a layout engine takes seconds
         panels = figure.subplots(rows, 2, squeeze=False).flat
-        for axes, (metric, name, words) in zip(panels, measures, strict=False):
+        for (metric, name, words), axes in zip(measures, panels, strict=False):
             kept = metric == analysis.SHARES
             everything: list[float] = []
             for y, (_, kind, drawn, colour) in enumerate(groups):
@@ -711,7 +711,8 @@ def arms_figure(study: str, arms: pd.DataFrame) -> Figure:
     values = arms.assign(score=100 * arms["score"]).pivot(
         index="run", columns="arm", values="score"
     )
-    references = {analysis.REFERENCES[study](name) for name in names} & set(names)
+    wanted = {analysis.REFERENCES[study](name) for name in names}
+    references = [name for name in names if name in wanted]
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(WIDTH, 0.7 + 0.27 * len(names)))
         axes = figure.subplots()
@@ -738,7 +739,7 @@ def recipe_figure(arms: pd.DataFrame) -> Figure:
         figure = Figure(figsize=(WIDTH, rows * (0.75 + 0.2 * len(recipes))))
         figure.subplots_adjust(hspace=0.5, wspace=0.08)
         panels = figure.subplots(rows, 2, squeeze=False, sharey=True).flat
-        for axes, measure in zip(panels, shown, strict=False):
+        for measure, axes in zip(shown, panels, strict=False):
             own = values[values["measure"] == measure]
             own = own.pivot(index="run", columns="recipe", values="value")
             seed_dots(axes, [own[recipe].dropna() for recipe in recipes])
