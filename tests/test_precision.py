@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from tests.conftest import build, pair_of, sampled
+from tests.conftest import build, pair_of, recipe_of, sampled
 from tests.families.llms import LLMS
+from vlopd import distributed
 from vlopd.bits import different, holds
 from vlopd.config.masks import VisibleMask
 from vlopd.config.objective import ReverseKL
@@ -278,7 +279,7 @@ def test_a_moving_average_starts_from_the_stored_values(kind, base, students, ma
     pair = pair_of(config)
     with rounded_on_load(pair.student) as stored:
         trainable = Trainable(pair.student.model, stored=stored)
-    ((average, _),) = follow_student(pair, None)
+    ((average, _),) = follow_student(pair, recipe_of(config), distributed.accelerator(), None)
     before = average.state()
     assert all(torch.equal(values, before[n]) for n, values in trainable.state().items())
     with stored_tensors(pair.student) as tensors:

@@ -53,8 +53,9 @@ class Client:
         """What the server holds: model, weights (digest), dtype, hidden_size, rows. Raises EngineError."""
 
         def ask() -> dict[str, Any]:
+            received = self._send("GET", "/about")
             try:
-                answer = json.loads(self._send("GET", "/about"))
+                answer = json.loads(received)
             except (ValueError, RecursionError):
                 raise Doubtful("its answer is no JSON") from None
             if not isinstance(answer, dict):
