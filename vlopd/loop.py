@@ -468,12 +468,16 @@ def distill(
             with distributed.together(accelerator):
                 if hooks.keep and keeps and main:
                     hooks.keep(done, trainable)
-                writer.wait()  # for the state before
+                if saves:
+                    writer.wait()  # for the state before
             if saves and identity is not None:
                 if ahead is not None:
                     ahead.save(pending, accelerator)
                 folder, about = out / "state", (identity, chosen, writer if main else None, main)
-                save_state(folder, done, trainable, optimizer, averages, *about)
+                # of sharded values collective: no process may leave it for another's error
+                sharded = isinstance(trainable, ShardedTrainable)
+                with nullcontext() if sharded else distributed.together(accelerator):
+                    save_state(folder, done, trainable, optimizer, averages, *about)
         with distributed.together(accelerator):
             writer.wait()
     if isinstance(trainable, LoraTrainable):

@@ -151,6 +151,10 @@ class Completions:
     def n_tokens(self) -> int:
         return int(self.mask.sum())
 
+    def to(self, device: torch.device) -> Completions:
+        """On a device."""
+        return Completions(*(column.to(device) for column in vars(self).values()))
+
     def take(self, rows: Sequence[int]) -> Completions:
         """Selects rows; returns the same object for all of them in order."""
         if list(rows) == list(range(len(self))):

@@ -147,10 +147,6 @@ class Client:
                         f"{self.url}: {error} ({attempt} attempts); see that `vlopd serve` runs there, and run "
                         "this again: it goes on from the last saved state"
                     ) from None
-            except ValueError as error:
-                if isinstance(error, EngineError):
-                    raise
-                raise EngineError(f"{self.url}: {first_line(error)}") from None
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
         raise AssertionError("attempts is at least 1")

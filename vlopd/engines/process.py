@@ -38,10 +38,6 @@ class Server:
     url: str
     process: subprocess.Popen[str]
 
-    def stop(self) -> None:
-        """Ends the server; may be called again."""
-        end(self.process)
-
 
 def started(
     config: ModelConfig, device: str | None, dtype: torch.dtype, timeout_seconds: float

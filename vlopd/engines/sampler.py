@@ -124,7 +124,4 @@ class Sampler:
             if held != (self.session, self.version):
                 raise LostWeights
 
-        its = ask_for_completions(self.client, check, prompts, *arguments)
-        return Completions(
-            its.ids.to(device), its.mask.to(device), its.logprobs.to(device), its.ended.to(device)
-        )
+        return ask_for_completions(self.client, check, prompts, *arguments).to(device)

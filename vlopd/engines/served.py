@@ -105,10 +105,7 @@ class ServedModel(LoadedModel):
         settings = (max_new_tokens, temperature, uniforms, columns, top_k, top_p, banned_ids)
         check = partial(refuse_trained, self.client)
         its = ask_for_completions(self.client, check, prompts, *settings, rows, engine)
-        where = self.device
-        return Completions(
-            its.ids.to(where), its.mask.to(where), its.logprobs.to(where), its.ended.to(where)
-        )
+        return its.to(self.device)
 
 
 def refuse_trained(client: Client, header: Mapping[str, Any]) -> None:

@@ -84,7 +84,9 @@ class Held:
         """{"hidden": [N, H]}."""
         prompts, completions = self._prompts(tensors), unpack_completions(tensors)
         self._refuse_other_rows(prompts, completions)
-        return {"hidden": self.loaded.completion_hidden(prompts, self._here(completions))}, {}
+        return {
+            "hidden": self.loaded.completion_hidden(prompts, completions.to(self.loaded.device))
+        }, {}
 
     def take(self, update: Tensors, about: Header) -> tuple[Tensors, Header]:
         """Brings the weights of a training to a version, from the version `before` or the checkpoint's.
@@ -132,12 +134,6 @@ class Held:
         prompts = unpack_prompts(tensors).to(self.loaded.device, self.loaded.model.dtype)
         self.loaded.check_prompts(prompts)
         return prompts
-
-    def _here(self, its: Completions) -> Completions:
-        where = self.loaded.device
-        return Completions(
-            its.ids.to(where), its.mask.to(where), its.logprobs.to(where), its.ended.to(where)
-        )
 
     def _refuse_other_rows(self, prompts: Prompts, completions: Completions) -> None:
         if len(prompts) != len(completions) or completions.mask.dtype != torch.bool:

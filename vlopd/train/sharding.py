@@ -288,8 +288,7 @@ class ShardedTrainable(Trainable):
         return slot.parameter.shape if slot.whole else torch.Size([slot.count])
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
-        slot = self.sharded[name]
-        return tensor.reshape(-1)[self.shard.own(slot.count)]
+        return tensor.reshape(-1)[self.shard.own(self.slots[name].count)]
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         for name, slot in self.sharded.items():
