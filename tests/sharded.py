@@ -1,5 +1,7 @@
 """What test_sharding.py has several processes do: `-m tests.sharded MODELS OUT CASES`; see `train`.
 
+A case is "KIND WHAT SHARDING", KIND llm or vlm, WHAT dense or mask, SHARDING state or full.
+
 Each case trains on the completions of recorded-KIND beside MODELS, so that every number of processes sees the same.
 The first process writes the student's weights to OUT/CASE-<processes>.pt. (Imports little: every process starts anew.)
 """
@@ -68,14 +70,14 @@ def recipe(sharding: str, **train) -> Recipe:
     )
 
 
-def train(models: Path, out: Path, case: str, sharding: str) -> Trained:
-    """One case, "KIND dense" or "KIND mask", with a state after 3 of its 5 steps in `out`; goes on from one there."""
-    kind, what = case.split()[:2]
+def train(models: Path, out: Path, case: str, sharding: str | None = None) -> Trained:
+    """One case, with a state after 3 of its 5 steps in `out`; goes on from one there."""
+    kind, what, own = case.split()[:3]
     pair = pair_of(models, kind)
     return distill(
         pair,
         rows(kind),
-        recipe(sharding, save_every=3),
+        recipe(sharding or own, save_every=3),
         out,
         SEED,
         mask=fifth(pair) if what == "mask" else None,
@@ -89,12 +91,13 @@ def main(models: Path, out: Path, cases: list[str]) -> None:
     n = state.num_processes
     for case in cases:
         name = case.replace(" ", "-")
-        done = train(models, out / f"{name}-{n}", case, "state")
+        done = train(models, out / f"{name}-{n}", case)
         values = done.trainable
         assert isinstance(values, ShardedTrainable)
         own = {
             "values": sum(its.values.nbytes for its in values.slots.values()),
             "whole": 4 * values.count,
+            "indices": sum(its.index_bytes for its in values.slots.values()),
         }
         (out / f"{name}-{n}-{state.process_index}.json").write_text(json.dumps(own))
         if state.is_main_process:

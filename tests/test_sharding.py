@@ -18,8 +18,13 @@ from vlopd.errors import ConfigError
 from vlopd.files import read_jsonl
 from vlopd.loop import distill
 
-CASES = ["llm dense", "llm mask", "vlm dense", "vlm mask"]
-RESUMED = ["llm mask resumed", "vlm dense resumed"]
+CASES = [
+    f"{kind} {what} {sharding}"
+    for kind in ("llm", "vlm")
+    for what in ("dense", "mask")
+    for sharding in ("state", "full")
+]
+RESUMED = [f"{case} resumed" for case in CASES]
 
 
 def launch(n: int, models: Path, out: Path, cases: list[str]) -> None:
@@ -48,8 +53,8 @@ def distance(a, b) -> float:
 
 
 SOME = {
-    2: ["llm mask", "vlm dense"],
-    4: ["vlm mask", "vlm dense resumed"],
+    2: ["llm mask state", "vlm dense full"],
+    4: ["vlm mask state", "vlm mask full", "vlm dense full resumed"],
 }
 ALL = {2: CASES, 4: CASES + RESUMED}
 
@@ -89,8 +94,8 @@ def test_processes_with_parts_train_what_one_trains(cases, folders, tmp_path):
 
 def check(models: Path, out: Path, case: str, n: int, one: dict) -> None:
     """The claims of one case with n processes."""
-    kind, what = case.split()[:2]
-    alone = one[f"{kind} {what}"]
+    kind, what, sharding = case.split()[:3]
+    alone = one[f"{kind} {what} {sharding}"]
     base = sharded.pair_of(models, kind).student.model.state_dict()
     expected = alone.student.model.state_dict()
     size = distance(expected, base)
@@ -99,7 +104,7 @@ def check(models: Path, out: Path, case: str, n: int, one: dict) -> None:
         assert distance(one[case].student.model.state_dict(), expected) <= 1e-4 * size
     losses = [
         [row["loss"] for row in read_jsonl(each / "metrics.jsonl")]
-        for each in (folder_of(out, case, n), folder_of(out, f"{kind} {what}", 1))
+        for each in (folder_of(out, case, n), folder_of(out, f"{kind} {what} {sharding}", 1))
     ]
     assert len(losses[0]) == sharded.STEPS and losses[0] == pytest.approx(losses[1], rel=1e-5)
     merged = torch.load(out / f"{case.replace(' ', '-')}-{n}-merged.pt")

@@ -89,12 +89,34 @@ def together(state: Accelerator) -> Iterator[None]:
         yield
     except Exception as raised:
         error = raised
+    if error is not None and _alone:
+        raise error
     if on_any(state, error is not None):
         errors = gathered(state, None if error is None else _one_line(error))
         if error is None:
             first = next(k for k, text in enumerate(errors) if text is not None)
             error = OtherProcessFailed(f"process {first} stopped: {errors[first]}")
         raise error
+
+
+_alone = False
+"""Whether this process stopped inside of collective calls, so that no other will answer one of its own."""
+
+
+@contextmanager
+def inseparable(state: Accelerator) -> Iterator[None]:
+    """A context of collective calls between which a process may fail: it stops alone, and the launcher ends the others.
+
+    Around it may be `together`s, which then do not wait for others.
+    """
+    global _alone
+    try:
+        yield
+    except Exception as error:
+        _alone = state.num_processes > 1
+        if isinstance(error, torch.distributed.DistError) or "Connection" in str(error):
+            raise OtherProcessFailed("another process stopped; see its message") from None
+        raise
 
 
 def _one_line(error: Exception) -> str:

@@ -19,7 +19,7 @@ the loop is short enough to edit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,17 +68,12 @@ from vlopd.train.resume import Averages, BackgroundWriter, chosen_before, resume
 from vlopd.train.rollout_engine import rollout_engine
 from vlopd.train.rollouts import Batch, collect, sampling_notes
 from vlopd.train.rollouts_ahead import RolloutsAhead
-from vlopd.train.sharding import (
-    ShardedTrainable,
-    passes,
-    refuse_unsharded,
-    trainable_of,
-)
+from vlopd.train.sharding import ShardedTrainable, refuse_unsharded, trainable_of
 from vlopd.train.signal_nulls import Forwards, NullSignal, NullUpdate
 from vlopd.train.sparse import Trainable
 from vlopd.train.teacher_cache import TeacherCache
 from vlopd.train.token_selection import loss_tokens, token_weights
-from vlopd.types import Example
+from vlopd.types import Completions, Example, Prompts
 from vlopd.weights.stored import rounded_on_load, stored_tensors
 from vlopd.weights.subspace import Projection
 
@@ -101,6 +96,12 @@ class Hooks:
     evaluate_every: int | None = None
     trackers: Sequence[GeneralTracker] = ()
     """Started trackers of accelerate, finished with the training (train/log.py: open_trackers)."""
+
+    def evaluates(self, done: int, steps: int) -> bool:
+        """Whether the student is scored after `done` of `steps` steps."""
+        every = self.evaluate_every
+        is_due = done in (0, steps) or bool(every and done % every == 0)
+        return self.evaluate is not None and is_due
 
 
 @dataclass(frozen=True, repr=False)
@@ -284,6 +285,7 @@ def distill(
                 f"{title}: nothing is left to train: the mask has no coordinate outside of train.freeze = "
                 f"{list(train.freeze)}; the arm would be the base under another name"
             )
+        pair = replace(pair, student=trainable.student(pair.student))
         optimizer = build_optimizer(optim, trainable)
         averages = follow_student(pair, recipe, accelerator, mask)
         if train.activation_checkpointing:
@@ -355,6 +357,8 @@ def distill(
         for step in range(start, train.steps):
             clock, lag = Stopwatch(memory.enter), {}
             clock.start("data")
+            if engine is None and replayed is None:
+                trainable.assemble()
             with distributed.together(accelerator):
                 given = None
                 if ahead is None:
@@ -404,7 +408,7 @@ def distill(
                 if signal is not None and signal.is_gradient:
                     given_norm = None if replayed is None else replayed.norm(step)
                     signal.draw_gradients(trainable, step, update, given_norm)
-                    norm = clip(trainable, optim.max_grad_norm)
+                    norm = trainable.clip(optim.max_grad_norm or math.inf)
                 else:
                     norm = gather_gradients(trainable, optim.max_grad_norm, accelerator)
                 has_gradient |= any(value.grad is not None for value in trainable.parameters())
@@ -431,6 +435,21 @@ def distill(
             for average, decay in averages:
                 average.move_towards(trainable, 1.0 - decay)
             done, sent = step + 1, {}
+            keeps, saves = done in train.keep_steps, done % train.save_every == 0
+            with distributed.together(accelerator):
+                if done in (start + 1, train.steps):
+                    about_memory = memory.about()  # in every process: it ends the counting
+                    if main:
+                        write_json(out / "memory.json", about_memory)
+            is_last = done == train.steps
+            if (
+                engine is not None
+                or keeps
+                or saves
+                or is_last
+                or hooks.evaluates(done, train.steps)
+            ):
+                trainable.assemble()
             if engine is not None and done < train.steps:
                 clock.start("synchronise")
                 with distributed.together(accelerator):
@@ -440,7 +459,6 @@ def distill(
             clock.start(None)
             memory.enter("evaluation")
 
-            keeps, saves = done in train.keep_steps, done % train.save_every == 0
             if keeps or saves or done == train.steps:
                 with distributed.together(accelerator):
                     chunk = recipe.loss.chunk_tokens
@@ -458,10 +476,6 @@ def distill(
                         **clock.seconds(row["completion_tokens"]),
                     }
                 )
-                if done in (start + 1, train.steps):
-                    about_memory = memory.about()  # in every process: it ends the counting
-                    if main:
-                        write_json(out / "memory.json", about_memory)
             evaluate_held_out(hooks, done, train.steps, pair.student, log, accelerator)
             if keeps or done == train.steps:
                 trainable.collect()
@@ -504,10 +518,22 @@ def backward(
     """
     n_tokens, n_completions = count(batches, recipe.loss, accelerator)
     longest = recipe.rollout.max_new_tokens
-    found: list[TokenDivergence] = []
+    found: dict[int, TokenDivergence] = {}
     loss = 0.0
-    with distributed.together(accelerator), passes(trainable, len(batches), accelerator) as ended:
-        for k, batch in enumerate(batches):
+
+    def idle(prompts: Prompts, completions: Completions) -> None:
+        with student_forward(pair, recipe, memory), torch.set_grad_enabled(learns):
+            hidden = pair.student.completion_hidden(prompts, completions)
+            if learns:
+                hidden.backward(torch.zeros_like(hidden))
+
+    learns = drawn is None or not drawn.is_measured_alone
+    passes: AbstractContextManager[Iterable[int]] = nullcontext(range(len(batches)))
+    if trainable is not None:
+        passes = trainable.passes(batches, accelerator, idle)
+    with distributed.together(accelerator), passes as order:
+        for k in order:
+            batch = batches[k]
             completions = batch.completions
             theirs = None if forwards is None else forwards.get(k)
             if theirs is not None:
@@ -532,9 +558,8 @@ def backward(
                     learned=None if drawn is None else drawn.learned(k, theirs),
                 )
             loss += float((tokens.loss * weights).sum())
-            found.append(tokens)
-            ended()
-    return loss, found
+            found[k] = tokens
+    return loss, [found[k] for k in range(len(batches))]
 
 
 def teacher_forwards(pair: ModelPair, batches: Sequence[Batch]) -> Forwards:
@@ -567,7 +592,7 @@ def gather_gradients(
     trainable.wait()
     values = list(trainable.parameters())
     if isinstance(trainable, ShardedTrainable):
-        trainable.gradients.everywhere(accelerator.device)
+        trainable.free_unused(accelerator)
     elif accelerator.num_processes > 1:
         has = [float(value.grad is not None) for value in values]
         anywhere = accelerator.reduce(torch.tensor(has, device=accelerator.device), "sum").tolist()
@@ -576,17 +601,7 @@ def gather_gradients(
                 own = torch.zeros_like(value) if value.grad is None else value.grad
                 total = accelerator.reduce(own.to(accelerator.device), "sum")
                 value.grad = total.to(value.device)
-    return clip(trainable, max_norm)
-
-
-def clip(trainable: Trainable, max_norm: float | None) -> float:
-    """Clips the gradients to a norm over all of them; returns their norm before."""
-    values = list(trainable.parameters())
-    if not isinstance(trainable, ShardedTrainable):
-        return float(torch.nn.utils.clip_grad_norm_(values, max_norm or math.inf))
-    norm = trainable.shard.norm(value.grad for value in values if value.grad is not None)
-    torch.nn.utils.clip_grads_with_norm_(values, max_norm or math.inf, torch.tensor(norm))
-    return norm
+    return trainable.clip(max_norm or math.inf)
 
 
 def usable_null(
@@ -621,9 +636,8 @@ def follow_student(
             for name, parameter in teacher.loaded.model.named_parameters():
                 parameter.requires_grad_(trains[name])
             with rounded_on_load(teacher.loaded) as stored:
-                average = trainable_of(
-                    teacher.loaded.model, recipe, accelerator, mask, None, stored
-                )
+                own = (teacher.loaded.model, recipe, accelerator, mask, None, stored)
+                average = trainable_of(*own, is_average=True)
             average.close()  # it has no gradients
             averages.append((average, teacher.ema))
             teacher.loaded.model.requires_grad_(False)
@@ -672,10 +686,7 @@ def evaluate_held_out(
     accelerator: Accelerator,
 ) -> None:
     """Scores the student after `done` of `steps` steps, if due; the first process evaluates, the others wait."""
-    if hooks.evaluate is None:
-        return
-    is_due = done in (0, steps) or (hooks.evaluate_every and done % hooks.evaluate_every == 0)
-    if is_due:
+    if hooks.evaluate is not None and hooks.evaluates(done, steps):
         with distributed.together(accelerator):
             if accelerator.is_main_process:
                 log.held_out(done, hooks.evaluate(student))

@@ -186,9 +186,10 @@ class TrainConfig(Section):
     teacher_cache_gb: Annotated[float, between(1e-6, 1e6)] | None = None
     """Size of the teachers' hidden states that are kept on disk, so that completions that come again (the data's, a
     teacher's, recorded ones) are read by a teacher once, for all arms of a run; null for none."""
-    sharding: Literal["none", "state"] = "none"
+    sharding: Literal["none", "state", "full"] = "none"
     """Of several processes: `state` splits fp32 values, gradients and optimizer state among them, one part each; the
-    weights stay whole. `none`: every process has all."""
+    student's weights stay whole. `full` splits these too, but while it samples or is evaluated. `none`: every process
+    has all."""
     master: Literal["fp32", "bf16", "bf16_stochastic"] = later("fp32")
     """Values that the optimizer updates: kept in fp32, or rounded to bf16 after every optimizer step, to the nearest
     (updates below half a unit in the last place are lost) or stochastically (they are kept on average)."""

@@ -60,6 +60,8 @@ class MemoryUse:
         self.sampling_batch: dict[str, Any] | None = None
         self.shapes: dict[str, int] = {}
         self.prompt_tokens = [0] * (1 + len(pair.teachers))
+        # by their storage: sharded weights come and go in the same one
+        self.own = {t.untyped_storage()._cdata for t in tensors_of(pair.student.model)}
         read_peak(self.device)
 
     def __enter__(self) -> MemoryUse:
@@ -83,7 +85,6 @@ class MemoryUse:
             with recomputed(self.pair.student.model, checkpointing):
                 yield
             return
-        own = {tensor.data_ptr() for tensor in tensors_of(self.pair.student.model)}
         models = [self.pair.student, *(its.loaded for its in self.pair.teachers)]
         widths = {self.pair.vocabulary.size, *(each.vocabulary_rows for each in models)}
         sizes: dict[int, int] = {}
@@ -93,7 +94,7 @@ class MemoryUse:
 
         def note(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own and not is_wide(tensor):
+            if storage._cdata not in self.own and not is_wide(tensor):
                 sizes[storage.data_ptr()] = storage.nbytes()
             return (
                 tensor.detach()
@@ -193,8 +194,9 @@ class MemoryUse:
 
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers, tied ones once."""
-    return [*model.parameters(), *model.buffers()]
+    """Parameters and buffers, tied ones once; of sharded ones this process's part."""
+    every = [*model.parameters(), *model.buffers()]
+    return [each.to_local() if hasattr(each, "to_local") else each for each in every]
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,10 @@ from vlopd import distributed
 from vlopd.config.recipe import Recipe
 from vlopd.config.training import AdamW, Muon
 from vlopd.errors import ConfigError
+from vlopd.train.rollouts import Batch
 from vlopd.train.sparse import (
     Choice,
+    Idle,
     Listed,
     Packed,
     Slot,
@@ -37,42 +40,49 @@ from vlopd.weights.subspace import Projection
 
 
 @dataclass(frozen=True)
-class Shard:
-    """This process's part: `rank` of `count`."""
+class Split:
+    """n entries in a row, in parts, of which process r has [bounds[r], bounds[r + 1]); this is process `rank`."""
 
     rank: int
-    count: int
+    bounds: tuple[int, ...]
 
-    def size(self, n: int) -> int:
-        """Entries of a part of n."""
-        return -(-n // self.count)
+    @staticmethod
+    def evenly(rank: int, count: int, n: int) -> Split:
+        """Of n entries, ceil(n / count) a part; fewer or none in the last."""
+        size = -(-n // count)
+        return Split(rank, tuple(min(k * size, n) for k in range(count + 1)))
 
-    def own(self, n: int) -> slice:
-        """This process's part of n entries; empty for the last processes of a short tensor."""
-        size = self.size(n)
-        return slice(min(self.rank * size, n), min((self.rank + 1) * size, n))
+    @property
+    def n(self) -> int:
+        return self.bounds[-1]
+
+    @property
+    def own(self) -> slice:
+        """This process's part."""
+        return slice(self.bounds[self.rank], self.bounds[self.rank + 1])
+
+    @property
+    def sizes(self) -> list[int]:
+        """Entries of each part."""
+        return [stop - start for start, stop in pairwise(self.bounds)]
 
     def summed(self, flat: Tensor) -> Tensor:
-        """[K] of every process -> the sum over processes of this one's part. Collective."""
-        parts = list(padded(flat, self.size(len(flat)) * self.count).chunk(self.count))
+        """[n] of every process, split evenly -> the sum over processes of this one's part. Collective."""
+        size = max(self.sizes)
+        parts = list(padded(flat, size * len(self.sizes)).chunk(len(self.sizes)))
         found = torch.empty_like(parts[0])
         dist.reduce_scatter(found, parts)
-        own = self.own(len(flat))
-        return found[: own.stop - own.start]
+        return found[: self.sizes[self.rank]]
 
-    def gathered(self, part: Tensor, n: int) -> Tensor:
+    def gathered(self, part: Tensor) -> Tensor:
         """The parts of all processes -> [n], in every process. Collective."""
-        size = self.size(n)
-        found = part.new_empty(size * self.count)
-        dist.all_gather(list(found.chunk(self.count)), padded(part, size))
-        return found[:n]
-
-    def norm(self, parts: Iterable[Tensor]) -> float:
-        """The norm over all entries of all processes' parts. Collective."""
-        own = [part.detach().double().square().sum() for part in parts]
-        total = torch.stack(own).sum() if own else torch.zeros((), dtype=torch.float64)
-        dist.all_reduce(total)
-        return math.sqrt(float(total))
+        size = max(self.sizes)
+        found = part.new_empty(size * len(self.sizes))
+        dist.all_gather(list(found.chunk(len(self.sizes))), padded(part, size))
+        if len(set(self.sizes)) == 1:
+            return found
+        pieces = zip(found.chunk(len(self.sizes)), self.sizes, strict=True)
+        return torch.cat([piece[:own] for piece, own in pieces])
 
 
 def padded(flat: Tensor, size: int) -> Tensor:
@@ -80,8 +90,16 @@ def padded(flat: Tensor, size: int) -> Tensor:
     return flat if len(flat) == size else nn.functional.pad(flat, (0, size - len(flat)))
 
 
+def norm_of_parts(parts: Iterable[Tensor]) -> float:
+    """The norm over all entries of all processes' parts. Collective."""
+    own = [part.detach().double().square().sum() for part in parts]
+    total = torch.stack(own).sum() if own else torch.zeros((), dtype=torch.float64)
+    dist.all_reduce(total)
+    return math.sqrt(float(total))
+
+
 class ShardedSlot(Slot):
-    """A parameter of whose K trained coordinates this process has the fp32 values of its part.
+    """A parameter of whose K trained coordinates this process has the fp32 values of its part of `split`.
 
     where: the K coordinates; None for all. collected: all values, in the first process while they are written to files.
     """
@@ -92,11 +110,10 @@ class ShardedSlot(Slot):
         self,
         parameter: nn.Parameter,
         where: Listed | Packed | None,
-        shard: Shard,
+        split: Split,
         stored: Tensor | None = None,
     ):
-        self.parameter, self.where, self.shard = parameter, where, shard
-        self.count = parameter.numel() if where is None else where.count
+        self.parameter, self.where, self.split, self.count = parameter, where, split, split.n
         self.index_bytes = 0 if where is None else where.nbytes
         own = self.part(parameter.data if stored is None else stored)
         self.values = nn.Parameter(widened(own.to(parameter.device, copy=True)))
@@ -109,7 +126,7 @@ class ShardedSlot(Slot):
 
     def part(self, tensor: Tensor) -> Tensor:
         """A tensor of the parameter's shape -> this process's part of its trained entries."""
-        return self.compact(tensor)[self.shard.own(self.count)]
+        return self.compact(tensor)[self.split.own]
 
     def put(self, tensor: Tensor, compact: Tensor) -> None:
         """Writes [K] values into a tensor of the parameter's shape."""
@@ -124,11 +141,11 @@ class ShardedSlot(Slot):
     def write_back(self) -> None:
         """Rounds the values into the model's parameter, in every process. Collective."""
         rounded = self.values.data.to(self.parameter.dtype)
-        self.put(self.parameter.data, self.shard.gathered(rounded, self.count))
+        self.put(self.parameter.data, self.split.gathered(rounded))
 
     def load(self, whole: Tensor) -> None:
         """Takes the values [K], on the host, that `collect` returned, into its part and the parameter."""
-        self.values.data.copy_(whole[self.shard.own(self.count)])
+        self.values.data.copy_(whole[self.split.own])
         self.put(self.parameter.data, whole.to(self.parameter.device, self.parameter.dtype))
 
     def put_into(self, tensor: Tensor) -> None:
@@ -138,11 +155,10 @@ class ShardedSlot(Slot):
     def trained(self, tensor: Tensor) -> Tensor:
         return tensor
 
-
-def collect(shard: Shard, part: Tensor, n: int) -> Tensor | None:
-    """The parts of all processes -> [n] in the first process's host memory; None in others. Collective."""
-    whole = shard.gathered(part, n)
-    return whole.cpu() if shard.rank == 0 else None
+    def collect(self, part: Tensor) -> Tensor | None:
+        """The parts of all processes -> [K] in the first process's host memory; None in others. Collective."""
+        whole = self.split.gathered(part)
+        return whole.cpu() if self.split.rank == 0 else None
 
 
 class GradientSum:
@@ -155,8 +171,6 @@ class GradientSum:
 
     def __init__(self, slots: dict[str, ShardedSlot], late: Sequence[str]):
         self.ready: dict[str, Tensor] = {}
-        self.had: set[str] = set()
-        """Parameters that had a gradient in this process since `begin`."""
         self.next = 0
         self.use(slots, late)
 
@@ -167,17 +181,12 @@ class GradientSum:
         self.order = [*own, *(name for name in slots if name in late)]
         self.early = len(own)
 
-    def begin(self) -> None:
-        """Begins a step."""
-        self.had.clear()
-
     def add(self, name: str, gradient: Tensor) -> None:
         """Takes the gradient [K] of a parameter; sums what is due."""
         if name in self.ready:
             self.ready[name] = self.ready[name] + gradient
         else:
             self.ready[name] = gradient
-        self.had.add(name)
         while self.next < self.early and self.order[self.next] in self.ready:
             self._sum_next()
 
@@ -192,14 +201,6 @@ class GradientSum:
         """Forgets the gradients that are not summed yet: their pass failed."""
         self.ready.clear()
 
-    def everywhere(self, device: torch.device) -> None:
-        """Frees the gradients of parameters that had none in any process since `begin`. Collective."""
-        flags = torch.tensor([float(name in self.had) for name in self.order], device=device)
-        dist.all_reduce(flags)
-        for name, flag in zip(self.order, flags.tolist(), strict=True):
-            if not flag:
-                self.slots[name].values.grad = None
-
     def _sum_next(self) -> None:
         name = self.order[self.next]
         slot = self.slots[name]
@@ -207,26 +208,29 @@ class GradientSum:
         if gradient is None:
             gradient = slot.parameter.new_zeros(slot.count)
         # fp32, as a single process adds the gradients of its micro-batches
-        slot.accumulate(slot.shard.summed(gradient.to(slot.values.dtype)))
+        slot.accumulate(slot.split.summed(gradient.to(slot.values.dtype)))
         self.next += 1
 
 
 class ShardedTrainable(Trainable):
     """A Trainable whose values, gradients and optimizer state are in parts, one a process.
 
-    late: names of the output layer's parameters. All methods that say so are collective; other arguments as there.
+    place: this process and their number. late: names of the output layer's parameters. All methods that say so are
+    collective; other arguments as there.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        shard: Shard,
+        place: tuple[int, int],
         late: Sequence[str],
         mask: Mapping[str, Tensor] | None = None,
         projections: Mapping[str, Projection] | None = None,
         stored: Mapping[str, Tensor] | None = None,
     ):
-        self.shard = shard
+        self.place = place
+        self.had: set[str] = set()
+        """Parameters that had a gradient in this process since `zero_grad`."""
         self.gradients = GradientSum({}, ())  # until the slots are known
         super().__init__(model, mask, projections, stored=stored)
         self.gradients.use(self.sharded, late)
@@ -244,43 +248,75 @@ class ShardedTrainable(Trainable):
         offload: bool,
     ) -> Slot:
         """The values of this process's part of one parameter."""
-        where: Listed | Packed | None = None
-        if marked is not None and not bool(marked.all()):
-            on_device = marked.to(parameter.device)
-            # every process has all indices, and a part of the rest
-            listed = 4 * int(marked.sum()) < marked.numel() / 8
-            where = Listed(on_device) if listed else Packed(on_device)
-        return ShardedSlot(parameter, where, self.shard, stored)
+        # every process has all indices, and a part of the rest
+        where = located(marked, parameter.device)
+        count = parameter.numel() if where is None else where.count
+        return ShardedSlot(parameter, where, Split.evenly(*self.place, count), stored)
 
     def make_hook(
         self, name: str, slot: Slot, projection: Projection | None
     ) -> Callable[[Tensor], None]:
         """As `sparse.collector`, into the sum over processes."""
-        owners = weakref.ref(slot), weakref.ref(self.gradients)
+        owners = weakref.ref(slot), weakref.ref(self)
 
         def collect(parameter: Tensor) -> None:
-            own, gradients = owners[0](), owners[1]()
-            if own is None or gradients is None:
+            own, trainable = owners[0](), owners[1]()
+            if own is None or trainable is None:
                 return
             assert parameter.grad is not None
             dense, parameter.grad = parameter.grad, None
-            gradients.add(name, own.gather(dense if projection is None else projection(dense)))
+            compact = own.gather(dense if projection is None else projection(dense))
+            trainable.had.add(name)
+            trainable.gradients.add(name, compact)
 
         return collect
 
     def zero_grad(self) -> None:
         super().zero_grad()
-        self.gradients.begin()
+        self.had.clear()
 
-    def finish_pass(self) -> None:
-        self.gradients.finish()
+    def free_unused(self, accelerator: Accelerator) -> None:
+        """Frees the gradients of values that had none in any process since `zero_grad`. Collective."""
+        own = [float(name in self.had) for name in self.slots]
+        flags = accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum").tolist()
+        for slot, flag in zip(self.slots.values(), flags, strict=True):
+            if not flag:
+                slot.values.grad = None
+
+    @contextmanager
+    def passes(
+        self, batches: Sequence[Batch], accelerator: Accelerator, idle: Idle
+    ) -> Iterator[Iterable[int]]:
+        """As there; at the end also takes part in the sums of as many passes as others have, even where one fails."""
+        most, done = max(distributed.gathered(accelerator, len(batches))), 0
+
+        def each() -> Iterator[int]:
+            nonlocal done
+            for k in range(len(batches)):
+                yield k
+                self.gradients.finish()
+                done += 1
+
+        try:
+            yield each()
+        finally:
+            self.gradients.drop()
+            while done < most:
+                self.gradients.finish()
+                done += 1
+
+    def clip(self, max_norm: float) -> float:
+        values = list(self.parameters())
+        norm = norm_of_parts(value.grad for value in values if value.grad is not None)
+        torch.nn.utils.clip_grads_with_norm_(values, max_norm, torch.tensor(norm))
+        return norm
 
     def collect(self) -> None:
         for slot in self.sharded.values():
-            slot.collected = collect(self.shard, slot.values.data, slot.count)
+            slot.collected = slot.collect(slot.values.data)
 
     def whole(self, name: str, tensor: Tensor) -> Tensor | None:
-        found = collect(self.shard, tensor, self.slots[name].count)
+        found = self.sharded[name].collect(tensor)
         return None if found is None else found.view(self.shape(name))
 
     def shape(self, name: str) -> torch.Size:
@@ -288,14 +324,23 @@ class ShardedTrainable(Trainable):
         return slot.parameter.shape if slot.whole else torch.Size([slot.count])
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
-        return tensor.reshape(-1)[self.shard.own(self.slots[name].count)]
+        return tensor.reshape(-1)[self.sharded[name].split.own]
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         for name, slot in self.sharded.items():
             slot.load(state[name].reshape(-1))
 
     def round_to_bf16(self, *stream: str | int, stochastic: bool = False) -> None:
-        super().round_to_bf16(*stream, self.shard.rank, stochastic=stochastic)
+        super().round_to_bf16(*stream, self.place[0], stochastic=stochastic)
+
+
+def located(marked: Tensor | None, device: torch.device) -> Listed | Packed | None:
+    """The marked coordinates in the smaller storage; None for all."""
+    if marked is None or bool(marked.all()):
+        return None
+    on_device = marked.to(device)
+    listed = 4 * int(marked.sum()) < marked.numel() / 8
+    return Listed(on_device) if listed else Packed(on_device)
 
 
 def refuse_unsharded(recipe: Recipe, is_lora: bool) -> None:
@@ -320,40 +365,25 @@ def trainable_of(
     mask: Mapping[str, Tensor] | None,
     projections: Mapping[str, Projection] | None,
     stored: Mapping[str, Tensor],
+    is_average: bool = False,
 ) -> Trainable:
-    """The trained coordinates, in parts where train.sharding says so and there are several processes."""
+    """The trained coordinates, in parts where train.sharding says so and there are several processes.
+
+    is_average: of a teacher, whose weights stay whole.
+    """
     train = recipe.train
     if train.sharding == "none" or accelerator.num_processes == 1:
         offload = train.offload_optimizer
         return Trainable(model, mask, projections, stored=stored, offload=offload)
-    shard = Shard(accelerator.process_index, accelerator.num_processes)
+    from vlopd.train import fsdp  # slow to import
+
+    place = accelerator.process_index, accelerator.num_processes
+    if train.sharding == "full":
+        if is_average:
+            return fsdp.RowAverage(model, place, (), mask, stored=stored)
+        return fsdp.FullyShardedTrainable(
+            model, place, accelerator.device, mask, projections, stored
+        )
     head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
     late = [name for name, parameter in model.named_parameters() if id(parameter) in head]
-    return ShardedTrainable(model, shard, late, mask, projections, stored)
-
-
-@contextmanager
-def passes(
-    trainable: Trainable | None, own: int, accelerator: Accelerator
-) -> Iterator[Callable[[], None]]:
-    """A context of this process's `own` backward passes, each of which ends by the function that it yields.
-
-    Of sharded values, at the end also of as many as other processes have, so that all take part in every sum, even
-    where one fails.
-    """
-    if not isinstance(trainable, ShardedTrainable):
-        yield lambda: None
-        return
-    most, done = max(distributed.gathered(accelerator, own)), 0
-
-    def end() -> None:
-        nonlocal done
-        trainable.finish_pass()
-        done += 1
-
-    try:
-        yield end
-    finally:
-        trainable.gradients.drop()
-        while done < most:
-            end()
+    return ShardedTrainable(model, place, late, mask, projections, stored)

@@ -14,8 +14,9 @@ gradients and optimizer state) are in host memory, see offload.py.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,14 @@ from vlopd.bits import different, pack, positions, rounded_to_bf16, widest
 from vlopd.errors import ConfigError, UserError
 from vlopd.seeding import generator
 from vlopd.train.offload import HOST, Downloads, staged
+from vlopd.types import Completions, Prompts
 from vlopd.weights.subspace import Projection
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from vlopd.models.loaded import LoadedModel
+    from vlopd.train.rollouts import Batch
 
 Storage = Literal["whole", "listed", "packed", "dense"]
 
@@ -43,6 +51,10 @@ class Listed:
         self.indices = found.to(torch.int32 if small else torch.int64)
         self.count, self.nbytes = len(self.indices), self.indices.nbytes
 
+    def to(self, device: torch.device) -> None:
+        """Moves the indices."""
+        self.indices = self.indices.to(device)
+
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, self.count, CHUNK):
             part = slice(start, min(start + CHUNK, self.count))
@@ -55,6 +67,10 @@ class Packed:
     def __init__(self, marked: Tensor):
         self.bits, self.n = pack(marked), marked.numel()
         self.count, self.nbytes = int(marked.sum()), self.bits.nbytes
+
+    def to(self, device: torch.device) -> None:
+        """Moves the bits."""
+        self.bits = self.bits.to(device)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         done = 0
@@ -254,6 +270,8 @@ def check_rounding(name: str, parameter: Tensor, stored: Tensor) -> None:
         )
 
 
+Idle = Callable[[Prompts, Completions], object]
+"""Runs the student forward and backward on a completion that has no loss."""
 Choice = Callable[[int, int, bool], Storage]
 """(coordinates, of which train, whether fp32 values can share the parameter's memory) -> storage."""
 
@@ -342,6 +360,28 @@ class Trainable:
             hook.remove()
         self.hooks.clear()
         self.zero_grad()
+
+    def student(self, loaded: LoadedModel) -> LoadedModel:
+        """The trained model, for forward passes."""
+        return loaded
+
+    def assemble(self) -> None:
+        """Before the model is used outside of `passes`. Of sharded weights collective."""
+
+    @contextmanager
+    def passes(
+        self, batches: Sequence[Batch], accelerator: Accelerator, idle: Idle
+    ) -> Iterator[Iterable[int]]:
+        """A context of forward and backward passes over this process's `batches`: yields their indices in turn.
+
+        Of sharded values collective, since all processes take part in every pass: one without a batch of its own for
+        it runs an `idle` one where weights are sharded too.
+        """
+        yield range(len(batches))
+
+    def clip(self, max_norm: float) -> float:
+        """Clips the gradients to a norm over all of them; returns their norm before. Of sharded values collective."""
+        return float(nn.utils.clip_grad_norm_(list(self.parameters()), max_norm))
 
     def collect(self) -> None:
         """Before `merged` and `moved_off_mask`, which the first process calls. Of sharded values collective."""

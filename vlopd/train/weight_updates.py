@@ -66,8 +66,10 @@ class WeightUpdates:
     def next(self) -> dict[str, Tensor]:
         """{kind/parameter: tensor} of what changed since the last call."""
         found: dict[str, Tensor] = {}
+        parameters = dict(self.model.named_parameters())  # of sharded weights as gathered now
         for name, slot in self.trainable.slots.items():
-            found |= {f"{kind}/{name}": tensor for kind, tensor in self._changes(name, slot)}
+            changes = self._changes(name, slot, parameters[name].detach())
+            found |= {f"{kind}/{name}": tensor for kind, tensor in changes}
         self.bytes = sum(tensor.nbytes for tensor in found.values())
         return found
 
@@ -75,8 +77,8 @@ class WeightUpdates:
         """Of all the model's parameters and buffers."""
         return checksum(tensors_of(self.model))
 
-    def _changes(self, name: str, slot: Slot) -> Iterator[tuple[str, Tensor]]:
-        parameter, before = slot.parameter.detach(), self.sent.get(name)
+    def _changes(self, name: str, slot: Slot, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+        before = self.sent.get(name)
         if isinstance(slot, CompactSlot):
             if before is None:
                 places = torch.cat([chunk.cpu() for _, chunk in slot.where.chunks()])
