@@ -1,6 +1,8 @@
 """What test_sharding.py has several processes do: `-m tests.sharded MODELS OUT CASES`; see `train`.
 
-A case is "KIND WHAT SHARDING", KIND llm or vlm, WHAT dense or mask, SHARDING state or full.
+A case is "KIND WHAT SHARDING", KIND llm or vlm, SHARDING state or full; WHAT is dense, mask, projected (gradients),
+average (the teacher is one of the student), recomputed (activations), own (the student samples), engine (a copy does),
+null (a random gradient) or failing (the second process's loss, at the third step).
 
 Each case trains on the completions of recorded-KIND beside MODELS, so that every number of processes sees the same.
 The first process writes the student's weights to OUT/CASE-<processes>.pt. (Imports little: every process starts anew.)
@@ -10,24 +12,37 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vlopd import distributed
 from vlopd.config.recipe import Recipe
 from vlopd.data.shapes import ShapesDataset
+from vlopd.errors import UserError
 from vlopd.loop import Trained, distill
+from vlopd.train.fsdp import FullyShardedTrainable
 from vlopd.train.pair import ModelPair, load_pair
 from vlopd.train.sharding import ShardedTrainable
 from vlopd.types import Example
+from vlopd.weights.subspace import Projection
 
 STEPS, SEED = 5, 7
 
 
-def pair_of(models: Path, kind: str) -> ModelPair:
+AVERAGE = {
+    "model": "student",
+    "ema": 0.5,
+    "context": {"type": "system", "text": "the answer is one word"},
+}
+
+
+def pair_of(models: Path, kind: str, what: str = "dense", sharded: bool = False) -> ModelPair:
     student, teacher = (str(models / f"{kind}-{role}") for role in ("student", "teacher"))
-    return load_pair(student, teacher, compute="fp32", device="cpu")
+    theirs = AVERAGE if what == "average" else teacher
+    return load_pair(student, theirs, compute="fp32", device="cpu", sharded=sharded)
 
 
 def rows(kind: str) -> list[Example]:
@@ -50,8 +65,22 @@ def fifth(pair: ModelPair) -> dict[str, torch.Tensor]:
     return found
 
 
-def recipe(sharding: str, **train) -> Recipe:
+def projections(pair: ModelPair) -> dict[str, Projection]:
+    """Of every matrix onto four columns."""
+    source = torch.Generator().manual_seed(0)
+    found = {}
+    for name, p in pair.student.model.named_parameters():
+        if p.ndim == 2:
+            random = torch.randn(p.shape[1], 4, generator=source)
+            found[name] = Projection(None, torch.linalg.qr(random).Q)
+    return found
+
+
+def recipe(sharding: str, what: str = "dense", **train) -> Recipe:
+    more: dict[str, Any] = {"teacher": AVERAGE} if what == "average" else {}
+    rollout: dict[str, Any] = {"engine": {"type": "vlopd"}} if what == "engine" else {}
     return Recipe(
+        **more,
         train={
             "steps": STEPS,
             "prompts_per_step": 4,
@@ -59,7 +88,7 @@ def recipe(sharding: str, **train) -> Recipe:
             "sharding": sharding,
             **train,
         },
-        rollout={"max_new_tokens": 4},
+        rollout={"max_new_tokens": 4, **rollout},
         optim={
             "type": "adamw",
             "learning_rate": 1e-2,
@@ -73,17 +102,38 @@ def recipe(sharding: str, **train) -> Recipe:
 def train(models: Path, out: Path, case: str, sharding: str | None = None) -> Trained:
     """One case, with a state after 3 of its 5 steps in `out`; goes on from one there."""
     kind, what, own = case.split()[:3]
-    pair = pair_of(models, kind)
+    pair, replay = pair_of(models, kind, what, own == "full"), models.parent / f"recorded-{kind}"
+    if what == "failing":
+        pair = failing(pair)
+    settings = {"save_every": 3, "activation_checkpointing": what == "recomputed"}
     return distill(
         pair,
         rows(kind),
-        recipe(sharding or own, save_every=3),
+        recipe(sharding or own, what, **settings),
         out,
         SEED,
         mask=fifth(pair) if what == "mask" else None,
+        projections=projections(pair) if what == "projected" else None,
         identity=f"{kind} {what}",
-        replay=models.parent / f"recorded-{kind}",
+        null="random_gradient" if what == "null" else None,
+        replay=None if what in ("own", "engine", "average") else replay,
     )
+
+
+class Failing(ModelPair):
+    """A pair whose third loss cannot be computed in the second process."""
+
+    calls = 0
+
+    def loss_of(self, *arguments, **named):
+        Failing.calls += 1
+        if Failing.calls == 3 and distributed.accelerator().process_index == 1:
+            raise UserError("this loss failed")
+        return super().loss_of(*arguments, **named)
+
+
+def failing(pair: ModelPair) -> ModelPair:
+    return Failing(**{each.name: getattr(pair, each.name) for each in fields(pair)})
 
 
 def main(models: Path, out: Path, cases: list[str]) -> None:
@@ -94,11 +144,17 @@ def main(models: Path, out: Path, cases: list[str]) -> None:
         done = train(models, out / f"{name}-{n}", case)
         values = done.trainable
         assert isinstance(values, ShardedTrainable)
+        slots = values.sharded.values()
         own = {
-            "values": sum(its.values.nbytes for its in values.slots.values()),
+            "values": sum(its.values.nbytes for its in slots),
             "whole": 4 * values.count,
-            "indices": sum(its.index_bytes for its in values.slots.values()),
+            "indices": sum(its.index_bytes for its in slots),
         }
+        if isinstance(values, FullyShardedTrainable):
+            values.part_again()
+            own["weights"] = sum(its.local.nbytes for its in values.rows.values())
+            own["all_weights"] = sum(its.parameter.nbytes for its in values.rows.values())
+            values.assemble()
         (out / f"{name}-{n}-{state.process_index}.json").write_text(json.dumps(own))
         if state.is_main_process:
             torch.save(done.student.model.state_dict(), out / f"{name}-{n}.pt")

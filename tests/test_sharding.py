@@ -25,6 +25,8 @@ CASES = [
     for sharding in ("state", "full")
 ]
 RESUMED = [f"{case} resumed" for case in CASES]
+OTHER = [f"llm {what} full" for what in ("projected", "average", "null")]
+OTHER += [f"vlm {what} full" for what in ("recomputed", "own", "engine")]
 
 
 def launch(n: int, models: Path, out: Path, cases: list[str]) -> None:
@@ -53,10 +55,10 @@ def distance(a, b) -> float:
 
 
 SOME = {
-    2: ["llm mask state", "vlm dense full"],
+    2: ["llm mask state", "vlm dense full", "llm projected full"],
     4: ["vlm mask state", "vlm mask full", "vlm dense full resumed"],
 }
-ALL = {2: CASES, 4: CASES + RESUMED}
+ALL = {2: CASES + OTHER, 4: CASES + RESUMED}
 
 
 @pytest.mark.parametrize(
@@ -72,14 +74,17 @@ def test_processes_with_parts_train_what_one_trains(cases, folders, tmp_path):
     one = {}
     resumed = [case for case in cases[4] if case.endswith("resumed")]
     for case in {*cases[2], *cases[4]} - set(resumed):
-        kind = case.split()[0]
+        kind, what = case.split()[:2]
         recorded = models.parent / f"recorded-{kind}"
         if not recorded.exists():
             pair, recipe = sharded.pair_of(models, kind), sharded.recipe("none")
             train = recipe.train.model_copy(update={"keep_completions": True})
             recipe = recipe.model_copy(update={"train": train})
             distill(pair, sharded.rows(kind), recipe, recorded, sharded.SEED)
-        one[case] = sharded.train(models, folder_of(out, case, 1), case, "none")
+        if (kind, what) not in one:
+            one[kind, what] = sharded.train(
+                models, folder_of(out, f"{kind} {what}", 1), case, "none"
+            )
     launch(2, models, out, cases[2])
     for case in resumed:
         whole = case.removesuffix(" resumed")
@@ -95,7 +100,7 @@ def test_processes_with_parts_train_what_one_trains(cases, folders, tmp_path):
 def check(models: Path, out: Path, case: str, n: int, one: dict) -> None:
     """The claims of one case with n processes."""
     kind, what, sharding = case.split()[:3]
-    alone = one[f"{kind} {what} {sharding}"]
+    alone = one[kind, what]
     base = sharded.pair_of(models, kind).student.model.state_dict()
     expected = alone.student.model.state_dict()
     size = distance(expected, base)
@@ -104,7 +109,7 @@ def check(models: Path, out: Path, case: str, n: int, one: dict) -> None:
         assert distance(one[case].student.model.state_dict(), expected) <= 1e-4 * size
     losses = [
         [row["loss"] for row in read_jsonl(each / "metrics.jsonl")]
-        for each in (folder_of(out, case, n), folder_of(out, f"{kind} {what} {sharding}", 1))
+        for each in (folder_of(out, case, n), folder_of(out, f"{kind} {what}", 1))
     ]
     assert len(losses[0]) == sharded.STEPS and losses[0] == pytest.approx(losses[1], rel=1e-5)
     merged = torch.load(out / f"{case.replace(' ', '-')}-{n}-merged.pt")
@@ -116,6 +121,18 @@ def check(models: Path, out: Path, case: str, n: int, one: dict) -> None:
     for k in range(n):
         own = json.loads((out / f"{case.replace(' ', '-')}-{n}-{k}.json").read_text())
         assert own["values"] <= own["whole"] * (1 / n + 0.1)
+        if sharding == "full":
+            assert own["weights"] <= own["all_weights"] * (1 / n + 0.1)
+            whole = sum(its.index_bytes for its in alone.trainable.slots.values())
+            assert own["indices"] <= whole * (1 / n + 0.1)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_others(folders, tmp_path):
+    """Where a loss fails in one process of sharded weights, none waits for it: that one tells why, the others stop."""
+    models = folders["llm", "student"].parent
+    with pytest.raises(AssertionError, match="UserError: this loss failed"):
+        launch(2, models, tmp_path, ["llm failing full"])
 
 
 @pytest.mark.parametrize(

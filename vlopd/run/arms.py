@@ -156,8 +156,10 @@ def train_arm(
         student_folder=base if base_arm_is_exact(config) else None,
         kept=options.teachers,
         with_teachers=arm.null is None or arm.null.type != "random_gradient",
+        sharded=recipe.train.sharding == "full",
     )
-    before, mask, projections, lora = read_tensors(base), None, None, arm.lora
+    before = read_tensors(base) if accelerator.is_main_process else {}
+    mask, projections, lora = None, None, arm.lora
     if arm.mask is not None:
         mask = read_mask(run, config, arm.mask)
     if arm.subspace is not None:

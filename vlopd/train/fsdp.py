@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,11 +24,12 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from vlopd import distributed
+from vlopd.errors import ConfigError
 from vlopd.models import families
 from vlopd.models.loaded import LoadedModel
 from vlopd.train.checkpointing import layers_of
 from vlopd.train.rollouts import Batch
-from vlopd.train.sharding import ShardedSlot, ShardedTrainable, Split, located
+from vlopd.train.sharding import ShardedSlot, ShardedTrainable, Split, located, padded
 from vlopd.train.sparse import Choice, Idle, Slot, widened
 from vlopd.types import Completions, Prompts
 from vlopd.weights.subspace import Projection
@@ -53,12 +55,14 @@ def row_split(rank: int, count: int, shape: torch.Size, marked: Tensor | None) -
 class RowSlot(ShardedSlot):
     """A parameter of which this process has some rows, and the indices and fp32 values of those rows' coordinates.
 
-    Made of the whole parameter; `bind` follows once it is split.
+    weights: those rows, flat; stored: the whole parameter before it was rounded, if it was. `bind` follows once the
+    model's own is split.
     """
 
     def __init__(
         self,
         parameter: nn.Parameter,
+        weights: Tensor,
         marked: Tensor | None,
         place: tuple[int, int],
         stored: Tensor | None = None,
@@ -73,9 +77,8 @@ class RowSlot(ShardedSlot):
         # on the host until it is known where the rows will be
         self.where = located(own, torch.device("cpu")) if own is not None and len(own) else None
         self.index_bytes = 0 if self.where is None else self.where.nbytes
-        whole = parameter.data if stored is None else stored
-        part = self.compact(whole.reshape(-1)[self.rows.own].cpu())
-        self.values = nn.Parameter(widened(part.clone()))
+        exact = weights if stored is None else stored.reshape(-1)[self.rows.own]
+        self.values = nn.Parameter(widened(self.compact(exact.cpu()).clone()))
         self.collected: Tensor | None = None
 
     def bind(self, parameter: nn.Parameter) -> None:
@@ -145,10 +148,37 @@ class ShardedStudent(LoadedModel):
         return self.states(prompts, completions)
 
 
+def rows_of(
+    model: PreTrainedModel, place: tuple[int, int], device: torch.device
+) -> dict[str, Tensor]:
+    """This process's rows of each weight, flat and on the host; the first process has all of them. Collective."""
+    rank, count = place
+    about = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
+    if (first := distributed.gathered(distributed.accelerator(), about)[0]) != about:
+        odd = next(iter({**first, **about}.items() ^ first.items()), None) or "a name"
+        raise ConfigError(
+            f"train.sharding = 'full': the processes have other weights, such as {odd}; use 'state'"
+        )
+    found = {}
+    for name, parameter in model.named_parameters():
+        split = row_split(rank, count, parameter.shape, None)
+        size = max(split.sizes)
+        own = torch.empty(size, dtype=parameter.dtype, device=device)
+        parts = None
+        if rank == 0:
+            flat = parameter.detach().reshape(-1)
+            pieces = [flat[start:stop] for start, stop in pairwise(split.bounds)]
+            parts = [padded(piece.to(device), size) for piece in pieces]
+        dist.scatter(own, parts, src=0)
+        found[name] = own[: split.sizes[rank]].cpu()
+    return found
+
+
 def shard(model: PreTrainedModel, device: torch.device, count: int) -> CompletionStates:
-    """Splits the model's weights among the processes, in place. Collective."""
+    """Splits the model among the processes, in place; of one without weights the parts are not set. Collective."""
     mesh = init_device_mesh(device.type, (count,))
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    is_empty = any(p.is_meta for p in model.parameters())
 
     def placement(parameter: nn.Parameter) -> Shard:
         return Shard(split_axis(parameter.shape, count))
@@ -156,11 +186,20 @@ def shard(model: PreTrainedModel, device: torch.device, count: int) -> Completio
     states = CompletionStates(model)
     for layer in (*layers_of(model), states):
         fully_shard(layer, mesh=mesh, mp_policy=precision, shard_placement_fn=placement)
-    for module in sharded_modules(states):
+    if is_empty:
+        states.to_empty(device=device)
+    for sharded in sharded_modules(states):
         # sums, as the losses are weighted over the whole step
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-        module.set_reduce_scatter_unused_params(True, recurse=False)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+        sharded.set_reduce_scatter_unused_params(True, recurse=False)
+    states()
+    for buffer in model.buffers():
+        dist.broadcast(buffer, src=0)
+    for (
+        module
+    ) in states.modules():  # `state_dict` would part gathered weights again, in one process
+        module._state_dict_pre_hooks.clear()
     return states
 
 
@@ -180,11 +219,18 @@ class FullyShardedTrainable(ShardedTrainable):
         projections: Mapping[str, Projection] | None = None,
         stored: Mapping[str, Tensor] | None = None,
     ):
+        weights = rows_of(model, place, device)
+        self.weights = {p: weights[name] for name, p in model.named_parameters()}
         super().__init__(model, place, (), mask, projections, stored)
+        self.weights.clear()
         self.model = model
         self.states = shard(model, device, place[1])
+        self.is_whole = True
+        self.part_again()
         self.hooks.clear()  # of parameters that are gone
         self.model_parameters = dict(model.named_parameters())
+        for name, parameter in self.model_parameters.items():
+            local(parameter.data).view(-1).copy_(weights[name])
         for name, slot in self.rows.items():
             parameter = self.model_parameters[name]
             slot.bind(parameter)
@@ -194,7 +240,9 @@ class FullyShardedTrainable(ShardedTrainable):
             collect = self.make_row_hook(slot, projection)
             self.hooks.append(parameter.register_post_accumulate_grad_hook(collect))
         self.states()
-        for module in model.modules():  # `state_dict` would part gathered weights again, in one process
+        for (
+            module
+        ) in model.modules():  # `state_dict` would part gathered weights again, in one process
             module._state_dict_pre_hooks.clear()
         self.is_whole = False
         self.assemble()
@@ -216,7 +264,7 @@ class FullyShardedTrainable(ShardedTrainable):
         offload: bool,
     ) -> Slot:
         """The values of this process's rows of one parameter."""
-        return RowSlot(parameter, marked, self.place, stored)
+        return RowSlot(parameter, self.weights[parameter], marked, self.place, stored)
 
     def make_row_hook(
         self, slot: RowSlot, projection: Projection | None
@@ -300,7 +348,9 @@ class FullyShardedTrainable(ShardedTrainable):
             yield from (k for k, has in enumerate(own) if has == kind)
             most = max(each.count(kind) for each in everyones)
             for _ in range(most - own.count(kind)):
-                prompts, completions = idles[kind]
+                given = idles[kind]
+                assert given is not None
+                prompts, completions = given
                 idle(prompts.to(device, dtype), completions.to(device))
 
 

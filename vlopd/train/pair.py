@@ -425,11 +425,15 @@ def without_weights(
     dtype: torch.dtype = torch.float32,
     device: Any = "meta",
     folder: Path | str | None = None,
+    as_loaded: bool = False,
 ) -> LoadedModel:
-    """A model's tokenizer or processor with its parameters' names and shapes; takes the place of `load_configured`."""
+    """A model's tokenizer or processor with its parameters' names and shapes; takes the place of `load_configured`.
+
+    as_loaded: in `dtype` and with the attention of the config, for weights that follow.
+    """
     name, revision = str(folder or config.model), None if folder else config.revision
     about = load_model_config(name, revision, config.trust_remote_code)
-    model = meta_model(about)
+    model = meta_model(about, dtype, config.attention) if as_loaded else meta_model(about)
     model.generation_config = load_generation_config(name, about, revision)
     arguments = config.template_arguments
     processor = load_processor(name, revision, config.trust_remote_code, config.template, arguments)
@@ -447,6 +451,7 @@ def load_pair(
     load: Callable[..., LoadedModel] = load_configured,
     kept: LoadedTeachers | None = None,
     with_teachers: bool = True,
+    sharded: bool = False,
 ) -> ModelPair:
     """Loads student and teachers.
 
@@ -461,6 +466,8 @@ def load_pair(
         load: loads one model of a config.
         kept: teachers loaded for the pair before, reused where they are the same and fixed; replaced by this pair's.
         with_teachers: whether the teachers' weights are loaded; without, the pair has their vocabulary alone.
+        sharded: whether of several processes the first alone loads the student's weights, into host memory, for
+            train.sharding = "full" (`distill` splits them).
 
     Returns a ModelPair. Raises ConfigError, before any weights are read, where a model cannot be read, vocabularies
     disagree or, with `images`, a model is text-only.
@@ -480,8 +487,18 @@ def load_pair(
     if images:
         refuse_text_only(own, configs)
     vocabulary = shared_vocabulary(own, configs.values())
+
+    def load_student() -> LoadedModel:
+        state = distributed.accelerator() if sharded else None
+        if state is None or state.num_processes == 1:
+            return load(own, dtype, device, student_folder)
+        with distributed.together(state):
+            if state.is_main_process:
+                return load(own, dtype, "cpu", student_folder)
+            return without_weights(own, dtype, folder=student_folder, as_loaded=True)
+
     if not with_teachers:
-        return ModelPair(load(own, dtype, device, student_folder), {}, vocabulary)
+        return ModelPair(load_student(), {}, vocabulary)
     teachers: dict[str, Teacher] = {}
     kept = {} if kept is None else kept
     keys = []
@@ -504,7 +521,7 @@ def load_pair(
         if its.ema is None:
             kept[key] = loaded
         teachers[name] = Teacher(loaded, vocabulary, index, its.context, its.ema)
-    trained = load(own, dtype, device, student_folder)
+    trained = load_student()
     if isinstance(plan, RoutedTeachers):
         return ModelPair(trained, teachers, vocabulary, plan.field)
     if isinstance(plan, MixedTeachers):
