@@ -352,6 +352,41 @@ def offload(at: Setting) -> Found:
     return numbers, [] if off <= 1e-4 else [f"weights differ by {off:.1e}"]
 
 
+def served_teacher(at: Setting) -> Found:
+    """A teacher in another process on the same device trains the weights that one here trains, to the bit."""
+    import random_models
+    import torch
+
+    import vlopd
+    from vlopd.models.save import save
+
+    folders = {}
+    for role, layers in (("student", 2), ("teacher", 3)):
+        name = at.model(TEXT)
+        loaded = random_models.make(name, torch.bfloat16, "cpu", None if at.tiny else layers)
+        folders[role] = Path(at.work) / f"served-{role}"
+        save(loaded, folders[role], "")
+    words = ["--prompts", "4", "--new-tokens", "16", "--steps", "2", "--no-trl"]
+    args = at.steps(TEXT, None, *words, "--learning-rate", "1e-3")
+    weights, numbers = {}, {}
+    for where in ("here", "served"):
+        teacher: dict[str, Any] = {"model": str(folders["teacher"])}
+        if where == "served":
+            teacher["engine"] = {"type": "vlopd", "device": at.device}
+        pair = vlopd.load_pair(
+            str(folders["student"]), teacher, compute=at.precision, device=at.device
+        )
+        data = vlopd.load_data(args.data, question="question")
+        trained = vlopd.distill(pair, data, bench_opd_step.recipe_of(args))
+        weights[where] = {n: p.detach().cpu() for n, p in pair.student.model.named_parameters()}
+        row = trained.metrics.iloc[-1]
+        numbers[f"{where}: teacher s"] = round(float(row["teacher_seconds"]), 3)
+        del pair, trained
+        gc.collect()
+    apart = [n for n, p in weights["here"].items() if not torch.equal(p, weights["served"][n])]
+    return numbers, [f"{len(apart)} weights differ, such as {apart[0]}"] if apart else []
+
+
 def out_of_memory(at: Setting) -> Found:
     """Training that does not fit ends in one line with the phase and settings that would fit."""
     import resource
@@ -400,6 +435,7 @@ CHECKS = {
     "image-masked": Check(image_masked, 110),
     "six-arms": Check(six_arms, 40),
     "offload": Check(offload, 40),
+    "served-teacher": Check(served_teacher, 60),
     "out-of-memory": Check(out_of_memory, 40),
 }
 """In the order in which they run: what later ones rely on first."""
