@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -100,3 +102,11 @@ def test_the_students_own_completions_do_not_come_again(make_pair, make_data, tm
     recipe = Recipe(train={"steps": 1, "prompts_per_step": 2, "teacher_cache_gb": 1})
     with pytest.raises(ConfigError, match="teacher_cache_gb"):
         distill(make_pair("llm"), make_data("llm"), recipe, tmp_path)
+
+
+def test_a_teacher_in_memory_alone_is_not_cached(make_pair, tmp_path):
+    """A teacher that no files tell apart is refused in a line."""
+    teacher = make_pair("llm").teachers[0]
+    in_memory = replace(teacher, loaded=replace(teacher.loaded, folder=None))
+    with pytest.raises(ConfigError, match="no folder"):
+        in_memory.with_cache(TeacherCache(tmp_path, 10**6))

@@ -318,8 +318,10 @@ def distill(
             kept.clear()
     refuse_other_starts(start, out, accelerator)
     engine = None
-    if replayed is None and "student" in recipe.rollout.source.shares:
+    samples = replayed is None and "student" in recipe.rollout.source.shares
+    if samples:
         engine = rollout_engine(pair, recipe.rollout.engine, trainable, accelerator)
+    samples_here = samples and engine is None
     if engine is not None:
         pair = replace(pair, sampler=engine.sample)
         with distributed.together(accelerator):
@@ -357,7 +359,7 @@ def distill(
         for step in range(start, train.steps):
             clock, lag = Stopwatch(memory.enter), {}
             clock.start("data")
-            if engine is None and replayed is None:
+            if samples_here:
                 trainable.assemble()
             with distributed.together(accelerator):
                 given = None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlopd.config.models import ContextConfig
 from vlopd.digests import digest_checkpoint
+from vlopd.errors import ConfigError
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.vocabulary import SharedVocabulary
 from vlopd.train.distributions import logprobs_at
@@ -59,7 +60,12 @@ class Teacher:
         return replace(self, loaded=self.loaded.with_own_processor())
 
     def with_cache(self, cache: TeacherCache) -> Teacher:
-        """The same teacher, which keeps hidden states."""
+        """The same teacher, which keeps hidden states. Raises ConfigError for a model in memory alone."""
+        if self.loaded.folder is None:
+            raise ConfigError(
+                f"train.teacher_cache_gb: the teacher {self.loaded.name} has no folder to tell its weights by; save "
+                "it and load that, or leave the setting out"
+            )
         return replace(self, cache=cache)
 
     def collate(
