@@ -68,11 +68,12 @@ from vlopd.train.resume import Averages, BackgroundWriter, chosen_before, resume
 from vlopd.train.rollout_engine import rollout_engine
 from vlopd.train.rollouts import Batch, collect, sampling_notes
 from vlopd.train.rollouts_ahead import RolloutsAhead
-from vlopd.train.sharding import ShardedTrainable, refuse_unsharded, trainable_of
+from vlopd.train.sharding import ShardedTrainable
 from vlopd.train.signal_nulls import Forwards, NullSignal, NullUpdate
 from vlopd.train.sparse import Trainable
 from vlopd.train.teacher_cache import TeacherCache
 from vlopd.train.token_selection import loss_tokens, token_weights
+from vlopd.train.trainables import refuse_unsharded, trainable_of
 from vlopd.types import Completions, Example, Prompts
 from vlopd.weights.stored import rounded_on_load, stored_tensors
 from vlopd.weights.subspace import Projection

@@ -30,7 +30,7 @@ from vlopd.models.loaded import LoadedModel
 from vlopd.train.checkpointing import layers_of
 from vlopd.train.rollouts import Batch
 from vlopd.train.sharding import ShardedSlot, ShardedTrainable, Split, located, padded
-from vlopd.train.sparse import Choice, Idle, Slot, widened
+from vlopd.train.sparse import Choice, Idle, Slot, local, widened
 from vlopd.types import Completions, Prompts
 from vlopd.weights.subspace import Projection
 
@@ -110,11 +110,6 @@ class RowSlot(ShardedSlot):
             tensor.view(-1).copy_(values)
         else:
             tensor.view(-1)[self.marked.reshape(-1)] = values
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class CompletionStates(nn.Module):
@@ -297,7 +292,7 @@ class FullyShardedTrainable(ShardedTrainable):
         return mark
 
     def student(self, loaded: LoadedModel) -> LoadedModel:
-        own = {each.name: getattr(loaded, each.name) for each in fields(loaded)}
+        own = {each.name: vars(loaded)[each.name] for each in fields(loaded)}
         return ShardedStudent(**own, states=self.states)
 
     def assemble(self) -> None:

@@ -30,7 +30,7 @@ from vlopd.train.decoding import chosen_engine
 from vlopd.train.optimizers import Optimizers
 from vlopd.train.pair import ModelPair
 from vlopd.train.rollouts import Batch
-from vlopd.train.sparse import Trainable
+from vlopd.train.sparse import Trainable, local
 from vlopd.types import Completions, Prompts
 
 
@@ -195,8 +195,7 @@ class MemoryUse:
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
     """Parameters and buffers, tied ones once; of sharded ones this process's part."""
-    every = [*model.parameters(), *model.buffers()]
-    return [each.to_local() if hasattr(each, "to_local") else each for each in every]
+    return [local(each) for each in (*model.parameters(), *model.buffers())]
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:

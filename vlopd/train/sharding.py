@@ -13,18 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from vlopd import distributed
-from vlopd.config.recipe import Recipe
-from vlopd.config.training import AdamW, Muon
-from vlopd.errors import ConfigError
-from vlopd.train.rollouts import Batch
 from vlopd.train.sparse import (
     Choice,
     Idle,
@@ -285,7 +281,7 @@ class ShardedTrainable(Trainable):
 
     @contextmanager
     def passes(
-        self, batches: Sequence[Batch], accelerator: Accelerator, idle: Idle
+        self, batches: Sequence[Any], accelerator: Accelerator, idle: Idle
     ) -> Iterator[Iterable[int]]:
         """As there; at the end also takes part in the sums of as many passes as others have, even where one fails."""
         most, done = max(distributed.gathered(accelerator, len(batches))), 0
@@ -341,49 +337,3 @@ def located(marked: Tensor | None, device: torch.device) -> Listed | Packed | No
     on_device = marked.to(device)
     listed = 4 * int(marked.sum()) < marked.numel() / 8
     return Listed(on_device) if listed else Packed(on_device)
-
-
-def refuse_unsharded(recipe: Recipe, is_lora: bool) -> None:
-    """Raises ConfigError for what needs whole tensors, or is not written for parts."""
-    train, optim = recipe.train, recipe.optim
-    eight_bits = isinstance(optim, AdamW) and optim.state_bits == 8
-    for name, is_on in {
-        "optim.type = 'muon', which needs whole matrices": isinstance(optim, Muon),
-        "optim.state_bits = 8": eight_bits,
-        "train.offload_optimizer": train.offload_optimizer,
-        "train.evidence_every": bool(train.evidence_every),
-        "a LoRA": is_lora,
-    }.items():
-        if is_on:
-            raise ConfigError(f"train.sharding = {train.sharding!r} does not go with {name}")
-
-
-def trainable_of(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    mask: Mapping[str, Tensor] | None,
-    projections: Mapping[str, Projection] | None,
-    stored: Mapping[str, Tensor],
-    is_average: bool = False,
-) -> Trainable:
-    """The trained coordinates, in parts where train.sharding says so and there are several processes.
-
-    is_average: of a teacher, whose weights stay whole.
-    """
-    train = recipe.train
-    if train.sharding == "none" or accelerator.num_processes == 1:
-        offload = train.offload_optimizer
-        return Trainable(model, mask, projections, stored=stored, offload=offload)
-    from vlopd.train import fsdp  # slow to import
-
-    place = accelerator.process_index, accelerator.num_processes
-    if train.sharding == "full":
-        if is_average:
-            return fsdp.RowAverage(model, place, (), mask, stored=stored)
-        return fsdp.FullyShardedTrainable(
-            model, place, accelerator.device, mask, projections, stored
-        )
-    head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
-    late = [name for name, parameter in model.named_parameters() if id(parameter) in head]
-    return ShardedTrainable(model, place, late, mask, projections, stored)

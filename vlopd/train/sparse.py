@@ -16,10 +16,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from vlopd.bits import different, pack, positions, rounded_to_bf16, widest
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from vlopd.models.loaded import LoadedModel
-    from vlopd.train.rollouts import Batch
 
 Storage = Literal["whole", "listed", "packed", "dense"]
 
@@ -235,6 +235,11 @@ class DenseSlot(Slot):
         return tensor.reshape(-1)[on]
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def widened(tensor: Tensor) -> Tensor:
     """The tensor in fp32, or in fp64 if stored so; itself if it already is."""
     return tensor.to(widest(tensor.dtype, torch.float32))
@@ -372,7 +377,7 @@ class Trainable:
 
     @contextmanager
     def passes(
-        self, batches: Sequence[Batch], accelerator: Accelerator, idle: Idle
+        self, batches: Sequence[Any], accelerator: Accelerator, idle: Idle
     ) -> Iterator[Iterable[int]]:
         """A context of forward and backward passes over this process's `batches`: yields their indices in turn.
 
