@@ -1,16 +1,18 @@
-"""What test_sharding.py has several processes do: `-m tests.sharded MODELS OUT CASES`; see `train`.
+"""What test_sharding.py has several processes do: `-m tests.sharded MODELS OUT PROCESSES=CASES...`; see `train`.
 
 A case is "KIND WHAT SHARDING", KIND llm or vlm, SHARDING state or full; WHAT is dense, mask, projected (gradients),
 average (the teacher is one of the student), recomputed (activations), own (the student samples), engine (a copy does),
-null (a random gradient) or failing (the second process's loss, at the third step).
+null (a random gradient) or failing (the second process's loss, at the third step). One that ends in "resumed" gets what
+two processes left of the same case.
 
 Each case trains on the completions of recorded-KIND beside MODELS, so that every number of processes sees the same.
-The first process writes the student's weights to OUT/CASE-<processes>.pt. (Imports little: every process starts anew.)
+The first process writes the student's weights to OUT/CASE-<processes>.pt.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 
+from tests import forked
 from vlopd import distributed
 from vlopd.config.recipe import Recipe
 from vlopd.data.shapes import ShapesDataset
@@ -136,7 +139,7 @@ def failing(pair: ModelPair) -> ModelPair:
     return Failing(**{each.name: getattr(pair, each.name) for each in fields(pair)})
 
 
-def main(models: Path, out: Path, cases: list[str]) -> None:
+def train_all(models: Path, out: Path, cases: list[str]) -> None:
     state = distributed.accelerator()
     n = state.num_processes
     for case in cases:
@@ -160,6 +163,21 @@ def main(models: Path, out: Path, cases: list[str]) -> None:
             torch.save(done.student.model.state_dict(), out / f"{name}-{n}.pt")
             base = pair_of(models, case.split()[0]).student.model.state_dict()
             torch.save(values.merged(base), out / f"{name}-{n}-merged.pt")
+
+
+def main(models: Path, out: Path, launches: list[str]) -> None:
+    for launch in launches:
+        n, _, cases = launch.partition("=")
+        for case in cases.split(","):
+            if case.endswith("resumed"):
+                before = folder_of(out, case.removesuffix(" resumed"), 2)
+                shutil.copytree(before, folder_of(out, case, int(n)))
+        forked.run(int(n), lambda cases=cases: train_all(models, out, cases.split(",")))
+
+
+def folder_of(out: Path, case: str, n: int) -> Path:
+    """Where n processes train a case."""
+    return out / f"{case.replace(' ', '-')}-{n}"
 
 
 if __name__ == "__main__":
