@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,16 @@ from vlopd.config.arms import CheckpointArm, ImportedArm, TeacherArm
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.models import ModelConfig
 from vlopd.digests import digest_json, digest_text, digest_weights, file_digest
-from vlopd.distributed import accelerator
+from vlopd.distributed import accelerator, in_step
 from vlopd.errors import RunError, UserError, one_line_out_of_memory
-from vlopd.files import read_json, read_jsonl, whole_file, without_nan, write_jsonl
+from vlopd.files import (
+    is_first_process,
+    read_json,
+    read_jsonl,
+    whole_file,
+    without_nan,
+    write_jsonl,
+)
 from vlopd.loop import Evaluate
 from vlopd.models.load import DTYPES, load_configured
 from vlopd.models.loaded import LoadedModel
@@ -103,16 +111,20 @@ def subject_of(
 def evaluate(run: RunFolder, subject: Subject, config: EvalConfig, kind: str = "evals") -> bool:
     """Evaluates a model on tasks; returns whether anything was done.
 
+    Processes share each task's batches of questions; the first writes the results, those of one process.
     Writes KIND/<name>/samples_<task>.jsonl in the run and, after each task, results.json there. Results of tasks with
     unchanged inputs are kept. Raises ConfigError for an unknown task and RunError for one that cannot be scored.
     """
     manager = Tasks.of(config.tasks, config.include)
     manager.refuse_unknown_names(config)
-    with stage(run, f"{kind}/{subject.name}") as its:
+    state = accelerator()
+    first = state.is_main_process
+    with in_step(state), stage(run, f"{kind}/{subject.name}") as its:
         record = run.checksums.record(its.artifact)
-        if record.exists() and not _images_exist(run, read_json(record)):
+        if first and record.exists() and not _images_exist(run, read_json(record)):
             run.checksums.start(its.artifact)  # remade together with the rows that show them
-        if not its.is_due(lambda whole: evaluation_inputs(manager, subject, config, whole)):
+        inputs = partial(evaluation_inputs, manager, subject, config)
+        if not its.is_due_in_all(state, inputs):
             return False
         merged = _reusable_results(its)
         lm = None
@@ -120,19 +132,23 @@ def evaluate(run: RunFolder, subject: Subject, config: EvalConfig, kind: str = "
             if task in merged["inputs"]["tasks"]:
                 continue
             if lm is None:
-                if merged["inputs"]["tasks"]:  # reused results survive a kill
+                if first and merged["inputs"]["tasks"]:  # reused results survive a kill
                     _write_results(its, merged)
                 lm = ArmLM(
                     subject.open(),
                     config.batch_size,
                     subject.name,
+                    quiet=not first,
                     sampled=config.sampled,
                     max_pixels=config.max_pixels,
+                    processes=state,
                 )
                 merged |= {**subject.about, "arm": subject.name}
                 merged["checkpoint_digest"] = digest_weights(its.inputs["checkpoint"])
                 merged |= {"precision": subject.compute, **_digests_of(lm.loaded)}
             results = score_task(lm, task, manager, config, config.limit, subject.name)
+            if not first:
+                continue
             merged["leaves"][task] = sorted({*results["samples"], *results["results"]})
             for leaf, rows in results.pop("samples").items():
                 _add_task(merged, results, leaf, rows, manager, config, its)
@@ -144,7 +160,7 @@ def evaluate(run: RunFolder, subject: Subject, config: EvalConfig, kind: str = "
             merged |= results
             merged["inputs"]["tasks"][task] = {**own}
             _write_results(its, merged)
-        if lm is None:  # tasks were only dropped
+        if first and lm is None:  # tasks were only dropped
             _write_results(its, merged)
     return True
 
@@ -181,6 +197,8 @@ def import_scores(run: RunFolder, where: Path, name: str, config: EvalConfig) ->
     Raises RunError where they lack a task of the config.
     """
     samples = samples_of(where, config.tasks)  # raises before existing results are withdrawn
+    if not is_first_process():
+        return False
     with stage(run, f"evals/{name}") as its:
         if its.is_due(lambda _: imported_inputs(where, config)):
             out = run.eval(name)
@@ -288,7 +306,7 @@ def _reusable_results(its: Stage) -> dict[str, Any]:
     kept = unchanged_tasks(old["inputs"], its.inputs) if old else {}
     leaves = {task: old["leaves"][task] for task in kept}
     names = {leaf for task in kept for leaf in leaves[task]}
-    for path in out.glob("samples_*.jsonl"):
+    for path in out.glob("samples_*.jsonl") if is_first_process() else ():
         if path.stem.removeprefix("samples_") not in names:
             path.unlink()
     if not kept:
@@ -368,7 +386,10 @@ def _model_config_of(config: ExperimentConfig, name: str) -> ModelConfig:
 
 
 def held_out_scores(config: ExperimentConfig) -> Evaluate:
-    """A function for the training loop: mean scores of a student on eval.during, {task: {metric: mean}}."""
+    """A function for the training loop: mean scores of a student on eval.during, {task: {metric: mean}}.
+
+    Processes share the questions, within `in_step`.
+    """
     during = config.eval.during
     assert during is not None
     # resolved here, so that an unknown task raises before training
@@ -376,7 +397,8 @@ def held_out_scores(config: ExperimentConfig) -> Evaluate:
 
     def evaluate(student: LoadedModel) -> dict[str, dict[str, float]]:
         its = config.eval
-        lm = ArmLM(student, its.batch_size, "held-out", True, its.sampled, its.max_pixels)
+        how = (its.sampled, its.max_pixels, accelerator())
+        lm = ArmLM(student, its.batch_size, "held-out", True, *how)
         found = {}
         for task in during.tasks:
             results = score_task(lm, task, manager, config.eval, during.limit, student.name)

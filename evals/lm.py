@@ -10,9 +10,10 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+from accelerate import Accelerator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.utils import resolve_max_length
@@ -29,7 +30,9 @@ from pydantic import (
 )
 
 from vlopd.config.analysis import GenerationConfig, SampledConfig
-from vlopd.errors import ConfigError
+from vlopd.digests import digest_json
+from vlopd.distributed import share, share_of
+from vlopd.errors import ConfigError, RunError
 from vlopd.models.families import pad_left
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.thinking import Reading
@@ -38,6 +41,8 @@ from vlopd.seeding import uniforms
 from vlopd.train.distributions import logprobs_at
 from vlopd.train.generation import sample
 from vlopd.types import Completions, Example, Prompts, parts_at_marks
+
+T = TypeVar("T")
 
 PLACEHOLDER = "<image>"
 """lm-eval's image placeholder in prompts, whatever the model's own token is."""
@@ -150,7 +155,8 @@ class ArmLM(LM):
     """lm-eval's interface to one loaded model; results do not depend on the batch size in fp32.
 
     `sampled` and, above it, `overrides` (by task) override the tasks' decoding settings; `draw` numbers the pass, and
-    each question has its own random stream in each pass. Pictures larger than `max_pixels` are downscaled.
+    each question has its own random stream in each pass. Pictures larger than `max_pixels` are downscaled. `processes`
+    share the batches, within `in_step`, and each gets all answers.
     """
 
     MULTIMODAL = True  # lm-eval checks this before it sends requests with images
@@ -163,10 +169,12 @@ class ArmLM(LM):
         quiet: bool = False,
         sampled: SampledConfig | None = None,
         max_pixels: int | None = None,
+        processes: Accelerator | None = None,
     ):
         super().__init__()
         self.loaded, self.batch_size, self.title, self.quiet = loaded, batch_size, title, quiet
         self.sampled, self.draw, self.max_pixels = sampled, 0, max_pixels
+        self.processes = processes
         self.overrides: Mapping[str, GenerationConfig] = {}
         self.generated: dict[tuple[str, int], list[Generated]] = {}
         self.largest_picture: dict[str, tuple[int, int]] = {}
@@ -209,7 +217,7 @@ class ArmLM(LM):
             names.append((question, self.draw, occurrences[question]))
             occurrences[question] += 1
 
-        def answer(indices: Sequence[int]) -> list[str]:
+        def answer(indices: Sequence[int]) -> list[tuple[str, Generated]]:
             batch = [requests[i] for i in indices]
             how = self.decoding(batch[0])
             draws = None
@@ -240,14 +248,16 @@ class ArmLM(LM):
             )
             readings = self.loaded.read(completions.ids, completions.mask, prompts)
             answers = [cut_at_stops(reading.answer, how.stops) for reading in readings]
-            for k, (request, reading) in enumerate(zip(batch, readings, strict=True)):
-                place = (str(request.task_name), request.doc_id)
-                cut = answers[k] != reading.answer
-                found = self.generated_row(completions, k, reading, cut)
-                self.generated.setdefault(place, []).append(found)
-            return answers
+            return [
+                (kept, self.generated_row(completions, k, reading, kept != reading.answer))
+                for k, (kept, reading) in enumerate(zip(answers, readings, strict=True))
+            ]
 
-        return self.in_batches(requests, answer, disable_tqdm, key=self.decoding)
+        answered = self.in_batches(requests, answer, disable_tqdm, key=self.decoding)
+        for request, (_, found) in zip(requests, answered, strict=True):
+            place = (str(request.task_name), request.doc_id)
+            self.generated.setdefault(place, []).append(found)
+        return [kept for kept, _ in answered]
 
     def generated_row(
         self, completions: Completions, k: int, reading: Reading, cut: bool
@@ -299,55 +309,75 @@ class ArmLM(LM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Log-probability of whole texts, in windows of the model's context length."""
-        totals = []
-        with self.bar(requests, disable_tqdm) as bar:
-            for request in requests:
-                ids = self.text_ids(request.args[0])
-                windows = map(
-                    make_disjoint_window,
-                    get_rolling_token_windows(ids, self.prefix_id, self.max_length - 1, 1),
-                )
-                total = 0.0
-                for context, continuation in windows:
-                    total += self.score(self.prompts([context]), [continuation])[0][0]
-                totals.append(total)
-                bar.update()
-        return totals
+
+        def score(indices: Sequence[int]) -> list[float]:
+            ids = self.text_ids(requests[indices[0]].args[0])
+            windows = map(
+                make_disjoint_window,
+                get_rolling_token_windows(ids, self.prefix_id, self.max_length - 1, 1),
+            )
+            total = 0.0
+            for context, continuation in windows:
+                total += self.score(self.prompts([context]), [continuation])[0][0]
+            return [total]
+
+        return self.in_batches(requests, score, disable_tqdm, size=1)
 
     # ----------------------------------------------------------------------------------------- helpers
 
     def in_batches(
         self,
         requests: Sequence[Instance],
-        answer: Callable[[Sequence[int]], list[Any]],
+        answer: Callable[[Sequence[int]], list[T]],
         disable_tqdm: bool,
         key: Callable[[Instance], Any] = lambda r: 0,
-    ) -> list[Any]:
+        size: int | None = None,
+    ) -> list[T]:
         """Answers requests in batches of one kind (images or not, then `key`), longest prompt first.
 
+        `size`: requests a batch, by default the batch size. Batches are the same however many processes share them.
         Returns the answers in request order.
         """
+        size = size or self.batch_size
         kinds = [(_has_images(request), key(request)) for request in requests]
         groups: dict[Any, list[int]] = {}
         for i, kind in enumerate(kinds):
             groups.setdefault(kind, []).append(i)
-        answers: list[Any] = [None] * len(requests)
-        with self.bar(requests, disable_tqdm) as bar:
-            for group in groups.values():
-                group.sort(key=lambda i: -len(requests[i].args[0]))
-                for start in range(0, len(group), self.batch_size):
-                    batch = group[start : start + self.batch_size]
-                    for i, value in zip(batch, answer(batch), strict=True):
-                        answers[i] = value
-                    bar.update(len(batch))
-        return answers
+        batches = []
+        for group in groups.values():
+            group.sort(key=lambda i: -len(requests[i].args[0]))
+            batches += [group[start : start + size] for start in range(0, len(group), size)]
 
-    def bar(self, requests: Sequence[Instance], disable: bool) -> Any:
-        """The progress bar of a task's requests, such as "full: shapes"."""
+        def digest(batch: Sequence[int]) -> str:
+            return digest_json([f"{requests[i].doc_id} {requests[i].args[0]}" for i in batch])
+
+        total = sum(map(len, share_of(self.processes, batches)))
+        with self.bar(requests, total, disable_tqdm) as bar:
+
+            def work(batch: Sequence[int]) -> tuple[str, list[T], dict[str, tuple[int, int]]]:
+                found = answer(batch)
+                bar.update(len(batch))
+                return digest(batch), found, dict(self.largest_picture)
+
+            shared = share(self.processes, work, batches)
+        answers: dict[int, T] = {}
+        for batch, (asked, found, largest) in zip(batches, shared, strict=True):
+            if asked != digest(batch):
+                raise RunError(
+                    f"task {requests[batch[0]].task_name}: its questions differ from one process to another; "
+                    "evaluate it in one process"
+                )
+            answers |= zip(batch, found, strict=True)
+            for task, picture in largest.items():
+                self.note_picture(task, picture)
+        return [answers[i] for i in range(len(requests))]
+
+    def bar(self, requests: Sequence[Instance], total: int, disable: bool) -> Any:
+        """The progress bar of a task's requests, such as "full: shapes"; `total` of them are this process's."""
         tasks = sorted({str(request.task_name) for request in requests})
         title = f"{self.title}: {', '.join(tasks[:3])}{', ...' if len(tasks) > 3 else ''}"
         unit = "request"
-        return progress(title=title, total=len(requests), unit=unit, disable=disable or self.quiet)
+        return progress(title=title, total=total, unit=unit, disable=disable or self.quiet)
 
     def decoding(self, request: Instance) -> Decoding:
         """The decoding settings of a request."""
@@ -398,9 +428,13 @@ class ArmLM(LM):
         shown = [within_pixels(image, self.max_pixels) for image in images_of(request)]
         task = str(request.task_name)
         for image in shown:
-            largest = self.largest_picture.get(task, (0, 0))
-            self.largest_picture[task] = max(largest, image.size, key=math.prod)
+            self.note_picture(task, image.size)
         return shown
+
+    def note_picture(self, task: str, size: tuple[int, int]) -> None:
+        """Keeps a picture's size where it is the task's largest; of equal ones the first."""
+        largest = self.largest_picture.get(task, (0, 0))
+        self.largest_picture[task] = max(largest, size, key=math.prod)
 
     def prompts(self, rows: Sequence[Sequence[int]]) -> Prompts:
         """Token ids -> model inputs, left-padded."""

@@ -16,6 +16,7 @@ from evals.harness import evaluate, evaluation_inputs, subject_of
 from evals.paired_scores import PairedScores, read_results, read_tasks
 from evals.scoring import Tasks
 from evals.task_definition import members_of
+from vlopd import distributed
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.arms import DistillArm
 from vlopd.config.experiment import ExperimentConfig
@@ -40,9 +41,13 @@ def choose(run: RunFolder, config: ExperimentConfig, group: str) -> None:
     for name in names:
         subject = subject_of(run, config, name, {"mask": None, "other_base": None})
         evaluate(run, subject, config.eval.for_validation, "validation")
-    with stage(run, f"sweeps/{group}") as its:
-        if its.is_due(lambda _: sweep_inputs(run, config, group)):
-            its.finish(without_nan(_curve(run, config, group)), ())
+
+    def write() -> None:
+        with stage(run, f"sweeps/{group}") as its:
+            if its.is_due(lambda _: sweep_inputs(run, config, group)):
+                its.finish(without_nan(_curve(run, config, group)), ())
+
+    distributed.main_process_alone(distributed.accelerator(), write)
 
 
 def candidates_of(config: ExperimentConfig, group: str) -> list[str]:

@@ -7,12 +7,13 @@ for the first eval.keep_images questions of each generative task.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import lm_eval
 import torch
+from accelerate import Accelerator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
@@ -24,9 +25,9 @@ from vlopd.config.arms import BaseArm, CheckpointArm, ImportedArm, TeacherArm
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.models import TeacherConfig
 from vlopd.config.objective import ReverseKL
-from vlopd.distributed import accelerator
+from vlopd.distributed import accelerator, in_step, share, share_of
 from vlopd.errors import UserError
-from vlopd.files import write_jsonl
+from vlopd.files import is_first_process, write_jsonl
 from vlopd.progress import progress
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import (
@@ -41,6 +42,8 @@ from vlopd.train.generation import sample
 from vlopd.train.pair import LoadedTeachers, ModelPair, load_pair
 from vlopd.types import Completions, Example
 
+T = TypeVar("T")
+
 TOKENS = 256
 """Maximum tokens per answer."""
 
@@ -52,11 +55,13 @@ def write_token_kl(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     read (they lack the field of its context); tokens.json records the reason.
     """
     if not has_tokens(config, arm):
-        forget_tokens(run, arm)
+        if is_first_process():
+            forget_tokens(run, arm)
         return False
-    with stage(run, f"tokens/{arm}") as its:
-        if its.is_due(lambda _: token_inputs(run, config, arm)):
-            write_tokens(its, config, arm)
+    state = accelerator()
+    with in_step(state), stage(run, f"tokens/{arm}") as its:
+        if its.is_due_in_all(state, lambda _: token_inputs(run, config, arm)):
+            write_tokens(its, config, arm, state)
     return its.made
 
 
@@ -108,14 +113,17 @@ def _answer_inputs(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[s
     }
 
 
-def write_tokens(its: Stage, config: ExperimentConfig, arm: str) -> None:
-    """Writes tokens_<task>.jsonl of new and changed tasks, and keeps those of unchanged ones."""
+def write_tokens(its: Stage, config: ExperimentConfig, arm: str, state: Accelerator) -> None:
+    """Writes tokens_<task>.jsonl of new and changed tasks, and keeps those of unchanged ones.
+
+    Processes share the batches of questions; the first writes.
+    """
     run, out = its.run, its.run.eval(arm)
     kept = unchanged_tasks(its.before.get("inputs", {}), its.inputs)
     leaves: dict[str, list[str]] = {task: its.before["leaves"][task] for task in kept}
     names = {leaf for task in kept for leaf in leaves[task]}
     skipped = {leaf: why for leaf, why in its.before.get("skipped", {}).items() if leaf in names}
-    for path in out.glob("tokens_*.jsonl"):
+    for path in out.glob("tokens_*.jsonl") if state.is_main_process else ():
         if path.stem.removeprefix("tokens_") not in names:
             path.unlink()
     asked: dict[str, list[Example]] = {}
@@ -128,39 +136,46 @@ def write_tokens(its: Stage, config: ExperimentConfig, arm: str) -> None:
             config.student,
             config.teacher,
             compute=config.precision.resolved,
-            device=accelerator().device,
+            device=state.device,
             images=config.data.has_images,
             student_folder=run.checkpoint(arm),
         )
         for task, examples in asked.items():
             try:
-                rows = _token_kl_rows(
-                    pair, examples, config.eval.batch_size, f"{arm}: token KL of {task}"
+                rows = _kl_of_answers(
+                    pair,
+                    examples,
+                    config.eval.batch_size,
+                    f"{arm}: token KL of {task}",
+                    partial(_rows_of, pair),
+                    state,
                 )
             except UserError as error:
                 skipped[task] = str(error)
             else:
-                write_jsonl(out / f"tokens_{task}.jsonl", rows)
-    its.finish({"skipped": skipped, "leaves": leaves}, sorted(out.glob("tokens_*.jsonl")))
-
-
-def _token_kl_rows(
-    pair: ModelPair, examples: Sequence[Example], batch_size: int, title: str
-) -> list[dict[str, Any]]:
-    """Per-token KL of the pair on the student's greedy answers, one row per question."""
-    found = []
-    for batch, completions, kl in _kl_of_answers(pair, examples, batch_size, title):
-        found += _rows_of(pair, batch, completions, kl)
-    return found
+                if state.is_main_process:
+                    write_jsonl(out / f"tokens_{task}.jsonl", [row for its in rows for row in its])
+    if state.is_main_process:
+        its.finish({"skipped": skipped, "leaves": leaves}, sorted(out.glob("tokens_*.jsonl")))
 
 
 def _kl_of_answers(
-    pair: ModelPair, examples: Sequence[Example], batch_size: int, title: str
-) -> Iterator[tuple[Sequence[Example], Completions, torch.Tensor]]:
-    """Each batch of examples with the student's greedy answers and KL(student || teacher) at their tokens [N]."""
-    starts = range(0, len(examples), batch_size)
-    for start in progress(starts, title=title, unit="batch", leave=False):
-        batch = examples[start : start + batch_size]
+    pair: ModelPair,
+    examples: Sequence[Example],
+    batch_size: int,
+    title: str,
+    of_batch: Callable[[Sequence[Example], Completions, torch.Tensor], T],
+    state: Accelerator,
+) -> list[T]:
+    """`of_batch` of each batch: its examples, the student's greedy answers, KL(student || teacher) at their tokens [N].
+
+    Processes share the batches, and each gets all results.
+    """
+    batches = [examples[k : k + batch_size] for k in range(0, len(examples), batch_size)]
+    total, quiet = len(share_of(state, batches)), not state.is_main_process
+    shown = progress(title=title, total=total, unit="batch", leave=False, disable=quiet)
+
+    def work(batch: Sequence[Example]) -> T:
         with torch.no_grad():
             prompts = pair.student.render(batch)
             longest = max(int(example.fields["tokens"]) for example in batch)
@@ -168,7 +183,11 @@ def _kl_of_answers(
                 pair.student, prompts, min(longest, TOKENS), 0, columns=pair.vocabulary.student
             )
             kl = pair.divergence(ReverseKL(), batch, prompts, completions, False).loss
-        yield batch, completions, kl
+        shown.update(1)
+        return of_batch(batch, completions, kl)
+
+    with shown:
+        return share(state, work, batches)
 
 
 def write_base_kl(
@@ -181,9 +200,12 @@ def write_base_kl(
     """
     if not has_base_kl(config, arm):
         return False
-    with stage(run, f"base_kl/{arm}") as its:
-        if its.is_due(lambda _: base_kl_inputs(run, config, arm)):
-            its.finish(_base_kl(run, config, arm, {} if kept is None else kept), ())
+    state = accelerator()
+    with in_step(state), stage(run, f"base_kl/{arm}") as its:
+        if its.is_due_in_all(state, lambda _: base_kl_inputs(run, config, arm)):
+            content = _base_kl(run, config, arm, {} if kept is None else kept, state)
+            if state.is_main_process:
+                its.finish(content, ())
     return its.made
 
 
@@ -200,15 +222,15 @@ def base_kl_inputs(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[s
 
 
 def _base_kl(
-    run: RunFolder, config: ExperimentConfig, arm: str, kept: LoadedTeachers
+    run: RunFolder, config: ExperimentConfig, arm: str, kept: LoadedTeachers, state: Accelerator
 ) -> dict[str, Any]:
-    """The content of base_kl.json."""
+    """The content of base_kl.json; processes share the batches of questions."""
     own = {"model": str(run.checkpoint(base_arm(config))), "revision": None}
     pair = load_pair(
         config.student,
         TeacherConfig.model_validate({**config.student.model_dump(), **own}),
         compute=config.precision.resolved,
-        device=accelerator().device,
+        device=state.device,
         student_folder=run.checkpoint(arm),
         kept=kept,
     )
@@ -219,8 +241,8 @@ def _base_kl(
         for leaf, examples in _recorded_prompts(task, config.eval).items():
             title = f"{arm}: KL to the base, {leaf}"
             try:
-                answers = _kl_of_answers(pair, examples, config.eval.batch_size, title)
-                kl = torch.cat([kl.double() for *_, kl in answers])
+                size = config.eval.batch_size
+                kl = torch.cat(_kl_of_answers(pair, examples, size, title, _values_of, state))
             except UserError as error:
                 skipped[leaf] = str(error)
                 continue
@@ -229,6 +251,10 @@ def _base_kl(
             tasks[leaf] = {"kl_to_base": mean, "tokens": len(kl), "questions": len(examples)}
     mean_of_all = total / tokens if tokens else None
     return {"kl_to_base": mean_of_all, "tokens": tokens, "tasks": tasks, "skipped": skipped}
+
+
+def _values_of(_: Sequence[Example], completions: Completions, kl: torch.Tensor) -> torch.Tensor:
+    return kl.double().cpu()
 
 
 def _rows_of(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ TRAINED = ("full", "subnetwork")
 
 def test_two_processes_do_what_one_does(folders, tmp_path, monkeypatch):
     """A whole run: loss, tokens and gradient norm of the first step agree to 1e-5 with one process's, for an arm under
-    a mask and its `full`; two processes train both again after a change.
+    a mask and its `full`; two processes train both again after a change. Of the arms that two processes trained, one
+    makes the same masks, geometry, overlap and evaluations, byte for byte.
 
     Two processes stay in step: where one alone meets a row without an answer, tokens or a sampler that are not
     finite, a full disk or held-out scores that fail, each raises one error, which names the process and the example.
@@ -39,10 +41,11 @@ def test_two_processes_do_what_one_does(folders, tmp_path, monkeypatch):
         cwd=Path(__file__).parents[1],
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    one = ("run", config, *together.WORDS, "--arm", "subnetwork", "--until", "arms")
-    assert vlopd(monkeypatch, *one, "--out", tmp_path / "one") == 0
+    one = ("run", config, *together.WORDS)
+    assert vlopd(monkeypatch, *one, "--until", "arms", "--out", tmp_path / "one") == 0
     check_first_steps(tmp_path)
     check_failures(tmp_path)
+    check_measured_alike(monkeypatch, one, tmp_path)
     for which in ("both", "eyes"):
         check_pictures(which, models, tmp_path)
 
@@ -50,7 +53,7 @@ def test_two_processes_do_what_one_does(folders, tmp_path, monkeypatch):
 def check_first_steps(out: Path) -> None:
     """The arms' first steps agree, and after the change each arm has as many steps as it says."""
     first = {}
-    for name, arms in (("one", out / "one" / "arms"), ("two", out / "arms-before")):
+    for name, arms in (("one", out / "one" / "arms"), ("two", out / "before" / "arms")):
         for arm in TRAINED:
             rows = read_jsonl(arms / arm / "metrics.jsonl")
             assert len(rows) == 3
@@ -64,6 +67,36 @@ def check_first_steps(out: Path) -> None:
             near = 1e-3 if (arm, key) == ("subnetwork", "grad_norm") else 1e-5
             assert two[key] == pytest.approx(one[key], rel=near), (arm, key)
         assert len(read_jsonl(out / "two" / "arms" / arm / "metrics.jsonl")) == 2
+
+
+MEASURED = ("masks", "geometry", "evals")
+
+
+def check_measured_alike(monkeypatch, command: tuple, out: Path) -> None:
+    """One process makes of the arms the masks, geometry and evaluations that two have made."""
+    alone = out / "alone"
+    shutil.copytree(out / "before", alone)
+    for folder in MEASURED:
+        shutil.rmtree(alone / folder)
+    for path in alone.glob("checksums/*"):
+        if path.name.startswith(MEASURED):
+            path.unlink()
+    trained = (alone / "arms" / "subnetwork" / "metrics.jsonl").stat().st_mtime_ns
+    assert vlopd(monkeypatch, *command, "--out", alone) == 0
+    assert (alone / "arms" / "subnetwork" / "metrics.jsonl").stat().st_mtime_ns == trained
+    for folder in (*MEASURED, "checksums"):
+        one, two = (
+            {p.relative_to(run): p for p in (run / folder).rglob("*") if p.is_file()}
+            for run in (alone, out / "before")
+        )
+        assert one.keys() == two.keys()
+        assert [n for n in one if one[n].read_bytes() != two[n].read_bytes()] == []
+    for name in (
+        *("masks/top.safetensors", "masks/leading.json", "geometry/moved/geometry.csv"),
+        *("geometry/overlap.csv", "geometry/full/trajectory.csv", "evals/full/tokens_shapes.jsonl"),
+        *("evals/full/samples_shapes_choice.jsonl", "evals/moved/base_kl.json"),
+    ):
+        assert (alone / name).stat().st_size
 
 
 def check_failures(out: Path) -> None:
@@ -91,7 +124,12 @@ def check_failures(out: Path) -> None:
     assert first.startswith(("FileExistsError", "NotADirectoryError"))
     assert second.startswith("OtherProcessFailed: process 0 stopped: ")
     failed = "ZeroDivisionError: division by zero"
-    assert told["held-out llm"] == (failed, f"OtherProcessFailed: process 0 stopped: {failed}")
+    assert told["held-out llm"] == (f"OtherProcessFailed: process 1 stopped: {failed}", failed)
+    assert told["sharing zero"] == (f"OtherProcessFailed: process 1 stopped: {failed}", failed)
+    failed = "OSError: no such disk"
+    assert told["sharing before"] == (f"OtherProcessFailed: process 1 stopped: {failed}", failed)
+    first, second = told["sharing row"]
+    assert (first, second) == ("UserError: row 1 is empty", "DataError: row 1 is empty")
 
 
 def check_pictures(which: str, models: Path, out: Path) -> None:

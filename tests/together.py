@@ -1,8 +1,8 @@
 """What test_processes.py has two processes do, one thing after another: `-m tests.together MODELS OUT`.
 
-They run the command line on OUT/mini.toml into OUT/two, and again after a change; OUT/arms-before has the arms in
-between. Then each writes what it raised to OUT/process-<k>.json. That it gets to the end at all shows that after a
-failure the processes are still in step.
+They run the command line on OUT/mini.toml into OUT/two, and again after a change; OUT/before has the run in between.
+Then each writes what it raised to OUT/process-<k>.json. That it gets to the end at all shows that after a failure the
+processes are still in step.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import gc
 import json
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from vlopd import distributed
 from vlopd.cli import main as command_line
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.data.shapes import ShapesDataset
-from vlopd.errors import UserError
+from vlopd.errors import DataError, UserError
 from vlopd.loop import Hooks, distill
 from vlopd.types import Example
 
@@ -92,7 +93,7 @@ def fail(models: Path, folder: Path, what: str, kind: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "state").write_text("where a folder should be")
     if what == "held-out":
-        hooks = Hooks(evaluate=lambda student: 1 / 0, evaluate_every=1)
+        hooks = Hooks(evaluate=lambda student: {} if first else 1 / 0, evaluate_every=1)
     config = make_config(models, kind, **sections)
     pair = pair_of(config)
 
@@ -106,6 +107,24 @@ def fail(models: Path, folder: Path, what: str, kind: str) -> None:
     distill(pair, rows, recipe_of(config), folder, SEED, hooks=hooks, identity=what)
 
 
+def fail_sharing(what: str) -> None:
+    """Process 1 alone fails at work that both share, or before it."""
+    state = distributed.accelerator()
+    with distributed.in_step(state):
+        if what == "before" and not state.is_main_process:
+            raise OSError("no such disk")
+        with suppress(Exception):  # as of a library that tries again
+            distributed.exchanged(state, 0)
+        places = [3, 1, 4, 0, 5, 0]
+
+        def work(place: int) -> float:
+            if what == "row" and place == 1:
+                raise DataError("row 1 is empty")
+            return 1 / place
+
+        distributed.share(state, work, places[:3] if what == "before" else places)
+
+
 FAILURES = [
     ("row", "llm"),
     ("row", "vlm"),
@@ -117,14 +136,24 @@ FAILURES = [
 ]
 
 
-WORDS = ("precision.compute=fp32", "eval.limit=1", "eval.keep_images=0", "geometry.arms=[]")
-"""Overrides of mini.toml: fp32 to compare closely, and no more evaluation than shows that it works."""
+WORDS = (
+    "precision.compute=fp32",
+    "eval.limit=4",
+    "eval.batch_size=2",
+    'eval.tasks=["shapes", "shapes_choice"]',
+    "train.keep_steps=[1, 2]",
+    'geometry.arms=["full", "moved"]',
+    'geometry.nulls=[{type="gaussian"}]',
+    'masks.leading={type="principal", fraction=0.1, rank=2}',
+    'arms.moved={type="transplant", of="full", mask="leading"}',
+    *("--arm", "full", "--arm", "subnetwork", "--arm", "moved"),
+)
+"""Words for mini.toml: fp32 to compare closely, two kinds of tasks, an early checkpoint, and a mask by spectra."""
 
 
 def run(config: Path, out: Path, *words: str) -> None:
-    """`vlopd run CONFIG --out OUT WORDS` for the arm under a mask, which needs `full`."""
-    sys.argv = ["vlopd", "run", str(config), *WORDS, "--arm", "subnetwork", "--out", str(out)]
-    sys.argv += words
+    """`vlopd run CONFIG --out OUT WORDS`."""
+    sys.argv = ["vlopd", "run", str(config), *WORDS, "--out", str(out), *words]
     try:
         command_line.main()
     except SystemExit as stop:
@@ -136,7 +165,7 @@ def main(models: Path, out: Path) -> None:
     run(out / "mini.toml", out / "two")
     state = distributed.accelerator()
     if state.is_main_process:
-        shutil.copytree(out / "two" / "arms", out / "arms-before")
+        shutil.copytree(out / "two", out / "before")
     run(out / "mini.toml", out / "two", "train.steps=2", "--until", "arms")
     raised = {}
     for what, kind in FAILURES:
@@ -145,6 +174,12 @@ def main(models: Path, out: Path) -> None:
             raised[f"{what} {kind}"] = None
         except (UserError, OSError, ZeroDivisionError) as error:
             raised[f"{what} {kind}"] = f"{type(error).__name__}: {error}"
+    for what in ("before", "row", "zero"):
+        try:
+            fail_sharing(what)
+            raised[f"sharing {what}"] = None
+        except (UserError, OSError, ZeroDivisionError) as error:
+            raised[f"sharing {what}"] = f"{type(error).__name__}: {error}"
     for which in ("both", "eyes"):
         trained = train_with_few_pictures(models, out / which, which)
         torch.save(trained, out / f"{which}-{state.process_index}.pt")

@@ -2,13 +2,13 @@
 
 Processes run in lockstep: each makes the same collective calls in the same order, or they deadlock. So operations
 that may fail in a single process (an unreadable row, a full disk) run inside `together`, which raises in all
-processes if one failed.
+processes if one failed. Measurements and evaluations, which `share` their parts, run inside `in_step`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal, TypeVar, get_args
@@ -19,6 +19,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from vlopd.errors import ConfigError, UserError, first_line
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 Compute = Literal["auto", "fp32", "bf16"]
@@ -31,6 +32,10 @@ If a process dies, the launcher terminates the others at once."""
 
 class OtherProcessFailed(UserError):
     """Another process failed, so this one stops too."""
+
+
+class _Left(BaseException):
+    """Another process has left `in_step` with an error; nothing within may take it for an error of its own."""
 
 
 def accelerator() -> Accelerator:
@@ -117,6 +122,91 @@ def inseparable(state: Accelerator) -> Iterator[None]:
         if isinstance(error, torch.distributed.DistError) or "Connection" in str(error):
             raise OtherProcessFailed("another process stopped; see its message") from None
         raise
+
+
+@contextmanager
+def in_step(state: Accelerator) -> Iterator[None]:
+    """A context at whose end all processes raise if one of them did, as that of `together`.
+
+    May contain collective calls, but no other than `exchanged` and those made of it.
+    """
+    if state.num_processes == 1:
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        _meet(state, None, error)
+        raise
+    except _Left as left:
+        raise OtherProcessFailed(str(left)) from None
+    try:
+        _meet(state, None)
+    except _Left as left:
+        raise OtherProcessFailed(str(left)) from None
+
+
+def exchanged(state: Accelerator, value: T) -> list[T]:
+    """Gathers each process's value, which is pickled, by process index; within `in_step`."""
+    return [value] if state.num_processes == 1 else _meet(state, value)
+
+
+def _meet(state: Accelerator, value: T, error: Exception | None = None) -> list[T]:
+    """The one collective call within `in_step`: values, or the error with which a process leaves.
+
+    Raises _Left where another process leaves, unless this one does too.
+    """
+    found = gathered(state, (value, None if error is None else _one_line(error)))
+    for k, (_, text) in enumerate(found):
+        if text is not None and error is None:
+            raise _Left(f"process {k} stopped: {text}")
+    return [each for each, _ in found]
+
+
+def share(state: Accelerator | None, work: Callable[[S], T], items: Sequence[S]) -> list[T]:
+    """`work` of all items, in their order; each process does every n-th item and gets all results.
+
+    Within `in_step`. Raises the error that one process would: that of the first item that fails. Without a state this
+    process does all.
+    """
+    if state is None or state.num_processes == 1:
+        return [work(item) for item in items]
+    own: list[T] = []
+    raised: Exception | None = None
+    for item in share_of(state, items):
+        try:
+            own.append(work(item))
+        except Exception as error:
+            raised = error
+            break
+    place = state.process_index + len(own) * state.num_processes
+    about = (place, isinstance(raised, UserError), _one_line(raised)) if raised else None
+    every = exchanged(state, (own, about))
+    if failed := [about for _, about in every if about is not None]:
+        first, is_users, text = min(failed)
+        if raised is not None and first == place:
+            raise raised
+        process = first % state.num_processes
+        raise (
+            UserError(text)
+            if is_users
+            else OtherProcessFailed(f"process {process} stopped: {text}")
+        )
+    return [every[k % state.num_processes][0][k // state.num_processes] for k in range(len(items))]
+
+
+def share_of(state: Accelerator | None, items: Sequence[S]) -> Sequence[S]:
+    """Every n-th of the items, from this process's index on; all without a state."""
+    return items if state is None else items[state.process_index :: state.num_processes]
+
+
+def cores() -> int:
+    """CPU cores for each process of this machine."""
+    try:
+        available = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        available = os.cpu_count() or 1
+    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _one_line(error: Exception) -> str:

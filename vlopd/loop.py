@@ -688,11 +688,12 @@ def evaluate_held_out(
     log: TrainingLog,
     accelerator: Accelerator,
 ) -> None:
-    """Scores the student after `done` of `steps` steps, if due; the first process evaluates, the others wait."""
+    """Scores the student after `done` of `steps` steps, if due; the first process writes the scores."""
     if hooks.evaluate is not None and hooks.evaluates(done, steps):
-        with distributed.together(accelerator):
+        with distributed.in_step(accelerator):
+            scores = hooks.evaluate(student)
             if accelerator.is_main_process:
-                log.held_out(done, hooks.evaluate(student))
+                log.held_out(done, scores)
 
 
 def refuse_other_starts(start: int, out: Path, accelerator: Accelerator) -> None:

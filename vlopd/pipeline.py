@@ -294,12 +294,12 @@ def run_all(
 ) -> None:
     """Makes the arms, their geometry and evaluations and, with all arms, the comparison and the report.
 
-    until: the last stage to make: "arms", "geometry", "evals" or "report". All processes of a launcher train; the
-    first does the rest.
+    until: the last stage to make: "arms", "geometry", "evals" or "report". All processes of a launcher train, measure
+    and evaluate; the first writes, compares and reports.
     """
     make_arms(run, config, names, on_artifact, allow_other_base)
     make_unused_masks(run, config, names, on_artifact, allow_other_base)
-    if until == "arms" or not is_first_process():
+    if until == "arms":
         return
     make_geometry(
         run, config, [name for name in config.geometry.arms if name in names], on_artifact
@@ -307,7 +307,7 @@ def run_all(
     if until == "geometry":
         return
     make_evals(run, config, names, on_artifact)
-    if until == "report" and set(names) >= set(config.arms):
+    if until == "report" and set(names) >= set(config.arms) and is_first_process():
         make_comparison(run, config, on_artifact)
         make_report(run, config, on_artifact)
 

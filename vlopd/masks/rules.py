@@ -101,6 +101,13 @@ def build_mask(
             return by_function(rule, pairs)
 
 
+def is_by_tensor(rule: MaskConfig) -> bool:
+    """Whether a rule ranks or decomposes each tensor by itself, so that processes can share the tensors."""
+    if isinstance(rule, TopFractionMask | EnergyMask | MagnitudeMask):
+        return rule.scope == "tensor"
+    return isinstance(rule, PrincipalMask)
+
+
 # ------------------------------------------------------------------------------ rules on the delta
 
 

@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
+from vlopd import distributed
 from vlopd.config.arms import TeacherArm
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.run.dependencies import (
@@ -34,43 +37,51 @@ def make_geometry(
 ) -> bool:
     """Measures an arm's delta against nulls, also at its saved steps; returns whether it was made.
 
-    workers, device: as in `measure_checkpoint`.
+    workers, device: as in `measure_checkpoint`. Of several processes each measures a share of the tensors.
     """
-    with stage(run, f"geometry/{name}") as its:
-        if its.is_due(lambda _: geometry_inputs(run, config, name)):
-            if its.before:  # of another update or settings: nothing is reused
+    state = distributed.accelerator()
+    with distributed.in_step(state), stage(run, f"geometry/{name}") as its:
+        if its.is_due_in_all(state, lambda _: geometry_inputs(run, config, name)):
+            if (
+                state.is_main_process and its.before
+            ):  # of another update or settings: nothing is reused
                 shutil.rmtree(run.geometry(name), ignore_errors=True)
-            _write_geometry(its, config, name, workers, device)
-        else:
+            _write_geometry(its, config, name, workers, device, state)
+        elif state.is_main_process:
             # left by a process that was killed after finishing
             shutil.rmtree(run.geometry(name) / PARTIAL, ignore_errors=True)
     return its.made
 
 
 def _write_geometry(
-    its: Stage, config: ExperimentConfig, name: str, workers: int | None, device: str
+    its: Stage,
+    config: ExperimentConfig,
+    name: str,
+    workers: int | None,
+    device: str,
+    state: Accelerator,
 ) -> None:
     run, base = its.run, base_arm(config)
     before, out, steps = run.checkpoint(base), run.geometry(name), saved_steps(run, name)
-    _check_arms(run, config, [base, name])
-    tables = {}
-    for step, folder in steps.items():
-        tables[step] = out / "steps" / str(step)
-        own = {**its.inputs, "step": step}
-        if not up_to_date(tables[step] / "summary.json", own):
-            title = f"geometry of {name}@{step}"
-            measure_checkpoint(
-                before,
-                folder,
-                tables[step],
-                config.geometry,
-                own,
-                title=title,
-                workers=workers,
-                device=device,
-            )
+    if state.is_main_process:
+        _check_arms(run, config, [base, name])
+    tables = {step: out / "steps" / str(step) for step in steps}
+    inputs = {step: {**its.inputs, "step": step} for step in steps}
+    due = [s for s in steps if not up_to_date(tables[s] / "summary.json", inputs[s])]
+    for step in distributed.exchanged(state, due)[0]:
+        measure_checkpoint(
+            before,
+            steps[step],
+            tables[step],
+            config.geometry,
+            inputs[step],
+            title=f"geometry of {name}@{step}",
+            workers=workers,
+            device=device,
+            processes=state,
+        )
     if len(steps) > 1:
-        write_trajectory(before, steps, out, config.geometry, tables=tables)
+        write_trajectory(before, steps, out, config.geometry, tables=tables, processes=state)
 
     def finish(_: Path, content: Any) -> None:
         tables = [p for p in out.rglob("*") if p.is_file() and p.parent.name != PARTIAL]
@@ -88,6 +99,7 @@ def _write_geometry(
         device=device,
         title=title,
         write_record=finish,
+        processes=state,
     )
 
 
@@ -100,14 +112,18 @@ def _check_arms(run: RunFolder, config: ExperimentConfig, names: list[str]) -> N
 
 def make_overlap(run: RunFolder, config: ExperimentConfig, names: list[str]) -> bool:
     """Measures the overlap of several arms' updates: RUN/geometry/overlap.csv; returns whether it was made."""
-    with stage(run, "geometry/overlap") as its:
-        if its.is_due(lambda _: overlap_inputs(run, config, names)):
+    state = distributed.accelerator()
+    with distributed.in_step(state), stage(run, "geometry/overlap") as its:
+        if its.is_due_in_all(state, lambda _: overlap_inputs(run, config, names)):
             base, out = base_arm(config), run.root / "geometry"
-            _check_arms(run, config, [base, *names])
+            if state.is_main_process:
+                _check_arms(run, config, [base, *names])
             arms = {name: arm_folder(run, config, name) for name in names}
-            write_overlap(run.checkpoint(base), arms, out, config.geometry, its.inputs)
-            its.finish({}, [out / "overlap.csv", out / "overlap.parquet"])
-        else:  # left by a process that was killed after writing the tables
+            settings = (config.geometry, its.inputs)
+            write_overlap(run.checkpoint(base), arms, out, *settings, processes=state)
+            if state.is_main_process:
+                its.finish({}, [out / "overlap.csv", out / "overlap.parquet"])
+        elif state.is_main_process:  # left by a process that was killed after writing the tables
             shutil.rmtree(run.root / "geometry" / OVERLAP, ignore_errors=True)
     return its.made
 
@@ -117,9 +133,13 @@ def make_groups(run: RunFolder, config: ExperimentConfig, names: list[str]) -> b
 
     Writes group_values and groups (.csv, .parquet) in RUN/geometry. names: the measured arms, as of `make_overlap`.
     """
-    with stage(run, "geometry/groups", derived=True) as its:
-        if its.is_due(lambda _: groups_inputs(run, config, names)):
-            out, groups = run.root / "geometry", null_groups(config, names)
-            level = config.eval.confidence
-            its.finish({}, write_groups(out, groups, config.geometry, level))
-    return its.made
+    state, made = distributed.accelerator(), False
+    with distributed.in_step(state):
+        if state.is_main_process:
+            with stage(run, "geometry/groups", derived=True) as its:
+                if its.is_due(lambda _: groups_inputs(run, config, names)):
+                    out, groups = run.root / "geometry", null_groups(config, names)
+                    level = config.eval.confidence
+                    its.finish({}, write_groups(out, groups, config.geometry, level))
+            made = its.made
+    return made

@@ -5,7 +5,12 @@ from __future__ import annotations
 import shutil
 from functools import partial
 
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
 from vlopd import distributed
+from vlopd.bits import pack, unpack
 from vlopd.config.arms import (
     BaseArm,
     CheckpointArm,
@@ -20,10 +25,10 @@ from vlopd.config.arms import (
     replay_of,
 )
 from vlopd.config.experiment import ExperimentConfig
-from vlopd.config.masks import FileMask, Reference
+from vlopd.config.masks import FileMask, MaskConfig, Reference
 from vlopd.errors import RunError
 from vlopd.masks.files import save_mask
-from vlopd.masks.rules import Mask, build_mask
+from vlopd.masks.rules import Mask, build_mask, is_by_tensor
 from vlopd.models import parameter_names
 from vlopd.run.arms import (
     DEFAULT_OPTIONS,
@@ -72,9 +77,11 @@ def make_arm(
     if config.candidates(name):
         return _make_tuned(run, config.with_candidates(), name, options)
     if isinstance(arm, DistillArm):
+        state = distributed.accelerator()
         with stage(run, f"arms/{name}") as its:
-            distributed.accelerator().wait_for_everyone()
-            if its.is_due(inputs):
+            with distributed.in_step(state):
+                is_due = its.is_due_in_all(state, inputs)
+            if is_due:
                 train_arm(its, config, name, arm, options)
         return its.made
     with distributed.main_process_first(), stage(run, f"arms/{name}") as its:
@@ -105,7 +112,7 @@ def _make_tuned(run: RunFolder, config: ExperimentConfig, name: str, options: Ar
     choose = options.choose
     if choose is None:
         raise RunError(f"arms.{name} is tuned, and not made yet; make it with `vlopd run`")
-    distributed.main_process_alone(distributed.accelerator(), partial(choose, run, config, group))
+    choose(run, config, group)
     with distributed.main_process_first(), stage(run, f"arms/{name}") as its:
         if its.is_due(lambda _: arm_inputs(run, config, name)):
             shutil.rmtree(run.arm(name), ignore_errors=True)
@@ -132,15 +139,22 @@ def make_mask(
         make_mask(run, config, other, options)
     if rule.reads is not None:
         _make_checkpoint(run, config, rule.reads, options)
-    with distributed.main_process_first(), stage(run, f"masks/{name}") as its:
-        if its.is_due(lambda _: mask_inputs(run, config, name)):
-            _write_mask(its, config, name, options)
+    state = distributed.accelerator()
+    with distributed.in_step(state), stage(run, f"masks/{name}") as its:
+        if its.is_due_in_all(state, lambda _: mask_inputs(run, config, name)):
+            _write_mask(its, config, name, options, state)
     return its.made
 
 
-def _write_mask(its: Stage, config: ExperimentConfig, name: str, options: ArmOptions) -> None:
+def _write_mask(
+    its: Stage, config: ExperimentConfig, name: str, options: ArmOptions, state: Accelerator
+) -> None:
     run, rule, base = its.run, config.masks[name], base_arm(config)
-    run.checksums.check(f"arms/{base}")
+    shared = state.num_processes > 1 and is_by_tensor(rule)
+    if state.is_main_process:
+        run.checksums.check(f"arms/{base}")
+    elif not shared:
+        return
     named: dict[str, Mask] = {}
     if isinstance(rule, FileMask):
         named[rule.path] = mask_of_file(run, config, rule)
@@ -151,8 +165,28 @@ def _write_mask(its: Stage, config: ExperimentConfig, name: str, options: ArmOpt
     named |= {other: read_mask(run, config, other) for other in rule.combines}
     folder = run.checkpoint(base)
     trained = folder if rule.reads is None else checkpoint_folder(run, config, rule.reads)
-    mask = build_mask(rule, delta.stream_whole(folder, trained, parameter_names.classify), named)
-    path = run.mask(name)
-    save_mask(
-        path, mask, its.inputs, parameter_names.classify, lambda _, about: its.finish(about, [path])
-    )
+    pairs = delta.stream_whole(folder, trained, parameter_names.classify)
+    mask = _built_together(rule, pairs, state) if shared else build_mask(rule, pairs, named)
+    if state.is_main_process:
+        path, classify = run.mask(name), parameter_names.classify
+        save_mask(path, mask, its.inputs, classify, lambda _, about: its.finish(about, [path]))
+
+
+def _built_together(rule: MaskConfig, pairs: delta.Deltas, state: Accelerator) -> Mask:
+    """`build_mask` of a rule that is by tensor, for the first process; all build a tensor each, of like sizes."""
+    sizes, n = pairs.sizes(), state.num_processes
+    names = sorted(sizes, key=lambda name: (-sizes[name], name))
+    found: dict[str, tuple[torch.Size, Tensor]] = {}
+    with pairs.reader() as read:
+
+        def work(name: str) -> tuple[torch.Size, Tensor]:
+            marked = build_mask(rule, [read(name)])[name]
+            return marked.shape, pack(marked)
+
+        for start in range(0, len(names), n):
+            some = names[start : start + n]
+            built = distributed.share(state, work, some)
+            if state.is_main_process:
+                found |= zip(some, built, strict=True)
+    ordered = ((name, *found[name]) for name in pairs.report.matched if name in found)
+    return {name: unpack(bits, sizes[name]).view(shape) for name, shape, bits in ordered}

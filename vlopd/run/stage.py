@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlopd.files import is_first_process, read_json
 from vlopd.run.folder import RunFolder
+
+if TYPE_CHECKING:  # torch loads with it, which what reads results alone does not need
+    from accelerate import Accelerator
 
 Inputs = Mapping[str, Any]
 
@@ -46,6 +49,20 @@ class Stage:
             sums.start(self.artifact)
         self.made = True
         return True
+
+    def is_due_in_all(self, state: Accelerator, inputs: Callable[[bool], Inputs]) -> bool:
+        """`is_due`, as the first process finds it, in all processes that make the artifact together.
+
+        A collective call, within `distributed.in_step`.
+        """
+        from vlopd.distributed import exchanged
+
+        if state.is_main_process:
+            self.is_due(inputs)
+        self.made, self.inputs, self.before = exchanged(
+            state, (self.made, self.inputs, self.before)
+        )[0]
+        return self.made
 
     def finish(self, content: Mapping[str, Any], files: Iterable[Path]) -> None:
         """Writes the files' checksums, then the record (`content` and the inputs), which marks the artifact done."""

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate import Accelerator
 from pyarrow.csv import write_csv
 from threadpoolctl import threadpool_limits
 from transformers import PretrainedConfig
 
 from vlopd.config.analysis import GeometryConfig
+from vlopd.distributed import cores, exchanged, share_of
 from vlopd.files import whole_file, write_json
 from vlopd.models.config_files import config_of
 from vlopd.models.parameter_names import classify
@@ -61,6 +62,8 @@ HEADLINE = (
 MATCHED = ("relative_delta_fro", "energy_share")
 """Measures that every drawn null has in common with the update, repeated for the first alone."""
 
+T = TypeVar("T")
+Run = Callable[[Callable[[str], T], Sequence[str]], Iterator[tuple[str, T]]]
 ARROW = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
 
 
@@ -75,23 +78,32 @@ def measure_checkpoint(
     device: str = "cpu",
     write_record: Callable[[Path, Any], None] = write_json,
     title: str = "geometry",
+    processes: Accelerator | None = None,
 ) -> Path:
     """Measures the update of every tensor against nulls, and writes the tables into `out`.
 
     Returns the path of summary.json, the stage's record, which is written last and holds `inputs`. A killed
     analysis of the same inputs resumes. workers: threads, each with one tensor pair in memory and
-    one core (default: one per core; 1 on a GPU). title: of the progress bar.
+    one core (default: one per core; 1 on a GPU). title: of the progress bar. processes: all of them measure a share of
+    the tensors, within `in_step`, and the first writes the tables.
     Raises RunError where the checkpoints cannot be read or are
     not of one model.
     """
     deltas = stream(base_folder, trained_folder, classify, config.max_left_out)
     record = out / "summary.json"
-    record.unlink(missing_ok=True)  # never leave an old record beside new tables
     model = config_of(base_folder)
-    settings = config.of_update
-    partial = open_partial(out / PARTIAL, {"inputs": inputs, "config": settings})
-    workers = workers or (1 if device != "cpu" else os.cpu_count() or 1)
-    findings = _measure_matrices(deltas, model, config, partial, progress, workers, device, title)
+    if first := processes is None or processes.is_main_process:
+        record.unlink(missing_ok=True)  # never leave an old record beside new tables
+    about = {"inputs": inputs, "config": config.of_update}
+    partial = open_partial(out / PARTIAL, about, processes)
+    workers = workers or (1 if device != "cpu" else cores())
+    if processes is not None and device != "cpu":
+        device = str(processes.device)
+    findings = _measure_matrices(
+        *(deltas, model, config, partial, progress and first, workers, device, title, processes)
+    )
+    if not first:
+        return record
     keys = keys_of(config)
     groups = group_rows(findings, keys)
     rows = [*groups, *(row for finding in findings for row in tensor_rows(finding, keys))]
@@ -180,14 +192,15 @@ def _measure_matrices(
     workers: int,
     device: str,
     title: str,
+    processes: Accelerator | None,
 ) -> list[MatrixResult]:
     """The results of all matrices, in the order of names; those in `partial` are not recomputed.
 
-    Schedules the largest tensors first, to balance the workers.
+    Of several processes the first gets all, the others none. Schedules the largest tensors first, for balance.
     """
     order = {name: i for i, name in enumerate(deltas.report.matched)}
     sizes = deltas.sizes()
-    found: dict[str, list[MatrixResult]] = {}
+    names = sorted(order, key=lambda n: (-sizes[n], n))
 
     def work(name: str) -> list[MatrixResult]:
         path = partial.path(order[name])
@@ -199,26 +212,50 @@ def _measure_matrices(
 
     shown = bar(
         title=f"{title}: matrices, with nulls",
-        total=sum(sizes.values()),
+        total=sum(sizes[name] for name in share_of(processes, names)),
         unit="weight",
         unit_scale=True,
         disable=not progress,
     )
-    with shown, deltas.reader() as read, pool(workers) as run:
-        for name, own in run(work, sorted(order, key=lambda n: (-sizes[n], n))):
-            found[name] = own
-            shown.update(sizes[name])
-    return [finding for name in order for finding in found[name]]
+    with shown, deltas.reader() as read, pool(workers, device) as run:
+        found = measured(
+            *(run, work, names), lambda name: shown.update(sizes[name]), processes=processes
+        )
+    return [finding for name in order for finding in found[name]] if found else []
+
+
+def measured(
+    run: Run,
+    work: Callable[[str], T],
+    names: Sequence[str],
+    on_done: Callable[[str], Any],
+    processes: Accelerator | None,
+) -> dict[str, T]:
+    """{name: work(name)}, by `run` of `pool`.
+
+    Of several processes, within `in_step`, each works on a share, whose results `work` must save; the first then gets
+    all, the others none.
+    """
+    found = {}
+    for name, its in run(work, share_of(processes, names)):
+        found[name] = its
+        on_done(name)
+    if processes is not None and processes.num_processes > 1:
+        exchanged(processes, None)  # all are saved
+        if not processes.is_main_process:
+            return {}
+        found |= dict(run(work, [name for name in names if name not in found]))
+    return found
 
 
 @contextmanager
-def pool(workers: int):
+def pool(workers: int, device: str = "cpu") -> Iterator[Run]:
     """Yields `run(work, names)`, which yields (name, work(name)) as each completes.
 
     Threads rather than processes: torch releases the GIL, and imports are in memory once. One core per thread:
-    small matrices use several cores poorly.
+    small matrices use several cores poorly, and sums then do not depend on how many there are.
     """
-    if workers == 1:
+    if workers == 1 and device != "cpu":
         yield lambda work, names: ((name, work(name)) for name in names)
         return
     threads = torch.get_num_threads()

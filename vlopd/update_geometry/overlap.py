@@ -7,7 +7,6 @@ Directions (cosine, largest coordinates, leading subspaces) are what training ru
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,17 +17,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from vlopd.config.analysis import GeometryConfig
+from vlopd.distributed import cores, share_of
 from vlopd.masks.select import quota
 from vlopd.models.config_files import config_of
 from vlopd.models.parameter_names import classify
 from vlopd.progress import progress as bar
 from vlopd.types import TensorName
 from vlopd.update_geometry.aggregate import PARTS, rows_of, unshared_rows
-from vlopd.update_geometry.checkpoint import pool, write_table
+from vlopd.update_geometry.checkpoint import measured, pool, write_table
 from vlopd.update_geometry.coordinates import UPDATE_ATOLS, Term, not_above
 from vlopd.update_geometry.magnitudes import CHUNK, compare, kth_smallest, magnitudes
 from vlopd.update_geometry.matrix import OBSERVED, split
@@ -86,13 +87,15 @@ def write_overlap(
     inputs: Mapping[str, Any] | None = None,
     progress: bool = True,
     workers: int | None = None,
+    processes: Accelerator | None = None,
 ) -> Path:
     """Writes overlap.csv and .parquet on all pairs of `runs` (name -> trained folder) from one base.
 
     Counts only parameters that all runs share; others get a row with the reason. Each tensor is read once, and each
     null of a run drawn once, for all pairs. inputs: what identifies the checkpoints; with it, a killed comparison
-    resumes. workers: threads, each with one tensor of all runs in memory (default: one per core). Returns the path of
-    overlap.csv.
+    resumes. workers: threads, each with one tensor of all runs in memory (default: one per core). processes, with
+    `inputs`: all of them measure a share of the tensors, within `in_step`, and the first writes the tables. Returns the
+    path of overlap.csv.
     """
     model = config_of(base)
     deltas = {
@@ -105,8 +108,9 @@ def write_overlap(
     partial = None
     if inputs is not None:
         about = {"inputs": inputs, "config": config.of_update, "runs": list(runs), "names": names}
-        partial = open_partial(out / OVERLAP, about)
-    found: dict[str, tuple[Place, TensorOverlap]] = {}
+        partial = open_partial(out / OVERLAP, about, processes)
+    names_by_size = sorted(names, key=lambda n: (-sizes[n], n))
+    first_process = processes is None or processes.is_main_process
     with ExitStack() as stack:
         read = {run: stack.enter_context(its.reader()) for run, its in deltas.items()}
 
@@ -125,12 +129,17 @@ def write_overlap(
             return place, own
 
         shown = stack.enter_context(
-            bar(title="overlap: tensors", total=len(names), unit="tensor", disable=not progress)
+            bar(
+                title="overlap: tensors",
+                total=len(share_of(processes, names)),
+                unit="tensor",
+                disable=not (progress and first_process),
+            )
         )
-        run_all = stack.enter_context(pool(workers or os.cpu_count() or 1))
-        for name, its in run_all(work, sorted(names, key=lambda n: (-sizes[n], n))):
-            found[name] = its
-            shown.update(1)
+        run_all = stack.enter_context(pool(workers or cores()))
+        found = measured(run_all, work, names_by_size, lambda _: shown.update(1), processes)
+    if not first_process:
+        return out / "overlap.csv"
     ordered = [found[name] for name in names]
     reports = {run: its.report for run, its in deltas.items()}
     unshared = list(unshared_rows(reports, set(names)))

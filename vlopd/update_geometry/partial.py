@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 
 from vlopd.digests import digest_json
+from vlopd.distributed import exchanged
 from vlopd.files import read_json, whole_file, write_json
 
 PARTIAL = "partial"
@@ -34,14 +36,26 @@ class Partial:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def open_partial(folder: Path, about: Mapping[str, Any]) -> Partial:
-    """Opens a folder of partial results; removes those of a measurement with other inputs and settings than `about`."""
+def open_partial(
+    folder: Path, about: Mapping[str, Any], processes: Accelerator | None = None
+) -> Partial:
+    """Opens a folder of partial results; removes those of a measurement with other inputs and settings than `about`.
+
+    Of several processes, within `in_step`, the first opens it for all.
+    """
+    if processes is None or processes.is_main_process:
+        _open(folder, about)
+    if processes is not None:
+        exchanged(processes, None)
+    return Partial(folder)
+
+
+def _open(folder: Path, about: Mapping[str, Any]) -> None:
     digest, note = digest_json(about), folder / "about.json"
     if folder.exists() and (not note.exists() or read_json(note)["digest"] != digest):
         shutil.rmtree(folder)
     if not note.exists():
         write_json(note, {"digest": digest, **about})
-    return Partial(folder)
 
 
 def save_partial(path: Path, arrays: Mapping[str, np.ndarray], about: Any) -> None:

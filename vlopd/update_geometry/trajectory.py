@@ -17,9 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from vlopd.config.analysis import GeometryConfig
+from vlopd.distributed import share, share_of
 from vlopd.models.config_files import config_of
 from vlopd.models.parameter_names import classify
 from vlopd.progress import progress as bar
@@ -58,11 +60,13 @@ def write_trajectory(
     config: GeometryConfig,
     progress: bool = True,
     tables: Mapping[int, Path] | None = None,
+    processes: Accelerator | None = None,
 ) -> Path:
     """Writes trajectory.csv and .parquet of checkpoints (step -> folder); the last is the final one.
 
     tables: step -> the folder of that step's geometry.csv, whose group rows are included. Tensors are split into
-    matrices, [out, in], as there. Holds all checkpoints of one tensor in memory. Returns the path of trajectory.csv.
+    matrices, [out, in], as there. Holds all checkpoints of one tensor in memory. processes: all of them measure a share
+    of the tensors, within `in_step`, and the first writes the tables. Returns the path of trajectory.csv.
     """
     order = sorted(steps)
     model = config_of(base)
@@ -73,16 +77,26 @@ def write_trajectory(
         if all(name in its.report.matched for its in deltas.values())
     ]
     draws = [OBSERVED, *[WALK] * config.null_draws]
-    courses: list[list[UpdateSeries]] = []  # [matrices][draws]
-    places = []
+    first_process = processes is None or processes.is_main_process
     with ExitStack() as stack:
         read = {step: stack.enter_context(its.reader()) for step, its in deltas.items()}
-        for name in bar(names, title="trajectory: tensors", unit="tensor", disable=not progress):
+        shown = stack.enter_context(
+            bar(
+                title="trajectory: tensors",
+                total=len(share_of(processes, names)),
+                unit="tensor",
+                disable=not (progress and first_process),
+            )
+        )
+
+        def work(name: str) -> list[tuple[Place, list[UpdateSeries]]]:
+            """The place and the series, by draw, of each matrix of a tensor."""
+            found = []
             stored = [matrices(read[step](name), model) for step in order]
             for pairs in zip(*stored, strict=True):
                 first, where = pairs[0], pairs[0].where
                 shape = "x".join(map(str, first.base.shape))
-                places.append(Place(first.name, where.component, where.layer, where.module, shape))
+                place = Place(first.name, where.component, where.layer, where.module, shape)
                 changes = [pair.delta for pair in pairs]
                 own = [_compare_steps(changes, config)]
                 for draw in range(config.null_draws):
@@ -91,7 +105,15 @@ def write_trajectory(
                         first.base, changes, pairs[-1].trained.dtype, *names_of_stream
                     )
                     own.append(_compare_steps(noise, config))
-                courses.append(own)
+                found.append((place, own))
+            shown.update(1)
+            return found
+
+        every = share(processes, work, names)
+    if not first_process:
+        return out / "trajectory.csv"
+    places = [place for its in every for place, _ in its]
+    courses = [own for its in every for _, own in its]  # [matrices][draws]
     rows = list(_step_rows(order, courses, draws, places))
     reports = {f"step {step}": its.report for step, its in deltas.items()}
     unshared = list(unshared_rows(reports, set(names)))
