@@ -428,9 +428,10 @@ def _add_task(
     """Writes a task's rows, and adds our entries on them to the results."""
     declared = results["configs"][task].get("metadata") or {}
     chance = declared.pop("chance", None)  # a function that the YAML names
-    kept = _save_images(
-        manager.loaded[task], its.run, task, config.keep_images, config.max_pixels, rows
-    )
+    with its.run.lock_artifact(f"images/{task}"):
+        kept = _save_images(
+            manager.loaded[task], its.run, task, config.keep_images, config.max_pixels, rows
+        )
     pictures = [name for name in merged.get("pictures", ()) if name != task]
     merged["pictures"] = [*pictures, task] if kept else pictures
     about = _task_entries(task, rows, results["metrics"][task], config.metric)

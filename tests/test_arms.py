@@ -1,10 +1,15 @@
 """Arms of every kind from masks of every kind: what is proved of them, and what they were made from."""
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, suppress
 
 import pytest
 import torch
@@ -14,7 +19,7 @@ from tests.test_pipeline import vlopd
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import load_config
 from vlopd.digests import digest_checkpoint
-from vlopd.errors import RunError, UserError
+from vlopd.errors import ConfigError, RunError, UserError
 from vlopd.files import read_json
 from vlopd.masks.files import load_mask, save_mask
 from vlopd.models.load import load_configured
@@ -24,6 +29,7 @@ from vlopd.run.folder import RunFolder
 from vlopd.run.geometry import make_geometry
 from vlopd.run.make import make_arm, make_mask
 from vlopd.run.resolve import arm_digest, read_tensors
+from vlopd.run.stage import stage
 from vlopd.weights.delta import stream
 
 SECTIONS = {
@@ -474,6 +480,47 @@ full = {{type = "distill", seeds = [1, 2]}}
     records = {arm: read_json(run.arm_record(arm)) for arm in ("full-0", "full-1")}
     assert records["full-0"]["inputs"]["base"] == records["full-1"]["inputs"]["base"]
     assert records["full-0"]["checkpoint_digest"] != records["full-1"]["checkpoint_digest"]
+
+
+def test_of_jobs_with_one_artifact_one_makes_it(tmp_path):
+    """The others wait, with a line that names the holder; where it fails the next makes it, and the last finds it."""
+    started, turns, made = threading.Event(), iter(("fails", "makes")), []
+
+    def job(name: str) -> None:
+        with suppress(ZeroDivisionError), stage(RunFolder(tmp_path), "masks/top") as its:
+            if its.is_due(lambda _: {"rule": "top"}):
+                started.set()
+                while said.getvalue().count("waiting for") < 2:
+                    time.sleep(0.01)
+                if next(turns) == "fails":
+                    raise ZeroDivisionError
+                made.append(name)
+                its.finish({}, [])
+
+    said = io.StringIO()
+    with redirect_stderr(said), ThreadPoolExecutor(3) as jobs:
+        first = jobs.submit(job, "a")
+        started.wait(60)
+        others = [jobs.submit(job, "b"), jobs.submit(job, "c")]
+        for each in (first, *others):
+            each.result(60)
+    assert len(made) == 1 and made != ["a"]
+    assert said.getvalue().count(f"masks/top, locked by process {os.getpid()} on ") == 2
+
+
+def test_jobs_that_begin_a_run_with_different_configs_are_told(tmp_path):
+    """The second stops with one line, and the first one's config stays; a later change is no conflict."""
+    one, other = (experiment().with_compute(compute) for compute in ("bf16", "fp32"))
+    first, second = RunFolder.prepare(tmp_path, one), RunFolder.prepare(tmp_path, other)
+    first.save_config(one)
+    with pytest.raises(
+        ConfigError, match=r"another config .*precision.compute: \"bf16\" -> \"fp32\""
+    ):
+        second.save_config(other)
+    assert first.read()["config"]["precision"]["compute"] == "bf16"
+    RunFolder.prepare(tmp_path, one).save_config(one)
+    RunFolder.prepare(tmp_path, other).save_config(other)
+    assert first.read()["config"]["precision"]["compute"] == "fp32"
 
 
 def test_what_a_killed_job_left_is_swept_when_nobody_else_is_there(tmp_path):

@@ -25,9 +25,9 @@ T = TypeVar("T")
 Compute = Literal["auto", "fp32", "bf16"]
 """Settings of the compute precision."""
 
-LONGEST_WAIT = timedelta(days=1)
-"""Timeout while the first process works alone (held-out evaluation, a large checkpoint); NCCL's default is 10 minutes.
-If a process dies, the launcher terminates the others at once."""
+LONGEST_WAIT = timedelta(days=7)
+"""Timeout while one process works alone (a large checkpoint) or waits for another job's arm; NCCL's default is 10
+minutes. If a process dies, the launcher terminates the others at once."""
 
 
 class OtherProcessFailed(UserError):

@@ -47,6 +47,8 @@ class RunFolder:
         self._held: set[str] = set()
         self.planned: set[str] = set()
         """Artifacts already announced as to be made."""
+        self._found: Any = None
+        """The run's config as `prepare` found it; None for a new run."""
         self.changes: list[str] = []
         """Differences of the config from the run's previous one, one line per setting."""
 
@@ -108,9 +110,8 @@ class RunFolder:
         run.root.mkdir(parents=True, exist_ok=True)
         run.lock()
         if (run.root / "run.json").exists():
-            run.changes = differences(
-                _with_defaults(run.read()["config"]), _resolved_config(config)
-            )
+            run._found = run.read()["config"]
+            run.changes = differences(_with_defaults(run._found), _resolved_config(config))
         fixed = [line for line in run.changes if line.startswith(FIXED)]
         if fixed:
             raise ConfigError(
@@ -120,7 +121,10 @@ class RunFolder:
         return run
 
     def save_config(self, config: ExperimentConfig) -> None:
-        """Writes `config`, its precision resolved, to run.json and appends the previous one to the history there."""
+        """Writes `config`, its precision resolved, to run.json and appends the previous one to the history there.
+
+        Raises ConfigError where another job has given the run another config since `prepare`.
+        """
         assert config.precision.compute != "auto"
         if not is_first_process():
             return
@@ -129,7 +133,11 @@ class RunFolder:
             if (self.root / "run.json").exists():
                 before = self.read()
                 history = before.pop("history")
-                if differences(_with_defaults(before["config"]), wanted):
+                if changes := differences(_with_defaults(before["config"]), wanted):
+                    if before["config"] != self._found:
+                        raise ConfigError(
+                            f"{self.root} has got another config by another job just now ({changes[0]}); run again"
+                        )
                     history.append(before)
                 elif self.checksums.path("run").exists():
                     return

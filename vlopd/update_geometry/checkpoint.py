@@ -255,8 +255,12 @@ def pool(workers: int, device: str = "cpu") -> Iterator[Run]:
     Threads rather than processes: torch releases the GIL, and imports are in memory once. One core per thread:
     small matrices use several cores poorly, and sums then do not depend on how many there are.
     """
+
+    def one_by_one(work, names):
+        return ((name, work(name)) for name in names)
+
     if workers == 1 and device != "cpu":
-        yield lambda work, names: ((name, work(name)) for name in names)
+        yield one_by_one
         return
     threads = torch.get_num_threads()
     executor = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
@@ -268,7 +272,9 @@ def pool(workers: int, device: str = "cpu") -> Iterator[Run]:
             for future in as_completed(futures):
                 yield futures.pop(future), future.result()
 
-        yield run
+        if workers == 1:
+            torch.set_num_threads(1)
+        yield one_by_one if workers == 1 else run
     finally:
         executor.shutdown(cancel_futures=True)
         numpys.restore_original_limits()
