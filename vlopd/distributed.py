@@ -186,12 +186,8 @@ def share(state: Accelerator | None, work: Callable[[S], T], items: Sequence[S])
         first, is_users, text = min(failed)
         if raised is not None and first == place:
             raise raised
-        process = first % state.num_processes
-        raise (
-            UserError(text)
-            if is_users
-            else OtherProcessFailed(f"process {process} stopped: {text}")
-        )
+        told = f"process {first % state.num_processes} stopped: {text}"
+        raise UserError(text) if is_users else OtherProcessFailed(told)
     return [every[k % state.num_processes][0][k // state.num_processes] for k in range(len(items))]
 
 

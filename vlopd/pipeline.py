@@ -355,10 +355,14 @@ def make_unused_masks(
     on_artifact: OnArtifact,
     allow_other_base: bool,
 ) -> None:
+    from vlopd import distributed
     from vlopd.run.arms import ArmOptions
     from vlopd.run.make import make_mask
 
-    for name in unused_masks(run, config, names):
+    state = distributed.accelerator()
+    with distributed.in_step(state):  # before the first process withdraws any
+        masks = distributed.exchanged(state, unused_masks(run, config, names))[0]
+    for name in masks:
         if make_mask(run, config, name, ArmOptions(allow_other_base, choose=choice_of(config))):
             on_artifact(f"mask {name}", run.mask_record(name), True)
 
