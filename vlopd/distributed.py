@@ -134,13 +134,11 @@ def in_step(state: Accelerator) -> Iterator[None]:
         yield
         return
     try:
-        yield
-    except Exception as error:
-        _meet(state, None, error)
-        raise
-    except _Left as left:
-        raise OtherProcessFailed(str(left)) from None
-    try:
+        try:
+            yield
+        except Exception as error:
+            _meet(state, None, error)
+            raise
         _meet(state, None)
     except _Left as left:
         raise OtherProcessFailed(str(left)) from None
