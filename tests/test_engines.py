@@ -30,19 +30,19 @@ from vlopd.engines import client as clients
 from vlopd.engines.client import EngineError
 from vlopd.engines.process import started
 from vlopd.engines.served import ServedModel
-from vlopd.engines.wire import TYPE, BrokenMessage, decode, encode
+from vlopd.engines.wire import TYPE, BrokenMessage, decode, encode, is_loopback
+from vlopd.engines.worker.vlopd_worker import WeightCopy, WrongUpdate, checksum
 from vlopd.errors import ConfigError
 from vlopd.files import read_json
 from vlopd.loop import Hooks, distill
 from vlopd.models.load import load
 from vlopd.pipeline import make_arms
 from vlopd.run.folder import RunFolder
-from vlopd.serve.run import is_loopback
 from vlopd.train import rollouts
 from vlopd.train.pair import ModelPair, load_pair
 from vlopd.train.replay import Replay
 from vlopd.train.sparse import Trainable
-from vlopd.train.weight_updates import WeightCopy, WeightUpdates, WrongUpdate, checksum, tensors_of
+from vlopd.train.weight_updates import WeightUpdates, tensors_of
 
 FAST = {"timeout_seconds": 20, "attempts": 3}
 
@@ -182,7 +182,7 @@ def test_an_update_of_bf16_weights_is_what_changed(folders, make_data):
     pair = load_pair(str(folders["llm", "student"]), compute="bf16", device="cpu")
     model = pair.student.model
     with Trainable(model) as trainable:
-        updates, copy = WeightUpdates(trainable, model), WeightCopy(load_copy(folders))
+        updates, copy = WeightUpdates(trainable, model), WeightCopy(tensors_of(load_copy(folders)))
         copy.apply(updates.next())
         assert updates.bytes == sum(p.nbytes for p in model.parameters())
         name, slot = next((n, s) for n, s in trainable.slots.items() if "up_proj" in n)
@@ -226,9 +226,9 @@ WRONG_UPDATES = {
 @pytest.mark.parametrize("update", WRONG_UPDATES)
 def test_a_wrong_update_changes_nothing(update, folders):
     """An update that does not fit is refused as a whole, with the parameter."""
-    copy = WeightCopy(load(str(folders["llm", "student"]), torch.float32).model)
+    copy = WeightCopy(tensors_of(load(str(folders["llm", "student"]), torch.float32).model))
     before, first = copy.checksum(), "model.layers.0.mlp.up_proj.weight"
-    right = {f"whole/{first}": torch.zeros_like(copy.parameters[first].data)}
+    right = {f"whole/{first}": torch.zeros_like(copy.tensors[first].data)}
     with pytest.raises(WrongUpdate, match=r"x|norm"):
         copy.apply(right | WRONG_UPDATES[update])
     assert copy.checksum() == before

@@ -297,6 +297,8 @@ def distill(
             chosen = chosen_before(out / "state") if start > 0 else {}
         share = split_evenly(train.prompts_per_step, accelerator)
         refuse_other_teachers(pair, recipe)
+        if recipe.needs_teacher:
+            pair = pair.for_loss(recipe.loss)
         if train.teacher_cache_gb is not None:
             if replay is None and "student" in recipe.rollout.source.shares:
                 raise ConfigError(
@@ -321,7 +323,8 @@ def distill(
     engine = None
     samples = replayed is None and "student" in recipe.rollout.source.shares
     if samples:
-        engine = rollout_engine(pair, recipe.rollout.engine, trainable, accelerator)
+        probes = pick(data, 0, min(2, len(data)), seed)
+        engine = rollout_engine(pair, recipe.rollout.engine, trainable, accelerator, probes)
     samples_here = samples and engine is None
     if engine is not None:
         pair = replace(pair, sampler=engine.sample)
@@ -437,7 +440,8 @@ def distill(
                 trainable.write_back()  # of sharded values a collective call
             for average, decay in averages:
                 average.move_towards(trainable, 1.0 - decay)
-            done, sent = step + 1, {}
+            done = step + 1
+            sent: dict[str, float] = {}
             keeps, saves = done in train.keep_steps, done % train.save_every == 0
             with distributed.together(accelerator):
                 if done in (start + 1, train.steps):
@@ -458,7 +462,7 @@ def distill(
                 with distributed.together(accelerator):
                     if ahead is not None:
                         ahead.wait()
-                    sent = {"sent_bytes": engine.follow(done, main)}
+                    sent = engine.follow(done, main)
             clock.start(None)
             memory.enter("evaluation")
 

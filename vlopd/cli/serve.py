@@ -37,8 +37,8 @@ def serve(
     too.
     """
     from vlopd.engines.process import READY
-    from vlopd.engines.wire import TOKEN
-    from vlopd.serve.run import is_loopback, listen
+    from vlopd.engines.wire import TOKEN, is_loopback
+    from vlopd.serve.run import listen
 
     token = os.environ.get(TOKEN)
     if not is_loopback(host) and not token:

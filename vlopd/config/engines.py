@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from vlopd.config.base import Count, Section, between
+from vlopd.config.base import Count, Positive, Section, between
+
+Seconds = Annotated[float, between(0.1, 1e6)]
 
 
-class ServedEngine(Section):
-    """Another process of vlopd that holds the weights (`vlopd serve`), on another device or machine.
+class Engine(Section):
+    """Another process that holds a model's weights, started here or joined at an address."""
 
-    The numbers are those of weights in this process.
-    """
-
-    type: Literal["vlopd"] = "vlopd"
     url: str | None = None
-    """Address of a running `vlopd serve`, such as "http://127.0.0.1:8100"; null starts one on this machine."""
+    """Address of a running server, such as "http://127.0.0.1:8100"; null starts one on this machine."""
     device: str | None = None
     """Of the process that is started, such as "cuda:1"; null for its default. Not with url."""
-    timeout_seconds: Annotated[float, between(0.1, 1e6)] = 600.0
+    timeout_seconds: Seconds = 600.0
     """Longest time to wait for one answer."""
     attempts: Count = 6
     """Attempts at a request, at growing intervals, before training stops; its state stays."""
@@ -33,6 +32,15 @@ class ServedEngine(Section):
         return None if url is None else url.rstrip("/")
 
 
+class ServedEngine(Engine):
+    """Another process of vlopd that holds the weights (`vlopd serve`), on another device or machine.
+
+    The numbers are those of weights in this process.
+    """
+
+    type: Literal["vlopd"] = "vlopd"
+
+
 class ServedRollout(ServedEngine):
     """Another process of vlopd (`vlopd serve` of the student) that samples; it gets what changed after every step."""
 
@@ -40,8 +48,61 @@ class ServedRollout(ServedEngine):
     """Its decode steps, as of `rollout.engine` without a table."""
 
 
-EngineConfig = ServedEngine
+class VllmEngine(Engine):
+    """A vLLM server that holds the weights.
+
+    It gives log-probs of the completion's tokens and of the teacher's k most likely ones: enough for nll, k1, k2, k3,
+    and for a divergence with support = {type = "teacher_top_k"}.
+    """
+
+    type: Literal["vllm"]
+    python: str | None = None
+    """The Python of the environment that vLLM is installed in, such as ".venv-engines/bin/python"; not with url."""
+    arguments: tuple[str, ...] = ()
+    """Further arguments of the server that is started, such as ["--max-model-len", "8192"]."""
+    start_seconds: Seconds = 1800.0
+    """Longest time to wait for the server to start."""
+    at_once: Count = 64
+    """Requests that it gets at a time."""
+
+    @model_validator(mode="after")
+    def check_python(self) -> VllmEngine:
+        if (self.url is None) == (self.python is None):
+            raise ValueError(
+                'vllm needs either url = "http://127.0.0.1:8000" of a running server, or python = '
+                '".venv-engines/bin/python" to start one with'
+            )
+        return self
+
+
+class VllmRollout(VllmEngine):
+    """A vLLM server that samples with its own random numbers; it gets the student's weights after every step."""
+
+    weights: Literal["changes", "whole"] = "changes"
+    """`changes`: after the first step only what changed, which vLLM's workers merge by an extension of vlopd. `whole`:
+    a checkpoint each time, for any server that can reload one."""
+    folder: str | None = None
+    """Folder through which the weights go, which the server sees too; null for a temporary one on this machine."""
+    tolerance: Positive | None = None
+    """Largest difference, in nats, between vLLM's and the training's log-probs of fixed completions after an update;
+    null: 1e-4 in fp32, 0.5 in bf16."""
+
+    @property
+    def decode(self) -> Literal["eager"]:
+        """Of decode steps in this process."""
+        return "eager"
+
+
+def _typed(value: Any) -> Any:
+    return {"type": "vlopd", **value} if isinstance(value, Mapping) else value
+
+
+EngineConfig = Annotated[
+    Annotated[ServedEngine | VllmEngine, Field(discriminator="type")], BeforeValidator(_typed)
+]
 """Where a teacher's weights are, if not in this process."""
 
-RolloutEngineConfig = ServedRollout
+RolloutEngineConfig = Annotated[
+    Annotated[ServedRollout | VllmRollout, Field(discriminator="type")], BeforeValidator(_typed)
+]
 """Where completions are sampled, if not in this process."""

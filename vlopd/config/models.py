@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from vlopd.config.base import Part, Section, Weight
-from vlopd.config.engines import EngineConfig
+from vlopd.config.engines import EngineConfig, VllmEngine
 from vlopd.config.functions import IS_BUILT_IN, IS_OWN, KIND, Function
 
 
@@ -143,8 +143,8 @@ class TeacherConfig(ModelConfig):
     ema: Part | None = None
     """Per-step decay of the moving average of the student's weights, for `model = "student"`; null keeps them fixed."""
     engine: EngineConfig | None = None
-    """The process that holds the teacher's weights in training, such as {type = "vlopd"}; null for this one
-    (docs/engines.md)."""
+    """The process that holds the teacher's weights in training, such as {type = "vlopd"} or {type = "vllm"}; null for
+    this one (docs/engines.md)."""
 
     @model_validator(mode="after")
     def check_ema(self) -> TeacherConfig:
@@ -194,6 +194,16 @@ class MixedTeachers(Section):
     """Teachers by name: a model's name or table each."""
     weights: dict[str, Annotated[Weight, Field(gt=0)]] = Field(default_factory=dict)
     """Relative weights by teacher; equal by default."""
+
+    @model_validator(mode="after")
+    def check_engines(self) -> MixedTeachers:
+        for name, its in self.teachers.items():
+            if isinstance(its.engine, VllmEngine):
+                raise ValueError(
+                    f"{name}: a mixture needs whole distributions, of which vLLM gives a few log-probs alone; set "
+                    'engine = {type = "vlopd"}'
+                )
+        return self
 
     @model_validator(mode="after")
     def check_weights(self) -> MixedTeachers:

@@ -90,7 +90,7 @@ class RolloutConfig(Section):
     engine: Literal["eager", "static", "graphs"] | RolloutEngineConfig = "eager"
     """Decode steps: `eager`, `static` (a cache of fixed shape) or `graphs` (that and a captured CUDA graph; not yet
     measured on a GPU); a family that fails the conformance test, and a device without CUDA, falls back to `eager`. A
-    table such as {type = "vlopd"}: in another process (docs/engines.md)."""
+    table such as {type = "vlopd"} or {type = "vllm"}: in another process (docs/engines.md)."""
 
     max_lag: Annotated[int, Field(ge=0, le=1)] = 0
     """Steps that the weights of completions may be behind those that train on them: 0, or 1 with an engine, which then
@@ -342,6 +342,25 @@ BuiltInLoss = Annotated[
 ]
 
 LossConfig = Annotated[Annotated[BuiltInLoss, IS_BUILT_IN] | Annotated[FunctionLoss, IS_OWN], KIND]
+
+
+def whole_teacher_need(loss: LossConfig) -> str | None:
+    """What in a loss needs the teacher's whole distribution; None where its log-probs of the completion's token and of
+    its own k most likely tokens decide the loss."""
+    if loss.tokens is not None and loss.tokens.by == "divergence":
+        return 'loss.tokens.by = "divergence"'
+    if isinstance(loss, SampledToken):
+        return None
+    if not isinstance(loss.support, TeacherTopK):
+        return f"loss {loss.type} with support {loss.support.type!r}"
+    return None if loss.teacher_temperature == 1 else "loss.teacher_temperature"
+
+
+SCORES_ALONE = (
+    "needs the teacher's whole distribution, and vLLM gives log-probs of the sampled token and of its k most likely "
+    'ones alone; set loss.support = {type = "teacher_top_k", k = 64} or loss.type = "k1", or teacher.engine = '
+    '{type = "vlopd"}'
+)
 
 
 BuiltInRule = Literal[

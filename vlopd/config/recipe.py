@@ -9,11 +9,13 @@ from pydantic import model_validator
 
 from vlopd.config.base import Section
 from vlopd.config.data import DataConfig, MixtureData
+from vlopd.config.engines import VllmEngine, VllmRollout
 from vlopd.config.functions import Function
 from vlopd.config.models import MixedTeachers, TeacherConfig, TeachersConfig, teachers_by_name
 from vlopd.config.objective import (
     K1,
     NLL,
+    SCORES_ALONE,
     ConstantAdvantage,
     Estimator,
     FunctionLoss,
@@ -21,6 +23,7 @@ from vlopd.config.objective import (
     ReverseKL,
     RewardConfig,
     RolloutConfig,
+    whole_teacher_need,
 )
 from vlopd.config.training import AdamW, Muon, OptimConfig, TrainConfig
 from vlopd.plugins import Plugin, Use
@@ -136,6 +139,21 @@ class Recipe(RecipeSections):
         return self
 
     @model_validator(mode="after")
+    def check_scores(self) -> Recipe:
+        """What a teacher in vLLM gives is enough for the loss."""
+        if not any(isinstance(its.engine, VllmEngine) for its in self.teachers.values()):
+            return self
+        if "teacher" in self.rollout.source.shares:
+            raise ValueError(
+                "rollout.source: a teacher in vLLM scores completions, but does not write them here; set "
+                'teacher.engine = {type = "vlopd"}'
+            )
+        need = whole_teacher_need(self.loss)
+        if need is not None and self.needs_teacher is not None:
+            raise ValueError(f"{need} {SCORES_ALONE}")
+        return self
+
+    @model_validator(mode="after")
     def check_offload(self) -> Recipe:
         """The optimizer can run on the host."""
         if self.train.offload_optimizer and isinstance(self.optim, Muon):
@@ -200,6 +218,11 @@ class Recipe(RecipeSections):
             found.append(
                 "the reward's policy gradient is biased: rollout.temperature, top_k or top_p sample another "
                 "distribution than the student's own"
+            )
+        if isinstance(self.rollout.engine, VllmRollout):
+            found.append(
+                "vLLM samples with random numbers of its own, so completions are not those of this process; "
+                "logprob_gap is between its log-probs and the training's"
             )
         found += self._without_effect()
         if not self.rollout.is_on_policy:

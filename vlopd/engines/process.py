@@ -1,20 +1,32 @@
-"""Starts `vlopd serve` on this machine, and ends it with this process."""
+"""Starts `vlopd serve` or vLLM on this machine, and ends it with this process."""
 
 from __future__ import annotations
 
 import os
+import secrets
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
+import requests
 import torch
 
+from vlopd.config.engines import VllmEngine
 from vlopd.config.models import ModelConfig
 from vlopd.engines.client import EngineError
+from vlopd.engines.kept import GRACE_SECONDS
+
+WORKER = Path(__file__).parent / "worker"
+"""The folder with what vLLM's workers import of vlopd."""
 
 READY = "vlopd serve: ready at "
 """Begins the line that `vlopd serve` prints once it answers; the address follows."""
@@ -37,6 +49,8 @@ class Server:
 
     url: str
     process: subprocess.Popen[str]
+    token: str | None = None
+    """What it wants to be asked with."""
 
 
 def started(
@@ -59,10 +73,14 @@ def started(
     words += ["--attention", config.attention] if config.attention else []
     words += ["--revision", config.revision] if config.revision else []
     words += ["--trust-remote-code"] if config.trust_remote_code else []
-    env = {key: value for key, value in os.environ.items() if key not in LAUNCHERS}
     errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - the server's, as long as it runs
     process = subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=env
+        words,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        env=plain_environment(),
     )
     url = _first_address(process, timeout_seconds)
     if url is None:
@@ -71,8 +89,58 @@ def started(
         lines = [line.strip() for line in errors.read().splitlines() if line.strip()]
         why = lines[-1] if lines else f"nothing within {timeout_seconds:g} s"
         raise EngineError(f"vlopd serve {config.model} did not start: {why}")
-    server = Server(url, process)
-    weakref.finalize(server, end, process)  # also at the interpreter's exit
+    return _kept(Server(url, process))
+
+
+def started_vllm(
+    engine: VllmEngine, model: str, dtype: torch.dtype, words: Sequence[str]
+) -> Server:
+    """Starts a vLLM server of a model's folder, on this machine's own address, and waits until it answers.
+
+    words: further arguments, before the configured ones. Raises EngineError with the reason where it does not start.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert engine.python is not None
+    command = [engine.python, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", str(dtype).split(".")[1]]
+    command += ["--generation-config", "vllm", "--max-logprobs", "-1", "--enable-scale-out"]
+    command += ["--disable-uvicorn-access-log", *words, *engine.arguments]
+    token = secrets.token_hex(16)
+    env = plain_environment() | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_API_KEY": token}
+    env["PYTHONPATH"] = str(WORKER)
+    if engine.device is not None:
+        env["CUDA_VISIBLE_DEVICES"] = engine.device.rpartition(":")[2]
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - the server's, as long as it runs
+    kept = [sys.executable, str(WORKER.parent / "kept.py"), *command]
+    process = subprocess.Popen(
+        kept, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True, env=env
+    )
+    server = _kept(Server(f"http://127.0.0.1:{port}", process, token))
+    deadline = time.monotonic() + engine.start_seconds
+    while time.monotonic() < deadline:
+        with suppress(requests.RequestException):
+            if requests.get(f"{server.url}/health", timeout=5).status_code == 200:
+                return server
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.5)
+            break
+    end(process)
+    log.seek(0)
+    lines = [line.strip() for line in log.read().splitlines() if line.strip()]
+    named = [line for line in lines if "Error" in line and "Engine core init" not in line]
+    why = (named or lines or [f"nothing within {engine.start_seconds:g} s"])[-1]
+    raise EngineError(f"vLLM of {model} did not start: {why[-300:]}")
+
+
+def plain_environment() -> dict[str, str]:
+    """The environment without what makes a process one of a launcher's."""
+    return {key: value for key, value in os.environ.items() if key not in LAUNCHERS}
+
+
+def _kept(server: Server) -> Server:
+    """The server, which ends with the object, and so at the interpreter's exit."""
+    weakref.finalize(server, end, server.process)
     return server
 
 
@@ -98,7 +166,7 @@ def end(process: subprocess.Popen[Any]) -> None:
     if process.stdin is not None and not process.stdin.closed:
         process.stdin.close()
     try:
-        process.wait(5)
+        process.wait(2 * GRACE_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from vlopd.engines.client import Client, Doubtful, EngineError, finite
+from vlopd.engines.client import Client, Doubtful, EngineError, LostWeights, finite
 from vlopd.engines.process import Server
 from vlopd.engines.wire import BrokenMessage, pack_prompts, unpack_completions
-from vlopd.types import Completions, Prompts
+from vlopd.types import Completions, Example, Prompts
 
 HIGHEST_LOGPROB = 1e-4
 """Above 0 by rounding."""
-
-
-class LostWeights(Exception):
-    """The engine does not hold the weights that it was sent, for example since it was started again."""
 
 
 def ask_for_completions(
@@ -81,6 +77,15 @@ def refuse_other_completions(its: Completions, rows: int, longest: int, allowed:
         raise BrokenMessage("log-probs that are none")
 
 
+class Updates(Protocol):
+    """What changed in a student's weights, as of train.weight_updates.WeightUpdates."""
+
+    def forget(self) -> None: ...
+    def next(self) -> dict[str, Tensor]: ...
+    def checksum(self) -> str: ...
+    def state(self) -> dict[str, Tensor]: ...
+
+
 class Sampler:
     """A student's copy behind `vlopd serve`. session: a name of the training that no other has. server: the process
     that was started for it, if any.
@@ -93,12 +98,15 @@ class Sampler:
         self.client, self.session, self.server = client, session, server
         self.version = -1
 
-    def send(self, version: int, update: Mapping[str, Tensor], checksum: str, first: bool) -> None:
-        """Brings the copy to a version. first: from the checkpoint's weights.
+    def send(self, version: int, updates: Updates, first: bool) -> int:
+        """Brings the copy to a version; returns the bytes that were sent. first: from the checkpoint's weights.
 
         Raises LostWeights where the engine does not hold the version before, EngineError.
         """
         before = None if first else self.version
+        if first:
+            updates.forget()
+        update, checksum = updates.next(), updates.checksum()
         about = {"session": self.session, "version": version, "before": before}
 
         def check(_: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -111,8 +119,15 @@ class Sampler:
 
         self.client.ask("/weights", update, about, check)
         self.version = version
+        return sum(tensor.nbytes for tensor in update.values())
 
-    def sample(self, prompts: Prompts, *arguments: Any, device: torch.device) -> Completions:
+    def sample(
+        self,
+        prompts: Prompts,
+        *arguments: Any,
+        device: torch.device,
+        examples: Sequence[Example] | None = None,
+    ) -> Completions:
         """As train.generation.sample, with its arguments after the prompts. Raises LostWeights, EngineError."""
 
         def check(header: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlopd.config.engines import EngineConfig
+from vlopd.config.engines import ServedEngine
 from vlopd.config.models import ModelConfig
 from vlopd.digests import digest_checkpoint
 from vlopd.engines.client import Client, Doubtful, EngineError, finite, refuse_other_precision
@@ -24,42 +24,45 @@ from vlopd.models.loaded import LoadedModel
 from vlopd.types import Completions, Prompts
 
 
-class OutputLayer(nn.Module):
-    """Stands for a model whose weights are elsewhere: its configuration, output layer and the shapes of its embedding.
+class Elsewhere(nn.Module):
+    """Stands for a model whose weights are elsewhere: its configuration, and the shapes of embedding and output layer.
 
-    model: on the meta device. head: the output layer's tensors.
+    model: on the meta device. device, dtype: of what is used here with it.
     """
 
-    def __init__(self, model: PreTrainedModel, head: Mapping[str, Tensor]):
+    def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype):
         super().__init__()
         self.config, self.generation_config = model.config, model.generation_config
         self.parameters_elsewhere = model.num_parameters()
-        self.head = model.get_output_embeddings()
-        self.embedding = [
-            model.get_input_embeddings()
-        ]  # of the meta device: not one of our modules
-        self.head.load_state_dict(dict(head), strict=True, assign=True)
-        self.requires_grad_(False).eval()
-
-    @property
-    def device(self) -> torch.device:
-        return self.head.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.head.weight.dtype
+        self.device, self.dtype = device, dtype
+        # of the meta device: not ours
+        self.layers = (model.get_input_embeddings(), model.get_output_embeddings())
 
     def get_output_embeddings(self) -> nn.Module:
         """The output layer, [H] -> [rows of the vocabulary]."""
-        return self.head
+        return self.layers[1]
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding without its values."""
-        return self.embedding[0]
+        return self.layers[0]
 
     def num_parameters(self) -> int:
         """Parameters of the whole model, wherever they are."""
         return self.parameters_elsewhere
+
+
+class OutputLayer(Elsewhere):
+    """A model elsewhere whose output layer is here.
+
+    head: the output layer's tensors.
+    """
+
+    def __init__(self, model: PreTrainedModel, head: Mapping[str, Tensor]):
+        weight = head["weight"]
+        super().__init__(model, weight.device, weight.dtype)
+        self.head = model.get_output_embeddings()
+        self.head.load_state_dict(dict(head), strict=True, assign=True)
+        self.requires_grad_(False).eval()
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,7 +122,7 @@ def refuse_trained(client: Client, header: Mapping[str, Any]) -> None:
 def served_model(
     loaded: LoadedModel,
     config: ModelConfig,
-    engine: EngineConfig,
+    engine: ServedEngine,
     dtype: torch.dtype,
     device: torch.device,
 ) -> ServedModel:

@@ -6,6 +6,7 @@ Nothing else is decoded, so that neither side can make the other run code.
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -90,3 +91,13 @@ def unpack_completions(tensors: Mapping[str, Tensor]) -> Completions:
     if len(shapes) > 1 or found.ids.ndim != 2 or found.ended.shape != found.ids.shape[:1]:
         raise BrokenMessage("completions are not of one shape [B, C]")
     return found
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

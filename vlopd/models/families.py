@@ -314,10 +314,20 @@ def process(
         images=[list(each) for each in images] if images[0] else None,
         return_tensors="pt",
         padding=True,
-        # transformers' rule for processors: older templates (LLaVA-1.5) leave the BOS to the tokenizer
-        add_special_tokens=not texts[0].startswith(tokenizer.bos_token or ""),
+        add_special_tokens=_adds_first(tokenizer, texts[0]),
     )
     return {name: value for name, value in inputs.items() if name not in UNUSED_OUTPUTS}
+
+
+def _adds_first(tokenizer: Any, text: str) -> bool:
+    """transformers' rule for processors: older templates (LLaVA-1.5) leave the BOS to the tokenizer."""
+    return not text.startswith(tokenizer.bos_token or "")
+
+
+def unexpanded_ids(processor: Any, text: str) -> list[int]:
+    """The tokens of a rendered prompt with images, in which each image is its template's placeholder alone."""
+    tokenizer = tokenizer_of(processor)
+    return tokenizer(text, add_special_tokens=_adds_first(tokenizer, text))["input_ids"]
 
 
 def _prints_parts(processor: Any) -> bool:

@@ -238,6 +238,10 @@ class LoadedModel:
                 "if the chat template is at fault, set `template` beside its `model`"
             ) from error
 
+    def unexpanded_ids(self, example: Example) -> list[int]:
+        """The example's prompt, which has images, with one placeholder for each: a server expands them itself."""
+        return families.unexpanded_ids(self.processor, self.render_text(example))
+
     def with_own_processor(self) -> LoadedModel:
         """The same model with a copy of its processor, for another thread: a tokenizer's padding is state."""
         return replace(self, processor=copy.deepcopy(self.processor))

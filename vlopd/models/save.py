@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import build_glob_alternation
+from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
 
 from vlopd.bits import holds, widest
-from vlopd.errors import UserError
+from vlopd.errors import ConfigError, UserError
 from vlopd.models.bars import bars_where_drawn
 from vlopd.models.loaded import LoadedModel
 
@@ -40,6 +40,31 @@ def save(
     _write_dtype(folder / "config.json", dtype)
     loaded.processor.save_pretrained(folder)
     (folder / "README.md").write_text(card)
+
+
+def in_original_format(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors as checkpoints of its family have them, from those by parameter name."""
+    return revert_weight_conversion(model, state)
+
+
+def original_names(model: PreTrainedModel) -> dict[str, str]:
+    """{parameter: its name in checkpoints of its family}, of a family whose checkpoints have every tensor as it is.
+
+    Raises ConfigError for others: some split or stack them.
+    """
+    names = {}
+    for name, parameter in model.named_parameters():
+        try:
+            found = in_original_format(model, {name: torch.empty_like(parameter, device="meta")})
+        except Exception:  # of a conversion that needs others beside it
+            found = {}
+        if [each.shape for each in found.values()] != [parameter.shape]:
+            raise ConfigError(
+                f"rollout.engine: checkpoints of {model.config.model_type!r} do not have {name} as the model has it; "
+                'set rollout.engine.weights = "whole"'
+            )
+        names[name] = next(iter(found))
+    return names
 
 
 def _refuse_overflow(state: Mapping[str, Tensor]) -> None:

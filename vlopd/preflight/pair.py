@@ -557,7 +557,8 @@ def agreement_rows(
     """Sampler against trainer, and the divergence of student and teacher, on the student's own completions."""
     hidden = pair.student.completion_hidden(prompts, completions)
     student = pair.student.logits(hidden, pair.vocabulary.student)
-    teacher = pair.teacher_logits(examples, completions) if pair.teachers else None
+    has_logits = pair.teachers and pair.has_whole_teachers
+    teacher = pair.teacher_logits(examples, completions) if has_logits else None
     sampled = Sampled(pair.vocabulary.targets(completions), completions.logprobs[completions.mask])
     tokens = token_divergence(NLL() if teacher is None else ReverseKL(), student, teacher, sampled)
     gap = float((tokens.student_logprobs - sampled.logprobs).abs().max())

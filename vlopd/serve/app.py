@@ -33,10 +33,11 @@ from vlopd.engines.wire import (
     unpack_completions,
     unpack_prompts,
 )
+from vlopd.engines.worker.vlopd_worker import WeightCopy, WrongUpdate
 from vlopd.errors import UserError, first_line, is_out_of_memory
 from vlopd.models.loaded import LoadedModel
 from vlopd.train.generation import sample
-from vlopd.train.weight_updates import WeightCopy, WrongUpdate
+from vlopd.train.weight_updates import tensors_of
 from vlopd.types import Completions, Prompts
 
 LARGEST_REQUEST = 2**32
@@ -53,7 +54,7 @@ class Held:
     def __init__(self, loaded: LoadedModel, weights: str):
         self.loaded, self.weights = loaded, weights
         loaded.model.requires_grad_(False)
-        self.copy = WeightCopy(loaded.model)
+        self.copy = WeightCopy(tensors_of(loaded.model))
         self.session: str | None = None
         self.version: int | None = None
 

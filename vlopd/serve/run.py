@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,16 +15,6 @@ from vlopd.digests import digest_checkpoint
 from vlopd.errors import ConfigError
 from vlopd.models.load import DTYPES, load_configured
 from vlopd.serve.app import Held, application
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def listen(

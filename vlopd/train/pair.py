@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from vlopd import distributed
+from vlopd.config.engines import VllmEngine
 from vlopd.config.input import value_of
 from vlopd.config.models import (
     CaptionContext,
@@ -31,6 +32,7 @@ from vlopd.config.models import (
 )
 from vlopd.config.objective import LossConfig, RewardConfig, RolloutConfig
 from vlopd.data.raw_values import cell_text, nested_value
+from vlopd.engines.scored import ScoredModel, scored_model
 from vlopd.engines.served import ServedModel, served_model
 from vlopd.errors import ConfigError, DataError, UserError
 from vlopd.models import families
@@ -55,7 +57,14 @@ from vlopd.train.losses import (
     by_column,
     chunked_divergence,
 )
-from vlopd.train.teacher import AnyTeacher, ByTeacher, Mixture, PermutedTeacher, Teacher
+from vlopd.train.teacher import (
+    AnyTeacher,
+    ByTeacher,
+    Mixture,
+    PermutedTeacher,
+    ScoredTeacher,
+    Teacher,
+)
 from vlopd.train.teacher_cache import TeacherCache
 from vlopd.train.token_selection import at_selected
 from vlopd.types import Completions, Example, Prompts
@@ -64,8 +73,10 @@ LoadedTeachers = dict[tuple[Any, ...], LoadedModel]
 """Fixed teachers by configuration, precision, device and folder: what `load_pair` keeps from one pair to the next."""
 
 
-Draw = Callable[[Prompts, RolloutConfig, Tensor, Sequence[int] | None], Completions]
-"""(prompts, settings, uniforms [B', C], rows [B']) -> completions, as of `ModelPair.sample`."""
+Draw = Callable[
+    [Prompts, RolloutConfig, Tensor, Sequence[int] | None, Sequence[Example] | None], Completions
+]
+"""(prompts, settings, uniforms [B', C], rows [B'], examples [B]) -> completions, as of `ModelPair.sample`."""
 
 
 class Rendered(NamedTuple):
@@ -121,6 +132,15 @@ class ModelPair:
         """The same pair, whose teachers keep hidden states of completions."""
         return replace(self, by_name={n: its.with_cache(cache) for n, its in self.by_name.items()})
 
+    def for_loss(self, loss: LossConfig) -> ModelPair:
+        """The same pair, whose teachers give what a loss reads. Raises ConfigError where one cannot."""
+        return replace(self, by_name={n: its.for_loss(loss) for n, its in self.by_name.items()})
+
+    @property
+    def has_whole_teachers(self) -> bool:
+        """Whether all teachers' whole distributions are known."""
+        return all(its.is_whole for its in self.by_name.values())
+
     def with_own_processors(self) -> ModelPair:
         """The same pair with copies of its processors, for another thread."""
         return replace(
@@ -146,13 +166,14 @@ class ModelPair:
         rollout: RolloutConfig,
         uniforms: Tensor,
         rows: Sequence[int] | None = None,
+        examples: Sequence[Example] | None = None,
     ) -> Completions:
         """The student's completions, of shared tokens only: one a prompt, or of the prompts `rows` [B'].
 
-        `uniforms` [B', max_new_tokens].
+        `uniforms` [B', max_new_tokens]. `examples` are those that the prompts are of: vLLM gets their pictures.
         """
         if self.sampler is not None:
-            return self.sampler(prompts, rollout, uniforms, rows)
+            return self.sampler(prompts, rollout, uniforms, rows, examples)
         return sample(
             self.student,
             prompts,
@@ -183,6 +204,7 @@ class ModelPair:
         rollout: RolloutConfig,
         uniforms: Tensor,
         rows: Sequence[int] | None = None,
+        examples: Sequence[Example] | None = None,
     ) -> Completions:
         """As `sample`, of a teacher whose prompts these are, as the student's ids.
 
@@ -235,8 +257,9 @@ class ModelPair:
         `prompts` are the examples as the student reads them; teachers render their own. Under autograd the gradient
         of all logits is kept, [N, V]; training back-propagates in chunks instead (`loss_of`).
         """
-        forwards = self.teacher_forward(examples, completions)
-        return self.loss_of(loss, forwards, prompts, completions, diagnostics=diagnostics)
+        pair = self.for_loss(loss)
+        forwards = pair.teacher_forward(examples, completions)
+        return pair.loss_of(loss, forwards, prompts, completions, diagnostics=diagnostics)
 
     def loss_of(
         self,
@@ -267,6 +290,8 @@ class ModelPair:
             theirs: Sequence[TeacherForward], weights: Tensor | None, diagnostics: bool
         ) -> TokenDivergence:
             pieces, order = [], []
+            # over the whole vocabulary, of which some teachers give a few log-probs alone
+            diagnostics = diagnostics and all(its.teacher.is_whole for its in theirs)
             for teacher, rows, teacher_hidden in theirs or (no_teacher,):
                 tokens, mine = tokens_of_rows(completions, rows), completions.take(rows)
 
@@ -513,14 +538,18 @@ def load_pair(
         if loaded is None:
             folder = student_folder if its.is_student else None
             if its.engine is not None and load is load_configured:
-                shapes = without_weights(its, dtype)
-                loaded = served_model(shapes, its, its.engine, dtype, torch.device(device))
+                shapes, where = without_weights(its, dtype), torch.device(device)
+                if isinstance(its.engine, VllmEngine):
+                    loaded = scored_model(shapes, its, its.engine, dtype, where)
+                else:
+                    loaded = served_model(shapes, its, its.engine, dtype, where)
             else:
                 loaded = load(its.loaded_from(own), dtype, device, folder)
             loaded.model.requires_grad_(False)
         if its.ema is None:
             kept[key] = loaded
-        teachers[name] = Teacher(loaded, vocabulary, index, its.context, its.ema)
+        of = ScoredTeacher if isinstance(loaded, ScoredModel) else Teacher
+        teachers[name] = of(loaded, vocabulary, index, its.context, its.ema)
     trained = load_student()
     if isinstance(plan, RoutedTeachers):
         return ModelPair(trained, teachers, vocabulary, plan.field)

@@ -11,18 +11,21 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vlopd import distributed
-from vlopd.config.engines import ServedEngine
+from vlopd.config.engines import ServedRollout, VllmRollout
 from vlopd.config.models import ModelConfig
 from vlopd.config.objective import RolloutConfig
-from vlopd.engines.client import Client, EngineError, refuse_other_precision
-from vlopd.engines.process import started
-from vlopd.engines.sampler import LostWeights, Sampler
+from vlopd.engines.client import Client, EngineError, LostWeights, refuse_other_precision
+from vlopd.engines.process import started, started_vllm
+from vlopd.engines.sampler import Sampler
+from vlopd.engines.vllm import connected
+from vlopd.engines.vllm_sampler import VllmSampler
 from vlopd.errors import ConfigError
 from vlopd.models.loaded import LoadedModel
+from vlopd.train.fingerprint import Fingerprint
 from vlopd.train.pair import ModelPair
 from vlopd.train.sparse import Trainable
 from vlopd.train.weight_updates import WeightUpdates
-from vlopd.types import Completions, Prompts
+from vlopd.types import Completions, Example, Prompts
 
 T = TypeVar("T")
 
@@ -36,19 +39,20 @@ class RolloutEngine:
 
     student: LoadedModel
     columns: int | Tensor
-    sampler: Sampler
+    sampler: Sampler | VllmSampler
     updates: WeightUpdates
+    fingerprint: Fingerprint | None = None
+    """Compared after every update, of an engine that computes by other means."""
 
-    def follow(self, version: int, sends: bool = True) -> int:
-        """Sends what changed; returns the bytes of the update. Of several processes one `sends`. Raises EngineError."""
+    def follow(self, version: int, sends: bool = True) -> dict[str, float]:
+        """Sends what changed; returns metrics of it. Of several processes one `sends`. Raises EngineError."""
         if not sends:
             self.sampler.version = version
-            return 0
+            return {}
         try:
-            self._send(version, first=self.sampler.version < 0)
+            return self._send(version, first=self.sampler.version < 0)
         except LostWeights:
-            self._restore(version)
-        return self.updates.bytes
+            return self._restore(version)
 
     def sample(
         self,
@@ -56,13 +60,15 @@ class RolloutEngine:
         rollout: RolloutConfig,
         uniforms: Tensor,
         rows: Sequence[int] | None = None,
+        examples: Sequence[Example] | None = None,
     ) -> Completions:
         """The student's completions, as of `ModelPair.sample`. Raises EngineError."""
+        asked = (prompts, rollout, uniforms, rows, examples)
         try:
-            return self.ask(prompts, rollout, uniforms, rows)
+            return self.ask(*asked)
         except LostWeights:
             self.restore()
-        return self._or_error(lambda: self.ask(prompts, rollout, uniforms, rows))
+        return self._or_error(lambda: self.ask(*asked))
 
     def ask(
         self,
@@ -70,49 +76,63 @@ class RolloutEngine:
         rollout: RolloutConfig,
         uniforms: Tensor,
         rows: Sequence[int] | None = None,
+        examples: Sequence[Example] | None = None,
     ) -> Completions:
         """As `sample`, but raises LostWeights where the engine does not hold the version."""
         settings = (
             *(rollout.max_new_tokens, rollout.temperature, uniforms, self.columns),
             *(rollout.top_k, rollout.top_p, (), rows, rollout.decode),
         )
-
-        return self.sampler.sample(prompts, *settings, device=self.student.device)
+        return self.sampler.sample(
+            prompts, *settings, device=self.student.device, examples=examples
+        )
 
     def restore(self) -> None:
         """Sends all weights of the version again. Raises EngineError."""
         self._restore(self.sampler.version)
 
-    def _send(self, version: int, first: bool) -> None:
-        if first:
-            self.updates.forget()
-        update = self.updates.next()
-        self.sampler.send(version, update, self.updates.checksum(), first)
+    def _send(self, version: int, first: bool) -> dict[str, float]:
+        found: dict[str, float] = {"sent_bytes": self.sampler.send(version, self.updates, first)}
+        if self.fingerprint is not None:
+            assert isinstance(self.sampler, VllmSampler)
+            found["engine_gap"] = self.fingerprint.gap(self.sampler)
+        return found
 
-    def _restore(self, version: int) -> None:
-        self._or_error(lambda: self._send(version, first=True))
+    def _restore(self, version: int) -> dict[str, float]:
+        return self._or_error(lambda: self._send(version, first=True))
 
     def _or_error(self, ask: Callable[[], T]) -> T:
         try:
             return ask()
-        except LostWeights:
+        except LostWeights as error:
+            why = f" ({error})" if str(error) else ""
             raise EngineError(
-                f"{self.sampler.client.url} does not hold the weights that it was just sent; see its messages, start "
-                "it again, and run this again: it goes on from the last saved state"
+                f"{self.sampler.client.url} does not hold the weights that it was just sent{why}; see its messages, "
+                "start it again, and run this again: it goes on from the last saved state"
             ) from None
 
 
 def rollout_engine(
-    pair: ModelPair, engine: str | ServedEngine, trainable: Trainable, accelerator: Accelerator
+    pair: ModelPair,
+    engine: str | ServedRollout | VllmRollout,
+    trainable: Trainable,
+    accelerator: Accelerator,
+    examples: Sequence[Example],
 ) -> RolloutEngine | None:
     """The engine of a configuration, started or joined; None where this process samples.
 
-    Raises EngineError, and ConfigError where the student is in memory alone.
+    examples: some of the data, for a fingerprint. Raises EngineError, and ConfigError where the student is in memory
+    alone, or an engine cannot sample what it shares with its teachers.
     """
     if isinstance(engine, str):
         return None
     student = pair.student
-    about: tuple[str, str] | None = None
+    if isinstance(engine, VllmRollout) and pair.vocabulary.size != student.vocabulary_rows:
+        raise ConfigError(
+            f"rollout.engine: {student.name} has {student.vocabulary_rows} tokens, of which {pair.vocabulary.size} are "
+            'shared, and vLLM\'s log-probs are over all; set rollout.engine = {type = "vlopd"}'
+        )
+    about: tuple[str, str | None, str] | None = None
     server = None
     if accelerator.is_main_process:
         if engine.url is None:
@@ -120,15 +140,26 @@ def rollout_engine(
                 raise ConfigError(
                     "rollout.engine: the student has no folder; save it and load that"
                 )
-            attention = student.model.config._attn_implementation
-            config = ModelConfig(model=str(student.folder), attention=attention)
-            server = started(config, engine.device, student.model.dtype, engine.timeout_seconds)
-        about = (engine.url or server.url, secrets.token_hex(8))  # type: ignore[union-attr]
-    url, session = next(each for each in distributed.gathered(accelerator, about) if each)
+            if isinstance(engine, VllmRollout):
+                words = ["--worker-extension-cls", "vlopd_worker.Extension"]
+                server = started_vllm(engine, str(student.folder), student.model.dtype, words)
+            else:
+                attention = student.model.config._attn_implementation
+                config = ModelConfig(model=str(student.folder), attention=attention)
+                server = started(config, engine.device, student.model.dtype, engine.timeout_seconds)
+        url, token = engine.url or "", None
+        if server is not None:
+            url, token = server.url, server.token
+        about = (url, token, secrets.token_hex(8))
+    url, token, session = next(each for each in distributed.gathered(accelerator, about) if each)
+    updates = WeightUpdates(trainable, student.model)
+    columns = pair.vocabulary.student
+    if isinstance(engine, VllmRollout):
+        its = connected(engine, url, token)
+        sampler = VllmSampler(its, session, student, engine.weights, engine.folder, server)
+        fingerprint = Fingerprint.of(student, examples, engine.tolerance)
+        return RolloutEngine(student, columns, sampler, updates, fingerprint)
     client = Client(url, engine.timeout_seconds, engine.attempts)
     client.expected = client.about()
     refuse_other_precision(client, student.model.dtype)
-    updates = WeightUpdates(trainable, student.model)
-    return RolloutEngine(
-        student, pair.vocabulary.student, Sampler(client, session, server), updates
-    )
+    return RolloutEngine(student, columns, Sampler(client, session, server), updates)

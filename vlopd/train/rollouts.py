@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlopd import seeding
+from vlopd.config.engines import VllmRollout
 from vlopd.config.objective import RolloutConfig, Writer
 from vlopd.config.recipe import Recipe
 from vlopd.errors import DataError
@@ -181,7 +182,7 @@ def write(
         elif writer == "student":
             prompts = {place: rendered[place // n].student for place in places}
             fits = fits_in(student, rollout, sampling_bytes)
-            more = (n, rollout, uniforms, fits, pair.sample, on_sampled)
+            more = (n, rollout, uniforms, fits, pair.sample, examples, on_sampled)
             parts += sampled(student, prompts, *more)
         else:
             for teacher, rows in pair.assign(asked):
@@ -192,7 +193,7 @@ def write(
                 teacher.loaded.refuse_too_long([asked[i] for i in rows], theirs, new_tokens)
                 fits = fits_in(teacher.loaded, rollout, sampling_bytes)
                 draw = partial(pair.teacher_sample, teacher)
-                more = (n, rollout, uniforms, fits, draw, on_sampled)
+                more = (n, rollout, uniforms, fits, draw, examples, on_sampled)
                 parts += sampled(teacher.loaded, prompts, *more)
     completions = Completions.joined(parts, student.pad_id)
     student.refuse_too_long(examples, texts, completions.ids.shape[1])
@@ -207,16 +208,18 @@ def sampled(
     uniforms: Tensor,
     fits: Fits,
     draw: Draw,
+    examples: Sequence[Example],
     on_sampled: OnSampled | None = None,
 ) -> Iterator[tuple[list[int], Completions]]:
-    """Samples the completions at the places of `prompts`, of which `n` adjacent ones share a prompt, in batches."""
+    """Samples the completions at the places of `prompts`, of which `n` adjacent ones share one of `examples`."""
     lengths = {place: (each.n_tokens, rollout.max_new_tokens) for place, each in prompts.items()}
     for places in packed(lengths, fits):
         asked = {place // n: prompts[place] for place in places}
         where = {prompt: row for row, prompt in enumerate(asked)}
         rows = [where[place // n] for place in places] if len(asked) < len(places) else None
         batch = loaded.collate(list(asked.values()))
-        completions = draw(batch, rollout, uniforms[places], rows)
+        own = [examples[prompt] for prompt in asked]
+        completions = draw(batch, rollout, uniforms[places], rows, own)
         if on_sampled is not None:
             on_sampled(loaded, batch, completions)
         yield places, completions
@@ -229,6 +232,8 @@ def fits_in(loaded: LoadedModel, rollout: RolloutConfig, sampling_bytes: int | N
     def fits(rows: int, prompt: int, completion: int) -> bool:
         if rollout.batch is not None:
             return rows <= rollout.batch
+        if isinstance(rollout.engine, VllmRollout):  # which queues what does not fit
+            return True
         return sampling_bytes is None or rows * needed(prompt) <= sampling_bytes
 
     return fits

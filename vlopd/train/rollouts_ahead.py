@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from vlopd.config.objective import Writer
 from vlopd.config.recipe import Recipe
-from vlopd.engines.sampler import LostWeights
+from vlopd.engines.client import LostWeights
 from vlopd.train.pair import ModelPair, Rendered
 from vlopd.train.replay import Replay
 from vlopd.train.rollout_engine import RolloutEngine

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from vlopd import seeding
-from vlopd.config.objective import NLL
+from vlopd.config.objective import NLL, SCORES_ALONE
 from vlopd.config.recipe import Recipe
 from vlopd.config.signal_nulls import SignalNull
+from vlopd.errors import ConfigError
 from vlopd.models.loaded import LoadedModel
 from vlopd.train.pair import ModelPair, TeacherForward
 from vlopd.train.rollouts import Batch, by_place
@@ -76,6 +77,8 @@ class NullSignal:
         null: SignalNull, pair: ModelPair, recipe: Recipe, seed: int, share: range
     ) -> NullSignal:
         is_permuted = null.type == "permuted_vocabulary"
+        if null.type in ("permuted_vocabulary", "shuffled_teacher") and not pair.has_whole_teachers:
+            raise ConfigError(f"null {null.type} {SCORES_ALONE}")
         order = permuted_columns(pair, "null", null.type, seed) if is_permuted else None
         return NullSignal(null, recipe, seed, share, order)
 

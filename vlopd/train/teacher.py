@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from vlopd.config.models import ContextConfig
+from vlopd.config.objective import SCORES_ALONE, Divergence, LossConfig, TopK, whole_teacher_need
 from vlopd.digests import digest_checkpoint
+from vlopd.engines.scored import ScoredModel
 from vlopd.errors import ConfigError
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.vocabulary import SharedVocabulary
@@ -42,6 +44,15 @@ class Teacher:
     @property
     def members(self) -> tuple[Teacher, ...]:
         return (self,)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether `logits` are the model's own, over the whole shared vocabulary."""
+        return True
+
+    def for_loss(self, loss: LossConfig) -> Teacher:
+        """The same teacher, which gives what a loss reads. Raises ConfigError where it cannot."""
+        return self
 
     def view(self, example: Example) -> Example:
         """The example with this teacher's context."""
@@ -88,7 +99,13 @@ class Teacher:
             return self._cached(self.cache, examples, completions, rendered)
         prompts = self.collate(examples, rendered)
         self.loaded.refuse_too_long(examples, prompts, completions.ids.shape[1])
-        return self.loaded.completion_hidden(prompts, self.translate(completions))
+        return self._read(examples, prompts, self.translate(completions))
+
+    def _read(
+        self, examples: Sequence[Example], prompts: Prompts, completions: Completions
+    ) -> Tensor:
+        """As `hidden`, of examples as this teacher reads them and completions in its ids."""
+        return self.loaded.completion_hidden(prompts, completions)
 
     def _cached(
         self,
@@ -101,7 +118,7 @@ class Teacher:
         if rendered is None:
             own = self.loaded.render_each([self.view(example) for example in examples])
             rendered = [{self.index: each} for each in own]
-        weights = f"{self.weights} {self.loaded.model.dtype}"
+        weights = f"{self.weights} {self.kind}"
         tokens = rows_of(self.translate(completions))
         keys = [
             key_of(weights, each[self.index], ids)
@@ -117,6 +134,11 @@ class Teacher:
                 cache.put(keys[i], hidden)
                 found[i] = hidden
         return torch.cat([each.to(self.loaded.device) for each in found if each is not None])
+
+    @property
+    def kind(self) -> str:
+        """What decides hidden states besides weights, prompt and completion."""
+        return str(self.loaded.model.dtype)
 
     @cached_property
     def weights(self) -> str:
@@ -135,11 +157,82 @@ class Teacher:
 
 
 @dataclass(frozen=True)
+class ScoredTeacher(Teacher):
+    """A model of whose distributions some log-probs are known: of the completion's token and the `top_k` likeliest.
+
+    In place of hidden states [N, H'] there are these ids and log-probs, [N, 2 (1 + k)]. Logits made of them are right
+    at those tokens, and in the sum over all others, which share it evenly: enough for losses of these alone.
+    """
+
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        size, rows = self.vocabulary.size, self.loaded.vocabulary_rows
+        if size != rows:
+            raise ConfigError(
+                f"{self.loaded.name} has {rows} tokens, of which the student shares {size}, and vLLM's log-probs are "
+                'over all: set teacher.engine = {type = "vlopd"}, which gives those over the shared ones'
+            )
+
+    @property
+    def is_whole(self) -> bool:
+        return False
+
+    def for_loss(self, loss: LossConfig) -> ScoredTeacher:
+        """The same teacher, which is asked for as many log-probs as the loss reads. Raises ConfigError."""
+        if need := whole_teacher_need(loss):
+            raise ConfigError(f"{need} {SCORES_ALONE}")
+        k = loss.support.k if isinstance(loss, Divergence) and isinstance(loss.support, TopK) else 0
+        return replace(self, top_k=min(k, self.vocabulary.size))
+
+    @property
+    def kind(self) -> str:
+        return f"{super().kind} top {self.top_k}"
+
+    def _read(
+        self, examples: Sequence[Example], prompts: Prompts, completions: Completions
+    ) -> Tensor:
+        assert isinstance(self.loaded, ScoredModel)
+        views = [self.view(example) for example in examples]
+        return self.loaded.completion_scores(views, prompts, completions, self.top_k)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, 2 (1 + k)] -> [N, V] log-probs in the student's order, of which those of other tokens are their mean."""
+        ids, known = hidden.double().chunk(2, 1)
+        columns = self._columns.to(hidden.device)[ids.long()]
+        is_likely = (columns[:, 1:] == columns[:, :1]).any(1, keepdim=True)
+        mass = known[:, 1:].exp().sum(1, keepdim=True) + known[:, :1].exp() * ~is_likely
+        others = self.vocabulary.size - self.top_k - (~is_likely).double()
+        rest = (1 - mass).clamp(min=SMALLEST_MASS).log() - others.clamp(min=1).log()
+        found = rest.expand(-1, self.vocabulary.size).clone()
+        return found.scatter_(1, columns, known).float()
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        """[V] the column of each of the teacher's ids."""
+        theirs = self.vocabulary.teachers[self.index]
+        return torch.arange(theirs) if isinstance(theirs, int) else theirs.cpu().argsort()
+
+
+SMALLEST_MASS = 1e-12
+"""Of all other tokens together, where what is left of 1 is rounding."""
+
+
+@dataclass(frozen=True)
 class Mixture:
     """Several teachers as one distribution: log p = sum_k w_k log p_k + const, weights summing to 1."""
 
     members: tuple[Teacher, ...]
     weights: tuple[float, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all members are."""
+        return all(its.is_whole for its in self.members)
+
+    def for_loss(self, loss: LossConfig) -> Mixture:
+        """The same mixture."""
+        return self
 
     def with_own_processors(self) -> Mixture:
         """The same mixture with copies of its processors, for another thread."""
@@ -175,6 +268,11 @@ class PermutedTeacher:
 
     teacher: Teacher | Mixture | PermutedTeacher
     order: Tensor  # [V]
+
+    @property
+    def is_whole(self) -> bool:
+        """As the teacher."""
+        return self.teacher.is_whole
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, H'] -> [N, V] over the shared vocabulary."""

@@ -7,37 +7,14 @@ change in a step: their updates are below half an ulp.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from vlopd.bits import INTEGERS, different
+from vlopd.bits import different
+from vlopd.engines.worker.vlopd_worker import PLACES, VALUES, WHOLE, checksum
 from vlopd.train.sparse import CompactSlot, Slot, Trainable, gather
-
-WHOLE, PLACES, VALUES = "whole", "places", "values"
-"""Kinds of tensor in an update, as `kind/parameter`: all values; flat indices, which stay; values at the indices."""
-FACTOR = 0x9E3779B97F4A7C15 - 2**64
-"""An odd 64-bit factor, of the golden ratio."""
-
-
-def checksum(parameters: Mapping[str, Tensor]) -> str:
-    """A 64-bit sum, in hex, over the bits of all tensors, which depends on their places and names' order.
-
-    Exact on every device, and as fast as memory; a copy with one other bit has another.
-    """
-    total = 0
-    for name in sorted(parameters):
-        tensor = parameters[name].detach()
-        bits = tensor.reshape(-1).view(INTEGERS[tensor.element_size()])
-        own = 0
-        for start in range(0, len(bits), 1 << 24):
-            part = bits[start : start + (1 << 24)].long()
-            at = torch.arange(start, start + len(part), device=part.device)
-            # int64 wraps around; a multiplication by an odd factor loses nothing
-            own += int(((part + 1) * (2 * at + 1) * FACTOR).sum())
-        total = (total * 31 + own) % 2**64
-    return f"{total:016x}"
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -73,6 +50,10 @@ class WeightUpdates:
         self.bytes = sum(tensor.nbytes for tensor in found.values())
         return found
 
+    def state(self) -> dict[str, Tensor]:
+        """All the model's parameters and saved buffers."""
+        return tensors_of(self.model)
+
     def checksum(self) -> str:
         """Of all the model's parameters and buffers."""
         return checksum(tensors_of(self.model))
@@ -101,78 +82,3 @@ class WeightUpdates:
             yield f"{PLACES}-now", places.to(index)
             yield f"{VALUES}-now", now.view(-1)[places]
         before.copy_(now)
-
-
-class WrongUpdate(ValueError):
-    """An update that does not fit the weights it is for."""
-
-
-class WeightCopy:
-    """The receiving side: a model whose weights follow, by `WeightUpdates`, and can go back to its checkpoint's."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.parameters = dict(model.named_parameters())
-        self.before: dict[str, Tensor] = {}
-        """Parameters that were changed, as they were at first, in host memory."""
-        self.places: dict[str, Tensor] = {}
-
-    def reset(self) -> None:
-        """Back to the checkpoint's weights."""
-        for name, tensor in self.before.items():
-            self.parameters[name].data.copy_(tensor)
-        self.places.clear()
-
-    def apply(self, update: Mapping[str, Tensor]) -> None:
-        """Writes an update, as a whole or not at all. Raises WrongUpdate."""
-        writes: list[tuple[str, Tensor | None, Tensor]] = []
-        new: dict[str, Tensor] = {}
-        for label, tensor in update.items():
-            kind, _, name = label.partition("/")
-            parameter = self.parameters.get(name)
-            if parameter is None:
-                raise WrongUpdate(f"{name!r}: the model has no such parameter")
-            if kind == WHOLE:
-                self._refuse(name, tensor, parameter.shape)
-                writes.append((name, None, tensor))
-            elif kind in (PLACES, f"{PLACES}-now"):
-                self._refuse_places(name, tensor)
-                if kind == PLACES:
-                    new[name] = tensor
-            elif kind in (VALUES, f"{VALUES}-now"):
-                key = f"{PLACES}{kind.removeprefix(VALUES)}/{name}"
-                places = update.get(key, self.places.get(name) if kind == VALUES else None)
-                if places is None:
-                    raise WrongUpdate(f"{name!r}: values without their coordinates")
-                self._refuse(name, tensor, places.shape)
-                writes.append((name, places, tensor))
-            else:
-                raise WrongUpdate(f"{label!r}: unknown kind")
-        for name, places, tensor in writes:
-            own = self.parameters[name].data
-            if name not in self.before:
-                self.before[name] = own.to("cpu", copy=True)
-            if places is None:
-                own.copy_(tensor)
-            else:
-                at = places.to(own.device, torch.int64)
-                own.view(-1).index_copy_(0, at, tensor.to(own.device))
-        self.places |= new
-
-    def checksum(self) -> str:
-        """Of all parameters and buffers, as `WeightUpdates.checksum`."""
-        return checksum(tensors_of(self.model))
-
-    def _refuse(self, name: str, tensor: Tensor, shape: torch.Size) -> None:
-        if tensor.shape != shape or tensor.dtype != self.parameters[name].dtype:
-            raise WrongUpdate(
-                f"{name!r}: {list(tensor.shape)} of {tensor.dtype} where {list(shape)} of "
-                f"{self.parameters[name].dtype} fit"
-            )
-
-    def _refuse_places(self, name: str, places: Tensor) -> None:
-        n = self.parameters[name].numel()
-        if places.ndim != 1 or places.dtype not in (torch.int32, torch.int64):
-            raise WrongUpdate(f"{name!r}: coordinates are no list of integers")
-        if len(places) and not (int(places.min()) >= 0 and int(places.max()) < n):
-            raise WrongUpdate(f"{name!r}: a coordinate outside of its {n}")
