@@ -78,10 +78,10 @@ def tiny_language(vocabulary: int, width: int) -> LlamaConfig:
     )
 
 
-def build(kind: str, role: str, folder: Path, dtype: torch.dtype) -> Path:
+def build(kind: str, role: str, folder: Path, dtype: torch.dtype, width: int | None = None) -> Path:
     """Saves a tiny random model with the processor of the built-in of its role."""
     torch.manual_seed(KINDS.index(kind) * 2 + (role == "teacher"))
-    width = 48 if role == "teacher" else 32
+    width = width or (48 if role == "teacher" else 32)
     processor = AutoProcessor.from_pretrained(BUILTIN / f"shapes-{role}")
     tokenizer = AutoTokenizer.from_pretrained(BUILTIN / f"shapes-{role}")
     language = tiny_language(len(tokenizer), width)

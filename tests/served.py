@@ -7,6 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import requests
 from aiohttp import web
@@ -24,7 +25,7 @@ class Misbehaving:
     """A server at `url`; the next `times` answers to `path` are what `fault` makes of them."""
 
     url: str
-    held: Held
+    held: Any
     fault: Fault | None = None
     path: str = ""
     times: int = 0
@@ -46,8 +47,14 @@ def serving(loaded: LoadedModel, token: str | None = None) -> Iterator[Misbehavi
     """Serves a model from a thread of this process."""
     assert loaded.folder is not None
     held = Held(loaded, digest_checkpoint(loaded.folder))
+    with running(application(held, token), held) as its:
+        yield its
+
+
+@contextmanager
+def running(app: web.Application, held: Any) -> Iterator[Misbehaving]:
+    """Runs a server from a thread of this process. held: what it holds, for tests."""
     its = Misbehaving("", held)
-    app = application(held, token)
 
     @web.middleware
     async def misbehave(request, handler):

@@ -54,7 +54,12 @@ class Recipe(NamedTuple):
 
 def build(family: str, folder: Path, seed: int = 0) -> None:
     """Saves a tiny model of the family, with weights scaled up so that inputs, pictures too, matter."""
-    config, processor, ends = FAMILIES[family]()
+    save(FAMILIES[family](), folder, seed)
+
+
+def save(recipe: Recipe, folder: Path, seed: int = 0) -> None:
+    """Saves a tiny model of a recipe, as `build`."""
+    config, processor, ends = recipe
     torch.manual_seed(seed)
     model = hf.AutoModelForImageTextToText.from_config(hf.AutoConfig.for_model(**config))
     with torch.no_grad():
