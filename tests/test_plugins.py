@@ -79,7 +79,7 @@ def test_the_pages_examples_run_and_are_recorded(here, monkeypatch, capsys):
         )
     run = here / "runs" / "plugins"
     rows = read_jsonl(run / "arms" / "full" / "metrics.jsonl")
-    of_engines = {"sent_bytes", "rollout_lag", "synchronise_seconds"}
+    of_engines = {"sent_bytes", "engine_gap", "rollout_lag", "synchronise_seconds"}
     assert set(rows[0]) == {*COLUMNS, "words"} - of_engines
     assert all(0 < row["words"] <= 8 for row in rows)
     mask, about = load_mask(run / "masks" / "grown.safetensors")

@@ -158,7 +158,7 @@ COLUMNS = frozenset(
         *("truncated_fraction", "repeated_fraction", "reward", "mixed_group_fraction"),
         *("completion_tokens", "mean_completion_tokens", "grad_norm", "learning_rate"),
         *("data_seconds", "rollout_seconds", "teacher_seconds", "student_seconds"),
-        *("synchronise_seconds", "sent_bytes", "rollout_lag"),
+        *("synchronise_seconds", "sent_bytes", "engine_gap", "rollout_lag"),
         *("update_seconds", "seconds", "tokens_per_second"),
     }
 )
