@@ -52,7 +52,7 @@ SPELLED = {"Plugin": '"module:function"'}
 
 COUNTED = re.compile(
     r"(ulps|steps|completion tokens|tokens|prompts|completions|questions|answers|examples|resamples|draws|rollouts|"
-    r"updates|rows|directions|layer numbers|rank|pixels|attempts)\b",
+    r"updates|rows|directions|layer numbers|rank|pixels|attempts|requests)\b",
     re.IGNORECASE,
 )
 """What an integer counts: the first of these in its sentence."""

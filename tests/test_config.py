@@ -166,6 +166,8 @@ NUMBERS: dict[str, list[str]] = {
     "loss.tokens.fraction": ["loss.tokens={by='position'}"], "reward.alpha": REWARD, "reward.clip": REWARD,
     "teacher.ema": [CONTEXT], "teacher.weights.b": [MIXED],
     "train.teacher_cache_gb": [], "teacher.engine.timeout_seconds": ["teacher.engine={type='vlopd'}"],
+    "teacher.engine.start_seconds": ["teacher.engine={type='vllm', url='http://x'}"],
+    "rollout.engine.tolerance": ["rollout.engine={type='vllm', url='http://x'}"],
     "arms.e.factor": ["arms.e={type='extrapolate', of='full'}"],
     "arms.m.scale": ["arms.m={type='merge', of=['full']}"],
     "arms.m.density": ["arms.m={type='merge', of=['full'], method='ties'}"],

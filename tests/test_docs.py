@@ -182,9 +182,9 @@ def test_commands_exist(page, folder, monkeypatch, capsys):
             elif words[0] in ("bash", "python"):
                 assert (ROOT / words[1]).exists(), words
             else:
-                assert words[0] in ("export", "for", "pip", "sbatch") or words[0].startswith(
-                    "arms="
-                ), words
+                assert words[0] in ("export", "for", "pip", "sbatch", "vllm") or words[
+                    0
+                ].startswith("arms="), words
 
 
 def check_command(words: list[str], folder: Path) -> None:

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from vlopd.config.base import Count, Positive, Section, between
+from vlopd.config.explain import NAME, TABLE
 
 Seconds = Annotated[float, between(0.1, 1e6)]
 
@@ -102,7 +110,16 @@ EngineConfig = Annotated[
 ]
 """Where a teacher's weights are, if not in this process."""
 
+Decode = Literal["eager", "static", "graphs"]
+"""Decode steps in this process."""
+
 RolloutEngineConfig = Annotated[
-    Annotated[ServedRollout | VllmRollout, Field(discriminator="type")], BeforeValidator(_typed)
+    Annotated[Decode, Tag(NAME)]
+    | Annotated[
+        Annotated[ServedRollout | VllmRollout, Field(discriminator="type")],
+        BeforeValidator(_typed),
+        Tag(TABLE),
+    ],
+    Discriminator(lambda value: NAME if isinstance(value, str) else TABLE),
 ]
-"""Where completions are sampled, if not in this process."""
+"""How or where completions are sampled."""

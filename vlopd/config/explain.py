@@ -12,6 +12,8 @@ from pydantic_core import ErrorDetails
 BUILT_IN, OWN = "[built-in]", "[function]"
 """Tags of built-in variants and plug-ins in pydantic's error locations; like its "[key]", no key
 can be one."""
+NAME, TABLE = "[name]", "[table]"
+"""The same of a setting that is a name or a table."""
 
 TYPES = {
     "bool_type": "true or false",
@@ -99,8 +101,8 @@ def _joined(where: str, key: str) -> str:
 def _walk(location: Sequence[int | str], root: Any) -> tuple[list[str], list[str], Any]:
     """(keys that the user writes, known keys beside the last, annotation there) of a pydantic error path.
 
-    pydantic's path also holds the `type` of a section, "[built-in]" or "[function]" and, for a table's key, "[key]";
-    these are dropped.
+    pydantic's path also holds the `type` of a section, "[built-in]", "[function]", "[name]" or "[table]" and, for a
+    table's key, "[key]"; these are dropped.
     """
     here: Any = root
     keys: list[str] = []
@@ -108,7 +110,7 @@ def _walk(location: Sequence[int | str], root: Any) -> tuple[list[str], list[str
     for part in location:
         variants = _sections_in(here)
         tagged = [cls for cls in variants if part in _variant_tags(cls)]
-        if part in ("[key]", BUILT_IN, OWN):
+        if part in ("[key]", BUILT_IN, OWN, NAME, TABLE):
             continue
         if get_origin(_bare(here)) is dict:
             here = get_args(_bare(here))[1]

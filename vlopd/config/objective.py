@@ -87,7 +87,7 @@ class RolloutConfig(Section):
     """Top-k sampling: keep the k most likely tokens, after the temperature; null for all."""
     top_p: Share = 1.0
     """Nucleus sampling: keep the smallest set of most likely tokens with this mass, after top_k."""
-    engine: Literal["eager", "static", "graphs"] | RolloutEngineConfig = "eager"
+    engine: RolloutEngineConfig = "eager"
     """Decode steps: `eager`, `static` (a cache of fixed shape) or `graphs` (that and a captured CUDA graph; not yet
     measured on a GPU); a family that fails the conformance test, and a device without CUDA, falls back to `eager`. A
     table such as {type = "vlopd"} or {type = "vllm"}: in another process (docs/engines.md)."""
