@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
+from vlopd.config.engines import VllmEngine
 from vlopd.config.models import MixedTeachers
 from vlopd.config.objective import FunctionLoss, LossConfig, ReverseKL, RewardConfig
 from vlopd.config.recipe import RecipeSections
@@ -394,17 +395,17 @@ def loss_cost(
 
 
 def weights_here(recipe: RecipeSections, teachers: Sequence[Reader]) -> int:
-    """Weights of the teachers in this process: of one that an engine holds the output layer alone."""
+    """Weights of the teachers in this process: of one that an engine holds the output layer alone, in vLLM none."""
     configured = list(recipe.teachers.values())
-    away = (
-        [its.engine is not None for its in configured] if len(configured) == len(teachers) else []
-    )
-    sizes = [teacher.model.num_parameters() for teacher in teachers]
-    heads = [output_weight(teacher).numel() for teacher in teachers]
-    return sum(
-        head if gone else size
-        for size, head, gone in zip(sizes, heads, away or [False] * len(sizes), strict=True)
-    )
+    if len(configured) != len(teachers):
+        return sum(teacher.model.num_parameters() for teacher in teachers)
+    found = 0
+    for its, teacher in zip(configured, teachers, strict=True):
+        if its.engine is None:
+            found += teacher.model.num_parameters()
+        elif not isinstance(its.engine, VllmEngine):
+            found += output_weight(teacher).numel()
+    return found
 
 
 def estimate(
