@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vlopd.config.engines import VllmRollout
 from vlopd.config.recipe import Recipe
 from vlopd.config.training import AdamW, Muon
 from vlopd.errors import ConfigError
@@ -27,6 +28,8 @@ def refuse_unsharded(recipe: Recipe, is_lora: bool) -> None:
         "train.offload_optimizer": train.offload_optimizer,
         "train.evidence_every": bool(train.evidence_every),
         "a LoRA": is_lora,
+        'rollout.engine.type = "vllm"': train.sharding == "full"
+        and isinstance(recipe.rollout.engine, VllmRollout),
     }.items():
         if is_on:
             raise ConfigError(f"train.sharding = {train.sharding!r} does not go with {name}")
