@@ -200,6 +200,7 @@ def test_a_teachers_logprobs_are_those_here(kind, engine, make_data):
     here, there, data = engine.pair(kind), engine.pair(kind, there=True), make_data(kind)
     completions = completions_of(here, data)
     ours, theirs = (its.teacher_logprobs(data, completions) for its in (here, there))
+    print(f"\nteacher {kind}: {float((ours - theirs).abs().max()):.2g}")
     assert float((ours - theirs).abs().max()) < 1e-5
     teacher = there.teachers[0]
     scores = replace(teacher, top_k=3).hidden(data, completions)
@@ -270,6 +271,7 @@ def test_a_samples_logprobs_are_those_here(kind, engine, make_data):
     )
     assert torch.equal(one.ids, two.ids) and one.ids.tolist() != three.ids.tolist()
     again = pair.student_logprobs(prompts, three)
+    print(f"\nsampled {kind}: {float((three.logprobs[three.mask] - again).abs().max()):.2g}")
     assert float((three.logprobs[three.mask] - again).abs().max()) < 1e-5
     banned = torch.tensor(student.unsampleable_ids)
     assert not torch.isin(three.ids[three.mask], banned).any()
@@ -794,6 +796,19 @@ def test_a_pair_that_does_not_fit_the_loss_is_refused(fake, make_data, tmp_path)
     null = SignalNull(type="shuffled_teacher")
     with pytest.raises(ConfigError, match="null shuffled_teacher needs"):
         distill(fake.pair("llm", there=True), make_data("llm"), recipe, tmp_path, null=null)
+
+
+def test_pairs_that_share_a_part_of_the_tokens_are_refused(fake, make_data, tmp_path):
+    """vLLM's log-probs are over all of a model's tokens: where a pair shares fewer, it neither scores nor samples."""
+    pair = fake.pair("llm", there=True)
+    part = replace(pair.vocabulary, size=pair.vocabulary.size - 1)
+    with pytest.raises(ConfigError, match=r"has 58 tokens, of which the student shares 57.*vlopd"):
+        replace(pair.teachers[0], vocabulary=part)
+    engine = fake.engine("llm", "student")
+    rollout = {"max_new_tokens": 4, "engine": engine}
+    recipe = Recipe(train={"steps": 1, "prompts_per_step": 2}, rollout=rollout)
+    with pytest.raises(ConfigError, match=r"has 58 tokens, of which 57 are shared.*vlopd"):
+        distill(replace(fake.pair("llm"), vocabulary=part), make_data("llm"), recipe, tmp_path)
 
 
 def test_another_machines_address_needs_a_token(fake, monkeypatch):

@@ -51,6 +51,8 @@ class Server:
     process: subprocess.Popen[str]
     token: str | None = None
     """What it wants to be asked with."""
+    log: Path | None = None
+    """What it prints; the file stays where it ended by itself."""
 
 
 def started(
@@ -111,12 +113,13 @@ def started_vllm(
     env["PYTHONPATH"] = str(WORKER)
     if engine.device is not None:
         env["CUDA_VISIBLE_DEVICES"] = engine.device.rpartition(":")[2]
-    log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - the server's, as long as it runs
+    handle, name = tempfile.mkstemp(".log", "vlopd-vllm-")
     kept = [sys.executable, str(WORKER.parent / "kept.py"), *command]
     process = subprocess.Popen(
-        kept, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True, env=env
+        kept, stdin=subprocess.PIPE, stdout=handle, stderr=subprocess.STDOUT, text=True, env=env
     )
-    server = _kept(Server(f"http://127.0.0.1:{port}", process, token))
+    os.close(handle)
+    server = _kept(Server(f"http://127.0.0.1:{port}", process, token, Path(name)))
     deadline = time.monotonic() + engine.start_seconds
     while time.monotonic() < deadline:
         with suppress(requests.RequestException):
@@ -126,11 +129,11 @@ def started_vllm(
             process.wait(0.5)
             break
     end(process)
-    log.seek(0)
-    lines = [line.strip() for line in log.read().splitlines() if line.strip()]
+    text = Path(name).read_text(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     named = [line for line in lines if "Error" in line and "Engine core init" not in line]
     why = (named or lines or [f"nothing within {engine.start_seconds:g} s"])[-1]
-    raise EngineError(f"vLLM of {model} did not start: {why[-300:]}")
+    raise EngineError(f"vLLM of {model} did not start: {why[-300:]} (all of it: {name})")
 
 
 def plain_environment() -> dict[str, str]:
@@ -140,8 +143,15 @@ def plain_environment() -> dict[str, str]:
 
 def _kept(server: Server) -> Server:
     """The server, which ends with the object, and so at the interpreter's exit."""
-    weakref.finalize(server, end, server.process)
+    weakref.finalize(server, _end_with_log, server.process, server.log)
     return server
+
+
+def _end_with_log(process: subprocess.Popen[Any], log: Path | None) -> None:
+    is_running = process.poll() is None
+    end(process)
+    if is_running and log is not None:
+        log.unlink(missing_ok=True)
 
 
 def _first_address(process: subprocess.Popen[str], timeout_seconds: float) -> str | None:

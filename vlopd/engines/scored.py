@@ -51,18 +51,18 @@ def scored_model(
     device: torch.device,
 ) -> ScoredModel:
     """A model that vLLM holds. loaded: the same on the meta device, with its processor. Raises EngineError."""
-    server, url, token = None, engine.url, None
+    server, url, token, log = None, engine.url, None, None
     if url is None:
         words = ["--revision", config.revision] if config.revision and not loaded.folder else []
         words += ["--trust-remote-code"] if config.trust_remote_code else []
         server = started_vllm(engine, str(loaded.folder or config.model), dtype, words)
-        url, token = server.url, server.token
+        url, token, log = server.url, server.token, server.log
     return ScoredModel(
         loaded.name,
         cast(PreTrainedModel, Elsewhere(loaded.model, device, dtype)),
         loaded.processor,
         loaded.template_arguments,
         loaded.folder,
-        client=connected(engine, url, token),
+        client=connected(engine, url, token, log),
         server=server,
     )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -223,9 +224,13 @@ class VllmClient(Connection):
         return self.persist(once)
 
 
-def connected(engine: VllmEngine, url: str, token: str | None = None) -> VllmClient:
-    """The client of a server. token: of one that was started here. Raises ConfigError, EngineError."""
+def connected(
+    engine: VllmEngine, url: str, token: str | None = None, log: Path | None = None
+) -> VllmClient:
+    """The client of a server. token, log: of one that was started here. Raises ConfigError, EngineError."""
     client = VllmClient(url, engine.timeout_seconds, engine.attempts, at_once=engine.at_once)
+    if log is not None:
+        client.server = f"vLLM (its messages: {log})"
     if token is not None:
         client.session.headers["Authorization"] = f"Bearer {token}"
     elif (

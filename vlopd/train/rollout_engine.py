@@ -155,7 +155,7 @@ def rollout_engine(
     updates = WeightUpdates(trainable, student.model)
     columns = pair.vocabulary.student
     if isinstance(engine, VllmRollout):
-        its = connected(engine, url, token)
+        its = connected(engine, url, token, None if server is None else server.log)
         sampler = VllmSampler(its, session, student, engine.weights, engine.folder, server)
         fingerprint = Fingerprint.of(student, examples, engine.tolerance)
         return RolloutEngine(student, columns, sampler, updates, fingerprint)
