@@ -33,6 +33,7 @@ def main() -> int:
         except subprocess.TimeoutExpired:
             to_all(signal.SIGKILL)
 
+    signal.signal(signal.SIGTERM, lambda *_: to_all(signal.SIGTERM))
     threading.Thread(target=end_with_input, daemon=True).start()
     status = child.wait()
     to_all(signal.SIGKILL)
