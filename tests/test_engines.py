@@ -791,14 +791,16 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
 def test_a_server_ends_with_a_killed_parent(folders):
     """A training that is killed leaves no server behind."""
     code = (
-        "import sys, torch, time\n"
-        "from vlopd.config.models import ModelConfig\n"
-        "from vlopd.engines.process import started\n"
-        "its = started(ModelConfig(model=sys.argv[1]), None, torch.float32, 60)\n"
-        "print(its.process.pid, flush=True)\n"
-        "time.sleep(60)\n"
+        "import subprocess, sys\n"
+        "words = [sys.executable, *sys.argv[1:]]\n"
+        "pipe = subprocess.PIPE\n"
+        "its = subprocess.Popen(words, stdin=pipe, stdout=pipe)\n"
+        "its.stdout.readline()\n"
+        "print(its.pid, flush=True)\n"
+        "its.wait()\n"
     )
-    words = [sys.executable, "-c", code, str(folders["llm", "teacher"])]
+    serve = ["-m", "vlopd", "serve", str(folders["llm", "teacher"]), "--port", "0"]
+    words = [sys.executable, "-c", code, *serve, "--with-parent"]
     root = Path(__file__).parents[1]
     parent = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=root)
     pid = int(parent.stdout.readline())
