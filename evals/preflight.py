@@ -34,6 +34,7 @@ from evals.scoring import (
     preserve_random_state,
     unknown_metric,
 )
+from evals.task_code import FAILURES
 from evals.task_columns import VerbatimRows, differs_from_file, empty_cell, unknown_column
 from vlopd.config.analysis import EvalConfig, GenerationConfig
 from vlopd.errors import RunError, UserError, first_line
@@ -227,7 +228,7 @@ class TaskCheck:
             return make(self.docs[index], *args)
         except UserError:
             raise
-        except Exception as error:  # templates and task files raise arbitrary exceptions
+        except FAILURES as error:  # templates and task files raise arbitrary exceptions
             raise self.error(
                 index, f"cannot be read: {first_line(error)}; {self.yaml} names its columns"
             ) from None
@@ -292,7 +293,7 @@ class TaskCheck:
                     if scored and (config.repeats or 1) == 1:
                         filtered = asked.filtered_resps[ensemble.name]
                         self.task.process_results(self.docs[index], [filtered])
-                except Exception as error:  # filters raise arbitrary exceptions
+                except FAILURES as error:  # filters raise arbitrary exceptions
                     raise RunError(
                         f"task {self.name}: its filter {ensemble.name!r} (filter_list) fails on the answer "
                         f"{answer!r}: {type(error).__name__}: {first_line(error)}; fix {self.yaml}"
@@ -364,7 +365,7 @@ class TaskCheck:
                 continue
             try:
                 total([value])
-            except Exception as error:  # a task's functions raise arbitrary exceptions
+            except FAILURES as error:  # a task's functions raise arbitrary exceptions
                 raise RunError(
                     f"task {self.name}: {metric} is a number per question, but its aggregation fails on it "
                     f"({type(error).__name__}: {first_line(error)}); fix metric_list in {self.yaml}"

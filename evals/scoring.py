@@ -32,6 +32,7 @@ from lm_eval.utils import handle_non_serializable, hash_string
 from evals import blind, stats
 from evals import lm as models
 from evals.lm import ArmLM
+from evals.task_code import FAILURES, is_packaged, note_replaced, only_trusted, refuse_name
 from evals.task_definition import files_of_task, members_of
 from evals.task_index import STOCK, index_of
 from vlopd.config.analysis import EvalConfig, GenerationConfig
@@ -52,8 +53,15 @@ class Tasks(TaskManager):
 
     def __init__(self, include_path: str | list[str], include_defaults: bool = True):
         super().__init__(include_path=include_path, include_defaults=False)
+        named = [include_path] if isinstance(include_path, str) else include_path
+        self.folders = [path for path in map(Path, named) if not is_packaged(path)]
+        """Folders of tasks that are not installed with this package or lm-eval."""
+        theirs = index_of(STOCK) if include_defaults else {}
+        known = {**theirs, **(_our_tasks().task_index if self.folders else {})}
+        self.replaced = {n for n in known.keys() & self._index if self._is_own(self._index[n])}
+        """Tasks of `folders` with the name of one that is installed."""
         if include_defaults:  # as lm-eval has it: ours take precedence
-            self._index = {**index_of(STOCK), **self._index}
+            self._index = {**theirs, **self._index}
             self._all_tasks = sorted(self._index)
         self._index = blind.Index(self._index)
 
@@ -106,7 +114,15 @@ class Tasks(TaskManager):
         if isinstance(task_list, list) and len(task_list) == 1:
             name, variant = blind.variant_of(task_list[0])
             base = [name] if variant else base
-        found = super().load(base)
+        entries = self._entries(base)
+        for name, entry in entries.items():
+            if name in self.replaced:
+                note_replaced(name, entry.yaml_path)
+        own = any(self._is_own(entry) for entry in entries.values())
+        with only_trusted(self.folders, own):
+            found = super().load(base)
+        for name in (*found["tasks"], *found["groups"]):
+            refuse_name(name, f"eval.tasks: {base}")
         if variant:
             found = blind.rename(found, variant)
         self.loaded = found["tasks"]
@@ -118,6 +134,17 @@ class Tasks(TaskManager):
                 _add_fewshot_images(task)
             blind.apply(task)
         return found
+
+    def _entries(self, tasks: Any) -> dict[str, Any]:
+        """{name: entry} of tasks and of the members of groups."""
+        index = self.task_index
+        named = [tasks] if isinstance(tasks, str) else tasks
+        members = {member for task in named for member in members_of(index, task)}
+        return {name: index[name] for name in sorted(members) if name in index}
+
+    def _is_own(self, entry: Any) -> bool:
+        """Whether a task is of `folders`."""
+        return entry.yaml_path is not None and not is_packaged(entry.yaml_path)
 
     def overrides(self, task: str, config: EvalConfig) -> dict[str, GenerationConfig]:
         """{task or member of a group: its overrides in eval.generation}, of those that have any.
@@ -260,7 +287,7 @@ def score_task(
                     )
             except UserError:
                 raise
-            except Exception as error:  # filters, metrics and task files raise arbitrary exceptions
+            except FAILURES as error:  # filters, metrics and task files raise arbitrary exceptions
                 if any(f.f_code.co_filename == LM for f, _ in walk_tb(error.__traceback__)):
                     raise  # raised by the model, not the task
                 raise RunError(
@@ -412,7 +439,7 @@ def load_task(manager: Tasks, task: str, fewshot: int | None) -> Any:
                 f"task {task}, question 0 (from 0): {digit_target_message(found['test_target'], found['test_choice'])}"
             ) from None
         raise RunError(f"task {task} has no questions: its split is empty") from None
-    except Exception as error:  # datasets, templates and task files raise arbitrary exceptions
+    except FAILURES as error:  # datasets, templates and task files raise arbitrary exceptions
         entry = manager.task_index[task]
         for name in _metrics_of(entry.cfg or {}):
             if isinstance(error, KeyError) and name not in metric_registry:

@@ -12,6 +12,7 @@ from datasets import load_dataset_builder
 from jinja2 import Template, TemplateError, meta, nodes
 from lm_eval import utils
 
+from evals.task_code import FAILURES
 from vlopd.data.images import shorten
 from vlopd.data.tables import Table, open_files
 from vlopd.errors import UserError
@@ -123,7 +124,7 @@ def differs_from_file(
     read = make(doc)
     try:
         written = make(own)
-    except Exception:  # the function may need the types that `datasets` infers
+    except FAILURES:  # the function may need the types that `datasets` infers
         return None
     pair = shorten(str(read), 60), shorten(str(written), 60)
     return pair if str(read) != str(written) else None

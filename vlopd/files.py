@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import math
 import os
@@ -27,7 +28,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary.touch(exist_ok=False)
     permissions = temporary.stat().st_mode  # of the umask; some writers set their own
     try:
-        yield temporary
+        with _being_written(temporary):
+            yield temporary
         temporary.chmod(permissions)
         flush(temporary)
         temporary.rename(path)
@@ -43,7 +45,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     permissions = temporary.stat().st_mode & 0o777
     try:
-        yield temporary
+        with _being_written(temporary):
+            yield temporary
         for inside in temporary.rglob("*"):
             inside.chmod(permissions if inside.is_dir() else permissions & 0o666)
             flush(inside)
@@ -62,6 +65,35 @@ def _temporary_beside(path: Path) -> Path:
     """A new temporary name in the folder of `path`, which is created if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.parent / f".unfinished-{secrets.token_hex(8)}"
+
+
+@contextlib.contextmanager
+def _being_written(temporary: Path) -> Iterator[None]:
+    """Holds a shared lock on a temporary file or folder, by which `is_abandoned` knows that its writer lives."""
+    handle = os.open(temporary, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether a path is a temporary file or folder of this user whose writer was killed."""
+    if not TEMPORARY.fullmatch(path.name) or path.is_symlink():
+        return False
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # gone, or not ours to read
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.fstat(handle).st_uid == os.getuid()
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
 
 
 def flush(path: Path) -> None:

@@ -30,6 +30,7 @@ from vlopd.errors import ConfigError, OutOfMemory, UserError
 from vlopd.files import is_first_process, read_json
 from vlopd.plugins import Use
 from vlopd.run.folder import RunFolder, with_precision_of_run
+from vlopd.trust import grant, names_in
 
 OnArtifact = Callable[[str, Path, bool], None]
 """Callback for each artifact: its description, its path, and whether it was made (False: already up to date)."""
@@ -38,16 +39,19 @@ Target = Path | str | Mapping[str, Any] | ExperimentConfig
 
 
 def prepare(
-    target: Target, overrides: Sequence[str] = (), out: Path | str | None = None
+    target: Target,
+    overrides: Sequence[str] = (),
+    out: Path | str | None = None,
+    trust: bool = False,
 ) -> tuple[RunFolder, ExperimentConfig]:
     """Opens the run of `find_run` to work in it: locks its folder, but writes no part of the run.
 
     Returns the run and its config, with `precision.compute` resolved. Raises ConfigError for an invalid config or
     one of another run.
     """
-    root, config = find_run(target, overrides, out)
+    root, config = find_run(target, overrides, out, trust=trust)
     config = with_precision_of_run(root, config)
-    return RunFolder.prepare(root, config), config
+    return RunFolder.prepare(root, config, trust), config
 
 
 def find_run(
@@ -55,17 +59,19 @@ def find_run(
     overrides: Sequence[str] = (),
     out: Path | str | None = None,
     altered: bool = False,
+    trust: bool = False,
 ) -> tuple[Path, ExperimentConfig]:
     """The folder and config of a run folder, or of a config (file, table or object), with TOML overrides.
 
-    Neither locks nor writes anything. Raises ConfigError for an invalid config, and RunError for a run.json that was
-    changed, unless `altered`.
+    Neither locks nor writes anything. Code that a run folder's config names, and the overrides do not, runs only with
+    `trust` (trust.py). Raises ConfigError for an invalid config, and RunError for a run.json that was changed, unless
+    `altered`.
     """
     if isinstance(target, str | Path) and Path(target).is_dir():
         root = Path(target)
         if out is not None and Path(out) != root:
             raise ConfigError(f"--out {out}: {target} is a run folder already")
-        _, config = RunFolder.open(root, locked=False, altered=altered)
+        _, config = RunFolder.open(root, locked=False, altered=altered, trust=trust)
         return root, _changed(config, overrides, root / "run.json")
     if isinstance(target, ExperimentConfig):
         where, config = "config", _changed(target, overrides, "config")
@@ -89,6 +95,7 @@ def _changed(
     """A config with TOML overrides. Raises ConfigError that begins with `where`."""
     if not overrides:
         return config
+    grant(names_in(merged({}, overrides)))
     return config_of(merged(config.model_dump(mode="json"), overrides), where)
 
 

@@ -15,11 +15,11 @@ import inspect
 import math
 import operator
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, SupportsFloat
@@ -27,9 +27,10 @@ from typing import Any, NamedTuple, SupportsFloat
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from vlopd import trust
 from vlopd.errors import PluginError, first_line, is_out_of_memory
 
-NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^:]+")
+NAME = trust.PLUGIN
 
 _modules: dict[Path, tuple[str, ModuleType]] = {}
 """Imported files of the working folder, with the digest of the source that was executed."""
@@ -89,10 +90,13 @@ class Plugin(str):
     def load(self, fresh: bool = False) -> Callable[..., Any]:
         """The function; with `fresh`, of the file as it is now.
 
-        Raises PluginError where there is no such module or function, or the import fails.
+        Raises PluginError where there is no such module or function, the import fails, or a run folder that is not
+        trusted names it.
         """
         if self.given is not None:
             return self.given
+        if why := trust.why_withheld(trust.plugin(self)):
+            raise PluginError(why)
         key = os.getcwd(), str(self)
         if fresh or key not in _functions:
             _functions[key] = self._find(_import(self))
@@ -133,10 +137,7 @@ class Plugin(str):
             return _source_of(self, self.given)
         file = _working_file(self.module)
         if file is None:
-            try:
-                spec = importlib.util.find_spec(self.module)
-            except (ImportError, ValueError):
-                spec = None
+            spec = _installed(self.module)
             if spec is None:
                 raise _no_module(self)
             if not spec.has_location or spec.origin is None:
@@ -176,6 +177,21 @@ def _working_file(module: str) -> Path | None:
     path = Path.cwd().joinpath(*module.split("."))
     files = (path.parent / f"{path.name}.py", path / "__init__.py")
     return next((file for file in files if file.is_file()), None)
+
+
+def _installed(module: str) -> ModuleSpec | None:
+    """The spec of an installed module, found without importing it or its parents; None where there is none."""
+    top, *rest = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+        for i in range(len(rest)):
+            if spec is None or spec.submodule_search_locations is None:
+                return None
+            name = ".".join([top, *rest[: i + 1]])
+            spec = PathFinder.find_spec(name, spec.submodule_search_locations)
+    except (ImportError, ValueError):
+        return None
+    return spec
 
 
 def _import(plugin: Plugin) -> ModuleType:

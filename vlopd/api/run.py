@@ -29,6 +29,8 @@ class Run:
         overrides: TOML lines over the config, as on the command line.
         out: the folder of a config's run; by default runs/NAME, NAME being the config's.
         altered: read a run folder's config even where it does not match its checksum.
+        trust: run the code that a run folder's config names (plug-ins, task files, a model's remote code), and follow
+            links out of the folder. Without, only what you name yourself runs; a config file of yours is trusted.
 
     Opening a run writes nothing and loads no models; results are read from its files whenever they are asked for.
     Raises ConfigError for an invalid config, RunError for a folder that is not a run.
@@ -44,9 +46,10 @@ class Run:
         *overrides: str,
         out: str | Path | None = None,
         altered: bool = False,
+        trust: bool = False,
     ):
-        root, self.config = pipeline.find_run(source, overrides, out, altered)
-        self.folder = RunFolder(root)
+        root, self.config = pipeline.find_run(source, overrides, out, altered, trust)
+        self.folder, self.trust = RunFolder(root), trust
 
     def run(
         self,
@@ -72,7 +75,7 @@ class Run:
         """
         if until not in get_args(Stages):
             raise ConfigError(f"until = {until!r}: must be one of {', '.join(get_args(Stages))}")
-        folder, config = pipeline.prepare(self.config, out=self.folder.root)
+        folder, config = pipeline.prepare(self.config, out=self.folder.root, trust=self.trust)
         self.folder, self.config = folder, config
         names = pipeline.select_arms(config, arms, list(config.arms))
         planned = pipeline.plan(folder, config, names, until)

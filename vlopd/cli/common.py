@@ -36,6 +36,13 @@ AllowOtherBase = Annotated[
         help="use masks and checkpoints of another base (recorded in every later artifact)",
     ),
 ]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="run the code that a run folder's config names (plug-ins, task files, remote code), and follow its links",
+    ),
+]
 
 
 def complete_arms(context: typer.Context, incomplete: str) -> list[str]:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from vlopd import pipeline
 from vlopd.cli.common import (
+    Trust,
     console,
     is_run,
     overrides_of,
@@ -60,6 +61,7 @@ def compare(
             help="for models: .jinja file or `plain`, for those without a chat template; NAME=FILE for one",
         ),
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Compares a run's arms (with recovery), or any models: paired differences with intervals."""
     first, *others = what
@@ -71,7 +73,7 @@ def compare(
             f"`vlopd eval {first}`",
         )
         refuse({"--out": out}, f"the comparison of a run is {first}/compare.json; leave it out")
-        folder, config = pipeline.prepare(Path(first), overrides)
+        folder, config = pipeline.prepare(Path(first), overrides, trust=trust)
         pipeline.begin_results(folder, config, False, print_plan)
         pipeline.make_comparison(folder, config, print_artifact)
         return

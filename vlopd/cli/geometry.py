@@ -13,6 +13,7 @@ from rich.table import Table
 
 from vlopd import pipeline
 from vlopd.cli.common import (
+    Trust,
     console,
     is_run,
     overrides_of,
@@ -60,6 +61,7 @@ def geometry(
     ] = None,
     workers: Annotated[int | None, typer.Option(help="threads; default one per core")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    trust: Trust = False,
 ) -> None:
     """Measures the geometry of the updates of a run's arms, or of any checkpoints, against null models."""
     if is_run(base):
@@ -69,7 +71,7 @@ def geometry(
             {"--trajectory": trajectory},
             "a run's trajectories are measured wherever train.keep_steps keeps checkpoints; leave it out",
         )
-        _geometry_of_run(Path(base), overrides, preset, workers, device)
+        _geometry_of_run(Path(base), overrides, preset, workers, device, trust)
         return
     from vlopd.api.checkpoints import names_of
     from vlopd.api.geometry import geometry as measure
@@ -104,13 +106,18 @@ def geometry(
 
 
 def _geometry_of_run(
-    target: Path, overrides: list[str], preset: str | None, workers: int | None, device: str
+    target: Path,
+    overrides: list[str],
+    preset: str | None,
+    workers: int | None,
+    device: str,
+    trust: bool,
 ) -> None:
     from vlopd.api.geometry import check_options
     from vlopd.update_geometry import paper
 
     check_options(preset, workers, device)
-    folder, config = pipeline.prepare(target, overrides)
+    folder, config = pipeline.prepare(target, overrides, trust=trust)
     if preset and (lacking := paper.lacking(config.geometry)):
         raise ConfigError(f"--preset paper: {lacking} (--set on the command line)")
     names = list(config.geometry.arms)

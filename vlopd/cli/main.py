@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,6 +25,7 @@ from vlopd.cli.common import (
     Out,
     Overrides,
     Target,
+    Trust,
     choice_in_words,
     console,
     print_artifact,
@@ -95,6 +97,7 @@ def run(
     arm: Arms = None,
     until: Annotated[Stages, typer.Option(help="the last stage to make")] = "report",
     allow_other_base: AllowOtherBase = False,
+    trust: Trust = False,
 ) -> None:
     """Runs the whole experiment, stage by stage; with --arm, only that arm and its dependencies.
 
@@ -103,7 +106,7 @@ def run(
     """
     from vlopd.api.run import Run
 
-    made = Run(target, *(overrides or ()), out=out).run(
+    made = Run(target, *(overrides or ()), out=out, trust=trust).run(
         until=until,
         arms=arm,
         allow_other_base=allow_other_base,
@@ -190,9 +193,10 @@ def retrain(
     out: Out = None,
     arm: Arms = None,
     allow_other_base: AllowOtherBase = False,
+    trust: Trust = False,
 ) -> None:
     """Makes the arms derived from others: retrained under a mask, projected, transplanted, extrapolated."""
-    folder, config = pipeline.prepare(target, overrides or (), out)
+    folder, config = pipeline.prepare(target, overrides or (), out, trust)
     derived = [n for n in config.arms if config.is_derived(n)]
     if not derived:
         raise ConfigError(f"{target}: no arm is derived from others; use `vlopd run {target}`")
@@ -206,9 +210,11 @@ app.command()(geometry.geometry)
 
 
 @app.command("eval")
-def evaluate(target: Target, overrides: Overrides = None, arm: Arms = None) -> None:
+def evaluate(
+    target: Target, overrides: Overrides = None, arm: Arms = None, trust: Trust = False
+) -> None:
     """Evaluates arms with lm-eval."""
-    folder, config = pipeline.prepare(target, overrides or ())
+    folder, config = pipeline.prepare(target, overrides or (), trust=trust)
     names = pipeline.select_arms(config, arm, list(config.arms))
     planned = pipeline.plan(folder, config, names, "evals", geometry=False)
     pipeline.begin(folder, config, planned, ("arms", "masks"), print_plan)
@@ -226,13 +232,14 @@ def vision(
     ] = None,
     arm: Arms = None,
     pictures: Annotated[int, typer.Option(help="images of the visual world's test split")] = 500,
+    trust: Trust = False,
 ) -> None:
     """Measures training's effect on the vision tower: linear probes, drift, CLIPScore of captions."""
     if pictures < 1:
         raise ConfigError(f"--pictures {pictures}: must be at least 1")
     if scorer and scorer.startswith("local-dir:") and not Path(scorer[10:]).is_dir():
         raise ConfigError(f"--scorer {scorer}: no such folder")
-    folder, config = RunFolder.open(run)
+    folder, config = RunFolder.open(run, trust=trust)
     names = pipeline.select_arms(config, arm, list(config.arms))
     pipeline.make_vision(folder, config, names, scorer, pictures, print_artifact)
 
@@ -244,9 +251,9 @@ app.command()(paper.paper)
 
 
 @app.command()
-def report(target: Target, overrides: Overrides = None) -> None:
+def report(target: Target, overrides: Overrides = None, trust: Trust = False) -> None:
     """Writes the report (report.html, report.md, figures, tables), after the comparison if all arms are evaluated."""
-    folder, config = pipeline.prepare(target, overrides or ())
+    folder, config = pipeline.prepare(target, overrides or (), trust=trust)
     pipeline.begin_results(folder, config, True, print_plan)
     if all((folder.eval(name) / "results.json").exists() for name in config.arms):
         pipeline.make_comparison(folder, config, print_artifact)
@@ -255,11 +262,11 @@ def report(target: Target, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def show(run: Folder) -> None:
+def show(run: Folder, trust: Trust = False) -> None:
     """Lists a run's arms, altered files, and its verdict if there is one. Read-only: works during training."""
     from vlopd.api.run import Run
 
-    its = Run(run, altered=True)
+    its = Run(run, altered=True, trust=trust)
     table = Table("arm", "type", "mask", "density", "steps", "evaluated", title=its.config.name)
     for arm in its.arms.astype(object).where(its.arms.notna(), None).to_dict("records"):
         table.add_row(
@@ -321,7 +328,18 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             print("vlopd: interrupted; rerun the same command to resume", file=sys.stderr)
+        if (where := _foreign_exit(stop)) is not None:
+            print(f"vlopd: {where} ended the command (sys.exit); remove that", file=sys.stderr)
+            raise SystemExit(1) from None
         raise
+
+
+def _foreign_exit(stop: SystemExit) -> str | None:
+    """`FILE, line N` of the code that raised SystemExit; None where it is the command line's own."""
+    *_, (frame, line) = traceback.walk_tb(stop.__traceback__)
+    if str(frame.f_globals.get("__name__")).split(".")[0] in ("typer", "click", "vlopd"):
+        return None
+    return f"{frame.f_code.co_filename}, line {line},"
 
 
 if __name__ == "__main__":

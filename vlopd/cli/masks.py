@@ -13,7 +13,15 @@ import typer
 from rich.table import Table
 
 from vlopd import pipeline
-from vlopd.cli.common import AllowOtherBase, console, print_artifact, print_plugin, refuse, say
+from vlopd.cli.common import (
+    AllowOtherBase,
+    Trust,
+    console,
+    print_artifact,
+    print_plugin,
+    refuse,
+    say,
+)
 from vlopd.config.input import parse_override, value_of
 from vlopd.config.masks import FunctionMask, MaskConfig
 from vlopd.errors import ConfigError, RunError
@@ -42,6 +50,7 @@ def make(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="mask file to write, for checkpoints")] = None,
     allow_other_base: AllowOtherBase = False,
+    trust: Trust = False,
 ) -> None:
     """Makes a run's masks from their rules, or one mask from any checkpoints."""
     from vlopd.run.arms import ArmOptions
@@ -58,7 +67,7 @@ def make(
             f"{base}/arms/NAME as checkpoints",
         )
     if is_run or (trained is None and rule is None and out is None):
-        folder, config = RunFolder.open(base)
+        folder, config = RunFolder.open(base, trust=trust)
         for unknown in set(name or ()) - set(config.masks):
             raise ConfigError(
                 f"--mask {unknown}: not in the config, which has {', '.join(config.masks)}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from vlopd import trust
 from vlopd.config.experiment import ExperimentConfig, merge
 from vlopd.config.explain import explain_errors
 from vlopd.errors import ConfigError
@@ -38,7 +39,9 @@ def load_config(
         tree, where = read_tables(source), str(source)
     else:
         raise ConfigError(f"a config is a TOML file or a dict, not a {type(source).__name__}")
-    return config_of(merged(tree, overrides), where)
+    tree = merged(tree, overrides)
+    trust.grant(trust.names_in(tree))
+    return config_of(tree, where)
 
 
 def merged(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from requests.adapters import HTTPAdapter
 from torch import Tensor
 from urllib3.exceptions import MaxRetryError
 
+from vlopd import trust
 from vlopd.engines.wire import PROTOCOL, TOKEN, TYPE, BrokenMessage, decode, digest_bytes, encode
 from vlopd.errors import ConfigError, RunError, first_line
 
@@ -51,6 +52,9 @@ class Connection:
     session: requests.Session = field(default_factory=requests.Session)
 
     def __post_init__(self) -> None:
+        """Raises EngineError for an address that a run folder names and nobody trusts: it gets weights."""
+        if why := trust.why_withheld(trust.engine(self.url)):
+            raise EngineError(why)
         self.session.trust_env = False  # no proxies between the two processes
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(pool_maxsize=self.at_once))

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from vlopd import trust
 from vlopd.config.models import ModelConfig
 from vlopd.errors import ConfigError, first_line, is_out_of_memory, one_line_out_of_memory
 from vlopd.models import families, integrity
@@ -77,9 +78,12 @@ def load_model_config(
 ) -> PretrainedConfig:
     """Loads the model's config, without weights.
 
-    Raises ModelUnreadable where it cannot be read, ConfigError for an adapter or quantised weights.
+    Raises ModelUnreadable where it cannot be read, ConfigError for an adapter or quantised weights, and for remote code
+    that a run folder names and nobody trusts.
     """
     vlm.register()
+    if trust_remote_code and (why := trust.why_remote_code_withheld(name)):
+        raise ConfigError(why)
     where = resolve(name)
     try:
         adapter = find_adapter_config_file(where, revision=revision)

@@ -23,11 +23,15 @@ from pydantic import ValidationError
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import config_of
 from vlopd.errors import ConfigError, RunError
-from vlopd.files import TEMPORARY, is_first_process, read_json, write_json
+from vlopd.files import TEMPORARY, is_abandoned, is_first_process, read_json, write_json
 from vlopd.run.checksums import Checksums, differences
 from vlopd.run.provenance import provenance
+from vlopd.trust import grant, names_in, remote_code, withhold
 
-WRITTEN = (*("arms", "masks", "geometry", "evals", "validation", "sweeps", "report", "checksums"),)
+WRITTEN = (
+    *("arms", "masks", "geometry", "evals", "validation", "sweeps", "report", "checksums"),
+    "teacher-cache",
+)
 """Folders of a run that stages write into."""
 FORMAT = 2
 """Version of run.json; increased where files of an earlier version would be misread."""
@@ -101,13 +105,16 @@ class RunFolder:
         return run
 
     @classmethod
-    def prepare(cls, root: Path | str, config: ExperimentConfig) -> RunFolder:
+    def prepare(cls, root: Path | str, config: ExperimentConfig, trust: bool = False) -> RunFolder:
         """Opens the folder of a run, new or existing, for `config`; `changes` lists the differences from its config.
 
-        Writes no part of the run. Raises ConfigError where the configs differ in FIXED sections.
+        Writes no part of the run. Raises ConfigError where the configs differ in FIXED sections, and without `trust`
+        RunError for a link in the folder that leads out of it.
         """
         run = cls(root)
         run.root.mkdir(parents=True, exist_ok=True)
+        if not trust:
+            run.refuse_links()
         run.lock()
         if (run.root / "run.json").exists():
             run._found = run.read()["config"]
@@ -151,11 +158,12 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls, root: Path | str, locked: bool = True, altered: bool = False
+        cls, root: Path | str, locked: bool = True, altered: bool = False, trust: bool = False
     ) -> tuple[RunFolder, ExperimentConfig]:
-        """Opens an existing run and returns it with its config.
+        """Opens an existing run and returns it with its config; the code that this names runs only with `trust`.
 
-        Without a lock nothing is written. Raises RunError where run.json is missing or, unless `altered`, was altered.
+        Without a lock nothing is written. Raises RunError where run.json is missing or, unless `altered`, was altered,
+        and without `trust` for a link in the folder that leads out of it.
         """
         run = cls(root)
         path = run.root / "run.json"
@@ -163,9 +171,17 @@ class RunFolder:
             raise RunError(
                 f"{root} is not a run folder (no run.json); make one with `vlopd run CONFIG`"
             )
+        if not trust:
+            run.refuse_links()
         if locked:
             run.lock()
-        return run, config_of(run.read(altered)["config"], path)
+        stored = run.read(altered)["config"]
+        names = {*names_in(stored), remote_code(run.root.resolve())}
+        if trust:
+            grant(names)
+        else:
+            withhold(names, path)
+        return run, config_of(stored, path)
 
     def read(self, altered: bool = False) -> dict[str, Any]:
         """Reads run.json. Raises RunError where it has another format version or, unless `altered`, was altered."""
@@ -181,6 +197,26 @@ class RunFolder:
             )
         return about
 
+    def links_out(self) -> Iterator[Path]:
+        """Links in the stages' folders that lead out of the run."""
+        inside = self.root.resolve()
+        for folder, folders, files in os.walk(self.root):
+            if folder == str(self.root):
+                folders[:] = [name for name in folders if name in WRITTEN]
+            for name in (*folders, *files):
+                path = os.path.join(folder, name)
+                if os.path.islink(path) and not Path(path).resolve().is_relative_to(inside):
+                    yield Path(path)
+
+    def refuse_links(self) -> None:
+        """Raises RunError for a link that leads out of the run: what it names is not the run's, and would be measured,
+        shown in the report, or uploaded as if it were."""
+        for path in self.links_out():
+            raise RunError(
+                f"{path} is a link out of the run folder, to {path.readlink()}; put the file itself there, or pass "
+                "--trust (in Python trust=True) if the link is your own"
+            )
+
     def lock(self) -> None:
         """Takes a shared lock on the folder until the process ends.
 
@@ -195,16 +231,14 @@ class RunFolder:
         fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def _sweep(self) -> None:
-        """Removes unfinished files of killed processes in the stages' folders, but not in a nested run."""
+        """Removes unfinished files of killed processes in the stages' folders; not in a nested run, and none whose
+        writer lives, as of a command that writes into this folder without being a stage of the run."""
         for folder, folders, files in os.walk(self.root):
             here = Path(folder)
             if here != self.root and LOCK in files:
                 folders.clear()
                 continue
-            for name in filter(TEMPORARY.fullmatch, [*folders, *files]):
-                path = here / name
-                if path.is_symlink():
-                    continue  # never written by us
+            for path in filter(is_abandoned, (here / name for name in (*folders, *files))):
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:

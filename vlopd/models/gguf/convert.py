@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from vlopd.digests import cache, file_digest
 from vlopd.errors import ConfigError
-from vlopd.files import whole_folder
+from vlopd.files import is_abandoned, whole_folder
 
 VERSION = 1
 """Of the converter: part of the cache's keys, to be raised where the same file would come out otherwise."""
@@ -130,7 +130,7 @@ def made_once(key: str, make: Callable[[Path], None]) -> Path:
         ) from None
     with lock:
         if not folder.is_dir():
-            for left in folder.parent.glob(".unfinished-*"):  # by a process that was killed
+            for left in filter(is_abandoned, folder.parent.iterdir()):
                 shutil.rmtree(left)
             with whole_folder(folder) as unfinished:
                 make(unfinished)
