@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -56,6 +57,8 @@ PER_TASK = (
 """Our entries that are keyed by task."""
 LENGTHS = ("tokens", "thought_tokens", "stop", "truncated", "outcome")
 """Columns of samples_<task>.jsonl on generated answers; null for tasks that generate none."""
+PACKAGED = re.compile(r".*/(?=(evals|lm_eval)/tasks/)")
+"""Where the file of an installed task is, before its package."""
 MANY_CUT = 0.1
 """Truncated fraction above which a model's answers to a task are called cut off."""
 
@@ -177,10 +180,27 @@ def evaluation_inputs(
 def _write_results(its: Stage, merged: Mapping[str, Any]) -> None:
     """Writes results.json of the tasks evaluated so far, with checksums of it and of the rows."""
     out = its.run.root / its.artifact
-    plain = json.loads(json.dumps(merged, default=handle_non_serializable))
+    plain = json.loads(json.dumps(without_places(merged), default=handle_non_serializable))
     rows = [out / f"samples_{leaf}.jsonl" for leaf in merged["results"]]
     present = [path for path in rows if path.exists()]  # a group of tasks has no rows
     its.run.checksums.finish(its.artifact, without_nan(plain), present)
+
+
+def without_places(results: Any) -> Any:
+    """lm-eval's results without what is of the machine that made them: its description, and the folders of task files.
+
+    A task's file is from its package, as in `evals/tasks/shapes.yaml`, or else its name alone.
+    """
+    if isinstance(results, list):
+        return [without_places(each) for each in results]
+    if not isinstance(results, dict):
+        return results
+    found = {k: without_places(v) for k, v in results.items() if k != "pretty_env_info"}
+    if isinstance(where := found.get("config_source"), str):
+        found["config_source"] = (
+            PACKAGED.sub("", where) if PACKAGED.match(where) else Path(where).name
+        )
+    return found
 
 
 def _images_exist(run: RunFolder, results: Mapping[str, Any]) -> bool:
@@ -221,7 +241,7 @@ def import_scores(run: RunFolder, where: Path, name: str, config: EvalConfig) ->
                     out / f"samples_{task}.jsonl", [_sample_row(row, {}, primary) for row in rows]
                 )
             rows_written = [out / f"samples_{task}.jsonl" for task in samples]
-            its.finish(without_nan(merged), rows_written)
+            its.finish(without_nan(without_places(merged)), rows_written)
     return its.made
 
 

@@ -235,14 +235,16 @@ def test_a_camera_picture_with_a_second_one_inside_is_its_first(tmp_path):
 
 
 def test_pictures_are_found_wherever_a_path_leads(tmp_path, rows):
-    """Absolute paths, paths out of the data's folder, lists, one pixel, dicts, and no picture at all load."""
+    """Absolute paths and paths out of the data's folder, into one that is named, lists, one pixel, dicts, and no
+    picture at all load."""
     inner = tmp_path / "inner"
     inner.mkdir()
     Image.new("RGB", (1, 1)).save(inner / "dot.png")
     rows[0]["pic"] = ["../good.png", str(tmp_path / "other.png"), "dot.png"]
     rows[1]["pic"] = []
     rows[2]["pic"] = {"path": "dot.png", "bytes": None}
-    source = FileDataset(columns(write(inner, rows), image="pic"))
+    named = {"image": "pic", "image_folders": [str(tmp_path)]}
+    source = FileDataset(columns(write(inner, rows), **named))
     assert [[i.size for i in e.images] for e in source] == [[(7, 5), (5, 7), (1, 1)], [], [(1, 1)]]
     assert [part["type"] for part in source[0].messages[0]["content"]] == ["image"] * 3 + ["text"]
 

@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,12 @@ def read_jsonl(path: Path) -> list[Any]:
                 f"{path} line {number} is not JSON; delete the file and run again"
             ) from None
     return rows
+
+
+def is_inside(path: Path, folders: Iterable[Path]) -> bool:
+    """Whether a path, with all links and `..` followed, is in one of the folders."""
+    whole = path.resolve()
+    return any(whole.is_relative_to(folder.resolve()) for folder in folders)
 
 
 def shortest_distinct_names(paths: Sequence[Sequence[str]]) -> list[str]:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from evals.report.prose import Typesetter, shortened
 from evals.report.tables import ORDER
-from vlopd.files import read_jsonl
+from vlopd.files import is_inside, read_jsonl
 from vlopd.models.thinking import split
 from vlopd.run.folder import RunFolder
 
@@ -207,8 +207,14 @@ def _letter(row: Mapping[str, Any], score: float | None) -> str:
 
 
 def _rows(run: RunFolder, arm: str, task: str) -> list[dict[str, Any]]:
-    path = run.eval(arm) / f"samples_{task}.jsonl"
-    return read_jsonl(path) if path.exists() else []
+    return _read_rows(run, arm, f"samples_{task}.jsonl")
+
+
+def _read_rows(run: RunFolder, arm: str, name: str) -> list[dict[str, Any]]:
+    """The rows of a file of an arm's evaluation; none where it is missing, or outside of the run: a comparison that
+    somebody sent names its arms and tasks."""
+    path = run.eval(arm) / name
+    return read_jsonl(path) if path.exists() and is_inside(path, [run.root]) else []
 
 
 def _contents(
@@ -314,8 +320,7 @@ def _listed(value: Any, sampled: bool) -> list[Any]:
 
 def _token_divergences(run: RunFolder, arm: str, task: str) -> dict[int, list[list[Any]]]:
     """{doc_id: [[token, KL(arm || teacher) in nats], ...]} of the questions that have them."""
-    path = run.eval(arm) / f"tokens_{task}.jsonl"
-    rows = read_jsonl(path) if path.exists() else []
+    rows = _read_rows(run, arm, f"tokens_{task}.jsonl")
     return {
         row["doc_id"]: [
             [shortened(_display_text(text)), round(kl, 2)]
@@ -412,8 +417,8 @@ def _data_uri(root: Path, name: str | None) -> str | None:
     if not isinstance(name, str):
         return None
     try:
-        path = (root / name).resolve()
-        if not path.is_relative_to(root.resolve()) or not path.is_file():
+        path = root / name
+        if not is_inside(path, [root]) or not path.is_file():
             return None
         content = path.read_bytes()
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:

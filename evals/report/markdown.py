@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 
 BLOCKS = {"h1": "# ", "h2": "## ", "h3": "### ", "h4": "#### ", "p": "", "caption": "", "li": "- "}
 CELLS = ("th", "td")
 TERMS = ("dt", "dd")
+SPECIAL = re.compile(r"[\\`*<&]|!(?=\[)|(?<=\])[(:\[]|(?<!\w)_|_(?!\w)")
+"""Characters that would make code, emphasis, HTML, entities, images and links of a text."""
+OPENING = re.compile(r"(#{1,6}(?= |$)|[>|]|[-+](?= |$)|[-=~]{3,}|\d{1,9}[.)](?= |$))")
+"""Beginnings of a block that would make a heading, quotation, list, rule or table of it."""
 HIDDEN = ("head", "nav", "svg", "pre", "script", "noscript", "style")
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is: names, questions and answers may hold its marks, and HTML."""
+    return SPECIAL.sub(lambda mark: f"\\{mark[0]}", text)
+
+
+def _as_block(text: str) -> str:
+    """Escaped text as a block of its own."""
+    if not (mark := OPENING.match(text)):
+        return text
+    at = mark.end() - 1 if mark[0][0].isdigit() else 0
+    return f"{text[:at]}\\{text[at:]}"
 
 
 def markdown(page: str) -> str:
@@ -27,6 +45,7 @@ class _Page(HTMLParser):
         self.rule: list[str] = []
         self.figure: str | None = None
         self.hidden = 0
+        self.code = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         attributes = dict(attrs)
@@ -43,15 +62,17 @@ class _Page(HTMLParser):
             self.rule.append("---:" if self.rule and attributes.get("class") != "text" else "---")
         elif tag in ("br", "code"):
             self.text += {"br": " ", "code": "`"}[tag]
+            self.code |= tag == "code"
 
     def handle_data(self, data: str) -> None:
-        self.text += data * (not self.hidden)
+        if not self.hidden:
+            self.text += data.replace("`", "'") if self.code else escaped(data)
 
     def handle_endtag(self, tag: str) -> None:
         self.hidden -= tag in HIDDEN
         text = " ".join(self.text.split())
         if tag in BLOCKS:
-            self.blocks.append(BLOCKS[tag] + text)
+            self.blocks.append(BLOCKS[tag] + _as_block(text))
         elif tag == "figcaption":
             self.blocks.append(f"![{text}](figures/{self.figure}.svg)")
         elif tag == "dt":
@@ -66,3 +87,4 @@ class _Page(HTMLParser):
             self.blocks.append("\n".join(lines))
         elif tag == "code":
             self.text += "`"
+            self.code = False

@@ -23,7 +23,7 @@ def push(
     ConfigError for an invalid repository name, RunError for an arm without a checkpoint, and where the hub refuses.
     """
     folder = RunFolder(run)
-    folder.refuse_links()
+    folder.refuse_foreign_files()
     config = config_of(folder.read()["config"], folder.root / "run.json")
     found = _files_of(folder, config, arm)
     from huggingface_hub import CommitOperationAdd, HfApi

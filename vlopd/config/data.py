@@ -63,6 +63,9 @@ class FileData(Section):
     image: str | None = None
     """Column with an image, a list of images, or file names relative to the data file's folder. The column of
     `question` itself: the images are inside its turns' parts."""
+    image_folders: Annotated[tuple[str, ...], Unique] = later(())
+    """Folders outside of the data file's own in which file names of images may lie, whether written as absolute paths,
+    with `..`, or as links; names that lead anywhere else are refused."""
     image_mark: str | None = Field(None, min_length=1)
     """Image placeholder in user turns (`<image>` in many data sets), once per image of the row; null inserts images at
     image parts, or else before the first user text, and leaves the text unchanged."""

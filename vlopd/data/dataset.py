@@ -14,6 +14,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from datasets.config import HF_DATASETS_CACHE
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
 from vlopd.config.data import QUESTION, FileData
@@ -22,7 +24,7 @@ from vlopd.data.images import open_header, open_picture, shorten
 from vlopd.data.raw_values import cell_text, check_characters, nested_value
 from vlopd.data.tables import Table, open_table
 from vlopd.errors import ConfigError, DataError
-from vlopd.files import shortest_distinct_names
+from vlopd.files import is_inside, shortest_distinct_names
 from vlopd.types import Example
 
 TURNS = ("messages", "prompt", "conversations")
@@ -91,6 +93,13 @@ class FileDataset(StoredDataset):
         self.pictures = tuple(dict.fromkeys(pictures))  # two teachers may share a column
         path = Path(config.path)
         self.folder = path if path.is_dir() else path.parent
+        self.contained = table is None  # rows in memory are of the caller, not of a file
+        self.image_folders = [self.folder, *map(Path, config.image_folders)]
+        # the hub's caches, where files are links, or unpacked from archives
+        own = [each.parent for each in self.folder.resolve().parents if each.name == "snapshots"]
+        self.image_folders += (
+            own if path.exists() else [Path(HF_HUB_CACHE), Path(HF_DATASETS_CACHE)]
+        )
         self.table = open_table(config) if table is None else table
         if len(self.table) == 0:
             raise ConfigError(f"{config.path} has no rows")
@@ -211,11 +220,23 @@ class FileDataset(StoredDataset):
         images = []
         for place, each in enumerate(values, 1):
             try:
+                self._refuse_outside(each)
                 images.append(self.open(each, self.folder))
             except DataError as error:
                 which = "picture" if len(values) == 1 else f"picture {place} of {len(values)}"
                 raise DataError(f"{where}, {which} {_describe(each)} {error}") from None
         return tuple(images)
+
+    def _refuse_outside(self, value: Any) -> None:
+        """Raises DataError for the name of an image that leads out of the folders it may lie in."""
+        if isinstance(value, Mapping):
+            value = None if value.get("bytes") else value.get("path")
+        if isinstance(value, str) and "\0" not in value and "://" not in value:
+            path = self.folder / value
+            if self.contained and path.exists() and not is_inside(path, self.image_folders):
+                raise DataError(
+                    f"leads out of {self.folder}; put it there, or name its folder in data.image_folders"
+                )
 
     def files(self) -> list[Path]:
         image = self.config.image

@@ -138,6 +138,12 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
         try:
             names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
             paths = [folder / name for name in names]
+            if outside := next((n for n in names if Path(n).name != n), None):
+                raise ConfigError(
+                    f"{folder / INDEX} names {outside!r}; only *.safetensors beside it are read"
+                )
+        except ConfigError:
+            raise
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             raise ConfigError(
                 f"{folder / INDEX} is not an index of shards; save the model again"

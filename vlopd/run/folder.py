@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -114,7 +115,7 @@ class RunFolder:
         run = cls(root)
         run.root.mkdir(parents=True, exist_ok=True)
         if not trust:
-            run.refuse_links()
+            run.refuse_foreign_files()
         run.lock()
         if (run.root / "run.json").exists():
             run._found = run.read()["config"]
@@ -172,7 +173,7 @@ class RunFolder:
                 f"{root} is not a run folder (no run.json); make one with `vlopd run CONFIG`"
             )
         if not trust:
-            run.refuse_links()
+            run.refuse_foreign_files()
         if locked:
             run.lock()
         stored = run.read(altered)["config"]
@@ -197,24 +198,34 @@ class RunFolder:
             )
         return about
 
-    def links_out(self) -> Iterator[Path]:
-        """Links in the stages' folders that lead out of the run."""
+    def foreign_files(self) -> Iterator[Path]:
+        """Links out of the run, and what is neither file nor folder, in the stages' folders and the locks'."""
         inside = self.root.resolve()
         for folder, folders, files in os.walk(self.root):
             if folder == str(self.root):
-                folders[:] = [name for name in folders if name in WRITTEN]
+                folders[:] = [name for name in folders if name in (*WRITTEN, ".locks")]
             for name in (*folders, *files):
                 path = os.path.join(folder, name)
-                if os.path.islink(path) and not Path(path).resolve().is_relative_to(inside):
+                try:
+                    mode = os.lstat(path).st_mode
+                except FileNotFoundError:  # of another process, at work
+                    continue
+                if stat.S_ISLNK(mode):
+                    if not Path(path).resolve().is_relative_to(inside):
+                        yield Path(path)
+                elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                     yield Path(path)
 
-    def refuse_links(self) -> None:
-        """Raises RunError for a link that leads out of the run: what it names is not the run's, and would be measured,
-        shown in the report, or uploaded as if it were."""
-        for path in self.links_out():
+    def refuse_foreign_files(self) -> None:
+        """Raises RunError for a file that is not the run's: it would be measured, shown in the report, uploaded or
+        overwritten as if it were."""
+        for path in self.foreign_files():
+            what = (
+                f"a link out of the run folder, to {path.readlink()}" if path.is_symlink() else ""
+            )
             raise RunError(
-                f"{path} is a link out of the run folder, to {path.readlink()}; put the file itself there, or pass "
-                "--trust (in Python trust=True) if the link is your own"
+                f"{path} is {what or 'no plain file'}; put a file there, or pass --trust (in Python trust=True) if "
+                "it is your own"
             )
 
     def lock(self) -> None:
@@ -228,6 +239,9 @@ class RunFolder:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._sweep()
+            for path in (self.root / ".locks").glob("*"):
+                if not path.is_symlink():
+                    os.truncate(path, 0)  # which names a process that was killed
         fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def _sweep(self) -> None:
@@ -284,6 +298,7 @@ class RunFolder:
                 yield
             finally:
                 self._held.remove(artifact)
+                lock.truncate(0)  # a run that is passed on names no machine
 
 
 def with_precision_of_run(root: Path | str, config: ExperimentConfig) -> ExperimentConfig:

@@ -48,9 +48,14 @@ def make_geometry(
                 shutil.rmtree(run.geometry(name), ignore_errors=True)
             _write_geometry(its, config, name, workers, device, state)
         elif state.is_main_process:
-            # left by a process that was killed after finishing
-            shutil.rmtree(run.geometry(name) / PARTIAL, ignore_errors=True)
+            _remove_partial(run.geometry(name))
     return its.made
+
+
+def _remove_partial(folder: Path) -> None:
+    """Removes the partial results of tables that are written, which a kill after the record leaves."""
+    for left in (folder / PARTIAL, *folder.glob(f"steps/*/{PARTIAL}")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _write_geometry(
@@ -84,8 +89,10 @@ def _write_geometry(
         write_trajectory(before, steps, out, config.geometry, tables=tables, processes=state)
 
     def finish(_: Path, content: Any) -> None:
-        tables = [p for p in out.rglob("*") if p.is_file() and p.parent.name != PARTIAL]
-        its.finish(content, tables)
+        for written in tables.values():
+            _remove_partial(written)
+        files = [p for p in out.rglob("*") if p.is_file() and p.parent.name != PARTIAL]
+        its.finish(content, files)
 
     folder = arm_folder(run, config, name)
     title = f"geometry of {name}"

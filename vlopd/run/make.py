@@ -27,6 +27,7 @@ from vlopd.config.arms import (
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import FileMask, MaskConfig, Reference
 from vlopd.errors import RunError
+from vlopd.files import is_first_process
 from vlopd.masks.files import save_mask
 from vlopd.masks.rules import Mask, build_mask, is_by_tensor
 from vlopd.models import parameter_names
@@ -83,6 +84,8 @@ def make_arm(
                 is_due = its.is_due_in_all(state, inputs)
             if is_due:
                 train_arm(its, config, name, arm, options)
+            elif is_first_process():  # left by a kill after the record
+                shutil.rmtree(run.arm(name) / "state", ignore_errors=True)
         return its.made
     with distributed.main_process_first(), stage(run, f"arms/{name}") as its:
         if its.is_due(inputs):

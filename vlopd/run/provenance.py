@@ -26,7 +26,7 @@ PACKAGES = [
 
 
 def provenance() -> dict[str, Any]:
-    """Package versions, git state of the source tree if there is one, machine and time."""
+    """Package versions, git state of the source tree if there is one, kind of machine and time."""
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -34,7 +34,7 @@ def provenance() -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version(), **versions},
         "git": git_state(),
-        "machine": {"system": platform.platform(), "cores": os.cpu_count()},
+        "machine": {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count()},
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

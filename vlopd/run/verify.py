@@ -53,8 +53,8 @@ def verify_run(run: RunFolder) -> Verified:
     unknown = [path for path in present if run.checksums.name(path) not in known]
     n_bytes = sum(path.stat().st_size for path in present)
     problems += records_without_checksums(run)
-    what, remedy = "is a link out of the run folder", "put the file itself there"
-    problems += [Problem(path, what, remedy) for path in run.links_out()]
+    what, remedy = "is a link out of the run folder, or no plain file", "put a file there"
+    problems += [Problem(path, what, remedy) for path in run.foreign_files()]
     problems = list(dict.fromkeys(problems))
     inputs: list[str] = []
     if not any(problem.file in (written, run.checksums.path("run")) for problem in problems):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
 import torch
@@ -263,6 +263,8 @@ def open_trackers(
     for name in tracking.trackers:
         arguments = tracking.arguments(name, experiment, run, arm)
         project = arguments.pop("project")
+        if name == "tensorboard":
+            _without_host_name()
         if name == "wandb":
             (folder / "trackers").mkdir(parents=True, exist_ok=True)
             os.environ.setdefault("WANDB_MODE", "offline")
@@ -276,6 +278,13 @@ def open_trackers(
         tracker.start()
         tracker.store_init_configuration(flat(config))
     return trackers
+
+
+def _without_host_name() -> None:
+    """Makes tensorboard name its files without the machine, which has no place in a run that is passed on."""
+    from tensorboard.summary.writer import event_file_writer
+
+    event_file_writer.socket = SimpleNamespace(gethostname=lambda: "vlopd")
 
 
 def refuse_missing_trackers(names: Sequence[str]) -> None:

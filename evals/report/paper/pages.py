@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from evals.report.markdown import escaped
 from evals.report.paper.numbers import Number, Table
 from evals.report.verdict import p_value
 
@@ -99,14 +100,16 @@ def wide(table: Table) -> pd.DataFrame:
 
 def to_markdown(table: Table) -> str:
     frame = wide(table)
-    head = [str(column).replace("|", "\\|") for column in frame.columns]
+    head = [_md(column) for column in frame.columns]
     lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
-    lines += [
-        [str(cell).replace("|", "\\|") for cell in row] for row in frame.itertuples(index=False)
-    ]
+    lines += [list(map(_md, row)) for row in frame.itertuples(index=False)]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines) if len(frame) else ""
     parts = [f"## {table.title}", body, *_remarks(table)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _md(value: object) -> str:
+    return escaped(str(value)).replace("|", "\\|")
 
 
 def to_latex(table: Table, name: str) -> str:
@@ -123,7 +126,11 @@ def to_latex(table: Table, name: str) -> str:
     return f"{body}\n{{\\footnotesize\n{below}\n}}\n"
 
 
-LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"±": r"$\pm$", "|": r"$|$", "<": r"$<$", "`": "'"}
+LATEX = (
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}"}
+    | {"±": r"$\pm$", "|": r"$|$", "<": r"$<$", "`": "'"}
+)
 
 
 def _latex(text: object) -> str:
