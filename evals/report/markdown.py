@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 BLOCKS = {"h1": "# ", "h2": "## ", "h3": "### ", "h4": "#### ", "p": "", "caption": "", "li": "- "}
 CELLS = ("th", "td")
 TERMS = ("dt", "dd")
-SPECIAL = re.compile(r"[\\`*<&]|!(?=\[)|(?<=\])[(:\[]|(?<!\w)_|_(?!\w)")
+SPECIAL = re.compile(r"[\\`*]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|!(?=\[)|(?<=\])[(:\[]|(?<!\w)_|_(?!\w)")
 """Characters that would make code, emphasis, HTML, entities, images and links of a text."""
 OPENING = re.compile(r"(#{1,6}(?= |$)|[>|]|[-+](?= |$)|[-=~]{3,}|\d{1,9}[.)](?= |$))")
 """Beginnings of a block that would make a heading, quotation, list, rule or table of it."""

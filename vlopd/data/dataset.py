@@ -233,7 +233,7 @@ class FileDataset(StoredDataset):
             value = None if value.get("bytes") else value.get("path")
         if isinstance(value, str) and "\0" not in value and "://" not in value:
             path = self.folder / value
-            if self.contained and path.exists() and not is_inside(path, self.image_folders):
+            if self.contained and _file_exists(path) and not is_inside(path, self.image_folders):
                 raise DataError(
                     f"leads out of {self.folder}; put it there, or name its folder in data.image_folders"
                 )
