@@ -8,16 +8,21 @@ from html.parser import HTMLParser
 BLOCKS = {"h1": "# ", "h2": "## ", "h3": "### ", "h4": "#### ", "p": "", "caption": "", "li": "- "}
 CELLS = ("th", "td")
 TERMS = ("dt", "dd")
-SPECIAL = re.compile(r"[\\`*]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|!(?=\[)|(?<=\])[(:\[]|(?<!\w)_|_(?!\w)")
+SPECIAL = re.compile(
+    r"[\\`*]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|!(?=\[)|(?<=\])[(\[]|(?<![^\W_])_|_(?![^\W_])"
+)
 """Characters that would make code, emphasis, HTML, entities, images and links of a text."""
-OPENING = re.compile(r"(#{1,6}(?= |$)|[>|]|[-+](?= |$)|[-=~]{3,}|\d{1,9}[.)](?= |$))")
-"""Beginnings of a block that would make a heading, quotation, list, rule or table of it."""
+ENTITIES = {"<": "&lt;", "&": "&amp;"}
+OPENING = re.compile(
+    r"(\[(?=[^\]]*\]:)|#{1,6}(?= |$)|[>|]|[-+](?= |$)|[-=~]{3,}|\d{1,9}[.)](?= |$))"
+)
+"""Beginnings of a block that would make a heading, quotation, list, rule, table or link of it."""
 HIDDEN = ("head", "nav", "svg", "pre", "script", "noscript", "style")
 
 
 def escaped(text: str) -> str:
     """Text that Markdown shows as it is: names, questions and answers may hold its marks, and HTML."""
-    return SPECIAL.sub(lambda mark: f"\\{mark[0]}", text)
+    return SPECIAL.sub(lambda mark: ENTITIES.get(mark[0], f"\\{mark[0]}"), text)
 
 
 def _as_block(text: str) -> str:

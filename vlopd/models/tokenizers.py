@@ -8,7 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError, meta
+from jinja2 import TemplateSyntaxError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from vlopd.config.models import TEMPLATE_NAMES
 from vlopd.errors import ConfigError, first_line
@@ -31,7 +32,7 @@ def check_template_arguments(name: str, template: str, arguments: Mapping[str, A
         return
     # transformers' own tag, which jinja does not parse
     plain = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)
-    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
         known = meta.find_undeclared_variables(environment.parse(plain))
     except TemplateSyntaxError:

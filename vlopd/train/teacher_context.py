@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedError
-from jinja2.sandbox import SandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 
 from vlopd.config.models import (
@@ -262,7 +262,7 @@ def as_written(value: Any) -> Any:
 @lru_cache
 def compiled(template: str) -> Template:
     """Raises ConfigError with the line for a template that is not jinja."""
-    environment = SandboxedEnvironment(undefined=StrictUndefined, finalize=as_written)
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=as_written)
     try:
         return environment.from_string(template)
     except TemplateSyntaxError as error:
