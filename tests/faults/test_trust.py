@@ -10,7 +10,9 @@ import pickle
 import platform
 import shutil
 import socket
+import subprocess
 import sys
+import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -520,6 +522,34 @@ def test_pickles_are_refused(here):
     (here / "model.safetensors").rename(model / "model.safetensors")
     assert load(str(model), torch.float32).model.num_parameters() > 0
     assert not owned()
+
+
+def test_archives_are_refused(here):
+    """Packed data, a file or in a folder, are not unpacked, wherever their members would go; plain ones are read."""
+    (here / "rows").mkdir()
+    for name in ("rows.zip", "rows/rows.zip"):
+        with zipfile.ZipFile(here / name, "w") as archive:
+            archive.writestr("../OWNED", "")
+            archive.writestr("train.jsonl", '{"question": "q"}\n')
+    (here / "rows.tar").write_bytes(b"")
+    for path in ("rows.zip", "rows", "rows.tar"):
+        with pytest.raises(ConfigError, match=r"unpack it|supported"):
+            FileDataset(FileData(path=path))
+    (here / "rows" / "rows.zip").unlink()
+    (here / "rows" / "train.jsonl").write_text('{"question": "q"}\n')
+    assert len(FileDataset(FileData(path="rows"))) == 1
+    assert not owned() and not (here.parent / "OWNED").exists()
+
+
+def test_the_working_folder_stands_in_for_no_package(here):
+    """`python -m vlopd`, run in a folder with a module of an installed one's name, does not import it."""
+    (here / "rich").mkdir()
+    (here / "rich" / "__init__.py").write_text(ATTACK)
+    (here / "tomllib.py").write_text(ATTACK)
+    found = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "vlopd", "--version"]
+    done = subprocess.run(words, capture_output=True, text=True, env=found)
+    assert done.returncode == 0 and "vlopd" in done.stdout and not owned(), done.stderr
 
 
 # --------------------------------------------------------------------------------------- clean-up
