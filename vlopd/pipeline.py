@@ -30,7 +30,7 @@ from vlopd.errors import ConfigError, OutOfMemory, UserError
 from vlopd.files import is_first_process, read_json
 from vlopd.plugins import Use
 from vlopd.run.folder import RunFolder, with_precision_of_run
-from vlopd.trust import grant, names_in
+from vlopd.trust import grant
 
 OnArtifact = Callable[[str, Path, bool], None]
 """Callback for each artifact: its description, its path, and whether it was made (False: already up to date)."""
@@ -95,7 +95,7 @@ def _changed(
     """A config with TOML overrides. Raises ConfigError that begins with `where`."""
     if not overrides:
         return config
-    grant(names_in(merged({}, overrides)))
+    grant(merged({}, overrides))
     return config_of(merged(config.model_dump(mode="json"), overrides), where)
 
 

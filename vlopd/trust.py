@@ -9,7 +9,7 @@ line gives is the user's own.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,28 @@ def names_in(tables: Any) -> Iterator[str]:
             yield from names_in(each)
 
 
-def grant(names: Iterable[str]) -> None:
-    """Makes these names the user's own."""
+def grant(tables: Any, source: Path | None = None) -> None:
+    """Makes the names in the tables of a config the user's own; a model's remote code only where they allow any.
+
+    source: the run.json that has them, if it does, whose folder is trusted too.
+    """
+    names = {*names_in(tables), *([remote_code(source.parent.resolve())] if source else [])}
+    if not _allows_remote_code(tables):
+        names = {name for name in names if not name.startswith(remote_code(""))}
     _own.update(names)
 
 
-def withhold(names: Iterable[str], source: Path) -> None:
-    """Withholds names that the file `source` of a run folder gives, except the user's own."""
+def _allows_remote_code(tables: Any) -> bool:
+    if isinstance(tables, Mapping):
+        return tables.get("trust_remote_code") is True or any(
+            map(_allows_remote_code, tables.values())
+        )
+    return False
+
+
+def withhold(tables: Any, source: Path) -> None:
+    """Withholds the names in the tables of run.json, `source`, except the user's own; and all code in its folder."""
+    names = [*names_in(tables), remote_code(source.parent.resolve())]
     _received.update(dict.fromkeys(names, source))
 
 

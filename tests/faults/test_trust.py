@@ -372,6 +372,8 @@ def test_a_received_runs_remote_code_and_engines_need_trust(received, monkeypatc
     assert not owned()
     Run(received, trust=True)
     Client("http://127.0.0.1:9")
+    load_model_config(str(received / "arms" / "base" / "checkpoint"), trust_remote_code=True)
+    assert not owned()
     load_model_config(str(model), trust_remote_code=True)
     assert owned()
 

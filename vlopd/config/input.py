@@ -40,7 +40,7 @@ def load_config(
     else:
         raise ConfigError(f"a config is a TOML file or a dict, not a {type(source).__name__}")
     tree = merged(tree, overrides)
-    trust.grant(trust.names_in(tree))
+    trust.grant(tree)
     return config_of(tree, where)
 
 

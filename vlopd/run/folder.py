@@ -27,7 +27,7 @@ from vlopd.errors import ConfigError, RunError
 from vlopd.files import TEMPORARY, is_abandoned, is_first_process, read_json, write_json
 from vlopd.run.checksums import Checksums, differences
 from vlopd.run.provenance import provenance
-from vlopd.trust import grant, names_in, remote_code, withhold
+from vlopd.trust import grant, withhold
 
 WRITTEN = (
     *("arms", "masks", "geometry", "evals", "validation", "sweeps", "report", "checksums"),
@@ -177,11 +177,7 @@ class RunFolder:
         if locked:
             run.lock()
         stored = run.read(altered)["config"]
-        names = {*names_in(stored), remote_code(run.root.resolve())}
-        if trust:
-            grant(names)
-        else:
-            withhold(names, path)
+        (grant if trust else withhold)(stored, path)
         return run, config_of(stored, path)
 
     def read(self, altered: bool = False) -> dict[str, Any]:
