@@ -11,7 +11,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,9 @@ def _refuse_untrusted(name: str, folder: Path, folders: Sequence[Path]) -> None:
     module = name.rpartition(".")[0]
     file = (folder / f"{module.replace('.', '/')}.py").resolve()
     if not file.exists():
-        top = importlib.util.find_spec(module.partition(".")[0])
+        top = None
+        with suppress(ImportError, ValueError):
+            top = importlib.util.find_spec(module.partition(".")[0])
         file = Path(top.origin).resolve() if top and top.origin else file
     if is_packaged(file):
         return
