@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -323,7 +324,7 @@ def distill(
     engine = None
     samples = replayed is None and "student" in recipe.rollout.source.shares
     if samples:
-        probes = pick(data, 0, min(2, len(data)), seed)
+        probes = partial(pick, data, 0, min(2, len(data)), seed)
         engine = rollout_engine(pair, recipe.rollout.engine, trainable, accelerator, probes)
     samples_here = samples and engine is None
     if engine is not None:

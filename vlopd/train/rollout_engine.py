@@ -117,11 +117,11 @@ def rollout_engine(
     engine: str | ServedRollout | VllmRollout,
     trainable: Trainable,
     accelerator: Accelerator,
-    examples: Sequence[Example],
+    examples: Callable[[], Sequence[Example]],
 ) -> RolloutEngine | None:
     """The engine of a configuration, started or joined; None where this process samples.
 
-    examples: some of the data, for a fingerprint. Raises EngineError, and ConfigError where the student is in memory
+    examples: gives some of the data, for a fingerprint. Raises EngineError, and ConfigError where the student is in memory
     alone, or an engine cannot sample what it shares with its teachers.
     """
     if isinstance(engine, str):
@@ -157,7 +157,7 @@ def rollout_engine(
     if isinstance(engine, VllmRollout):
         its = connected(engine, url, token, None if server is None else server.log)
         sampler = VllmSampler(its, session, student, engine.weights, engine.folder, server)
-        fingerprint = Fingerprint.of(student, examples, engine.tolerance)
+        fingerprint = Fingerprint.of(student, examples(), engine.tolerance)
         return RolloutEngine(student, columns, sampler, updates, fingerprint)
     client = Client(url, engine.timeout_seconds, engine.attempts)
     client.expected = client.about()
