@@ -35,6 +35,27 @@ def first_line(error: BaseException) -> str:
     return text
 
 
+def shown(value: object, longest: int = 100) -> str:
+    """A value as Python writes it, of a user's input and so of any size: cut at `longest` characters."""
+    if isinstance(value, int) and value.bit_length() > 4 * longest:
+        return f"an integer of {value.bit_length():,} bits"  # its digits may be too many to write
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+LONGEST_LINE = 2000
+"""Characters of an error line."""
+
+
+def one_line(error: object) -> str:
+    """An error's message in one printable line: line breaks are spaces, other control characters are escaped."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= LONGEST_LINE else f"{text[: LONGEST_LINE - 3]}..."
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class RunError(UserError):
     """An invalid or missing file of a run; the message names the file and the remedy."""
 

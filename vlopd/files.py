@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlopd.errors import ConfigError, RunError
+from vlopd.errors import ConfigError, RunError, first_line
+from vlopd.limits import DEEPEST, depth
 
 TEMPORARY = re.compile(r"\.unfinished-[0-9a-f]{16}")
 """Names of files and folders being written; a killed process may leave some behind."""
@@ -136,22 +137,38 @@ def write_jsonl(path: Path, rows: list[Any]) -> None:
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parses JSON within bounds. Raises ValueError for anything else: deep nesting, integers of thousands of digits."""
+    try:
+        value = json.loads(text)
+        deep = depth(value) > DEEPEST
+    except RecursionError:
+        deep = True
+    if deep:
+        raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+    return value
+
+
 def read_json(path: Path) -> Any:
     """Reads a JSON file of a run. Raises RunError where it is missing or not JSON."""
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_bytes())
     except FileNotFoundError:
         raise RunError(f"no {path}; run the stage that writes it first") from None
     except ValueError as error:
-        raise RunError(f"{path} is not JSON ({error}); delete it and run its stage again") from None
+        raise RunError(
+            f"{path} is not JSON ({first_line(error)}); delete it and run its stage again"
+        ) from None
 
 
 def read_settings(path: Path) -> Any:
     """Reads a JSON file of a model folder. Raises RunError where it is not JSON."""
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} is not JSON ({error}); copy it again from the model") from None
+        raise RunError(
+            f"{path} is not JSON ({first_line(error)}); copy it again from the model"
+        ) from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -171,7 +188,7 @@ def read_jsonl(path: Path) -> list[Any]:
     rows = []
     for number, line in json_lines(path):
         try:
-            rows.append(json.loads(line))
+            rows.append(parse_json(line))
         except ValueError:
             raise RunError(
                 f"{path} line {number} is not JSON; delete the file and run again"
@@ -193,8 +210,8 @@ def shortest_distinct_names(paths: Sequence[Sequence[str]]) -> list[str]:
 
     Raises ConfigError for a duplicate path.
     """
-    for depth in range(1, max(map(len, paths)) + 1):
-        names = ["-".join(parts[-depth:]) for parts in paths]
+    for length in range(1, max(map(len, paths)) + 1):
+        names = ["-".join(parts[-length:]) for parts in paths]
         if len(set(names)) == len(names):
             return names
     raise ConfigError(f"{'/'.join(paths[0])} is given twice")

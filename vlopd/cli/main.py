@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,7 +37,7 @@ from vlopd.cli.common import (
     say,
 )
 from vlopd.config.input import load_config
-from vlopd.errors import ConfigError, UserError, one_line_out_of_memory
+from vlopd.errors import ConfigError, UserError, one_line, one_line_out_of_memory
 from vlopd.files import is_first_process, read_json
 from vlopd.run.folder import RunFolder
 
@@ -314,24 +315,47 @@ def main() -> None:
     for name, value in {**QUIET, **THREADS}.items():
         os.environ.setdefault(name, value)
     try:
+        _refuse_empty_words(sys.argv[1:])
         # what training, loading and evaluation did not catch, under the command's name
         guarded = one_line_out_of_memory(" ".join(["vlopd", *sys.argv[1:2]]))(app)
-        guarded(prog_name="vlopd", standalone_mode=True)
+        code = guarded(prog_name="vlopd", standalone_mode=False) or 0
     except UserError as error:
-        print(f"vlopd: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"vlopd: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except typer.TyperException as error:
+        if not error.format_message():  # the help was printed, of a command without arguments
+            raise SystemExit(2) from None
+        print(f"vlopd: {one_line(_usage(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except (OSError, SafetensorError) as error:
         # e.g. a full disk, for which safetensors has a separate class
-        line = " ".join(str(error).split())
-        print(f"vlopd: {line}; files written before are intact", file=sys.stderr)
+        print(f"vlopd: {one_line(error)}; files written before are intact", file=sys.stderr)
         raise SystemExit(2) from None
     except SystemExit as stop:
-        if stop.code == INTERRUPTED:
-            print("vlopd: interrupted; rerun the same command to resume", file=sys.stderr)
         if (where := _foreign_exit(stop)) is not None:
             print(f"vlopd: {where} ended the command (sys.exit); remove that", file=sys.stderr)
             raise SystemExit(1) from None
         raise
+    if code == INTERRUPTED:
+        print("vlopd: interrupted; rerun the same command to resume", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _refuse_empty_words(words: Sequence[str]) -> None:
+    """Raises ConfigError for an empty argument, which as a path would be the current folder."""
+    for before, word in zip(["vlopd", *words], words, strict=False):
+        if not word or (word.startswith("--") and word.endswith("=")):
+            raise ConfigError(
+                f"the argument after {before} is empty; give a value, or leave it out"
+            )
+
+
+def _usage(error: typer.TyperException) -> str:
+    """Typer's usage error in a line, with the command whose help says more."""
+    context = getattr(error, "ctx", None)  # of a usage error, a class without a public name
+    command = "vlopd" if context is None else context.command_path
+    reason = error.format_message().replace("Value error, ", "").strip().removesuffix(".")
+    return f"{reason}; `{command} --help` lists what it takes"
 
 
 def _foreign_exit(stop: SystemExit) -> str | None:

@@ -8,12 +8,14 @@ from pydantic import Field, model_validator
 
 from vlopd.config.base import (
     Count,
+    Draws,
     Number,
     Part,
     PartOrZero,
     Section,
     Seed,
     Share,
+    Size,
     Temperature,
     Unique,
     between,
@@ -125,7 +127,7 @@ class GeometryConfig(Section):
     """Arms whose update from the base is measured."""
     nulls: tuple[NullConfig, ...] = (GaussianNull(), AdamNull())
     """Null models; each draw has the observed norm of each tensor after rounding to the stored precision."""
-    null_draws: Number = 5
+    null_draws: Annotated[int, Field(ge=0, le=10_000)] = 5
     """Draws of each null; with fewer than 5 there is no p."""
     seed: Seed = 0
     """Seed of the null draws and of randomised factorisations."""
@@ -175,7 +177,7 @@ class SampledConfig(Section):
     """Samples several answers per question instead of one greedy answer: scores are means over them (mean@n), with
     pass@k."""
 
-    n: int = Field(8, gt=1, lt=2**31)
+    n: int = Field(8, gt=1, le=10_000)
     """Answers per question."""
     temperature: Temperature = 1.0
     """Sampling temperature; divides the logits."""
@@ -188,7 +190,7 @@ class SampledConfig(Section):
 class GenerationConfig(Section):
     """Overrides of a task's generation settings; null keeps the task's own."""
 
-    max_tokens: Count | None = None
+    max_tokens: Size | None = None
     """Largest number of tokens of an answer, thought included."""
     temperature: Annotated[float, between(0, 100)] | None = None
     """Sampling temperature, which divides the logits; 0 is greedy, one answer also under `sampled`."""
@@ -247,7 +249,7 @@ class EvalConfig(Section):
     for none."""
     confidence: Part = 0.95
     """Confidence level of all intervals, a fraction."""
-    bootstrap_draws: Count = 10_000
+    bootstrap_draws: Draws = 10_000
     """Bootstrap resamples per interval."""
     margin: Part = 0.02
     """Non-inferiority margin of a subnetwork against the full arm, in units of the score."""

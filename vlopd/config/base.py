@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vlopd.config.explain import explain_errors
-from vlopd.errors import ConfigError
+from vlopd.errors import ConfigError, shown
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
@@ -69,7 +69,7 @@ def between(low: float, high: float, or_zero: bool = False) -> AfterValidator:
     def check(value: float) -> float:
         if not low <= value <= high and not (or_zero and value == 0):
             zero = "0 or " if or_zero else ""
-            raise ValueError(f"must be {zero}between {low:.3g} and {high:.8g}; got {value!r}")
+            raise ValueError(f"must be {zero}between {low:.3g} and {high:.8g}; got {shown(value)}")
         return value
 
     return AfterValidator(check)
@@ -80,6 +80,14 @@ SMALLEST, LARGEST = 2.0**-149, (2 - 2.0**-23) * 2.0**127
 
 
 Count = Annotated[int, Field(gt=0, lt=2**31)]
+
+
+Size = Annotated[int, Field(gt=0, le=2**20)]
+"""Prompts, completions or tokens that are held in memory together: a million."""
+
+
+Draws = Annotated[int, Field(gt=0, le=1_000_000)]
+"""Draws of a resampling: a million give an interval's ends to a hundredth of its width."""
 
 
 Number = Annotated[int, Field(ge=0, lt=2**31)]
@@ -96,7 +104,7 @@ NonNegative = Annotated[float, between(SMALLEST, LARGEST, or_zero=True)]
 
 def _not_zero(value: float) -> float:
     if not SMALLEST <= abs(value) <= LARGEST:
-        raise ValueError(f"must be a number other than 0, up to {LARGEST:.3g}; got {value!r}")
+        raise ValueError(f"must be a number other than 0, up to {LARGEST:.3g}; got {shown(value)}")
     return value
 
 

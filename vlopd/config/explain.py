@@ -9,6 +9,8 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from vlopd.errors import shown
+
 BUILT_IN, OWN = "[built-in]", "[function]"
 """Tags of built-in variants and plug-ins in pydantic's error locations; like its "[key]", no key
 can be one."""
@@ -54,7 +56,7 @@ def _explain(error: ErrorDetails, root: Any) -> str:
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(keys[-1], known, 1, 0.4)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
-        return f"unknown key {where!r}{hint}"
+        return f"unknown key {shown(where)}{hint}"
     if error["type"] == "union_tag_not_found":
         tags = [tag for cls in _sections_in(annotation) for tag in _variant_tags(cls)]
         return f"{_joined(where, 'type')} is missing; it is one of {', '.join(tags)}"
@@ -91,7 +93,7 @@ def _problem(error: ErrorDetails, or_function: bool) -> str:
         rule = f"must match {context['pattern']}"
     else:
         rule = error["msg"].replace("Input should be", "must be", 1)
-    return f"{rule}; got {value!r}" if isinstance(value, str | int | float | None) else rule
+    return f"{rule}; got {shown(value)}" if isinstance(value, str | int | float | None) else rule
 
 
 def _joined(where: str, key: str) -> str:

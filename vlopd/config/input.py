@@ -14,8 +14,9 @@ from pydantic import TypeAdapter, ValidationError
 from vlopd import trust
 from vlopd.config.experiment import ExperimentConfig, merge
 from vlopd.config.explain import explain_errors
-from vlopd.errors import ConfigError
+from vlopd.errors import ConfigError, shown
 from vlopd.files import is_first_process
+from vlopd.limits import DEEPEST, depth
 
 
 def load_config(
@@ -124,13 +125,34 @@ def _drop(tree: dict[str, Any], key: str) -> bool:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return _parse_toml(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         raise ConfigError(f"no config file {path}") from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder; give a config file (TOML)") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
+
+
+def _parse_toml(text: str, where: Path | str) -> dict[str, Any]:
+    """Parses TOML within bounds. Raises TOMLDecodeError, and ConfigError for deep nesting and very long integers."""
+    try:
+        tree = tomllib.loads(text)
+        deep = depth(tree) > DEEPEST
+    except RecursionError:
+        deep = True
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:  # of Python's `int`
+        limit = f"{sys.get_int_max_str_digits():,}"
+        raise ConfigError(
+            f"{where}: an integer has more than {limit} digits; no setting needs one"
+        ) from None
+    if deep:
+        raise ConfigError(
+            f"{where}: lists or tables are nested more than {DEEPEST} levels deep; no setting is"
+        )
+    return tree
 
 
 def config_of(tree: Any, where: Path | str) -> ExperimentConfig:
@@ -170,14 +192,17 @@ def parse_override(line: str) -> dict[str, Any]:
     """`optim.learning_rate=2e-4` -> {"optim": {"learning_rate": 2e-4}}; a bare word is a string."""
     if not isinstance(line, str):
         raise ConfigError(
-            f"override {line!r} is a {type(line).__name__}; give each as a text of its own, such as 'train.steps=20'"
+            f"override {shown(line)} is a {type(line).__name__}; give each as a text of its own, such as "
+            "'train.steps=20'"
         )
     key, equals, value = line.partition("=")
     if not equals:
-        raise ConfigError(f"override {line!r} has no '='; write key=value, as in train.steps=20")
+        raise ConfigError(
+            f"override {shown(line)} has no '='; write key=value, as in train.steps=20"
+        )
     for text in (line, f'{key}="{value}"'):
         try:
-            return tomllib.loads(text)
+            return _parse_toml(text, f"override {shown(line)}")
         except tomllib.TOMLDecodeError:
             continue
-    raise ConfigError(f"override {line!r} is not a TOML line")
+    raise ConfigError(f"override {shown(line)} is not a TOML line")

@@ -13,6 +13,7 @@ from vlopd.config.base import (
     Section,
     Share,
     Signed,
+    Size,
     Temperature,
     Weight,
     as_type,
@@ -74,9 +75,9 @@ class RolloutConfig(Section):
 
     source: SourceConfig = OneSource()
     """Where completions come from: `student` (OPD), `teacher`, `data`, or a mixture."""
-    max_new_tokens: Count = 16
+    max_new_tokens: Size = 16
     """Largest number of completion tokens; longer answers of the data are truncated."""
-    completions_per_prompt: Count = 1
+    completions_per_prompt: Size = 1
     """Completions sampled per prompt; a reward compares them and needs at least 2."""
     batch: Count | None = None
     """Completions sampled at once in a process, whatever train.micro_batch is; null: all of the step's, or as many as

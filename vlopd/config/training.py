@@ -14,6 +14,7 @@ from vlopd.config.base import (
     PartOrZero,
     Positive,
     Section,
+    Size,
     Unique,
     between,
     later,
@@ -170,7 +171,7 @@ class TrainConfig(Section):
 
     steps: Count
     """Rollouts, each with `updates_per_rollout` optimizer updates."""
-    prompts_per_step: Count
+    prompts_per_step: Size
     """Prompts of one step over all processes, each with rollout.completions_per_prompt completions."""
     updates_per_rollout: Count = 1
     """Optimizer updates on the same completions, at the step's rate; above 1, k1 and rewards use importance ratios.

@@ -6,18 +6,19 @@ problem, shared by models (load.py) and deltas (weights/reader.py); the callers 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import BaseModel, Field, JsonValue
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from vlopd.errors import ConfigError
+from vlopd.errors import ConfigError, shown
+from vlopd.files import parse_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -127,6 +128,28 @@ def find_incomplete_experts(tensors: Mapping[str, TensorHeader]) -> str | None:
     return None
 
 
+class Index(BaseModel):
+    """What is read of an index of shards, model.safetensors.index.json."""
+
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+    """{tensor: shard}, shards being *.safetensors beside the index."""
+    metadata: dict[str, JsonValue] | None = None
+
+
+def read_index(path: Path) -> Index:
+    """Reads an index. Raises ConfigError for anything else, and for shards elsewhere or of another format."""
+    try:
+        index = Index.model_validate(parse_json(path.read_bytes()))
+    except (OSError, ValueError):  # pydantic's is a ValueError
+        raise ConfigError(
+            f"{path} is not an index of shards: it has no weight_map of names; save the model again"
+        ) from None
+    for shard in set(index.weight_map.values()):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ConfigError(f"{path} names {shown(shard)}; only *.safetensors beside it are read")
+    return index
+
+
 def read_headers(folder: Path) -> dict[str, TensorHeader]:
     """Headers of the tensors that transformers loads from a folder (one file, or an index's shards).
 
@@ -135,19 +158,12 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     if (folder / SINGLE).exists():
         paths = [folder / SINGLE]
     elif (folder / INDEX).exists():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-            paths = [folder / name for name in names]
-            if outside := next((n for n in names if Path(n).name != n), None):
-                raise ConfigError(
-                    f"{folder / INDEX} names {outside!r}; only *.safetensors beside it are read"
-                )
-        except ConfigError:
-            raise
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        index = read_index(folder / INDEX)
+        if index.metadata is None:
             raise ConfigError(
-                f"{folder / INDEX} is not an index of shards; save the model again"
-            ) from None
+                f"{folder / INDEX} has no metadata, which transformers wants; save the model again"
+            )
+        paths = [folder / name for name in sorted(set(index.weight_map.values()))]
     else:
         pickled = sorted(p.name for how in ("*.bin", "*.pt", "*.pth") for p in folder.glob(how))
         held = (

@@ -16,14 +16,24 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from vlopd import trust
 from vlopd.config.models import ModelConfig
-from vlopd.errors import ConfigError, first_line, is_out_of_memory, one_line_out_of_memory
+from vlopd.errors import (
+    ConfigError,
+    RunError,
+    first_line,
+    is_out_of_memory,
+    one_line_out_of_memory,
+    shown,
+)
+from vlopd.files import read_settings
 from vlopd.models import families, integrity
 from vlopd.models.bars import bars_where_drawn
 from vlopd.models.gguf import convert, smollm2
 from vlopd.models.loaded import LoadedModel, ModelUnreadable
 from vlopd.models.openclip import vlm
+from vlopd.models.sizes import find_bad_size
 from vlopd.models.tokenizers import (
     PROBE,
+    check_template,
     check_template_arguments,
     missing_row_message,
     read_template,
@@ -85,6 +95,8 @@ def load_model_config(
     if trust_remote_code and (why := trust.why_remote_code_withheld(name)):
         raise ConfigError(why)
     where = resolve(name)
+    if (own := Path(where) / "config.json").is_file():
+        _check_config(name, own)
     try:
         adapter = find_adapter_config_file(where, revision=revision)
         config = None
@@ -107,6 +119,23 @@ def load_model_config(
     if packed := integrity.find_quantisation(config.to_dict()):
         raise ConfigError(f"{name} is quantised: {packed}")
     return config
+
+
+def _check_config(name: str, path: Path) -> None:
+    """Raises ConfigError for a config.json that is no JSON object, has a size that no model has, or is of quantised
+    weights."""
+    try:
+        about = read_settings(path)
+    except RunError as error:
+        raise ModelUnreadable(str(error)) from None
+    if not isinstance(about, dict):
+        raise ModelUnreadable(f"{path} is not a JSON object; copy it again from the model")
+    if packed := integrity.find_quantisation(about):
+        raise ConfigError(f"{name} is quantised: {packed}")
+    if (wrong := find_bad_size(about)) is not None:
+        raise ModelUnreadable(
+            f"{name}: config.json: {wrong}; give the one that its weights were saved with"
+        )
 
 
 def _does_not_exist(where: str, revision: str | None) -> bool:
@@ -157,6 +186,11 @@ def load_processor(
         raise ModelUnreadable(
             f"cannot read the tokenizer or processor of {name!r}: its files hold {lacks}{TOKENIZER_FILES}"
         )
+    limit = families.tokenizer_of(processor).model_max_length
+    if isinstance(limit, bool) or not isinstance(limit, int | float):
+        raise ModelUnreadable(
+            f"{name}: tokenizer_config.json: model_max_length is {shown(limit)}; it must be a number"
+        )
     if template is not None:
         families.set_template(processor, read_template(template))
     if (
@@ -167,6 +201,7 @@ def load_processor(
             f'{name!r} has no chat template; set template = "plain" (bare text) or a .jinja file '
             "beside its `model`"
         )
+    check_template(name, template_text(processor))
     check_template_arguments(name, template_text(processor), template_arguments or {})
     return processor
 
@@ -208,7 +243,7 @@ def load(
     where = resolve(name)
     is_folder = Path(where).is_dir()
     if is_folder:
-        _check_files(name, Path(where))
+        check_files(name, Path(where))
     try:
         with bars_where_drawn():
             model, loading = model_class.from_pretrained(
@@ -228,7 +263,7 @@ def load(
             raise
         raise _unreadable_error(f"load the weights of {name!r}", error) from None
     if not is_folder:
-        _check_files(name, Path(where))
+        check_files(name, Path(where))
     integrity.refuse_partial(name, loading, model)
     model = model.to(device).eval()
     integrity.refuse_not_finite(name, model)
@@ -244,10 +279,10 @@ def check_unloaded(config: ModelConfig) -> None:
     load_processor(*where_from, config.template, config.template_arguments)
     where = Path(resolve(config.model))
     if where.is_dir():
-        _check_files(config.model, where)
+        check_files(config.model, where)
 
 
-def _check_files(name: str, folder: Path) -> None:
+def check_files(name: str, folder: Path) -> None:
     """Raises ConfigError for damaged or quantised weights or incomplete experts; reads headers only."""
     stored = integrity.read_headers(folder)
     if packed := integrity.find_packed(stored):

@@ -15,10 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlopd.errors import ConfigError, DataError, UserError, first_line
+from vlopd.limits import time_limit
 from vlopd.models import families, thinking
 from vlopd.models.context_length import context_length
 from vlopd.models.tokenizers import ANSWER, PROBE, end_ids, missing_row_message, template_text
 from vlopd.types import Completions, Example, Prompts
+
+TEMPLATE_SECONDS = 4
+"""In which a chat template must render a prompt of one word."""
 
 
 class ModelUnreadable(ConfigError):
@@ -126,8 +130,15 @@ class LoadedModel:
 
     def prints_user_text(self, content: Any) -> bool | None:
         """Whether the chat template prints a user turn's text given as `content`; None where it raises."""
+        slow = ConfigError(
+            f"the chat template of {self.name} takes more than {TEMPLATE_SECONDS} seconds to render a word; set "
+            "`template` beside its `model` to another"
+        )
         try:
-            text = self.apply_template([{"role": "user", "content": content}])
+            with time_limit(TEMPLATE_SECONDS, slow):
+                text = self.apply_template([{"role": "user", "content": content}])
+        except UserError:
+            raise
         except Exception:
             return None
         return PROBE in text.lower() and not families.is_printed_part(text)

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateSyntaxError, meta
+from jinja2 import TemplateSyntaxError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from vlopd.config.models import TEMPLATE_NAMES
@@ -26,15 +26,49 @@ def template_text(processor: Any) -> str:
     return template.get("default", "") if isinstance(template, dict) else str(template)
 
 
+LONGEST_TEMPLATE, LARGEST_FACTOR = 1_000_000, 10_000
+"""Characters of a chat template, and the largest number that one may multiply by."""
+
+
+def check_template(name: str, template: str) -> None:
+    """Raises ConfigError for a chat template whose size, nesting or arithmetic is without bounds."""
+    remedy = "set `template` beside its `model` to another"
+    if len(template) > LONGEST_TEMPLATE:
+        raise ConfigError(
+            f"the chat template of {name!r} has {len(template):,} characters, more than {LONGEST_TEMPLATE:,}; {remedy}"
+        )
+    try:
+        tree = _parse_template(template)
+    except RecursionError:
+        raise ConfigError(f"the chat template of {name!r} is nested too deeply; {remedy}") from None
+    except TemplateSyntaxError:
+        return  # rendering raises it
+    large = any(
+        isinstance(side, nodes.Const)
+        and isinstance(side.value, int)
+        and side.value > LARGEST_FACTOR
+        for product in tree.find_all(nodes.Mul)
+        for side in (product.left, product.right)
+    )
+    if large or tree.find(nodes.Pow) is not None:
+        raise ConfigError(
+            f"the chat template of {name!r} has a power, or a multiplication by more than {LARGEST_FACTOR:,}, whose "
+            f"result may be of any size; {remedy}"
+        )
+
+
+def _parse_template(template: str) -> nodes.Template:
+    """Parses a chat template, without transformers' own tag, which jinja does not know."""
+    plain = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)
+    return ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+
+
 def check_template_arguments(name: str, template: str, arguments: Mapping[str, Any]) -> None:
     """Raises ConfigError for an argument that the chat template never uses, and so would have no effect."""
     if not arguments:
         return
-    # transformers' own tag, which jinja does not parse
-    plain = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)
-    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        known = meta.find_undeclared_variables(environment.parse(plain))
+        known = meta.find_undeclared_variables(_parse_template(template))
     except TemplateSyntaxError:
         return  # rendering raises it
     known -= {*TEMPLATE_NAMES}

@@ -50,7 +50,15 @@ from vlopd.masks.foreign import is_foreign, open_foreign
 from vlopd.masks.importing import align, in_parameter_names
 from vlopd.masks.rules import Mask, whole_parameters
 from vlopd.models import parameter_names
-from vlopd.models.load import DTYPES, load_configured, load_model_config, resolve
+from vlopd.models.load import (
+    DTYPES,
+    check_files,
+    check_tokens,
+    load_configured,
+    load_model_config,
+    local_folder,
+    resolve,
+)
 from vlopd.models.loaded import LoadedModel
 from vlopd.preflight.rows import refuse_rows
 from vlopd.run.folder import RunFolder
@@ -62,6 +70,7 @@ from vlopd.train.losses import Sampled, token_divergence
 from vlopd.train.optimizers import refuse_missing_components
 from vlopd.train.pair import ModelPair, load_pair, without_weights
 from vlopd.weights import delta
+from vlopd.weights.checks import refuse_unlike_config
 from vlopd.weights.delta import TensorDelta
 
 
@@ -101,6 +110,11 @@ def find_problems(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
     for name, arm in trained.items():
         with found.catch(f"arms.{name}: " if arm.own else ""):
             split_among_processes(config.recipe_of(arm).train)
+    for model in models_of(config, needed):
+        with found.catch():
+            refuse_unfit(model)
+    if found.lines:
+        return found.lines  # nothing more can be checked with such a model
     extents: dict[str, Extents] = {}
     with suppress(UserError):  # a student that cannot be read is found below, with its teachers
         student = without_weights(config.student)
@@ -257,6 +271,28 @@ def refuse_another_model(config: ExperimentConfig, text: str) -> None:
     base = hub_folder(resolve(config.student.model), config.student.revision)
     for _ in delta.stream_whole(base, folder, parameter_names.classify):
         pass
+
+
+def models_of(config: ExperimentConfig, names: Sequence[str]) -> list[ModelConfig]:
+    """The student, and the teachers of these arms, without repeats."""
+    arms = [config.arms[name] for name in names]
+    found: list[ModelConfig] = [config.student]
+    for arm in arms:
+        if isinstance(arm, DistillArm):
+            found += [t for t in config.recipe_of(arm).teachers.values() if not t.is_student]
+        elif isinstance(arm, TeacherArm):
+            found.append(config.teacher_of(arm).loaded_from(config.student))
+    return list({model.model_dump_json(): model for model in found}.values())
+
+
+def refuse_unfit(model: ModelConfig) -> None:
+    """Raises UserError for a model whose tokenizer, template and files, of which headers are read, do not fit its
+    config.json."""
+    check_tokens(without_weights(model))
+    folder = local_folder(model.model, model.revision)
+    if folder is not None:
+        check_files(model.model, folder)
+        refuse_unlike_config(folder)
 
 
 def teachers_loaded_late(config: ExperimentConfig, names: Sequence[str]) -> list[ModelConfig]:

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 
 from vlopd.config.analysis import GeometryConfig
 from vlopd.distributed import cores, exchanged, share_of
+from vlopd.errors import RunError
 from vlopd.files import whole_file, write_json
 from vlopd.models.config_files import config_of
 from vlopd.models.parameter_names import classify
@@ -99,9 +100,14 @@ def measure_checkpoint(
     workers = workers or (1 if device != "cpu" else cores())
     if processes is not None and device != "cpu":
         device = str(processes.device)
-    findings = _measure_matrices(
-        *(deltas, model, config, partial, progress and first, workers, device, title, processes)
-    )
+    try:
+        findings = _measure_matrices(
+            *(deltas, model, config, partial, progress and first, workers, device, title, processes)
+        )
+    except RunError:  # of what cannot be measured, nothing is left to go on from
+        if first:
+            partial.remove()
+        raise
     if not first:
         return record
     keys = keys_of(config)

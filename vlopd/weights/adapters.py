@@ -10,12 +10,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from vlopd.errors import RunError
+from vlopd.config.explain import explain_errors
+from vlopd.errors import RunError, first_line, shown
 from vlopd.files import read_settings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -58,6 +60,21 @@ CHANGE_BASE = {
 }
 """Prefixes of the values that change the base before training, to W - s B A or to quantised weights: added to the
 original base, such factors are not the training update. PEFT's conversion doubles the rank and writes true."""
+
+
+REPEAT, REPEATED_GROUP, MOST_REPEATS = re.compile(r"[*+{]"), re.compile(r"\)[*+{]"), 3
+"""A regular expression without a repeated group takes time up to the length of a name to the power of its repeats."""
+
+
+class _Numbers(BaseModel):
+    """The numbers of adapter_config.json."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    r: Annotated[int, Field(gt=0, lt=2**31)]
+    lora_alpha: Annotated[float, Field(gt=-1e30, lt=1e30)]
+    rank_pattern: dict[str, Annotated[int, Field(gt=0, lt=2**31)]] | None = None
+    alpha_pattern: dict[str, Annotated[float, Field(gt=-1e30, lt=1e30)]] | None = None
 
 
 def is_adapter(folder: Path) -> bool:
@@ -122,7 +139,13 @@ def read_adapter(
     for module, names in sorted(sides.items()):
         if set(names) != {"A", "B"}:
             raise RunError(f"{folder / WEIGHTS}: {module} has only one of its two LoRA factors")
-        rank = shapes[names["A"]][0]
+        a, b = (shapes[names[side]] for side in "AB")
+        if min(len(a), len(b)) < 2 or not a[0] or b[1] != a[0]:
+            raise RunError(
+                f"{folder / WEIGHTS}: the LoRA factors of {module} are {tuple(a)} and {tuple(b)}; wanted are [r, in] "
+                "and [out, r]; save the adapter again"
+            )
+        rank = a[0]
         expected = _value_for_module(config.get("rank_pattern"), module, config["r"])
         if rank != expected:
             raise RunError(
@@ -153,17 +176,25 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
                 f"{folder / CONFIG}: {key} is set, which is not supported here; merge it with PEFT first"
             )
     _check_initialisation(folder, config.get("init_lora_weights"))
-    for key in ("r", "lora_alpha"):
-        value = config.get(key)
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            has = f"{key} = {value}" if isinstance(value, float) else f"no {key}"
-            raise RunError(f"{folder / CONFIG} has {has}; save the adapter again")
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in config.get(key) or {}:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise RunError(f"{folder / CONFIG}: {key} has {pattern!r}: {error}") from None
+    try:
+        numbers = _Numbers.model_validate(config, strict=True)
+    except ValidationError as error:
+        raise RunError(
+            f"{folder / CONFIG}: {explain_errors(error, _Numbers)}; save the adapter again"
+        ) from None
+    patterns = {"rank_pattern": numbers.rank_pattern, "alpha_pattern": numbers.alpha_pattern}
+    for key, pattern in ((key, pattern) for key, its in patterns.items() for pattern in its or ()):
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            reason = first_line(error)
+        else:
+            if len(REPEAT.findall(pattern)) <= MOST_REPEATS and not REPEATED_GROUP.search(pattern):
+                continue
+            reason = f"more than {MOST_REPEATS} repeats, or a repeated group, may match for ever"
+        raise RunError(
+            f"{folder / CONFIG}: {key} has {shown(pattern)}: {reason}; merge it with PEFT"
+        )
 
 
 def _check_initialisation(folder: Path, method: object) -> None:

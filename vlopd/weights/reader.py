@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlopd.digests import digest_checkpoint
-from vlopd.errors import RunError
-from vlopd.files import read_settings
+from vlopd.errors import ConfigError, RunError
+from vlopd.files import parse_json, read_settings
 from vlopd.models import integrity
 from vlopd.models.integrity import INDEX, SINGLE
 from vlopd.weights import adapters
@@ -66,15 +65,10 @@ class Weights:
         if not (self.folder / INDEX).exists():
             digest_checkpoint(self.folder)  # raises where there are no weights, or only pickles
             raise RunError(f"{self.folder} has neither {SINGLE} nor {INDEX}")
-        index = read_settings(self.folder / INDEX)
-        shards = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(shards, dict):
-            raise RunError(f"{self.folder / INDEX} has no weight_map; save the checkpoint again")
-        for shard in set(map(str, shards.values())):
-            if Path(shard).name != shard or not shard.endswith(".safetensors"):
-                raise RunError(
-                    f"{self.folder / INDEX} names {shard!r}; only *.safetensors beside it are read"
-                )
+        try:
+            shards = integrity.read_index(self.folder / INDEX).weight_map
+        except ConfigError as error:
+            raise RunError(str(error)) from None
         held = {
             shard: self._open_file(self.folder / shard, holds=shards)
             for shard in sorted(set(shards.values()))
@@ -180,7 +174,7 @@ def _first_truncated(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         held = path.stat().st_size - 8 - length
         ends = {n: its["data_offsets"][1] for n, its in header.items() if n != "__metadata__"}
         return min(

@@ -1,0 +1,285 @@
+"""Malformed command lines: unknown words, options of another kind, paths that are something else."""
+
+from __future__ import annotations
+
+from tests.faults.harness import Case
+
+RUN = "run c.toml --out out --until arms --arm base"
+SHOW = "show run"
+MODELS = ("student", "teacher", "c.toml", "rows.jsonl")
+MADE = (
+    *MODELS,
+    "run",
+    "geometry",
+    "vlm-run",
+    "vlm-*nt",
+    "visible.*",
+    "adapter",
+    "booleans.safetensors",
+    "compared",
+)
+GEOMETRY = "geometry student run/arms/full --set null_draws=0 --out g"
+COMPARE = "compare run/evals/base run/evals/full --out cmp"
+MASK = "mask show run/masks/top.safetensors"
+MAKE = "mask make student run/arms/full --out m.safetensors --rule {type='visible'}"
+IMPORT = "mask import booleans.safetensors --base student --out m.safetensors"
+UNION = "mask combine union run/masks/top.safetensors visible.safetensors --out m.safetensors"
+VISION = "vision vlm-run --pictures 12 --arm base"
+CHECK = "check c.toml"
+
+WORDS: list[tuple[str, str, str]] = [
+    # (malformed, what the line names, valid)
+    ("nope", "nope", "tasks shapes"),
+    ("--nope", "--nope", "--version"),
+    ("run", "target", RUN),
+    ("run gone.toml", "gone.toml", RUN),
+    ("run c.toml --nope", "--nope", RUN),
+    ("run c.toml --out", "--out", RUN),
+    ("run c.toml --until never", "--until", RUN),
+    ("run c.toml --until", "--until", RUN),
+    ("run c.toml --arm nobody --out out", "nobody", RUN),
+    ("run c.toml --arm r[/x] --out out", "r[/x]", RUN),
+    ("run c.toml --out c.toml", "c.toml", RUN),
+    ("run c.toml --out rows.jsonl/x", "rows.jsonl", RUN),
+    ("run c.toml --out= --until arms", "empty", RUN),
+    ("run c.toml notoml --out out", "notoml", RUN),
+    ("run c.toml --allow-other-base=yes", "--allow-other-base", RUN),
+    ("run student --until arms", "student", RUN),
+    ("run rows.jsonl", "rows.jsonl", RUN),
+    ("run student/model.safetensors", "model.safetensors", RUN),
+    ("run run --out elsewhere", "elsewhere", "run run --out run"),
+    ("check", "target", CHECK),
+    ("check gone.toml", "gone.toml", CHECK),
+    ("check student", "student", CHECK),
+    ("check c.toml --device-like h100", "--device-like", CHECK),
+    ("check c.toml --meta=1", "--meta", CHECK),
+    ("retrain gone.toml", "gone.toml", "retrain run"),
+    ("retrain student", "student", "retrain run"),
+    ("retrain run --arm base", "base", "retrain run"),
+    ("eval", "target", "eval run"),
+    ("eval gone", "gone", "eval run"),
+    ("eval student", "student", "eval run"),
+    ("eval run --arm nobody", "nobody", "eval run"),
+    ("eval run eval.limit=0", "eval.limit", "eval run"),
+    ("eval run student=teacher", "student", "eval run"),
+    ("eval run eval.tasks=['no_such_task']", "no_such_task", "eval run"),
+    ("vision student", "student", VISION),
+    ("vision vlm-run --pictures 0", "--pictures", VISION),
+    ("vision vlm-run --pictures many", "--pictures", VISION),
+    ("vision vlm-run --scorer local-dir:gone", "--scorer", VISION),
+    ("show", "run", SHOW),
+    ("show gone", "gone", SHOW),
+    ("show student", "student", SHOW),
+    ("show r[/x]", "r[/x]", SHOW),
+    ("verify gone", "gone", "verify run"),
+    ("verify student", "student", "verify run"),
+    ("verify c.toml", "c.toml", "verify run"),
+    ("report gone", "gone", "report run"),
+    ("report student", "student", "report run"),
+    ("paper", "runs", "paper run"),
+    ("paper gone", "gone", "paper run"),
+    ("paper student", "student", "paper run"),
+    ("paper run run", "run", "paper run"),
+    ("paper run --out c.toml", "c.toml", "paper run --out p"),
+    ("geometry", "base", GEOMETRY),
+    ("geometry student", "student", GEOMETRY),
+    ("geometry gone run/arms/full", "gone", GEOMETRY),
+    ("geometry student gone", "gone", GEOMETRY),
+    ("geometry student run", "run", GEOMETRY),
+    ("geometry student run/arms/full run/arms/full", "full", GEOMETRY),
+    ("geometry student c.toml", "c.toml", GEOMETRY),
+    ("geometry student rows.jsonl", "rows.jsonl", GEOMETRY),
+    ("geometry student teacher --out g", "teacher", GEOMETRY),
+    ("geometry student student/model.safetensors", "model.safetensors", GEOMETRY),
+    ("geometry student run/masks", "run/masks", GEOMETRY),
+    ("geometry student run/evals/full", "run/evals/full", GEOMETRY),
+    ("geometry student run/arms/full --device banana", "banana", GEOMETRY),
+    ("geometry student run/arms/full --device cuda:99", "cuda:99", GEOMETRY),
+    ("geometry student run/arms/full --workers -1", "workers", GEOMETRY),
+    ("geometry student run/arms/full --workers 0", "workers", GEOMETRY),
+    ("geometry student run/arms/full --workers 2.5", "--workers", GEOMETRY),
+    (f"geometry student run/arms/full --workers {'9' * 5000}", "--workers", GEOMETRY),
+    ("geometry student run/arms/full --preset thesis", "thesis", GEOMETRY),
+    ("geometry student run/arms/full --trajectory", "trajectory", GEOMETRY),
+    ("geometry student run/arms/full --set nothing=1", "nothing", GEOMETRY),
+    ("geometry student run/arms/full --set null_draws", "null_draws", GEOMETRY),
+    ("geometry student run/arms/full --set null_draws=-1", "null_draws", GEOMETRY),
+    ("geometry student run/arms/full --set ratios=[nan]", "ratios", GEOMETRY),
+    ("geometry student run/arms/full --set out='x'", "--out", GEOMETRY),
+    ("geometry student run/arms/full --set arms=['full']", "arms", GEOMETRY),
+    ("geometry student run/arms/full --out c.toml", "c.toml", GEOMETRY),
+    ("geometry run run/arms/full", "run/arms/full", "geometry run"),
+    ("geometry run --out x", "--out", "geometry run"),
+    ("geometry run --device banana", "banana", "geometry run"),
+    ("geometry run --workers -1", "workers", "geometry run"),
+    ("geometry run --set null_draws=-1", "null_draws", "geometry run"),
+    ("compare", "what", COMPARE),
+    ("compare run/evals/base", "two or more", COMPARE),
+    ("compare run/evals/base gone --out cmp", "gone", COMPARE),
+    ("compare run/evals/base run/evals/base --out cmp", "twice", COMPARE),
+    ("compare run/evals/base run/evals/full --out cmp --tasks gsm8k", "gsm8k", COMPARE),
+    ("compare run/evals/base run/evals/full --out cmp --tasks ,", "tasks", COMPARE),
+    ("compare run/evals/base run/evals/full --out cmp --compute fp8", "--compute", COMPARE),
+    ("compare run/evals/base run/evals/full --out cmp --compute fp32", "compute", COMPARE),
+    ("compare run/evals/base run/evals/full --out cmp --set confidence=2", "confidence", COMPARE),
+    ("compare run/evals/base run/evals/full --out cmp --set limit=4", "limit", COMPARE),
+    (
+        "compare run/evals/base run/evals/full --out cmp --set bootstrap_draws=0",
+        "bootstrap_draws",
+        COMPARE,
+    ),
+    ("compare run/evals/base run/evals/full --out cmp --set contrasts=['a']", "a", COMPARE),
+    ("compare run/evals/base run/evals/full --out c.toml", "c.toml", COMPARE),
+    ("compare student teacher --out cmp", "student", COMPARE),
+    ("compare student teacher --out cmp --tasks no_such_task", "no_such_task", COMPARE),
+    (
+        "compare student teacher --out cmp --tasks shapes_text --chat-template gone.jinja",
+        "template",
+        COMPARE,
+    ),
+    ("compare student teacher --out cmp --tasks shapes_text --chat-template x=plain", "x", COMPARE),
+    ("compare run --tasks gsm8k", "--tasks", "compare run"),
+    ("compare run --out x", "--out", "compare run"),
+    ("compare run run/evals/base", "run/evals/base", "compare run"),
+    ("mask show", "file", MASK),
+    ("mask show gone.safetensors", "gone.safetensors", MASK),
+    ("mask show student", "student", MASK),
+    ("mask show c.toml", "c.toml", MASK),
+    ("mask show student/model.safetensors", "model.safetensors", MASK),
+    ("mask nope", "nope", MASK),
+    ("mask make gone", "gone", MAKE),
+    ("mask make run --mask nothing", "nothing", "mask make run"),
+    ("mask make run --rule {type='visible'}", "--rule", "mask make run"),
+    ("mask make student run/arms/full --out m.safetensors", "--rule", MAKE),
+    ("mask make student run/arms/full --out m.safetensors --rule visible", "--rule", MAKE),
+    ("mask make student run/arms/full --out m.safetensors --rule {}", "--rule", MAKE),
+    ("mask make student run/arms/full --out m.safetensors --rule {type='best'}", "--rule", MAKE),
+    (
+        "mask make student run/arms/full --out m.safetensors --rule {type='top_fraction',fraction=nan}",
+        "fraction",
+        MAKE,
+    ),
+    (f"mask make student run/arms/full --out m.safetensors --rule {'[' * 3000}", "rule", MAKE),
+    ("mask make student teacher --out m.safetensors --rule {type='visible'}", "teacher", MAKE),
+    (
+        "mask make student rows.jsonl --out m.safetensors --rule {type='visible'}",
+        "rows.jsonl",
+        MAKE,
+    ),
+    ("mask make student run/arms/full --out student --rule {type='visible'}", "student", MAKE),
+    (
+        "mask make student run/arms/full --out c.toml/m.safetensors --rule {type='visible'}",
+        "c.toml",
+        MAKE,
+    ),
+    ("mask combine union run/masks/top.safetensors --out m.safetensors", "union", UNION),
+    (
+        "mask combine xor run/masks/top.safetensors visible.safetensors --out m.safetensors",
+        "xor",
+        UNION,
+    ),
+    (
+        "mask combine union run/masks/top.safetensors gone.safetensors --out m.safetensors",
+        "gone.safetensors",
+        UNION,
+    ),
+    (
+        "mask combine complement run/masks/top.safetensors visible.safetensors --out m.safetensors",
+        "complement",
+        UNION,
+    ),
+    ("mask combine union run/masks/top.safetensors visible.safetensors", "--out", UNION),
+    ("mask import gone.safetensors --base student --out m.safetensors", "gone.safetensors", IMPORT),
+    ("mask import booleans.safetensors --base gone --out m.safetensors", "gone", IMPORT),
+    (
+        "mask import booleans.safetensors --base teacher --out m.safetensors",
+        "booleans.safetensors",
+        IMPORT,
+    ),
+    (
+        "mask import booleans.safetensors --base student --out m.safetensors --format bits",
+        "--format",
+        IMPORT,
+    ),
+    (
+        "mask import booleans.safetensors --base student --out m.safetensors --format indices",
+        "indices",
+        IMPORT,
+    ),
+    ("mask import student --base student --out m.safetensors", "student", IMPORT),
+    ("mask import adapter --base student --out m.safetensors", "adapter", IMPORT),
+    (
+        "mask import run/masks/top.safetensors --base student --out m.safetensors",
+        "top.safetensors",
+        IMPORT,
+    ),
+    ("mask export run/masks/top.safetensors --format zip --out b.safetensors", "--format", MASK),
+    ("mask export run/masks/top.safetensors --format shira --out sh", "--base", MASK),
+    (
+        "mask export gone.safetensors --format booleans --out b.safetensors",
+        "gone.safetensors",
+        MASK,
+    ),
+    ("mask compare run/masks/top.safetensors gone.safetensors", "gone.safetensors", MASK),
+    (
+        "mask compare run/masks/top.safetensors run/masks/top.safetensors --base teacher",
+        "teacher",
+        MASK,
+    ),
+    ("init c.toml", "c.toml", "init new.toml"),
+    ("init student", "student", "init new.toml"),
+    ("init new.toml --from scratch", "--from", "init new.toml"),
+    ("init c.toml/new.toml", "c.toml", "init new.toml"),
+    ("tasks no_such_task", "no_such_task", "tasks shapes"),
+    ("tasks [", "[", "tasks shapes"),
+    ("tasks shapes --include gone", "gone", "tasks shapes"),
+    ("tasks shapes --include c.toml", "c.toml", "tasks shapes"),
+    (
+        "push run --arm nobody --repo a/b --dry-run",
+        "nobody",
+        "push run --arm sub --repo a/b --dry-run",
+    ),
+    ("push run --repo a/b", "--arm", "push run --arm sub --repo a/b --dry-run"),
+    ("push run --arm sub", "--repo", "push run --arm sub --repo a/b --dry-run"),
+    (
+        "push run --arm sub --repo a/b/c --dry-run",
+        "a/b/c",
+        "push run --arm sub --repo a/b --dry-run",
+    ),
+    ("push run --arm sub --repo ../b --dry-run", "../b", "push run --arm sub --repo a/b --dry-run"),
+    ("push gone --arm sub --repo a/b --dry-run", "gone", "push run --arm sub --repo a/b --dry-run"),
+    ("serve gone", "gone", "serve --help"),
+    ("serve student --port 99999", "--port", "serve --help"),
+    ("serve student --port http", "--port", "serve --help"),
+    ("serve student --host 0.0.0.0", "--host", "serve --help"),
+    ("serve student --compute fp8", "--compute", "serve --help"),
+    ("serve student --device banana --port 0", "banana", "serve --help"),
+    ("serve student --attention magic --port 0", "magic", "serve --help"),
+]
+
+EMPTY = (
+    "run c.toml --out",
+    "run",
+    "check",
+    "show",
+    "eval",
+    "geometry student",
+    "mask show",
+    "paper",
+    "init",
+    "compare",
+)
+"""Commands that are followed by an empty word, which as a path would be the current folder."""
+
+
+def cases() -> list[Case]:
+    found = []
+    for words, says, valid in WORDS:
+        name = f"words {words if len(words) < 120 else words[:110] + '...'}"
+        found.append(
+            Case(tuple(words.split()), says, twin=tuple(valid.split()), parts=MADE, name=name)
+        )
+    for words in EMPTY:
+        bad, twin = (*words.split(), ""), tuple(RUN.split())
+        found.append(Case(bad, "empty", twin=twin, parts=MADE, name=f"words {words} ''"))
+    return found

@@ -1,0 +1,47 @@
+"""Bounds of the sizes in a model's config.json, before a model of that size is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlopd.errors import shown
+
+WIDTH, LAYERS, ROWS, POSITIONS = 2**20, 10_000, 2**24, 2**31
+"""Largest width of a layer, and numbers of layers, of tokens of a vocabulary and of positions: tenfold those known."""
+
+LARGEST: Mapping[str, int] = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "n_embd", "d_model", "embed_dim"), WIDTH),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "head_dim"), WIDTH),
+    **dict.fromkeys(("num_heads", "image_size", "patch_size", "out_hidden_size"), WIDTH),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "depth"), LAYERS),
+    "vocab_size": ROWS,
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), POSITIONS),
+}
+"""Sizes by their name in config.json, and the largest of each; the smallest is 1."""
+
+
+def find_bad_size(config: Any, where: str = "") -> str | None:
+    """Describes the first size of a config.json, or of a part of it, that no model has; None without one.
+
+    A size is an integer, null for its default, or a list or table of them (by stage, or by side).
+    """
+    if not isinstance(config, Mapping):
+        return None
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key not in LARGEST:
+            if (found := find_bad_size(value, f"{where}{key}.")) is not None:
+                return found
+            continue
+        most = LARGEST.get(key)
+        if most is None or value is None:
+            continue
+        values = [value]
+        if isinstance(value, list | tuple):
+            values = list(value)
+        elif isinstance(value, Mapping):
+            values = list(value.values())
+        for each in values:
+            if type(each) is not int or not 1 <= each <= most:
+                return f"{where}{key} is {shown(each)}; it must be an integer from 1 to {most:,}"
+    return None
