@@ -25,8 +25,9 @@ from vlopd.config.recipe import training_of
 from vlopd.config.roles import Roles
 from vlopd.digests import digest_files, digest_json
 from vlopd.errors import RunError
-from vlopd.files import read_json, without_nan
+from vlopd.files import without_nan
 from vlopd.run.folder import RunFolder
+from vlopd.run.schemas import read_record
 from vlopd.run.stage import stage
 
 ROLE_CONTRASTS: tuple[tuple[Role, Role], ...] = (
@@ -479,10 +480,10 @@ def _arm_entries(run: RunFolder, config: ExperimentConfig) -> dict[str, dict[str
             its |= {"null": arm.null.label} if arm.null else {}
             its["budget"] = config.budget_of(name)
             if (group := config.sweep_group(name)) is not None and run.sweep(group).exists():
-                about = read_json(run.sweep(group))
+                about = read_record(run.sweep(group))
                 its["sweep"] = {key: about[key] for key in ("chosen", "grid", "at_edge")}
         if path.exists():
-            record = read_json(path)
+            record = read_record(path)
             its |= {key: record.get(key) for key in ("density", "delta_norm")}
         found[name] = its | {"kl_to_base": _kl_to_base(run, name)}
     return found
@@ -491,5 +492,5 @@ def _arm_entries(run: RunFolder, config: ExperimentConfig) -> dict[str, dict[str
 def _kl_to_base(run: RunFolder, arm: str) -> float | None:
     """The mean KL(arm || base), nats per token; None where it was not measured."""
     path = run.checksums.record(f"base_kl/{arm}")
-    value = read_json(path)["kl_to_base"] if path.exists() else None
+    value = read_record(path)["kl_to_base"] if path.exists() else None
     return None if value is None else float(value)

@@ -42,6 +42,7 @@ from vlopd.models.load import DTYPES, load_configured
 from vlopd.models.loaded import LoadedModel
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import arm_content, samples_by_task, score_files, teacher_folder
+from vlopd.run.schemas import read_record
 from vlopd.run.stage import Stage, stage
 
 MERGED = (
@@ -83,7 +84,7 @@ def evaluate_arm(run: RunFolder, config: ExperimentConfig, arm: str) -> bool:
     its = config.arms.get(arm)
     if isinstance(its, ImportedArm):
         return import_scores(run, Path(its.results), arm, config.eval)
-    record = read_json(run.arm_record(arm))
+    record = read_record(run.arm_record(arm))
     about = {"mask": record.get("mask"), "other_base": record.get("other_base")}
     return evaluate(run, subject_of(run, config, arm, about), config.eval)
 
@@ -125,7 +126,7 @@ def evaluate(run: RunFolder, subject: Subject, config: EvalConfig, kind: str = "
     first = state.is_main_process
     with in_step(state), stage(run, f"{kind}/{subject.name}") as its:
         record = run.checksums.record(its.artifact)
-        if first and record.exists() and not _images_exist(run, read_json(record)):
+        if first and record.exists() and not _images_exist(run, read_record(record)):
             run.checksums.start(its.artifact)  # remade together with the rows that show them
         inputs = partial(evaluation_inputs, manager, subject, config)
         if not its.is_due_in_all(state, inputs):
@@ -315,8 +316,10 @@ def results_of(where: Path) -> dict[str, Any]:
     """
     first = score_files(where)[0]
     results = read_json(first) if first.suffix == ".json" else {}
-    if not isinstance(results, dict):
-        raise RunError(f"{first} is not lm-eval's results: it holds no object")
+    if first.suffix == ".json" and not (
+        isinstance(results, dict) and isinstance(results.get("results"), dict)
+    ):
+        raise RunError(f"{first} is not lm-eval's results: it holds no table `results`")
     return results
 
 

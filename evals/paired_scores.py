@@ -16,7 +16,8 @@ from evals import corpus_metrics
 from evals.stats import Scores
 from vlopd.config.analysis import EvalConfig
 from vlopd.errors import ConfigError, RunError
-from vlopd.files import read_json, read_jsonl
+from vlopd.files import read_jsonl
+from vlopd.run.schemas import read_record
 
 NOT_METRICS = (
     *("doc_id", "doc_hash", "prompt_hash", "question", "prompt", "target", "completion", "thought"),
@@ -144,7 +145,7 @@ def read_results(evals: Path, arms: Sequence[str]) -> dict[str, Any]:
         raise RunError(
             f"{evals.parent} has no evaluation of {', '.join(missing)}; run `vlopd eval {evals.parent}`"
         )
-    results = {arm: read_json(evals / arm / "results.json") for arm in arms}
+    results = {arm: read_record(evals / arm / "results.json") for arm in arms}
     first = arms[0]
     for arm in arms[1:]:
         mine, theirs = (results[name]["data_digest"] for name in (first, arm))
@@ -235,6 +236,8 @@ class TaskRows:
         tables: dict[str, dict[Key, Row]] = {}
         for arm in self.arms:
             path, rows = self.path(arm), read_jsonl(self.path(arm))
+            if not all({"doc_id", "doc_hash"} <= row.keys() for row in rows):
+                raise RunError(f"{path} has rows without doc_id and doc_hash; evaluate {arm} again")
             tables[arm] = {(row["doc_id"], row["doc_hash"]): row for row in rows}
             if len(tables[arm]) < len(rows):
                 raise RunError(f"{path} has several rows per question; evaluate {arm} again")

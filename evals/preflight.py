@@ -19,7 +19,7 @@ from lm_eval.api.registry import aggregation_registry
 
 from evals.blind import variant_of
 from evals.corpus_metrics import why_not
-from evals.harness import read_scored_rows, samples_of
+from evals.harness import read_scored_rows, results_of, samples_of
 from evals.lm import PLACEHOLDER, ArmLM, Decoding, GenerationSettings, within_pixels
 from evals.paired_scores import chosen_metric
 from evals.scoring import (
@@ -108,6 +108,7 @@ def refuse_text_only(task: str, manager: Tasks, models: Mapping[str, LoadedModel
 def find_import_problems(tasks: Sequence[str], folder: Path) -> list[str]:
     """Problems of importing another lm-eval run's scores as an arm."""
     try:
+        results_of(folder)  # raises for a file of another kind
         for task, path in samples_of(folder, tasks).items():
             read_scored_rows(task, path)
     except UserError as error:

@@ -174,7 +174,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "biases of factors": ({"lora_bias": True}, "lora_bias is set"),
     "other method": ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA is merged"),
-    "no alpha": ({"lora_alpha": None}, "has no lora_alpha"),
+    "no alpha": ({"lora_alpha": None}, "lora_alpha: must be a number"),
     "another rank": ({"r": 8}, r"q_proj has rank 4, but adapter_config\.json says 8"),
 }
 
@@ -337,7 +337,7 @@ def test_other_kinds_of_adapter_are_refused_by_name(kind, tmp_path):
         ({"use_qalora": True}, "use_qalora is set"),
         ({"a_method_of_tomorrow": 7}, "a_method_of_tomorrow is set, which is not supported here"),
         ({"init_lora_weights": "of_tomorrow"}, "'of_tomorrow' .not supported here"),
-        ({"lora_alpha": float("nan")}, "has lora_alpha = nan"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: must be a finite number"),
         ({"rank_pattern": {"(": 4}}, r"rank_pattern has '\('"),
     ],
 )

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from vlopd.errors import ConfigError, RunError, first_line
-from vlopd.limits import DEEPEST, depth
 
 TEMPORARY = re.compile(r"\.unfinished-[0-9a-f]{16}")
 """Names of files and folders being written; a killed process may leave some behind."""
@@ -137,6 +136,21 @@ def write_jsonl(path: Path, rows: list[Any]) -> None:
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
+DEEPEST = 64
+"""Levels of lists and tables in a config, a record, or a model's JSON files."""
+
+
+def depth(value: Any) -> int:
+    """Levels of lists and tables within a value, itself included; 0 of a plain one."""
+    levels, inside = 0, [value]
+    while inside := [each for each in inside if isinstance(each, dict | list)]:
+        levels += 1
+        inside = [
+            item for each in inside for item in (each.values() if isinstance(each, dict) else each)
+        ]
+    return levels
+
+
 def parse_json(text: str | bytes) -> Any:
     """Parses JSON within bounds. Raises ValueError for anything else: deep nesting, integers of thousands of digits."""
     try:
@@ -181,18 +195,25 @@ def json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         yield from enumerate(file, 1)
 
 
-def read_jsonl(path: Path) -> list[Any]:
-    """Reads the rows of a JSON-lines file. Raises RunError with the line's number."""
+def read_jsonl(path: Path, needs: str | None = None) -> list[dict[str, Any]]:
+    """Reads the rows of a JSON-lines file, an object each, with an entry `needs`.
+
+    Raises RunError with the line's number.
+    """
     if not path.exists():
         raise RunError(f"no {path}; run the stage that writes it first")
     rows = []
     for number, line in json_lines(path):
         try:
-            rows.append(parse_json(line))
+            row = parse_json(line)
         except ValueError:
+            row = None
+        if not isinstance(row, dict) or (needs is not None and needs not in row):
+            what = f" with {needs!r}" if needs is not None else ""
             raise RunError(
-                f"{path} line {number} is not JSON; delete the file and run again"
-            ) from None
+                f"{path} line {number} is not a JSON object{what}; delete the file and run again"
+            )
+        rows.append(row)
     return rows
 
 

@@ -27,9 +27,10 @@ from vlopd.config.input import config_of, load_config, merged
 from vlopd.config.masks import Reference
 from vlopd.config.recipe import EXECUTION
 from vlopd.errors import ConfigError, OutOfMemory, UserError
-from vlopd.files import is_first_process, read_json
+from vlopd.files import is_first_process
 from vlopd.plugins import Use
 from vlopd.run.folder import RunFolder, with_precision_of_run
+from vlopd.run.schemas import read_record
 from vlopd.trust import grant
 
 OnArtifact = Callable[[str, Path, bool], None]
@@ -350,7 +351,7 @@ def with_remedy(
     for each in (*reversed(config.ancestors(name)), name):  # the first that is not made
         arm = config.arms[each]
         if isinstance(arm, DistillArm) and not run.arm_record(each).exists():
-            density = 1.0 if arm.mask is None else read_json(run.mask_record(arm.mask))["density"]
+            density = 1.0 if arm.mask is None else read_record(run.mask_record(arm.mask))["density"]
             return with_settings_that_fit(error, config, arm, density)
     return error
 

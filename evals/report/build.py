@@ -27,6 +27,7 @@ from vlopd.config.training import COLUMNS
 from vlopd.digests import digest_files
 from vlopd.files import read_json, whole_folder
 from vlopd.run.folder import RunFolder
+from vlopd.run.schemas import read_record
 from vlopd.run.stage import Stage, stage
 
 
@@ -46,7 +47,7 @@ def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
 
 def _write_report(its: Stage, config: ExperimentConfig) -> None:
     run = its.run
-    compared: Context = read_json(run.compare) if run.compare.exists() else {}
+    compared: Context = read_record(run.compare) if run.compare.exists() else {}
     sentences, lines = verdict(compared), headline(compared)
     if "arms" not in compared:
         compared = {"tasks": {}, "arms": {}}
@@ -196,7 +197,7 @@ def _geometry_context(
         return []
     found = []
     for arm, part in summary.groupby("arm", sort=False):
-        about = read_json(run.geometry(str(arm)) / "summary.json")
+        about = read_record(run.geometry(str(arm)) / "summary.json")
         drawings = geometry.draw(mine := tidy[tidy.arm == arm])
         if (path := run.geometry(str(arm)) / "trajectory.csv").exists():
             drawings |= geometry.draw_trajectory(read_table(path))

@@ -20,8 +20,9 @@ from evals.report.page import Context, add_drawings, environment, rows_of
 from evals.report.read import read_table
 from evals.report.sections import EMPTY, render_report, scores_context
 from evals.report.verdict import verdict
-from vlopd.files import read_json, write_text
+from vlopd.files import write_text
 from vlopd.run.folder import RunFolder
+from vlopd.run.schemas import read_record
 from vlopd.update_geometry.schema import FLAGGED_BY_CHANCE, HITS_SD, INDEPENDENT_HITS_SD
 
 GROUPS = {"component": "Components", "part": "Parts", "layer": "Layers"}
@@ -74,7 +75,7 @@ def write_geometry_page(
     drawn: dict[str, str] = {}
     sections, about = [], {}
     for name, folder in folders.items():
-        summary, tidy = read_json(folder / "summary.json"), read_table(folder / "geometry.csv")
+        summary, tidy = read_record(folder / "summary.json"), read_table(folder / "geometry.csv")
         about[name] = summary
         sections.append(
             {

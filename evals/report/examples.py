@@ -375,7 +375,7 @@ def training_samples(run: RunFolder, arms: Sequence[str]) -> list[dict[str, Any]
     found = []
     for arm in arms:
         path = run.arm(arm) / "samples.jsonl"
-        rows = read_jsonl(path) if path.exists() else []
+        rows = read_jsonl(path, "step") if path.exists() else []
         steps = sorted({row["step"] for row in rows})
         if not steps:
             continue

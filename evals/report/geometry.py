@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from evals.report import figures, tables
-from vlopd.files import read_json
+from vlopd.run.schemas import read_record
 
 HEAT_MAPS = (("frac_delta_eq_0", ""), ("top_energy_ratio", "k=16"))
 """(metric, parameter) drawn as heat maps: one that rounding explains, one that it does not."""
@@ -233,7 +233,7 @@ def _legend_height(nulls: Sequence[str]) -> float:
 
 def left_out(folder: Path) -> str:
     """A sentence on the tensors that a geometry leaves out of the comparison; empty if none."""
-    return read_json(folder / "summary.json").get("left_out", {}).get("summary", "")
+    return read_record(folder / "summary.json").get("left_out", {}).get("summary", "")
 
 
 def is_unmoved(summary: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from vlopd.config.experiment import ExperimentConfig
 from vlopd.digests import digest_weights
 from vlopd.files import read_json, read_jsonl
 from vlopd.run.folder import RunFolder
+from vlopd.run.schemas import read_record
 
 ORDER = (
     *("teacher", "full", "replicate", "variant", "subnetwork", "projection", "transplant", "other"),
@@ -43,7 +44,7 @@ def arm_records(run: RunFolder, config: ExperimentConfig) -> dict[str, Any]:
     """record.json of every arm that has one, with None for missing entries."""
     paths = {arm: run.arm_record(arm) for arm in config.arms}
     none = dict.fromkeys(RECORDED)
-    return {arm: {**none, **read_json(path)} for arm, path in paths.items() if path.exists()}
+    return {arm: {**none, **read_record(path)} for arm, path in paths.items() if path.exists()}
 
 
 def scores(compared: Mapping[str, Any], records: Mapping[str, Any]) -> pd.DataFrame:
@@ -268,7 +269,7 @@ def masks(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
     rows = []
     for name in config.masks:
         if run.mask_record(name).exists():
-            record = read_json(run.mask_record(name))
+            record = read_record(run.mask_record(name))
             rule = config.masks[name].model_dump()
             words = [rule.pop("type"), *(f"{key}={value}" for key, value in rule.items())]
             components = record.get("density_by_component", {})
@@ -362,7 +363,7 @@ def geometry_groups(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
 
 def headline(folder: Path) -> list[dict[str, Any]]:
     """The headline rows of a folder's summary.json, each with a label."""
-    rows = read_json(folder / "summary.json")["headline"]
+    rows = read_record(folder / "summary.json")["headline"]
     return [{"label": label(row), "null": "", "p": None, **row} for row in rows]
 
 

@@ -13,14 +13,14 @@ from evals.report import figures
 from evals.report.page import Context, add_figure, rows_of
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.sweeps import Point, words_of
-from vlopd.files import read_json
 from vlopd.run.folder import RunFolder
+from vlopd.run.schemas import read_record
 
 
 def read_sweeps(run: RunFolder, config: ExperimentConfig) -> dict[str, dict[str, Any]]:
     """{group: sweeps/GROUP.json} of the groups of tuned arms that have chosen."""
     found = {group: run.sweep(group) for group in config.sweep_groups}
-    return {group: read_json(path) for group, path in found.items() if path.exists()}
+    return {group: read_record(path) for group, path in found.items() if path.exists()}
 
 
 def chosen_points(

@@ -109,7 +109,6 @@ SETTINGS: list[tuple[str, str, str]] = [
     ("data.question='answer.text'", "answer.text", "data.question='question'"),
     ("data.answer='gold'", "gold", "data.answer='answer'"),
     ("data.id='key'", "key", "data.id='answer'"),
-    ("data.system='setup'", "setup", "data.system='answer'"),
     ("data.split='test'", "test", "data.split='train'"),
     ("data.split='train[5:2]'", "rows.jsonl", "data.split='train[0:4]'"),
     ("data.split='train['", "train[", "data.split='train'"),

@@ -37,12 +37,13 @@ from vlopd.config.roles import Roles
 from vlopd.digests import digest_json
 from vlopd.distributed import Compute, accelerator, resolve_compute
 from vlopd.errors import ConfigError
-from vlopd.files import read_json, read_jsonl
+from vlopd.files import read_jsonl
 from vlopd.loop import Trained
 from vlopd.models.load import DTYPES, check_unloaded, load_configured
 from vlopd.models.loaded import LoadedModel
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import model_content, no_such_model, samples_by_task
+from vlopd.run.schemas import read_record
 from vlopd.train.pair import without_weights
 
 UNUSED = {
@@ -65,7 +66,7 @@ class Evaluation:
     @cached_property
     def results(self) -> dict[str, Any]:
         """results.json in lm-eval's format, with digests of the data and prompts."""
-        return read_json(RunFolder(self.out).eval(self.name) / "results.json")
+        return read_record(RunFolder(self.out).eval(self.name) / "results.json")
 
     @cached_property
     def samples(self) -> pd.DataFrame:
@@ -235,7 +236,7 @@ def compare(
     sources = _evaluate_all(run, named, config, compute, template)
     content = config.model_dump(mode="json")
     path = compare_arms(run, roles, config, {"config": digest_json(content)}, {})
-    record = read_json(path)
+    record = read_record(path)
     page = write_comparison_page(run.root, record, sources, {"compute": compute, **content})
     return Comparison(run.root, record, page)
 

@@ -21,8 +21,8 @@ from vlopd.config.analysis import GeometryConfig
 from vlopd.config.input import value_of
 from vlopd.digests import digest_checkpoint, digest_json, file_digest
 from vlopd.errors import ConfigError
-from vlopd.files import read_json
 from vlopd.run.folder import up_to_date
+from vlopd.run.schemas import read_record
 from vlopd.update_geometry import paper
 from vlopd.update_geometry.checkpoint import measure_checkpoint, read_rows
 from vlopd.update_geometry.overlap import write_overlap
@@ -220,7 +220,7 @@ def _measure(
     }
     if not up_to_date(folder / "summary.json", inputs):
         measure_checkpoint(base, trained, folder, config, inputs, workers=workers, device=device)
-    return read_json(folder / "summary.json")
+    return read_record(folder / "summary.json")
 
 
 def check_options(preset: str | None, workers: int | None, device: str) -> None:

@@ -9,8 +9,8 @@ from vlopd.config.arms import mask_of
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import config_of
 from vlopd.errors import ConfigError, RunError, first_line
-from vlopd.files import read_json
 from vlopd.run.folder import RunFolder
+from vlopd.run.schemas import read_record
 
 
 def push(
@@ -74,7 +74,7 @@ def _model_card(run: RunFolder, config: ExperimentConfig, arm: str) -> str:
     if mask_of(config.arms[arm]) is not None:
         card += "The trained coordinates are in mask/.\n"
     results = run.eval(arm) / "results.json"
-    if not results.exists() or not (rows := _score_rows(read_json(results))):
+    if not results.exists() or not (rows := _score_rows(read_record(results))):
         return card
     return "\n".join([card, "| task | metric | mean | questions |", "|---|---|---|---|", *rows, ""])
 

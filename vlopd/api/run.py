@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from vlopd import pipeline
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.errors import ConfigError, RunError
-from vlopd.files import read_json
 from vlopd.run.checksums import Problem
 from vlopd.run.folder import RunFolder
+from vlopd.run.schemas import read_record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,7 +96,7 @@ class Run:
         rows = []
         for name, arm in self.config.arms.items():
             path = self.folder.arm_record(name)
-            record = read_json(path) if path.exists() else {}
+            record = read_record(path) if path.exists() else {}
             kept = {key: record.get(key) for key in ("mask", "density", "seed", "steps")}
             counts = {key: record.get(key) for key in ("trained_parameters", "total_parameters")}
             rows.append(
@@ -123,7 +123,7 @@ class Run:
         path = self.folder.eval(arm) / "results.json"
         if not path.exists():
             return "no"
-        return "yes" if read_json(path)["checkpoint_digest"] == digest else "as it was before"
+        return "yes" if read_record(path)["checkpoint_digest"] == digest else "as it was before"
 
     @property
     def problems(self) -> list[Problem]:
@@ -197,7 +197,7 @@ class Run:
     def _compared(self) -> dict[str, Any]:
         if not self.folder.compare.exists():
             raise RunError(f"{self.folder.root} has no comparison yet; .run() makes it")
-        return read_json(self.folder.compare)
+        return read_record(self.folder.compare)
 
     @property
     def scores(self) -> pd.DataFrame:

@@ -23,6 +23,7 @@ from vlopd.errors import ConfigError, UserError
 from vlopd.files import is_first_process, read_json
 from vlopd.plugins import Use
 from vlopd.run.folder import RunFolder
+from vlopd.run.schemas import read_record
 
 console = Console(markup=False, emoji=False)
 """Prints every text as it is, since names, paths and errors may hold `[brackets]`; styles are given by Text."""
@@ -92,8 +93,8 @@ def print_artifact(what: str, where: Path, made: bool) -> None:
         if made and where.name == "geometry.csv":
             print_left_out(where.parent)
         if made and where.name in ("compare.json", "results.json"):
-            print_results(read_json(where))
-        if made and where.name == "record.json" and (about := read_json(where).get("sweep")):
+            print_results(read_record(where))
+        if made and where.name == "record.json" and (about := read_record(where).get("sweep")):
             say("chosen", choice_in_words(about))
 
 
@@ -112,7 +113,7 @@ def print_plugin(use: Use) -> None:
 
 def print_left_out(folder: Path) -> None:
     """Prints the tensors that a geometry leaves out of the comparison, if any."""
-    left_out = read_json(folder / "summary.json")["left_out"]
+    left_out = read_record(folder / "summary.json")["left_out"]
     if left_out["summary"]:
         say("left out", left_out["summary"], "yellow")
 

@@ -23,7 +23,8 @@ from vlopd.cli.common import (
     settings_of,
 )
 from vlopd.errors import ConfigError
-from vlopd.files import is_first_process, read_json
+from vlopd.files import is_first_process
+from vlopd.run.schemas import read_record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -147,8 +148,9 @@ def _print_headline(name: str, rows: pd.DataFrame, folder: Path) -> None:
         table.add_row("" if again else row["label"], "" if again else value, null, p)
         before = row["label"]
     console.print(table)
+    no_p = read_record(folder / "summary.json")["no_p"]
     console.print(
-        f"{read_json(folder / 'summary.json')['no_p'] or P}. A value outside its null does not show that training on a "
+        f"{no_p or P}. A value outside its null does not show that training on a "
         "signal made the difference: training on nothing has a similar spectrum (docs/geometry.md).",
         soft_wrap=True,
         highlight=False,

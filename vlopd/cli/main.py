@@ -38,8 +38,9 @@ from vlopd.cli.common import (
 )
 from vlopd.config.input import load_config
 from vlopd.errors import ConfigError, UserError, one_line, one_line_out_of_memory
-from vlopd.files import is_first_process, read_json
+from vlopd.files import is_first_process
 from vlopd.run.folder import RunFolder
+from vlopd.run.schemas import read_record
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(masks.app, name="mask")
@@ -71,7 +72,7 @@ def _print_verdict(run: RunFolder) -> None:
     from evals.report.verdict import verdict
 
     console.print()
-    for sentence in verdict(read_json(run.compare)):
+    for sentence in verdict(read_record(run.compare)):
         console.print(sentence, soft_wrap=True, highlight=False)
     console.print()
     say("report", run.report / "report.html")
@@ -282,7 +283,7 @@ def show(run: Folder, trust: Trust = False) -> None:
     for name in its.config.arms:
         tried = [its.folder.arm_record(each) for each in its.config.candidates(name)]
         if tried and (record := its.folder.arm_record(name)).exists():
-            say(f"{name}, tuned", choice_in_words(read_json(record)["sweep"]))
+            say(f"{name}, tuned", choice_in_words(read_record(record)["sweep"]))
         elif tried:
             made = sum(path.exists() for path in tried)
             say(f"{name}, to be tuned", f"{made} of {len(tried)} settings trained")

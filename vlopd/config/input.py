@@ -15,8 +15,7 @@ from vlopd import trust
 from vlopd.config.experiment import ExperimentConfig, merge
 from vlopd.config.explain import explain_errors
 from vlopd.errors import ConfigError, shown
-from vlopd.files import is_first_process
-from vlopd.limits import DEEPEST, depth
+from vlopd.files import DEEPEST, depth, is_first_process
 
 
 def load_config(

@@ -7,20 +7,37 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import torch
+from pydantic import BaseModel, Field, JsonValue, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import safe_open, save_file
 from torch import Tensor
 
 from vlopd.bits import pack, unpack
-from vlopd.errors import RunError
-from vlopd.files import whole_file, write_json
+from vlopd.config.explain import explain_errors
+from vlopd.errors import RunError, first_line, shown
+from vlopd.files import parse_json, whole_file, write_json
 from vlopd.masks.compare import densities_by, density
 from vlopd.types import TensorName
 from vlopd.weights.reader import Weights
 
 HEADER = "mask"
+
+
+class _Inputs(BaseModel):
+    base: str
+    rule: dict[str, JsonValue]
+
+
+class _About(BaseModel):
+    """What is read of a mask's metadata; `digest` vouches for the rest."""
+
+    inputs: _Inputs
+    shapes: dict[str, tuple[Annotated[int, Field(ge=0, lt=2**40)], ...]]
+    counts: dict[str, Annotated[int, Field(ge=0)]]
+    density: Annotated[float, Field(ge=0, le=1)]
 
 
 def save_mask(
@@ -68,7 +85,7 @@ def load_mask(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+            metadata = parse_json((file.metadata() or {}).get(HEADER, "{}"))
             packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except FileNotFoundError:
         raise RunError(f"no mask {path}; run the stage that writes it first") from None
@@ -76,18 +93,43 @@ def load_mask(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         remedy = "delete it and run again"
         if path.suffix != ".safetensors":
             remedy = "name a .safetensors file, as RUN/masks/NAME.safetensors"
-        raise RunError(f"{path} is not a complete mask ({error}); {remedy}") from None
-    if not metadata:
+        raise RunError(f"{path} is not a complete mask ({first_line(error)}); {remedy}") from None
+    if metadata == {}:
         raise RunError(
             f"{path} is not a mask file of vlopd; make one of it with `vlopd mask import {path} --base BASE --out FILE`"
         )
+    try:
+        about = _About.model_validate_json(json.dumps(metadata), strict=True)
+    except ValidationError as error:
+        raise RunError(
+            f"{path} is not a mask file of vlopd: {explain_errors(error, _About)}; delete it and run again"
+        ) from None
     recorded = metadata.pop("digest", None)
     if recorded is None or recorded != _digest(metadata, packed):
         raise RunError(f"{path} is damaged: it does not match its digest; delete it and run again")
     mask: dict[str, Tensor] = {}
-    for name, shape in metadata["shapes"].items():
+    for name in sorted(about.shapes.keys() | about.counts.keys() | packed.keys()):
+        if (wrong := _misfit(name, about, packed)) is not None:
+            raise RunError(f"{path} is not a mask file of vlopd: {wrong}; delete it and run again")
+        shape = about.shapes[name]
         mask[name] = unpack(packed[name], math.prod(shape)).view(shape)
-    return mask, {**metadata, "digest": recorded}
+        if (count := int(mask[name].sum())) != about.counts[name]:
+            raise RunError(
+                f"{path} is not a mask file of vlopd: {name} has {count} coordinates, and its count is "
+                f"{about.counts[name]}; delete it and run again"
+            )
+    return {name: mask[name] for name in about.shapes}, {**metadata, "digest": recorded}
+
+
+def _misfit(name: str, about: _About, packed: Mapping[str, Tensor]) -> str | None:
+    """Why a tensor's bits and its metadata do not belong together; None where they do."""
+    for where, its in (("shapes", about.shapes), ("counts", about.counts), ("tensors", packed)):
+        if name not in its:
+            return f"{name} is not among its {where}"
+    shape, bits = about.shapes[name], packed[name]
+    if bits.dtype != torch.uint8 or bits.numel() != -(-math.prod(shape) // 8) or len(shape) > 64:
+        return f"{name} is {shown(shape)}, and has {bits.numel()} bytes of {bits.dtype}"
+    return None
 
 
 def _digest(metadata: Mapping[str, Any], packed: Mapping[str, Tensor]) -> str:

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlopd.errors import ConfigError, DataError, UserError, first_line
-from vlopd.limits import time_limit
 from vlopd.models import families, thinking
 from vlopd.models.context_length import context_length
+from vlopd.models.time_limit import time_limit
 from vlopd.models.tokenizers import ANSWER, PROBE, end_ids, missing_row_message, template_text
 from vlopd.types import Completions, Example, Prompts
 

@@ -60,6 +60,7 @@ from vlopd.run.resolve import (
     refuse_other_base,
     teacher_folder,
 )
+from vlopd.run.schemas import read_record
 from vlopd.run.stage import Stage
 from vlopd.train.log import open_trackers
 from vlopd.train.lora import LoraTrainable
@@ -139,7 +140,7 @@ def train_arm(
         recipe = recipe.model_copy(update={"train": train})
     replayed = replay_of(arm)
     if replayed is not None and config.candidates(replayed):
-        replayed = str(read_json(run.arm_record(replayed))["candidate"])
+        replayed = str(read_record(run.arm_record(replayed))["candidate"])
     base = run.checkpoint(base_arm(config))
     refuse_other_base(
         other_bases_of_arm(run, config, arm), inputs["base"], options.allow_other_base
@@ -294,7 +295,7 @@ def _read_projections(
 def write_tuned(its: Stage, config: ExperimentConfig, name: str) -> None:
     """Makes the files of a tuned arm from those of its chosen candidate, as hard links where the disk has them."""
     run = its.run
-    about = dict(read_json(run.sweep(str(config.sweep_group(name)))))
+    about = dict(read_record(run.sweep(str(config.sweep_group(name)))))
     about.pop("inputs")
     chosen = its.inputs["chosen"]
     run.checksums.check(f"arms/{chosen}")
@@ -307,7 +308,7 @@ def write_tuned(its: Stage, config: ExperimentConfig, name: str) -> None:
                 os.link(path, to)
             except OSError:
                 shutil.copy2(path, to)
-    content = {key: value for key, value in read_json(record).items() if key != "inputs"}
+    content = {key: value for key, value in read_record(record).items() if key != "inputs"}
     about["budget"] = config.budget_of(name)
     content |= {"arm": name, "candidate": chosen, "sweep": about}
     its.finish(content, [p for p in run.arm(name).rglob("*") if p.is_file()])

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from vlopd.digests import digest_text, file_digest
 from vlopd.errors import RunError
-from vlopd.files import flush, json_text, read_json, write_text
+from vlopd.files import flush, json_text, write_text
+from vlopd.run.schemas import read_record
 
 SINGLE = {
     "run": "run.json",
@@ -170,7 +171,7 @@ class Checksums:
         try:
             if self.path(artifact).exists():
                 self.check(artifact, whole=False)
-            before = read_json(record).get("inputs")
+            before = read_record(record).get("inputs")
         except RunError:
             if not record.exists():  # another process has begun to make it again
                 return "new"

@@ -23,7 +23,6 @@ from vlopd.config.recipe import EXECUTION, Recipe
 from vlopd.config.roles import SignalNulls
 from vlopd.digests import digest_checkpoint, file_digest
 from vlopd.errors import UserError
-from vlopd.files import read_json
 from vlopd.models.load import resolve
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import (
@@ -41,6 +40,7 @@ from vlopd.run.resolve import (
     teacher_content,
     with_choice,
 )
+from vlopd.run.schemas import read_record
 from vlopd.update_geometry.trajectory import step_of
 
 
@@ -79,7 +79,7 @@ def arm_inputs(
             "teacher": {"engine": True, "teachers": {"__all__": {"engine"}}},
         }
         inputs |= {
-            "student": read_json(run.arm_record(base_arm(config)))["inputs"],
+            "student": read_record(run.arm_record(base_arm(config)))["inputs"],
             "teachers": {n: teacher_content(run, config, t, whole) for n, t in teachers.items()},
             "data": data_content(recipe.data, tuple(teachers.values()), whole),
             "arm": arm.model_dump(
@@ -94,7 +94,7 @@ def arm_inputs(
                 inputs["replayed"] = arm_digest(run, replayed)
         if arm.lora is not None and arm.lora.like is not None:
             run.checksums.check(f"masks/{arm.lora.like}", whole)
-            counts = read_json(run.mask_record(arm.lora.like))["counts"]
+            counts = read_record(run.mask_record(arm.lora.like))["counts"]
             inputs["like"] = {"parameters": sum(counts.values())}
         if plugins := plugin_content(recipe.plugins, whole):
             inputs["plugins"] = plugins
@@ -106,7 +106,7 @@ def arm_inputs(
 def _tuned_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str, Any]:
     """The inputs of a tuned arm: its group's curve and choice, and the chosen candidate."""
     about = run.sweep(str(config.sweep_group(name)))
-    chosen = read_json(about)["candidates"][name]
+    chosen = read_record(about)["candidates"][name]
     return {
         "base": arm_digest(run, base_arm(config)),
         "sweep": file_digest(about),
@@ -137,7 +137,7 @@ def _reference_inputs(
     foreign = other_bases_of_arm(run, config, arm)
     if arm.mask is not None:
         run.checksums.check(f"masks/{arm.mask}", whole)
-        about = read_json(run.mask_record(arm.mask))
+        about = read_record(run.mask_record(arm.mask))
         inputs["mask"] = about["digest"]
         foreign |= about["inputs"].get("other_base", {})
     for key, text in checkpoints_of(arm).items():
@@ -173,7 +173,7 @@ def mask_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str
     if rule.combines:
         for other in rule.combines:
             run.checksums.check(f"masks/{other}")
-        records = {other: read_json(run.mask_record(other)) for other in rule.combines}
+        records = {other: read_record(run.mask_record(other)) for other in rule.combines}
         inputs["masks"] = {other: about["digest"] for other, about in records.items()}
         for about in records.values():
             other_bases |= about["inputs"].get("other_base", {})
@@ -220,7 +220,7 @@ def geometry_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict
         "config": file_digest(run.checkpoint(base) / "config.json"),
         "settings": config.geometry.of_update,
     }
-    if foreign := read_json(run.arm_record(name)).get("other_base"):
+    if foreign := read_record(run.arm_record(name)).get("other_base"):
         inputs["other_base"] = foreign
     if steps:
         inputs["steps"] = {str(step): digest_checkpoint(steps[step]) for step in sorted(steps)}

@@ -27,6 +27,7 @@ from vlopd.errors import ConfigError, RunError
 from vlopd.files import TEMPORARY, is_abandoned, is_first_process, read_json, write_json
 from vlopd.run.checksums import Checksums, differences
 from vlopd.run.provenance import provenance
+from vlopd.run.schemas import read_record
 from vlopd.trust import grant, withhold
 
 WRITTEN = (
@@ -328,4 +329,4 @@ def _with_defaults(stored: Any) -> Any:
 
 def up_to_date(record: Path, inputs: Mapping[str, Any]) -> bool:
     """Whether a record exists and has exactly these inputs."""
-    return record.exists() and read_json(record).get("inputs") == dict(inputs)
+    return record.exists() and read_record(record).get("inputs") == dict(inputs)

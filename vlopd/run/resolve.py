@@ -19,7 +19,6 @@ from vlopd.config.models import ModelConfig, TeacherConfig
 from vlopd.data.load import files_of
 from vlopd.digests import digest_checkpoint, digest_json, digest_text, file_digest
 from vlopd.errors import RunError, first_line
-from vlopd.files import read_json
 from vlopd.masks.files import check_mask, check_shapes, load_mask
 from vlopd.masks.foreign import is_foreign, open_foreign
 from vlopd.masks.importing import align_with_checkpoint, origin, under_names_of
@@ -30,6 +29,7 @@ from vlopd.models.tokenizers import read_template
 from vlopd.plugins import Use
 from vlopd.progress import downloads
 from vlopd.run.folder import RunFolder
+from vlopd.run.schemas import read_record
 from vlopd.weights import delta
 from vlopd.weights.matching import known_config
 from vlopd.weights.reader import Weights
@@ -57,11 +57,11 @@ def with_choice(run: RunFolder, config: ExperimentConfig, name: str) -> Experime
     group = config.follows(name)
     if group is None:
         return config
-    return config.with_points({name: read_json(run.sweep(group))["chosen"]})
+    return config.with_points({name: read_record(run.sweep(group))["chosen"]})
 
 
 def arm_digest(run: RunFolder, name: str) -> str:
-    return read_json(run.arm_record(name))["checkpoint_digest"]
+    return read_record(run.arm_record(name))["checkpoint_digest"]
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -218,7 +218,7 @@ def other_base(run: RunFolder, config: ExperimentConfig, text: str) -> dict[str,
     path = Reference.parse(text).path
     if path is None or not (record := Path(path) / "record.json").exists():
         return {}
-    its = read_json(record)["inputs"].get("base")
+    its = read_record(record)["inputs"].get("base")
     return {} if its in (None, arm_digest(run, base_arm(config))) else {text: its}
 
 

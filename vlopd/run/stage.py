@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlopd.files import is_first_process, read_json
+from vlopd.files import is_first_process
 from vlopd.run.folder import RunFolder
+from vlopd.run.schemas import read_record
 
 if TYPE_CHECKING:  # torch loads with it, which what reads results alone does not need
     from accelerate import Accelerator
@@ -45,7 +46,7 @@ class Stage:
             print(f"vlopd: {self.artifact}: {why}; making it again", file=sys.stderr)
         self.inputs = dict(inputs(first))
         if first:  # others must not read what this one withdraws
-            self.before = {} if why == "new" else read_json(sums.record(self.artifact))
+            self.before = {} if why == "new" else read_record(sums.record(self.artifact))
             sums.start(self.artifact)
         self.made = True
         return True

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import config_of
 from vlopd.errors import RunError, UserError
-from vlopd.files import read_json
 from vlopd.progress import progress
 from vlopd.run.checksums import Problem, differences
 from vlopd.run.dependencies import arm_inputs, mask_inputs
 from vlopd.run.folder import LOCK, RunFolder
 from vlopd.run.resolve import base_arm
+from vlopd.run.schemas import read_record
 
 
 class Verified(NamedTuple):
@@ -94,7 +94,7 @@ def _changed_inputs(run: RunFolder, config: ExperimentConfig) -> list[str]:
             continue
         name = run.checksums.name(record)
         try:
-            before = read_json(record)["inputs"]
+            before = read_record(record)["inputs"]
             lines += [f"{name}: {line.split(': ')[0]}" for line in differences(before, inputs())]
         except (UserError, OSError) as error:
             lines.append(f"{name}: {error}")

@@ -31,7 +31,7 @@ class Drawing(Figure):
 
 def read_frame(path: Path) -> pd.DataFrame:
     """The rows of a JSON-lines file; empty where it does not exist. Columns of numbers and nulls are numeric."""
-    frame = pd.DataFrame(read_jsonl(path) if path.exists() else [])
+    frame = pd.DataFrame(read_jsonl(path, "step") if path.exists() else [])
     empty = [name for name in frame if frame[name].isna().all()]
     return frame.astype({name: float for name in empty if name != "image"})
 

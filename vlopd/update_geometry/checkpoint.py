@@ -38,6 +38,7 @@ from vlopd.update_geometry.partial import (
     save_partial,
 )
 from vlopd.update_geometry.schema import (
+    ROW_COLUMNS,
     STATUSES,
     Place,
     Row,
@@ -334,6 +335,18 @@ def write_table(out: Path, name: str, rows: Sequence[Any]) -> None:
 
 
 def read_rows(folder: Path) -> Iterator[dict[str, str]]:
-    """Reads the rows of a folder's geometry.csv."""
-    with (folder / "geometry.csv").open() as file:
-        yield from csv.DictReader(file)
+    """Reads the rows of a folder's geometry.csv. Raises RunError for another table."""
+    path = folder / "geometry.csv"
+    remedy = "delete its folder and run its stage again"
+    try:
+        with path.open(encoding="utf-8") as file:
+            reader = csv.DictReader(file, strict=True)
+            names = reader.fieldnames or ()
+            if lacking := [name for name in ROW_COLUMNS if name not in names]:
+                raise RunError(f"{path} has no column {lacking[0]}; {remedy}")
+            for row in reader:
+                if None in row or None in row.values():
+                    raise RunError(f"{path} has a row of another length than its first; {remedy}")
+                yield row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is not CSV ({error}); {remedy}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from scipy.special import nctdtrinc, stdtr, stdtrit
@@ -89,6 +89,9 @@ class Row:
     p: float | None
     status: str
     reason: str
+
+
+ROW_COLUMNS = tuple(field.name for field in fields(Row))
 
 
 class Place(NamedTuple):

@@ -10,8 +10,8 @@ from evals.report import groups, tables
 from evals.report.page import rows_of
 from evals.report.read import read_table
 from vlopd.config.experiment import ExperimentConfig
-from vlopd.files import read_json
 from vlopd.run.folder import RunFolder
+from vlopd.run.schemas import read_record
 
 Key = tuple[str, str, str]
 """(metric, parameter, name) of a geometry row."""
@@ -39,7 +39,7 @@ class Pair:
         self.name, self.run, self.config = name, run, config
         self.groups_files = groups.read_groups(run)
         self.labels = self.groups_files.labels()
-        self.compared: Mapping[str, Any] = read_json(run.compare) if run.compare.exists() else {}
+        self.compared: Mapping[str, Any] = read_record(run.compare) if run.compare.exists() else {}
         tasks = self.compared.get("tasks", {})
         self.task = next((name for name, its in tasks.items() if not its["group"]), None)
         self.entry: Mapping[str, Any] = tasks[self.task] if self.task else {}

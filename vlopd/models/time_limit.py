@@ -1,4 +1,4 @@
-"""Bounds of input that could otherwise be of any size: nesting, and the time that a user's code may take."""
+"""A bound of the time that a model's own code may take."""
 
 from __future__ import annotations
 
@@ -7,23 +7,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from vlopd.errors import UserError
-
-DEEPEST = 64
-"""Levels of lists and tables in a config, a record, or a model's JSON files."""
-
-
-def depth(value: Any) -> int:
-    """Levels of lists and tables within a value, itself included; 0 of a plain one."""
-    levels, inside = 0, [value]
-    while inside := [each for each in inside if isinstance(each, dict | list)]:
-        levels += 1
-        inside = [
-            item for each in inside for item in (each.values() if isinstance(each, dict) else each)
-        ]
-    return levels
 
 
 @contextmanager

@@ -1,0 +1,175 @@
+"""Schemas of the JSON records of a run, and their reading: a file that is no such record is refused in one line.
+
+A schema has what is read of a record; further entries are left as they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, JsonValue, ValidationError
+
+from vlopd.config.explain import explain_errors
+from vlopd.errors import RunError
+from vlopd.files import read_json
+
+Count = Annotated[int, Field(ge=0)]
+Table = dict[str, JsonValue]
+Bounds = tuple[float | None, ...] | None
+
+
+class Record(BaseModel):
+    """The record of any stage."""
+
+    inputs: Table
+
+
+class Moved(BaseModel):
+    """Coordinates on or off a mask."""
+
+    coordinates: Count
+    moved: Count
+
+
+class ArmRecord(Record):
+    """arms/NAME/record.json."""
+
+    type: str
+    checkpoint_digest: str
+    density: float | None = None
+    mask: str | None = None
+    seed: int | None = None
+    steps: Count | None = None
+    seconds: float | None = None
+    trained_parameters: Count | None = None
+    total_parameters: Count | None = None
+    on_mask: Moved | None = None
+    off_mask: Moved | None = None
+    other_base: JsonValue = None
+
+
+class MaskRecord(Record):
+    """masks/NAME.json."""
+
+    counts: dict[str, Count]
+    density: float
+
+
+class EvalRecord(Record):
+    """evals/NAME/results.json."""
+
+    checkpoint_digest: str
+    data_digest: dict[str, str]
+    primary_metric: dict[str, JsonValue]
+    leaves: dict[str, tuple[str, ...]] | None = None
+    results: dict[str, Table] | None = None
+    """None of imported samples alone."""
+
+
+class HeadlineRow(BaseModel):
+    """A row of the headline of a measurement."""
+
+    name: str
+    metric: str
+    parameter: str
+    value: float | None
+    null: str = ""
+    null_mean: float | None = None
+    null_sd: float | None = None
+    p: float | None = None
+
+
+class LeftOut(BaseModel):
+    """What a measurement leaves out."""
+
+    summary: str
+
+
+class GeometryRecord(Record):
+    """geometry/NAME/summary.json."""
+
+    left_out: LeftOut
+    headline: tuple[HeadlineRow, ...]
+
+
+class Score(BaseModel):
+    """An arm's score on a task."""
+
+    role: str
+    n: Count
+    mean: float
+    standard_error: float | None
+    interval: Bounds
+    difference_to_full: Table | None
+    recovery: Table
+
+
+class Contrast(BaseModel):
+    """A difference between two arms, or an arm and several."""
+
+    a: str | tuple[str, ...]
+    b: str | tuple[str, ...]
+    mean: float
+    interval: Bounds
+    p: float | None
+    p_holm: float | None
+    exploratory: bool
+    direction: JsonValue
+
+
+class ComparedTask(BaseModel):
+    """A task of a comparison."""
+
+    metric: str
+    n: Count
+    scale: str
+    higher_is_better: bool
+    group: str | None
+    arms: Annotated[dict[str, Score], Field(min_length=1)]
+    contrasts: tuple[Contrast, ...]
+    controls: tuple[Table, ...]
+    seeds: tuple[Table, ...]
+
+
+class ComparedArm(BaseModel):
+    """An arm of a comparison."""
+
+    role: str
+
+
+class Comparison(Record):
+    """compare.json."""
+
+    confidence: float
+    margin: float
+    arms: dict[str, ComparedArm]
+    tasks: Annotated[dict[str, ComparedTask], Field(min_length=1)]
+
+
+def schema_of(path: Path) -> type[Record]:
+    """The schema of a record, by its place in a run folder (docs/run-folder.md)."""
+    if path.parent.name == "masks":
+        return MaskRecord
+    if path.name == "record.json":
+        return ArmRecord if path.parent.parent.name == "arms" else Record
+    kinds: dict[str, type[Record]] = {
+        "summary.json": GeometryRecord,
+        "results.json": EvalRecord,
+        "compare.json": Comparison,
+    }
+    return kinds.get(path.name, Record)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Reads the record of a stage. Raises RunError, with the entry, for a file that is missing or not its record."""
+    value, schema = read_json(path), schema_of(path)
+    try:
+        schema.model_validate_json(path.read_bytes(), strict=True)
+    except ValidationError as error:
+        first = explain_errors(error, schema).split("; ")[0]
+        raise RunError(
+            f"{path} is not a record of this version of vlopd: {first}; restore it, or delete it and run its stage "
+            "again"
+        ) from None
+    return value
