@@ -257,7 +257,7 @@ def training(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
     frames = []
     for arm in config.arms:
         path = run.arm(arm) / "metrics.jsonl"
-        if path.exists() and (rows := read_jsonl(path)):
+        if path.exists() and (rows := read_jsonl(path, "step")):
             frame = pd.DataFrame(rows).apply(pd.to_numeric)  # a column of nulls has no type
             frame.insert(0, "arm", arm)
             frames.append(frame)

@@ -13,7 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import datasets
 import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from transformers import AutoModelForCausalLM
 
 from evals.task_index import STOCK, index_of
 from tests.conftest import build
@@ -164,13 +168,8 @@ sub = {type = "distill", mask = "top", seed = 2}
 ROWS = "".join(f'{{"question": "how many red", "answer": "{i}"}}\n' for i in range(1, 7))
 
 
-def make_seed(folder: Path) -> Path:
-    """Makes what workspaces are copied from: models, data, configs, a finished run, masks, an adapter, measurements."""
-    import datasets
-    from peft import LoraConfig, get_peft_model
-    from PIL import Image
-    from transformers import AutoModelForCausalLM
-
+def make_models(folder: Path) -> Path:
+    """Makes models, data and configs."""
     datasets.disable_progress_bars()  # as the command line has it, where they are not yet loaded
     for role in ("student", "teacher"):
         build("llm", role, folder / role, torch.float32)
@@ -185,6 +184,12 @@ def make_seed(folder: Path) -> Path:
     vlm = CONFIG.replace('model = "', 'model = "vlm-')
     vlm = vlm.replace('path = "rows.jsonl"', 'path = "pictures/rows.jsonl", image = "image"')
     (folder / "vlm.toml").write_text(vlm)
+    return folder
+
+
+def make_seed(folder: Path) -> Path:
+    """Makes what workspaces are copied from: models, data, a finished run, masks, an adapter, measurements."""
+    make_models(folder)
     adapted = get_peft_model(
         AutoModelForCausalLM.from_pretrained(folder / "student"),
         LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False),
