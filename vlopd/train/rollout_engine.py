@@ -121,8 +121,10 @@ def rollout_engine(
 ) -> RolloutEngine | None:
     """The engine of a configuration, started or joined; None where this process samples.
 
-    examples: gives some of the data, for a fingerprint. Raises EngineError, and ConfigError where the student is in memory
-    alone, or an engine cannot sample what it shares with its teachers.
+    examples: gives some of the data, for a fingerprint.
+
+    Raises EngineError, and ConfigError where the student is in memory alone, or an engine cannot sample what it shares
+    with its teachers.
     """
     if isinstance(engine, str):
         return None
