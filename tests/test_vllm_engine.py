@@ -12,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -819,13 +820,15 @@ def test_another_machines_address_needs_a_token(fake, monkeypatch):
         connected(engine, str(engine.url))
 
 
-def test_a_vllm_that_cannot_start_says_why(tmp_path):
-    """The reason is the last error that it printed."""
+def test_a_vllm_that_cannot_start_says_why(tmp_path, monkeypatch):
+    """The reason is the last error that it printed; all that it printed stays in a file."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     engine = VllmEngine(type="vllm", python=sys.executable, start_seconds=60)
     with pytest.raises(
         EngineError, match=r"did not start: .*[Nn]o module.* vllm|did not start: .*vllm"
     ):
         started_vllm(engine, "x", torch.float32, ())
+    assert "vllm" in next(tmp_path.glob("vlopd-vllm-*.log")).read_text()
 
 
 def test_what_was_started_ends_with_who_started_it(tmp_path):
