@@ -22,6 +22,7 @@ from evals.lm import PLACEHOLDER, ArmLM, Generated, within_pixels
 from evals.paired_scores import NOT_METRICS, metric_of, outcome_of
 from evals.scoring import Tasks, argument, columns_of, in_order, one_row_a_question, score_task
 from evals.task_code import FAILURES
+from vlopd import interrupts
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.arms import CheckpointArm, ImportedArm, TeacherArm
 from vlopd.config.experiment import ExperimentConfig
@@ -60,6 +61,8 @@ LENGTHS = ("tokens", "thought_tokens", "stop", "truncated", "outcome")
 """Columns of samples_<task>.jsonl on generated answers; null for tasks that generate none."""
 PACKAGED = re.compile(r".*/(?=(evals|lm_eval)/tasks/)")
 """Where the file of an installed task is, before its package."""
+ADDRESS = re.compile(r" at 0x[0-9a-f]+>")
+"""Where in this process a function lies, as lm-eval writes those of a task; equal evaluations give equal files."""
 MANY_CUT = 0.1
 """Truncated fraction above which a model's answers to a task are called cut off."""
 
@@ -165,6 +168,7 @@ def evaluate(run: RunFolder, subject: Subject, config: EvalConfig, kind: str = "
             merged |= results
             merged["inputs"]["tasks"][task] = {**own}
             _write_results(its, merged)
+            interrupts.stop_after(f"{its.artifact}: {task}")
         if first and lm is None:  # tasks were only dropped
             _write_results(its, merged)
     return True
@@ -181,7 +185,8 @@ def evaluation_inputs(
 def _write_results(its: Stage, merged: Mapping[str, Any]) -> None:
     """Writes results.json of the tasks evaluated so far, with checksums of it and of the rows."""
     out = its.run.root / its.artifact
-    plain = json.loads(json.dumps(without_places(merged), default=handle_non_serializable))
+    text = json.dumps(without_places(merged), default=handle_non_serializable)
+    plain = json.loads(ADDRESS.sub(">", text))
     rows = [out / f"samples_{leaf}.jsonl" for leaf in merged["results"]]
     present = [path for path in rows if path.exists()]  # a group of tasks has no rows
     its.run.checksums.finish(its.artifact, without_nan(plain), present)

@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("vlopd/**/*.py"), *ROOT.glob("evals/**/*.py")])
 
 GROUND = {
-    "__init__", "__main__", "bits", "digests", "distributed", "errors", "files", "loop", "pipeline", "plugins",
-    "progress", "seeding", "trust", "types",
+    "__init__", "__main__", "bits", "digests", "distributed", "errors", "files", "interrupts", "loop", "pipeline",
+    "plugins", "progress", "seeding", "trust", "types",
 }  # fmt: skip
 """The doors of the ground floor: the loop, the pipeline, and what every room may use."""
 
 RANK = {
     "vlopd.errors": 0, "vlopd.types": 0, "vlopd.seeding": 0, "vlopd.bits": 0, "vlopd.progress": 0, "vlopd.trust": 0,
-    "vlopd.digests": 1, "vlopd.files": 1, "vlopd.distributed": 1, "vlopd.plugins": 1,
+    "vlopd.digests": 1, "vlopd.files": 1, "vlopd.distributed": 1, "vlopd.interrupts": 1, "vlopd.plugins": 1,
     "vlopd.config": 2,
     "vlopd.models": 3, "vlopd.data": 3,
     "vlopd.weights": 4, "vlopd.grading": 4, "vlopd.engines": 4,

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
-from vlopd.errors import ConfigError, UserError, first_line
+from vlopd.errors import ConfigError, Interrupted, UserError, first_line
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -97,10 +97,12 @@ def together(state: Accelerator) -> Iterator[None]:
     if error is not None and _alone:
         raise error
     if on_any(state, error is not None):
-        errors = gathered(state, None if error is None else _one_line(error))
+        asked = isinstance(error, Interrupted)
+        errors = gathered(state, None if error is None else (_one_line(error), asked))
         if error is None:
-            first = next(k for k, text in enumerate(errors) if text is not None)
-            error = OtherProcessFailed(f"process {first} stopped: {errors[first]}")
+            (text, asked), first = next((its, k) for k, its in enumerate(errors) if its)
+            kind = Interrupted if asked else OtherProcessFailed
+            error = kind(text if asked else f"process {first} stopped: {text}")
         raise error
 
 

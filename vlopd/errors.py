@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -58,6 +60,50 @@ def one_line(error: object) -> str:
 
 class RunError(UserError):
     """An invalid or missing file of a run; the message names the file and the remedy."""
+
+
+class Interrupted(UserError):
+    """Work was stopped at a signal's request; the same command goes on with it."""
+
+
+class CannotWrite(RunError, OSError):
+    """A file could not be written; the message names it, what the system says, and the remedy."""
+
+    def __init__(self, path: object, error: BaseException):
+        code = system_code(error) or errno.EIO
+        super().__init__(f"cannot write {path} ({os.strerror(code)}); {remedy_of(code)}")
+
+
+_CODE = re.compile(r"\(os error (\d+)\)")
+"""As libraries in Rust (safetensors, tokenizers) end the message of an error of the system."""
+
+
+def system_code(error: BaseException) -> int | None:
+    """The `errno` of an error of the operating system; None of any other."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = _CODE.search(str(error))
+    return None if found is None else int(found[1])
+
+
+def remedy_of(code: int | None) -> str:
+    """What to do about an error of the operating system, by its `errno`."""
+    first = _REMEDIES.get(code or 0)
+    again = "run the same command again; what was written before is intact"
+    return f"{first} and {again}" if first else again
+
+
+_ROOM, _RIGHTS = "make room", "make its folder writable, or choose another,"
+_REMEDIES = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "make room for larger files (ulimit -f)",
+    errno.EIO: "check the disk",
+    errno.EROFS: _RIGHTS,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.ENOENT: "put back the folder, if it was removed,",
+}
 
 
 class PluginError(UserError):

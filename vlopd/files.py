@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlopd.errors import ConfigError, RunError, first_line
+from vlopd.errors import CannotWrite, ConfigError, RunError, first_line, system_code
 
 TEMPORARY = re.compile(r"\.unfinished-[0-9a-f]{16}")
 """Names of files and folders being written; a killed process may leave some behind."""
@@ -23,42 +23,64 @@ TEMPORARY = re.compile(r"\.unfinished-[0-9a-f]{16}")
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; renames it to `path` on success, removes it on failure."""
+    """Yields a temporary name beside `path`; renames it to `path` on success, removes it on failure.
+
+    Raises CannotWrite where the disk is full, say.
+    """
     temporary = _temporary_beside(path)
-    temporary.touch(exist_ok=False)
-    permissions = temporary.stat().st_mode  # of the umask; some writers set their own
-    try:
-        with _being_written(temporary):
-            yield temporary
-        temporary.chmod(permissions)
-        flush(temporary)
-        temporary.rename(path)
-        flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path, temporary):
+        temporary.touch(exist_ok=False)
+        permissions = temporary.stat().st_mode  # of the umask; some writers set their own
+        try:
+            with _being_written(temporary):
+                yield temporary
+            temporary.chmod(permissions)
+            flush(temporary)
+            temporary.rename(path)
+            flush(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`; on success it replaces `path`."""
+    """Yields a temporary folder beside `path`; on success it replaces `path`. Raises as `whole_file`."""
     temporary = _temporary_beside(path)
-    temporary.mkdir()
-    permissions = temporary.stat().st_mode & 0o777
+    with writing(path, temporary):
+        temporary.mkdir()
+        permissions = temporary.stat().st_mode & 0o777
+        try:
+            with _being_written(temporary):
+                yield temporary
+            for inside in temporary.rglob("*"):
+                inside.chmod(permissions if inside.is_dir() else permissions & 0o666)
+                flush(inside)
+            flush(temporary)
+            replaced = _temporary_beside(path)
+            if path.exists():
+                path.rename(replaced)
+            temporary.rename(path)
+            flush(path.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Raises CannotWrite, with the name `path`, for an error of the system that names another file of its making or
+    none, as errors of writing do and libraries' own. Errors that name other files pass."""
     try:
-        with _being_written(temporary):
-            yield temporary
-        for inside in temporary.rglob("*"):
-            inside.chmod(permissions if inside.is_dir() else permissions & 0o666)
-            flush(inside)
-        flush(temporary)
-        replaced = _temporary_beside(path)
-        if path.exists():
-            path.rename(replaced)
-        temporary.rename(path)
-        flush(path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        yield
+    except Exception as error:
+        if isinstance(error, CannotWrite) or system_code(error) is None:
+            raise
+        named = error.filename if isinstance(error, OSError) else None
+        if named is not None:
+            its = Path(named)
+            if its not in (path, path.parent) and temporary not in (its, *its.parents):
+                raise
+        raise CannotWrite(path, error) from None
 
 
 def _temporary_beside(path: Path) -> Path:
@@ -104,7 +126,7 @@ def flush(path: Path) -> None:
     except OSError as error:
         # some file systems do not support syncing a folder
         if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(handle)
 

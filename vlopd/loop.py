@@ -32,14 +32,14 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from torch import Tensor
 
-from vlopd import distributed
+from vlopd import distributed, interrupts
 from vlopd.config.input import value_of
 from vlopd.config.lora import Lora
 from vlopd.config.objective import FunctionLoss, LossConfig
 from vlopd.config.recipe import Recipe, training_of
 from vlopd.config.signal_nulls import SignalNull, SignalNullConfig
 from vlopd.data.load import pick
-from vlopd.errors import ConfigError, RunError, one_line_out_of_memory
+from vlopd.errors import ConfigError, Interrupted, RunError, one_line_out_of_memory
 from vlopd.files import read_json, write_json
 from vlopd.masks.importing import in_parameter_names
 from vlopd.models import parameter_names
@@ -443,7 +443,9 @@ def distill(
                 average.move_towards(trainable, 1.0 - decay)
             done = step + 1
             sent: dict[str, float] = {}
-            keeps, saves = done in train.keep_steps, done % train.save_every == 0
+            stops = distributed.on_any(accelerator, interrupts.asked())
+            keeps = done in train.keep_steps
+            saves = done % train.save_every == 0 or stops
             with distributed.together(accelerator):
                 if done in (start + 1, train.steps):
                     about_memory = memory.about()  # in every process: it ends the counting
@@ -500,6 +502,12 @@ def distill(
                 sharded = isinstance(trainable, ShardedTrainable)
                 with nullcontext() if sharded else distributed.together(accelerator):
                     save_state(folder, done, trainable, optimizer, averages, *about)
+            if stops and not is_last:
+                with distributed.together(accelerator):
+                    writer.wait()
+                raise Interrupted(
+                    f"{title}: stopped after step {done} of {train.steps}; run the same command again to go on"
+                )
         with distributed.together(accelerator):
             writer.wait()
     if isinstance(trainable, LoraTrainable):

@@ -451,10 +451,13 @@ def make_comparison(run: RunFolder, config: ExperimentConfig, on_artifact: OnArt
     on_artifact("comparison", compare(run, config), True)
 
 
-def make_report(run: RunFolder, config: ExperimentConfig, on_artifact: OnArtifact) -> None:
+def make_report(
+    run: RunFolder, config: ExperimentConfig, on_artifact: OnArtifact, out: Path | None = None
+) -> None:
+    """Writes the report of a run into it, or with `out` into another folder, the run being only read."""
     from evals.report.build import build_report
 
-    on_artifact("report", build_report(run, config), True)
+    on_artifact("report", build_report(run, config, out), True)
 
 
 # --------------------------------------------------------------------------------- checks before a stage

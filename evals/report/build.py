@@ -28,25 +28,28 @@ from vlopd.digests import digest_files
 from vlopd.files import read_json, whole_folder
 from vlopd.run.folder import RunFolder
 from vlopd.run.schemas import read_record
-from vlopd.run.stage import Stage, stage
+from vlopd.run.stage import stage
 
 
-def build_report(run: RunFolder, config: ExperimentConfig) -> Path:
-    """Writes RUN/report/ unless it is up to date; returns the path of report.html.
+def build_report(run: RunFolder, config: ExperimentConfig, out: Path | None = None) -> Path:
+    """Writes RUN/report/ unless it is up to date, or else the folder `out`; returns the path of report.html.
 
-    Raises RunError where run.json is missing or a file of the run was changed.
+    With `out` the run is only read. Raises RunError where run.json is missing or a file of the run was changed.
     """
     for artifact in run.checksums.artifacts():
         if artifact.split("/")[0] not in ("report", "compare"):
             run.checksums.check(artifact, whole=False)
+    if out is not None:
+        _write_report(run, config, out)
+        return out / "report.html"
     with stage(run, "report", derived=True) as its:
         if its.is_due(lambda _: _report_inputs(run)):
-            _write_report(its, config)
+            _write_report(run, config, run.report)
+            its.finish({}, [path for path in run.report.rglob("*") if path.is_file()])
     return run.report / "report.html"
 
 
-def _write_report(its: Stage, config: ExperimentConfig) -> None:
-    run = its.run
+def _write_report(run: RunFolder, config: ExperimentConfig, out: Path) -> None:
     compared: Context = read_record(run.compare) if run.compare.exists() else {}
     sentences, lines = verdict(compared), headline(compared)
     if "arms" not in compared:
@@ -103,7 +106,7 @@ def _write_report(its: Stage, config: ExperimentConfig) -> None:
         "generations": training_samples(run, shown),
         "figures": drawn,
     }
-    with whole_folder(run.report) as folder:
+    with whole_folder(out) as folder:
         (folder / "figures").mkdir()
         (folder / "tables").mkdir()
         for name, svg in drawn.items():
@@ -114,7 +117,6 @@ def _write_report(its: Stage, config: ExperimentConfig) -> None:
         (folder / "report.html").write_text(render_report(context, found, folder / "examples"))
         words = environment().get_template("report.html.j2").render({**context, "generations": []})
         (folder / "report.md").write_text(markdown(words))
-    its.finish({}, [path for path in run.report.rglob("*") if path.is_file()])
 
 
 def _report_inputs(run: RunFolder) -> dict[str, str]:

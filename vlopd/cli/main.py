@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
 
-from vlopd import pipeline
+from vlopd import interrupts, pipeline
 from vlopd.cli import compare, geometry, init, masks, paper, push, serve, tasks
 from vlopd.cli.common import (
     AllowOtherBase,
@@ -34,10 +34,19 @@ from vlopd.cli.common import (
     print_plan,
     print_plugins,
     print_versions,
+    refuse,
     say,
 )
 from vlopd.config.input import load_config
-from vlopd.errors import ConfigError, UserError, one_line, one_line_out_of_memory
+from vlopd.errors import (
+    ConfigError,
+    Interrupted,
+    UserError,
+    one_line,
+    one_line_out_of_memory,
+    remedy_of,
+    system_code,
+)
 from vlopd.files import is_first_process
 from vlopd.run.folder import RunFolder
 from vlopd.run.schemas import read_record
@@ -253,8 +262,22 @@ app.command()(paper.paper)
 
 
 @app.command()
-def report(target: Target, overrides: Overrides = None, trust: Trust = False) -> None:
+def report(
+    target: Target,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="another folder, for a run that is only to be read")
+    ] = None,
+    trust: Trust = False,
+) -> None:
     """Writes the report (report.html, report.md, figures, tables), after the comparison if all arms are evaluated."""
+    if out is not None:
+        refuse({"--out": overrides}, "reports a run as it is; leave the overrides out")
+        if out.exists() and not (out / "report.html").exists():
+            raise ConfigError(f"--out {out}: is there and no report; name a new folder")
+        folder, config = RunFolder.open(target, locked=False, trust=trust)
+        pipeline.make_report(folder, config, print_artifact, out)
+        return
     folder, config = pipeline.prepare(target, overrides or (), trust=trust)
     pipeline.begin_results(folder, config, True, print_plan)
     if all((folder.eval(name) / "results.json").exists() for name in config.arms):
@@ -312,17 +335,19 @@ def verify(run: Folder) -> None:
 
 
 def main() -> None:
-    """Entry point: a UserError is one line on stderr and exit code 2; an interrupt exits with 130."""
+    """Entry point: a UserError is one line on stderr and exit code 2; SIGTERM exits with 75, SIGINT with 130."""
     for name, value in {**QUIET, **THREADS}.items():
         os.environ.setdefault(name, value)
     try:
         _refuse_empty_words(sys.argv[1:])
         # what training, loading and evaluation did not catch, under the command's name
         guarded = one_line_out_of_memory(" ".join(["vlopd", *sys.argv[1:2]]))(app)
-        code = guarded(prog_name="vlopd", standalone_mode=False) or 0
+        with interrupts.heeded():
+            code = guarded(prog_name="vlopd", standalone_mode=False) or 0
     except UserError as error:
         print(f"vlopd: {one_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
+        code = interrupts.exit_code() if isinstance(error, Interrupted) else 2
+        raise SystemExit(code) from None
     except typer.TyperException as error:
         if not error.format_message():  # the help was printed, of a command without arguments
             raise SystemExit(2) from None
@@ -330,7 +355,7 @@ def main() -> None:
         raise SystemExit(2) from None
     except (OSError, SafetensorError) as error:
         # e.g. a full disk, for which safetensors has a separate class
-        print(f"vlopd: {one_line(error)}; files written before are intact", file=sys.stderr)
+        print(f"vlopd: {one_line(error)}; {remedy_of(system_code(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except SystemExit as stop:
         if (where := _foreign_exit(stop)) is not None:
@@ -338,7 +363,8 @@ def main() -> None:
             raise SystemExit(1) from None
         raise
     if code == INTERRUPTED:
-        print("vlopd: interrupted; rerun the same command to resume", file=sys.stderr)
+        print("vlopd: interrupted; run the same command again to go on", file=sys.stderr)
+        code = interrupts.exit_code()
     raise SystemExit(code)
 
 

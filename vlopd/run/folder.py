@@ -276,20 +276,20 @@ class RunFolder:
         assert artifact not in self._held, f"{artifact} is already held by this process"
         path = self.root / ".locks" / artifact.replace("/", "--")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+") as lock:
+        with path.open("a+b", buffering=0) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.seek(0)
-                holder = lock.read().strip() or "another process"
+                holder = lock.read().decode().strip() or "another process"
                 print(
                     f"vlopd: waiting for {self.root / artifact}, locked by {holder}",
                     file=sys.stderr,
                 )
                 fcntl.flock(lock, fcntl.LOCK_EX)
             lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {platform.node()}")
-            lock.flush()
+            with contextlib.suppress(OSError):  # a full disk: the lock is held without a name
+                lock.write(f"process {os.getpid()} on {platform.node()}".encode())
             self._held.add(artifact)
             try:
                 yield

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlopd import interrupts
 from vlopd.files import is_first_process
 from vlopd.run.folder import RunFolder
 from vlopd.run.schemas import read_record
@@ -80,9 +81,11 @@ def stage(run: RunFolder, artifact: str, derived: bool = False) -> Iterator[Stag
             its.finish(content, files)
     return its.made
 
-    A `derived` artifact, made in seconds from results alone, is remade where its files were changed, not refused.
+    A signal that comes meanwhile stops the command at the end (errors.Interrupted). A `derived` artifact, made in
+    seconds from results alone, is remade where its files were changed, not refused.
     """
     with run.lock_artifact(artifact):
         if derived and any(run.checksums.problems(artifact, whole=False)):
             run.checksums.start(artifact)
-        yield Stage(run, artifact)
+        with interrupts.held(artifact):
+            yield Stage(run, artifact)

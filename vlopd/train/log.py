@@ -17,7 +17,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 
 from vlopd.config.tracking import TrackingConfig
 from vlopd.errors import ConfigError
-from vlopd.files import json_lines, without_nan, write_jsonl
+from vlopd.files import json_lines, without_nan, write_jsonl, writing
 from vlopd.models.loaded import LoadedModel
 from vlopd.progress import progress
 from vlopd.train.losses import TokenDivergence
@@ -119,7 +119,8 @@ class TrainingLog:
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends rows to one of the log's files."""
         if self.active:
-            with (self.folder / name).open("a") as file:
+            path = self.folder / name
+            with writing(path), path.open("a") as file:
                 file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
     def track(self, step: int, row: Mapping[str, Any]) -> None:
@@ -140,7 +141,8 @@ class TrainingLog:
             if example.images:
                 image = f"samples/{step}-{k}.png"
                 (self.folder / "samples").mkdir(exist_ok=True)
-                example.images[0].save(self.folder / image)
+                with writing(self.folder / image):
+                    example.images[0].save(self.folder / image)
             about = {
                 "step": step,
                 "id": example.id,

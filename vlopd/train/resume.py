@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, uint8
 
-from vlopd.errors import RunError, first_line
+from vlopd.errors import RunError
 from vlopd.files import is_first_process, whole_file
 from vlopd.train.optimizers import Optimizers
 from vlopd.train.sparse import Trainable
@@ -115,11 +115,7 @@ def _write(folder: Path, about: Mapping[str, str], tensors: dict[str, Tensor]) -
     """Writes the state's header entries and tensors, with their digest."""
     path = folder / "state.safetensors"
     with whole_file(path) as temporary:
-        try:
-            save_file(tensors, temporary, {**about, "digest": digest(about, tensors)})
-        except SafetensorError as error:  # which names no file
-            why = first_line(error)
-            raise RunError(f"cannot write {path} ({why}); make room and run again") from None
+        save_file(tensors, temporary, {**about, "digest": digest(about, tensors)})
 
 
 def digest(about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

@@ -20,6 +20,7 @@ from pyarrow.csv import write_csv
 from threadpoolctl import threadpool_limits
 from transformers import PretrainedConfig
 
+from vlopd import interrupts
 from vlopd.config.analysis import GeometryConfig
 from vlopd.distributed import cores, exchanged, share_of
 from vlopd.errors import RunError
@@ -247,6 +248,7 @@ def measured(
     for name, its in run(work, share_of(processes, names)):
         found[name] = its
         on_done(name)
+        interrupts.stop_after(f"{len(found)} of {len(names)} tensors")
     if processes is not None and processes.num_processes > 1:
         exchanged(processes, None)  # all are saved
         if not processes.is_main_process:
