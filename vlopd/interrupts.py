@@ -17,13 +17,14 @@ from vlopd.errors import Interrupted
 CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 """Exit codes after these signals: EX_TEMPFAIL, upon which schedulers run a job again, and the shell's after Ctrl-C."""
 
+_listening = False
 _received: int | None = None
 _holds = 0
 
 
 def asked() -> bool:
     """Whether a signal has asked to stop."""
-    return _received is not None
+    return _listening and _received is not None
 
 
 def exit_code() -> int:
@@ -37,15 +38,16 @@ def heeded() -> Iterator[None]:
 
     A second signal ends the process at once.
     """
-    global _received
+    global _received, _listening
     if threading.current_thread() is not threading.main_thread():  # which alone may listen
         yield
         return
-    _received = None
+    _listening, _received = True, None
     before = {number: signal.signal(number, _on_signal) for number in CODES}
     try:
         yield
     finally:
+        _listening = False
         for number, handler in before.items():
             signal.signal(number, handler)
 

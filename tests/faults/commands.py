@@ -62,6 +62,8 @@ class Fault:
     seen: Path
     what: Literal["kill", "error", "delay"] = "kill"
     code: int = errno.EIO
+    match: str = ""
+    """A pattern of the writes in question: what is done, to which file, for which time in this process."""
 
     def names(self) -> set[str]:
         return set(self.seen.read_text().splitlines()) if self.seen.exists() else set()
@@ -130,7 +132,7 @@ class Injected:
         if self.fault.what == "delay":
             if kind == "os.rename":
                 time.sleep(0.05)
-        elif count <= MOST and label not in self.seen:
+        elif count <= MOST and label not in self.seen and re.search(self.fault.match, label):
             self.inside = True  # neither the note nor what follows an error is a moment of its own
             with self.fault.seen.open("a") as note:
                 note.write(f"{label}\n")

@@ -125,12 +125,15 @@ def stop_others(commands: Sequence[Command]) -> list[int]:
 
 @pytest.fixture(scope="session")
 def experiment_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Experiment]:
-    """(kind, processes) -> an experiment, run twice without faults, with the same results."""
+    """(kind, processes, more settings) -> an experiment, run twice without faults, with the same results."""
 
     @cache
-    def make(kind: str, processes: int = 1) -> Experiment:
+    def make(kind: str, processes: int = 1, more: str = "") -> Experiment:
         folder = tmp_path_factory.mktemp(f"{kind}-{processes}")
-        write_experiment(folder, kind)
+        config = write_experiment(folder, kind)
+        if more:
+            text = config.read_text().replace('"full", "subnetwork"]', '"full", "null"]')
+            config.write_text(text + more)
         first = Experiment(folder, processes, {}, ())
         for command in first.start("first"):
             assert command.end() == 0, command.said

@@ -212,8 +212,8 @@ def _measure_matrices(
 
     def work(name: str) -> list[MatrixResult]:
         path = partial.path(order[name])
-        if path.exists():
-            return _load_findings(path)
+        if (kept := _load_findings(path)) is not None:
+            return kept
         own = [measure_matrix(piece, config, device) for piece in matrices(read(name), model)]
         _save_findings(path, own)
         return own
@@ -301,8 +301,10 @@ def _save_findings(path: Path, findings: Sequence[MatrixResult]) -> None:
     save_partial(path, arrays, about)
 
 
-def _load_findings(path: Path) -> list[MatrixResult]:
-    arrays, about = load_partial(path)
+def _load_findings(path: Path) -> list[MatrixResult] | None:
+    if (kept := load_partial(path)) is None:
+        return None
+    arrays, about = kept
     return [
         MatrixResult(
             Place(**its["place"]),

@@ -116,8 +116,8 @@ def write_overlap(
 
         def work(name: str) -> tuple[Place, TensorOverlap]:
             path = partial.path(order[name]) if partial else None
-            if path and path.exists():
-                return _load_overlap(path)
+            if path and (kept := _load_overlap(path)) is not None:
+                return kept
             pairs = {run: one(name) for run, one in read.items()}
             its = next(iter(pairs.values()))
             shape = "x".join(map(str, its.base.shape))
@@ -161,8 +161,10 @@ def _save_overlap(path: Path, place: Place, its: TensorOverlap) -> None:
     save_partial(path, arrays, about)
 
 
-def _load_overlap(path: Path) -> tuple[Place, TensorOverlap]:
-    arrays, about = load_partial(path)
+def _load_overlap(path: Path) -> tuple[Place, TensorOverlap] | None:
+    if (kept := load_partial(path)) is None:
+        return None
+    arrays, about = kept
     return Place(**about["place"]), TensorOverlap(**arrays, approximate=about["approximate"])
 
 

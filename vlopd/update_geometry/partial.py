@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from vlopd.digests import digest_json
 from vlopd.distributed import exchanged
+from vlopd.errors import RunError
 from vlopd.files import read_json, whole_file, write_json
 
 PARTIAL = "partial"
@@ -52,10 +53,18 @@ def open_partial(
 
 def _open(folder: Path, about: Mapping[str, Any]) -> None:
     digest, note = digest_json(about), folder / "about.json"
-    if folder.exists() and (not note.exists() or read_json(note)["digest"] != digest):
+    if folder.exists() and not _is_of(note, digest):
         shutil.rmtree(folder)
     if not note.exists():
         write_json(note, {"digest": digest, **about})
+
+
+def _is_of(note: Path, digest: str) -> bool:
+    """Whether partial results are of these inputs; a missing or damaged note is of none."""
+    try:
+        return bool(read_json(note)["digest"] == digest)
+    except (RunError, LookupError, TypeError):
+        return False
 
 
 def save_partial(path: Path, arrays: Mapping[str, np.ndarray], about: Any) -> None:
@@ -64,8 +73,11 @@ def save_partial(path: Path, arrays: Mapping[str, np.ndarray], about: Any) -> No
         np.savez(file, allow_pickle=False, about=np.array(json.dumps(about)), **arrays)
 
 
-def load_partial(path: Path) -> tuple[dict[str, np.ndarray], Any]:
-    """Reads what `save_partial` wrote: (arrays, JSON value)."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {key: file[key] for key in file.files}
-    return arrays, json.loads(str(arrays.pop("about")))
+def load_partial(path: Path) -> tuple[dict[str, np.ndarray], Any] | None:
+    """Reads what `save_partial` wrote: (arrays, JSON value); None where it is absent or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        return arrays, json.loads(str(arrays.pop("about")))
+    except Exception:  # zipfile has an error for each part of a file, and checks the sums of all
+        return None
