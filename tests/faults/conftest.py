@@ -23,7 +23,13 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Prints how many malformed inputs were refused, and how many valid twins passed."""
+    """Prints how many malformed inputs were refused and valid twins passed, and the figures that tests record."""
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport) and report.when == "call":
+                for name, text in report.user_properties:
+                    if name == "figures":
+                        terminalreporter.write_line(str(text))
     for test, words in (("test_refused", "malformed inputs refused"), ("test_twin", "twins pass")):
         found = {
             kind: sum(f"{test}[" in report.nodeid for report in its if report.when == "call")

@@ -198,12 +198,14 @@ def left_over(run: Path) -> list[str]:
 
 
 def _timeless(path: Path) -> bytes:
-    if path.suffix == ".json":
-        return json.dumps(_without_times(json.loads(path.read_text()))).encode()
-    if path.suffix == ".jsonl":
-        rows = map(json.loads, path.read_text().splitlines())
-        return "\n".join(json.dumps(_without_times(row)) for row in rows).encode()
-    return path.read_bytes()
+    content = path.read_bytes()
+    rows = {".json": [content], ".jsonl": content.splitlines()}.get(path.suffix)
+    if rows is None:
+        return content
+    try:
+        return "\n".join(json.dumps(_without_times(json.loads(row))) for row in rows).encode()
+    except ValueError:  # damaged
+        return content
 
 
 def _without_times(value: Any) -> Any:

@@ -55,6 +55,11 @@ VERBS = {
 }
 
 
+ARM = re.compile(
+    r"((?:^|/)(?:arms|geometry|evals|tokens|base_kl)(?:/|--))(?:base|full|lora|null|subnetwork|teacher|transplant)"
+)
+
+
 def flip(content: bytes, draws: random.Random) -> bytes:
     changed = bytearray(content)
     place = draws.randrange(8 * len(content))
@@ -131,14 +136,10 @@ class Finished:
         for path in sorted(root.rglob("*")):
             name = path.relative_to(root).as_posix()
             if path.is_file() and path.stat().st_size and not name.startswith(".lock"):
-                kind = re.sub(
-                    r"(arms|geometry|evals)([/-]+)(base|full|lora|null|subnetwork|teacher|transplant)",
-                    r"\1\2*",
-                    name,
+                kind = ARM.sub(
+                    r"\1*", re.sub(r"report/(figures|tables)/[^.]*", r"report/\1/", name)
                 )
-                kind = re.sub(
-                    r"\d+", "N", re.sub(r"report/(figures|tables)/[^.]*", r"report/\1/", kind)
-                )
+                kind = re.sub(r"\d+", "N", kind)
                 found[kind] = name  # of arms the last, whose files are the most
         return list(found.values())
 
@@ -232,7 +233,7 @@ def cells_of(files: list[str], most: int) -> list[Cell]:
     return found
 
 
-def judge_all(finished: Finished, cells: list[Cell]) -> None:
+def judge_all(finished: Finished, cells: list[Cell], record_property) -> None:
     finished.undamaged  # noqa: B018 - once, before the threads
     with ThreadPoolExecutor(2) as pool:
         outcomes = list(pool.map(finished.judge, range(len(cells)), cells))
@@ -244,16 +245,16 @@ def judge_all(finished: Finished, cells: list[Cell]) -> None:
     ]
     kinds, damages = len({cell.file for cell in cells}), len({cell.damage for cell in cells})
     of = f"{kinds} kinds of files, {damages} damages and {len(VERBS)} verbs"
-    print(f"damage: {len(cells)} cells of {of}: {dict(counts)}")
+    record_property("figures", f"damage: {len(cells)} cells of {of}: {dict(counts)}")
     assert not faults, "\n".join(faults)
 
 
 @pytest.mark.slow
-def test_damage(finished):
+def test_damage(finished, record_property):
     """No damaged file of a finished run is used silently or ends in a traceback, and printed remedies work."""
     cells = cells_of(finished.kinds, 3)
     assert len(cells) >= 120
-    judge_all(finished, cells)
+    judge_all(finished, cells, record_property)
 
 
 @pytest.mark.slow
@@ -262,7 +263,7 @@ def test_damage(finished):
     [r"rename arms/subnetwork/state/state.safetensors 2", r"rename geometry/full/partial/N.npz 2"],
     ids=["state", "partial"],
 )
-def test_damage_of_what_a_kill_leaves(match, finished):
+def test_damage_of_what_a_kill_leaves(match, finished, record_property):
     """The same of a saved state and of partial results."""
     experiment, name = finished.experiment, f"stopped-{match[7:11]}"
     fault = Fault(experiment.folder / name, experiment.folder / f"{name}-seen", match=match)
@@ -278,4 +279,4 @@ def test_damage_of_what_a_kill_leaves(match, finished):
     stopped.__dict__["undamaged"] = {"run": finished.undamaged["run"]}
     damages = [(f, d) for f in files for d in (*DAMAGES, *(SHAPES if f.endswith(".json") else ()))]
     cells = [Cell(file, damage, "run", again=True) for file, damage in damages]
-    judge_all(stopped, cells)
+    judge_all(stopped, cells, record_property)

@@ -60,7 +60,7 @@ def check_refusal(command, code: int, run: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC], ids=errno.errorcode.get)
 @pytest.mark.parametrize("kind", ["llm", "vlm"])
-def test_every_write_fails_once(kind, code, experiment_of):  # noqa: F811
+def test_every_write_fails_once(kind, code, experiment_of, record_property):  # noqa: F811
     """Each file that is opened, written by a library, flushed, renamed, and each folder that is made, fails once: one
     line each time, no stage that had ended is lost, and the experiment ends with the bytes of an undisturbed one."""
     experiment = experiment_of(kind)
@@ -81,7 +81,9 @@ def test_every_write_fails_once(kind, code, experiment_of):  # noqa: F811
     assert ended
     experiment.finish(name)
     experiment.remove(name)
-    print(f"writes that failed with {errno.errorcode[code]}, {kind}: {failures}")
+    record_property(
+        "figures", f"writes that failed with {errno.errorcode[code]}, {kind}: {failures}"
+    )
     assert failures > 100
 
 
@@ -104,7 +106,7 @@ def mounted(folder: Path, *words: object):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llm", "vlm"])
-def test_a_disk_that_fills_up(kind, experiment_of):  # noqa: F811
+def test_a_disk_that_fills_up(kind, experiment_of, record_property):  # noqa: F811
     """A real disk with a little more room after each failure: one line each time, and in the end the same bytes."""
     experiment = experiment_of(kind)
     run, size, failures = experiment.folder / "full", 16, 0
@@ -117,7 +119,7 @@ def test_a_disk_that_fills_up(kind, experiment_of):  # noqa: F811
             failures, size = failures + 1, size + 32
             assert mount("-o", f"remount,size={size}k", run)
         experiment.finish("full")
-    print(f"full disks, {kind}: {failures}")
+    record_property("figures", f"full disks, {kind}: {failures}")
     assert failures > 20
 
 
@@ -203,7 +205,7 @@ def turn_back() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_removed_under_way(experiment_of):  # noqa: F811
+def test_a_run_that_is_removed_under_way(experiment_of, record_property):  # noqa: F811
     """A folder that is removed during the run is one line, and the same command starts anew."""
     experiment = experiment_of("llm")
     stopped = 0
@@ -221,5 +223,5 @@ def test_a_run_that_is_removed_under_way(experiment_of):  # noqa: F811
             stopped += 1
         experiment.finish(name)
         experiment.remove(name)
-    print(f"removed folders: {stopped} of 5 in one line")
+    record_property("figures", f"removed folders: {stopped} of 5 in one line")
     assert stopped

@@ -16,7 +16,7 @@ MOST = 2000
 
 
 @pytest.mark.parametrize("kind", ["llm", "vlm"])
-def test_killed_at_random_moments(kind, experiment_of):  # noqa: F811
+def test_killed_at_random_moments(kind, experiment_of, record_property):  # noqa: F811
     """kill -9 at 20 moments spread over the whole experiment: run again, it leaves what an undisturbed run leaves."""
     experiment = experiment_of(kind)
 
@@ -33,12 +33,12 @@ def test_killed_at_random_moments(kind, experiment_of):  # noqa: F811
     cases = list(enumerate(moments(20, 0.9 * experiment.seconds[0], kind)))
     with ThreadPoolExecutor(2) as pool:
         killed = sum(pool.map(disturb, cases))
-    print(f"kills, {kind}: {killed} of 20")
+    record_property("figures", f"kills, {kind}: {killed} of 20")
     assert killed == 20
 
 
 @pytest.mark.parametrize("kind", ["llm", "vlm"])
-def test_killed_under_two_processes(kind, experiment_of):  # noqa: F811
+def test_killed_under_two_processes(kind, experiment_of, record_property):  # noqa: F811
     """One of two processes killed at 6 moments of its work, the other ended as by torchrun: as with one process."""
     experiment = experiment_of(kind, 2)
     killed = 0
@@ -50,12 +50,12 @@ def test_killed_under_two_processes(kind, experiment_of):  # noqa: F811
         assert codes[rank] == -signal.SIGKILL
         experiment.finish(name)
         experiment.remove(name)
-    print(f"kills of one of two processes, {kind}: {killed} of 6")
+    record_property("figures", f"kills of one of two processes, {kind}: {killed} of 6")
     assert killed == 6
 
 
 @pytest.mark.parametrize("kind", ["llm", "vlm"])
-def test_killed_before_every_write(kind, experiment_of):  # noqa: F811
+def test_killed_before_every_write(kind, experiment_of, record_property):  # noqa: F811
     """Killed before each file that is opened, flushed, renamed or removed, one after another, the experiment ends, and
     no stage that had ended is lost on the way."""
     experiment = experiment_of(kind)
@@ -73,7 +73,7 @@ def test_killed_before_every_write(kind, experiment_of):  # noqa: F811
         assert code == -signal.SIGKILL, command.said
     assert code == 0
     experiment.finish("killed")
-    print(f"kills at writes, {kind}: {kills}")
+    record_property("figures", f"kills at writes, {kind}: {kills}")
     assert kills > 200
 
 

@@ -71,7 +71,7 @@ def test_a_notebook_is_left_alone():
 
 
 @pytest.mark.slow
-def test_signals_at_random_moments(experiment_of):  # noqa: F811
+def test_signals_at_random_moments(experiment_of, record_property):  # noqa: F811
     """10 signals spread over an experiment: exit code 75 or 130, one line that says how to go on, and the same bytes
     in the end."""
     stopped = 0
@@ -87,7 +87,7 @@ def test_signals_at_random_moments(experiment_of):  # noqa: F811
         experiment.finish(name)
         experiment.remove(name)
         stopped += 1
-    print(f"signals: {stopped} of 10")
+    record_property("figures", f"signals: {stopped} of 10")
 
 
 @pytest.mark.slow

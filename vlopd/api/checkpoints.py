@@ -22,6 +22,7 @@ from vlopd.files import read_json, shortest_distinct_names
 from vlopd.loop import Trained
 from vlopd.masks.files import HEADER
 from vlopd.models.load import resolve
+from vlopd.run.checksums import check_within_run
 from vlopd.run.resolve import hub_folder, is_score_file, score_files
 
 Checkpoint = str | Path | Trained
@@ -48,6 +49,7 @@ def model_of(checkpoint: Checkpoint) -> str:
     refuse_other_kinds(checkpoint)
     path = Path(checkpoint)
     if path.exists():
+        check_within_run(path)
         if not _holds_weights(path) and _holds_weights(path / "checkpoint"):
             return str(path / "checkpoint")
         if (what := what_it_is(path)) is not None:

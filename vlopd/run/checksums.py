@@ -188,6 +188,17 @@ class Checksums:
         return sorted(path.stem.replace("--", "/", 1) for path in found)
 
 
+def check_within_run(path: Path) -> None:
+    """Raises RunError for a file or folder within a run of whose artifact a file was changed; other paths pass."""
+    for root in (*path.parents, *path.absolute().parents):  # the first as the user named it
+        if (root / "run.json").is_file() and (root / "checksums").is_dir():
+            kind, *rest = path.absolute().relative_to(root.absolute()).parts
+            sums, artifact = Checksums(root), "/".join([kind, *rest[:1]])
+            if sums.path(artifact).exists():
+                sums.check(artifact, whole=False)
+            return
+
+
 def _without_long_values(difference: str) -> str:
     """The key of a difference alone where its values are long or digests."""
     key, _, values = difference.partition(": ")

@@ -28,6 +28,7 @@ from vlopd.models.load import resolve
 from vlopd.models.tokenizers import read_template
 from vlopd.plugins import Use
 from vlopd.progress import downloads
+from vlopd.run.checksums import check_within_run
 from vlopd.run.folder import RunFolder
 from vlopd.run.schemas import read_record
 from vlopd.weights import delta
@@ -250,8 +251,10 @@ def score_files(path: Path) -> list[Path]:
     """The files of finished evaluations: results, then one samples file per task.
 
     path: an output folder of lm-eval (the latest results_*.json, with the samples of the same time stamp), a run's
-    evals/<arm>, or one file of either. A samples file alone has no results. Raises RunError where files are missing.
+    evals/<arm>, or one file of either. A samples file alone has no results. Raises RunError where files are missing,
+    and for a run's that were changed.
     """
+    check_within_run(path)
     if SAMPLES.fullmatch(path.name) and path.is_file():
         return [path]
     found = [path] if path.is_file() else [path / "results.json"]
