@@ -163,6 +163,7 @@ def train_all(models: Path, out: Path, cases: list[str]) -> None:
             torch.save(done.student.model.state_dict(), out / f"{name}-{n}.pt")
             base = pair_of(models, case.split()[0]).student.model.state_dict()
             torch.save(values.merged(base), out / f"{name}-{n}-merged.pt")
+            assert values.moved_off_mask(base) == 0
 
 
 def main(models: Path, out: Path, launches: list[str]) -> None:

@@ -380,10 +380,12 @@ def test_rollouts_ahead_are_of_weights_one_step_older(kind, folders, samplers, m
     assert list(again.metrics.rollout_lag) == [0, 1, 1, 1]
 
 
+@pytest.mark.parametrize("identity", [None, "x"], ids=["", "saves"])
 def test_weights_that_were_lost_while_sampling_ahead_are_sent_again(
-    folders, samplers, make_data, tmp_path
+    identity, folders, samplers, make_data, tmp_path
 ):
-    """An engine that forgets its weights between two steps gets the newest, whose completions have no lag."""
+    """An engine that forgets its weights between two steps gets the newest, whose completions have no lag, also where
+    the step before saves the state."""
     its, data = samplers["llm"], make_data("llm", 16)
 
     async def forget(request, answer):
@@ -391,7 +393,7 @@ def test_weights_that_were_lost_while_sampling_ahead_are_sent_again(
         return web.Response(status=503)
 
     its.next("/sample", forget)
-    made = ahead(folders, "llm", data, tmp_path / "x", its.url, identity=None)
+    made = ahead(folders, "llm", data, tmp_path / "x", its.url, identity=identity, save_every=1)
     assert its.times == 0 and set(made.metrics.rollout_lag) <= {0, 1}
 
 

@@ -272,6 +272,8 @@ def distill(
             is_average = any(its.ema is not None for its in pair.teachers)
             others = {"a mask": mask is not None, "projections": projections is not None}
             refuse_unlike(low_rank, {**others, "a teacher that averages the student": is_average})
+        if train.sharding != "none":
+            refuse_unsharded(recipe, lora is not None)
         refuse_trained(pair.student)
         parameter_names.freeze(pair.student.model, train.freeze)
         offload = train.offload_optimizer
@@ -308,8 +310,6 @@ def distill(
                 )
             kept_in, most = Path(teacher_cache or out / "teacher-cache"), train.teacher_cache_gb
             pair = pair.with_teacher_cache(TeacherCache(kept_in, int(1e9 * most)))
-        if train.sharding != "none":
-            refuse_unsharded(recipe, lora is not None)
         if lora is not None and not isinstance(recipe.rollout.engine, str):
             raise ConfigError(
                 "rollout.engine sends trained weights, and a LoRA has none; leave it out"

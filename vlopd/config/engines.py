@@ -29,7 +29,7 @@ class Engine(Section):
     """Of the process that is started, such as "cuda:1"; null for its default. Not with url."""
     timeout_seconds: Seconds = 600.0
     """Longest time to wait for one answer."""
-    attempts: Count = 6
+    attempts: Count = 10
     """Attempts at a request, at growing intervals, before training stops; its state stays."""
 
     @field_validator("url")
@@ -38,6 +38,15 @@ class Engine(Section):
         if url is not None and not url.startswith(("http://", "https://")):
             raise ValueError(f'{url!r} must be an address such as "http://127.0.0.1:8100"')
         return None if url is None else url.rstrip("/")
+
+    @model_validator(mode="after")
+    def check_device(self) -> Engine:
+        if self.url is not None and self.device is not None:
+            raise ValueError(
+                f"device = {self.device!r} is of a server that is started here, and one runs at {self.url}; leave out "
+                "device or url"
+            )
+        return self
 
 
 class ServedEngine(Engine):

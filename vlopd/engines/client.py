@@ -46,7 +46,7 @@ class Connection:
 
     url: str
     timeout_seconds: float = 600.0
-    attempts: int = 6
+    attempts: int = 10
     server: str = "`vlopd serve`"
     at_once: int = 1
     session: requests.Session = field(default_factory=requests.Session)

@@ -302,6 +302,7 @@ class FullyShardedTrainable(ShardedTrainable):
         for module in sharded_modules(self.states):
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
+        self.model_parameters = dict(self.model.named_parameters())  # as gathered
 
     def part_again(self) -> None:
         """Frees what `assemble` gathered."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from vlopd import distributed
 from vlopd.config.objective import Writer
 from vlopd.config.recipe import Recipe
 from vlopd.engines.client import LostWeights
@@ -70,6 +71,12 @@ class RolloutsAhead:
 
         Raises what sampling raised.
         """
+        step, rendered, completions, version = self._sampled()
+        self._start()
+        return rendered, completions, step - version
+
+    def _sampled(self) -> tuple[int, list[Rendered], Completions, int]:
+        """What was being sampled; once more where the engine had lost its weights."""
         assert self.coming is not None, "there is a step left"
         step, rendered, future, version = self.coming
         try:
@@ -78,8 +85,10 @@ class RolloutsAhead:
             self.engine.restore()
             version = self.engine.sampler.version
             completions = self._sample(self.pair, step, rendered)
-        self._start()
-        return rendered, completions, step - version
+            future = Future()
+            future.set_result(completions)
+            self.coming = step, rendered, future, version
+        return step, rendered, completions, version
 
     def wait(self) -> None:
         """Waits for the sampling under way, so that the engine's weights may change."""
@@ -93,8 +102,9 @@ class RolloutsAhead:
         """
         if self.coming is None:
             return
-        step, rendered, future, _ = self.coming
-        whole = batch_of(self.pair, self.recipe, rendered, future.result())
+        with distributed.together(accelerator):
+            step, rendered, completions, _ = self._sampled()
+            whole = batch_of(self.pair, self.recipe, rendered, completions)
         where.write(step, [whole], accelerator)
         if accelerator.is_main_process:
             for path in where.path(step).parent.glob("*.safetensors"):
