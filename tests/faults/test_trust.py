@@ -478,11 +478,11 @@ def test_shards_stay_in_their_folder(here):
     folder.mkdir()
     save_file({"w": torch.ones(2)}, folder / "a.safetensors")
     for name in ("../outside.safetensors", str(here / "outside.safetensors")):
-        (folder / INDEX).write_text(json.dumps({"weight_map": {"w": name}}))
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"w": name}}))
         for read in (Weights, read_headers):
             with pytest.raises(UserError, match=r"only \*\.safetensors beside it are read"):
                 read(folder)
-    (folder / INDEX).write_text(json.dumps({"weight_map": {"w": "a.safetensors"}}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"w": "a.safetensors"}}))
     assert Weights(folder).read("w").tolist() == [1, 1] and set(read_headers(folder)) == {"w"}
 
 
@@ -512,8 +512,7 @@ def test_pickles_are_refused(here):
     with pytest.raises(RunError, match="is a pickle, which is refused"):
         open_foreign(here / "mask.pt")
     np.savez(here / "a.npz", about=np.array(Attack(), dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="allow_pickle"):
-        load_partial(here / "a.npz")
+    assert load_partial(here / "a.npz") is None  # as anything damaged
     (here / "rows").mkdir()
     (here / "rows" / "rows.py").write_text(ATTACK)
     with pytest.raises(ConfigError, match="Dataset scripts are no longer supported"):

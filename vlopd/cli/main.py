@@ -379,7 +379,7 @@ def _refuse_empty_words(words: Sequence[str]) -> None:
 
 def _usage(error: typer.TyperException) -> str:
     """Typer's usage error in a line, with the command whose help says more."""
-    context = getattr(error, "ctx", None)  # of a usage error, a class without a public name
+    context = vars(error).get("ctx")  # of a usage error, a class without a public name
     command = "vlopd" if context is None else context.command_path
     reason = error.format_message().replace("Value error, ", "").strip().removesuffix(".")
     return f"{reason}; `{command} --help` lists what it takes"
