@@ -32,7 +32,6 @@ OPEN = {
     "paper": ("paper", "run"),
     "retrain": ("retrain", "run"),
     "mask make": ("mask", "make", "run"),
-    "vision": ("vision", "run"),
     "push": ("push", "run", "--arm", "sub", "--repo", "a/b", "--dry-run"),
     "over a config": ("run", "c.toml", "--out", "run"),
 }

@@ -158,12 +158,8 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     if (folder / SINGLE).exists():
         paths = [folder / SINGLE]
     elif (folder / INDEX).exists():
-        index = read_index(folder / INDEX)
-        if index.metadata is None:
-            raise ConfigError(
-                f"{folder / INDEX} has no metadata, which transformers wants; save the model again"
-            )
-        paths = [folder / name for name in sorted(set(index.weight_map.values()))]
+        shards = read_index(folder / INDEX).weight_map
+        paths = [folder / name for name in sorted(set(shards.values()))]
     else:
         pickled = sorted(p.name for how in ("*.bin", "*.pt", "*.pth") for p in folder.glob(how))
         held = (

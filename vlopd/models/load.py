@@ -285,6 +285,11 @@ def check_unloaded(config: ModelConfig) -> None:
 def check_files(name: str, folder: Path) -> None:
     """Raises ConfigError for damaged or quantised weights or incomplete experts; reads headers only."""
     stored = integrity.read_headers(folder)
+    index = folder / integrity.INDEX
+    if not (folder / integrity.SINGLE).exists() and integrity.read_index(index).metadata is None:
+        raise ConfigError(
+            f"{index} has no metadata, which transformers wants; save the model again"
+        )
     if packed := integrity.find_packed(stored):
         raise ConfigError(f"{name} is quantised: {packed}")
     if odd := integrity.find_complex(stored):
