@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Fuzzes one of tests/faults/fuzz_targets.py with atheris: scripts/fuzz TARGET [options of libFuzzer].
 
 An input that reaches new code joins tests/faults/corpus/TARGET; one that fails is written as crash-*.
@@ -5,12 +6,15 @@ An input that reaches new code joins tests/faults/corpus/TARGET; one that fails 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import atheris  # type: ignore[import-not-found]
 
 ROOT = Path(__file__).parents[1]
+NAME = "VLOPD_FUZZ_TARGET"
+"""Environment variable with the target, for the processes that libFuzzer starts to reduce a corpus."""
 
 
 def main() -> None:
@@ -19,9 +23,11 @@ def main() -> None:
         include=["vlopd.masks", "vlopd.weights", "vlopd.data", "vlopd.grading"]
     ):
         from tests.faults.fuzz_targets import TARGETS
-    if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
+    if len(sys.argv) > 1 and sys.argv[1] in TARGETS:
+        os.environ[NAME] = sys.argv.pop(1)
+    if os.environ.get(NAME) not in TARGETS:
         raise SystemExit(f"scripts/fuzz: name one of {', '.join(TARGETS)}")
-    target = TARGETS[sys.argv.pop(1)]
+    target = TARGETS[os.environ[NAME]]
     atheris.Setup(sys.argv, target)
     atheris.Fuzz()
 

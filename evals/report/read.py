@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from vlopd.errors import RunError, first_line
-from vlopd.update_geometry.schema import ROW_COLUMNS
+from vlopd.update_geometry.schema import NEEDED_COLUMNS
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
@@ -27,7 +27,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame
         raise RunError(
             f"{path} is not a table of vlopd ({first_line(error)}); delete its folder and run its stage again"
         ) from None
-    needed = ROW_COLUMNS if path.name == "geometry.csv" and columns is None else ()
+    needed = NEEDED_COLUMNS if path.name == "geometry.csv" and columns is None else ()
     if lacking := [name for name in needed if name not in table]:
         raise RunError(
             f"{path} is not a table of vlopd (no column {lacking[0]}); delete its folder and run its stage again"

@@ -52,7 +52,8 @@ class ArmRecord(Record):
 class MaskRecord(Record):
     """masks/NAME.json."""
 
-    counts: dict[str, Count]
+    inputs: Table = Field(default_factory=dict)
+    counts: dict[str, Count] = Field(default_factory=dict)
     density: float
 
 

@@ -39,7 +39,7 @@ from vlopd.update_geometry.partial import (
     save_partial,
 )
 from vlopd.update_geometry.schema import (
-    ROW_COLUMNS,
+    NEEDED_COLUMNS,
     STATUSES,
     Place,
     Row,
@@ -346,7 +346,7 @@ def read_rows(folder: Path) -> Iterator[dict[str, str]]:
         with path.open(encoding="utf-8") as file:
             reader = csv.DictReader(file, strict=True)
             names = reader.fieldnames or ()
-            if lacking := [name for name in ROW_COLUMNS if name not in names]:
+            if lacking := [name for name in NEEDED_COLUMNS if name not in names]:
                 raise RunError(f"{path} has no column {lacking[0]}; {remedy}")
             for row in reader:
                 if None in row or None in row.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from scipy.special import nctdtrinc, stdtr, stdtrit
@@ -91,7 +91,8 @@ class Row:
     reason: str
 
 
-ROW_COLUMNS = tuple(field.name for field in fields(Row))
+NEEDED_COLUMNS = ("name", "metric", "parameter", "value", "null")
+"""Columns of geometry.csv without which it says nothing; earlier versions had fewer of the others."""
 
 
 class Place(NamedTuple):
