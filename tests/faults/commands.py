@@ -117,7 +117,7 @@ class Injected:
         if self.inside or not isinstance(path, (str, bytes, os.PathLike)):
             return
         where = os.path.abspath(os.fsdecode(path))
-        for temporary, final in self.final.items():
+        for temporary, final in list(self.final.items()):  # other threads write too
             if where == temporary or where.startswith(f"{temporary}/"):
                 where = f"{final}{where[len(temporary) :]}"
         root = os.path.abspath(self.fault.root)

@@ -64,8 +64,8 @@ bootstrap_draws = 50
 """
 TIMED = re.compile(r"memory.json|report/(record.json|report.html|report.md|tables/training.csv)")
 """Files that hold times or peaks of memory."""
-TIMES = re.compile(r"second|time|date|created|peak|free|tokens_per")
-"""Keys of JSON whose values are times, or memory at a time."""
+TIMES = re.compile(r"second|time|date|created|peak|free|tokens_per|^git$")
+"""Keys of JSON whose values are times, memory at a time, or the state of this source tree."""
 
 
 PORT = 29600

@@ -115,7 +115,7 @@ class Finished:
         """{verb: what it prints, the run and the other folder that it leaves} without damage."""
         found = {}
         for k, verb in enumerate(VERBS):
-            run = self.copy(name := f"fine-{k}")
+            run = self.copy(name := f"fine-{k:03}")
             code, command = self.call(verb, name)
             assert code == 0, (verb, command.said)
             found[verb] = (self.printed(command, name), results_of(run), self.elsewhere(name))
@@ -127,7 +127,8 @@ class Finished:
 
     def elsewhere(self, name: str) -> dict[str, str]:
         out = self.experiment.folder / f"{name}-out"
-        return results_of(out) if out.exists() else {}
+        found = results_of(out) if out.exists() else {}
+        return {name: its for name, its in found.items() if name.endswith((".csv", ".jsonl"))}
 
     @cached_property
     def kinds(self) -> list[str]:
@@ -145,7 +146,7 @@ class Finished:
 
     def judge(self, k: int, cell: Cell) -> tuple[str, str]:
         """(outcome, what was said): refused, told, healed, unused, or a fault in capitals."""
-        run = self.copy(name := f"cell-{k}")
+        run = self.copy(name := f"cell-{k:03}")
         path, draws = run / cell.file, random.Random(str(cell))
         path.write_bytes({**DAMAGES, **SHAPES}[cell.damage](path.read_bytes(), draws))
         code, command = self.call(cell.verb, name)
