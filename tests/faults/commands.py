@@ -125,7 +125,7 @@ class Injected:
             return
         if self.fault.what == "error" and kind in REMOVALS:
             return
-        if kind == "os.mkdir" and os.path.isdir(where):  # which then does nothing
+        if kind == "os.mkdir" and os.path.isdir(path):  # which then does nothing
             return
         name = re.sub(r"\d{6}", "N", os.path.relpath(where, root))
         label = f"{kind.removeprefix('os.')} {name}"
