@@ -495,7 +495,7 @@ def test_of_jobs_with_one_artifact_one_makes_it(tmp_path):
                 if next(turns) == "fails":
                     raise ZeroDivisionError
                 made.append(name)
-                its.finish({}, [])
+                its.finish({"density": 0.5}, [])
 
     said = io.StringIO()
     with redirect_stderr(said), ThreadPoolExecutor(3) as jobs:

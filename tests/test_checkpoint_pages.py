@@ -342,7 +342,7 @@ SAMPLE = {
     ("rows", "message"),
     [
         ([], "has no rows; evaluate the model again with --log_samples"),
-        ([3], "rows without doc_id and doc_hash"),
+        ([3], "line 1 is not a JSON object"),
         ([{"doc_id": 0}], "rows without doc_id and doc_hash"),
         ([SAMPLE], "is not samples of lm-eval or of a run: KeyError 'question'"),
         ([SAMPLE | {"metrics": ["exact_match"], "filter": "none"}], "is not samples of lm-eval or of a run: KeyError"),

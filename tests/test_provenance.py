@@ -376,6 +376,9 @@ def test_a_tasks_files_are_all_known(tmp_path, monkeypatch):
     }
 
 
+RECORD = {"inputs": {"a": 1}, "type": "distill", "checkpoint_digest": "x"}
+
+
 def test_records_are_deleted_before_an_artifact_is_made_again(tmp_path):
     """While an artifact is made again it has no record or checksums; a record without checksums is named."""
     run, record = RunFolder(tmp_path), tmp_path / "arms" / "full" / "record.json"
@@ -384,7 +387,7 @@ def test_records_are_deleted_before_an_artifact_is_made_again(tmp_path):
     rows.write_text("{}\n")
     write_json(tmp_path / "run.json", {})
     run.checksums.write("run", [tmp_path / "run.json"])
-    run.checksums.finish("arms/full", {"inputs": {"a": 1}}, [rows])
+    run.checksums.finish("arms/full", RECORD, [rows])
     assert run.checksums.outdated("arms/full", {"a": 1}) is None
     assert run.checksums.outdated("arms/full", {"a": 2}) == "inputs changed: a: 1 -> 2"
     sums = run.checksums.path("arms/full")
@@ -406,7 +409,7 @@ def test_other_processes_do_not_read_what_the_first_withdraws(tmp_path, monkeypa
     rows = tmp_path / "arms" / "full" / "metrics.jsonl"
     rows.parent.mkdir(parents=True)
     rows.write_text("{}\n")
-    run.checksums.finish("arms/full", {"inputs": {"a": 1}}, [rows])
+    run.checksums.finish("arms/full", RECORD, [rows])
     asked = []
 
     def inputs(whole: bool):

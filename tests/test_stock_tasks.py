@@ -270,7 +270,7 @@ def test_lm_evals_files_give_the_same_comparison(stock, tmp_path, monkeypatch, c
     names = {path.name for path in (tmp_path / "run" / "evals" / "x").glob("samples_*")}
     assert names == {"samples_subject_a.jsonl", "samples_subject_b.jsonl"}
     files["base"].write_text("[1]")
-    with pytest.raises((RunError, ConfigError), match="holds no object") as error:
+    with pytest.raises((RunError, ConfigError), match="is not lm-eval's results") as error:
         compare_models(files, out=tmp_path / "again")
     assert "\n" not in str(error.value)
 

@@ -370,7 +370,15 @@ def test_rows_are_those_of_the_run_also_of_an_unfinished_one(tmp_path):
         {"settings": {"optim.learning_rate": r}, "score": s} for r, s in ((1e-4, 0.5), (3e-4, 0.75))
     ]
     for arm in ("base", *names[:-1]):  # the last arm is not trained yet
-        record = {"arm": arm, "seconds": 10.0, "seed": 1, "density": 1.0, "inputs": {}}
+        record = {
+            "type": "distill",
+            "checkpoint_digest": "x",
+            "arm": arm,
+            "seconds": 10.0,
+            "seed": 1,
+            "density": 1.0,
+            "inputs": {},
+        }
         write_json(
             run.arm_record(arm), record | ({"sweep": sweep} if arm.startswith("full") else {})
         )

@@ -306,11 +306,11 @@ def test_adapters_are_no_models(kind, folders, copied):
 
 
 BROKEN_CONFIGS = {
-    "{": "not a valid JSON",
-    "[]": "model_type",
+    "{": "is not JSON",
+    "[]": "is not a JSON object",
     '{"model_type": "nonesuch"}': "nonesuch",
     '{"model_type": "llama", "hidden_size": "wide"}': "hidden_size",
-    '{"model_type": "llama", "num_attention_heads": 0}': "modulo by zero",
+    '{"model_type": "llama", "num_attention_heads": 0}': "num_attention_heads is 0",
     '{"model_type": "llama", "hidden_act": "nonesuch"}': "nonesuch",
     '{"model_type": "xx", "auto_map": {"AutoConfig": "configuration_x.X"}}': "trust_remote_code = true",
 }
