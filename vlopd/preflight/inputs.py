@@ -110,10 +110,11 @@ def find_problems(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
     for name, arm in trained.items():
         with found.catch(f"arms.{name}: " if arm.own else ""):
             split_among_processes(config.recipe_of(arm).train)
+    before = len(found.lines)
     for model in models_of(config, needed):
         with found.catch():
             refuse_unfit(model)
-    if found.lines:
+    if len(found.lines) > before:
         return found.lines  # nothing more can be checked with such a model
     extents: dict[str, Extents] = {}
     with suppress(UserError):  # a student that cannot be read is found below, with its teachers
