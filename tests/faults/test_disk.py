@@ -116,7 +116,7 @@ def test_a_disk_that_fills_up(kind, experiment_of, record_property):  # noqa: F8
             if command.end() == 0:
                 break
             check_refusal(command, errno.ENOSPC, "full")
-            failures, size = failures + 1, size + 32
+            failures, size = failures + 1, size + 200
             assert mount("-o", f"remount,size={size}k", run)
         experiment.finish("full")
     record_property("figures", f"full disks, {kind}: {failures}")
