@@ -40,7 +40,7 @@ def launch(models: Path, out: Path, cases: dict[int, list[str]]) -> None:
         timeout=300 + 60 * sum(map(len, cases.values())),
         cwd=Path(__file__).parents[1],
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-9000:]
 
 
 def weights(out: Path, case: str, n: int) -> dict[str, torch.Tensor]:
