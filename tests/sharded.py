@@ -119,7 +119,7 @@ def train(models: Path, out: Path, case: str, sharding: str | None = None) -> Tr
         projections=projections(pair) if what == "projected" else None,
         identity=f"{kind} {what}",
         null="random_gradient" if what == "null" else None,
-        replay=None if what in ("own", "engine", "average") else replay,
+        replay=None if what in ("own", "engine", "average", "failing") else replay,
     )
 
 
