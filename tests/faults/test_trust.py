@@ -385,7 +385,22 @@ LINKS = {
     "a lock, which would be overwritten": ".locks/run",
     "the lock": ".lock",
     "a record": "compare.json",
+    "where a tracker writes": "arms/full/trackers",
 }
+
+
+def test_logs_of_trackers_are_their_own(received, tmp_path):
+    """What a tracker logs after an arm's end is no change of the run, nor is the link out that wandb makes to its own
+    log, where nothing is written again."""
+    run = Run(received)
+    ended = received / "arms" / "full" / "trackers" / "wandb" / "offline-run-1"
+    (ended / "logs").mkdir(parents=True)
+    (tmp_path / "core.log").touch()
+    (ended / "logs" / "debug-core.log").symlink_to(tmp_path / "core.log")
+    (ended / "logs" / "debug.log").write_text("after the end")
+    found = run.verify()
+    assert not found.problems and not found.unknown
+    RunFolder.open(received, locked=False)
 
 
 @pytest.mark.parametrize("place", LINKS)

@@ -35,6 +35,8 @@ WRITTEN = (
     "teacher-cache",
 )
 """Folders of a run that stages write into."""
+NO_RESULTS = ("state", "trackers")
+"""Folders of an arm without checksums: its saved state, and logs of trackers, which write on after its end."""
 FORMAT = 2
 """Version of run.json; increased where files of an earlier version would be misread."""
 FIXED = ("student", "precision.stored")
@@ -201,6 +203,9 @@ class RunFolder:
         for folder, folders, files in os.walk(self.root):
             if folder == str(self.root):
                 folders[:] = [name for name in folders if name in (*WRITTEN, ".locks")]
+            if Path(folder).match("arms/*/trackers/*/*"):  # ended; wandb links to its own log there
+                folders.clear()
+                continue
             for name in (*folders, *files):
                 path = os.path.join(folder, name)
                 try:

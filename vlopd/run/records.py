@@ -21,7 +21,7 @@ from vlopd.masks.apply import (
 )
 from vlopd.models.load import DTYPES, load_configured, load_model_config, resolve
 from vlopd.models.loaded import LoadedModel
-from vlopd.run.folder import RunFolder
+from vlopd.run.folder import NO_RESULTS, RunFolder
 from vlopd.run.resolve import hub_folder, read_tensors
 from vlopd.run.stage import Stage
 from vlopd.weights.reader import Weights
@@ -108,8 +108,8 @@ def write_record(
         "checkpoint_digest": digest,
     }
     arm = its.run.arm(name)
-    state = arm / "state"
-    its.finish(content, [p for p in arm.rglob("*") if p.is_file() and state not in p.parents])
+    files = [path for path in arm.rglob("*") if path.is_file()]
+    its.finish(content, [p for p in files if p.relative_to(arm).parts[0] not in NO_RESULTS])
 
 
 def model_card(

@@ -13,7 +13,7 @@ from vlopd.errors import RunError, UserError
 from vlopd.progress import progress
 from vlopd.run.checksums import Problem, differences
 from vlopd.run.dependencies import arm_inputs, mask_inputs
-from vlopd.run.folder import LOCK, RunFolder
+from vlopd.run.folder import LOCK, NO_RESULTS, RunFolder
 from vlopd.run.resolve import base_arm
 from vlopd.run.schemas import read_record
 
@@ -74,9 +74,11 @@ def records_without_checksums(run: RunFolder) -> list[Problem]:
 
 
 def _is_working_file(run: RunFolder, path: Path) -> bool:
-    """Whether a file is a lock or the saved state of an arm in training, not a result."""
+    """Whether a file is a lock, or in an arm's saved state or trackers: not a result."""
     parts = path.relative_to(run.root).parts
-    return parts[0] in (LOCK, ".locks") or (parts[0] == "arms" and "state" in parts[2:3])
+    return parts[0] in (LOCK, ".locks") or (
+        parts[0] == "arms" and not set(parts[2:3]).isdisjoint(NO_RESULTS)
+    )
 
 
 def _changed_inputs(run: RunFolder, config: ExperimentConfig) -> list[str]:

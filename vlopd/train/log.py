@@ -269,8 +269,10 @@ def open_trackers(
             _without_host_name()
         if name == "wandb":
             (folder / "trackers").mkdir(parents=True, exist_ok=True)
-            os.environ.setdefault("WANDB_MODE", "offline")
-            os.environ.setdefault("WANDB_DIR", str(folder / "trackers"))
+            # an argument, since a process trains several arms
+            arguments["dir"] = os.environ.get("WANDB_DIR", str(folder / "trackers"))
+            for key, value in WANDB.items():
+                os.environ.setdefault(key, value)
         kind = LOGGER_TYPE_TO_CLASS[name]
         where = [str(folder / "trackers")] if kind.requires_logging_directory else []
         # a resumed run logs its earlier steps again; tensorboard drops those of before
@@ -280,6 +282,15 @@ def open_trackers(
         tracker.start()
         tracker.store_init_configuration(flat(config))
     return trackers
+
+
+WANDB = {
+    "WANDB_MODE": "offline",
+    "WANDB_HOST": "vlopd",
+    "WANDB_X_DISABLE_META": "true",
+    "WANDB_X_DISABLE_MACHINE_INFO": "true",
+}
+"""Unless the user sets otherwise, wandb sends nothing, and records no name, user, path or hardware of the machine."""
 
 
 def _without_host_name() -> None:
