@@ -45,8 +45,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; on success it replaces `path`. Raises as `whole_file`."""
-    temporary = _temporary_beside(path)
-    with writing(path, temporary):
+    temporary, replaced = _temporary_beside(path), _temporary_beside(path)
+    with writing(path, temporary, replaced):
         temporary.mkdir()
         permissions = temporary.stat().st_mode & 0o777
         try:
@@ -56,18 +56,23 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 inside.chmod(permissions if inside.is_dir() else permissions & 0o666)
                 flush(inside)
             flush(temporary)
-            replaced = _temporary_beside(path)
             if path.exists():
                 path.rename(replaced)
-            temporary.rename(path)
+            try:
+                temporary.rename(path)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(path)
+                raise
             flush(path.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            if path.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def writing(path: Path, temporary: Path | None = None) -> Iterator[None]:
+def writing(path: Path, *temporary: Path) -> Iterator[None]:
     """Raises CannotWrite, with the name `path`, for an error of the system that names another file of its making or
     none, as errors of writing do and libraries' own. Errors that name other files pass."""
     try:
@@ -78,7 +83,7 @@ def writing(path: Path, temporary: Path | None = None) -> Iterator[None]:
         named = error.filename if isinstance(error, OSError) else None
         if named is not None:
             its = Path(named)
-            if its not in (path, path.parent) and temporary not in (its, *its.parents):
+            if its not in (path, path.parent) and not {its, *its.parents}.intersection(temporary):
                 raise
         raise CannotWrite(path, error) from None
 
