@@ -1,7 +1,9 @@
 """The loop: what a step computes does not depend on how it is split, and a killed run goes on as if it had not been."""
 
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from vlopd.data.load import load_data, pick
 from vlopd.errors import ConfigError, RunError
 from vlopd.loop import Hooks, backward, distill
 from vlopd.models.parameter_names import classify
+from vlopd.train import log as training_log
 from vlopd.train.checks import TrainingError, refuse_overflow
 from vlopd.train.log import Stopwatch, TrainingLog, open_trackers
 from vlopd.train.optimizers import build_optimizer
@@ -635,6 +638,39 @@ def test_curves_go_to_tensorboard(make_pair, make_config, tmp_path):
     assert again == {0: before[0], 1: before[1], 2: 7.0}
     with pytest.raises(ConfigError, match="names 'wandb', which is not installed: pip install"):
         open_trackers(TrackingConfig(trackers=("wandb",)), "test", "run", "full", tmp_path, {})
+
+
+def test_wandb_starts_in_the_arms_folder_without_names(tmp_path, monkeypatch):
+    """Each arm of a process has its own folder for wandb, which is offline and records no machine unless told to."""
+    started = []
+
+    class Recorded:
+        requires_logging_directory = False
+
+        def __init__(self, project: str, **arguments: str):
+            started.append((project, arguments["name"], arguments["dir"], dict(os.environ)))
+
+        def start(self) -> None:
+            assert Path(started[-1][2]).is_dir()
+
+        def store_init_configuration(self, values: dict) -> None:
+            pass
+
+    monkeypatch.setattr(training_log, "get_available_trackers", lambda: ["wandb"])
+    monkeypatch.setitem(training_log.LOGGER_TYPE_TO_CLASS, "wandb", Recorded)
+    for key in training_log.WANDB:
+        monkeypatch.setenv(key, "")
+        monkeypatch.delenv(key)
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    for arm in ("full", "other"):
+        open_trackers(TrackingConfig(trackers=("wandb",)), "test", "run", arm, tmp_path / arm, {})
+    folders = [(arm, str(tmp_path / arm / "trackers")) for arm in ("full", "other")]
+    assert [its[1:3] for its in started] == folders
+    assert started[0][3].items() >= training_log.WANDB.items()
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "online")
+    open_trackers(TrackingConfig(trackers=("wandb",)), "test", "run", "full", tmp_path, {})
+    assert started[-1][2] == str(tmp_path) and started[-1][3]["WANDB_MODE"] == "online"
 
 
 def test_samples_hold_both_models_logprobs(kind, make_pair, make_config, tmp_path):
