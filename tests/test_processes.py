@@ -19,7 +19,14 @@ LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 TRAINED = ("full", "subnetwork")
 
 
-def test_two_processes_do_what_one_does(folders, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(LAUNCHER, id="launched", marks=pytest.mark.slow),
+        pytest.param([], id="forked"),  # for one import
+    ],
+)
+def test_two_processes_do_what_one_does(launcher, folders, tmp_path, monkeypatch):
     """A whole run: loss, tokens and gradient norm of the first step agree to 1e-5 with one process's, for an arm under
     a mask and its `full`; two processes train both again after a change. Of the arms that two processes trained, one
     makes the same masks, geometry, overlap and evaluations, byte for byte.
@@ -33,7 +40,7 @@ def test_two_processes_do_what_one_does(folders, tmp_path, monkeypatch):
     words = ["-m", "tests.together", str(models), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *LAUNCHER, *words],
+        [sys.executable, *launcher, *words],
         env=environment,
         capture_output=True,
         text=True,

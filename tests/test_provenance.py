@@ -201,20 +201,27 @@ def replacements(kind: str):
         "task data": (lambda: edit("tasks/rows.jsonl", '"answer": "', '"answer": "x'), scored),
         "task module": (lambda: edit("tasks/rule.py", "% 2", "% 3"), scored),
     }
-    if kind == "vlm":
-        few = ("student weights", "task module")
-        return {"picture": (picture, trained)} | {name: found[name] for name in few}
-    few = ("data", "teacher weights", "student template", "tokenizer", "task", "task data")
-    return {name: found[name] for name in few}
+    return found | ({"picture": (picture, trained)} if kind == "vlm" else {})
 
 
-@pytest.mark.parametrize("kind", ["vlm"], indirect=True)
-def test_what_is_replaced_is_made_again_and_nothing_else(kind, project, monkeypatch, capsys):
+FEW = ("picture", "task module")
+
+
+@pytest.mark.parametrize(
+    ("kind", "which"),
+    [
+        pytest.param("vlm", FEW, id="some"),
+        *(pytest.param(kind, None, id=kind, marks=pytest.mark.slow) for kind in ("llm", "vlm")),
+    ],
+    indirect=["kind"],
+)
+def test_what_is_replaced_is_made_again_and_nothing_else(kind, which, project, monkeypatch, capsys):
     """One input after the other is replaced under its own name: exactly what depends on it is made again."""
     before = records(project / "run")
     assert vlopd(monkeypatch, "run", "mini.toml", "--out", "run") == 0
     assert records(project / "run") == before
-    for what, (replace, expected) in replacements(kind).items():
+    found = replacements(kind)
+    for what, (replace, expected) in {name: found[name] for name in which or found}.items():
         replace()
         assert vlopd(monkeypatch, "run", "mini.toml", "--out", "run") == 0, capsys.readouterr()
         after = records(project / "run")

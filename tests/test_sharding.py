@@ -52,8 +52,8 @@ def distance(a, b) -> float:
 
 
 SOME = {
-    2: ["llm mask state", "vlm dense full", "llm projected full"],
-    4: ["vlm mask state", "vlm mask full", "vlm dense full resumed"],
+    2: ["llm mask state", "vlm dense full"],
+    4: ["vlm mask full", "vlm dense full resumed"],
 }
 ALL = {2: CASES + OTHER, 4: CASES + RESUMED}
 

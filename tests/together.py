@@ -1,4 +1,5 @@
-"""What test_processes.py has two processes do, one thing after another: `-m tests.together MODELS OUT`.
+"""What test_processes.py has two processes do, one thing after another: `-m tests.together MODELS OUT`, by itself or
+under a launcher.
 
 They run the command line on OUT/mini.toml into OUT/two, and again after a change; OUT/before has the run in between.
 Then each writes what it raised to OUT/process-<k>.json. That it gets to the end at all shows that after a failure the
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import sys
 from contextlib import suppress
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from tests import forked
 from tests.conftest import pair_of, recipe_of
 from vlopd import distributed
 from vlopd.cli import main as command_line
@@ -187,4 +190,8 @@ def main(models: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    folders = tuple(map(Path, sys.argv[1:]))
+    if "RANK" in os.environ:
+        main(*folders)
+    else:
+        forked.run(2, lambda: main(*folders))
