@@ -67,6 +67,7 @@ def compare(run: RunFolder, config: ExperimentConfig) -> Path:
 
     Raises RunError where an arm has no evaluation, or arms were evaluated on different questions.
     """
+    run.checksums.check_finished("arms", "base_kl", "sweeps")
     entries = _arm_entries(run, config)
     inputs = {"config": digest_json(config.model_dump(mode="json"))}
     measured = {arm: its["kl_to_base"] for arm, its in entries.items()}

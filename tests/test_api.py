@@ -1,6 +1,8 @@
 """The front door: the public names, a pair distilled in a dozen lines, and a run's results as data frames."""
 
 import gc
+import re
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -12,6 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vlopd
+from evals.compare import compare
+from evals.report.build import build_report
 from tests.families.llms import LLMS
 from tests.test_architecture import MODULES
 from vlopd.api.masks import MaskTensors, read_mask
@@ -19,6 +23,7 @@ from vlopd.config.data import ShapesData
 from vlopd.errors import ConfigError, RunError
 from vlopd.models.load import load
 from vlopd.models.parameter_names import classify
+from vlopd.run.folder import RunFolder
 from vlopd.types import Example
 
 FRESH = """
@@ -320,6 +325,41 @@ def test_a_finished_run_is_kept(run):
     )
     assert [what for what, new in made if new] == ["comparison", "report"]
     assert set(plans[0].values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("file", "reads"),
+    [
+        ("arms/full/metrics.jsonl", [lambda its: its.metrics("full")]),
+        ("arms/full/record.json", [lambda its: its.arms, lambda its: its.scores]),
+        ("evals/full/results.json", [lambda its: its.arms]),
+        ("masks/top.json", [lambda its: its.masks]),
+        ("geometry/full/geometry.csv", [lambda its: its.geometry]),
+        ("compare.json", [lambda its: its.scores, lambda its: its.verdict]),
+    ],
+)
+def test_results_that_were_changed_are_refused(file, reads, run, tmp_path):
+    """A file that still parses but is not as it was written is named, with the remedy, by frames, tables of the paper,
+    reports and comparisons that would show it; `altered` reads it."""
+    shutil.copytree(run.folder.root, tmp_path / "run")
+    path = tmp_path / "run" / file
+    path.write_text(f"{path.read_text().rstrip()} \n")
+    message = f"{path} has changed since it was written; restore it, or delete"
+    folder, config = RunFolder.open(tmp_path / "run", locked=False)
+    more = [
+        lambda _: vlopd.paper(tmp_path / "run"),
+        lambda _: build_report(folder, config, tmp_path / "out"),
+    ]
+    if file.startswith("arms"):
+        more.append(lambda _: compare(folder, config))
+    if file.startswith("masks"):
+        more.pop(0)  # which shows none of it
+    for read in [*reads, *more]:
+        with pytest.raises(RunError, match=re.escape(message)):
+            read(vlopd.Run(tmp_path / "run"))
+    for read in reads:
+        read(vlopd.Run(tmp_path / "run", altered=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_cannot_be_read(run, tmp_path):

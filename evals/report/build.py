@@ -30,15 +30,19 @@ from vlopd.run.folder import RunFolder
 from vlopd.run.schemas import read_record
 from vlopd.run.stage import stage
 
+READ = (
+    *("run", "arms", "masks", "geometry", "evals", "tokens", "base_kl", "images"),
+    *("validation", "sweeps", "compare"),
+)
+"""Kinds of artifacts that reports show."""
+
 
 def build_report(run: RunFolder, config: ExperimentConfig, out: Path | None = None) -> Path:
     """Writes RUN/report/ unless it is up to date, or else the folder `out`; returns the path of report.html.
 
     With `out` the run is only read. Raises RunError where run.json is missing or a file of the run was changed.
     """
-    for artifact in run.checksums.artifacts():
-        if artifact.split("/")[0] not in ("report", "compare"):
-            run.checksums.check(artifact, whole=False)
+    run.checksums.check_finished(*READ)
     if out is not None:
         _write_report(run, config, out)
         return out / "report.html"

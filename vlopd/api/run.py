@@ -28,12 +28,13 @@ class Run:
         source: a run folder, or a config: a TOML file, the same tables as a dict, or an ExperimentConfig.
         overrides: TOML lines over the config, as on the command line.
         out: the folder of a config's run; by default runs/NAME, NAME being the config's.
-        altered: read a run folder's config even where it does not match its checksum.
+        altered: read a run folder's files even where they do not match their checksums.
         trust: run the code that a run folder's config names (plug-ins, task files, a model's remote code), and follow
             links out of the folder. Without, only what you name yourself runs; a config file of yours is trusted.
 
     Opening a run writes nothing and loads no models; results are read from its files whenever they are asked for.
-    Raises ConfigError for an invalid config, RunError for a folder that is not a run.
+    Raises ConfigError for an invalid config, RunError for a folder that is not a run, and in reading where a file was
+    changed since it was written.
 
     >>> run = Run("mine.toml", "train.steps=20", out="runs/short").run()
     >>> run.contrasts[["a", "b", "difference", "low", "high"]]
@@ -49,7 +50,7 @@ class Run:
         trust: bool = False,
     ):
         root, self.config = pipeline.find_run(source, overrides, out, altered, trust)
-        self.folder, self.trust = RunFolder(root), trust
+        self.folder, self.trust, self._altered = RunFolder(root), trust, altered
 
     def run(
         self,
@@ -93,6 +94,7 @@ class Run:
         """
         import pandas as pd
 
+        self._check("arms", "evals")
         rows = []
         for name, arm in self.config.arms.items():
             path = self.folder.arm_record(name)
@@ -149,6 +151,7 @@ class Run:
         """One row a mask that is made: mask, rule, density, and the density in each component of the model."""
         from evals.report import tables
 
+        self._check("masks")
         return tables.masks(self.folder, self.config)
 
     def metrics(self, arm: str) -> pd.DataFrame:
@@ -165,10 +168,16 @@ class Run:
         """
         return self._log(arm, "samples.jsonl")
 
+    def _check(self, *kinds: str) -> None:
+        """Raises RunError where a file of artifacts of these kinds was changed, unless it was opened `altered`."""
+        if not self._altered:
+            self.folder.checksums.check_finished(*kinds)
+
     def _log(self, arm: str, name: str) -> pd.DataFrame:
         from vlopd.train.curves import read_frame
 
         pipeline.select_arms(self.config, [arm], [])
+        self._check("arms")
         path = self.folder.arm(arm) / name
         if not path.exists():
             raise RunError(f"arm {arm} has no {name}: it is not trained, or not yet")
@@ -179,6 +188,7 @@ class Run:
         """The rows of all measured arms' geometry.csv (docs/geometry.md), each value beside its null and p."""
         from evals.report import tables
 
+        self._check("geometry")
         tidy, _ = tables.geometry(self.folder, self.config)
         return tidy[["arm", *tidy.columns.drop("arm")]] if len(tidy) else tidy
 
@@ -191,12 +201,14 @@ class Run:
         """
         from evals.report import tables
 
+        self._check("geometry")
         return tables.geometry_groups(self.folder, self.config)
 
     @property
     def _compared(self) -> dict[str, Any]:
         if not self.folder.compare.exists():
             raise RunError(f"{self.folder.root} has no comparison yet; .run() makes it")
+        self._check("arms", "compare")
         return read_record(self.folder.compare)
 
     @property

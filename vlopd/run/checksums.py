@@ -160,6 +160,14 @@ class Checksums:
         for problem in self.problems(artifact, whole):
             raise RunError(str(problem))
 
+    def check_finished(self, *kinds: str) -> None:
+        """Raises RunError for the first file of finished artifacts of these kinds that was changed or deleted, by size
+        and time: before what they hold is shown."""
+        for artifact in self.artifacts():
+            done = not self.is_recorded(artifact) or self.record(artifact).exists()
+            if done and artifact.split("/")[0] in kinds:
+                self.check(artifact, whole=False)
+
     def outdated(self, artifact: str, inputs: Mapping[str, Any]) -> str | None:
         """The reason to make an artifact ("new", or its changed inputs); None where it is up to date.
 

@@ -37,6 +37,7 @@ class Pair:
 
     def __init__(self, name: str, run: RunFolder, config: ExperimentConfig):
         self.name, self.run, self.config = name, run, config
+        run.checksums.check_finished("arms", "geometry", "evals", "tokens", "base_kl", "compare")
         self.groups_files = groups.read_groups(run)
         self.labels = self.groups_files.labels()
         self.compared: Mapping[str, Any] = read_record(run.compare) if run.compare.exists() else {}
