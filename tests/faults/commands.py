@@ -194,8 +194,9 @@ class Command:
 
     @property
     def said(self) -> str:
-        """What it wrote to stderr."""
-        return self.log.with_suffix(".err").read_text()
+        """What it wrote to stderr, nothing before it starts."""
+        log = self.log.with_suffix(".err")
+        return log.read_text() if log.exists() else ""
 
     @property
     def printed(self) -> str:
