@@ -146,7 +146,7 @@ class Finished:
 
     def judge(self, k: int, cell: Cell) -> tuple[str, str]:
         """(outcome, what was said): refused, told, healed, unused, or a fault in capitals."""
-        run = self.copy(name := f"cell-{k:03}")
+        run = self.copy(name := f"{self.run}-cell-{k:03}")
         path, draws = run / cell.file, random.Random(str(cell))
         path.write_bytes({**DAMAGES, **SHAPES}[cell.damage](path.read_bytes(), draws))
         code, command = self.call(cell.verb, name)
@@ -193,7 +193,9 @@ class Finished:
         deleted = re.search(r"delete (.*?)(?: and run| to train|;|$)", line)
         if deleted is None:
             return "NO REMEDY TO FOLLOW"
+        named = line.split()[1]  # vlopd: FILE is damaged
         for word in deleted[1].split(" and "):
+            word = named if word == "it" else word
             path = self.experiment.folder / word
             if not path.exists():
                 return "REMEDY NAMES NO FILE"
