@@ -70,6 +70,22 @@ def test_init_does_not_overwrite(templates, monkeypatch, capsys):
     assert code == 2 and f"{templates} is a folder" in said
 
 
+def test_init_goes_on_after_a_kill(tmp_path, monkeypatch, capsys):
+    """The config comes last: without it the data is written again, unless it is other data."""
+    monkeypatch.setattr(init, "ROWS", {"image": 2, "text": 8})
+    words = ("init", "--from", "llm", tmp_path / "a.toml")
+    assert call(monkeypatch, capsys, *words)[0] == 0
+    rows = (tmp_path / "a-data" / "train.jsonl").read_text()
+    (tmp_path / "a.toml").unlink()
+    assert call(monkeypatch, capsys, *words)[0] == 0
+    assert (tmp_path / "a-data" / "train.jsonl").read_text() == rows
+    (tmp_path / "a.toml").unlink()
+    (tmp_path / "a-data" / "train.jsonl").write_text("mine")
+    code, said = call(monkeypatch, capsys, *words)
+    assert code == 2 and "train.jsonl exists already" in said
+    assert not (tmp_path / "a.toml").exists()
+
+
 def test_init_of_any_name(tmp_path, monkeypatch, capsys):
     """A name with quotes and spaces gives a config that loads; --force keeps other files of the data's folder."""
     monkeypatch.setattr(init, "ROWS", {"image": 2, "text": 2})

@@ -11,7 +11,9 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,8 @@ def write_jsonl(path: Path, rows: list[Any]) -> None:
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
+LONGEST_LINE = 2**28
+"""Bytes of a line of JSON lines."""
 DEEPEST = 64
 """Levels of lists and tables in a config, a record, or a model's JSON files."""
 
@@ -212,14 +216,29 @@ def read_settings(path: Path) -> Any:
         ) from None
 
 
+def is_endless(path: Path) -> bool:
+    """Whether a path is a pipe, a device or a socket, whose reading may not end; links are followed."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
 def json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yields the lines of a JSON-lines file, with their numbers (from 1) and line ends.
 
     Only a line feed ends a line. U+2028, U+0085 and others, at which `str.splitlines` splits, may occur
-    inside a JSON string.
+    inside a JSON string. Raises RunError for a line of more than LONGEST_LINE bytes.
     """
     with path.open("rb") as file:
-        yield from enumerate(file, 1)
+        lines = iter(partial(file.readline, LONGEST_LINE + 1), b"")
+        for number, line in enumerate(lines, 1):
+            if len(line) > LONGEST_LINE:
+                raise RunError(
+                    f"{path} line {number} has more than {LONGEST_LINE:,} bytes; save one row per line"
+                )
+            yield number, line
 
 
 def read_jsonl(path: Path, needs: str | None = None) -> list[dict[str, Any]]:

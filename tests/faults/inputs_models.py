@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -57,6 +58,29 @@ class Header:
         header = content[8 : 8 + size] if self.header is None else self.header
         length = len(header) if self.length is None else self.length
         path.write_bytes(struct.pack("<Q", length) + header + content[8 + size :])
+
+
+@dataclass(frozen=True)
+class Pipe:
+    """Puts a pipe in a file's place, whose reading does not end."""
+
+    path: str
+
+    def __call__(self, folder: Path) -> None:
+        (folder / self.path).unlink(missing_ok=True)
+        os.mkfifo(folder / self.path)
+
+
+@dataclass(frozen=True)
+class Circle:
+    """Puts a link to itself in a file's place."""
+
+    path: str
+
+    def __call__(self, folder: Path) -> None:
+        path = folder / self.path
+        path.unlink(missing_ok=True)
+        path.symlink_to(path.name)
 
 
 def header(entries: Mapping[str, Any], path: str = WEIGHTS) -> Header:
@@ -170,6 +194,13 @@ CONFIGS: dict[str, Edit] = {
     "rope-list": sets(CONFIG, {"rope_parameters": [1]}),
     "rope-type": sets(CONFIG, {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1.0}}),
     "dtype": sets(CONFIG, {"dtype": "float33"}),
+    "dtype-list": sets(CONFIG, {"dtype": [1]}),
+    "kernel": sets(CONFIG, {"_attn_implementation": "somebody/kernel"}),
+    "kernel-of-a-part": sets(CONFIG, {"text_config": {"attn_implementation": "somebody/kernel"}}),
+    "labels-huge": sets(CONFIG, {"num_labels": 10**9}),
+    "pipe": Pipe(CONFIG),
+    "pipe-beside": Pipe(SETTINGS),
+    "circular-link": Circle(SETTINGS),
     "tied-text": sets(CONFIG, {"tie_word_embeddings": "yes"}),
     "quantised": sets(CONFIG, {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
     "quantised-list": sets(CONFIG, {"quantization_config": [4]}),

@@ -33,6 +33,7 @@ WORDS: list[tuple[str, str, str]] = [
     ("--nope", "--nope", "--version"),
     ("run", "target", RUN),
     ("run gone.toml", "gone.toml", RUN),
+    ("run /dev/zero", "/dev/zero is a pipe or a device", RUN),
     ("run c.toml --nope", "--nope", RUN),
     ("run c.toml --out", "--out", RUN),
     ("run c.toml --until never", "--until", RUN),

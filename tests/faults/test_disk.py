@@ -1,5 +1,6 @@
 """Disks that are full, broken, read-only or gone, and clocks that go back: one line with file and remedy."""
 
+import codecs
 import errno
 import os
 import shutil
@@ -183,6 +184,7 @@ def test_another_users_run(experiment_of, tmp_path):  # noqa: F811
 
 
 def become_nobody() -> None:
+    codecs.lookup("unicode-escape")  # of Python's library, which that user may not read
     os.setgid(65534)
     os.setuid(65534)
 

@@ -12,6 +12,7 @@ import typer
 
 from vlopd.cli.common import say
 from vlopd.errors import ConfigError
+from vlopd.files import write_text
 
 Template = Literal["quickstart", "vlm", "llm", "compare"]
 
@@ -54,28 +55,35 @@ def init(
     data = file.with_name(f"{file.stem}-data")
     if file.is_dir():
         raise ConfigError(f"{file} is a folder; name the file to write, as {file / 'vlopd.toml'}")
-    for path in (file, data) if of in OWN_DATA else (file,):
-        if path.exists() and not force:
-            raise ConfigError(f"{path} exists already; name another file, or pass --force")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(template(of, data))
-    say("wrote", file)
+    # the config last: without it, an earlier command was stopped, and its data is written again
+    if file.exists() and not force:
+        raise ConfigError(f"{file} exists already; name another file, or pass --force")
     if of in OWN_DATA:
-        write_rows(data, OWN_DATA[of])
+        write_rows(data, OWN_DATA[of], force)
         say("wrote", data / "train.jsonl")
+    write_text(file, template(of, data))
+    say("wrote", file)
     say("next", f"vlopd check {shlex.quote(str(file))}")
 
 
-def write_rows(folder: Path, modality: Literal["image", "text"]) -> None:
-    """Writes train.jsonl with questions of the built-in data set, and their pictures beside it; other files stay."""
+def write_rows(folder: Path, modality: Literal["image", "text"], force: bool = True) -> None:
+    """Writes train.jsonl with questions of the built-in data set, and their pictures beside it; other files stay.
+
+    Raises ConfigError for other rows there, without `force`.
+    """
     from vlopd.data.shapes import ShapesDataset
 
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, pictures = [], {}
     for k, example in enumerate(ShapesDataset("train", ROWS[modality], seed=1, modality=modality)):
         row = {"question": example.question, "answer": example.answer}
         for image in example.images:
             row["image"] = name = f"{k:03}.png"
-            image.save(folder / name)
+            pictures[name] = image
         rows.append(json.dumps(row) + "\n")
-    (folder / "train.jsonl").write_text("".join(rows))
+    path, text = folder / "train.jsonl", "".join(rows)
+    if path.exists() and not force and path.read_text() != text:
+        raise ConfigError(f"{path} exists already; name another file, or pass --force")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, image in pictures.items():
+        image.save(folder / name)
+    write_text(path, text)

@@ -66,6 +66,7 @@ QUIET = {
 }
 """Environment defaults that limit libraries to warnings; variables already set are kept."""
 
+DEEPEST_PATH = 500
 THREADS = {"OMP_WAIT_POLICY": "passive"}
 """OpenMP, read when torch loads: idle threads sleep instead of spinning, which on shared cores takes the time of those
 that work."""
@@ -339,7 +340,7 @@ def main() -> None:
     for name, value in {**QUIET, **THREADS}.items():
         os.environ.setdefault(name, value)
     try:
-        _refuse_empty_words(sys.argv[1:])
+        _refuse_words(sys.argv[1:])
         # what training, loading and evaluation did not catch, under the command's name
         guarded = one_line_out_of_memory(" ".join(["vlopd", *sys.argv[1:2]]))(app)
         with interrupts.heeded():
@@ -368,9 +369,14 @@ def main() -> None:
     raise SystemExit(code)
 
 
-def _refuse_empty_words(words: Sequence[str]) -> None:
-    """Raises ConfigError for an empty argument, which as a path would be the current folder."""
+def _refuse_words(words: Sequence[str]) -> None:
+    """Raises ConfigError for an empty argument, which as a path would be the current folder, and for a path of more
+    folders than Python can join."""
     for before, word in zip(["vlopd", *words], words, strict=False):
+        if word.count("/") > DEEPEST_PATH and "=" not in word:
+            raise ConfigError(
+                f"the argument after {before} names more than {DEEPEST_PATH} folders in each other; name fewer"
+            )
         if not word or (word.startswith("--") and word.endswith("=")):
             raise ConfigError(
                 f"the argument after {before} is empty; give a value, or leave it out"

@@ -15,7 +15,7 @@ from vlopd import trust
 from vlopd.config.experiment import ExperimentConfig, merge
 from vlopd.config.explain import explain_errors
 from vlopd.errors import ConfigError, shown
-from vlopd.files import DEEPEST, depth, is_first_process
+from vlopd.files import DEEPEST, depth, is_endless, is_first_process
 
 
 def load_config(
@@ -123,6 +123,8 @@ def _drop(tree: dict[str, Any], key: str) -> bool:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    if is_endless(path) and path.parent != Path("/dev/fd"):  # a shell's <(command)
+        raise ConfigError(f"{path} is a pipe or a device; give a config file (TOML)")
     try:
         return _parse_toml(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:

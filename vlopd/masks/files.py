@@ -18,7 +18,7 @@ from torch import Tensor
 from vlopd.bits import pack, unpack
 from vlopd.config.explain import explain_errors
 from vlopd.errors import RunError, first_line, shown
-from vlopd.files import parse_json, whole_file, write_json
+from vlopd.files import is_endless, parse_json, whole_file, write_json
 from vlopd.masks.compare import densities_by, density
 from vlopd.types import TensorName
 from vlopd.weights.reader import Weights
@@ -83,6 +83,8 @@ def load_mask(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} is a folder; a mask is one .safetensors file, as RUN/masks/NAME.safetensors, and `vlopd mask "
             "import` makes one of booleans, index lists or a SHiRA adapter"
         )
+    if is_endless(path):
+        raise RunError(f"{path} is a pipe or a device; name a .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = parse_json((file.metadata() or {}).get(HEADER, "{}"))

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
-from vlopd.errors import ConfigError
+from vlopd.errors import ConfigError, UserError, first_line, is_out_of_memory
 from vlopd.types import Completions, Example, Prompts
 
 PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
@@ -391,18 +392,37 @@ def position_ids(model: PreTrainedModel, prompts: Prompts, added: int) -> dict[s
     return {"position_ids": torch.cat([where, after.expand(*where.shape[:-1], added)], -1)}
 
 
+@contextmanager
+def reading_pictures(model: PreTrainedModel, prompts: Prompts) -> Iterator[None]:
+    """Raises ConfigError where a model's forward pass cannot take what its processor has made of pictures."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError) as error:
+        its = isinstance(error, UserError) or is_out_of_memory(error) or "CUDA" in str(error)
+        if its or not prompts.per_image:
+            raise
+        raise ConfigError(
+            f"{model.name_or_path}: the model cannot read its processor's pictures ({first_line(error)}); give it the "
+            "config.json, processor_config.json and preprocessor_config.json that its weights were saved with"
+        ) from None
+
+
 def completion_hidden(model: PreTrainedModel, prompts: Prompts, completions: Completions) -> Tensor:
     """Hidden states that predict each completion token, flat: [N, H]."""
     added = completions.ids.shape[1]
     kind = COMPLETION_TYPE.get(model.config.model_type, 0)
-    hidden = backbone(model)(
-        input_ids=torch.cat([prompts.input_ids, completions.ids], 1),
-        attention_mask=torch.cat([prompts.attention_mask, completions.mask.long()], 1),
-        use_cache=False,
-        **position_ids(model, prompts, added),
-        **{name: pad(value, (0, added), value=kind) for name, value in prompts.per_token.items()},
-        **prompts.per_image,
-    ).last_hidden_state
+    with reading_pictures(model, prompts):
+        hidden = backbone(model)(
+            input_ids=torch.cat([prompts.input_ids, completions.ids], 1),
+            attention_mask=torch.cat([prompts.attention_mask, completions.mask.long()], 1),
+            use_cache=False,
+            **position_ids(model, prompts, added),
+            **{
+                name: pad(value, (0, added), value=kind)
+                for name, value in prompts.per_token.items()
+            },
+            **prompts.per_image,
+        ).last_hidden_state
     return hidden[:, -added - 1 : -1][completions.mask]
 
 

@@ -24,13 +24,13 @@ from vlopd.errors import (
     one_line_out_of_memory,
     shown,
 )
-from vlopd.files import read_settings
+from vlopd.files import is_endless, read_settings
 from vlopd.models import families, integrity
 from vlopd.models.bars import bars_where_drawn
 from vlopd.models.gguf import convert, smollm2
 from vlopd.models.loaded import LoadedModel, ModelUnreadable
 from vlopd.models.openclip import vlm
-from vlopd.models.sizes import find_bad_size
+from vlopd.models.sizes import find_bad_size, find_code_of_the_hub
 from vlopd.models.tokenizers import (
     PROBE,
     check_template,
@@ -95,6 +95,8 @@ def load_model_config(
     if trust_remote_code and (why := trust.why_remote_code_withheld(name)):
         raise ConfigError(why)
     where = resolve(name)
+    if Path(where).is_dir():
+        _refuse_special_files(Path(where))
     if (own := Path(where) / "config.json").is_file():
         _check_config(name, own)
     try:
@@ -121,6 +123,19 @@ def load_model_config(
     return config
 
 
+def _refuse_special_files(folder: Path) -> None:
+    """Raises ModelUnreadable for a pipe, a device or a circular link in a model's folder."""
+    for path in sorted(folder.iterdir()):
+        if is_endless(path):
+            raise ModelUnreadable(f"{path} is a pipe or a device; copy it again from the model")
+        try:
+            path.resolve()
+        except (OSError, RuntimeError):  # which Python 3.11 raises for a circle
+            raise ModelUnreadable(
+                f"{path} is a link to itself; copy it again from the model"
+            ) from None
+
+
 def _check_config(name: str, path: Path) -> None:
     """Raises ConfigError for a config.json that is no JSON object, has a size that no model has, or is of quantised
     weights."""
@@ -132,6 +147,8 @@ def _check_config(name: str, path: Path) -> None:
         raise ModelUnreadable(f"{path} is not a JSON object; copy it again from the model")
     if packed := integrity.find_quantisation(about):
         raise ConfigError(f"{name} is quantised: {packed}")
+    if code := find_code_of_the_hub(about):
+        raise ConfigError(f"{path}: {code}; remove it, and set `attention` beside `model` instead")
     if (wrong := find_bad_size(about)) is not None:
         raise ModelUnreadable(
             f"{name}: config.json: {wrong}; give the one that its weights were saved with"

@@ -114,15 +114,16 @@ class Decoder:
         """Runs the prompts: [B, H] hidden states that predict the first tokens."""
         self.seen = self.prompts.input_ids.shape[1]
         now = slice(0, self.seen)
-        out = self.body(
-            input_ids=self.prompts.input_ids,
-            attention_mask=self.prompts.attention_mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            **{name: values[..., now] for name, values in self.where.items()},
-            **self.prompts.per_token,
-            **self.prompts.per_image,
-        )
+        with families.reading_pictures(self.model, self.prompts):
+            out = self.body(
+                input_ids=self.prompts.input_ids,
+                attention_mask=self.prompts.attention_mask,
+                past_key_values=self.cache,
+                use_cache=True,
+                **{name: values[..., now] for name, values in self.where.items()},
+                **self.prompts.per_token,
+                **self.prompts.per_image,
+            )
         self._prepare()
         return out.last_hidden_state[:, -1]
 
