@@ -24,6 +24,7 @@ from evals.report.tables import ORDER
 from vlopd.files import is_inside, read_jsonl
 from vlopd.models.thinking import split
 from vlopd.run.folder import RunFolder
+from vlopd.run.schemas import read_log
 
 MOST_QUESTIONS = 2_000
 INLINE_BYTES = 3_000_000
@@ -375,7 +376,7 @@ def training_samples(run: RunFolder, arms: Sequence[str]) -> list[dict[str, Any]
     found = []
     for arm in arms:
         path = run.arm(arm) / "samples.jsonl"
-        rows = read_jsonl(path, "step") if path.exists() else []
+        rows = read_log(path)
         steps = sorted({row["step"] for row in rows})
         if not steps:
             continue

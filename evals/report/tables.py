@@ -11,9 +11,9 @@ import pandas as pd
 from evals.report.read import read_table
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.digests import digest_weights
-from vlopd.files import read_json, read_jsonl
+from vlopd.files import read_json
 from vlopd.run.folder import RunFolder
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas import read_log, read_record
 
 ORDER = (
     *("teacher", "full", "replicate", "variant", "subnetwork", "projection", "transplant", "other"),
@@ -217,9 +217,9 @@ def held_out_scores(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
     rows = []
     for arm in config.arms:
         path = run.arm(arm) / "heldout.jsonl"
-        for row in read_jsonl(path) if path.exists() else ():
-            metric = next(key for key in row if key not in ("step", "task", "limit", "seconds"))
-            if row[metric] is not None:
+        for row in read_log(path):
+            others = (key for key in row if key not in ("step", "task", "limit", "seconds"))
+            if (metric := next(others, None)) is not None and row[metric] is not None:
                 where = {"arm": arm, "task": row["task"], "metric": metric, "step": row["step"]}
                 rows.append({**where, "score": row[metric]})
     return pd.DataFrame(rows)
@@ -257,7 +257,7 @@ def training(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
     frames = []
     for arm in config.arms:
         path = run.arm(arm) / "metrics.jsonl"
-        if path.exists() and (rows := read_jsonl(path, "step")):
+        if rows := read_log(path):
             frame = pd.DataFrame(rows).apply(pd.to_numeric)  # a column of nulls has no type
             frame.insert(0, "arm", arm)
             frames.append(frame)

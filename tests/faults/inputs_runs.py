@@ -214,6 +214,21 @@ SAMPLES: dict[str, Edit] = {
         "run/evals/full/samples_shapes_text.jsonl", '"doc_hash": "', '"doc_hash": "0'
     ),
 }
+ARM = "run/arms/full"
+SAMPLE = '{"step": 0, "question": "q", "image": null, "completion": "c", "tokens": ["c"], "student_logprobs": %s}\n'
+ARM_LOGS: dict[str, Edit] = {
+    "metrics a list": Put(f"{ARM}/metrics.jsonl", '{"step": 0, "kl": [1]}\n'),
+    "metrics a table": Put(f"{ARM}/metrics.jsonl", '{"step": 0, "kl": {"a": 1}}\n'),
+    "metrics a text": Put(f"{ARM}/metrics.jsonl", '{"step": 0, "kl": "../../x"}\n'),
+    "metrics a negative step": Put(f"{ARM}/metrics.jsonl", '{"step": -1, "kl": 1.0}\n'),
+    "samples without question": Put(f"{ARM}/samples.jsonl", '{"step": 0}\n'),
+    "samples with few log-probs": Put(f"{ARM}/samples.jsonl", SAMPLE % "[]"),
+    "samples with words as log-probs": Put(f"{ARM}/samples.jsonl", SAMPLE % '["low"]'),
+    "held-out without task": Put(f"{ARM}/heldout.jsonl", '{"step": 1, "exact_match": 0.5}\n'),
+    "held-out a text": Put(
+        f"{ARM}/heldout.jsonl", '{"step": 1, "task": "t", "exact_match": "x"}\n'
+    ),
+}
 SUMS: dict[str, str | bytes] = {
     "empty": "",
     "text": "sums",
@@ -273,6 +288,9 @@ def cases() -> list[Case]:
                 )
     for label, edit in SAMPLES.items():
         add(f"samples {label}", "compare run", "shapes_text", edits(unvouched(ROWS), edit))
+    for label, edit in ARM_LOGS.items():
+        says = f"{label.split()[0].replace('held-out', 'heldout')}.jsonl line 1"
+        add(f"log: {label}", "report run", says, edits(unvouched(ARM), edit))
     for label, edit in TABLES.items():
         for words in ("report run", "paper run"):
             add(

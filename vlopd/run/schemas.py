@@ -6,13 +6,13 @@ A schema has what is read of a record; further entries are left as they are.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from vlopd.config.explain import explain_errors
 from vlopd.errors import RunError
-from vlopd.files import read_json
+from vlopd.files import read_json, read_jsonl
 
 Count = Annotated[int, Field(ge=0)]
 Table = dict[str, JsonValue]
@@ -55,6 +55,7 @@ class MaskRecord(Record):
     inputs: Table = Field(default_factory=dict)
     counts: dict[str, Count] = Field(default_factory=dict)
     density: float
+    density_by_component: dict[str, float | None] = Field(default_factory=dict)
 
 
 class EvalRecord(Record):
@@ -174,3 +175,74 @@ def read_record(path: Path) -> dict[str, Any]:
             "again"
         ) from None
     return value
+
+
+class LogRow(BaseModel):
+    """A row of metrics.jsonl: numbers, or null."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | None]
+
+    step: Count
+
+
+class HeldOutRow(LogRow):
+    """Of heldout.jsonl."""
+
+    task: str
+
+
+class EvidenceRow(BaseModel):
+    """Of optimizer.jsonl."""
+
+    step: Count
+    module: str
+    momentum_alignment: float | None = None
+    sqrt_v_variation: float | None = None
+    unmoved_bf16_fraction: float | None = None
+
+
+class SampleRow(BaseModel):
+    """Of samples.jsonl."""
+
+    step: Count
+    question: str
+    reference: JsonValue = None
+    image: str | None
+    completion: str
+    tokens: list[str]
+    student_logprobs: list[float | None]
+    teacher_logprobs: list[float | None] | None = None
+
+    @model_validator(mode="after")
+    def check_lengths(self) -> Self:
+        """A log-prob for each token."""
+        for logprobs in (self.student_logprobs, self.teacher_logprobs):
+            if logprobs is not None and len(logprobs) != len(self.tokens):
+                raise ValueError(f"{len(self.tokens)} tokens have {len(logprobs)} log-probs")
+        return self
+
+
+LOGS: dict[str, type[BaseModel]] = {
+    "metrics.jsonl": LogRow,
+    "heldout.jsonl": HeldOutRow,
+    "optimizer.jsonl": EvidenceRow,
+    "samples.jsonl": SampleRow,
+}
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of one of an arm's logs, none where it does not exist. Raises RunError, with the line, for others."""
+    if not path.exists():
+        return []
+    rows, schema = read_jsonl(path, "step"), LOGS[path.name]
+    for number, row in enumerate(rows, 1):
+        try:
+            schema.model_validate(row, strict=True)
+        except ValidationError as error:
+            first = explain_errors(error, schema).split("; ")[0]
+            raise RunError(
+                f"{path} line {number} is not a row of this log: {first}; restore it, or delete {path.parent} and run "
+                "again"
+            ) from None
+    return rows

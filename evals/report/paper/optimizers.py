@@ -18,7 +18,7 @@ from evals.report.paper.pair import Group, Pair
 from evals.report.paper.scores import CURVES, SCORES, Nulls, score_numbers
 from evals.report.tuning import chosen_points, read_sweeps
 from vlopd.config.arms import DistillArm
-from vlopd.files import read_jsonl
+from vlopd.run.schemas import read_log
 
 EVIDENCE = (
     ("cos(m, g) first", "momentum_alignment", lambda values: values[0]),
@@ -98,8 +98,8 @@ def _evidence(pair: Pair, arms: Sequence[str], column: str) -> list[float]:
     found = []
     for arm in arms:
         path = pair.run.arm(arm) / "optimizer.jsonl"
-        rows = read_jsonl(path) if path.exists() else []
-        values = [row[key] for row in rows if row["module"] == "all" and row[key] is not None]
+        rows = [row for row in read_log(path) if row["module"] == "all"]
+        values = [row[key] for row in rows if row.get(key) is not None]
         if values:
             found.append(fold(values))
     return found
