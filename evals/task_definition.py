@@ -19,7 +19,8 @@ from vlopd.data import emoji
 
 FUNCTION = re.compile(r"!function\s+['\"]?([\w.]+)\.\w+")
 PICTURE = re.compile(
-    rb"[^\"',;\n\r]+\.(?:png|jpe?g|webp|gif|bmp|tiff?)(?=[\"',;\n\r])", re.IGNORECASE
+    rb"(?<![^\"',;\n\r])[^\"',;\n\r]+\.(?:png|jpe?g|webp|gif|bmp|tiff?)(?=[\"',;\n\r])",
+    re.IGNORECASE,
 )
 ROOT = Path(__file__).parents[1]
 OURS = ("evals.tasks", "vlopd.data", "vlopd.grading")

@@ -53,6 +53,11 @@ def one_line(error: object) -> str:
     """An error's message in one printable line: line breaks are spaces, other control characters are escaped."""
     text = " ".join(str(error).split())
     text = text if len(text) <= LONGEST_LINE else f"{text[: LONGEST_LINE - 3]}..."
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """A text with the characters escaped that control a terminal, line breaks too."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -27,9 +27,9 @@ def asked() -> bool:
     return _listening and _received is not None
 
 
-def exit_code() -> int:
-    """The exit code after the signal; of a process that stopped for another's, SIGTERM's."""
-    return CODES[signal.Signals(_received or signal.SIGTERM)]
+def exit_code(otherwise: signal.Signals = signal.SIGTERM) -> int:
+    """The exit code after the signal; without one, as where a process stopped for another's, that of `otherwise`."""
+    return CODES[signal.Signals(_received or otherwise)]
 
 
 @contextmanager

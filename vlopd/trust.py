@@ -1,15 +1,15 @@
 """Whose code may run: that which the user's own configs and command lines name, not that which a run folder names.
 
 A run folder may come from somebody else, and the config in it names code: plug-ins, folders of task files, a model's
-remote code; and addresses of engines, which get weights. Opening the folder as a run withholds these names, unless it
-is trusted; whatever is about to use one of them asks here first. A name that a config file of the user or the command
-line gives is the user's own.
+remote code, an engine's program; and addresses and folders of engines, which get weights. Opening the folder as a run
+withholds these names, unless it is trusted; whatever is about to use one of them asks here first. A name that a config
+file of the user or the command line gives is the user's own.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,14 @@ def engine(url: str) -> str:
     return f"engine at {url}"
 
 
+def program(python: str, arguments: Sequence[str]) -> str:
+    return " ".join(["engine's program", python, *arguments])
+
+
+def exchange(folder: str) -> str:
+    return f"engine's folder {folder}"
+
+
 def names_in(tables: Any) -> Iterator[str]:
     """The names of code in the tables of a config; more may be found than are code (`builtin:NAME`)."""
     if isinstance(tables, str) and PLUGIN.fullmatch(tables):
@@ -48,6 +56,10 @@ def names_in(tables: Any) -> Iterator[str]:
             yield remote_code(model)
         if isinstance(url := tables.get("url"), str):
             yield engine(url.rstrip("/"))
+        if isinstance(python := tables.get("python"), str):
+            yield program(python, [str(each) for each in tables.get("arguments") or ()])
+        if isinstance(folder := tables.get("folder"), str):
+            yield exchange(folder)
         for each in tables.values():
             yield from names_in(each)
     elif isinstance(tables, list | tuple):

@@ -20,6 +20,7 @@ import markdown as python_markdown
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from jinja2.exceptions import SecurityError
 from PIL import Image
 from safetensors.torch import save_file
@@ -38,10 +39,13 @@ from vlopd.api.run import Run
 from vlopd.cli import main
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.data import FileData
+from vlopd.config.engines import VllmEngine
 from vlopd.config.input import load_config
 from vlopd.config.tracking import TrackingConfig
 from vlopd.data.dataset import FileDataset
+from vlopd.data.tables import open_table
 from vlopd.engines.client import Client, EngineError
+from vlopd.engines.process import started_vllm
 from vlopd.errors import ConfigError, DataError, PluginError, RunError, UserError
 from vlopd.files import is_abandoned, read_json, whole_file, whole_folder, write_json
 from vlopd.masks.foreign import open_foreign
@@ -376,6 +380,70 @@ def test_a_received_runs_remote_code_and_engines_need_trust(received, monkeypatc
     assert not owned()
     load_model_config(str(model), trust_remote_code=True)
     assert owned()
+
+
+def test_a_received_runs_engine_program_needs_trust(received):
+    """A program, its arguments and a folder for weights in run.json count only with trust, or from the user."""
+    started = received.parent / "evil.sh"
+    started.write_text(f"#!/bin/sh\ntouch {received.parent / 'started'}\n")
+    started.chmod(0o755)
+    table = {"type": "vllm", "python": str(started), "arguments": ["--x"], "start_seconds": 5}
+    about = read_json(received / "run.json")
+    about["config"]["rollout"]["engine"] = {**table, "folder": str(received.parent)}
+    write_json(received / "run.json", about)
+    (received / "checksums" / "run.sha256").unlink()
+    Run(received)
+    engine = VllmEngine(**table)
+    with pytest.raises(EngineError, match=r"engine's program .*evil.sh --x: named by .*--trust"):
+        started_vllm(engine, "model", torch.float32, [])
+    assert not (received.parent / "started").exists()
+    assert trust.why_withheld(trust.exchange(str(received.parent)))
+    trust.grant({"rollout": {"engine": {**table, "arguments": ["--y"]}}})  # another command
+    with pytest.raises(EngineError, match="named by"):
+        started_vllm(engine, "model", torch.float32, [])
+    trust.grant({"rollout": {"engine": table}})
+    with pytest.raises(EngineError, match="did not start"):
+        started_vllm(engine, "model", torch.float32, [])
+    assert (received.parent / "started").exists()
+
+
+def leads_out(kind: str, folder: Path, secret: Path) -> None:
+    """Makes a data folder one of whose files is elsewhere."""
+    if kind == "README.md":
+        rows = f"configs:\n- config_name: default\n  data_files: {secret}\n"
+        (folder / "README.md").write_text(f"---\n{rows}---\n")
+        shutil.copy(secret, folder / "rows.jsonl")
+    elif kind == "link":
+        (folder / "rows.jsonl").symlink_to(secret)
+    else:
+        Dataset.from_list([{"question": "q", "answer": "a"}]).save_to_disk(folder)
+        (shard,) = folder.glob("*.arrow")
+        shard.rename(folder.parent / "elsewhere.arrow")
+        about = read_json(folder / "state.json")
+        about["_data_files"] = [{"filename": "../elsewhere.arrow"}]
+        write_json(folder / "state.json", about)
+
+
+@pytest.mark.parametrize("kind", ["README.md", "link", "state.json"])
+def test_a_data_folder_reads_no_file_elsewhere(kind, tmp_path):
+    """A file that a data folder's README, state.json or link names outside of it is refused; beside it, it is read."""
+    folder, secret = tmp_path / "data", tmp_path / "secret.jsonl"
+    folder.mkdir()
+    secret.write_text('{"question": "q", "answer": "a"}\n')
+    leads_out(kind, folder, secret)
+    with pytest.raises(ConfigError, match=f"{folder} names .*, which leads out of it"):
+        open_table(FileData(type="file", path=str(folder)))
+    shutil.rmtree(folder)
+    folder.mkdir()
+    shutil.copy(secret, folder / "rows.jsonl")
+    assert len(open_table(FileData(type="file", path=str(folder)))) == 1
+
+
+def test_only_what_a_stage_wrote_is_uploaded(received):
+    """A file that came into a checkpoint otherwise is not among those of `push`."""
+    before = push(received, "full", "a/b", dry_run=True)
+    (received / "arms" / "full" / "checkpoint" / "secret.env").write_text("KEY")
+    assert push(received, "full", "a/b", dry_run=True) == before
 
 
 LINKS = {

@@ -55,10 +55,11 @@ def _files_of(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[str, P
     if not record.exists() or not checkpoint.is_dir():
         raise RunError(f"{run.root} has no checkpoint of arm {arm!r}; make it with `vlopd run`")
     run.checksums.check(f"arms/{arm}")
+    written = run.checksums.read(f"arms/{arm}")
     found: dict[str, Path | bytes] = {
         path.relative_to(checkpoint).as_posix(): path
-        for path in sorted(checkpoint.rglob("*"))
-        if path.is_file()
+        for path in map(run.root.joinpath, sorted(written))
+        if path.is_relative_to(checkpoint)
     }
     found["README.md"] = _model_card(run, config, arm).encode()
     found["record.json"] = record

@@ -19,7 +19,7 @@ from vlopd.config.arms import expand_seeds
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import merged, read_tables
 from vlopd.config.sweeps import words_of
-from vlopd.errors import ConfigError, UserError
+from vlopd.errors import ConfigError, UserError, printable
 from vlopd.files import is_first_process, read_json
 from vlopd.plugins import Use
 from vlopd.run.folder import RunFolder
@@ -82,8 +82,9 @@ def print_versions(wanted: bool) -> None:
 
 
 def say(label: str, text: object, style: str = "bold") -> None:
-    """Prints `label: text`, with the label in a style."""
-    console.print(Text.assemble((label, style), f": {text}"), soft_wrap=True)
+    """Prints `label: text`, with the label in a style; characters that control a terminal are escaped."""
+    shown = Text.assemble((printable(label), style), f": {printable(str(text))}")
+    console.print(shown, soft_wrap=True)
 
 
 def print_artifact(what: str, where: Path, made: bool) -> None:

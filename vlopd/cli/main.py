@@ -6,6 +6,7 @@ Heavy imports are inside the commands, so that `--help`, an invalid config and a
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -358,6 +359,9 @@ def main() -> None:
         # e.g. a full disk, for which safetensors has a separate class
         print(f"vlopd: {one_line(error)}; {remedy_of(system_code(error))}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:  # before or after the signal was listened to
+        print("vlopd: interrupted; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(interrupts.exit_code(signal.SIGINT)) from None
     except SystemExit as stop:
         if (where := _foreign_exit(stop)) is not None:
             print(f"vlopd: {where} ended the command (sys.exit); remove that", file=sys.stderr)

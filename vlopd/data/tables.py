@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, islice, repeat
 from pathlib import Path
@@ -25,6 +25,7 @@ from vlopd.data.arrow import ArrowTable, open_parquet
 from vlopd.data.images import shorten
 from vlopd.data.text_files import Row, open_csv, open_json, open_lines
 from vlopd.errors import ConfigError
+from vlopd.files import is_inside
 
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4", ".7z")
 
@@ -158,6 +159,8 @@ def _open_folder(path: Path, config: FileData) -> Table:
             saved = load_from_disk(str(path))
         except IndexError:  # `datasets` cannot load an empty split
             raise ConfigError(f"{config.path} has no rows, or a split without") from None
+        each = saved.values() if isinstance(saved, DatasetDict) else [saved]
+        _refuse_outside(path, [Path(file["filename"]) for its in each for file in its.cache_files])
         if not isinstance(saved, DatasetDict):  # a single split, which `train` selects
             name = "train" if config.split == "train" else str(saved.split or "train")
             return _select_split({name: partial(_open_saved, path, saved)}, config)
@@ -167,12 +170,22 @@ def _open_folder(path: Path, config: FileData) -> Table:
     found = (builder.config.data_files or {}).items()
     files = {str(split): [Path(name) for name in names] for split, names in found}
     every = [file for each in files.values() for file in each]
+    _refuse_outside(path, every)
     if all(file.suffix.lower() in (*OPENERS, *PACKED) and file.is_file() for file in every):
         return _select_split(
             {name: partial(open_files, each) for name, each in files.items()}, config
         )
     rows = load_dataset(str(path), config.subset, split=config.split)
     return ArrowTable(rows, every)
+
+
+def _refuse_outside(folder: Path, files: Iterable[Path]) -> None:
+    """Raises ConfigError for a file that a folder's README, state.json or link names elsewhere; in the hub's cache
+    files are links to others of the data set."""
+    inside = [folder, *(its.parent for its in folder.resolve().parents if its.name == "snapshots")]
+    for file in files:
+        if not is_inside(file, inside):
+            raise ConfigError(f"{folder} names {file}, which leads out of it; put that file there")
 
 
 def _open_saved(folder: Path, rows: Dataset) -> Table:

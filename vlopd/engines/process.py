@@ -24,6 +24,7 @@ from vlopd.config.engines import VllmEngine
 from vlopd.config.models import ModelConfig
 from vlopd.engines.client import EngineError
 from vlopd.engines.kept import GRACE_SECONDS
+from vlopd.trust import program, why_withheld
 
 WORKER = Path(__file__).parent / "worker"
 """The folder with what vLLM's workers import of vlopd."""
@@ -101,9 +102,11 @@ def started_vllm(
 
     words: further arguments, before the configured ones. Raises EngineError with the reason where it does not start.
     """
+    assert engine.python is not None
+    if why := why_withheld(program(engine.python, engine.arguments)):
+        raise EngineError(why)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    assert engine.python is not None
     command = [engine.python, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", str(dtype).split(".")[1]]
     command += ["--generation-config", "vllm", "--max-logprobs", "-1", "--enable-scale-out"]

@@ -20,6 +20,7 @@ from vlopd.engines.vllm import VllmClient, raw_prompts, sample, score
 from vlopd.engines.worker.vlopd_worker import WHOLE, checksum, values_of
 from vlopd.models.loaded import LoadedModel
 from vlopd.models.save import in_original_format, original_names
+from vlopd.trust import exchange, why_withheld
 from vlopd.types import Completions, Example, Prompts
 
 SHARD_BYTES = 2**31
@@ -44,6 +45,8 @@ class VllmSampler:
     ):
         self.client, self.session, self.student, self.server = client, session, student, server
         self.weights = weights
+        if folder is not None and (why := why_withheld(exchange(folder))):
+            raise EngineError(why)
         self.temporary = TemporaryDirectory(prefix="vlopd-weights-") if folder is None else None
         self.folder = Path(self.temporary.name if self.temporary else str(folder)).resolve()
         self.client.follows, self.version = True, -1

@@ -30,6 +30,8 @@ class Stage:
     """The artifact's inputs, with every file read."""
     before: dict[str, Any] = field(default_factory=dict)
     """The record being replaced, empty if there was none; parts of its artifact may be reused."""
+    vouched: bool = False
+    """Whether the files of the record being replaced had checksums, and matched them."""
     made: bool = False
     """Whether the artifact was made by this process."""
 
@@ -48,6 +50,7 @@ class Stage:
         self.inputs = dict(inputs(first))
         if first:  # others must not read what this one withdraws
             self.before = {} if why == "new" else read_record(sums.record(self.artifact))
+            self.vouched = sums.path(self.artifact).exists()  # `outdated` has checked them
             sums.start(self.artifact)
         self.made = True
         return True
@@ -61,9 +64,8 @@ class Stage:
 
         if state.is_main_process:
             self.is_due(inputs)
-        self.made, self.inputs, self.before = exchanged(
-            state, (self.made, self.inputs, self.before)
-        )[0]
+        own = (self.made, self.inputs, self.before, self.vouched)
+        self.made, self.inputs, self.before, self.vouched = exchanged(state, own)[0]
         return self.made
 
     def finish(self, content: Mapping[str, Any], files: Iterable[Path]) -> None:

@@ -13,6 +13,7 @@ import pandas as pd
 from evals.report.markdown import escaped
 from evals.report.paper.numbers import Number, Table
 from evals.report.verdict import p_value
+from vlopd.files import write_text
 
 KINDS = {"update": "", "drawn": "drawn null", "signal": "signal null"}
 HOW = (
@@ -160,6 +161,6 @@ def write(tables: Mapping[str, Table], out: Path) -> list[Path]:
             ("tex", to_latex(table, name)),
         ):
             path = out / f"{name}.{ending}"
-            path.write_text(text)
+            write_text(path, text)
             files.append(path)
     return files
