@@ -52,8 +52,14 @@ class Tasks(TaskManager):
     _index: dict[str, Any]
 
     def __init__(self, include_path: str | list[str], include_defaults: bool = True):
-        super().__init__(include_path=include_path, include_defaults=False)
         named = [include_path] if isinstance(include_path, str) else include_path
+        try:
+            super().__init__(include_path=include_path, include_defaults=False)
+        except TypeError:  # of names that lm-eval cannot sort
+            own = ", ".join(folder for folder in named if not is_packaged(folder))
+            raise ConfigError(
+                f"{own}: a task's name is no text; put quotes around what `task` is in its YAML files"
+            ) from None
         self.folders = [path for path in map(Path, named) if not is_packaged(path)]
         """Folders of tasks that are not installed with this package or lm-eval."""
         theirs = index_of(STOCK) if include_defaults else {}
@@ -100,12 +106,25 @@ class Tasks(TaskManager):
     def has(self, task: str) -> bool:
         return task in self.task_index
 
-    def has_members(self, task: str) -> bool:
-        """Whether the members that a group names are known; it may name lm-eval's."""
-        members = (self.task_index[task].cfg or {}).get("task")
+    def has_members(self, task: str, above: tuple[str, ...] = ()) -> bool:
+        """Whether the members that a group names are known; it may name lm-eval's.
+
+        Raises ConfigError for a group within itself, and for metadata that are no table.
+        """
+        entry = self.task_index[task]
+        about, above = entry.cfg or {}, (*above, task)
+        if not isinstance(about.get("metadata") or {}, Mapping):
+            raise ConfigError(
+                f"{entry.yaml_path}: metadata must be a table, as in {{version: 1.0}}"
+            )
+        members = about.get("task")
         named = members if isinstance(members, list) else []
+        if twice := next((each for each in named if each in above), None):
+            raise ConfigError(f"{entry.yaml_path}: the group {twice} is a member of itself")
         return all(
-            self.has(each) and self.has_members(each) for each in named if isinstance(each, str)
+            self.has(each) and self.has_members(each, above)
+            for each in named
+            if isinstance(each, str)
         )
 
     def load(self, task_list: Any) -> Any:

@@ -100,7 +100,8 @@ def _modality_of(settings: Mapping[str, Any]) -> str:
 def _source_of(settings: Mapping[str, Any], yaml: Any) -> tuple[str, str]:
     """(source, reachable) of a task."""
     ours = yaml is not None and TASKS in Path(yaml).parents
-    benchmark = (settings.get("metadata") or {}).get("benchmark")
+    about = settings.get("metadata")
+    benchmark = about.get("benchmark") if isinstance(about, Mapping) else None
     if ours and benchmark in BENCHMARKS:
         local = Path(os.environ.get(documents.FOLDER, "")) / benchmark
         if documents.FOLDER in os.environ and local.is_dir():
