@@ -9,6 +9,7 @@ file of the user or the command line gives is the user's own.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def engine(url: str) -> str:
 
 
 def program(python: str, arguments: Sequence[str]) -> str:
-    return " ".join(["engine's program", python, *arguments])
+    return f"engine's program {shlex.join([python, *arguments])}"
 
 
 def exchange(folder: str) -> str:

@@ -163,16 +163,20 @@ def schema_of(path: Path) -> type[Record]:
     return kinds.get(path.name, Record)
 
 
+def _first(error: ValidationError, schema: type[BaseModel]) -> str:
+    """The first of a file's faults."""
+    return explain_errors(error, schema).split("; ")[0]
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """Reads the record of a stage. Raises RunError, with the entry, for a file that is missing or not its record."""
     value, schema = read_json(path), schema_of(path)
     try:
         schema.model_validate_json(path.read_bytes(), strict=True)
     except ValidationError as error:
-        first = explain_errors(error, schema).split("; ")[0]
         raise RunError(
-            f"{path} is not a record of this version of vlopd: {first}; restore it, or delete it and run its stage "
-            "again"
+            f"{path} is not a record of this version of vlopd: {_first(error, schema)}; restore it, or "
+            "delete it and run its stage again"
         ) from None
     return value
 
@@ -240,9 +244,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         try:
             schema.model_validate(row, strict=True)
         except ValidationError as error:
-            first = explain_errors(error, schema).split("; ")[0]
             raise RunError(
-                f"{path} line {number} is not a row of this log: {first}; restore it, or delete {path.parent} and run "
-                "again"
+                f"{path} line {number} is not a row of this log: {_first(error, schema)}; restore it, or "
+                f"delete {path.parent} and run again"
             ) from None
     return rows

@@ -24,6 +24,13 @@ from vlopd.train.losses import TokenDivergence
 from vlopd.train.rollouts import Batch
 from vlopd.types import Example
 
+WANDB = {
+    "WANDB_MODE": "offline",
+    "WANDB_HOST": "vlopd",
+    "WANDB_X_DISABLE_META": "true",
+    "WANDB_X_DISABLE_MACHINE_INFO": "true",
+}
+"""Unless the user sets otherwise, wandb sends nothing, and records no name, user, path or hardware of the machine."""
 GROWING = ("metrics.jsonl", "samples.jsonl", "optimizer.jsonl", "heldout.jsonl")
 """Files that training appends to."""
 
@@ -282,15 +289,6 @@ def open_trackers(
         tracker.start()
         tracker.store_init_configuration(flat(config))
     return trackers
-
-
-WANDB = {
-    "WANDB_MODE": "offline",
-    "WANDB_HOST": "vlopd",
-    "WANDB_X_DISABLE_META": "true",
-    "WANDB_X_DISABLE_MACHINE_INFO": "true",
-}
-"""Unless the user sets otherwise, wandb sends nothing, and records no name, user, path or hardware of the machine."""
 
 
 def _without_host_name() -> None:
