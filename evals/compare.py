@@ -27,7 +27,7 @@ from vlopd.digests import digest_files, digest_json
 from vlopd.errors import RunError
 from vlopd.files import without_nan
 from vlopd.run.folder import RunFolder
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_record
 from vlopd.run.stage import stage
 
 ROLE_CONTRASTS: tuple[tuple[Role, Role], ...] = (

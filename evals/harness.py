@@ -32,8 +32,6 @@ from vlopd.distributed import accelerator, in_step
 from vlopd.errors import RunError, UserError, first_line, one_line_out_of_memory
 from vlopd.files import (
     is_first_process,
-    read_json,
-    read_jsonl,
     whole_file,
     without_nan,
     write_jsonl,
@@ -43,7 +41,7 @@ from vlopd.models.load import DTYPES, load_configured
 from vlopd.models.loaded import LoadedModel
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import arm_content, samples_by_task, score_files, teacher_folder
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_answers, read_lm_eval_results, read_record
 from vlopd.run.stage import Stage, stage
 
 MERGED = (
@@ -257,9 +255,7 @@ def read_scored_rows(task: str, path: Path, declared: Sequence[str] = ()) -> lis
     `declared`: the task's metrics in their order, where results have them.
     Raises RunError for a file of another kind.
     """
-    rows = read_jsonl(path)
-    if not all(isinstance(row, dict) and {"doc_id", "doc_hash"} <= row.keys() for row in rows):
-        raise RunError(f"{path} has rows without doc_id and doc_hash; it is not lm-eval's samples")
+    rows = read_answers(path)
     if not rows:
         raise RunError(f"{path} has no rows; evaluate the model again with --log_samples")
     try:
@@ -284,7 +280,11 @@ def _own_row(row: dict[str, Any]) -> dict[str, Any]:
         "prompt": "",  # of an earlier version
         **row,
         "columns": list(metrics),
-        "doc": {"question": row["question"], "kind": row["group"], "cluster": row["cluster"]},
+        "doc": {
+            "question": row["question"],
+            "kind": row.get("group"),
+            "cluster": row.get("cluster"),
+        },
         "numbers": numbers,
         "items": {key: value for key, value in metrics.items() if isinstance(value, (list, dict))},
     }
@@ -320,12 +320,7 @@ def results_of(where: Path) -> dict[str, Any]:
     Raises RunError for a file of another kind.
     """
     first = score_files(where)[0]
-    results = read_json(first) if first.suffix == ".json" else {}
-    if first.suffix == ".json" and not (
-        isinstance(results, dict) and isinstance(results.get("results"), dict)
-    ):
-        raise RunError(f"{first} is not lm-eval's results: it holds no table `results`")
-    return results
+    return read_lm_eval_results(first) if first.suffix == ".json" else {}
 
 
 def _reusable_results(its: Stage) -> dict[str, Any]:

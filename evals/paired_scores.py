@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,8 +16,7 @@ from evals import corpus_metrics
 from evals.stats import Scores
 from vlopd.config.analysis import EvalConfig
 from vlopd.errors import ConfigError, RunError
-from vlopd.files import read_jsonl
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_answers, read_record
 
 NOT_METRICS = (
     *("doc_id", "doc_hash", "prompt_hash", "question", "prompt", "target", "completion", "thought"),
@@ -235,9 +234,7 @@ class TaskRows:
         """{arm: rows in the first arm's order}. Raises RunError where the questions differ."""
         tables: dict[str, dict[Key, Row]] = {}
         for arm in self.arms:
-            path, rows = self.path(arm), read_jsonl(self.path(arm))
-            if not all({"doc_id", "doc_hash"} <= row.keys() for row in rows):
-                raise RunError(f"{path} has rows without doc_id and doc_hash; evaluate {arm} again")
+            path, rows = self.path(arm), read_answers(self.path(arm))
             tables[arm] = {(row["doc_id"], row["doc_hash"]): row for row in rows}
             if len(tables[arm]) < len(rows):
                 raise RunError(f"{path} has several rows per question; evaluate {arm} again")
@@ -286,7 +283,7 @@ class TaskRows:
     @property
     def clusters(self) -> list[str] | None:
         """The clusters of the questions; None where there are none, or one per question, which is no clustering."""
-        named = [row["cluster"] for row in self.rows]
+        named = [row.get("cluster") for row in self.rows]
         if None in named or len(set(named)) == len(named):
             return None
         return [str(cluster) for cluster in named]
@@ -314,7 +311,7 @@ class TaskRows:
 
         Without facts on the metric, of an earlier version, also where it is not in [0, 1].
         """
-        most = math.inf if "higher_is_better" in self.facts.get(column, {}) else 1
+        most = sys.float_info.max if "higher_is_better" in self.facts.get(column, {}) else 1
         for arm, rows in self.tables.items():
             for row in rows:
                 value = row.get(column)

@@ -30,7 +30,7 @@ from vlopd.errors import ConfigError, OutOfMemory, UserError
 from vlopd.files import is_first_process
 from vlopd.plugins import Use
 from vlopd.run.folder import RunFolder, with_precision_of_run
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_record
 from vlopd.trust import grant
 
 OnArtifact = Callable[[str, Path, bool], None]

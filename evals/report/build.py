@@ -25,9 +25,9 @@ from evals.report.verdict import verdict
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.training import COLUMNS
 from vlopd.digests import digest_files
-from vlopd.files import read_json, whole_folder
+from vlopd.files import whole_folder
 from vlopd.run.folder import RunFolder
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_record
 from vlopd.run.stage import stage
 
 READ = (
@@ -73,7 +73,7 @@ def _write_report(run: RunFolder, config: ExperimentConfig, out: Path) -> None:
     tidy, data["geometry"] = tables.geometry(run, config)
     data["probes"], data["alignment"] = tables.vision(run, records)
     drawn: dict[str, str] = {}
-    about = read_json(run.root / "run.json")
+    about = read_record(run.root / "run.json")
     name, created = run.root.resolve().name, about.get("created", "")[:10]
     found = collect(run, compared)
     context: Context = {

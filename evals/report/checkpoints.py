@@ -22,7 +22,7 @@ from evals.report.sections import EMPTY, render_report, scores_context
 from evals.report.verdict import verdict
 from vlopd.files import write_text
 from vlopd.run.folder import RunFolder
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_record
 from vlopd.update_geometry.schema import FLAGGED_BY_CHANCE, HITS_SD, INDEPENDENT_HITS_SD
 
 GROUPS = {"component": "Components", "part": "Parts", "layer": "Layers"}

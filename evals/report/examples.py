@@ -21,10 +21,10 @@ from PIL import Image
 
 from evals.report.prose import Typesetter, shortened
 from evals.report.tables import ORDER
-from vlopd.files import is_inside, read_jsonl
+from vlopd.files import is_inside
 from vlopd.models.thinking import split
 from vlopd.run.folder import RunFolder
-from vlopd.run.schemas import read_log
+from vlopd.run.schemas.read import read_log
 
 MOST_QUESTIONS = 2_000
 INLINE_BYTES = 3_000_000
@@ -215,7 +215,7 @@ def _read_rows(run: RunFolder, arm: str, name: str) -> list[dict[str, Any]]:
     """The rows of a file of an arm's evaluation; none where it is missing, or outside of the run: a comparison that
     somebody sent names its arms and tasks."""
     path = run.eval(arm) / name
-    return read_jsonl(path) if path.exists() and is_inside(path, [run.root]) else []
+    return read_log(path) if is_inside(path, [run.root]) else []
 
 
 def _contents(

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from evals.report import figures, tables
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_record
 
 HEAT_MAPS = (("frac_delta_eq_0", ""), ("top_energy_ratio", "k=16"))
 """(metric, parameter) drawn as heat maps: one that rounding explains, one that it does not."""

@@ -8,9 +8,9 @@ from typing import Any
 from vlopd.config.arms import DistillArm
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.recipe import training_of
-from vlopd.files import read_json
 from vlopd.run.checksums import differences
 from vlopd.run.folder import RunFolder
+from vlopd.run.schemas.read import read_record
 
 LEFT_OUT = ("chunk_tokens", "type")
 """Fields of a loss that are not part of its description."""
@@ -112,7 +112,7 @@ def _cost(run: RunFolder, records: list[Mapping[str, Any]]) -> list[tuple[str, s
     """Machine, time and memory of the trained arms."""
     found = []
     memories = [
-        read_json(path)
+        read_record(path)
         for its in records
         if (path := run.arm(str(its["arm"])) / "memory.json").exists()
     ]

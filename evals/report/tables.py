@@ -11,9 +11,8 @@ import pandas as pd
 from evals.report.read import read_table
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.digests import digest_weights
-from vlopd.files import read_json
 from vlopd.run.folder import RunFolder
-from vlopd.run.schemas import read_log, read_record
+from vlopd.run.schemas.read import read_log, read_record
 
 ORDER = (
     *("teacher", "full", "replicate", "variant", "subnetwork", "projection", "transplant", "other"),
@@ -282,7 +281,7 @@ def masks(run: RunFolder, config: ExperimentConfig) -> pd.DataFrame:
 def vision(run: RunFolder, records: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """evals/vision.json as (one row per arm and probe, one row per arm with alignment), of the arms as they are now."""
     path = run.root / "evals" / "vision.json"
-    found = read_json(path) if path.exists() else {"towers": {}, "alignment": {}}
+    found = read_record(path) if path.exists() else {"towers": {}, "alignment": {}}
     probed = found.get("inputs", {}).get("checkpoints", {})
     same = {
         arm

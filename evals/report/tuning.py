@@ -14,7 +14,7 @@ from evals.report.page import Context, add_figure, rows_of
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.sweeps import Point, words_of
 from vlopd.run.folder import RunFolder
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_record
 
 
 def read_sweeps(run: RunFolder, config: ExperimentConfig) -> dict[str, dict[str, Any]]:

@@ -132,7 +132,8 @@ def what_it_is(path: Path) -> str | None:
         return "a folder of mask files; give a checkpoint"
     if _holds_weights(path):
         return None
-    if (path / "record.json").is_file() and (model := read_json(path / "record.json").get("model")):
+    about = read_json(path / "record.json") if (path / "record.json").is_file() else {}
+    if isinstance(about, dict) and (model := about.get("model")):
         return f"an arm without a checkpoint of its own; give its model, {model}"
     if is_scores(path):
         return "a folder of evaluated scores, without weights"

@@ -37,13 +37,12 @@ from vlopd.config.roles import Roles
 from vlopd.digests import digest_json
 from vlopd.distributed import Compute, accelerator, resolve_compute
 from vlopd.errors import ConfigError
-from vlopd.files import read_jsonl
 from vlopd.loop import Trained
 from vlopd.models.load import DTYPES, check_unloaded, load_configured
 from vlopd.models.loaded import LoadedModel
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import model_content, no_such_model, samples_by_task
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_log, read_record
 from vlopd.train.pair import without_weights
 
 UNUSED = {
@@ -73,7 +72,7 @@ class Evaluation:
         """One row per question: task, question, target, completion and metrics."""
         folder = RunFolder(self.out).eval(self.name)
         tasks = list(self.results["data_digest"])
-        found = [pd.DataFrame(read_jsonl(folder / f"samples_{task}.jsonl")) for task in tasks]
+        found = [pd.DataFrame(read_log(folder / f"samples_{task}.jsonl")) for task in tasks]
         return pd.concat([t.assign(task=task) for task, t in zip(tasks, found, strict=True)])
 
     @cached_property

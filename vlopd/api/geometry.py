@@ -22,7 +22,7 @@ from vlopd.config.input import value_of
 from vlopd.digests import digest_checkpoint, digest_json, file_digest
 from vlopd.errors import ConfigError
 from vlopd.run.folder import up_to_date
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_record
 from vlopd.update_geometry import paper
 from vlopd.update_geometry.checkpoint import measure_checkpoint, read_rows
 from vlopd.update_geometry.overlap import write_overlap

@@ -10,7 +10,7 @@ from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import config_of
 from vlopd.errors import ConfigError, RunError, first_line
 from vlopd.run.folder import RunFolder
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_record
 
 
 def push(

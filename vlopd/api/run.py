@@ -11,7 +11,7 @@ from vlopd.config.experiment import ExperimentConfig
 from vlopd.errors import ConfigError, RunError
 from vlopd.run.checksums import Problem
 from vlopd.run.folder import RunFolder
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_log, read_record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -179,7 +179,7 @@ class Run:
         pipeline.select_arms(self.config, [arm], [])
         self._check("arms")
         path = self.folder.arm(arm) / name
-        if not path.exists():
+        if not read_log(path):
             raise RunError(f"arm {arm} has no {name}: it is not trained, or not yet")
         return read_frame(path)
 

@@ -23,7 +23,7 @@ from vlopd.errors import ConfigError, UserError, printable
 from vlopd.files import is_first_process, read_json
 from vlopd.plugins import Use
 from vlopd.run.folder import RunFolder
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_record
 
 console = Console(markup=False, emoji=False)
 """Prints every text as it is, since names, paths and errors may hold `[brackets]`; styles are given by Text."""
@@ -55,7 +55,7 @@ def complete_arms(context: typer.Context, incomplete: str) -> list[str]:
             arms = read_json(target / "run.json")["config"]["arms"]
         else:
             arms = expand_seeds(read_tables(target))["arms"]
-    except (OSError, ValueError, KeyError, ConfigError):  # nothing to complete from
+    except (OSError, ValueError, LookupError, TypeError, UserError):  # nothing to complete from
         return []
     return [name for name in arms if name.startswith(incomplete)]
 

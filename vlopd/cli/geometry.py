@@ -24,7 +24,7 @@ from vlopd.cli.common import (
 )
 from vlopd.errors import ConfigError
 from vlopd.files import is_first_process
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_record
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -50,7 +50,7 @@ from vlopd.errors import (
 )
 from vlopd.files import is_first_process
 from vlopd.run.folder import RunFolder
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_record
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(masks.app, name="mask")

@@ -60,7 +60,7 @@ from vlopd.run.resolve import (
     refuse_other_base,
     teacher_folder,
 )
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_record
 from vlopd.run.stage import Stage
 from vlopd.train.log import open_trackers
 from vlopd.train.lora import LoraTrainable

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from vlopd.digests import digest_text, file_digest
 from vlopd.errors import RunError
 from vlopd.files import flush, json_text, write_text
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_record
 
 SINGLE = {
     "run": "run.json",

@@ -40,7 +40,7 @@ from vlopd.run.resolve import (
     teacher_content,
     with_choice,
 )
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_record
 from vlopd.update_geometry.trajectory import step_of
 
 

@@ -27,7 +27,7 @@ from vlopd.errors import ConfigError, RunError
 from vlopd.files import TEMPORARY, is_abandoned, is_first_process, read_json, write_json
 from vlopd.run.checksums import Checksums, differences
 from vlopd.run.provenance import provenance
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_record
 from vlopd.trust import grant, withhold
 
 WRITTEN = (

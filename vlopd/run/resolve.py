@@ -30,7 +30,7 @@ from vlopd.plugins import Use
 from vlopd.progress import downloads
 from vlopd.run.checksums import check_within_run
 from vlopd.run.folder import RunFolder
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_record
 from vlopd.weights import delta
 from vlopd.weights.matching import known_config
 from vlopd.weights.reader import Weights

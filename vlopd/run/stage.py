@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vlopd import interrupts
 from vlopd.files import is_first_process
 from vlopd.run.folder import RunFolder
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_record
 
 if TYPE_CHECKING:  # torch loads with it, which what reads results alone does not need
     from accelerate import Accelerator

@@ -15,7 +15,7 @@ from vlopd.run.checksums import Problem, differences
 from vlopd.run.dependencies import arm_inputs, mask_inputs
 from vlopd.run.folder import LOCK, NO_RESULTS, RunFolder
 from vlopd.run.resolve import base_arm
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_record
 
 
 class Verified(NamedTuple):

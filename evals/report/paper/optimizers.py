@@ -18,7 +18,7 @@ from evals.report.paper.pair import Group, Pair
 from evals.report.paper.scores import CURVES, SCORES, Nulls, score_numbers
 from evals.report.tuning import chosen_points, read_sweeps
 from vlopd.config.arms import DistillArm
-from vlopd.run.schemas import read_log
+from vlopd.run.schemas.read import read_log
 
 EVIDENCE = (
     ("cos(m, g) first", "momentum_alignment", lambda values: values[0]),

@@ -11,7 +11,7 @@ from evals.report.page import rows_of
 from evals.report.read import read_table
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.run.folder import RunFolder
-from vlopd.run.schemas import read_record
+from vlopd.run.schemas.read import read_record
 
 Key = tuple[str, str, str]
 """(metric, parameter, name) of a geometry row."""
