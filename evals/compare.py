@@ -27,6 +27,7 @@ from vlopd.digests import digest_files, digest_json
 from vlopd.errors import RunError
 from vlopd.files import without_nan
 from vlopd.run.folder import RunFolder
+from vlopd.run.links import check_links
 from vlopd.run.schemas.read import read_record
 from vlopd.run.stage import stage
 
@@ -68,6 +69,7 @@ def compare(run: RunFolder, config: ExperimentConfig) -> Path:
     Raises RunError where an arm has no evaluation, or arms were evaluated on different questions.
     """
     run.checksums.check_finished("arms", "base_kl", "sweeps")
+    check_links(run, config, "arms", "masks", "evals", "base_kl", "validation")
     entries = _arm_entries(run, config)
     inputs = {"config": digest_json(config.model_dump(mode="json"))}
     measured = {arm: its["kl_to_base"] for arm, its in entries.items()}

@@ -326,7 +326,7 @@ def results_of(where: Path) -> dict[str, Any]:
 def _reusable_results(its: Stage) -> dict[str, Any]:
     """Earlier results of the same checkpoint that are still valid; rows of other tasks are deleted."""
     out = its.run.root / its.artifact
-    old = its.before if its.vouched else {}
+    old = its.reusable
     kept = unchanged_tasks(old["inputs"], its.inputs) if old else {}
     leaves = {task: old["leaves"][task] for task in kept}
     names = {leaf for task in kept for leaf in leaves[task]}

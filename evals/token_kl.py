@@ -33,7 +33,6 @@ from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import (
     arm_content,
     arm_digest,
-    base_arm,
     plugin_content,
     teacher_content,
 )
@@ -119,10 +118,10 @@ def write_tokens(its: Stage, config: ExperimentConfig, arm: str, state: Accelera
     Processes share the batches of questions; the first writes.
     """
     run, out = its.run, its.run.eval(arm)
-    kept = unchanged_tasks(its.before.get("inputs", {}), its.inputs)
-    leaves: dict[str, list[str]] = {task: its.before["leaves"][task] for task in kept}
+    kept = unchanged_tasks(its.reusable.get("inputs", {}), its.inputs)
+    leaves: dict[str, list[str]] = {task: its.reusable["leaves"][task] for task in kept}
     names = {leaf for task in kept for leaf in leaves[task]}
-    skipped = {leaf: why for leaf, why in its.before.get("skipped", {}).items() if leaf in names}
+    skipped = {leaf: why for leaf, why in its.reusable.get("skipped", {}).items() if leaf in names}
     for path in out.glob("tokens_*.jsonl") if state.is_main_process else ():
         if path.stem.removeprefix("tokens_") not in names:
             path.unlink()
@@ -217,7 +216,7 @@ def has_base_kl(config: ExperimentConfig, arm: str) -> bool:
 
 def base_kl_inputs(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[str, Any]:
     """The inputs that determine an arm's KL to the base, as digests."""
-    base = arm_digest(run, base_arm(config))
+    base = arm_digest(run, config.base_arm)
     return {**_answer_inputs(run, config, arm), "base": base, "compute": config.precision.resolved}
 
 
@@ -225,7 +224,7 @@ def _base_kl(
     run: RunFolder, config: ExperimentConfig, arm: str, kept: LoadedTeachers, state: Accelerator
 ) -> dict[str, Any]:
     """The content of base_kl.json; processes share the batches of questions."""
-    own = {"model": str(run.checkpoint(base_arm(config))), "revision": None}
+    own = {"model": str(run.checkpoint(config.base_arm)), "revision": None}
     pair = load_pair(
         config.student,
         TeacherConfig.model_validate({**config.student.model_dump(), **own}),

@@ -126,7 +126,10 @@ def invented_run(root):
         own.drop(columns=["kind", "of", "unit", "family"]).to_csv(
             run.geometry(arm) / "geometry.csv"
         )
-        write_json(run.geometry(arm) / "summary.json", {"inputs": {}, "headline": []})
+        write_json(
+            run.geometry(arm) / "summary.json",
+            {"inputs": {}, "headline": [], "left_out": {"summary": ""}},
+        )
     overlaps = []
     for a, b in combinations(config.geometry.arms, 2):
         numbers = {

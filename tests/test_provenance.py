@@ -383,7 +383,12 @@ def test_a_tasks_files_are_all_known(tmp_path, monkeypatch):
     }
 
 
-RECORD = {"inputs": {"a": 1}, "type": "distill", "checkpoint_digest": "x"}
+RECORD = {
+    "inputs": {"a": 1},
+    "type": "distill",
+    "checkpoint_digest": "x",
+    "precision": {"compute": "fp32", "stored": "fp32", "values": "fp32"},
+}
 
 
 def test_records_are_deleted_before_an_artifact_is_made_again(tmp_path):

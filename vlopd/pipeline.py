@@ -151,9 +151,8 @@ class Planner:
     def arm(self, name: str) -> str:
         """Adds an arm after its dependencies; returns the artifact's name."""
         from vlopd.run.dependencies import arm_inputs
-        from vlopd.run.resolve import base_arm
 
-        base, arm = base_arm(self.config), self.config.arms.get(name)
+        base, arm = self.config.base_arm, self.config.arms.get(name)
         needs = [] if name == base else [self.arm(base)]
         group = self.config.sweep_group(name) or self.config.follows(name)
         if group is not None:
@@ -179,10 +178,9 @@ class Planner:
 
     def mask(self, name: str) -> str:
         from vlopd.run.dependencies import mask_inputs
-        from vlopd.run.resolve import base_arm
 
         rule = self.config.masks[name]
-        needs = [self.arm(base_arm(self.config)), *map(self.mask, rule.combines)]
+        needs = [self.arm(self.config.base_arm), *map(self.mask, rule.combines)]
         if rule.reads is not None and (read := _arm_of(rule.reads)):
             needs.append(self.arm(read))
         self.add(f"masks/{name}", needs, partial(mask_inputs, self.run, self.config, name))

@@ -27,6 +27,7 @@ from vlopd.config.training import COLUMNS
 from vlopd.digests import digest_files
 from vlopd.files import whole_folder
 from vlopd.run.folder import RunFolder
+from vlopd.run.links import check_links
 from vlopd.run.schemas.read import read_record
 from vlopd.run.stage import stage
 
@@ -43,6 +44,7 @@ def build_report(run: RunFolder, config: ExperimentConfig, out: Path | None = No
     With `out` the run is only read. Raises RunError where run.json is missing or a file of the run was changed.
     """
     run.checksums.check_finished(*READ)
+    check_links(run, config, *READ)
     if out is not None:
         _write_report(run, config, out)
         return out / "report.html"

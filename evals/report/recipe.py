@@ -125,7 +125,11 @@ def _cost(run: RunFolder, records: list[Mapping[str, Any]]) -> list[tuple[str, s
         span = " to ".join(dict.fromkeys((duration(min(seconds)), duration(max(seconds)))))
         each = f", {span} an arm" if len(seconds) > 1 else ""
         found.append(("Training time", f"{duration(sum(seconds))}{each}"))
-        spent = [float(r["seconds"]) * r["processes"] for r in records if r.get("processes")]
+        spent = [
+            float(r["seconds"]) * r["processes"]
+            for r in records
+            if r.get("seconds") and r.get("processes")
+        ]
         if len(spent) == len(seconds):  # records of before have no number of processes
             found.append(("Device-hours", f"{sum(spent) / 3600:.2g}"))
     peaks = [max(m["peak_bytes"].values()) for m in memories if m.get("peak_bytes")]

@@ -18,7 +18,7 @@ from vlopd.errors import ConfigError
 from vlopd.files import write_jsonl
 from vlopd.progress import progress
 from vlopd.run.folder import RunFolder
-from vlopd.run.resolve import arm_content, base_arm
+from vlopd.run.resolve import arm_content
 from vlopd.run.stage import Stage, stage
 
 
@@ -30,7 +30,7 @@ def vision_report(
 
     Raises ConfigError for a text-only student, and as `alignment.load_scorer` does.
     """
-    base, out = base_arm(config), run.root / "evals" / "vision.json"
+    base, out = config.base_arm, run.root / "evals" / "vision.json"
     models = [arm for arm in arms if not isinstance(config.arms[arm], ImportedArm)]
 
     def made_from(whole: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import config_of
 from vlopd.errors import ConfigError, RunError, first_line
 from vlopd.run.folder import RunFolder
+from vlopd.run.links import check_links
 from vlopd.run.schemas.read import read_record
 
 
@@ -55,6 +56,7 @@ def _files_of(run: RunFolder, config: ExperimentConfig, arm: str) -> dict[str, P
     if not record.exists() or not checkpoint.is_dir():
         raise RunError(f"{run.root} has no checkpoint of arm {arm!r}; make it with `vlopd run`")
     run.checksums.check(f"arms/{arm}")
+    check_links(run, config, f"arms/{arm}", f"masks/{mask_of(config.arms[arm])}", f"evals/{arm}")
     written = run.checksums.read(f"arms/{arm}")
     found: dict[str, Path | bytes] = {
         path.relative_to(checkpoint).as_posix(): path

@@ -11,6 +11,7 @@ from vlopd.config.experiment import ExperimentConfig
 from vlopd.errors import ConfigError, RunError
 from vlopd.run.checksums import Problem
 from vlopd.run.folder import RunFolder
+from vlopd.run.links import wrong_links
 from vlopd.run.schemas.read import read_log, read_record
 
 if TYPE_CHECKING:
@@ -129,13 +130,16 @@ class Run:
 
     @property
     def problems(self) -> list[Problem]:
-        """Files that were changed or removed since they were written, by size and time (`verify` hashes them)."""
+        """Files that were changed or removed since they were written, by size and time (`verify` hashes them), and
+        records of artifacts that were not made from this run's arms and masks.
+        """
         sums = self.folder.checksums
-        return [
+        changed = [
             problem
             for artifact in sums.artifacts()
             for problem in sums.problems(artifact, whole=False)
         ]
+        return changed or wrong_links(self.folder, self.config)
 
     def verify(self) -> Verified:
         """Hashes every file of the run, and the inputs it was made from.

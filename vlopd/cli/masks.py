@@ -188,11 +188,10 @@ def export_(
 def _base_folder(base: str) -> Path:
     """The folder of a checkpoint; of a run folder, its base's."""
     from vlopd.api.checkpoints import folder_of
-    from vlopd.run.resolve import base_arm
 
     if (Path(base) / "run.json").is_file():
         folder, config = RunFolder.open(Path(base))
-        return folder.checkpoint(base_arm(config))
+        return folder.checkpoint(config.base_arm)
     return folder_of(base)
 
 

@@ -79,6 +79,31 @@ class ExperimentConfig(RecipeSections):
     tracking: TrackingConfig = TrackingConfig()
     """Trackers for training curves."""
 
+    @property
+    def base_arm(self) -> str:
+        """The name of the arm that is the untrained student; every run has one."""
+        return next((n for n, arm in self.arms.items() if isinstance(arm, BaseArm)), "base")
+
+    def settings_of(self, arm: DistillArm) -> dict[str, Any]:
+        """The settings that determine a trained arm, its own and its recipe's, as an arm's inputs have them."""
+        recipe = self.recipe_of(arm)
+        # plug-ins are inputs of their own; the completions that are kept change nothing
+        not_inputs: Any = {
+            **EXECUTION,
+            "train": EXECUTION["train"] | {"metrics", "keep_completions"},
+            # absent where it changes nothing, so that older runs stay up to date
+            "rollout": EXECUTION["rollout"]
+            | ({"max_lag"} if not recipe.rollout.max_lag else set()),
+            "teacher": {"engine": True, "teachers": {"__all__": {"engine"}}},
+        }
+        return {
+            "arm": arm.model_dump(
+                mode="json", include={"type", "seed", "mask", "subspace", "lora"}
+            ),
+            "recipe": self.model_dump(mode="json", include={"student", "precision"})
+            | recipe.model_dump(mode="json", exclude=not_inputs),
+        }
+
     def recipe_of(self, arm: DistillArm) -> ArmRecipe:
         """How an arm is trained: its own sections merged into the run's.
 

@@ -52,7 +52,6 @@ from vlopd.run.records import (
     write_record,
 )
 from vlopd.run.resolve import (
-    base_arm,
     checkpoint_deltas,
     hub_folder,
     read_mask,
@@ -141,7 +140,7 @@ def train_arm(
     replayed = replay_of(arm)
     if replayed is not None and config.candidates(replayed):
         replayed = str(read_record(run.arm_record(replayed))["candidate"])
-    base = run.checkpoint(base_arm(config))
+    base = run.checkpoint(config.base_arm)
     refuse_other_base(
         other_bases_of_arm(run, config, arm), inputs["base"], options.allow_other_base
     )
@@ -438,7 +437,7 @@ def _write_untrained(
     if isinstance(arm, MergeArm) and arm.is_given:
         selected = whole_parameters(checkpoint_deltas(run, config, arm.of[0]), arm)
         mask = selected if mask is None else combine("intersection", [mask, selected])
-    base = run.checkpoint(base_arm(config))
+    base = run.checkpoint(config.base_arm)
     before = read_tensors(base)
     # only its configuration is used: all weights that are written are in `before`
     student = load_configured(config.student, DTYPES[config.precision.resolved], folder=base)

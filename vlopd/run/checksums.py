@@ -152,6 +152,16 @@ class Checksums:
                 what = "is missing" if not path.exists() else f"cannot be read ({error.strerror})"
             yield Problem(path, what, self.remedy(artifact))
 
+    def is_sound(self, artifact: str) -> bool:
+        """Whether an artifact's files are as they were written, by size and time, and its record is one."""
+        if any(self.problems(artifact, whole=False)):
+            return False
+        try:
+            read_record(self.record(artifact))
+        except RunError:
+            return False
+        return True
+
     def check(self, artifact: str, whole: bool = True) -> None:
         """Raises RunError for the first file that was changed or deleted.
 

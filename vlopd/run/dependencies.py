@@ -29,7 +29,6 @@ from vlopd.run.resolve import (
     arm_content,
     arm_digest,
     arm_folder,
-    base_arm,
     checkpoint_digest,
     data_content,
     hub_folder,
@@ -38,7 +37,6 @@ from vlopd.run.resolve import (
     plugin_content,
     read_file_mask,
     teacher_content,
-    with_choice,
 )
 from vlopd.run.schemas.read import read_record
 from vlopd.update_geometry.trajectory import step_of
@@ -48,7 +46,7 @@ def arm_inputs(
     run: RunFolder, config: ExperimentConfig, name: str, whole: bool = False
 ) -> dict[str, Any]:
     """The inputs that determine an arm; `whole` as in digests.file_digest."""
-    config = with_choice(run, config, name)
+    config = run.with_choice(config, name)
     arm = config.arms.get(name, BaseArm())
     if isinstance(arm, BaseArm):
         return {
@@ -58,34 +56,21 @@ def arm_inputs(
         }
     if config.candidates(name):
         return _tuned_inputs(run, config, name)
-    files = arm_content(run, config, base_arm(config) if _starts_from_base(arm) else name, whole)
+    files = arm_content(run, config, config.base_arm if _starts_from_base(arm) else name, whole)
     if isinstance(arm, TeacherArm):
         teacher = config.teacher_of(arm)
         return {"teacher": teacher.model, "revision": teacher.revision, "files": files}
     if isinstance(arm, (CheckpointArm, ImportedArm)):
         return {**arm.model_dump(mode="json", exclude={"role"}), "files": files}
-    inputs = {"base": arm_digest(run, base_arm(config)), "files": files}
+    inputs = {"base": arm_digest(run, config.base_arm), "files": files}
     if isinstance(arm, DistillArm):
         recipe = config.recipe_of(arm)
         teachers = recipe.teachers
-        settings = config.model_dump(mode="json", include={"student", "precision"})
-        # plug-ins are, below; the completions that are kept change nothing
-        not_inputs: Any = {
-            **EXECUTION,
-            "train": EXECUTION["train"] | {"metrics", "keep_completions"},
-            # absent where it changes nothing, so that older runs stay up to date
-            "rollout": EXECUTION["rollout"]
-            | ({"max_lag"} if not recipe.rollout.max_lag else set()),
-            "teacher": {"engine": True, "teachers": {"__all__": {"engine"}}},
-        }
         inputs |= {
-            "student": read_record(run.arm_record(base_arm(config)))["inputs"],
+            "student": read_record(run.arm_record(config.base_arm))["inputs"],
             "teachers": {n: teacher_content(run, config, t, whole) for n, t in teachers.items()},
             "data": data_content(recipe.data, tuple(teachers.values()), whole),
-            "arm": arm.model_dump(
-                mode="json", include={"type", "seed", "mask", "subspace", "lora"}
-            ),
-            "recipe": settings | recipe.model_dump(mode="json", exclude=not_inputs),
+            **config.settings_of(arm),
         }
         if arm.null is not None:
             inputs["null"] = arm.null.type
@@ -108,7 +93,7 @@ def _tuned_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict[s
     about = run.sweep(str(config.sweep_group(name)))
     chosen = read_record(about)["candidates"][name]
     return {
-        "base": arm_digest(run, base_arm(config)),
+        "base": arm_digest(run, config.base_arm),
         "sweep": file_digest(about),
         "chosen": chosen,
         "checkpoint": arm_digest(run, chosen),
@@ -163,7 +148,7 @@ def mask_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str
     rule = config.masks[name]
     inputs: dict[str, Any] = {
         "rule": rule.model_dump(mode="json"),
-        "base": arm_digest(run, base_arm(config)),
+        "base": arm_digest(run, config.base_arm),
     }
     if isinstance(rule, FunctionMask):
         inputs["plugins"] = plugin_content([rule.use("mask")], whole=True)
@@ -192,7 +177,7 @@ def other_bases_of_mask(
     if rule.reads is not None:
         return other_base(run, config, rule.reads)
     if isinstance(rule, FileMask):
-        ours = arm_digest(run, base_arm(config))
+        ours = arm_digest(run, config.base_arm)
         its = read_file_mask(run, config, rule)[1].get("base", ours)
         if its != ours and not _is_student(config, its):
             return {rule.path: its}
@@ -212,7 +197,7 @@ def _is_student(config: ExperimentConfig, digest: str) -> bool:
 
 def geometry_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict[str, Any]:
     """The inputs that determine the geometry of an arm."""
-    base, steps = base_arm(config), saved_steps(run, name)
+    base, steps = config.base_arm, saved_steps(run, name)
     inputs: dict[str, Any] = {
         "base": arm_digest(run, base),
         "trained": digest_checkpoint(arm_folder(run, config, name)),
@@ -230,7 +215,7 @@ def geometry_inputs(run: RunFolder, config: ExperimentConfig, name: str) -> dict
 def overlap_inputs(run: RunFolder, config: ExperimentConfig, names: list[str]) -> dict[str, Any]:
     """The inputs that determine the overlap of the arms' updates."""
     return {
-        "base": arm_digest(run, base_arm(config)),
+        "base": arm_digest(run, config.base_arm),
         "arms": {name: digest_checkpoint(arm_folder(run, config, name)) for name in names},
         "settings": config.geometry.of_update,
     }

@@ -197,6 +197,13 @@ class RunFolder:
             )
         return about
 
+    def with_choice(self, config: ExperimentConfig, name: str) -> ExperimentConfig:
+        """The config with an arm that takes a group's choice (`ExperimentConfig.follows`) at the chosen point."""
+        group = config.follows(name)
+        if group is None:
+            return config
+        return config.with_points({name: read_record(self.sweep(group))["chosen"]})
+
     def foreign_files(self) -> Iterator[Path]:
         """Links out of the run, and what is neither file nor folder, in the stages' folders and the locks'."""
         inside = self.root.resolve()

@@ -19,7 +19,7 @@ from vlopd.run.dependencies import (
     saved_steps,
 )
 from vlopd.run.folder import RunFolder, up_to_date
-from vlopd.run.resolve import arm_folder, base_arm
+from vlopd.run.resolve import arm_folder
 from vlopd.run.stage import Stage, stage
 from vlopd.update_geometry.checkpoint import measure_checkpoint
 from vlopd.update_geometry.groups import write_groups
@@ -66,7 +66,7 @@ def _write_geometry(
     device: str,
     state: Accelerator,
 ) -> None:
-    run, base = its.run, base_arm(config)
+    run, base = its.run, config.base_arm
     before, out, steps = run.checkpoint(base), run.geometry(name), saved_steps(run, name)
     if state.is_main_process:
         _check_arms(run, config, [base, name])
@@ -122,7 +122,7 @@ def make_overlap(run: RunFolder, config: ExperimentConfig, names: list[str]) -> 
     state = distributed.accelerator()
     with distributed.in_step(state), stage(run, "geometry/overlap") as its:
         if its.is_due_in_all(state, lambda _: overlap_inputs(run, config, names)):
-            base, out = base_arm(config), run.root / "geometry"
+            base, out = config.base_arm, run.root / "geometry"
             if state.is_main_process:
                 _check_arms(run, config, [base, *names])
             arms = {name: arm_folder(run, config, name) for name in names}

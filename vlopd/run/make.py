@@ -46,12 +46,10 @@ from vlopd.run.arms import (
 from vlopd.run.dependencies import arm_inputs, mask_inputs, other_bases_of_mask
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import (
-    base_arm,
     checkpoint_folder,
     mask_of_file,
     read_mask,
     refuse_other_base,
-    with_choice,
 )
 from vlopd.run.stage import Stage, stage
 from vlopd.weights import delta
@@ -61,7 +59,7 @@ def make_arm(
     run: RunFolder, config: ExperimentConfig, name: str, options: ArmOptions = DEFAULT_OPTIONS
 ) -> bool:
     """Makes one arm and its dependencies; returns whether the arm itself was made."""
-    base, arm = base_arm(config), config.arms.get(name, BaseArm())
+    base, arm = config.base_arm, config.arms.get(name, BaseArm())
     if name != base:
         make_arm(run, config, base, options)
     for mask in masks_read(arm):
@@ -72,7 +70,7 @@ def make_arm(
         make_arm(run, config, replayed, options)
     if (group := config.follows(name)) is not None:
         make_arm(run, config, config.sweep_members(group)[0], options)
-        config = with_choice(run, config, name)
+        config = run.with_choice(config, name)
         arm = config.arms[name]
     inputs = partial(arm_inputs, run, config, name)
     if config.candidates(name):
@@ -136,7 +134,7 @@ def make_mask(
     run: RunFolder, config: ExperimentConfig, name: str, options: ArmOptions = DEFAULT_OPTIONS
 ) -> bool:
     """Builds a mask after its dependencies; returns whether the mask itself was made."""
-    rule, base = config.masks[name], base_arm(config)
+    rule, base = config.masks[name], config.base_arm
     make_arm(run, config, base, options)
     for other in rule.combines:
         make_mask(run, config, other, options)
@@ -152,7 +150,7 @@ def make_mask(
 def _write_mask(
     its: Stage, config: ExperimentConfig, name: str, options: ArmOptions, state: Accelerator
 ) -> None:
-    run, rule, base = its.run, config.masks[name], base_arm(config)
+    run, rule, base = its.run, config.masks[name], config.base_arm
     shared = state.num_processes > 1 and is_by_tensor(rule)
     if state.is_main_process:
         run.checksums.check(f"arms/{base}")

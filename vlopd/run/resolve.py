@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlopd.config.arms import BaseArm, CheckpointArm, ImportedArm, TeacherArm
+from vlopd.config.arms import CheckpointArm, ImportedArm, TeacherArm
 from vlopd.config.data import DataConfig
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import FileMask, Reference
@@ -46,19 +46,6 @@ NOT_MODEL_FILES = re.compile(
 """Files beside a model that loading does not read."""
 MAX_LISTED_FILES = 16
 """Data files of one suffix that a record lists one by one."""
-
-
-def base_arm(config: ExperimentConfig) -> str:
-    """Name of the arm that is the untrained student; every run has one."""
-    return next((n for n, arm in config.arms.items() if isinstance(arm, BaseArm)), "base")
-
-
-def with_choice(run: RunFolder, config: ExperimentConfig, name: str) -> ExperimentConfig:
-    """The config with an arm that takes a group's choice (`ExperimentConfig.follows`) at the chosen point."""
-    group = config.follows(name)
-    if group is None:
-        return config
-    return config.with_points({name: read_record(run.sweep(group))["chosen"]})
 
 
 def arm_digest(run: RunFolder, name: str) -> str:
@@ -120,7 +107,7 @@ def teacher_content(
 ) -> dict[str, str]:
     """`model_content` of a teacher; of the base where the teacher is the student."""
     if teacher.is_student:
-        return _folder_content(run.checkpoint(base_arm(config)), whole)
+        return _folder_content(run.checkpoint(config.base_arm), whole)
     return model_content(teacher, whole)
 
 
@@ -170,7 +157,7 @@ def arm_content(
 
 def teacher_folder(run: RunFolder, config: ExperimentConfig, teacher: TeacherConfig) -> Path:
     """A teacher's checkpoint folder; the base's where the teacher is the student."""
-    return run.checkpoint(base_arm(config)) if teacher.is_student else Path(resolve(teacher.model))
+    return run.checkpoint(config.base_arm) if teacher.is_student else Path(resolve(teacher.model))
 
 
 def arm_folder(run: RunFolder, config: ExperimentConfig, name: str) -> Path:
@@ -220,7 +207,7 @@ def other_base(run: RunFolder, config: ExperimentConfig, text: str) -> dict[str,
     if path is None or not (record := Path(path) / "record.json").exists():
         return {}
     its = read_record(record)["inputs"].get("base")
-    return {} if its in (None, arm_digest(run, base_arm(config))) else {text: its}
+    return {} if its in (None, arm_digest(run, config.base_arm)) else {text: its}
 
 
 def refuse_other_base(found: Mapping[str, str], ours: str, allow: bool) -> None:
@@ -234,7 +221,7 @@ def refuse_other_base(found: Mapping[str, str], ours: str, allow: bool) -> None:
 
 def checkpoint_deltas(run: RunFolder, config: ExperimentConfig, text: str) -> delta.Deltas:
     """The deltas of a checkpoint reference from this run's base, tensor by tensor."""
-    base = run.checkpoint(base_arm(config))
+    base = run.checkpoint(config.base_arm)
     return delta.stream_whole(base, checkpoint_folder(run, config, text), parameter_names.classify)
 
 
@@ -293,7 +280,7 @@ def read_file_mask(
     path = Path(rule.path)
     if is_foreign(path):
         foreign = open_foreign(path)
-        found = align_with_checkpoint(foreign, run.checkpoint(base_arm(config)))
+        found = align_with_checkpoint(foreign, run.checkpoint(config.base_arm))
         return found.mask, {"imported": {"format": foreign.format, **origin(foreign, found)}}
     mask, about = load_mask(path)
     given = about["inputs"]
@@ -303,7 +290,7 @@ def read_file_mask(
 
 def mask_of_file(run: RunFolder, config: ExperimentConfig, rule: FileMask) -> Mask:
     """The mask of a file under the names of this run's base. Raises RunError where it is of another model."""
-    base = base_arm(config)
+    base = config.base_arm
     shapes = _mask_shapes(run, base)
     mask, _ = read_file_mask(run, config, rule)
     mask = under_names_of(mask, shapes, known_config(run.checkpoint(base)))
@@ -316,7 +303,7 @@ def mask_of_file(run: RunFolder, config: ExperimentConfig, rule: FileMask) -> Ma
 
 def read_mask(run: RunFolder, config: ExperimentConfig, name: str) -> Mask:
     """Loads a mask of this run. Raises RunError where it was made for another model or base."""
-    base = base_arm(config)
+    base = config.base_arm
     mask, metadata = load_mask(run.mask(name))
     try:
         check_mask(mask, metadata, _mask_shapes(run, base), arm_digest(run, base))

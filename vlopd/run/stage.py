@@ -29,11 +29,16 @@ class Stage:
     inputs: dict[str, Any] = field(default_factory=dict)
     """The artifact's inputs, with every file read."""
     before: dict[str, Any] = field(default_factory=dict)
-    """The record being replaced, empty if there was none; parts of its artifact may be reused."""
+    """The record being replaced, empty if there was none."""
     vouched: bool = False
     """Whether the files of the record being replaced had checksums, and matched them."""
     made: bool = False
     """Whether the artifact was made by this process."""
+
+    @property
+    def reusable(self) -> dict[str, Any]:
+        """The record being replaced, of whose files some may be kept; empty where nothing vouches for them."""
+        return self.before if self.vouched else {}
 
     def is_due(self, inputs: Callable[[bool], Inputs]) -> bool:
         """Whether the artifact must be made; if so, deletes its old record.
@@ -84,10 +89,10 @@ def stage(run: RunFolder, artifact: str, derived: bool = False) -> Iterator[Stag
     return its.made
 
     A signal that comes meanwhile stops the command at the end (errors.Interrupted). A `derived` artifact, made in
-    seconds from results alone, is remade where its files were changed, not refused.
+    seconds from results alone, is remade where its files were changed, or are of another version, not refused.
     """
     with run.lock_artifact(artifact):
-        if derived and any(run.checksums.problems(artifact, whole=False)):
+        if derived and not run.checksums.is_sound(artifact):
             run.checksums.start(artifact)
         with interrupts.held(artifact):
             yield Stage(run, artifact)

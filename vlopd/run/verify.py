@@ -14,7 +14,7 @@ from vlopd.progress import progress
 from vlopd.run.checksums import Problem, differences
 from vlopd.run.dependencies import arm_inputs, mask_inputs
 from vlopd.run.folder import LOCK, NO_RESULTS, RunFolder
-from vlopd.run.resolve import base_arm
+from vlopd.run.links import MEASUREMENTS, wrong_links
 from vlopd.run.schemas.read import read_record
 
 
@@ -23,7 +23,7 @@ class Verified(NamedTuple):
 
     problems: list[Problem]  # changed, missing or unreadable files
     unknown: list[Path]  # files not written by a finished stage
-    inputs: list[str]  # changed inputs of arms and masks
+    inputs: list[str]  # changed inputs of artifacts
     files: int
     n_bytes: int
 
@@ -60,6 +60,9 @@ def verify_run(run: RunFolder) -> Verified:
     if not any(problem.file in (written, run.checksums.path("run")) for problem in problems):
         config = config_of(run.read()["config"], written).with_candidates()
         inputs = _changed_inputs(run, config)
+        if not problems:
+            linked = wrong_links(run, config, *MEASUREMENTS, "compare")
+            inputs += [f"{run.checksums.name(its.file)} {its.what}" for its in linked]
     return Verified(problems, sorted(unknown), inputs, len(present), n_bytes)
 
 
@@ -84,7 +87,7 @@ def _is_working_file(run: RunFolder, path: Path) -> bool:
 def _changed_inputs(run: RunFolder, config: ExperimentConfig) -> list[str]:
     """One line per input file of an arm or mask that has changed since."""
     lines = []
-    arms = {name: run.arm_record(name) for name in (base_arm(config), *config.arms)}
+    arms = {name: run.arm_record(name) for name in (config.base_arm, *config.arms)}
     made: dict[Path, Callable[[], dict[str, Any]]] = {
         record: partial(arm_inputs, run, config, name, True) for name, record in arms.items()
     }

@@ -11,6 +11,7 @@ from evals.report.page import rows_of
 from evals.report.read import read_table
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.run.folder import RunFolder
+from vlopd.run.links import check_links
 from vlopd.run.schemas.read import read_record
 
 Key = tuple[str, str, str]
@@ -37,7 +38,9 @@ class Pair:
 
     def __init__(self, name: str, run: RunFolder, config: ExperimentConfig):
         self.name, self.run, self.config = name, run, config
-        run.checksums.check_finished("arms", "geometry", "evals", "tokens", "base_kl", "compare")
+        shown = ("arms", "masks", "geometry", "evals", "tokens", "base_kl", "compare")
+        run.checksums.check_finished(*shown)
+        check_links(run, config, *shown)
         self.groups_files = groups.read_groups(run)
         self.labels = self.groups_files.labels()
         self.compared: Mapping[str, Any] = read_record(run.compare) if run.compare.exists() else {}

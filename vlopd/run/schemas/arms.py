@@ -83,6 +83,7 @@ class MaskRecord(Record):
     """masks/NAME.json."""
 
     inputs: Table = Field(default_factory=dict)
+    digest: str | None = None
     counts: dict[str, Count] = Field(default_factory=dict)
     density: float
     density_by_component: dict[str, Value] = Field(default_factory=dict)

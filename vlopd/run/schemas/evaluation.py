@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from vlopd.run.schemas.base import Count, Entry, OpenEntry, Record, Table, Value
 from vlopd.run.schemas.comparison import Estimate
@@ -153,11 +154,24 @@ class VisionRecord(Record):
     alignment: dict[str, Alignment]
 
 
+def _finite(value: Any) -> Any:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for each in inside:
+        _finite(each)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return value
+
+
+Item = Annotated[JsonValue, AfterValidator(_finite)]
+"""A score, or what a corpus metric is computed from."""
+
+
 class AnswerRow(OpenEntry):
     """Of samples_TASK.jsonl of a run: a question and its answer. Further columns are metrics: numbers, or the items
     of corpus metrics."""
 
-    __pydantic_extra__: dict[str, JsonValue]
+    __pydantic_extra__: dict[str, Item]
 
     doc_id: int | str
     doc_hash: str

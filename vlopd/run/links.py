@@ -1,0 +1,153 @@
+"""Whether a run's artifacts were made from each other: a folder may have been put together from several runs.
+
+Only the digests in records are compared. Models, data and plug-ins may be gone from a finished run's machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from vlopd.config.arms import DistillArm, checkpoints_of, replay_of
+from vlopd.config.experiment import ExperimentConfig
+from vlopd.config.masks import Reference
+from vlopd.digests import digest_files, digest_weights
+from vlopd.errors import RunError
+from vlopd.run.checksums import Problem
+from vlopd.run.folder import RunFolder
+from vlopd.run.schemas.read import read_record
+
+MEASUREMENTS = ("geometry", "evals", "validation", "tokens", "base_kl")
+"""Kinds of artifacts that an arm has one of each of."""
+
+
+def check_links(run: RunFolder, config: ExperimentConfig, *those: str) -> None:
+    """Raises RunError for the first of `wrong_links`."""
+    for problem in wrong_links(run, config, *those):
+        raise RunError(str(problem))
+
+
+def wrong_links(run: RunFolder, config: ExperimentConfig, *those: str) -> list[Problem]:
+    """Artifacts of the config that were made from another arm or mask than the run has, or by other settings.
+
+    those: artifacts or kinds of artifacts (`arms/full`, `arms`); all without any.
+    """
+    found: list[Problem] = []
+    for artifact, links in _Links(run, config.with_candidates()).of.items():
+        if not those or artifact in those or artifact.split("/")[0] in those:
+            found += links()
+    return found
+
+
+class _Links:
+    """`of`: {artifact: a function for its problems}."""
+
+    def __init__(self, run: RunFolder, config: ExperimentConfig):
+        self.run, self.config = run, config
+        self.records = {name: self.read(f"arms/{name}") for name in config.arms}
+        self.digests = {
+            name: str(its["checkpoint_digest"]) for name, its in self.records.items() if its
+        }
+        self.masks = {name: self.read(f"masks/{name}") for name in config.masks}
+        self.base = self.read(f"arms/{config.base_arm}").get("checkpoint_digest")
+        self.of: dict[str, Callable[[], Iterable[Problem]]] = {}
+        self.of |= {f"arms/{name}": partial(self.of_arm, name) for name in config.arms}
+        self.of |= {f"masks/{name}": partial(self.of_mask, name) for name in config.masks}
+        for kind in MEASUREMENTS:
+            names = {f"{kind}/{name}": name for name in self.digests}
+            self.of |= {a: partial(self.of_measurement, a, name) for a, name in names.items()}
+        self.of |= {
+            "geometry/overlap": self.of_overlap,
+            "geometry/groups": self.of_groups,
+            "compare": self.of_comparison,
+        }
+
+    def read(self, artifact: str) -> dict[str, Any]:
+        """The record of an artifact; empty where it is not made."""
+        path = self.run.checksums.record(artifact)
+        return read_record(path) if path.exists() else {}
+
+    def compare(
+        self, artifact: str, found: Mapping[str, Any], wanted: Mapping[str, Any]
+    ) -> Iterator[Problem]:
+        """A problem for what differs; what either lacks is of another version of vlopd, or not made yet."""
+        for key, value in wanted.items():
+            if found.get(key) is not None and value is not None and not _agree(found[key], value):
+                sums = self.run.checksums
+                what = f"was made by another run or config ({key} differs)"
+                yield Problem(sums.record(artifact), what, sums.remedy(artifact))
+
+    def of_arm(self, name: str) -> Iterator[Problem]:
+        record = self.records[name]
+        if not record:
+            return
+        config = self.run.with_choice(self.config, name)
+        arm = config.arms[name]
+        wanted: dict[str, Any] = {"base": self.base}
+        if isinstance(arm, DistillArm) and not config.candidates(name):
+            wanted |= config.settings_of(arm)
+            wanted["replayed"] = self.digests.get(replay_of(arm) or "")
+            wanted["mask"] = self.masks.get(arm.mask or "", {}).get("digest")
+        for key, text in checkpoints_of(arm).items():
+            reference = Reference.parse(text)
+            if reference.arm is not None and reference.step is None:
+                wanted[key] = self.digests.get(reference.arm)
+        yield from self.compare(f"arms/{name}", record["inputs"], wanted)
+
+    def of_mask(self, name: str) -> Iterator[Problem]:
+        rule, found = self.config.masks[name], self.masks[name].get("inputs", {})
+        wanted: dict[str, Any] = {"rule": rule.model_dump(mode="json"), "base": self.base}
+        if rule.reads is not None:
+            reference = Reference.parse(rule.reads)
+            if reference.arm is not None and reference.step is None:
+                wanted["of"] = self.digests.get(reference.arm)
+        wanted["masks"] = {other: self.masks[other].get("digest") for other in rule.combines}
+        yield from self.compare(f"masks/{name}", found, wanted)
+
+    def of_measurement(self, artifact: str, name: str) -> Iterator[Problem]:
+        """Of an arm's geometry or evaluation."""
+        about = self.read(artifact)
+        inputs, digest = about.get("inputs", {}), self.digests[name]
+        kind = artifact.split("/")[0]
+        if kind == "geometry":
+            if name in self.config.geometry.arms:
+                yield from self.compare(artifact, inputs, {"trained": digest, "base": self.base})
+        elif kind in ("tokens", "base_kl"):
+            found = digest_weights(inputs["checkpoint"]) if "checkpoint" in inputs else None
+            yield from self.compare(artifact, {"checkpoint": found}, {"checkpoint": digest})
+        else:
+            yield from self.compare(artifact, about, {"checkpoint_digest": digest})
+
+    def of_overlap(self) -> Iterator[Problem]:
+        found = self.read("geometry/overlap").get("inputs", {})
+        if set(found.get("arms", ())) == set(self.config.geometry.arms):  # else of a config before
+            wanted = {"base": self.base, "arms": self.digests}
+            yield from self.compare("geometry/overlap", found, wanted)
+
+    def of_groups(self) -> Iterator[Problem]:
+        sums, found = self.run.checksums, self.read("geometry/groups").get("inputs", {})
+        wanted = {}
+        for table in found.get("tables", ()):
+            file = "geometry/overlap" if table == "geometry/overlap" else f"{table}/geometry"
+            sum_of = sums.read(table) if sums.path(table).exists() else {}
+            if (digest := sum_of.get(f"{file}.parquet")) is not None:
+                wanted[table] = digest
+        yield from self.compare("geometry/groups", found, {"tables": wanted})
+
+    def of_comparison(self) -> Iterator[Problem]:
+        about = self.read("compare").get("inputs", {})
+        wanted = {}
+        for arm in self.config.arms:
+            folder = self.run.eval(arm)
+            if (folder / "results.json").exists() and f"evals/{arm}" in about:
+                rows = [folder / "results.json", *folder.glob("samples_*.jsonl")]
+                wanted[f"evals/{arm}"] = digest_files(rows)
+        yield from self.compare("compare", about, wanted)
+
+
+def _agree(found: Any, wanted: Any) -> bool:
+    """Whether two values are equal in all that both have."""
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        return all(_agree(found[key], wanted[key]) for key in found.keys() & wanted.keys())
+    return bool(found == wanted)
