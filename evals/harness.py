@@ -260,6 +260,8 @@ def read_scored_rows(task: str, path: Path, declared: Sequence[str] = ()) -> lis
         raise RunError(f"{path} has no rows; evaluate the model again with --log_samples")
     try:
         if "metrics" not in rows[0]:
+            if len({(row["doc_id"], row["doc_hash"]) for row in rows}) < len(rows):
+                raise RunError(f"{path} has several rows per question; evaluate the model again")
             return list(map(_own_row, rows))
         ordered = [{**row, "metrics": in_order(row["metrics"], declared)} for row in rows]
         return one_row_a_question(task, ordered)

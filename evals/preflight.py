@@ -105,12 +105,21 @@ def refuse_text_only(task: str, manager: Tasks, models: Mapping[str, LoadedModel
             )
 
 
-def find_import_problems(tasks: Sequence[str], folder: Path) -> list[str]:
-    """Problems of importing another lm-eval run's scores as an arm."""
+def find_import_problems(tasks: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """Problems of importing finished evaluations, to be compared with each other."""
+    first: dict[str, tuple[Path, set[Any]]] = {}
     try:
-        results_of(folder)  # raises for a file of another kind
-        for task, path in samples_of(folder, tasks).items():
-            read_scored_rows(task, path)
+        for folder in folders:
+            results_of(folder)  # raises for a file of another kind
+            for task, path in samples_of(folder, tasks).items():
+                rows = read_scored_rows(task, path)
+                asked = {(row["doc_id"], row["doc_hash"]) for row in rows}
+                of, others = first.setdefault(task, (path, asked))
+                if others != asked:
+                    raise RunError(
+                        f"{of} ({len(others)} questions) and {path} ({len(asked)}) differ in "
+                        f"{len(asked ^ others)} questions of {task}; evaluate both on the same"
+                    )
     except UserError as error:
         return [" ".join(str(error).split())]
     return []

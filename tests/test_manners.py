@@ -1,6 +1,7 @@
 """The command line's manners: templates, task list, bars, completion, upload, precision, settings without effect."""
 
 import base64
+import io
 import json
 import os
 import subprocess
@@ -13,16 +14,21 @@ from typing import get_args
 import pytest
 import torch
 from huggingface_hub import constants
+from rich.table import Table
 from typer.testing import CliRunner
 
+from evals.report.page import environment
 from evals.task_list import list_tasks
 from tests.command import call
 from vlopd import pipeline
 from vlopd.cli import init, main
+from vlopd.cli.common import PlainConsole
 from vlopd.cli.main import app
 from vlopd.config.input import load_config
 from vlopd.config.tracking import TrackingConfig
+from vlopd.errors import CONTROLS
 from vlopd.files import read_json
+from vlopd.interrupts import CODES
 from vlopd.run.folder import RunFolder
 
 QUICK = ("train.steps=2", "train.prompts_per_step=4", "eval.limit=4", "eval.keep_images=1")
@@ -235,6 +241,39 @@ def test_openmp_is_set_before_torch_loads(given, found, monkeypatch, capsys):
         loads = "import sys, vlopd.cli.main; print('torch' in sys.modules)"
         out = subprocess.run([sys.executable, "-c", loads], capture_output=True, text=True)
         assert out.stdout.strip() == "False", out.stderr
+
+
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+def test_a_signal_while_libraries_are_imported(number):
+    """It ends the command in one line, with the exit code that it has later."""
+    code = f"""
+import os, sys
+from vlopd.__main__ import main
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "vlopd.pipeline":
+            os.kill(os.getpid(), {int(number)})
+
+sys.meta_path.insert(0, Finder())
+main()
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == CODES[number]
+    assert found.stderr == "vlopd: interrupted; run the same command again to go on\n"
+
+
+def test_controls_of_a_terminal_are_escaped():
+    """What a run of somebody else says reaches neither the terminal nor a page with its escape sequences."""
+    text = "red\x1b[31m \x07\u202e[bold]"
+    out = io.StringIO()
+    console = PlainConsole(file=out, markup=False, width=80)
+    table = Table("a", title=text)
+    table.add_row(text)
+    console.print(table, text)
+    assert not CONTROLS.search(out.getvalue()) and "u202e[bold]" in out.getvalue()
+    page = environment().from_string("{{ text }}").render(text=text)
+    assert page == r"red\x1b[31m \x07\u202e[bold]"
 
 
 def test_tracker_arguments():

@@ -63,6 +63,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Characters that control a terminal or the direction of text; line breaks and tabs are none of them."""
+
+
+def without_controls(text: str) -> str:
+    """A text of several lines with its CONTROLS escaped."""
+    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 class RunError(UserError):
     """An invalid or missing file of a run; the message names the file and the remedy."""
 

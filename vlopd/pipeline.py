@@ -568,6 +568,6 @@ def _find_task_problems(config: ExperimentConfig, names: Sequence[str]) -> list[
         return [str(error)]
     for name in names:
         if isinstance(arm := config.arms[name], ImportedArm):
-            problems = preflight.find_import_problems(config.eval.tasks, Path(arm.results))
+            problems = preflight.find_import_problems(config.eval.tasks, [Path(arm.results)])
             lines += [f"arms.{name}: {line}" for line in problems]
     return lines

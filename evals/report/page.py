@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from evals.report import figures
 from evals.report.geometry import Drawing
 from evals.report.verdict import interval, p_value, percent, plain
+from vlopd.errors import without_controls
 from vlopd.update_geometry.schema import detectable_excess, why_no_p
 
 Context = dict[str, Any]
@@ -42,6 +43,7 @@ def environment() -> Environment:
         loader=PackageLoader("evals.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: without_controls(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )

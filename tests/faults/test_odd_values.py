@@ -120,15 +120,18 @@ def judge(finished: Finished, k: int, cell: Cell) -> tuple[str, str]:  # noqa: F
         experiment.folder / f"{name}-log",
         environment=experiment.environment,
     )
-    finished.remove(name)
+    said, printed = command.said, command.printed
     lines = [line for line in command.lines if "making it again" not in line]
-    if "Traceback" in command.said or "Traceback" in command.printed:
-        return "TRACEBACK", command.said[-1500:]
+    finished.remove(name)
+    if "Traceback" in said or "Traceback" in printed:
+        return "TRACEBACK", said[-1500:]
+    if "\x1b[31m" in said + printed:
+        return "ESCAPES", printed[-500:]
     if code == 0 or (code == 1 and cell.verb.startswith("verify")):
         return "shown", ""
     if code == 2 and len(lines) == 1 and lines[0].startswith("vlopd: "):
         return "refused", ""
-    return "NOT ONE LINE", command.said[-1500:]
+    return "NOT ONE LINE", said[-1500:]
 
 
 @pytest.mark.slow

@@ -348,9 +348,7 @@ def _refuse_unready(
     scores: Mapping[str, Path], models: Mapping[str, ModelConfig], config: EvalConfig
 ) -> None:
     """Raises ConfigError for unusable tasks, models and scores, before any weights are read."""
-    lines: list[str] = []
-    for path in scores.values():
-        lines += preflight.find_import_problems(config.tasks, path)
+    lines = preflight.find_import_problems(config.tasks, list(scores.values()))
     loaded: dict[str, LoadedModel] = {n: without_weights(about) for n, about in models.items()}
     if loaded:  # imported scores need no definition of their task
         lines += preflight.find_problems(config, loaded)

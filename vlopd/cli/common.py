@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 
 from vlopd import pipeline
@@ -19,14 +20,25 @@ from vlopd.config.arms import expand_seeds
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import merged, read_tables
 from vlopd.config.sweeps import words_of
-from vlopd.errors import ConfigError, UserError, printable
+from vlopd.errors import ConfigError, UserError, printable, without_controls
 from vlopd.files import is_first_process, read_json
 from vlopd.plugins import Use
 from vlopd.run.folder import RunFolder
 from vlopd.run.schemas.read import read_record
 
-console = Console(markup=False, emoji=False)
-"""Prints every text as it is, since names, paths and errors may hold `[brackets]`; styles are given by Text."""
+
+class PlainConsole(Console):
+    """Prints every text as it is, since names, paths and errors may hold `[brackets]`; styles are given by Text.
+    Characters that control a terminal are escaped, since a run may be somebody else's."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for each in super().render(renderable, options):
+            yield each if each.control else Segment(without_controls(each.text), each.style)
+
+
+console = PlainConsole(markup=False, emoji=False)
 if not console.is_terminal and "COLUMNS" not in os.environ:
     console.width = 200  # in files and pipes, tables are not cut at 80 columns
 

@@ -13,6 +13,7 @@ import pandas as pd
 from evals.report.markdown import escaped
 from evals.report.paper.numbers import Number, Table
 from evals.report.verdict import p_value
+from vlopd.errors import without_controls
 from vlopd.files import write_text
 
 KINDS = {"update": "", "drawn": "drawn null", "signal": "signal null"}
@@ -161,6 +162,6 @@ def write(tables: Mapping[str, Table], out: Path) -> list[Path]:
             ("tex", to_latex(table, name)),
         ):
             path = out / f"{name}.{ending}"
-            write_text(path, text)
+            write_text(path, without_controls(text))
             files.append(path)
     return files

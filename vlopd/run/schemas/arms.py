@@ -48,7 +48,7 @@ class ArmRecord(Record):
 
     type: str
     checkpoint_digest: str
-    precision: Precision
+    precision: Precision | None = None
     density: Value = None
     delta_norm: Value = None
     mask: str | None = None
