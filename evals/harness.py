@@ -20,8 +20,15 @@ from lm_eval.utils import handle_non_serializable
 from evals.imported import imported_facts, leaves_of, metric_list_of, totals_of
 from evals.lm import PLACEHOLDER, ArmLM, Generated, within_pixels
 from evals.paired_scores import NOT_METRICS, metric_of, outcome_of
-from evals.scoring import Tasks, argument, columns_of, in_order, one_row_a_question, score_task
-from evals.task_code import FAILURES
+from evals.scoring import (
+    Tasks,
+    argument,
+    chance_of,
+    columns_of,
+    in_order,
+    one_row_a_question,
+    score_task,
+)
 from vlopd import interrupts
 from vlopd.config.analysis import EvalConfig
 from vlopd.config.arms import CheckpointArm, ImportedArm, TeacherArm
@@ -29,7 +36,7 @@ from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.models import ModelConfig
 from vlopd.digests import digest_json, digest_text, digest_weights, file_digest
 from vlopd.distributed import accelerator, in_step
-from vlopd.errors import RunError, UserError, first_line, one_line_out_of_memory
+from vlopd.errors import RunError, UserError, one_line_out_of_memory
 from vlopd.files import (
     is_first_process,
     whole_file,
@@ -462,13 +469,8 @@ def _add_task(
     merged["pictures"] = [*pictures, task] if kept else pictures
     about = _task_entries(task, rows, results["metrics"][task], config.metric)
     if chance:
-        try:
-            about["chance"] = chance([row["doc"] for row in rows])
-        except FAILURES as error:
-            raise RunError(
-                f"task {task}: its chance level fails: {type(error).__name__}: {first_line(error)}; fix "
-                f"{manager.task_index[task].yaml_path}"
-            ) from None
+        docs = [row["doc"] for row in rows]
+        about["chance"] = chance_of(task, chance, docs, manager.task_index[task].yaml_path)
     for key in PER_TASK:
         merged.setdefault(key, {}).pop(task, None)
     for key, value in about.items():

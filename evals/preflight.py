@@ -26,8 +26,10 @@ from evals.scoring import (
     TASKS,
     Tasks,
     as_list,
+    chance_of,
     digit_target_message,
     is_corpus_metric,
+    is_finite,
     load_task,
     metric_facts,
     nearest_hint,
@@ -37,7 +39,7 @@ from evals.scoring import (
 from evals.task_code import FAILURES
 from evals.task_columns import VerbatimRows, differs_from_file, empty_cell, unknown_column
 from vlopd.config.analysis import EvalConfig, GenerationConfig
-from vlopd.errors import RunError, UserError, first_line
+from vlopd.errors import RunError, UserError, first_line, shown
 from vlopd.models import families
 from vlopd.models.loaded import LoadedModel
 
@@ -246,11 +248,25 @@ class TaskCheck:
     def error(self, index: int, what: str) -> RunError:
         return RunError(f"task {self.name}, question {index} (from 0): {what}")
 
+    def refuse_bad_chance(self) -> None:
+        """Raises RunError where metadata.chance is no function that gives accuracies by kind and of all."""
+        chance = (self.task.config.metadata or {}).get("chance")
+        if chance is None:
+            return
+        if not callable(chance):
+            raise RunError(
+                f"task {self.name}: metadata.chance is {shown(chance)}; name a function of the questions "
+                f"(!function FILE.NAME) in {self.yaml}"
+            )
+        chance_of(self.name, chance, self.docs, self.yaml)
+
     def refuse_bad_rows(self) -> bool:
         """Raises RunError for invalid targets, mismatched image placeholders and invalid scores.
 
         Returns whether a metric can be compared.
         """
+        if not self.is_in(LM_EVAL) and not self.is_in(TASKS):
+            self.refuse_bad_chance()
         comparable = True
         for i, text in enumerate(self.texts):
             if i < SHOWN and isinstance(text, str):
@@ -345,11 +361,19 @@ class TaskCheck:
         best: list[float] = []
         for results in answers:
             scores = self.of(index, self.task.process_results, results)
-            numbers = {m: float(x) for m, x in scores.items() if not is_corpus_metric(x)}
+            if not isinstance(scores, Mapping) or not all(isinstance(m, str) for m in scores):
+                raise self.error(
+                    index,
+                    f"process_results gives {shown(scores)}, which is no table of scores by metric; fix {self.yaml}",
+                )
+            numbers = {m: x for m, x in scores.items() if not is_corpus_metric(x)}
             for metric, value in numbers.items():
-                where = f"its {metric} is {value} for its own target {target!r}"
-                if not math.isfinite(value):
-                    raise self.error(index, f"{where}; fix {self.yaml}")
+                if not is_finite(value):
+                    raise self.error(
+                        index,
+                        f"its {metric} is {shown(value)} for its own target {target!r}; fix {self.yaml}",
+                    )
+            numbers = {m: float(x) for m, x in numbers.items()}
             if not self.is_in(LM_EVAL):
                 self.refuse_no_sum(numbers)
             best += list(numbers.values())[:1]

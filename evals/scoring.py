@@ -35,10 +35,11 @@ from evals.lm import ArmLM
 from evals.task_code import FAILURES, is_packaged, note_replaced, only_trusted, refuse_name
 from evals.task_definition import files_of_task, members_of
 from evals.task_index import STOCK, index_of
+from evals.task_schema import members_named, refuse_malformed
 from vlopd.config.analysis import EvalConfig, GenerationConfig
 from vlopd.data.images import shorten
 from vlopd.digests import digest_json, file_digest
-from vlopd.errors import ConfigError, RunError, UserError, first_line
+from vlopd.errors import ConfigError, RunError, UserError, first_line, shown
 from vlopd.progress import progress
 
 TASKS = Path(__file__).parent / "tasks"
@@ -89,6 +90,7 @@ class Tasks(TaskManager):
         )
         for task in tasks:
             blind.refuse_unknown_variant(task, ours.task_index)
+            ours.check(blind.variant_of(task)[0])
         if all(ours.has(task) and ours.has_members(task) for task in tasks):
             return ours
         _refuse_broken([task for task in tasks if not ours.has(task)], include)
@@ -101,31 +103,36 @@ class Tasks(TaskManager):
                 raise ConfigError(
                     f"eval.tasks: no task {task!r}{hint} (`vlopd tasks --all` lists all){own}"
                 )
+            entry = every.task_index[task]
+            unknown = [each for each in members_of(every.task_index, task) if not every.has(each)]
+            if unknown and every._is_own(entry):
+                raise ConfigError(
+                    f"eval.tasks: no task {unknown[0]!r}, which {task} names; fix {entry.yaml_path}"
+                )
         return every
 
     def has(self, task: str) -> bool:
         return task in self.task_index
 
-    def has_members(self, task: str, above: tuple[str, ...] = ()) -> bool:
-        """Whether the members that a group names are known; it may name lm-eval's.
-
-        Raises ConfigError for a group within itself, and for metadata that are no table.
-        """
-        entry = self.task_index[task]
-        about, above = entry.cfg or {}, (*above, task)
-        if not isinstance(about.get("metadata") or {}, Mapping):
-            raise ConfigError(
-                f"{entry.yaml_path}: metadata must be a table, as in {{version: 1.0}}"
-            )
-        members = about.get("task")
-        named = members if isinstance(members, list) else []
-        if twice := next((each for each in named if each in above), None):
-            raise ConfigError(f"{entry.yaml_path}: the group {twice} is a member of itself")
+    def has_members(self, task: str) -> bool:
+        """Whether the members that a group names are known; it may name lm-eval's."""
         return all(
-            self.has(each) and self.has_members(each, above)
-            for each in named
-            if isinstance(each, str)
+            self.has(each) and self.has_members(each)
+            for each in members_named(self.task_index[task].cfg or {})
         )
+
+    def check(self, task: str, above: tuple[str, ...] = ()) -> None:
+        """Checks a task file of `folders` and its members'. Raises ConfigError for one of another shape, and for a
+        group within itself."""
+        if not self.has(task) or not self._is_own(entry := self.task_index[task]):
+            return
+        refuse_malformed(task, entry)
+        for each in members_named(entry.cfg or {}):
+            if each in (*above, task):
+                raise ConfigError(
+                    f"task {task}: the group {each} is a member of itself; fix {entry.yaml_path}"
+                )
+            self.check(each, (*above, task))
 
     def load(self, task_list: Any) -> Any:
         """Loads tasks and groups; a variant without pictures (evals/blind.py) by the name of its task."""
@@ -228,9 +235,13 @@ def _our_tasks() -> Tasks:
     return Tasks(include_path=_folders(None), include_defaults=False)
 
 
-@cache
 def all_tasks(include: str | None) -> Tasks:
-    """Our tasks and lm-eval's; cached per process."""
+    """Our tasks and lm-eval's; cached per process and working directory."""
+    return _all_tasks(include, Path.cwd())
+
+
+@cache
+def _all_tasks(include: str | None, _: Path) -> Tasks:
     return Tasks(include_path=_folders(include))
 
 
@@ -540,12 +551,39 @@ def _numeric_metrics(task: str, row: Mapping[str, Any]) -> dict[str, float]:
         metric: row[metric] for metric in row["metrics"] if not is_corpus_metric(row[metric])
     }
     for metric, value in numbers.items():
-        if not math.isfinite(value):
+        if not is_finite(value):
             raise RunError(
-                f"task {task}, {_question_label(row)}: its {metric} is {value}; fix how the task scores it "
+                f"task {task}, {_question_label(row)}: its {metric} is {shown(value)}; fix how the task scores it "
                 "(its process_results), or leave the question out"
             )
     return numbers
+
+
+def chance_of(task: str, chance: Any, docs: Sequence[Any], yaml: Any) -> dict[str, float]:
+    """The accuracies of guessing, by kind of question and of `all`. Raises RunError where the function gives others."""
+    try:
+        found = chance(docs)
+    except FAILURES as error:
+        raise RunError(
+            f"task {task}: its chance level fails: {type(error).__name__}: {first_line(error)}; fix {yaml}"
+        ) from None
+    is_table = isinstance(found, Mapping) and "all" in found
+    if not is_table or not all(
+        isinstance(x, (int, float)) and is_finite(x) for x in found.values()
+    ):
+        raise RunError(
+            f"task {task}: its chance level is {shown(found)}; give accuracies by kind and of all, as in "
+            f'{{"all": 0.25}}, in {yaml}'
+        )
+    return {str(kind): float(value) for kind, value in found.items()}
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a number is one that float64 holds."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 def _corpus_items(row: Mapping[str, Any]) -> dict[str, Any]:

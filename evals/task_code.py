@@ -18,13 +18,13 @@ from typing import Any
 import lm_eval
 import lm_eval.api.task
 from jinja2 import Environment
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lm_eval import utils
 from lm_eval.api.registry import metric_registry
 from lm_eval.tasks import _yaml_loader
 
 from vlopd.errors import ConfigError
 from vlopd.files import is_first_process
+from vlopd.models.sandbox import Sandbox
 from vlopd.trust import task_files, why_withheld
 
 PACKAGES = (Path(__file__).parent.resolve(), Path(lm_eval.__file__).parent.resolve())
@@ -32,18 +32,16 @@ PACKAGES = (Path(__file__).parent.resolve(), Path(lm_eval.__file__).parent.resol
 FUNCTION = re.compile(r"\w+(\.\w+)+")
 TASK = re.compile(r"[^\W_][\w.,:+()@ -]*")
 """Names of tasks, which are parts of file names."""
-FAILURES = (Exception, SystemExit)
+FAILURES = (Exception, SystemExit, GeneratorExit)
 """What code of a task may raise: anything, also what would end the process as if all were well."""
 
 _shown: set[tuple[Path, str]] = set()
 """What was named on the screen: files of code with their digests, and of tasks with their names."""
 
 
-def sandboxed(plain: Environment) -> ImmutableSandboxedEnvironment:
+def sandboxed(plain: Environment) -> Sandbox:
     """lm-eval's environment in jinja's sandbox: no attribute of Python's internals, no change of a value."""
-    found = ImmutableSandboxedEnvironment(
-        undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline
-    )
+    found = Sandbox(undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline)
     found.filters.update(plain.filters)
     return found
 

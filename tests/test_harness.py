@@ -320,11 +320,12 @@ def test_new_tokens_under_lm_evals_other_names():
     [
         ("task: 7\n", "a task's name is no text"),
         ("group: mine\ntask: [mine]\n", "the group mine is a member of itself"),
-        ("task: mine\ndataset_path: json\nmetadata: [1]\n", "metadata must be a table"),
+        ("task: mine\ndataset_path: json\nmetadata: [1]\n", "metadata: must be a table"),
     ],
 )
 def test_task_files_of_another_shape_are_named(yaml, message, tmp_path):
     """A task file whose name, members or metadata are not what they must be is one line with its place."""
     (tmp_path / "a.yaml").write_text(yaml)
-    with pytest.raises(ConfigError, match=f"{tmp_path}.*: {message}"):
+    with pytest.raises(ConfigError, match=message) as raised:
         Tasks.of(["mine"], str(tmp_path))
+    assert str(tmp_path) in str(raised.value)

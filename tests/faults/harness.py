@@ -33,6 +33,8 @@ SECONDS, PATIENCE = 10, 120
 """Within which a malformed input is refused: of computation, and at all, where others share the machine."""
 NOTICE = "; making it again"
 """Ends a line on what is under way, before the error."""
+SHOWN = "vlopd: task code: "
+"""Begins a line on a file of the user's that is run."""
 LOAD = "load"
 """In place of a command: reads the config alone."""
 
@@ -256,7 +258,7 @@ def files_of(folder: Path) -> Iterator[tuple[str, int, int]]:
 def faults_of(case: Case, code: int, said: str, seconds: float) -> list[str]:
     """What is wrong with the refusal of a malformed input; empty where all is well."""
     lines = said.rstrip("\n").split("\n") if said.strip() else []
-    lines = [line for line in lines if not line.endswith(NOTICE)]
+    lines = [line for line in lines if not (line.endswith(NOTICE) or line.startswith(SHOWN))]
     if case.late:
         lines = [line for line in lines if "%" not in line]
     said = "\n".join(lines)

@@ -17,6 +17,7 @@ from tests.faults import (
     inputs_masks,
     inputs_models,
     inputs_runs,
+    inputs_tasks,
     inputs_words,
 )
 from tests.faults.harness import Case, Edit, copy_seed, faults_of, files_of, timed
@@ -28,6 +29,7 @@ KINDS = {
     "data": inputs_data.cases(),
     "mask": inputs_masks.cases(),
     "run": inputs_runs.cases(),
+    "task": inputs_tasks.cases(),
 }
 CASES = [case for cases in KINDS.values() for case in cases]
 SAMPLE = [

@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import Any
 
 from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 
 from vlopd.config.models import (
@@ -27,6 +26,7 @@ from vlopd.config.models import (
 from vlopd.data.functions import refuse_unlike_images
 from vlopd.data.raw_values import cell_text, nested_field
 from vlopd.errors import ConfigError, UserError
+from vlopd.models.sandbox import Sandbox
 from vlopd.plugins import call, wrong_value
 from vlopd.types import Example
 
@@ -262,7 +262,7 @@ def as_written(value: Any) -> Any:
 @lru_cache
 def compiled(template: str) -> Template:
     """Raises ConfigError with the line for a template that is not jinja."""
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=as_written)
+    environment = Sandbox(undefined=StrictUndefined, finalize=as_written)
     try:
         return environment.from_string(template)
     except TemplateSyntaxError as error:

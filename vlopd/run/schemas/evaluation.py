@@ -82,9 +82,19 @@ class Thinking(Entry):
     stopped_fraction: float
 
 
-class EvalRecord(Record, Results):
+class EvalInputs(OpenEntry):
+    """What an evaluation was made from."""
+
+    __pydantic_extra__: dict[str, JsonValue]
+
+    checkpoint: dict[str, str]
+    """{file: sha256}."""
+
+
+class EvalRecord(Results):
     """evals/NAME/results.json, and validation/NAME/results.json."""
 
+    inputs: EvalInputs
     arm: str
     checkpoint_digest: str
     data_digest: Annotated[dict[str, str], Field(min_length=1)]
@@ -217,13 +227,15 @@ class TokenRow(Entry):
     kl: list[float]
 
 
-class TokenKlRecord(Record):
+class TokenKlRecord(Entry):
     """evals/NAME/tokens.json."""
 
+    inputs: EvalInputs
     leaves: dict[str, tuple[str, ...]] = Field(default_factory=dict)
 
 
-class BaseKlRecord(Record):
+class BaseKlRecord(Entry):
     """evals/NAME/base_kl.json."""
 
+    inputs: EvalInputs
     kl_to_base: Value

@@ -1,4 +1,4 @@
-"""The schema of summary.json of a measurement."""
+"""Schemas of the records of measurements."""
 
 from __future__ import annotations
 
@@ -22,6 +22,31 @@ class LeftOut(Entry):
     """What a measurement leaves out."""
 
     summary: str
+
+
+class OverlapInputs(Entry):
+    """What the overlap of updates was made from."""
+
+    base: str
+    arms: dict[str, str]
+
+
+class OverlapRecord(Entry):
+    """geometry/overlap.json."""
+
+    inputs: OverlapInputs
+
+
+class GroupsInputs(Entry):
+    """What the comparison of groups was made from."""
+
+    tables: dict[str, str]
+
+
+class GroupsRecord(Entry):
+    """geometry/groups.json."""
+
+    inputs: GroupsInputs
 
 
 class GeometryRecord(Record):

@@ -33,7 +33,7 @@ from vlopd.run.schemas.evaluation import (
     TokenRow,
     VisionRecord,
 )
-from vlopd.run.schemas.geometry import GeometryRecord
+from vlopd.run.schemas.geometry import GeometryRecord, GroupsRecord, OverlapRecord
 
 RECORDS: dict[str, type[Entry]] = {
     r".*/run\.json": RunRecord,
@@ -42,6 +42,8 @@ RECORDS: dict[str, type[Entry]] = {
     r".*/masks/[^/]+\.json": MaskRecord,
     r".*/sweeps/[^/]+\.json": SweepRecord,
     r".*/summary\.json": GeometryRecord,
+    r".*/geometry/overlap\.json": OverlapRecord,
+    r".*/geometry/groups\.json": GroupsRecord,
     r".*/results\.json": EvalRecord,
     r".*/tokens\.json": TokenKlRecord,
     r".*/base_kl\.json": BaseKlRecord,
