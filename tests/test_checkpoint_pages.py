@@ -343,9 +343,9 @@ SAMPLE = {
     [
         ([], "has no rows; evaluate the model again with --log_samples"),
         ([3], "line 1 is not a JSON object"),
-        ([{"doc_id": 0}], "rows without doc_id and doc_hash"),
-        ([SAMPLE], "is not samples of lm-eval or of a run: KeyError 'question'"),
-        ([SAMPLE | {"metrics": ["exact_match"], "filter": "none"}], "is not samples of lm-eval or of a run: KeyError"),
+        ([{"doc_id": 0}], "line 1 is not a row of this file: doc_hash is missing"),
+        ([SAMPLE], "line 1 is not a row of this file: question is missing"),
+        ([SAMPLE | {"metrics": ["exact_match"], "filter": "none"}], "arguments is missing"),
     ],
 )  # fmt: skip
 def test_samples_of_another_version_are_one_clear_line(rows, message, tmp_path):

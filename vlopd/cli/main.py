@@ -367,12 +367,6 @@ def main() -> None:
             print(f"vlopd: {where} ended the command (sys.exit); remove that", file=sys.stderr)
             raise SystemExit(1) from None
         raise
-    except BaseException as error:
-        if isinstance(error, Exception):  # ours: a report needs its traceback
-            raise
-        name, where = type(error).__name__, _foreign_exit(error)
-        print(f"vlopd: {where} ended the command ({name}); remove that", file=sys.stderr)
-        raise SystemExit(1) from None
     if code == INTERRUPTED:
         print("vlopd: interrupted; run the same command again to go on", file=sys.stderr)
         code = interrupts.exit_code(signal.SIGINT)
@@ -401,8 +395,8 @@ def _usage(error: typer.TyperException) -> str:
     return f"{reason}; `{command} --help` lists what it takes"
 
 
-def _foreign_exit(stop: BaseException) -> str | None:
-    """`FILE, line N` of the code that raised it; None where it is the command line's own."""
+def _foreign_exit(stop: SystemExit) -> str | None:
+    """`FILE, line N` of the code that raised SystemExit; None where it is the command line's own."""
     *_, (frame, line) = traceback.walk_tb(stop.__traceback__)
     if str(frame.f_globals.get("__name__")).split(".")[0] in ("typer", "click", "vlopd"):
         return None

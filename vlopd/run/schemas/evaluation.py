@@ -87,7 +87,7 @@ class EvalInputs(OpenEntry):
 
     __pydantic_extra__: dict[str, JsonValue]
 
-    checkpoint: dict[str, str]
+    checkpoint: dict[str, str] = Field(default_factory=dict)
     """{file: sha256}."""
 
 
