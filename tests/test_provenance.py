@@ -1,5 +1,6 @@
 """What a run was made from is known by content, and what it holds is checked: replaced inputs, flipped bits."""
 
+import fcntl
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from evals.scoring import Tasks
 from evals.task_definition import files_of_task
 from tests.conftest import copy_of
 from tests.test_pipeline import vlopd
+from vlopd import files
 from vlopd.digests import file_digest
 from vlopd.files import whole_file, whole_folder, write_json
 from vlopd.run.checksums import Checksums
@@ -389,6 +391,28 @@ RECORD = {
     "checkpoint_digest": "x",
     "precision": {"compute": "fp32", "stored": "fp32", "values": "fp32"},
 }
+
+
+def test_what_a_kill_left_outside_of_runs_goes_with_the_next_write(tmp_path, monkeypatch):
+    """Unfinished files and folders in a folder that is written to are removed once they are a minute old and their
+    writer is gone; new ones, those of a living writer and the user's stay."""
+    monkeypatch.setattr(files, "_swept", set())
+    names = [f".unfinished-{k:016x}" for k in range(4)]
+    for name in names[:3]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").write_text("half")
+    (tmp_path / names[3]).write_text("half")
+    (tmp_path / ".unfinished-notes").write_text("mine")
+    for name in (names[0], names[2], names[3], ".unfinished-notes"):
+        os.utime(tmp_path / name, (1, 1))
+    handle = os.open(tmp_path / names[2], os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    try:
+        files.write_text(tmp_path / "done.txt", "done")
+    finally:
+        os.close(handle)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"done.txt", ".unfinished-notes", names[1], names[2]}
 
 
 def test_records_are_deleted_before_an_artifact_is_made_again(tmp_path):

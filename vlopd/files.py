@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -93,6 +94,9 @@ def writing(path: Path, *temporary: Path) -> Iterator[None]:
 def _temporary_beside(path: Path) -> Path:
     """A new temporary name in the folder of `path`, which is created if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent not in _swept:  # once, since a folder may hold many files
+        _swept.add(path.parent)
+        remove_abandoned(path.parent.glob(".unfinished-*"), at_least=60)
     return path.parent / f".unfinished-{secrets.token_hex(8)}"
 
 
@@ -123,6 +127,22 @@ def is_abandoned(path: Path) -> bool:
         return False
     finally:
         os.close(handle)
+
+
+_swept: set[Path] = set()
+"""Folders in which this process has removed what killed ones left."""
+
+
+def remove_abandoned(paths: Iterable[Path], at_least: float = 0) -> None:
+    """Removes those of the paths that `is_abandoned` names and that are `at_least` so many seconds old.
+
+    A new one may not be locked yet where others write into the folder at the same time.
+    """
+    for path in filter(is_abandoned, paths):
+        with contextlib.suppress(OSError):  # another process is as fast
+            if time.time() - path.stat().st_mtime < at_least:
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def flush(path: Path) -> None:

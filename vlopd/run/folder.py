@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import platform
-import shutil
 import stat
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,7 @@ from pydantic import ValidationError
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.input import config_of
 from vlopd.errors import ConfigError, RunError
-from vlopd.files import TEMPORARY, is_abandoned, is_first_process, read_json, write_json
+from vlopd.files import TEMPORARY, is_first_process, read_json, remove_abandoned, write_json
 from vlopd.run.checksums import Checksums, differences
 from vlopd.run.provenance import provenance
 from vlopd.run.schemas.read import read_record
@@ -261,11 +260,7 @@ class RunFolder:
             if here != self.root and LOCK in files:
                 folders.clear()
                 continue
-            for path in filter(is_abandoned, (here / name for name in (*folders, *files))):
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+            remove_abandoned(here / name for name in (*folders, *files))
             ours = WRITTEN if here == self.root else folders
             folders[:] = [n for n in folders if n in ours and not TEMPORARY.fullmatch(n)]
 

@@ -9,7 +9,6 @@ families whose own splits numbers or white space otherwise.
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
@@ -22,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from vlopd.digests import cache, file_digest
 from vlopd.errors import ConfigError
-from vlopd.files import is_abandoned, whole_folder
+from vlopd.files import remove_abandoned, whole_folder
 
 VERSION = 1
 """Of the converter: part of the cache's keys, to be raised where the same file would come out otherwise."""
@@ -130,8 +129,7 @@ def made_once(key: str, make: Callable[[Path], None]) -> Path:
         ) from None
     with lock:
         if not folder.is_dir():
-            for left in filter(is_abandoned, folder.parent.iterdir()):
-                shutil.rmtree(left)
+            remove_abandoned(folder.parent.iterdir())
             with whole_folder(folder) as unfinished:
                 make(unfinished)
     return folder
