@@ -447,6 +447,28 @@ for _label, _change, _says in (
     ADAPTERS[f"weights-{_label}"] = (Tensors(FACTORS, _change), _says)
 
 
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "std-zero": {"image_processor.image_std": [0, 0, 0]},
+    "std-text": {"image_processor.image_std": ["wide"]},
+    "mean-nan": {"image_processor.image_mean": [float("nan")] * 3},
+    "mean-huge": {"image_processor.image_mean": [10**400] * 3},
+    "rescale-zero": {"image_processor.rescale_factor": 0},
+    "rescale-infinite": {"image_processor.rescale_factor": float("inf")},
+    "size-huge": {"image_processor.size": {"height": 10**12, "width": 48}},
+    "size-zero": {"image_processor.size": {"height": 0, "width": 48}},
+    "size-text": {"image_processor.size": {"height": "tall", "width": 48}},
+    "patch-zero": {"patch_size": 0},
+    "patch-text": {"patch_size": "small"},
+    "patch-other": {"patch_size": 8},
+    "tokens-huge": {"num_additional_image_tokens": 10**9},
+    "tokens-negative": {"num_additional_image_tokens": -1},
+    "tokens-other": {"num_additional_image_tokens": 3},
+    "strategy": {"vision_feature_select_strategy": "default"},
+}
+"""Of a student that sees images: numbers that no processor has, or that do not fit its model."""
+PICTURES = ("run", "vlm.toml", "--out", "out", "--until", "arms", "--arm", "base")
+
+
 def cases() -> list[Case]:
     found = [
         Case(TRAIN, "student", edit, late=n == "layers-fewer", name=f"config.json {n}")
@@ -492,6 +514,17 @@ def cases() -> list[Case]:
                 parts=("student", "adapter"),
                 late=label == "weights-nan",
                 name=f"adapter {label}",
+            )
+        )
+    for label, entries in PROCESSORS.items():
+        found.append(
+            Case(
+                PICTURES,
+                "vlm-student",
+                sets("vlm-student/processor_config.json", entries),
+                parts=("vlm.toml", "vlm-student", "vlm-teacher", "pictures"),
+                late=label in ("patch-other", "tokens-other", "strategy"),
+                name=f"processor {label}",
             )
         )
     return found

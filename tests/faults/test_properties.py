@@ -21,7 +21,7 @@ from vlopd.files import depth, parse_json
 from vlopd.grading.extraction import math_answer, number_answer, short_answer, yes_or_no
 from vlopd.masks.files import load_mask, save_mask
 from vlopd.models.parameter_names import classify
-from vlopd.models.sizes import find_bad_size
+from vlopd.models.sizes import find_bad_number
 
 FEW = settings(
     max_examples=60,
@@ -193,7 +193,7 @@ def test_json_lines_are_read_verbatim(tmp_path: Path, rows: list[dict[str, Any]]
 def test_json_within_bounds_is_read_as_it_is(value: Any) -> None:
     """`parse_json` is Python's, but for what is nested too deeply."""
     assert depth(value) <= 64 and parse_json(json.dumps(value)) == value
-    assert find_bad_size(value) is None or isinstance(value, dict)
+    assert find_bad_number(value) is None or isinstance(value, dict)
 
 
 @FEW

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from vlopd.errors import RunError, first_line
 from vlopd.files import read_settings
 from vlopd.models.openclip import MODEL_TYPE as OPENCLIP
-from vlopd.models.sizes import find_bad_size
+from vlopd.models.sizes import find_bad_number
 
 
 def config_of(folder: Path) -> PretrainedConfig | None:
@@ -18,7 +18,7 @@ def config_of(folder: Path) -> PretrainedConfig | None:
     if not path.is_file():
         return None
     about = read_settings(path)
-    if (wrong := find_bad_size(about)) is not None:
+    if (wrong := find_bad_number(about)) is not None:
         raise RunError(f"{path}: {wrong}; give the one that the weights were saved with")
     if isinstance(about, dict) and about.get("model_type") == OPENCLIP:
         from vlopd.models.openclip import vlm  # loads transformers' models

@@ -407,6 +407,19 @@ def reading_pictures(model: PreTrainedModel, prompts: Prompts) -> Iterator[None]
         ) from None
 
 
+def check_pictures(model: PreTrainedModel, prompts: Prompts) -> None:
+    """Raises ConfigError where a model's forward pass cannot take what its processor has made of pictures."""
+    with torch.no_grad(), reading_pictures(model, prompts):
+        backbone(model)(
+            input_ids=prompts.input_ids,
+            attention_mask=prompts.attention_mask,
+            use_cache=False,
+            **position_ids(model, prompts, 0),
+            **prompts.per_token,
+            **prompts.per_image,
+        )
+
+
 def completion_hidden(model: PreTrainedModel, prompts: Prompts, completions: Completions) -> Tensor:
     """Hidden states that predict each completion token, flat: [N, H]."""
     added = completions.ids.shape[1]

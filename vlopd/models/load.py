@@ -30,7 +30,7 @@ from vlopd.models.bars import bars_where_drawn
 from vlopd.models.gguf import convert, smollm2
 from vlopd.models.loaded import LoadedModel, ModelUnreadable
 from vlopd.models.openclip import vlm
-from vlopd.models.sizes import find_bad_size, find_code_of_the_hub
+from vlopd.models.sizes import find_bad_number, find_code_of_the_hub
 from vlopd.models.tokenizers import (
     PROBE,
     check_template,
@@ -149,7 +149,7 @@ def _check_config(name: str, path: Path) -> None:
         raise ConfigError(f"{name} is quantised: {packed}")
     if code := find_code_of_the_hub(about):
         raise ConfigError(f"{path}: {code}; remove it, and set `attention` beside `model` instead")
-    if (wrong := find_bad_size(about)) is not None:
+    if (wrong := find_bad_number(about)) is not None:
         raise ModelUnreadable(
             f"{name}: config.json: {wrong}; give the one that its weights were saved with"
         )
@@ -203,6 +203,8 @@ def load_processor(
         raise ModelUnreadable(
             f"cannot read the tokenizer or processor of {name!r}: its files hold {lacks}{TOKENIZER_FILES}"
         )
+    if families.sees_images(config) and (wrong := find_bad_number(processor.to_dict())):
+        raise ModelUnreadable(f"{name}: its processor's {wrong}{TOKENIZER_FILES}")
     limit = families.tokenizer_of(processor).model_max_length
     if isinstance(limit, bool) or not isinstance(limit, int | float):
         raise ModelUnreadable(

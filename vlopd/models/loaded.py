@@ -249,6 +249,16 @@ class LoadedModel:
                 "if the chat template is at fault, set `template` beside its `model`"
             ) from error
 
+    def check_pictures(self) -> None:
+        """Runs the model on a grey picture, before a run depends on it; nothing for a model without images.
+
+        Raises ConfigError where it cannot take what its processor makes of one, UserError where that fails.
+        """
+        if self.sees_images:
+            grey = Image.new("RGB", (224, 224), "grey")
+            prompts = self.render([Example.ask("a grey picture", "what is this", images=[grey])])
+            families.check_pictures(self.model, prompts)
+
     def unexpanded_ids(self, example: Example) -> list[int]:
         """The example's prompt, which has images, with one placeholder for each: a server expands them itself."""
         return families.unexpanded_ids(self.processor, self.render_text(example))

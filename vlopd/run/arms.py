@@ -99,6 +99,7 @@ DEFAULT_OPTIONS = ArmOptions()
 def write_base(its: Stage, config: ExperimentConfig, name: str) -> None:
     """Writes the untrained student in the stored precision; every delta is relative to it."""
     student, state = load_base(config)
+    student.check_pictures()  # named as the config does, and mended before anything depends on it
     with whole_folder(its.run.checkpoint(name)) as folder:
         save(student, folder, model_card(config, name, "the student before any training"), state)
     total = student.model.num_parameters()
