@@ -1,7 +1,8 @@
 """Whose code may run: that which the user's own configs and command lines name, not that which a run folder names.
 
 A run folder may come from somebody else, and the config in it names code: plug-ins, folders of task files, a model's
-remote code, an engine's program; and addresses and folders of engines, which get weights. Opening the folder as a run
+remote code, an engine's program; addresses and folders of engines, which get weights; accounts of trackers, which get
+logs. Opening the folder as a run
 withholds these names, unless it is trusted; whatever is about to use one of them asks here first. A name that a config
 file of the user or the command line gives is the user's own.
 """
@@ -46,6 +47,13 @@ def exchange(folder: str) -> str:
     return f"engine's folder {folder}"
 
 
+def account(entity: str | None, mode: str | None) -> str | None:
+    """Where wandb sends logs by the config; None where that is left to the user's own settings."""
+    if entity is None and mode != "online":
+        return None
+    return f"account {entity or 'of the user'} of wandb{', online' if mode == 'online' else ''}"
+
+
 def names_in(tables: Any) -> Iterator[str]:
     """The names of code in the tables of a config; more may be found than are code (`builtin:NAME`)."""
     if isinstance(tables, str) and PLUGIN.fullmatch(tables):
@@ -61,6 +69,8 @@ def names_in(tables: Any) -> Iterator[str]:
             yield program(python, [str(each) for each in tables.get("arguments") or ()])
         if isinstance(folder := tables.get("folder"), str):
             yield exchange(folder)
+        if "trackers" in tables and (where := account(tables.get("entity"), tables.get("mode"))):
+            yield where
         for each in tables.values():
             yield from names_in(each)
     elif isinstance(tables, list | tuple):

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -54,7 +55,7 @@ from vlopd.models.load import BUILTIN, load, load_model_config
 from vlopd.plugins import Plugin
 from vlopd.run.folder import RunFolder
 from vlopd.run.provenance import provenance
-from vlopd.train.log import open_trackers
+from vlopd.train.log import open_trackers, refuse_trackers
 from vlopd.train.teacher_context import with_template
 from vlopd.types import Example
 from vlopd.update_geometry.partial import load_partial
@@ -416,6 +417,23 @@ def leads_out(kind: str, folder: Path, secret: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["README.md", "link", "state.json"])
+@pytest.mark.parametrize("account", [{"entity": "theirs"}, {"mode": "online"}])
+def test_a_received_run_does_not_choose_where_logs_go(account, run, here):
+    """An account of wandb, or that logs go online, is used where the user names it, not by a run.json."""
+    shutil.copytree(run, received := here / "received")
+    about = read_json(received / "run.json")
+    about["config"]["tracking"] |= {"trackers": ["wandb"], **account}
+    write_json(received / "run.json", about)
+    (received / "checksums" / "run.sha256").unlink()
+    tracking = Run(received).config.tracking
+    with pytest.raises(ConfigError, match=r"of wandb.*: named by .*not by you.*--trust"):
+        refuse_trackers(tracking)
+    trust.grant({"tracking": tracking.model_dump()})
+    with suppress(ConfigError):  # where wandb is not installed
+        refuse_trackers(tracking)
+    assert not trust.why_withheld(trust.account(tracking.entity, tracking.mode))
+
+
 def test_a_data_folder_reads_no_file_elsewhere(kind, tmp_path):
     """A file that a data folder's README, state.json or link names outside of it is refused; beside it, it is read."""
     folder, secret = tmp_path / "data", tmp_path / "secret.jsonl"

@@ -64,7 +64,7 @@ from vlopd.preflight.rows import refuse_rows
 from vlopd.run.folder import RunFolder
 from vlopd.run.resolve import checkpoint_folder, hub_folder, score_files
 from vlopd.seeding import generator
-from vlopd.train.log import refuse_missing_trackers
+from vlopd.train.log import refuse_trackers
 from vlopd.train.lora import adapter_size
 from vlopd.train.losses import Sampled, token_divergence
 from vlopd.train.optimizers import refuse_missing_components
@@ -96,7 +96,7 @@ def find_problems(config: ExperimentConfig, names: Sequence[str]) -> list[str]:
     found = _Problems()
     needed = list(dict.fromkeys(a for name in names for a in (name, *config.ancestors(name))))
     with found.catch():
-        refuse_missing_trackers(config.tracking.trackers)
+        refuse_trackers(config.tracking)
     for name in needed:
         with found.catch(f"arms.{name}: "):
             refuse_missing_files(config, name)

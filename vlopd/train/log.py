@@ -22,6 +22,7 @@ from vlopd.models.loaded import LoadedModel
 from vlopd.progress import progress
 from vlopd.train.losses import TokenDivergence
 from vlopd.train.rollouts import Batch
+from vlopd.trust import account, why_withheld
 from vlopd.types import Example
 
 WANDB = {
@@ -265,9 +266,9 @@ def open_trackers(
 ) -> list[GeneralTracker]:
     """Starts trackers of accelerate for one arm, with files under `folder` and `config` as the run's settings.
 
-    Raises ConfigError for one that is not installed.
+    Raises ConfigError as `refuse_trackers`.
     """
-    refuse_missing_trackers(tracking.trackers)
+    refuse_trackers(tracking)
     trackers: list[GeneralTracker] = []
     for name in tracking.trackers:
         arguments = tracking.arguments(name, experiment, run, arm)
@@ -298,10 +299,13 @@ def _without_host_name() -> None:
     event_file_writer.socket = SimpleNamespace(gethostname=lambda: "vlopd")
 
 
-def refuse_missing_trackers(names: Sequence[str]) -> None:
-    """Raises ConfigError for a tracker that is not installed."""
+def refuse_trackers(tracking: TrackingConfig) -> None:
+    """Raises ConfigError for a tracker that is not installed, and for an account that a received run names."""
     available = {str(name) for name in get_available_trackers()}
-    for name in names:
+    where = account(tracking.entity, tracking.mode)
+    if "wandb" in tracking.trackers and where and (why := why_withheld(where)):
+        raise ConfigError(why.replace("not run", "not used"))
+    for name in tracking.trackers:
         if name not in available:
             raise ConfigError(
                 f"tracking.trackers names {name!r}, which is not installed: pip install {name}"
