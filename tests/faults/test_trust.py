@@ -416,7 +416,6 @@ def leads_out(kind: str, folder: Path, secret: Path) -> None:
         write_json(folder / "state.json", about)
 
 
-@pytest.mark.parametrize("kind", ["README.md", "link", "state.json"])
 @pytest.mark.parametrize("account", [{"entity": "theirs"}, {"mode": "online"}])
 def test_a_received_run_does_not_choose_where_logs_go(account, run, here):
     """An account of wandb, or that logs go online, is used where the user names it, not by a run.json."""
@@ -434,6 +433,7 @@ def test_a_received_run_does_not_choose_where_logs_go(account, run, here):
     assert not trust.why_withheld(trust.account(tracking.entity, tracking.mode))
 
 
+@pytest.mark.parametrize("kind", ["README.md", "link", "state.json"])
 def test_a_data_folder_reads_no_file_elsewhere(kind, tmp_path):
     """A file that a data folder's README, state.json or link names outside of it is refused; beside it, it is read."""
     folder, secret = tmp_path / "data", tmp_path / "secret.jsonl"
