@@ -172,16 +172,16 @@ class Run:
         """
         return self._log(arm, "samples.jsonl")
 
-    def _check(self, *kinds: str) -> None:
-        """Raises RunError where a file of artifacts of these kinds was changed, unless it was opened `altered`."""
+    def _check(self, *those: str) -> None:
+        """Raises RunError where a file of these (kinds of) artifacts was changed, unless it was opened `altered`."""
         if not self._altered:
-            self.folder.checksums.check_finished(*kinds)
+            self.folder.checksums.check_finished(*those)
 
     def _log(self, arm: str, name: str) -> pd.DataFrame:
         from vlopd.train.curves import read_frame
 
         pipeline.select_arms(self.config, [arm], [])
-        self._check("arms")
+        self._check(f"arms/{arm}")
         path = self.folder.arm(arm) / name
         if not read_log(path):
             raise RunError(f"arm {arm} has no {name}: it is not trained, or not yet")

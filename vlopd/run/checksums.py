@@ -170,12 +170,14 @@ class Checksums:
         for problem in self.problems(artifact, whole):
             raise RunError(str(problem))
 
-    def check_finished(self, *kinds: str) -> None:
-        """Raises RunError for the first file of finished artifacts of these kinds that was changed or deleted, by size
-        and time: before what they hold is shown."""
+    def check_finished(self, *those: str) -> None:
+        """Raises RunError for the first file of finished artifacts that was changed or deleted, by size and time.
+
+        It is asked before what they hold is shown. those: artifacts or kinds of artifacts (`arms/full`, `arms`).
+        """
         for artifact in self.artifacts():
             done = not self.is_recorded(artifact) or self.record(artifact).exists()
-            if done and artifact.split("/")[0] in kinds:
+            if done and (artifact in those or artifact.split("/")[0] in those):
                 self.check(artifact, whole=False)
 
     def outdated(self, artifact: str, inputs: Mapping[str, Any]) -> str | None:
