@@ -120,19 +120,26 @@ def test_splitting_or_permuting_a_step_changes_no_gradient(
         assert float((other - found[0]).norm() / found[0].norm()) < bound
 
 
+RESUMED: list[tuple[str, dict]] = [
+    ("dense", {"type": "adamw"}),
+    ("masked", {"type": "adamw"}),
+    ("lora", {"type": "adamw"}),
+    ("mostly unmasked", {"type": "adamw", "weight_decay": 0.1}),
+    ("averaged teacher", {"type": "adamw"}),
+    ("rounded", {"type": "adamw", "state_bits": 8}),
+    ("masked", {"type": "sgd", "nesterov": True}),
+    ("masked", {"type": "rmsprop", "momentum": 0.5}),
+    ("masked", {"type": "lion", "component_rates": {"language": 3.0}}),
+    ("dense", {"type": "muon", "component_rates": {"language": 3.0}}),
+]
+
+
 @pytest.mark.parametrize(
-    ("how", "optimizer"),
+    ("kind", "how", "optimizer"),
     [
-        ("dense", {"type": "adamw"}),
-        ("masked", {"type": "adamw"}),
-        ("mostly unmasked", {"type": "adamw", "weight_decay": 0.1}),
-        ("averaged teacher", {"type": "adamw"}),
-        ("lora", {"type": "adamw"}),
-        ("rounded", {"type": "adamw", "state_bits": 8}),
-        ("masked", {"type": "sgd", "nesterov": True}),
-        ("masked", {"type": "rmsprop", "momentum": 0.5}),
-        ("masked", {"type": "lion", "component_rates": {"language": 3.0}}),
-        ("dense", {"type": "muon", "component_rates": {"language": 3.0}}),
+        pytest.param(kind, *its, marks=pytest.mark.slow if kind == "vlm" and k >= 3 else ())
+        for kind in ("llm", "vlm")
+        for k, its in enumerate(RESUMED)
     ],
     ids=lambda value: value if isinstance(value, str) else value["type"],
 )

@@ -234,7 +234,11 @@ LONG = (
 )
 
 
-@pytest.mark.parametrize("piece", LONG, ids=repr)
+@pytest.mark.parametrize(
+    "piece",
+    [pytest.param(its, marks=pytest.mark.slow if k % 6 else ()) for k, its in enumerate(LONG)],
+    ids=repr,
+)
 def test_the_time_grows_with_the_length(piece):
     """100,000 characters of what a model that repeats itself writes are read in seconds at most, by every rule."""
     text = "Hm " + piece * (100_000 // len(piece))  # no loop from its start, which would be cut
