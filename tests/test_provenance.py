@@ -17,6 +17,7 @@ from evals.task_definition import files_of_task
 from tests.conftest import copy_of
 from tests.test_pipeline import vlopd
 from vlopd import files
+from vlopd.api.run import Run
 from vlopd.digests import file_digest
 from vlopd.files import whole_file, whole_folder, write_json
 from vlopd.run.checksums import Checksums
@@ -232,6 +233,54 @@ def test_what_is_replaced_is_made_again_and_nothing_else(kind, which, project, m
         assert again == expected, (what, again ^ expected)
         before = after
     assert vlopd(monkeypatch, "verify", "run") == 0, capsys.readouterr()
+
+
+LINKS = {
+    "arms/full/record.json": ("inputs", "recipe", "optim", "learning_rate"),
+    "arms/subnetwork/record.json": ("inputs", "mask"),
+    "masks/top.json": ("inputs", "of"),
+    "geometry/full/summary.json": ("inputs", "trained"),
+    "evals/full/results.json": ("checkpoint_digest",),
+    "evals/full/tokens.json": ("inputs", "checkpoint", "model.safetensors"),
+    "evals/full/base_kl.json": ("inputs", "checkpoint", "model.safetensors"),
+    "compare.json": ("inputs", "evals/full"),
+}
+"""Records with an entry by which one of another run is known."""
+
+
+@pytest.mark.parametrize("kind", ["llm"], indirect=True)
+def test_artifacts_of_another_run_are_not_shown(kind, project, monkeypatch, capsys):
+    """Without or with checksums of its own: an artifact that was made from another arm or mask, or with other settings,
+    is named by what shows it, and by `verify` and `show`. What was not mixed up is not, also where the config says
+    compute = "auto" and the models are gone."""
+    for role in ("student", "teacher"):
+        Path(role).rename(f"{role}-gone")
+    auto = Path("mini.toml").read_text().replace('compute = "fp32"', 'compute = "auto"')
+    Path("auto.toml").write_text(auto)
+    assert Run("run").problems == Run("auto.toml", out="run").problems == []
+    assert vlopd(monkeypatch, "report", "run", "--out", "elsewhere") == 0
+    for file, (*outer, last) in LINKS.items():
+        path = Path("run") / file
+        held = path.read_text()
+        inner = about = json.loads(held)
+        for key in outer:
+            inner = inner[key]
+        inner[last] = 0.5 if last == "learning_rate" else "0" * 64
+        path.write_text(json.dumps(about))
+        run = RunFolder(Path("run"))
+        (sums,) = [p for p in Path("run/checksums").iterdir() if f"  {file}\n" in p.read_text()]
+        vouched = sums.read_bytes()
+        artifact = sums.stem.replace("--", "/", 1)
+        run.checksums.write(artifact, [run.root / name for name in run.checksums.read(artifact)])
+        assert path in [problem.file for problem in Run("run").problems], file
+        capsys.readouterr()
+        assert vlopd(monkeypatch, "verify", "run") == 0
+        assert file in capsys.readouterr().out.replace("\n", "")
+        assert vlopd(monkeypatch, "report", "run", "--out", "elsewhere") == 2
+        assert "was made by another run or config" in capsys.readouterr().err
+        path.write_text(held)
+        sums.write_bytes(vouched)
+    assert Run("run").problems == []
 
 
 def flip(path: Path, bit: int) -> bytes:

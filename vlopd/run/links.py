@@ -15,7 +15,7 @@ from vlopd.config.masks import Reference
 from vlopd.digests import digest_files, digest_weights
 from vlopd.errors import RunError
 from vlopd.run.checksums import Problem
-from vlopd.run.folder import RunFolder
+from vlopd.run.folder import RunFolder, with_precision_of_run
 from vlopd.run.schemas.read import read_record
 
 MEASUREMENTS = ("geometry", "evals", "validation", "tokens", "base_kl")
@@ -34,7 +34,8 @@ def wrong_links(run: RunFolder, config: ExperimentConfig, *those: str) -> list[P
     those: artifacts or kinds of artifacts (`arms/full`, `arms`); all without any.
     """
     found: list[Problem] = []
-    for artifact, links in _Links(run, config.with_candidates()).of.items():
+    config = with_precision_of_run(run.root, config).with_candidates()
+    for artifact, links in _Links(run, config).of.items():
         if not those or artifact in those or artifact.split("/")[0] in those:
             found += links()
     return found
