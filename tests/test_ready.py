@@ -369,8 +369,8 @@ WRONG = [
      "no metric 'exact_mach', did you mean 'exact_match'?"),
     (ROWS, ["metric_list: [{metric: exact_match, aggregation: f1, higher_is_better: true}]"],
      "exact_match is a number per question, but its aggregation fails on it"),
-    (ROWS, ["repeats: many"], "repeats is 'many'"),
-    (ROWS, ["num_fewshot: -1"], "num_fewshot is -1"),
+    (ROWS, ["repeats: many"], "repeats: must be an integer"),
+    (ROWS, ["num_fewshot: -1"], "num_fewshot: must be at least 0"),
     (ROWS, ["num_fewshot: 5"], "lower eval.fewshot, or the task's num_fewshot"),
 ]  # fmt: skip
 

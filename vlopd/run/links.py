@@ -15,7 +15,7 @@ from vlopd.config.masks import Reference
 from vlopd.digests import digest_files, digest_weights
 from vlopd.errors import RunError
 from vlopd.run.checksums import Problem
-from vlopd.run.folder import RunFolder, with_precision_of_run
+from vlopd.run.folder import RunFolder
 from vlopd.run.schemas.read import read_record
 
 MEASUREMENTS = ("geometry", "evals", "validation", "tokens", "base_kl")
@@ -34,8 +34,7 @@ def wrong_links(run: RunFolder, config: ExperimentConfig, *those: str) -> list[P
     those: artifacts or kinds of artifacts (`arms/full`, `arms`); all without any.
     """
     found: list[Problem] = []
-    config = with_precision_of_run(run.root, config).with_candidates()
-    for artifact, links in _Links(run, config).of.items():
+    for artifact, links in _Links(run, config.with_candidates()).of.items():
         if not those or artifact in those or artifact.split("/")[0] in those:
             found += links()
     return found
@@ -88,6 +87,8 @@ class _Links:
         wanted: dict[str, Any] = {"base": self.base}
         if isinstance(arm, DistillArm) and not config.candidates(name):
             wanted |= config.settings_of(arm)
+            if config.precision.compute == "auto":  # of a config file; the run has it resolved
+                del wanted["recipe"]["precision"]["compute"]
             wanted["replayed"] = self.digests.get(replay_of(arm) or "")
             wanted["mask"] = self.masks.get(arm.mask or "", {}).get("digest")
         for key, text in checkpoints_of(arm).items():

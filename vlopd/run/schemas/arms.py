@@ -7,7 +7,6 @@ from typing import Self
 from pydantic import Field, JsonValue, model_validator
 
 from vlopd.run.schemas.base import Count, Entry, OpenEntry, Record, Table, Value
-from vlopd.run.schemas.comparison import Choice
 
 
 class Moved(Entry):
@@ -43,6 +42,14 @@ class Lora(Entry):
     layers: Count
 
 
+class Tuned(Entry):
+    """The choice of a tuned arm."""
+
+    chosen: Table
+    at_edge: tuple[str, ...]
+    curve: tuple[Table, ...]
+
+
 class ArmRecord(Record):
     """arms/NAME/record.json."""
 
@@ -67,7 +74,7 @@ class ArmRecord(Record):
     off_mask_unmoved: bool | None = None
     identity: dict[str, tuple[Agreement, ...]] | None = None
     lora: Lora | None = None
-    sweep: Choice | None = None
+    sweep: Tuned | None = None
     other_base: Table | None = None
 
 
