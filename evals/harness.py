@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -270,6 +271,11 @@ def read_scored_rows(task: str, path: Path, declared: Sequence[str] = ()) -> lis
             if len({(row["doc_id"], row["doc_hash"]) for row in rows}) < len(rows):
                 raise RunError(f"{path} has several rows per question; evaluate the model again")
             return list(map(_own_row, rows))
+        asked = [(row["doc_id"], row.get("filter")) for row in rows]
+        if twice := next((x for x, n in Counter(asked).items() if n > 1), None):
+            raise RunError(
+                f"{path} has several rows of question {twice[0]} (doc_id); evaluate the model again"
+            )
         ordered = [{**row, "metrics": in_order(row["metrics"], declared)} for row in rows]
         return one_row_a_question(task, ordered)
     except UserError:

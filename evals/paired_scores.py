@@ -153,7 +153,7 @@ def read_results(evals: Path, arms: Sequence[str]) -> dict[str, Any]:
             raise RunError(
                 f"{first} and {arm} were evaluated with different data_digest on {task} "
                 f"({mine.get(task)} and {theirs.get(task)}) and cannot be compared; delete the older of "
-                f"{evals / first} and {evals / arm} and evaluate again"
+                f"{evals / first} and {evals / arm} and evaluate again (imported scores with the settings of the run)"
             )
     return results
 

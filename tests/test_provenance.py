@@ -235,17 +235,23 @@ def test_what_is_replaced_is_made_again_and_nothing_else(kind, which, project, m
     assert vlopd(monkeypatch, "verify", "run") == 0, capsys.readouterr()
 
 
-LINKS = {
-    "arms/full/record.json": ("inputs", "recipe", "optim", "learning_rate"),
-    "arms/subnetwork/record.json": ("inputs", "mask"),
-    "masks/top.json": ("inputs", "of"),
-    "geometry/full/summary.json": ("inputs", "trained"),
-    "evals/full/results.json": ("checkpoint_digest",),
-    "evals/full/tokens.json": ("inputs", "checkpoint", "model.safetensors"),
-    "evals/full/base_kl.json": ("inputs", "checkpoint", "model.safetensors"),
-    "compare.json": ("inputs", "evals/full"),
-}
-"""Records with an entry by which one of another run is known."""
+LINKS = [
+    ("arms/full/record.json", ("inputs", "recipe", "optim", "learning_rate"), 0.5),
+    ("arms/full/record.json", ("inputs", "teachers", "teacher", "model.safetensors"), "0" * 64),
+    ("arms/subnetwork/record.json", ("inputs", "mask"), "0" * 64),
+    ("masks/top.json", ("inputs", "of"), "0" * 64),
+    ("geometry/full/summary.json", ("inputs", "trained"), "0" * 64),
+    ("geometry/full/summary.json", ("inputs", "settings", "null_draws"), 3),
+    ("evals/full/results.json", ("checkpoint_digest",), "0" * 64),
+    ("evals/full/results.json", ("inputs", "tasks", "demo", "batch_size"), 7),
+    ("evals/full/tokens.json", ("inputs", "checkpoint", "model.safetensors"), "0" * 64),
+    ("evals/full/tokens.json", ("inputs", "files", "teacher", "model.safetensors"), "0" * 64),
+    ("evals/full/base_kl.json", ("inputs", "checkpoint", "model.safetensors"), "0" * 64),
+    ("compare.json", ("inputs", "evals/full"), "0" * 64),
+    ("compare.json", ("confidence",), 0.8),
+    ("compare.json", ("arms", "subnetwork", "role"), "control"),
+]
+"""Entries of records by which those of another run or config are known, with another value."""
 
 
 @pytest.mark.parametrize("kind", ["llm"], indirect=True)
@@ -259,20 +265,21 @@ def test_artifacts_of_another_run_are_not_shown(kind, project, monkeypatch, caps
     Path("auto.toml").write_text(auto)
     assert Run("run").problems == Run("auto.toml", out="run").problems == []
     assert vlopd(monkeypatch, "report", "run", "--out", "elsewhere") == 0
-    for file, (*outer, last) in LINKS.items():
+    for file, (*outer, last), value in LINKS:
         path = Path("run") / file
         held = path.read_text()
         inner = about = json.loads(held)
         for key in outer:
             inner = inner[key]
-        inner[last] = 0.5 if last == "learning_rate" else "0" * 64
+        assert inner[last] != value
+        inner[last] = value
         path.write_text(json.dumps(about))
         run = RunFolder(Path("run"))
         (sums,) = [p for p in Path("run/checksums").iterdir() if f"  {file}\n" in p.read_text()]
         vouched = sums.read_bytes()
         artifact = sums.stem.replace("--", "/", 1)
         run.checksums.write(artifact, [run.root / name for name in run.checksums.read(artifact)])
-        assert path in [problem.file for problem in Run("run").problems], file
+        assert path in [problem.file for problem in Run("run").problems], (file, last)
         capsys.readouterr()
         assert vlopd(monkeypatch, "verify", "run") == 0
         assert file in capsys.readouterr().out.replace("\n", "")

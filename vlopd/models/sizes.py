@@ -19,6 +19,8 @@ class Bounds(NamedTuple):
     integer: bool = True
 
     def hold(self, value: Any) -> bool:
+        if self.integer and isinstance(value, float) and value.is_integer():
+            value = int(value)  # as some configs have it
         types = (int,) if self.integer else (int, float)
         return type(value) in types and self.low <= value <= self.high  # NaN is not
 
@@ -32,9 +34,7 @@ BOUNDS: Mapping[str, Bounds] = {
     **dict.fromkeys(
         ("hidden_size", "intermediate_size", "n_embd", "d_model", "embed_dim"), Bounds(1, WIDTH)
     ),
-    **dict.fromkeys(
-        ("num_attention_heads", "num_key_value_heads", "n_head", "head_dim"), Bounds(1, WIDTH)
-    ),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head"), Bounds(1, WIDTH)),
     **dict.fromkeys(("num_heads", "image_size", "patch_size", "out_hidden_size"), Bounds(1, WIDTH)),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "depth"), Bounds(1, LAYERS)),
     **dict.fromkeys(("vocab_size", "num_labels"), Bounds(1, ROWS)),
@@ -42,6 +42,7 @@ BOUNDS: Mapping[str, Bounds] = {
     # of a processor, sizes in pixels of a side, or of the area
     **dict.fromkeys(("size", "crop_size"), Bounds(1, POSITIONS)),
     "num_additional_image_tokens": Bounds(0, WIDTH),
+    "head_dim": Bounds(0, WIDTH),  # 0 of attention without rotation
     **dict.fromkeys(("image_std", "rescale_factor", "rope_theta"), Bounds(1e-12, 1e12, False)),
     "image_mean": Bounds(-1e6, 1e6, False),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), Bounds(0, 1, False)),

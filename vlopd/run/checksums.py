@@ -129,7 +129,8 @@ class Checksums:
         }
         single = [SINGLE[artifact]] if artifact in SINGLE else [artifact]
         named = " and ".join(str(self.root / part) for part in parts.get(kind, single))
-        return f"restore it, or delete {named} and run again"
+        how = "run its config file again" if artifact == "run" else "run again"
+        return f"restore it, or delete {named} and {how}"
 
     def problems(self, artifact: str, whole: bool = True) -> Iterator[Problem]:
         """Yields the files of an artifact that were changed, deleted or cannot be read."""

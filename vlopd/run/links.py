@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from vlopd.config.arms import DistillArm, checkpoints_of, replay_of
+from vlopd.config.arms import DistillArm, TeacherArm, checkpoints_of, replay_of
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import Reference
 from vlopd.digests import digest_files, digest_weights
@@ -20,6 +20,8 @@ from vlopd.run.schemas.read import read_record
 
 MEASUREMENTS = ("geometry", "evals", "validation", "tokens", "base_kl")
 """Kinds of artifacts that an arm has one of each of."""
+ASKED = {"limit", "batch_size", "fewshot", "chat_template", "sampled"}
+"""Settings of an evaluation that are inputs of each task."""
 
 
 def check_links(run: RunFolder, config: ExperimentConfig, *those: str) -> None:
@@ -51,12 +53,20 @@ class _Links:
         }
         self.masks = {name: self.read(f"masks/{name}") for name in config.masks}
         self.base = self.read(f"arms/{config.base_arm}").get("checkpoint_digest")
+        self.teachers = {
+            arm.teacher or next(iter(config.teachers)): self.digests[name]
+            for name, arm in config.arms.items()
+            if isinstance(arm, TeacherArm) and name in self.digests
+            if not config.teacher_of(arm).is_student
+        }
+        """Digests of the teachers that are arms, by their names."""
         self.of: dict[str, Callable[[], Iterable[Problem]]] = {}
         self.of |= {f"arms/{name}": partial(self.of_arm, name) for name in config.arms}
         self.of |= {f"masks/{name}": partial(self.of_mask, name) for name in config.masks}
         for kind in MEASUREMENTS:
             names = {f"{kind}/{name}": name for name in self.digests}
             self.of |= {a: partial(self.of_measurement, a, name) for a, name in names.items()}
+        self.of |= {f"sweeps/{name}": partial(self.of_sweep, name) for name in config.sweep_groups}
         self.of |= {
             "geometry/overlap": self.of_overlap,
             "geometry/groups": self.of_groups,
@@ -91,6 +101,11 @@ class _Links:
                 del wanted["recipe"]["precision"]["compute"]
             wanted["replayed"] = self.digests.get(replay_of(arm) or "")
             wanted["mask"] = self.masks.get(arm.mask or "", {}).get("digest")
+            wanted["student"] = self.read(f"arms/{config.base_arm}").get("inputs")
+            own = config.recipe_of(arm).teachers
+            same = {n: d for n, d in self.teachers.items() if own.get(n) == config.teachers[n]}
+            record = {**record, "inputs": self.with_teachers(record["inputs"], "teachers")}
+            wanted["teachers"] = same
         for key, text in checkpoints_of(arm).items():
             reference = Reference.parse(text)
             if reference.arm is not None and reference.step is None:
@@ -109,17 +124,41 @@ class _Links:
 
     def of_measurement(self, artifact: str, name: str) -> Iterator[Problem]:
         """Of an arm's geometry or evaluation."""
-        about = self.read(artifact)
+        about, its = self.read(artifact), self.config
         inputs, digest = about.get("inputs", {}), self.digests[name]
         kind = artifact.split("/")[0]
         if kind == "geometry":
-            if name in self.config.geometry.arms:
-                yield from self.compare(artifact, inputs, {"trained": digest, "base": self.base})
+            wanted = {"trained": digest, "base": self.base, "settings": its.geometry.of_update}
+            if name in its.geometry.arms:
+                yield from self.compare(artifact, inputs, wanted)
         elif kind in ("tokens", "base_kl"):
-            found = digest_weights(inputs["checkpoint"]) if "checkpoint" in inputs else None
-            yield from self.compare(artifact, {"checkpoint": found}, {"checkpoint": digest})
+            found = self.with_teachers(inputs, "files")
+            found["checkpoint"] = digest_weights(inputs["checkpoint"]) if inputs else None
+            wanted = {"checkpoint": digest, "files": self.teachers if kind == "tokens" else None}
+            yield from self.compare(artifact, found, wanted)
         else:
             yield from self.compare(artifact, about, {"checkpoint_digest": digest})
+            if kind == "evals" and isinstance(inputs.get("tasks"), Mapping):  # no imported scores
+                asked = its.eval.model_dump(mode="json", include=ASKED)
+                wanted = {"tasks": dict.fromkeys(its.eval.tasks, asked)}
+                yield from self.compare(artifact, inputs, wanted)
+
+    def with_teachers(self, inputs: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """The inputs with the digests of the teachers' weights in place of their files."""
+        files = inputs.get(key)
+        found = {n: digest_weights(its) for n, its in files.items() if its} if files else None
+        return {**inputs, key: found}
+
+    def of_sweep(self, group: str) -> Iterator[Problem]:
+        """Of the choice of a group of tuned arms."""
+        found = self.read(f"sweeps/{group}").get("inputs", {})
+        scores = {}
+        for name in found.get("scores", ()):
+            folder = self.run.root / "validation" / name
+            if (folder / "results.json").exists():
+                rows = [folder / "results.json", *folder.glob("samples_*.jsonl")]
+                scores[name] = digest_files(rows)
+        yield from self.compare(f"sweeps/{group}", found, {"scores": scores})
 
     def of_overlap(self) -> Iterator[Problem]:
         found = self.read("geometry/overlap").get("inputs", {})
@@ -138,7 +177,11 @@ class _Links:
         yield from self.compare("geometry/groups", found, {"tables": wanted})
 
     def of_comparison(self) -> Iterator[Problem]:
-        about = self.read("compare").get("inputs", {})
+        record, its = self.read("compare"), self.config.eval
+        about = record.get("inputs", {})
+        wanted: dict[str, Any] = {"confidence": its.confidence, "margin": its.margin}
+        wanted["arms"] = {arm: {"role": role} for arm, role in self.config.roles.of.items()}
+        yield from self.compare("compare", record, wanted)
         wanted = {}
         for arm in self.config.arms:
             folder = self.run.eval(arm)
@@ -150,6 +193,8 @@ class _Links:
 
 def _agree(found: Any, wanted: Any) -> bool:
     """Whether two values are equal in all that both have."""
+    if isinstance(found, list) and isinstance(wanted, list):
+        return len(found) == len(wanted) and all(map(_agree, found, wanted))
     if isinstance(found, Mapping) and isinstance(wanted, Mapping):
         return all(_agree(found[key], wanted[key]) for key in found.keys() & wanted.keys())
     return bool(found == wanted)
