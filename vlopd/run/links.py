@@ -64,7 +64,7 @@ class _Links:
         self.of |= {f"arms/{name}": partial(self.of_arm, name) for name in config.arms}
         self.of |= {f"masks/{name}": partial(self.of_mask, name) for name in config.masks}
         for kind in MEASUREMENTS:
-            names = {f"{kind}/{name}": name for name in self.digests}
+            names = {f"{kind}/{name}": name for name in config.arms}
             self.of |= {a: partial(self.of_measurement, a, name) for a, name in names.items()}
         self.of |= {f"sweeps/{name}": partial(self.of_sweep, name) for name in config.sweep_groups}
         self.of |= {
@@ -125,8 +125,12 @@ class _Links:
     def of_measurement(self, artifact: str, name: str) -> Iterator[Problem]:
         """Of an arm's geometry or evaluation."""
         about, its = self.read(artifact), self.config
-        inputs, digest = about.get("inputs", {}), self.digests[name]
+        inputs, digest = about.get("inputs", {}), self.digests.get(name)
         kind = artifact.split("/")[0]
+        if about and digest is None:
+            missing = self.run.arm_record(name)
+            yield Problem(missing, f"is missing, of which there is {artifact}", "run again")
+            return
         if kind == "geometry":
             wanted = {"trained": digest, "base": self.base, "settings": its.geometry.of_update}
             if name in its.geometry.arms:
