@@ -207,9 +207,13 @@ def test_scores_and_models_from_elsewhere_are_arms(make_config, tmp_path):
         evaluate_arm(run, lacking, "theirs")
     with pytest.raises(RunError, match=r"no results_\*\.json"):
         score_files(tmp_path / "run")
+    fewer = with_eval(config, limit=4)
+    with pytest.raises(RunError, match=r"evals/base/results.json was made by another .*tasks"):
+        compare(run, fewer)
+    for arm in ("base", "here"):
+        assert evaluate_arm(run, fewer, arm)
     with pytest.raises(RunError, match="different data_digest on shapes_text"):
-        evaluate_arm(run, with_eval(config, limit=4), "base")
-        compare(run, config)
+        compare(run, fewer)
 
 
 def test_bad_tasks_are_one_clear_line(folders, tmp_path):
