@@ -23,7 +23,7 @@ from vlopd.config.arms import DistillArm, Role
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.recipe import training_of
 from vlopd.config.roles import Roles
-from vlopd.digests import digest_files, digest_json
+from vlopd.digests import digest_json, digest_scores
 from vlopd.errors import RunError
 from vlopd.files import without_nan
 from vlopd.run.folder import RunFolder
@@ -91,10 +91,7 @@ def compare_arms(
         if run.checksums.path(f"evals/{arm}").exists():
             run.checksums.check(f"evals/{arm}")
     results = read_results(run.root / "evals", list(evals))
-    digests = {
-        f"evals/{arm}": digest_files([its / "results.json", *its.glob("samples_*.jsonl")])
-        for arm, its in evals.items()
-    }
+    digests = {f"evals/{arm}": digest_scores(its) for arm, its in evals.items()}
     with stage(run, "compare", derived=True) as its:
         if its.is_due(lambda _: {**inputs, **digests, "format": FORMAT}):
             record = _comparison(run, roles, config, results, about)

@@ -374,14 +374,11 @@ def _inputs_of(manager: Tasks, task: str, config: EvalConfig, subject: Subject) 
         name: each.model_dump(mode="json", exclude_none=True) for name, each in overrides.items()
     }
     later = {"generation": own, "max_pixels": config.max_pixels}
-    settings = config.model_dump(
-        mode="json", include={"limit", "batch_size", "fewshot", "chat_template", "sampled"}
-    )
     return {
         "definition": manager.digest(task),
         "compute": subject.compute,
         "template_arguments": dict(subject.template_arguments),
-        **settings,
+        **config.of_task,
         **{key: value for key, value in later.items() if value},
     }
 

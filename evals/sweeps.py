@@ -21,7 +21,7 @@ from vlopd.config.analysis import EvalConfig
 from vlopd.config.arms import DistillArm
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.sweeps import at_edge, candidate_name, points_of
-from vlopd.digests import digest_files
+from vlopd.digests import digest_scores
 from vlopd.errors import ConfigError, RunError
 from vlopd.files import without_nan
 from vlopd.run.folder import RunFolder
@@ -67,8 +67,7 @@ def sweep_inputs(run: RunFolder, config: ExperimentConfig, group: str) -> dict[s
     scores = {}
     for name in candidates_of(config, group):
         run.checksums.check(f"validation/{name}", whole=False)
-        folder = run.root / "validation" / name
-        scores[name] = digest_files([folder / "results.json", *folder.glob("samples_*.jsonl")])
+        scores[name] = digest_scores(run.root / "validation" / name)
     settings = config.eval.for_validation
     about = settings.model_dump(mode="json", include={"tasks", "limit", "metric", "confidence"})
     grid = config.arms[member].model_dump(mode="json", include={"sweep"})

@@ -130,6 +130,11 @@ def digest_files(paths: list[Path], whole: bool = False) -> str:
     return _digest_content({path.name: file_digest(path, whole) for path in paths})
 
 
+def digest_scores(folder: Path) -> str:
+    """One sha256 of a finished evaluation: its results and rows."""
+    return digest_files([folder / "results.json", *folder.glob("samples_*.jsonl")])
+
+
 def _digest_content(content: Mapping[str, str]) -> str:
     """One sha256 over {file: sha256}."""
     return digest_text("".join(f"{name} {content[name]}\n" for name in sorted(content)))

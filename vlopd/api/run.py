@@ -178,14 +178,13 @@ class Run:
             self.folder.checksums.check_finished(*those)
 
     def _log(self, arm: str, name: str) -> pd.DataFrame:
-        from vlopd.train.curves import read_frame
+        from vlopd.train.curves import frame_of
 
         pipeline.select_arms(self.config, [arm], [])
         self._check(f"arms/{arm}")
-        path = self.folder.arm(arm) / name
-        if not read_log(path):
+        if not (rows := read_log(self.folder.arm(arm) / name)):
             raise RunError(f"arm {arm} has no {name}: it is not trained, or not yet")
-        return read_frame(path)
+        return frame_of(rows)
 
     @property
     def geometry(self) -> pd.DataFrame:

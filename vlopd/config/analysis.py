@@ -265,6 +265,12 @@ class EvalConfig(Section):
     """The split on which tuned arms choose their settings; these are not evaluated on eval.tasks before the choice."""
 
     @property
+    def of_task(self) -> dict[str, Any]:
+        """The settings that the results of every task depend on."""
+        asked = {"limit", "batch_size", "fewshot", "chat_template", "sampled"}
+        return self.model_dump(mode="json", include=asked)
+
+    @property
     def for_validation(self) -> EvalConfig:
         """The settings of the evaluation on the validation split."""
         assert self.validation is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,11 @@ RECORDS = {
     "sweeps": "sweeps/{}.json",
 }
 """Record file of an artifact, by its name or the name's first part. Written last: it marks the artifact done."""
+
+
+def is_among(artifact: str, those: Collection[str]) -> bool:
+    """Whether an artifact, or its kind, is one of these: `arms/full`, `arms`."""
+    return artifact in those or artifact.split("/")[0] in those
 
 
 class Problem(NamedTuple):
@@ -178,7 +183,7 @@ class Checksums:
         """
         for artifact in self.artifacts():
             done = not self.is_recorded(artifact) or self.record(artifact).exists()
-            if done and (artifact in those or artifact.split("/")[0] in those):
+            if done and is_among(artifact, those):
                 self.check(artifact, whole=False)
 
     def outdated(self, artifact: str, inputs: Mapping[str, Any]) -> str | None:

@@ -12,16 +12,14 @@ from typing import Any
 from vlopd.config.arms import DistillArm, TeacherArm, checkpoints_of, replay_of
 from vlopd.config.experiment import ExperimentConfig
 from vlopd.config.masks import Reference
-from vlopd.digests import digest_files, digest_weights
+from vlopd.digests import digest_scores, digest_weights
 from vlopd.errors import RunError
-from vlopd.run.checksums import Problem
+from vlopd.run.checksums import Problem, is_among
 from vlopd.run.folder import RunFolder
 from vlopd.run.schemas.read import read_record
 
 MEASUREMENTS = ("geometry", "evals", "validation", "tokens", "base_kl")
 """Kinds of artifacts that an arm has one of each of."""
-ASKED = {"limit", "batch_size", "fewshot", "chat_template", "sampled"}
-"""Settings of an evaluation that are inputs of each task."""
 
 
 def check_links(run: RunFolder, config: ExperimentConfig, *those: str) -> None:
@@ -37,7 +35,7 @@ def wrong_links(run: RunFolder, config: ExperimentConfig, *those: str) -> list[P
     """
     found: list[Problem] = []
     for artifact, links in _Links(run, config.with_candidates()).of.items():
-        if not those or artifact in those or artifact.split("/")[0] in those:
+        if not those or is_among(artifact, those):
             found += links()
     return found
 
@@ -52,7 +50,8 @@ class _Links:
             name: str(its["checkpoint_digest"]) for name, its in self.records.items() if its
         }
         self.masks = {name: self.read(f"masks/{name}") for name in config.masks}
-        self.base = self.read(f"arms/{config.base_arm}").get("checkpoint_digest")
+        self.of_base = self.read(f"arms/{config.base_arm}")
+        self.base = self.of_base.get("checkpoint_digest")
         self.teachers = {
             arm.teacher or next(iter(config.teachers)): self.digests[name]
             for name, arm in config.arms.items()
@@ -78,6 +77,11 @@ class _Links:
         path = self.run.checksums.record(artifact)
         return read_record(path) if path.exists() else {}
 
+    def last_of(self, text: str) -> str | None:
+        """The digest of the last checkpoint of an arm of this run; None of other checkpoints."""
+        arm, _, step = Reference.parse(text)
+        return None if arm is None or step is not None else self.digests.get(arm)
+
     def compare(
         self, artifact: str, found: Mapping[str, Any], wanted: Mapping[str, Any]
     ) -> Iterator[Problem]:
@@ -101,24 +105,20 @@ class _Links:
                 del wanted["recipe"]["precision"]["compute"]
             wanted["replayed"] = self.digests.get(replay_of(arm) or "")
             wanted["mask"] = self.masks.get(arm.mask or "", {}).get("digest")
-            wanted["student"] = self.read(f"arms/{config.base_arm}").get("inputs")
+            wanted["student"] = self.of_base.get("inputs")
             own = config.recipe_of(arm).teachers
             same = {n: d for n, d in self.teachers.items() if own.get(n) == config.teachers[n]}
             record = {**record, "inputs": self.with_teachers(record["inputs"], "teachers")}
             wanted["teachers"] = same
         for key, text in checkpoints_of(arm).items():
-            reference = Reference.parse(text)
-            if reference.arm is not None and reference.step is None:
-                wanted[key] = self.digests.get(reference.arm)
+            wanted[key] = self.last_of(text)
         yield from self.compare(f"arms/{name}", record["inputs"], wanted)
 
     def of_mask(self, name: str) -> Iterator[Problem]:
         rule, found = self.config.masks[name], self.masks[name].get("inputs", {})
         wanted: dict[str, Any] = {"rule": rule.model_dump(mode="json"), "base": self.base}
         if rule.reads is not None:
-            reference = Reference.parse(rule.reads)
-            if reference.arm is not None and reference.step is None:
-                wanted["of"] = self.digests.get(reference.arm)
+            wanted["of"] = self.last_of(rule.reads)
         wanted["masks"] = {other: self.masks[other].get("digest") for other in rule.combines}
         yield from self.compare(f"masks/{name}", found, wanted)
 
@@ -143,8 +143,7 @@ class _Links:
         else:
             yield from self.compare(artifact, about, {"checkpoint_digest": digest})
             if kind == "evals" and isinstance(inputs.get("tasks"), Mapping):  # no imported scores
-                asked = its.eval.model_dump(mode="json", include=ASKED)
-                wanted = {"tasks": dict.fromkeys(its.eval.tasks, asked)}
+                wanted = {"tasks": dict.fromkeys(its.eval.tasks, its.eval.of_task)}
                 yield from self.compare(artifact, inputs, wanted)
 
     def with_teachers(self, inputs: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -160,8 +159,7 @@ class _Links:
         for name in found.get("scores", ()):
             folder = self.run.root / "validation" / name
             if (folder / "results.json").exists():
-                rows = [folder / "results.json", *folder.glob("samples_*.jsonl")]
-                scores[name] = digest_files(rows)
+                scores[name] = digest_scores(folder)
         yield from self.compare(f"sweeps/{group}", found, {"scores": scores})
 
     def of_overlap(self) -> Iterator[Problem]:
@@ -190,8 +188,7 @@ class _Links:
         for arm in self.config.arms:
             folder = self.run.eval(arm)
             if (folder / "results.json").exists() and f"evals/{arm}" in about:
-                rows = [folder / "results.json", *folder.glob("samples_*.jsonl")]
-                wanted[f"evals/{arm}"] = digest_files(rows)
+                wanted[f"evals/{arm}"] = digest_scores(folder)
         yield from self.compare("compare", about, wanted)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -30,8 +31,13 @@ class Drawing(Figure):
 
 
 def read_frame(path: Path) -> pd.DataFrame:
-    """The rows of a JSON-lines file; empty where it does not exist. Columns of numbers and nulls are numeric."""
-    frame = pd.DataFrame(read_jsonl(path, "step") if path.exists() else [])
+    """The rows of a JSON-lines file; empty where it does not exist."""
+    return frame_of(read_jsonl(path, "step") if path.exists() else [])
+
+
+def frame_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Rows of a log as a data frame, in which columns of numbers and nulls are numeric."""
+    frame = pd.DataFrame(rows)
     empty = [name for name in frame if frame[name].isna().all()]
     return frame.astype({name: float for name in empty if name != "image"})
 

@@ -83,14 +83,26 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     (schema,) = (its for form, its in LOGS.items() if re.fullmatch(form, path.stem))
-    return _read_rows(path, schema, f"restore it, or delete {path.parent} and run again")
+    rows, remedy = [], f"restore it, or delete {path.parent} and run again"
+    for number, line in json_lines(path):
+        try:
+            row, why = parse_json(line), _first_fault(line, schema)
+        except ValueError as error:
+            row, why = None, first_line(error)
+        if why:
+            raise _other_row(path, number, why, remedy)
+        rows.append(row)
+    return rows
 
 
 def read_answers(path: Path) -> list[dict[str, Any]]:
     """The rows of a samples file, of lm-eval or of a run. Raises RunError, with the line, for others."""
     rows = read_jsonl(path)
     schema = ScoredRow if rows and "metrics" in rows[0] else AnswerRow
-    return _read_rows(path, schema, "evaluate the model again with --log_samples")
+    for number, line in json_lines(path):
+        if why := _first_fault(line, schema):
+            raise _other_row(path, number, why, "evaluate the model again with --log_samples")
+    return rows
 
 
 def read_lm_eval_results(path: Path) -> dict[str, Any]:
@@ -101,17 +113,8 @@ def read_lm_eval_results(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_rows(path: Path, schema: type[BaseModel], remedy: str) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in json_lines(path):
-        try:
-            row, why = parse_json(line), _first_fault(line, schema)
-        except ValueError as error:
-            row, why = None, first_line(error)
-        if why:
-            raise RunError(f"{path} line {number} is not a row of this file: {why}; {remedy}")
-        rows.append(row)
-    return rows
+def _other_row(path: Path, number: int, why: str, remedy: str) -> RunError:
+    return RunError(f"{path} line {number} is not a row of this file: {why}; {remedy}")
 
 
 def _first_fault(text: bytes, schema: type[BaseModel]) -> str | None:
